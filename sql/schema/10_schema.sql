@@ -1,0 +1,124 @@
+-- The private schema, who is an admin, and the clock.
+--
+-- Invariants
+--   * Nothing in the schema tokenlimits is exposed through the API: it is not in PostgREST's list of schemas.
+--   * A project's own tokenlimits.is_admin() survives another application of this file.
+--
+-- SQLSTATEs that our functions raise (PostgREST passes them on as "code", with 400)
+--   TL001  invalid request; DETAIL is the name of the field
+--   TL002  group not found
+--   TL003  a group of that name exists (whatever its case)
+--   TL004  unknown user
+--   TL005  usage not found
+--   TL006  usage already settled in another way
+--   TL007  the hold has expired and its cost no longer fits
+--   TL008  idempotency key used for another request
+--   TL009  the transaction is not READ COMMITTED
+--   TL099  overtaken by another call; caught inside, never leaves
+--   42501  the caller is no admin
+
+create schema if not exists tokenlimits;
+comment on schema tokenlimits is 'Private parts of tokenlimits: counters, rollup, helpers. Not for the API.';
+
+revoke all on schema tokenlimits from public, anon, authenticated, service_role;
+grant usage on schema tokenlimits to authenticated, service_role;
+
+-- Signed-in users with app_metadata.role = 'admin' are admins; a user can write user_metadata, but never app_metadata.
+-- Made only if it is not there, so that a project can put its own rule in its place.
+do $do$
+begin
+  if to_regprocedure('tokenlimits.is_admin()') is null then
+    create function tokenlimits.is_admin()
+    returns boolean
+    language sql
+    stable
+    set search_path = ''
+    as $body$
+      select coalesce((select auth.jwt()) -> 'app_metadata' ->> 'role' = 'admin', false)
+    $body$;
+    comment on function tokenlimits.is_admin() is
+      'Is the caller an admin? Replace its body to use your own rule; applying tokenlimits again keeps it.';
+  end if;
+end
+$do$;
+
+revoke execute on function tokenlimits.is_admin() from public, anon, authenticated;
+grant execute on function tokenlimits.is_admin() to authenticated, service_role;
+
+-- Admin functions open with this. Besides admins it lets pass whoever may act as service_role: the service key and the
+-- database's owner. The GUC "role" still names the caller inside a definer function, where current_user does not.
+create or replace function tokenlimits.require_admin()
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_caller text := coalesce(nullif(current_setting('role', true), 'none'), session_user);
+begin
+  if pg_has_role(v_caller, 'service_role', 'member') or tokenlimits.is_admin() then
+    return;
+  end if;
+  raise exception using
+    errcode = '42501',
+    message = 'only an admin may do this',
+    hint = 'Sign in as a user whose app_metadata.role is ''admin'', or use the secret key on the server.';
+end
+$$;
+comment on function tokenlimits.require_admin() is 'Raises 42501 unless the caller is an admin or acts as service_role.';
+revoke execute on function tokenlimits.require_admin() from public, anon, authenticated;
+grant execute on function tokenlimits.require_admin() to authenticated, service_role;
+
+-- The one place that reads the time. Wall clock, not now(): a call that waited for a lock is recorded when it got it.
+create or replace function tokenlimits.clock()
+returns timestamptz
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return clock_timestamp();
+end
+$$;
+comment on function tokenlimits.clock() is 'The present moment, for every function of tokenlimits.';
+revoke execute on function tokenlimits.clock() from public, anon, authenticated;
+
+-- Time-ordered (RFC 9562, version 7): new rows land at the right edge of the primary key, which keeps it in memory.
+create or replace function tokenlimits.uuid_v7()
+returns uuid
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return encode(
+    set_bit(
+      set_bit(
+        overlay(
+          uuid_send(gen_random_uuid())
+          placing substring(int8send((extract(epoch from clock_timestamp()) * 1000)::bigint) from 3)
+          from 1 for 6
+        ),
+        52, 1
+      ),
+      53, 1
+    ),
+    'hex'
+  )::uuid;
+end
+$$;
+comment on function tokenlimits.uuid_v7() is 'A new time-ordered UUID.';
+revoke execute on function tokenlimits.uuid_v7() from public, anon, authenticated;
+
+create or replace function public.tokenlimits_version()
+returns jsonb
+language sql
+immutable
+set search_path = ''
+as $$
+  select jsonb_build_object('version', 1)
+$$;
+comment on function public.tokenlimits_version() is
+  'The version of the installed schema. Clients compare it with the least that they need.';
+revoke execute on function public.tokenlimits_version() from public, anon, authenticated, service_role;
+grant execute on function public.tokenlimits_version() to authenticated, service_role;

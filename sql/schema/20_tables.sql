@@ -1,0 +1,126 @@
+-- Groups, their limits and members, and the ledger.
+--
+-- Invariants
+--   * Only functions of tokenlimits write the ledger; nothing deletes from it, and it has no foreign keys: deleting a
+--     group or a user must not touch millions of rows.
+--   * A limit is its (group, kind, period, scope). Its counter_id names the counters that count for it, and is a new
+--     one whenever they have to be counted afresh.
+--   * A time zone is one of pg_timezone_names: PostgreSQL itself would take 'Foo/Bar5'.
+
+create table if not exists public.user_groups (
+  id uuid not null default gen_random_uuid(),
+  name text not null,
+  description text not null default '',
+  priority integer not null default 0,
+  timezone text not null default 'UTC',
+  is_default boolean not null default false,
+  created_at timestamptz not null default now(),
+  updated_at timestamptz not null default now(),
+  constraint user_groups_pkey primary key (id),
+  constraint user_groups_name_check check (char_length(name) between 1 and 200 and name = btrim(name)),
+  constraint user_groups_description_check check (char_length(description) <= 2000)
+);
+comment on table public.user_groups is 'Groups of users that share limits on generations.';
+comment on column public.user_groups.priority is 'A user''s groups are tried from high to low.';
+comment on column public.user_groups.timezone is 'IANA name; calendar periods of the group''s limits begin in it.';
+comment on column public.user_groups.is_default is 'Judges the users who are in no group at all; one group at most.';
+
+create unique index if not exists user_groups_name_key on public.user_groups (lower(name));
+create unique index if not exists user_groups_is_default_key on public.user_groups (is_default) where is_default;
+
+create table if not exists public.group_limits (
+  group_id uuid not null,
+  kind text not null,
+  period text not null,
+  scope text not null,
+  max bigint,
+  counter_id bigint generated always as identity,
+  constraint group_limits_pkey primary key (group_id, kind, period, scope),
+  constraint group_limits_group_id_fkey foreign key (group_id) references public.user_groups (id) on delete cascade,
+  constraint group_limits_counter_id_key unique (counter_id),
+  constraint group_limits_kind_check check (kind ~ '^[a-z][a-z0-9_]{0,31}$'),
+  constraint group_limits_period_check check (period in ('minute', 'hour', 'day', 'week', 'month', 'lifetime')),
+  constraint group_limits_scope_check check (scope in ('group', 'member')),
+  -- 10^15 stays exact in JavaScript's numbers
+  constraint group_limits_max_check check (max between 0 and 1000000000000000)
+);
+comment on table public.group_limits is 'How much of a kind a group (or each of its members) may use in a period.';
+comment on column public.group_limits.max is 'Null: unlimited. 0: blocked.';
+comment on column public.group_limits.counter_id is 'Names the limit''s counters; set by tokenlimits alone.';
+
+create table if not exists public.group_memberships (
+  group_id uuid not null,
+  user_id uuid not null,
+  joined_at timestamptz not null default now(),
+  constraint group_memberships_pkey primary key (group_id, user_id),
+  constraint group_memberships_group_id_fkey foreign key (group_id)
+  references public.user_groups (id) on delete cascade,
+  constraint group_memberships_user_id_fkey foreign key (user_id) references auth.users (id) on delete cascade
+);
+comment on table public.group_memberships is 'Who is in which group.';
+create index if not exists group_memberships_user_id_idx on public.group_memberships (user_id);
+
+create table if not exists public.generation_usage (
+  id uuid not null,
+  group_id uuid not null,
+  user_id uuid not null,
+  kind text not null,
+  cost bigint not null,
+  status text not null,
+  idempotency_key text,
+  fingerprint uuid,
+  metadata jsonb not null default '{}',
+  created_at timestamptz not null,
+  settled_at timestamptz,
+  expires_at timestamptz,
+  constraint generation_usage_pkey primary key (id),
+  constraint generation_usage_key_key unique (idempotency_key, user_id),
+  constraint generation_usage_cost_check check (cost >= 0),
+  constraint generation_usage_status_check
+  check (status in ('reserved', 'committed', 'released', 'refunded', 'expired'))
+);
+comment on table public.generation_usage is
+  'The ledger: one row per generation, kept for ever. Written by functions of tokenlimits alone.';
+comment on column public.generation_usage.cost is 'What it takes from the limits while reserved or committed.';
+comment on column public.generation_usage.fingerprint is
+  'What was asked for under the idempotency key, since a commit may lower the cost.';
+comment on column public.generation_usage.created_at is 'Decides the period that it belongs to, whenever it is settled.';
+
+create index if not exists generation_usage_group_id_idx on public.generation_usage (group_id, created_at);
+create index if not exists generation_usage_user_id_idx on public.generation_usage (user_id, created_at);
+
+-- What an admin edits through the API arrives here as plain updates: names are trimmed, time zones are checked.
+create or replace function tokenlimits.check_group()
+returns trigger
+language plpgsql
+-- definer: it must work whatever the caller may see
+security definer
+set search_path = ''
+as $$
+declare
+  v_timezone text;
+begin
+  new.name := btrim(new.name);
+  new.updated_at := tokenlimits.clock();
+  if new.timezone <> 'UTC' and (tg_op = 'INSERT' or new.timezone is distinct from old.timezone) then
+    select tz.name into v_timezone
+    from pg_catalog.pg_timezone_names as tz
+    where lower(tz.name) = lower(new.timezone) and tz.name not like 'posix/%';
+    if v_timezone is null then
+      raise exception using
+        errcode = 'TL001',
+        message = format('timezone: %L is no IANA time zone', new.timezone),
+        detail = 'timezone',
+        hint = 'Use a name like ''Europe/Paris'' or ''UTC''.';
+    end if;
+    new.timezone := v_timezone;
+  end if;
+  return new;
+end
+$$;
+comment on function tokenlimits.check_group() is 'Trigger: tidies and checks a group that is written.';
+revoke execute on function tokenlimits.check_group() from public, anon, authenticated;
+
+create or replace trigger user_groups_check
+before insert or update on public.user_groups
+for each row execute function tokenlimits.check_group();

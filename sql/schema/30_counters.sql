@@ -1,0 +1,172 @@
+-- Counters, rollup and resets: what makes a call's cost independent of history.
+--
+-- Invariants
+--   * A counter that exists and whose period is current equals the sum of the live ledger rows of its limit and subject
+--     in [since, until). Whoever writes a ledger row opens and moves every counter that it counts for, in the same
+--     transaction, so a counter that does not exist can be counted from the ledger, and a past one starts at zero.
+--   * The rollup's sum over slots equals the live ledger rows of (group, kind, bucket).
+--   * Locks are taken in one order: group stripes, ledger row or key, rollup row, member counters, group counters; by
+--     counter_id within a class.
+--   * Whoever reads limits in order to write holds its group's stripe shared; whoever edits limits takes it exclusively
+--     after the edit, and so waits for calls that judge by the old limits and holds back those to come.
+
+-- One narrow row per limit and subject (the group, or a member), rolled over in place: it never grows with time.
+-- No foreign keys: they cost more than a tenth of a call. subject first: a plan by limit would scan all its members.
+create table if not exists tokenlimits.counters (
+  subject uuid not null,
+  counter_id bigint not null,
+  since timestamptz not null,
+  until timestamptz not null,
+  used bigint not null,
+  constraint counters_pkey primary key (subject, counter_id),
+  constraint counters_used_check check (used >= 0)
+) with (fillfactor = 50);
+comment on table tokenlimits.counters is 'What is used of a limit by a subject in [since, until).';
+
+-- Members of one group write different slots, so they do not wait for each other; readers sum the slots. A slot may be
+-- negative (a refund from another connection); their sum is not.
+create table if not exists tokenlimits.usage_rollup (
+  group_id uuid not null,
+  kind text not null,
+  bucket timestamptz not null,
+  slot smallint not null,
+  cost bigint not null,
+  generations bigint not null,
+  constraint usage_rollup_pkey primary key (group_id, kind, bucket, slot)
+) with (fillfactor = 50);
+comment on table tokenlimits.usage_rollup is
+  'Live usage in buckets of 15 minutes UTC, on which every time zone''s hours begin; 16 slots.';
+
+-- After an uninstallation that kept the ledger, its history comes back.
+insert into tokenlimits.usage_rollup (group_id, kind, bucket, slot, cost, generations)
+select
+  u.group_id, u.kind, date_bin('15 minutes', u.created_at, '2000-01-01 00:00:00+00') as bucket, 0, sum(u.cost), count(*)
+from public.generation_usage as u
+where u.status in ('reserved', 'committed') and not exists (select from tokenlimits.usage_rollup)
+group by u.group_id, u.kind, bucket;
+
+-- kind '*' is every kind, also one that gets its first limit later.
+create table if not exists tokenlimits.usage_resets (
+  group_id uuid not null,
+  kind text not null,
+  reset_at timestamptz not null,
+  constraint usage_resets_pkey primary key (group_id, kind)
+);
+comment on table tokenlimits.usage_resets is 'When an admin last gave a group a fresh start: counters count from then.';
+
+revoke all on tokenlimits.counters, tokenlimits.usage_rollup, tokenlimits.usage_resets
+from public, anon, authenticated, service_role;
+
+-- A limit, its period and what is used of it, as one call sees them.
+do $do$
+begin
+  if to_regtype('tokenlimits.limit_state') is null then
+    create type tokenlimits.limit_state as (
+      counter_id bigint,
+      subject uuid,
+      kind text,
+      period text,
+      scope text,
+      max bigint,
+      since timestamptz,
+      until timestamptz,
+      used bigint,
+      is_open boolean
+    );
+  end if;
+end
+$do$;
+
+create or replace function tokenlimits.lock_groups(p_group_ids uuid[], p_exclusive boolean default false)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  -- 'tokl' in ASCII, so that our locks do not meet a project's own
+  c_class constant integer := 1953459052;
+  v_stripe integer;
+begin
+  -- 256 stripes bound the number of locks that a bulk edit takes; sorted, or two of us could deadlock
+  for v_stripe in
+    select distinct ('x' || right(g.id::text, 2))::bit(8)::integer
+    from unnest(p_group_ids) as g (id)
+    order by 1
+  loop
+    if p_exclusive then
+      perform pg_advisory_xact_lock(c_class, v_stripe);
+    else
+      perform pg_advisory_xact_lock_shared(c_class, v_stripe);
+    end if;
+  end loop;
+end
+$$;
+comment on function tokenlimits.lock_groups(uuid[], boolean) is
+  'Holds the limits of these groups still (shared), or waits for all who use them (exclusive), until the transaction ends.';
+revoke execute on function tokenlimits.lock_groups(uuid[], boolean) from public, anon, authenticated;
+
+create or replace function tokenlimits.rollup_bucket(p_at timestamptz)
+returns timestamptz
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  return date_bin('15 minutes', p_at, '2000-01-01 00:00:00+00');
+end
+$$;
+comment on function tokenlimits.rollup_bucket(timestamptz) is 'The beginning of the rollup bucket that a moment lies in.';
+revoke execute on function tokenlimits.rollup_bucket(timestamptz) from public, anon, authenticated;
+
+-- Counts afresh what a counter would hold. For a group: whole buckets from the rollup, and the part of a bucket before
+-- the first whole one from the ledger. For a member: from the ledger, by their own rows.
+create or replace function tokenlimits.count_usage(
+  p_group_id uuid,
+  p_user_id uuid,
+  p_kind text,
+  p_since timestamptz
+)
+returns bigint
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_whole timestamptz;
+begin
+  if p_user_id is not null then
+    return coalesce((
+      select sum(u.cost)
+      from public.generation_usage as u
+      where
+        u.user_id = p_user_id
+        and u.created_at >= p_since
+        and u.group_id = p_group_id
+        and u.kind = p_kind
+        and u.status in ('reserved', 'committed')
+    ), 0);
+  end if;
+  v_whole := case when isfinite(p_since) then tokenlimits.rollup_bucket(p_since) else p_since end;
+  if v_whole < p_since then
+    v_whole := v_whole + interval '15 minutes';
+  end if;
+  return coalesce((
+    select sum(r.cost)
+    from tokenlimits.usage_rollup as r
+    where r.group_id = p_group_id and r.kind = p_kind and r.bucket >= v_whole
+  ), 0) + coalesce((
+    select sum(u.cost)
+    from public.generation_usage as u
+    where
+      u.group_id = p_group_id
+      and u.created_at >= p_since
+      and u.created_at < v_whole
+      and u.kind = p_kind
+      and u.status in ('reserved', 'committed')
+  ), 0);
+end
+$$;
+comment on function tokenlimits.count_usage(uuid, uuid, text, timestamptz) is
+  'Live usage of a kind since a moment, of a member of a group, or of the whole group when the user is null.';
+revoke execute on function tokenlimits.count_usage(uuid, uuid, text, timestamptz) from public, anon, authenticated;

@@ -1,0 +1,180 @@
+-- What a group's limits are at a moment, and what happens when they are edited.
+--
+-- Invariants
+--   * limit_states answers members' limits first, then the group's, by counter_id: the order in which they are locked.
+--   * Every edit of limits, by function or by an admin's plain update, passes the triggers below.
+
+-- Hot path: one index scan for limits, one look-up per counter. Only a counter that is missing (a limit or a member that
+-- is new) or past costs more, once.
+create or replace function tokenlimits.limit_states(
+  p_group_id uuid,
+  p_user_id uuid,
+  p_kind text,
+  p_at timestamptz
+)
+returns tokenlimits.limit_state[]
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v record;
+  v_period tstzrange;
+  v_states tokenlimits.limit_state[] := '{}';
+begin
+  for v in
+    select
+      l.counter_id, s.subject, l.kind, l.period, l.scope, l.max,
+      c.since, c.until, c.used, c.until > p_at as is_open, g.timezone
+    from public.group_limits as l
+    inner join public.user_groups as g on g.id = l.group_id
+    cross join lateral (
+      select case l.scope when 'group' then p_group_id else p_user_id end as subject
+    ) as s
+    left join tokenlimits.counters as c on c.subject = s.subject and c.counter_id = l.counter_id
+    where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind)
+    order by l.kind, l.scope = 'group', l.counter_id
+  loop
+    if v.is_open is not true then
+      v_period := tokenlimits.period_of(v.period, v.timezone, p_at);
+      v.since := greatest(lower(v_period), (
+        select max(r.reset_at)
+        from tokenlimits.usage_resets as r
+        where r.group_id = p_group_id and r.kind in (v.kind, '*')
+      ));
+      v.used := case
+        when v.until is null then tokenlimits.count_usage(
+          p_group_id, case v.scope when 'member' then p_user_id end, v.kind, v.since
+        )
+        else 0
+      end;
+      v.until := upper(v_period);
+      v.is_open := false;
+    end if;
+    v_states := v_states || row(
+      v.counter_id, v.subject, v.kind, v.period, v.scope, v.max, v.since, v.until, v.used, v.is_open
+    )::tokenlimits.limit_state;
+  end loop;
+  return v_states;
+end
+$$;
+comment on function tokenlimits.limit_states(uuid, uuid, text, timestamptz) is
+  'A group''s limits for a user, of a kind or of all. When the user is null, a member limit counts all members together.';
+revoke execute on function tokenlimits.limit_states(uuid, uuid, text, timestamptz) from public, anon, authenticated;
+
+-- A limit that is another one from now on gets another counter.
+create or replace function tokenlimits.renew_counter()
+returns trigger
+language plpgsql
+-- definer: an admin has no right to the sequence
+security definer
+set search_path = ''
+as $$
+begin
+  new.counter_id := nextval(pg_get_serial_sequence('public.group_limits', 'counter_id'));
+  return new;
+end
+$$;
+comment on function tokenlimits.renew_counter() is 'Trigger: a changed limit is counted afresh.';
+revoke execute on function tokenlimits.renew_counter() from public, anon, authenticated;
+
+create or replace trigger group_limits_renew_counter
+before update on public.group_limits
+for each row
+when ((old.group_id, old.kind, old.period, old.scope) is distinct from (new.group_id, new.kind, new.period, new.scope))
+execute function tokenlimits.renew_counter();
+
+-- Waits for the calls that judge by the old limits, then drops the group's counters that no limit uses any more and
+-- counts the new ones, so that no worker has to. Members' counters are counted on their first call.
+create or replace function tokenlimits.apply_limits()
+returns trigger
+language plpgsql
+-- definer: counters are private
+security definer
+set search_path = ''
+as $$
+declare
+  v_group_id uuid;
+  v_group_ids uuid[];
+begin
+  if tg_op = 'INSERT' then
+    v_group_ids := array(select distinct n.group_id from new_rows as n);
+  elsif tg_op = 'DELETE' then
+    v_group_ids := array(select distinct o.group_id from old_rows as o);
+  else
+    v_group_ids := array(
+      select n.group_id from new_rows as n
+      union
+      select o.group_id from old_rows as o
+    );
+  end if;
+  perform tokenlimits.lock_groups(v_group_ids, true);
+  foreach v_group_id in array v_group_ids loop
+    perform tokenlimits.drop_stale_counters(v_group_id);
+    insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
+    select s.subject, s.counter_id, s.since, s.until, s.used
+    from unnest(tokenlimits.limit_states(v_group_id, null, null, tokenlimits.clock())) as s
+    where s.scope = 'group' and not s.is_open
+    on conflict (subject, counter_id) do update
+    set since = excluded.since, until = excluded.until, used = excluded.used;
+  end loop;
+  return null;
+end
+$$;
+comment on function tokenlimits.apply_limits() is 'Trigger: opens the counters of edited limits when nobody is using them.';
+revoke execute on function tokenlimits.apply_limits() from public, anon, authenticated;
+
+create or replace function tokenlimits.drop_stale_counters(p_subject uuid)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  delete from tokenlimits.counters as c
+  where
+    c.subject = p_subject
+    and not exists (select from public.group_limits as l where l.counter_id = c.counter_id);
+end
+$$;
+comment on function tokenlimits.drop_stale_counters(uuid) is 'Drops a subject''s counters of limits that are gone.';
+revoke execute on function tokenlimits.drop_stale_counters(uuid) from public, anon, authenticated;
+
+create or replace trigger group_limits_apply_insert
+after insert on public.group_limits
+referencing new table as new_rows
+for each statement execute function tokenlimits.apply_limits();
+
+create or replace trigger group_limits_apply_update
+after update on public.group_limits
+referencing old table as old_rows new table as new_rows
+for each statement execute function tokenlimits.apply_limits();
+
+create or replace trigger group_limits_apply_delete
+after delete on public.group_limits
+referencing old table as old_rows
+for each statement execute function tokenlimits.apply_limits();
+
+-- Every period of the group begins at another moment now.
+create or replace function tokenlimits.renew_counters()
+returns trigger
+language plpgsql
+-- definer: the limits' counters change whatever the caller may write
+security definer
+set search_path = ''
+as $$
+begin
+  update public.group_limits as l
+  set counter_id = default
+  where l.group_id = new.id;
+  return null;
+end
+$$;
+comment on function tokenlimits.renew_counters() is 'Trigger: in another time zone all limits of the group are others.';
+revoke execute on function tokenlimits.renew_counters() from public, anon, authenticated;
+
+create or replace trigger user_groups_renew_counters
+after update on public.user_groups
+for each row
+when (old.timezone is distinct from new.timezone)
+execute function tokenlimits.renew_counters();

@@ -1,0 +1,243 @@
+-- Judging a request, and putting the verdict into an answer.
+--
+-- Invariants
+--   * judge writes nothing and waits for no counter, so a denial is cheap.
+--   * Of several groups without room, the answer is about the one that will have room first.
+
+-- The groups that may pay for a user, in the order in which they are tried.
+create or replace function tokenlimits.paying_groups(p_user_id uuid, p_group_id uuid default null)
+returns uuid[]
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_ids uuid[] := array(
+    select g.id
+    from public.group_memberships as m
+    inner join public.user_groups as g on g.id = m.group_id
+    where m.user_id = p_user_id
+    order by g.priority desc, m.joined_at, g.id
+  );
+begin
+  if v_ids = '{}' then
+    v_ids := array(select g.id from public.user_groups as g where g.is_default);
+  end if;
+  if p_group_id is null then
+    return v_ids;
+  elsif p_group_id = any(v_ids) then
+    return array[p_group_id];
+  elsif exists (select from public.user_groups as g where g.id = p_group_id) then
+    return '{}';
+  end if;
+  raise exception using
+    errcode = 'TL002',
+    message = format('there is no group %s', p_group_id),
+    detail = p_group_id::text,
+    hint = 'It may have been deleted; list the groups to see which there are.';
+end
+$$;
+comment on function tokenlimits.paying_groups(uuid, uuid) is
+  'A user''s groups by priority, then by when they joined; the default group for a user in none; or the pinned one.';
+revoke execute on function tokenlimits.paying_groups(uuid, uuid) from public, anon, authenticated;
+
+create or replace function tokenlimits.judge(
+  p_user_id uuid,
+  p_kind text,
+  p_cost bigint,
+  p_group_ids uuid[],
+  p_at timestamptz,
+  out allowed boolean,
+  out reason text,
+  out group_id uuid,
+  out states tokenlimits.limit_state[],
+  out denied_by tokenlimits.limit_state,
+  out at timestamptz
+)
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_group_id uuid;
+  v_states tokenlimits.limit_state[];
+  v_state tokenlimits.limit_state;
+  v_full tokenlimits.limit_state;
+  v_room_at timestamptz;
+  v_first_room_at timestamptz;
+begin
+  allowed := false;
+  reason := case when p_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
+  at := p_at;
+  foreach v_group_id in array p_group_ids loop
+    v_states := tokenlimits.limit_states(v_group_id, p_user_id, p_kind, p_at);
+    continue when v_states = '{}';
+    v_full := null;
+    v_room_at := '-infinity';
+    foreach v_state in array v_states loop
+      -- a counter may be ahead of a clock that was set back; the usage belongs to the counter's period then
+      at := greatest(at, v_state.since);
+      if v_state.used + p_cost > v_state.max then
+        -- what can never fit, and a lifetime limit, wait for ever
+        if p_cost > v_state.max then
+          v_state.until := 'infinity';
+        end if;
+        if v_full is null or v_state.until > v_room_at then
+          v_full := v_state;
+          v_room_at := v_state.until;
+        end if;
+      end if;
+    end loop;
+    if v_full is null then
+      allowed := true;
+      reason := null;
+      group_id := v_group_id;
+      states := v_states;
+      denied_by := null;
+      return;
+    end if;
+    if v_first_room_at is null or v_room_at < v_first_room_at then
+      v_first_room_at := v_room_at;
+      reason := 'limit_exceeded';
+      group_id := v_group_id;
+      states := v_states;
+      denied_by := v_full;
+    end if;
+  end loop;
+end
+$$;
+comment on function tokenlimits.judge(uuid, text, bigint, uuid[], timestamptz) is
+  'Which of the groups pays for a request at a moment, or why none does.';
+revoke execute on function tokenlimits.judge(uuid, text, bigint, uuid[], timestamptz) from public, anon, authenticated;
+
+create or replace function tokenlimits.limit_json(p_state tokenlimits.limit_state)
+returns jsonb
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  return jsonb_build_object(
+    'kind', p_state.kind,
+    'period', p_state.period,
+    'scope', p_state.scope,
+    'max', p_state.max,
+    'used', p_state.used,
+    'remaining', greatest(p_state.max - p_state.used, 0),
+    'reset_at', nullif(p_state.until, 'infinity')
+  );
+end
+$$;
+comment on function tokenlimits.limit_json(tokenlimits.limit_state) is 'A limit as clients see it.';
+revoke execute on function tokenlimits.limit_json(tokenlimits.limit_state) from public, anon, authenticated;
+
+-- Says it to people: "Image generation limit exceeded: 100 of 100 used this month, resets 2026-12-01 00:00 UTC".
+create or replace function tokenlimits.denial_text(
+  p_reason text,
+  p_kind text,
+  p_cost bigint,
+  p_denied_by tokenlimits.limit_state,
+  p_timezone text
+)
+returns text
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_kind text := replace(p_kind, '_', ' ');
+begin
+  if p_reason = 'not_in_group' then
+    return 'The user is in no group that may pay for this';
+  elsif p_reason = 'no_limit_for_kind' then
+    return format('None of the user''s groups has a limit for %s generations, so none is allowed', v_kind);
+  end if;
+  return upper(left(v_kind, 1)) || substr(v_kind, 2)
+    || format(' generation limit exceeded: %s of %s used ', p_denied_by.used, p_denied_by.max)
+    || case p_denied_by.scope when 'member' then 'by this user ' else '' end
+    || case p_denied_by.period
+      when 'day' then 'today'
+      when 'lifetime' then 'in total'
+      else 'this ' || p_denied_by.period
+    end
+    || case when p_cost > 1 then format(', %s more asked for', p_cost) else '' end
+    || case
+      when isfinite(p_denied_by.until)
+        then ', resets ' || to_char(p_denied_by.until at time zone p_timezone, 'YYYY-MM-DD HH24:MI ') || p_timezone
+      else ''
+    end;
+end
+$$;
+comment on function tokenlimits.denial_text(text, text, bigint, tokenlimits.limit_state, text) is
+  'Why a request was denied, in a sentence.';
+revoke execute on function tokenlimits.denial_text(text, text, bigint, tokenlimits.limit_state, text)
+from public, anon, authenticated;
+
+-- The object that workers get. Of an allowed request, remaining and reset_at are those of the limit with the least room;
+-- of a denied one, reset_at is when the limit that denied it will have room (null: never by itself).
+create or replace function tokenlimits.answer(
+  p_kind text,
+  p_cost bigint,
+  p_reason text,
+  p_group_id uuid,
+  p_states tokenlimits.limit_state[],
+  p_denied_by tokenlimits.limit_state,
+  p_usage public.generation_usage,
+  p_replayed boolean
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_group record;
+  v_state tokenlimits.limit_state;
+  v_limits jsonb := '[]';
+  v_remaining bigint;
+  v_reset_at timestamptz;
+begin
+  select g.name, g.timezone into v_group
+  from public.user_groups as g
+  where g.id = p_group_id;
+  foreach v_state in array coalesce(p_states, '{}') loop
+    v_limits := v_limits || tokenlimits.limit_json(v_state);
+    if v_remaining is null or v_state.max - v_state.used < v_remaining then
+      v_remaining := v_state.max - v_state.used;
+      v_reset_at := v_state.until;
+    end if;
+  end loop;
+  if p_reason is not null then
+    v_reset_at := p_denied_by.until;
+  end if;
+  return jsonb_build_object(
+    'allowed', p_reason is null,
+    'reason', p_reason,
+    'error', case
+      when p_reason is not null
+        then tokenlimits.denial_text(p_reason, p_kind, p_cost, p_denied_by, coalesce(v_group.timezone, 'UTC'))
+    end,
+    'usage_id', p_usage.id,
+    'status', p_usage.status,
+    'expires_at', p_usage.expires_at,
+    'group', case when p_group_id is not null then jsonb_build_object('id', p_group_id, 'name', v_group.name) end,
+    'kind', p_kind,
+    'cost', p_cost,
+    'limits', v_limits,
+    'denied_by', case when p_reason = 'limit_exceeded' then tokenlimits.limit_json(p_denied_by) end,
+    'remaining', greatest(v_remaining, 0),
+    'reset_at', nullif(v_reset_at, 'infinity'),
+    'retry_after', case
+      when p_reason is not null
+        then ceil(extract(epoch from nullif(v_reset_at, 'infinity') - tokenlimits.clock()))
+    end,
+    'replayed', p_replayed
+  );
+end
+$$;
+comment on function tokenlimits.answer(
+  text, bigint, text, uuid, tokenlimits.limit_state[], tokenlimits.limit_state, public.generation_usage, boolean
+) is 'A verdict or a recorded usage as workers see it.';
+revoke execute on function tokenlimits.answer(
+  text, bigint, text, uuid, tokenlimits.limit_state[], tokenlimits.limit_state, public.generation_usage, boolean
+) from public, anon, authenticated;

@@ -1,0 +1,550 @@
+-- For admins: groups with their limits, members, a fresh start.
+--
+-- Invariants
+--   * Each function opens with require_admin; those that can, run as their caller, so that row-level security decides too.
+--   * One function, one transaction: an error leaves nothing half-made.
+
+create or replace function tokenlimits.group_json(p_group public.user_groups)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return to_jsonb(p_group) || jsonb_build_object('limits', coalesce((
+    select jsonb_agg(
+      jsonb_build_object('kind', l.kind, 'period', l.period, 'scope', l.scope, 'max', l.max)
+      order by l.kind, l.scope, array_position(array['minute', 'hour', 'day', 'week', 'month', 'lifetime'], l.period)
+    )
+    from public.group_limits as l
+    where l.group_id = p_group.id
+  ), '[]'));
+end
+$$;
+comment on function tokenlimits.group_json(public.user_groups) is 'A group with its limits, as clients see it.';
+revoke execute on function tokenlimits.group_json(public.user_groups) from public, anon, authenticated;
+grant execute on function tokenlimits.group_json(public.user_groups) to authenticated, service_role;
+
+create or replace function tokenlimits.require_group(p_group_id uuid)
+returns public.user_groups
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_group public.user_groups;
+begin
+  select * into v_group from public.user_groups as g where g.id = p_group_id;
+  if not found then
+    raise exception using
+      errcode = 'TL002',
+      message = format('there is no group %s', coalesce(p_group_id::text, 'null')),
+      detail = p_group_id::text,
+      hint = 'It may have been deleted; list the groups to see which there are.';
+  end if;
+  return v_group;
+end
+$$;
+comment on function tokenlimits.require_group(uuid) is 'The group of that id; raises TL002 when there is none.';
+revoke execute on function tokenlimits.require_group(uuid) from public, anon, authenticated;
+grant execute on function tokenlimits.require_group(uuid) to authenticated, service_role;
+
+-- Refuses a bad set of limits with the path of the field, like limits[2].max.
+create or replace function tokenlimits.check_limits(p_limits jsonb)
+returns void
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  v_limit jsonb;
+  v_seen jsonb := '{}';
+  v_identity text;
+  v_index integer := -1;
+  v_field text;
+begin
+  if jsonb_typeof(p_limits) <> 'array' then
+    raise exception using errcode = 'TL001', message = 'limits: must be an array', detail = 'limits';
+  end if;
+  for v_limit in select e.value from jsonb_array_elements(p_limits) as e loop
+    v_index := v_index + 1;
+    v_field := case
+      when jsonb_typeof(v_limit) <> 'object' then ''
+      when coalesce(v_limit ->> 'kind', '') !~ '^[a-z][a-z0-9_]{0,31}$' then '.kind'
+      when coalesce(v_limit ->> 'period', '')
+        not in ('minute', 'hour', 'day', 'week', 'month', 'lifetime') then '.period'
+      when coalesce(v_limit ->> 'scope', '') not in ('group', 'member') then '.scope'
+      when not v_limit ? 'max' then '.max'
+      when jsonb_typeof(v_limit -> 'max') = 'null' then null
+      when jsonb_typeof(v_limit -> 'max') <> 'number' then '.max'
+      when (v_limit ->> 'max')::numeric not between 0 and 1000000000000000 then '.max'
+      when (v_limit ->> 'max')::numeric <> trunc((v_limit ->> 'max')::numeric) then '.max'
+    end;
+    v_identity := concat_ws(' ', v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'scope');
+    if v_field is null and v_seen ? v_identity then
+      v_field := '';
+    end if;
+    if v_field is not null then
+      raise exception using
+        errcode = 'TL001',
+        message = format('limits[%s]%s: not a valid limit, or there twice: %s', v_index, v_field, left(v_limit::text, 200)),
+        detail = format('limits[%s]%s', v_index, v_field),
+        hint = 'A limit is {"kind": "image", "period": "day", "scope": "member", "max": 50}; max may be null. Nothing was saved.';
+    end if;
+    v_seen := v_seen || jsonb_build_object(v_identity, true);
+  end loop;
+end
+$$;
+comment on function tokenlimits.check_limits(jsonb) is 'Refuses limits that are not valid, before anything is written.';
+revoke execute on function tokenlimits.check_limits(jsonb) from public, anon, authenticated;
+grant execute on function tokenlimits.check_limits(jsonb) to authenticated, service_role;
+
+-- What stays the same keeps its counters: only what differs is written.
+create or replace function tokenlimits.replace_limits(p_group_id uuid, p_limits jsonb)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  delete from public.group_limits as l
+  where
+    l.group_id = p_group_id
+    and not exists (
+      select
+      from jsonb_to_recordset(p_limits) as n (kind text, period text, scope text)
+      where (n.kind, n.period, n.scope) = (l.kind, l.period, l.scope)
+    );
+  insert into public.group_limits as l (group_id, kind, period, scope, max)
+  select p_group_id, n.kind, n.period, n.scope, n.max::bigint
+  from jsonb_to_recordset(p_limits) as n (kind text, period text, scope text, max numeric)
+  on conflict on constraint group_limits_pkey do update
+  set max = excluded.max
+  where l.max is distinct from excluded.max;
+end
+$$;
+comment on function tokenlimits.replace_limits(uuid, jsonb) is 'Makes a group''s limits these.';
+revoke execute on function tokenlimits.replace_limits(uuid, jsonb) from public, anon, authenticated;
+grant execute on function tokenlimits.replace_limits(uuid, jsonb) to authenticated, service_role;
+
+create or replace function public.save_group(
+  p_group_id uuid default null,
+  p_name text default null,
+  p_description text default null,
+  p_priority integer default null,
+  p_timezone text default null,
+  p_is_default boolean default null,
+  p_limits jsonb default null
+)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_group public.user_groups;
+begin
+  perform tokenlimits.require_admin();
+  if p_limits is not null then
+    perform tokenlimits.check_limits(p_limits);
+  end if;
+  if p_group_id is not null then
+    v_group := tokenlimits.require_group(p_group_id);
+  end if;
+  if char_length(btrim(coalesce(p_name, v_group.name, ''))) not between 1 and 200 then
+    raise exception using
+      errcode = 'TL001', message = 'name: must have 1 to 200 characters', detail = 'name', hint = 'Nothing was saved.';
+  elsif char_length(p_description) > 2000 then
+    raise exception using
+      errcode = 'TL001',
+      message = 'description: must have at most 2000 characters',
+      detail = 'description',
+      hint = 'Nothing was saved.';
+  end if;
+  if p_is_default then
+    update public.user_groups as g
+    set is_default = false
+    where g.is_default and g.id is distinct from p_group_id;
+  end if;
+  begin
+    if p_group_id is null then
+      insert into public.user_groups as g (name, description, priority, timezone, is_default)
+      values (
+        p_name, coalesce(p_description, ''), coalesce(p_priority, 0),
+        coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false)
+      )
+      returning * into v_group;
+    else
+      update public.user_groups as g
+      set
+        name = coalesce(p_name, g.name),
+        description = coalesce(p_description, g.description),
+        priority = coalesce(p_priority, g.priority),
+        timezone = coalesce(p_timezone, g.timezone),
+        is_default = coalesce(p_is_default, g.is_default)
+      where g.id = p_group_id
+      returning * into v_group;
+    end if;
+  exception
+    when unique_violation then
+      raise exception using
+        errcode = 'TL003',
+        message = format('there is a group named %L already', btrim(p_name)),
+        detail = btrim(p_name),
+        hint = 'Names are unique whatever their case; nothing was saved.';
+  end;
+  if p_limits is not null then
+    perform tokenlimits.replace_limits(v_group.id, p_limits);
+  end if;
+  return tokenlimits.group_json(v_group);
+end
+$$;
+comment on function public.save_group(uuid, text, text, integer, text, boolean, jsonb) is
+  'Makes a group, or changes what is not null of an existing one, with its whole set of limits, in one step.';
+revoke execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb)
+to authenticated, service_role;
+
+create or replace function public.set_group_limit(p_group_id uuid, p_limit jsonb)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.check_limits(jsonb_build_array(p_limit));
+  perform tokenlimits.require_group(p_group_id);
+  insert into public.group_limits as l (group_id, kind, period, scope, max)
+  values (
+    p_group_id, p_limit ->> 'kind', p_limit ->> 'period', p_limit ->> 'scope', (p_limit ->> 'max')::numeric::bigint
+  )
+  on conflict on constraint group_limits_pkey do update
+  set max = excluded.max;
+  return tokenlimits.group_json(tokenlimits.require_group(p_group_id));
+end
+$$;
+comment on function public.set_group_limit(uuid, jsonb) is 'Adds one limit to a group, or changes its max.';
+revoke execute on function public.set_group_limit(uuid, jsonb) from public, anon, authenticated, service_role;
+grant execute on function public.set_group_limit(uuid, jsonb) to authenticated, service_role;
+
+create or replace function public.remove_group_limit(p_group_id uuid, p_kind text, p_period text, p_scope text)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  delete from public.group_limits as l
+  where l.group_id = p_group_id and l.kind = p_kind and l.period = p_period and l.scope = p_scope;
+  return tokenlimits.group_json(tokenlimits.require_group(p_group_id));
+end
+$$;
+comment on function public.remove_group_limit(uuid, text, text, text) is
+  'Removes one limit of a group; without the limit that is no error.';
+revoke execute on function public.remove_group_limit(uuid, text, text, text)
+from public, anon, authenticated, service_role;
+grant execute on function public.remove_group_limit(uuid, text, text, text) to authenticated, service_role;
+
+create or replace function public.delete_group(p_group_id uuid)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_group jsonb;
+begin
+  perform tokenlimits.require_admin();
+  v_group := tokenlimits.group_json(tokenlimits.require_group(p_group_id));
+  delete from public.user_groups as g where g.id = p_group_id;
+  return v_group;
+end
+$$;
+comment on function public.delete_group(uuid) is 'Deletes a group with its limits and memberships; the ledger stays.';
+revoke execute on function public.delete_group(uuid) from public, anon, authenticated, service_role;
+grant execute on function public.delete_group(uuid) to authenticated, service_role;
+
+create or replace function public.find_groups(
+  p_group_id uuid default null,
+  p_name text default null,
+  p_search text default null,
+  p_after text default null,
+  p_page_size integer default 200
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.require_admin();
+  return coalesce((
+    select jsonb_agg(tokenlimits.group_json(page.g) order by lower((page.g).name))
+    from (
+      select g
+      from public.user_groups as g
+      where
+        (p_group_id is null or g.id = p_group_id)
+        and (p_name is null or lower(g.name) = lower(btrim(p_name)))
+        and (p_search is null or strpos(lower(g.name), lower(btrim(p_search))) > 0)
+        and (p_after is null or lower(g.name) > lower(p_after))
+      order by lower(g.name)
+      limit least(greatest(p_page_size, 1), 500)
+    ) as page
+  ), '[]');
+end
+$$;
+comment on function public.find_groups(uuid, text, text, text, integer) is
+  'Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, in their order.';
+revoke execute on function public.find_groups(uuid, text, text, text, integer)
+from public, anon, authenticated, service_role;
+grant execute on function public.find_groups(uuid, text, text, text, integer) to authenticated, service_role;
+
+create or replace function tokenlimits.add_members(p_group_id uuid, p_user_ids uuid[])
+returns jsonb
+language plpgsql
+volatile
+-- definer: auth.users is not open to admins
+security definer
+set search_path = ''
+as $$
+declare
+  v_known uuid[];
+  v_added bigint;
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  if p_user_ids is null or array_position(p_user_ids, null) is not null then
+    raise exception using errcode = 'TL001', message = 'user_ids: must be an array of ids', detail = 'user_ids';
+  end if;
+  v_known := array(select u.id from auth.users as u where u.id = any(p_user_ids) order by u.id);
+  insert into public.group_memberships as m (group_id, user_id)
+  select p_group_id, k.id
+  from unnest(v_known) as k (id)
+  on conflict on constraint group_memberships_pkey do nothing;
+  get diagnostics v_added = row_count;
+  return jsonb_build_object(
+    'added', v_added,
+    'already', cardinality(v_known) - v_added,
+    'unknown', to_jsonb(array(
+      select distinct p.id
+      from unnest(p_user_ids) as p (id)
+      where p.id <> all(v_known)
+    ))
+  );
+end
+$$;
+comment on function tokenlimits.add_members(uuid, uuid[]) is 'What add_group_members does.';
+revoke execute on function tokenlimits.add_members(uuid, uuid[]) from public, anon, authenticated;
+grant execute on function tokenlimits.add_members(uuid, uuid[]) to authenticated, service_role;
+
+create or replace function public.add_group_members(p_group_id uuid, p_user_ids uuid[])
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return tokenlimits.add_members(p_group_id, p_user_ids);
+end
+$$;
+comment on function public.add_group_members(uuid, uuid[]) is
+  'Adds users to a group: how many were added, how many were there already, and which ids are of no user.';
+revoke execute on function public.add_group_members(uuid, uuid[]) from public, anon, authenticated, service_role;
+grant execute on function public.add_group_members(uuid, uuid[]) to authenticated, service_role;
+
+create or replace function public.remove_group_members(p_group_id uuid, p_user_ids uuid[])
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_removed bigint;
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  delete from public.group_memberships as m
+  where m.group_id = p_group_id and m.user_id = any(p_user_ids);
+  get diagnostics v_removed = row_count;
+  return jsonb_build_object('removed', v_removed);
+end
+$$;
+comment on function public.remove_group_members(uuid, uuid[]) is
+  'Removes users from a group, and says how many were in it; their usage stays.';
+revoke execute on function public.remove_group_members(uuid, uuid[]) from public, anon, authenticated, service_role;
+grant execute on function public.remove_group_members(uuid, uuid[]) to authenticated, service_role;
+
+create or replace function public.move_group_member(p_user_id uuid, p_from uuid, p_to uuid)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_moved boolean;
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_from);
+  perform tokenlimits.require_group(p_to);
+  delete from public.group_memberships as m
+  where m.group_id = p_from and m.user_id = p_user_id and p_from <> p_to;
+  v_moved := found;
+  if v_moved then
+    insert into public.group_memberships as m (group_id, user_id)
+    values (p_to, p_user_id)
+    on conflict on constraint group_memberships_pkey do nothing;
+  end if;
+  return jsonb_build_object('moved', v_moved);
+end
+$$;
+comment on function public.move_group_member(uuid, uuid, uuid) is
+  'Moves a user from one group to another in one step; false when the user was not in the first.';
+revoke execute on function public.move_group_member(uuid, uuid, uuid) from public, anon, authenticated, service_role;
+grant execute on function public.move_group_member(uuid, uuid, uuid) to authenticated, service_role;
+
+create or replace function tokenlimits.reset_usage(p_group_id uuid, p_kind text)
+returns jsonb
+language plpgsql
+volatile
+-- definer: resets are private
+security definer
+set search_path = ''
+as $$
+declare
+  v_at timestamptz;
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  if p_kind !~ '^[a-z][a-z0-9_]{0,31}$' then
+    raise exception using errcode = 'TL001', message = 'kind: is not a kind of generation', detail = 'kind';
+  end if;
+  -- nobody is between being judged and being recorded now: what was recorded before is before, what comes is after
+  perform tokenlimits.lock_groups(array[p_group_id], true);
+  v_at := greatest(
+    tokenlimits.clock(),
+    (
+      select max(u.created_at) + interval '1 microsecond'
+      from public.generation_usage as u
+      where u.group_id = p_group_id
+    )
+  );
+  insert into tokenlimits.usage_resets as r (group_id, kind, reset_at)
+  values (p_group_id, coalesce(p_kind, '*'), v_at)
+  on conflict on constraint usage_resets_pkey do update
+  set reset_at = excluded.reset_at;
+  update public.group_limits as l
+  set counter_id = default
+  where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind);
+  return jsonb_build_object('reset_at', v_at);
+end
+$$;
+comment on function tokenlimits.reset_usage(uuid, text) is 'What reset_group_usage does.';
+revoke execute on function tokenlimits.reset_usage(uuid, text) from public, anon, authenticated;
+grant execute on function tokenlimits.reset_usage(uuid, text) to authenticated, service_role;
+
+create or replace function public.reset_group_usage(p_group_id uuid, p_kind text default null)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return tokenlimits.reset_usage(p_group_id, p_kind);
+end
+$$;
+comment on function public.reset_group_usage(uuid, text) is
+  'A fresh start for a group''s current periods, of a kind or of all; the ledger keeps everything.';
+revoke execute on function public.reset_group_usage(uuid, text) from public, anon, authenticated, service_role;
+grant execute on function public.reset_group_usage(uuid, text) to authenticated, service_role;
+
+create or replace function tokenlimits.list_members(p_group_id uuid, p_after uuid, p_page_size integer)
+returns jsonb
+language plpgsql
+stable
+-- definer: e-mail addresses are in auth.users, which is not open to admins
+security definer
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  return coalesce((
+    select jsonb_agg(to_jsonb(page) order by page.user_id)
+    from (
+      select m.user_id, u.email, m.joined_at
+      from public.group_memberships as m
+      inner join auth.users as u on u.id = m.user_id
+      where m.group_id = p_group_id and (p_after is null or m.user_id > p_after)
+      order by m.user_id
+      limit least(greatest(p_page_size, 1), 1000)
+    ) as page
+  ), '[]');
+end
+$$;
+comment on function tokenlimits.list_members(uuid, uuid, integer) is 'What group_members does.';
+revoke execute on function tokenlimits.list_members(uuid, uuid, integer) from public, anon, authenticated;
+grant execute on function tokenlimits.list_members(uuid, uuid, integer) to authenticated, service_role;
+
+create or replace function public.group_members(
+  p_group_id uuid,
+  p_after uuid default null,
+  p_page_size integer default 500
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.list_members(p_group_id, p_after, p_page_size);
+end
+$$;
+comment on function public.group_members(uuid, uuid, integer) is
+  'A group''s members with their e-mail addresses: the page after a user id, in the order of ids.';
+revoke execute on function public.group_members(uuid, uuid, integer) from public, anon, authenticated, service_role;
+grant execute on function public.group_members(uuid, uuid, integer) to authenticated, service_role;
+
+create or replace function tokenlimits.search_users(p_email text, p_page_size integer)
+returns jsonb
+language plpgsql
+stable
+-- definer: auth.users is not open to admins
+security definer
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.require_admin();
+  return coalesce((
+    select jsonb_agg(to_jsonb(page) order by page.email)
+    from (
+      select u.id as user_id, u.email
+      from auth.users as u
+      where strpos(lower(u.email), lower(btrim(p_email))) > 0
+      order by u.email
+      limit least(greatest(p_page_size, 1), 200)
+    ) as page
+  ), '[]');
+end
+$$;
+comment on function tokenlimits.search_users(text, integer) is 'What find_users does.';
+revoke execute on function tokenlimits.search_users(text, integer) from public, anon, authenticated;
+grant execute on function tokenlimits.search_users(text, integer) to authenticated, service_role;
+
+create or replace function public.find_users(p_email text, p_page_size integer default 20)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.search_users(p_email, p_page_size);
+end
+$$;
+comment on function public.find_users(text, integer) is 'Users whose e-mail address contains a text, whatever its case.';
+revoke execute on function public.find_users(text, integer) from public, anon, authenticated, service_role;
+grant execute on function public.find_users(text, integer) to authenticated, service_role;

@@ -1,0 +1,41 @@
+-- Who may touch the tables: admins through row-level security, the service key, and nobody else.
+--
+-- Invariants
+--   * One permissive policy per table, action and role.
+--   * Nobody writes the ledger through the API: only definer functions do.
+--   * It holds on projects whose default privileges grant everything in public, and on those that grant nothing.
+
+alter table public.user_groups enable row level security;
+alter table public.group_limits enable row level security;
+alter table public.group_memberships enable row level security;
+alter table public.generation_usage enable row level security;
+
+revoke all on public.user_groups, public.group_limits, public.group_memberships, public.generation_usage
+from public, anon, authenticated, service_role;
+grant select, insert, update, delete on public.user_groups, public.group_limits, public.group_memberships
+to authenticated, service_role;
+grant select on public.generation_usage to authenticated, service_role;
+
+do $do$
+declare
+  v_table text;
+  v_action text;
+  v_name text;
+begin
+  foreach v_table in array array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'] loop
+    foreach v_action in array array['select', 'insert', 'update', 'delete'] loop
+      continue when v_table = 'generation_usage' and v_action <> 'select';
+      v_name := format('admins may %s', v_action);
+      execute format('drop policy if exists %I on public.%I', v_name, v_table);
+      execute format(
+        'create policy %I on public.%I for %s to authenticated %s %s', v_name, v_table, v_action,
+        case when v_action <> 'insert' then 'using ((select tokenlimits.is_admin()))' end,
+        case when v_action in ('insert', 'update') then 'with check ((select tokenlimits.is_admin()))' end
+      );
+    end loop;
+  end loop;
+end
+$do$;
+
+-- PostgREST serves the new functions from now on.
+notify pgrst, 'reload schema';

@@ -1,0 +1,2240 @@
+-- tokenlimits: exact limits on generations. Apply it in Supabase's SQL editor, or as a migration.
+-- It can be applied again without harm: data, and your own tokenlimits.is_admin(), stay.
+-- Generated from sql/schema/ by `make sql`; edit it there.
+
+-- The private schema, who is an admin, and the clock.
+--
+-- Invariants
+--   * Nothing in the schema tokenlimits is exposed through the API: it is not in PostgREST's list of schemas.
+--   * A project's own tokenlimits.is_admin() survives another application of this file.
+--
+-- SQLSTATEs that our functions raise (PostgREST passes them on as "code", with 400)
+--   TL001  invalid request; DETAIL is the name of the field
+--   TL002  group not found
+--   TL003  a group of that name exists (whatever its case)
+--   TL004  unknown user
+--   TL005  usage not found
+--   TL006  usage already settled in another way
+--   TL007  the hold has expired and its cost no longer fits
+--   TL008  idempotency key used for another request
+--   TL009  the transaction is not READ COMMITTED
+--   TL099  overtaken by another call; caught inside, never leaves
+--   42501  the caller is no admin
+
+create schema if not exists tokenlimits;
+comment on schema tokenlimits is 'Private parts of tokenlimits: counters, rollup, helpers. Not for the API.';
+
+revoke all on schema tokenlimits from public, anon, authenticated, service_role;
+grant usage on schema tokenlimits to authenticated, service_role;
+
+-- Signed-in users with app_metadata.role = 'admin' are admins; a user can write user_metadata, but never app_metadata.
+-- Made only if it is not there, so that a project can put its own rule in its place.
+do $do$
+begin
+  if to_regprocedure('tokenlimits.is_admin()') is null then
+    create function tokenlimits.is_admin()
+    returns boolean
+    language sql
+    stable
+    set search_path = ''
+    as $body$
+      select coalesce((select auth.jwt()) -> 'app_metadata' ->> 'role' = 'admin', false)
+    $body$;
+    comment on function tokenlimits.is_admin() is
+      'Is the caller an admin? Replace its body to use your own rule; applying tokenlimits again keeps it.';
+  end if;
+end
+$do$;
+
+revoke execute on function tokenlimits.is_admin() from public, anon, authenticated;
+grant execute on function tokenlimits.is_admin() to authenticated, service_role;
+
+-- Admin functions open with this. Besides admins it lets pass whoever may act as service_role: the service key and the
+-- database's owner. The GUC "role" still names the caller inside a definer function, where current_user does not.
+create or replace function tokenlimits.require_admin()
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_caller text := coalesce(nullif(current_setting('role', true), 'none'), session_user);
+begin
+  if pg_has_role(v_caller, 'service_role', 'member') or tokenlimits.is_admin() then
+    return;
+  end if;
+  raise exception using
+    errcode = '42501',
+    message = 'only an admin may do this',
+    hint = 'Sign in as a user whose app_metadata.role is ''admin'', or use the secret key on the server.';
+end
+$$;
+comment on function tokenlimits.require_admin() is 'Raises 42501 unless the caller is an admin or acts as service_role.';
+revoke execute on function tokenlimits.require_admin() from public, anon, authenticated;
+grant execute on function tokenlimits.require_admin() to authenticated, service_role;
+
+-- The one place that reads the time. Wall clock, not now(): a call that waited for a lock is recorded when it got it.
+create or replace function tokenlimits.clock()
+returns timestamptz
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return clock_timestamp();
+end
+$$;
+comment on function tokenlimits.clock() is 'The present moment, for every function of tokenlimits.';
+revoke execute on function tokenlimits.clock() from public, anon, authenticated;
+
+-- Time-ordered (RFC 9562, version 7): new rows land at the right edge of the primary key, which keeps it in memory.
+create or replace function tokenlimits.uuid_v7()
+returns uuid
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return encode(
+    set_bit(
+      set_bit(
+        overlay(
+          uuid_send(gen_random_uuid())
+          placing substring(int8send((extract(epoch from clock_timestamp()) * 1000)::bigint) from 3)
+          from 1 for 6
+        ),
+        52, 1
+      ),
+      53, 1
+    ),
+    'hex'
+  )::uuid;
+end
+$$;
+comment on function tokenlimits.uuid_v7() is 'A new time-ordered UUID.';
+revoke execute on function tokenlimits.uuid_v7() from public, anon, authenticated;
+
+create or replace function public.tokenlimits_version()
+returns jsonb
+language sql
+immutable
+set search_path = ''
+as $$
+  select jsonb_build_object('version', 1)
+$$;
+comment on function public.tokenlimits_version() is
+  'The version of the installed schema. Clients compare it with the least that they need.';
+revoke execute on function public.tokenlimits_version() from public, anon, authenticated, service_role;
+grant execute on function public.tokenlimits_version() to authenticated, service_role;
+
+-- Groups, their limits and members, and the ledger.
+--
+-- Invariants
+--   * Only functions of tokenlimits write the ledger; nothing deletes from it, and it has no foreign keys: deleting a
+--     group or a user must not touch millions of rows.
+--   * A limit is its (group, kind, period, scope). Its counter_id names the counters that count for it, and is a new
+--     one whenever they have to be counted afresh.
+--   * A time zone is one of pg_timezone_names: PostgreSQL itself would take 'Foo/Bar5'.
+
+create table if not exists public.user_groups (
+  id uuid not null default gen_random_uuid(),
+  name text not null,
+  description text not null default '',
+  priority integer not null default 0,
+  timezone text not null default 'UTC',
+  is_default boolean not null default false,
+  created_at timestamptz not null default now(),
+  updated_at timestamptz not null default now(),
+  constraint user_groups_pkey primary key (id),
+  constraint user_groups_name_check check (char_length(name) between 1 and 200 and name = btrim(name)),
+  constraint user_groups_description_check check (char_length(description) <= 2000)
+);
+comment on table public.user_groups is 'Groups of users that share limits on generations.';
+comment on column public.user_groups.priority is 'A user''s groups are tried from high to low.';
+comment on column public.user_groups.timezone is 'IANA name; calendar periods of the group''s limits begin in it.';
+comment on column public.user_groups.is_default is 'Judges the users who are in no group at all; one group at most.';
+
+create unique index if not exists user_groups_name_key on public.user_groups (lower(name));
+create unique index if not exists user_groups_is_default_key on public.user_groups (is_default) where is_default;
+
+create table if not exists public.group_limits (
+  group_id uuid not null,
+  kind text not null,
+  period text not null,
+  scope text not null,
+  max bigint,
+  counter_id bigint generated always as identity,
+  constraint group_limits_pkey primary key (group_id, kind, period, scope),
+  constraint group_limits_group_id_fkey foreign key (group_id) references public.user_groups (id) on delete cascade,
+  constraint group_limits_counter_id_key unique (counter_id),
+  constraint group_limits_kind_check check (kind ~ '^[a-z][a-z0-9_]{0,31}$'),
+  constraint group_limits_period_check check (period in ('minute', 'hour', 'day', 'week', 'month', 'lifetime')),
+  constraint group_limits_scope_check check (scope in ('group', 'member')),
+  -- 10^15 stays exact in JavaScript's numbers
+  constraint group_limits_max_check check (max between 0 and 1000000000000000)
+);
+comment on table public.group_limits is 'How much of a kind a group (or each of its members) may use in a period.';
+comment on column public.group_limits.max is 'Null: unlimited. 0: blocked.';
+comment on column public.group_limits.counter_id is 'Names the limit''s counters; set by tokenlimits alone.';
+
+create table if not exists public.group_memberships (
+  group_id uuid not null,
+  user_id uuid not null,
+  joined_at timestamptz not null default now(),
+  constraint group_memberships_pkey primary key (group_id, user_id),
+  constraint group_memberships_group_id_fkey foreign key (group_id)
+  references public.user_groups (id) on delete cascade,
+  constraint group_memberships_user_id_fkey foreign key (user_id) references auth.users (id) on delete cascade
+);
+comment on table public.group_memberships is 'Who is in which group.';
+create index if not exists group_memberships_user_id_idx on public.group_memberships (user_id);
+
+create table if not exists public.generation_usage (
+  id uuid not null,
+  group_id uuid not null,
+  user_id uuid not null,
+  kind text not null,
+  cost bigint not null,
+  status text not null,
+  idempotency_key text,
+  fingerprint uuid,
+  metadata jsonb not null default '{}',
+  created_at timestamptz not null,
+  settled_at timestamptz,
+  expires_at timestamptz,
+  constraint generation_usage_pkey primary key (id),
+  constraint generation_usage_key_key unique (idempotency_key, user_id),
+  constraint generation_usage_cost_check check (cost >= 0),
+  constraint generation_usage_status_check
+  check (status in ('reserved', 'committed', 'released', 'refunded', 'expired'))
+);
+comment on table public.generation_usage is
+  'The ledger: one row per generation, kept for ever. Written by functions of tokenlimits alone.';
+comment on column public.generation_usage.cost is 'What it takes from the limits while reserved or committed.';
+comment on column public.generation_usage.fingerprint is
+  'What was asked for under the idempotency key, since a commit may lower the cost.';
+comment on column public.generation_usage.created_at is 'Decides the period that it belongs to, whenever it is settled.';
+
+create index if not exists generation_usage_group_id_idx on public.generation_usage (group_id, created_at);
+create index if not exists generation_usage_user_id_idx on public.generation_usage (user_id, created_at);
+
+-- What an admin edits through the API arrives here as plain updates: names are trimmed, time zones are checked.
+create or replace function tokenlimits.check_group()
+returns trigger
+language plpgsql
+-- definer: it must work whatever the caller may see
+security definer
+set search_path = ''
+as $$
+declare
+  v_timezone text;
+begin
+  new.name := btrim(new.name);
+  new.updated_at := tokenlimits.clock();
+  if new.timezone <> 'UTC' and (tg_op = 'INSERT' or new.timezone is distinct from old.timezone) then
+    select tz.name into v_timezone
+    from pg_catalog.pg_timezone_names as tz
+    where lower(tz.name) = lower(new.timezone) and tz.name not like 'posix/%';
+    if v_timezone is null then
+      raise exception using
+        errcode = 'TL001',
+        message = format('timezone: %L is no IANA time zone', new.timezone),
+        detail = 'timezone',
+        hint = 'Use a name like ''Europe/Paris'' or ''UTC''.';
+    end if;
+    new.timezone := v_timezone;
+  end if;
+  return new;
+end
+$$;
+comment on function tokenlimits.check_group() is 'Trigger: tidies and checks a group that is written.';
+revoke execute on function tokenlimits.check_group() from public, anon, authenticated;
+
+create or replace trigger user_groups_check
+before insert or update on public.user_groups
+for each row execute function tokenlimits.check_group();
+
+-- Counters, rollup and resets: what makes a call's cost independent of history.
+--
+-- Invariants
+--   * A counter that exists and whose period is current equals the sum of the live ledger rows of its limit and subject
+--     in [since, until). Whoever writes a ledger row opens and moves every counter that it counts for, in the same
+--     transaction, so a counter that does not exist can be counted from the ledger, and a past one starts at zero.
+--   * The rollup's sum over slots equals the live ledger rows of (group, kind, bucket).
+--   * Locks are taken in one order: group stripes, ledger row or key, rollup row, member counters, group counters; by
+--     counter_id within a class.
+--   * Whoever reads limits in order to write holds its group's stripe shared; whoever edits limits takes it exclusively
+--     after the edit, and so waits for calls that judge by the old limits and holds back those to come.
+
+-- One narrow row per limit and subject (the group, or a member), rolled over in place: it never grows with time.
+-- No foreign keys: they cost more than a tenth of a call. subject first: a plan by limit would scan all its members.
+create table if not exists tokenlimits.counters (
+  subject uuid not null,
+  counter_id bigint not null,
+  since timestamptz not null,
+  until timestamptz not null,
+  used bigint not null,
+  constraint counters_pkey primary key (subject, counter_id),
+  constraint counters_used_check check (used >= 0)
+) with (fillfactor = 50);
+comment on table tokenlimits.counters is 'What is used of a limit by a subject in [since, until).';
+
+-- Members of one group write different slots, so they do not wait for each other; readers sum the slots. A slot may be
+-- negative (a refund from another connection); their sum is not.
+create table if not exists tokenlimits.usage_rollup (
+  group_id uuid not null,
+  kind text not null,
+  bucket timestamptz not null,
+  slot smallint not null,
+  cost bigint not null,
+  generations bigint not null,
+  constraint usage_rollup_pkey primary key (group_id, kind, bucket, slot)
+) with (fillfactor = 50);
+comment on table tokenlimits.usage_rollup is
+  'Live usage in buckets of 15 minutes UTC, on which every time zone''s hours begin; 16 slots.';
+
+-- After an uninstallation that kept the ledger, its history comes back.
+insert into tokenlimits.usage_rollup (group_id, kind, bucket, slot, cost, generations)
+select
+  u.group_id, u.kind, date_bin('15 minutes', u.created_at, '2000-01-01 00:00:00+00') as bucket, 0, sum(u.cost), count(*)
+from public.generation_usage as u
+where u.status in ('reserved', 'committed') and not exists (select from tokenlimits.usage_rollup)
+group by u.group_id, u.kind, bucket;
+
+-- kind '*' is every kind, also one that gets its first limit later.
+create table if not exists tokenlimits.usage_resets (
+  group_id uuid not null,
+  kind text not null,
+  reset_at timestamptz not null,
+  constraint usage_resets_pkey primary key (group_id, kind)
+);
+comment on table tokenlimits.usage_resets is 'When an admin last gave a group a fresh start: counters count from then.';
+
+revoke all on tokenlimits.counters, tokenlimits.usage_rollup, tokenlimits.usage_resets
+from public, anon, authenticated, service_role;
+
+-- A limit, its period and what is used of it, as one call sees them.
+do $do$
+begin
+  if to_regtype('tokenlimits.limit_state') is null then
+    create type tokenlimits.limit_state as (
+      counter_id bigint,
+      subject uuid,
+      kind text,
+      period text,
+      scope text,
+      max bigint,
+      since timestamptz,
+      until timestamptz,
+      used bigint,
+      is_open boolean
+    );
+  end if;
+end
+$do$;
+
+create or replace function tokenlimits.lock_groups(p_group_ids uuid[], p_exclusive boolean default false)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  -- 'tokl' in ASCII, so that our locks do not meet a project's own
+  c_class constant integer := 1953459052;
+  v_stripe integer;
+begin
+  -- 256 stripes bound the number of locks that a bulk edit takes; sorted, or two of us could deadlock
+  for v_stripe in
+    select distinct ('x' || right(g.id::text, 2))::bit(8)::integer
+    from unnest(p_group_ids) as g (id)
+    order by 1
+  loop
+    if p_exclusive then
+      perform pg_advisory_xact_lock(c_class, v_stripe);
+    else
+      perform pg_advisory_xact_lock_shared(c_class, v_stripe);
+    end if;
+  end loop;
+end
+$$;
+comment on function tokenlimits.lock_groups(uuid[], boolean) is
+  'Holds the limits of these groups still (shared), or waits for all who use them (exclusive), until the transaction ends.';
+revoke execute on function tokenlimits.lock_groups(uuid[], boolean) from public, anon, authenticated;
+
+create or replace function tokenlimits.rollup_bucket(p_at timestamptz)
+returns timestamptz
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  return date_bin('15 minutes', p_at, '2000-01-01 00:00:00+00');
+end
+$$;
+comment on function tokenlimits.rollup_bucket(timestamptz) is 'The beginning of the rollup bucket that a moment lies in.';
+revoke execute on function tokenlimits.rollup_bucket(timestamptz) from public, anon, authenticated;
+
+-- Counts afresh what a counter would hold. For a group: whole buckets from the rollup, and the part of a bucket before
+-- the first whole one from the ledger. For a member: from the ledger, by their own rows.
+create or replace function tokenlimits.count_usage(
+  p_group_id uuid,
+  p_user_id uuid,
+  p_kind text,
+  p_since timestamptz
+)
+returns bigint
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_whole timestamptz;
+begin
+  if p_user_id is not null then
+    return coalesce((
+      select sum(u.cost)
+      from public.generation_usage as u
+      where
+        u.user_id = p_user_id
+        and u.created_at >= p_since
+        and u.group_id = p_group_id
+        and u.kind = p_kind
+        and u.status in ('reserved', 'committed')
+    ), 0);
+  end if;
+  v_whole := case when isfinite(p_since) then tokenlimits.rollup_bucket(p_since) else p_since end;
+  if v_whole < p_since then
+    v_whole := v_whole + interval '15 minutes';
+  end if;
+  return coalesce((
+    select sum(r.cost)
+    from tokenlimits.usage_rollup as r
+    where r.group_id = p_group_id and r.kind = p_kind and r.bucket >= v_whole
+  ), 0) + coalesce((
+    select sum(u.cost)
+    from public.generation_usage as u
+    where
+      u.group_id = p_group_id
+      and u.created_at >= p_since
+      and u.created_at < v_whole
+      and u.kind = p_kind
+      and u.status in ('reserved', 'committed')
+  ), 0);
+end
+$$;
+comment on function tokenlimits.count_usage(uuid, uuid, text, timestamptz) is
+  'Live usage of a kind since a moment, of a member of a group, or of the whole group when the user is null.';
+revoke execute on function tokenlimits.count_usage(uuid, uuid, text, timestamptz) from public, anon, authenticated;
+
+-- Calendar periods in a time zone.
+--
+-- Invariants
+--   * Periods of one length in one zone follow each other without gap or overlap, on daylight-saving days too.
+--   * A day begins at the first moment that reads its date, also where midnight happens twice or not at all.
+--   * Hours are counted from the beginning of the day, so that a repeated hour is a period of its own.
+
+-- PostgreSQL reads a time that happens twice as the later one, and a time that does not happen with the offset before
+-- the gap, which is the gap's beginning for a midnight. So only the first case needs care: try the offset of the day
+-- before, and take that moment if it reads the same.
+create or replace function tokenlimits.first_moment(p_local timestamp, p_timezone text)
+returns timestamptz
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_late timestamptz := p_local at time zone p_timezone;
+  v_day_before timestamptz := v_late - interval '24 hours';
+  v_early timestamptz := (
+    p_local - ((v_day_before at time zone p_timezone) - (v_day_before at time zone 'UTC'))
+  ) at time zone 'UTC';
+begin
+  if v_early < v_late and v_early at time zone p_timezone = p_local then
+    return v_early;
+  end if;
+  return v_late;
+end
+$$;
+comment on function tokenlimits.first_moment(timestamp, text) is 'The first moment at which clocks of the zone read this.';
+revoke execute on function tokenlimits.first_moment(timestamp, text) from public, anon, authenticated;
+
+create or replace function tokenlimits.period_of(p_period text, p_timezone text, p_at timestamptz)
+returns tstzrange
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_local timestamp;
+  v_day tstzrange;
+  v_since timestamptz;
+begin
+  if p_period = 'lifetime' then
+    return tstzrange('-infinity', 'infinity');
+  elsif p_period = 'minute' then
+    v_since := date_bin('1 minute', p_at, '2000-01-01 00:00:00+00');
+    return tstzrange(v_since, v_since + interval '1 minute');
+  elsif p_period = 'hour' then
+    v_day := tokenlimits.period_of('day', p_timezone, p_at);
+    v_since := date_bin('1 hour', p_at, lower(v_day));
+    return tstzrange(v_since, least(v_since + interval '1 hour', upper(v_day)));
+  end if;
+  v_local := date_trunc(p_period, p_at at time zone p_timezone);
+  return tstzrange(
+    tokenlimits.first_moment(v_local, p_timezone),
+    tokenlimits.first_moment(v_local + ('1 ' || p_period)::interval, p_timezone)
+  );
+end
+$$;
+comment on function tokenlimits.period_of(text, text, timestamptz) is 'The calendar period in a zone that a moment lies in.';
+revoke execute on function tokenlimits.period_of(text, text, timestamptz) from public, anon, authenticated;
+
+-- What a group's limits are at a moment, and what happens when they are edited.
+--
+-- Invariants
+--   * limit_states answers members' limits first, then the group's, by counter_id: the order in which they are locked.
+--   * Every edit of limits, by function or by an admin's plain update, passes the triggers below.
+
+-- Hot path: one index scan for limits, one look-up per counter. Only a counter that is missing (a limit or a member that
+-- is new) or past costs more, once.
+create or replace function tokenlimits.limit_states(
+  p_group_id uuid,
+  p_user_id uuid,
+  p_kind text,
+  p_at timestamptz
+)
+returns tokenlimits.limit_state[]
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v record;
+  v_period tstzrange;
+  v_states tokenlimits.limit_state[] := '{}';
+begin
+  for v in
+    select
+      l.counter_id, s.subject, l.kind, l.period, l.scope, l.max,
+      c.since, c.until, c.used, c.until > p_at as is_open, g.timezone
+    from public.group_limits as l
+    inner join public.user_groups as g on g.id = l.group_id
+    cross join lateral (
+      select case l.scope when 'group' then p_group_id else p_user_id end as subject
+    ) as s
+    left join tokenlimits.counters as c on c.subject = s.subject and c.counter_id = l.counter_id
+    where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind)
+    order by l.kind, l.scope = 'group', l.counter_id
+  loop
+    if v.is_open is not true then
+      v_period := tokenlimits.period_of(v.period, v.timezone, p_at);
+      v.since := greatest(lower(v_period), (
+        select max(r.reset_at)
+        from tokenlimits.usage_resets as r
+        where r.group_id = p_group_id and r.kind in (v.kind, '*')
+      ));
+      v.used := case
+        when v.until is null then tokenlimits.count_usage(
+          p_group_id, case v.scope when 'member' then p_user_id end, v.kind, v.since
+        )
+        else 0
+      end;
+      v.until := upper(v_period);
+      v.is_open := false;
+    end if;
+    v_states := v_states || row(
+      v.counter_id, v.subject, v.kind, v.period, v.scope, v.max, v.since, v.until, v.used, v.is_open
+    )::tokenlimits.limit_state;
+  end loop;
+  return v_states;
+end
+$$;
+comment on function tokenlimits.limit_states(uuid, uuid, text, timestamptz) is
+  'A group''s limits for a user, of a kind or of all. When the user is null, a member limit counts all members together.';
+revoke execute on function tokenlimits.limit_states(uuid, uuid, text, timestamptz) from public, anon, authenticated;
+
+-- A limit that is another one from now on gets another counter.
+create or replace function tokenlimits.renew_counter()
+returns trigger
+language plpgsql
+-- definer: an admin has no right to the sequence
+security definer
+set search_path = ''
+as $$
+begin
+  new.counter_id := nextval(pg_get_serial_sequence('public.group_limits', 'counter_id'));
+  return new;
+end
+$$;
+comment on function tokenlimits.renew_counter() is 'Trigger: a changed limit is counted afresh.';
+revoke execute on function tokenlimits.renew_counter() from public, anon, authenticated;
+
+create or replace trigger group_limits_renew_counter
+before update on public.group_limits
+for each row
+when ((old.group_id, old.kind, old.period, old.scope) is distinct from (new.group_id, new.kind, new.period, new.scope))
+execute function tokenlimits.renew_counter();
+
+-- Waits for the calls that judge by the old limits, then drops the group's counters that no limit uses any more and
+-- counts the new ones, so that no worker has to. Members' counters are counted on their first call.
+create or replace function tokenlimits.apply_limits()
+returns trigger
+language plpgsql
+-- definer: counters are private
+security definer
+set search_path = ''
+as $$
+declare
+  v_group_id uuid;
+  v_group_ids uuid[];
+begin
+  if tg_op = 'INSERT' then
+    v_group_ids := array(select distinct n.group_id from new_rows as n);
+  elsif tg_op = 'DELETE' then
+    v_group_ids := array(select distinct o.group_id from old_rows as o);
+  else
+    v_group_ids := array(
+      select n.group_id from new_rows as n
+      union
+      select o.group_id from old_rows as o
+    );
+  end if;
+  perform tokenlimits.lock_groups(v_group_ids, true);
+  foreach v_group_id in array v_group_ids loop
+    perform tokenlimits.drop_stale_counters(v_group_id);
+    insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
+    select s.subject, s.counter_id, s.since, s.until, s.used
+    from unnest(tokenlimits.limit_states(v_group_id, null, null, tokenlimits.clock())) as s
+    where s.scope = 'group' and not s.is_open
+    on conflict (subject, counter_id) do update
+    set since = excluded.since, until = excluded.until, used = excluded.used;
+  end loop;
+  return null;
+end
+$$;
+comment on function tokenlimits.apply_limits() is 'Trigger: opens the counters of edited limits when nobody is using them.';
+revoke execute on function tokenlimits.apply_limits() from public, anon, authenticated;
+
+create or replace function tokenlimits.drop_stale_counters(p_subject uuid)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  delete from tokenlimits.counters as c
+  where
+    c.subject = p_subject
+    and not exists (select from public.group_limits as l where l.counter_id = c.counter_id);
+end
+$$;
+comment on function tokenlimits.drop_stale_counters(uuid) is 'Drops a subject''s counters of limits that are gone.';
+revoke execute on function tokenlimits.drop_stale_counters(uuid) from public, anon, authenticated;
+
+create or replace trigger group_limits_apply_insert
+after insert on public.group_limits
+referencing new table as new_rows
+for each statement execute function tokenlimits.apply_limits();
+
+create or replace trigger group_limits_apply_update
+after update on public.group_limits
+referencing old table as old_rows new table as new_rows
+for each statement execute function tokenlimits.apply_limits();
+
+create or replace trigger group_limits_apply_delete
+after delete on public.group_limits
+referencing old table as old_rows
+for each statement execute function tokenlimits.apply_limits();
+
+-- Every period of the group begins at another moment now.
+create or replace function tokenlimits.renew_counters()
+returns trigger
+language plpgsql
+-- definer: the limits' counters change whatever the caller may write
+security definer
+set search_path = ''
+as $$
+begin
+  update public.group_limits as l
+  set counter_id = default
+  where l.group_id = new.id;
+  return null;
+end
+$$;
+comment on function tokenlimits.renew_counters() is 'Trigger: in another time zone all limits of the group are others.';
+revoke execute on function tokenlimits.renew_counters() from public, anon, authenticated;
+
+create or replace trigger user_groups_renew_counters
+after update on public.user_groups
+for each row
+when (old.timezone is distinct from new.timezone)
+execute function tokenlimits.renew_counters();
+
+-- Judging a request, and putting the verdict into an answer.
+--
+-- Invariants
+--   * judge writes nothing and waits for no counter, so a denial is cheap.
+--   * Of several groups without room, the answer is about the one that will have room first.
+
+-- The groups that may pay for a user, in the order in which they are tried.
+create or replace function tokenlimits.paying_groups(p_user_id uuid, p_group_id uuid default null)
+returns uuid[]
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_ids uuid[] := array(
+    select g.id
+    from public.group_memberships as m
+    inner join public.user_groups as g on g.id = m.group_id
+    where m.user_id = p_user_id
+    order by g.priority desc, m.joined_at, g.id
+  );
+begin
+  if v_ids = '{}' then
+    v_ids := array(select g.id from public.user_groups as g where g.is_default);
+  end if;
+  if p_group_id is null then
+    return v_ids;
+  elsif p_group_id = any(v_ids) then
+    return array[p_group_id];
+  elsif exists (select from public.user_groups as g where g.id = p_group_id) then
+    return '{}';
+  end if;
+  raise exception using
+    errcode = 'TL002',
+    message = format('there is no group %s', p_group_id),
+    detail = p_group_id::text,
+    hint = 'It may have been deleted; list the groups to see which there are.';
+end
+$$;
+comment on function tokenlimits.paying_groups(uuid, uuid) is
+  'A user''s groups by priority, then by when they joined; the default group for a user in none; or the pinned one.';
+revoke execute on function tokenlimits.paying_groups(uuid, uuid) from public, anon, authenticated;
+
+create or replace function tokenlimits.judge(
+  p_user_id uuid,
+  p_kind text,
+  p_cost bigint,
+  p_group_ids uuid[],
+  p_at timestamptz,
+  out allowed boolean,
+  out reason text,
+  out group_id uuid,
+  out states tokenlimits.limit_state[],
+  out denied_by tokenlimits.limit_state,
+  out at timestamptz
+)
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_group_id uuid;
+  v_states tokenlimits.limit_state[];
+  v_state tokenlimits.limit_state;
+  v_full tokenlimits.limit_state;
+  v_room_at timestamptz;
+  v_first_room_at timestamptz;
+begin
+  allowed := false;
+  reason := case when p_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
+  at := p_at;
+  foreach v_group_id in array p_group_ids loop
+    v_states := tokenlimits.limit_states(v_group_id, p_user_id, p_kind, p_at);
+    continue when v_states = '{}';
+    v_full := null;
+    v_room_at := '-infinity';
+    foreach v_state in array v_states loop
+      -- a counter may be ahead of a clock that was set back; the usage belongs to the counter's period then
+      at := greatest(at, v_state.since);
+      if v_state.used + p_cost > v_state.max then
+        -- what can never fit, and a lifetime limit, wait for ever
+        if p_cost > v_state.max then
+          v_state.until := 'infinity';
+        end if;
+        if v_full is null or v_state.until > v_room_at then
+          v_full := v_state;
+          v_room_at := v_state.until;
+        end if;
+      end if;
+    end loop;
+    if v_full is null then
+      allowed := true;
+      reason := null;
+      group_id := v_group_id;
+      states := v_states;
+      denied_by := null;
+      return;
+    end if;
+    if v_first_room_at is null or v_room_at < v_first_room_at then
+      v_first_room_at := v_room_at;
+      reason := 'limit_exceeded';
+      group_id := v_group_id;
+      states := v_states;
+      denied_by := v_full;
+    end if;
+  end loop;
+end
+$$;
+comment on function tokenlimits.judge(uuid, text, bigint, uuid[], timestamptz) is
+  'Which of the groups pays for a request at a moment, or why none does.';
+revoke execute on function tokenlimits.judge(uuid, text, bigint, uuid[], timestamptz) from public, anon, authenticated;
+
+create or replace function tokenlimits.limit_json(p_state tokenlimits.limit_state)
+returns jsonb
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  return jsonb_build_object(
+    'kind', p_state.kind,
+    'period', p_state.period,
+    'scope', p_state.scope,
+    'max', p_state.max,
+    'used', p_state.used,
+    'remaining', greatest(p_state.max - p_state.used, 0),
+    'reset_at', nullif(p_state.until, 'infinity')
+  );
+end
+$$;
+comment on function tokenlimits.limit_json(tokenlimits.limit_state) is 'A limit as clients see it.';
+revoke execute on function tokenlimits.limit_json(tokenlimits.limit_state) from public, anon, authenticated;
+
+-- Says it to people: "Image generation limit exceeded: 100 of 100 used this month, resets 2026-12-01 00:00 UTC".
+create or replace function tokenlimits.denial_text(
+  p_reason text,
+  p_kind text,
+  p_cost bigint,
+  p_denied_by tokenlimits.limit_state,
+  p_timezone text
+)
+returns text
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_kind text := replace(p_kind, '_', ' ');
+begin
+  if p_reason = 'not_in_group' then
+    return 'The user is in no group that may pay for this';
+  elsif p_reason = 'no_limit_for_kind' then
+    return format('None of the user''s groups has a limit for %s generations, so none is allowed', v_kind);
+  end if;
+  return upper(left(v_kind, 1)) || substr(v_kind, 2)
+    || format(' generation limit exceeded: %s of %s used ', p_denied_by.used, p_denied_by.max)
+    || case p_denied_by.scope when 'member' then 'by this user ' else '' end
+    || case p_denied_by.period
+      when 'day' then 'today'
+      when 'lifetime' then 'in total'
+      else 'this ' || p_denied_by.period
+    end
+    || case when p_cost > 1 then format(', %s more asked for', p_cost) else '' end
+    || case
+      when isfinite(p_denied_by.until)
+        then ', resets ' || to_char(p_denied_by.until at time zone p_timezone, 'YYYY-MM-DD HH24:MI ') || p_timezone
+      else ''
+    end;
+end
+$$;
+comment on function tokenlimits.denial_text(text, text, bigint, tokenlimits.limit_state, text) is
+  'Why a request was denied, in a sentence.';
+revoke execute on function tokenlimits.denial_text(text, text, bigint, tokenlimits.limit_state, text)
+from public, anon, authenticated;
+
+-- The object that workers get. Of an allowed request, remaining and reset_at are those of the limit with the least room;
+-- of a denied one, reset_at is when the limit that denied it will have room (null: never by itself).
+create or replace function tokenlimits.answer(
+  p_kind text,
+  p_cost bigint,
+  p_reason text,
+  p_group_id uuid,
+  p_states tokenlimits.limit_state[],
+  p_denied_by tokenlimits.limit_state,
+  p_usage public.generation_usage,
+  p_replayed boolean
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_group record;
+  v_state tokenlimits.limit_state;
+  v_limits jsonb := '[]';
+  v_remaining bigint;
+  v_reset_at timestamptz;
+begin
+  select g.name, g.timezone into v_group
+  from public.user_groups as g
+  where g.id = p_group_id;
+  foreach v_state in array coalesce(p_states, '{}') loop
+    v_limits := v_limits || tokenlimits.limit_json(v_state);
+    if v_remaining is null or v_state.max - v_state.used < v_remaining then
+      v_remaining := v_state.max - v_state.used;
+      v_reset_at := v_state.until;
+    end if;
+  end loop;
+  if p_reason is not null then
+    v_reset_at := p_denied_by.until;
+  end if;
+  return jsonb_build_object(
+    'allowed', p_reason is null,
+    'reason', p_reason,
+    'error', case
+      when p_reason is not null
+        then tokenlimits.denial_text(p_reason, p_kind, p_cost, p_denied_by, coalesce(v_group.timezone, 'UTC'))
+    end,
+    'usage_id', p_usage.id,
+    'status', p_usage.status,
+    'expires_at', p_usage.expires_at,
+    'group', case when p_group_id is not null then jsonb_build_object('id', p_group_id, 'name', v_group.name) end,
+    'kind', p_kind,
+    'cost', p_cost,
+    'limits', v_limits,
+    'denied_by', case when p_reason = 'limit_exceeded' then tokenlimits.limit_json(p_denied_by) end,
+    'remaining', greatest(v_remaining, 0),
+    'reset_at', nullif(v_reset_at, 'infinity'),
+    'retry_after', case
+      when p_reason is not null
+        then ceil(extract(epoch from nullif(v_reset_at, 'infinity') - tokenlimits.clock()))
+    end,
+    'replayed', p_replayed
+  );
+end
+$$;
+comment on function tokenlimits.answer(
+  text, bigint, text, uuid, tokenlimits.limit_state[], tokenlimits.limit_state, public.generation_usage, boolean
+) is 'A verdict or a recorded usage as workers see it.';
+revoke execute on function tokenlimits.answer(
+  text, bigint, text, uuid, tokenlimits.limit_state[], tokenlimits.limit_state, public.generation_usage, boolean
+) from public, anon, authenticated;
+
+-- For workers: check-and-record in one step, a look without recording, and what happened elsewhere.
+--
+-- Invariants
+--   * Either the ledger row, the rollup and every counter move, or nothing is written.
+--   * No counter passes its limit's max here, and nobody is denied while there is room: a verdict is only carried out if
+--     every counter still has room when it is moved, else everything is taken back and judged again.
+--   * One live usage per user and idempotency key.
+
+create or replace function tokenlimits.check_request(
+  p_user_id uuid,
+  p_kind text,
+  p_cost bigint,
+  p_idempotency_key text default null,
+  p_metadata jsonb default null
+)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_field text;
+  v_rule text;
+begin
+  if p_user_id is null then
+    v_field := 'user_id';
+    v_rule := 'is required';
+  elsif p_kind is null or p_kind !~ '^[a-z][a-z0-9_]{0,31}$' then
+    v_field := 'kind';
+    v_rule := 'must be 1 to 32 of a-z, 0-9 and _, and begin with a letter';
+  elsif p_cost is null or p_cost not between 1 and 1000000000 then
+    v_field := 'cost';
+    v_rule := 'must be a whole number from 1 to 1000000000';
+  elsif char_length(p_idempotency_key) not between 1 and 255 then
+    v_field := 'idempotency_key';
+    v_rule := 'must have 1 to 255 characters';
+  elsif jsonb_typeof(p_metadata) <> 'object' or octet_length(p_metadata::text) > 8192 then
+    v_field := 'metadata';
+    v_rule := 'must be a JSON object of at most 8192 bytes';
+  elsif current_setting('transaction_isolation') <> 'read committed' then
+    raise exception using
+      errcode = 'TL009',
+      message = 'tokenlimits needs READ COMMITTED transactions',
+      detail = current_setting('transaction_isolation'),
+      hint = 'Call it outside your transaction, or begin that with isolation level read committed.';
+  else
+    return;
+  end if;
+  raise exception using
+    errcode = 'TL001',
+    message = v_field || ': ' || v_rule,
+    detail = v_field,
+    hint = 'Nothing was recorded.';
+end
+$$;
+comment on function tokenlimits.check_request(uuid, text, bigint, text, jsonb) is
+  'Refuses a bad request with the field''s name before anything is touched.';
+revoke execute on function tokenlimits.check_request(uuid, text, bigint, text, jsonb) from public, anon, authenticated;
+
+-- The live usage under a key, if any. A key that was used for another request is an error; one whose usage is dead is
+-- set free for the caller's.
+create or replace function tokenlimits.usage_under_key(p_user_id uuid, p_idempotency_key text, p_fingerprint uuid)
+returns public.generation_usage
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_usage public.generation_usage;
+begin
+  select * into v_usage
+  from public.generation_usage as u
+  where u.idempotency_key = p_idempotency_key and u.user_id = p_user_id;
+  if not found then
+    return null;
+  elsif v_usage.status not in ('reserved', 'committed')
+    or (v_usage.status = 'reserved' and v_usage.expires_at <= tokenlimits.clock()) then
+    update public.generation_usage as u
+    set idempotency_key = null
+    where u.id = v_usage.id and u.status = v_usage.status;
+    return null;
+  elsif v_usage.fingerprint is distinct from p_fingerprint then
+    raise exception using
+      errcode = 'TL008',
+      message = format('idempotency_key %L was used for another request of this user', p_idempotency_key),
+      detail = v_usage.id::text,
+      hint = 'Use one key per job: the same operation, kind, cost and group every time.';
+  end if;
+  return v_usage;
+end
+$$;
+comment on function tokenlimits.usage_under_key(uuid, text, uuid) is 'The live usage that an idempotency key is bound to.';
+revoke execute on function tokenlimits.usage_under_key(uuid, text, uuid) from public, anon, authenticated;
+
+-- Writes one usage: claims the key, then the rollup, then the counters, the group's (which all its members share) last,
+-- so that they are held for the shortest time. Raises TL099 when a counter has moved on or has no room any more.
+-- Answers the counters as they are then; null when the key is taken.
+create or replace function tokenlimits.write_usage(
+  p_usage public.generation_usage,
+  p_states tokenlimits.limit_state[],
+  p_enforce boolean
+)
+returns tokenlimits.limit_state[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_bucket timestamptz := tokenlimits.rollup_bucket(p_usage.created_at);
+  v_slot smallint := pg_backend_pid() % 16;
+  v_state tokenlimits.limit_state;
+  v_states tokenlimits.limit_state[] := '{}';
+begin
+  insert into public.generation_usage as u (
+    id, group_id, user_id, kind, cost, status,
+    idempotency_key, fingerprint, metadata, created_at, settled_at, expires_at
+  )
+  values (
+    p_usage.id, p_usage.group_id, p_usage.user_id, p_usage.kind, p_usage.cost, p_usage.status,
+    p_usage.idempotency_key, p_usage.fingerprint, p_usage.metadata,
+    p_usage.created_at, p_usage.settled_at, p_usage.expires_at
+  )
+  on conflict on constraint generation_usage_key_key do nothing;
+  if not found then
+    return null;
+  end if;
+
+  -- nearly always there: a plain update costs half of an upsert
+  update tokenlimits.usage_rollup as r
+  set cost = r.cost + p_usage.cost, generations = r.generations + 1
+  where r.group_id = p_usage.group_id and r.kind = p_usage.kind and r.bucket = v_bucket and r.slot = v_slot;
+  if not found then
+    insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
+    values (p_usage.group_id, p_usage.kind, v_bucket, v_slot, p_usage.cost, 1)
+    on conflict on constraint usage_rollup_pkey do update
+    set cost = r.cost + excluded.cost, generations = r.generations + 1;
+  end if;
+
+  foreach v_state in array p_states loop
+    -- what was recorded for an earlier period counts for none of the current one
+    if p_usage.created_at >= v_state.since then
+      if not v_state.is_open then
+        perform tokenlimits.open_counter(v_state);
+      end if;
+      update tokenlimits.counters as c
+      set used = c.used + p_usage.cost
+      where
+        c.subject = v_state.subject
+        and c.counter_id = v_state.counter_id
+        and p_usage.created_at >= c.since
+        and p_usage.created_at < c.until
+        and (not p_enforce or v_state.max is null or c.used + p_usage.cost <= v_state.max)
+      returning c.used into v_state.used;
+      if not found then
+        raise sqlstate 'TL099';
+      end if;
+    end if;
+    v_states := v_states || v_state;
+  end loop;
+  return v_states;
+end
+$$;
+comment on function tokenlimits.write_usage(public.generation_usage, tokenlimits.limit_state[], boolean) is
+  'Writes a usage to ledger, rollup and counters, or raises TL099.';
+revoke execute on function tokenlimits.write_usage(public.generation_usage, tokenlimits.limit_state[], boolean)
+from public, anon, authenticated;
+
+-- The state was read a moment ago. If somebody has written since, they have opened the counter, and it stays theirs.
+create or replace function tokenlimits.open_counter(p_state tokenlimits.limit_state)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
+  values (p_state.subject, p_state.counter_id, p_state.since, p_state.until, p_state.used)
+  on conflict on constraint counters_pkey do update
+  set since = excluded.since, until = excluded.until, used = excluded.used
+  where c.until <= excluded.since;
+  -- new counters are rare: the moment to drop those of limits that are gone, so that they never pile up
+  if p_state.scope = 'member' then
+    perform tokenlimits.drop_stale_counters(p_state.subject);
+  end if;
+end
+$$;
+comment on function tokenlimits.open_counter(tokenlimits.limit_state) is 'Makes a counter, or rolls it into its new period.';
+revoke execute on function tokenlimits.open_counter(tokenlimits.limit_state) from public, anon, authenticated;
+
+-- Judges and writes, until a verdict holds. Every round but the last was overtaken by another call that got through.
+create or replace function tokenlimits.track(
+  p_user_id uuid,
+  p_kind text,
+  p_cost bigint,
+  p_idempotency_key text,
+  p_group_id uuid,
+  p_metadata jsonb
+)
+returns jsonb
+language plpgsql
+volatile
+-- definer: counters are private, and nobody else writes the ledger
+security definer
+set search_path = ''
+as $$
+declare
+  v_group_ids uuid[];
+  v_verdict record;
+  v_usage public.generation_usage;
+  v_live public.generation_usage;
+  v_states tokenlimits.limit_state[];
+begin
+  perform tokenlimits.check_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
+  v_usage.user_id := p_user_id;
+  v_usage.kind := p_kind;
+  v_usage.cost := p_cost;
+  v_usage.status := 'committed';
+  v_usage.idempotency_key := p_idempotency_key;
+  v_usage.fingerprint := md5(concat_ws(' ', 'track', p_kind, p_cost, p_group_id))::uuid;
+  v_usage.metadata := coalesce(p_metadata, '{}');
+  v_usage.created_at := '-infinity';
+
+  v_group_ids := tokenlimits.paying_groups(p_user_id, p_group_id);
+  perform tokenlimits.lock_groups(v_group_ids);
+  loop
+    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    select * into v_verdict
+    from tokenlimits.judge(
+      p_user_id, p_kind, p_cost, v_group_ids, greatest(tokenlimits.clock(), v_usage.created_at)
+    );
+    if v_verdict.allowed then
+      v_usage.id := tokenlimits.uuid_v7();
+      v_usage.group_id := v_verdict.group_id;
+      v_usage.created_at := v_verdict.at;
+      v_usage.settled_at := v_verdict.at;
+      begin
+        v_states := tokenlimits.write_usage(v_usage, v_verdict.states, p_enforce => true);
+      exception
+        when sqlstate 'TL099' then
+          continue;
+      end;
+      if v_states is not null then
+        return tokenlimits.answer(
+          p_kind, p_cost, null, v_usage.group_id, v_states, null, v_usage, p_replayed => false
+        );
+      end if;
+    end if;
+    if p_idempotency_key is not null then
+      v_live := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_usage.fingerprint);
+      if v_live.id is not null then
+        v_states := tokenlimits.limit_states(v_live.group_id, p_user_id, p_kind, tokenlimits.clock());
+        return tokenlimits.answer(
+          p_kind, v_live.cost, null, v_live.group_id, v_states, null, v_live, p_replayed => true
+        );
+      end if;
+    end if;
+    if not v_verdict.allowed then
+      return tokenlimits.answer(
+        p_kind, p_cost, v_verdict.reason, v_verdict.group_id, v_verdict.states, v_verdict.denied_by, null,
+        p_replayed => false
+      );
+    end if;
+  end loop;
+end
+$$;
+comment on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb) is 'What track_generation does.';
+revoke execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb) from public, anon, authenticated;
+grant execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb) to service_role;
+
+create or replace function public.track_generation(
+  p_user_id uuid,
+  p_kind text,
+  p_cost bigint default 1,
+  p_idempotency_key text default null,
+  p_group_id uuid default null,
+  p_metadata jsonb default null
+)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return tokenlimits.track(p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, p_metadata);
+end
+$$;
+comment on function public.track_generation(uuid, text, bigint, text, uuid, jsonb) is
+  'Checks every limit that applies and records the generation, in one step; says whether it is allowed, what remains and when it resets.';
+revoke execute on function public.track_generation(uuid, text, bigint, text, uuid, jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function public.track_generation(uuid, text, bigint, text, uuid, jsonb) to service_role;
+
+create or replace function tokenlimits.look(p_user_id uuid, p_kind text, p_cost bigint, p_group_id uuid)
+returns jsonb
+language plpgsql
+stable
+-- definer: counters are private
+security definer
+set search_path = ''
+as $$
+declare
+  v_verdict record;
+begin
+  perform tokenlimits.check_request(p_user_id, p_kind, p_cost);
+  select * into v_verdict
+  from tokenlimits.judge(
+    p_user_id, p_kind, p_cost, tokenlimits.paying_groups(p_user_id, p_group_id), tokenlimits.clock()
+  );
+  return tokenlimits.answer(
+    p_kind, p_cost, v_verdict.reason, v_verdict.group_id, v_verdict.states, v_verdict.denied_by, null,
+    p_replayed => false
+  );
+end
+$$;
+comment on function tokenlimits.look(uuid, text, bigint, uuid) is 'What check_generation does.';
+revoke execute on function tokenlimits.look(uuid, text, bigint, uuid) from public, anon, authenticated;
+grant execute on function tokenlimits.look(uuid, text, bigint, uuid) to service_role;
+
+create or replace function public.check_generation(
+  p_user_id uuid,
+  p_kind text,
+  p_cost bigint default 1,
+  p_group_id uuid default null
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.look(p_user_id, p_kind, p_cost, p_group_id);
+end
+$$;
+comment on function public.check_generation(uuid, text, bigint, uuid) is
+  'What track_generation would answer now; records nothing.';
+revoke execute on function public.check_generation(uuid, text, bigint, uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.check_generation(uuid, text, bigint, uuid) to service_role;
+
+-- Past or outside usage: it has happened, so it is never denied, and counters may pass their max.
+create or replace function tokenlimits.record(
+  p_user_id uuid,
+  p_kind text,
+  p_cost bigint,
+  p_created_at timestamptz,
+  p_idempotency_key text,
+  p_group_id uuid,
+  p_metadata jsonb
+)
+returns jsonb
+language plpgsql
+volatile
+-- definer: counters are private, and nobody else writes the ledger
+security definer
+set search_path = ''
+as $$
+declare
+  v_now timestamptz := tokenlimits.clock();
+  v_usage public.generation_usage;
+  v_live public.generation_usage;
+  v_states tokenlimits.limit_state[];
+begin
+  perform tokenlimits.check_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
+  -- a minute for clocks that differ
+  if p_created_at > v_now + interval '1 minute' or not isfinite(p_created_at) then
+    raise exception using
+      errcode = 'TL001',
+      message = 'created_at: must not lie in the future',
+      detail = 'created_at',
+      hint = 'Nothing was recorded.';
+  end if;
+  v_usage.user_id := p_user_id;
+  v_usage.kind := p_kind;
+  v_usage.cost := p_cost;
+  v_usage.status := 'committed';
+  v_usage.idempotency_key := p_idempotency_key;
+  v_usage.fingerprint := md5(concat_ws(' ', 'record', p_kind, p_cost, p_group_id))::uuid;
+  v_usage.metadata := coalesce(p_metadata, '{}');
+  v_usage.group_id := tokenlimits.recording_group(p_user_id, p_kind, p_group_id);
+  perform tokenlimits.lock_groups(array[v_usage.group_id]);
+  loop
+    v_now := greatest(tokenlimits.clock(), v_now);
+    v_states := tokenlimits.limit_states(v_usage.group_id, p_user_id, p_kind, v_now);
+    v_now := greatest(v_now, (select max(s.since) from unnest(v_states) as s));
+    v_usage.id := tokenlimits.uuid_v7();
+    v_usage.created_at := coalesce(least(p_created_at, v_now), v_now);
+    v_usage.settled_at := v_now;
+    begin
+      v_states := tokenlimits.write_usage(v_usage, v_states, p_enforce => false);
+    exception
+      when sqlstate 'TL099' then
+        continue;
+    end;
+    exit when v_states is not null;
+    v_live := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_usage.fingerprint);
+    if v_live.id is not null then
+      v_states := tokenlimits.limit_states(v_live.group_id, p_user_id, p_kind, v_now);
+      exit;
+    end if;
+  end loop;
+  v_usage := case when v_live.id is null then v_usage else v_live end;
+  return tokenlimits.answer(
+    p_kind, v_usage.cost, null, v_usage.group_id, v_states, null, v_usage, p_replayed => v_live.id is not null
+  );
+end
+$$;
+comment on function tokenlimits.record(uuid, text, bigint, timestamptz, text, uuid, jsonb) is 'What record_generation does.';
+revoke execute on function tokenlimits.record(uuid, text, bigint, timestamptz, text, uuid, jsonb)
+from public, anon, authenticated;
+grant execute on function tokenlimits.record(uuid, text, bigint, timestamptz, text, uuid, jsonb) to service_role;
+
+-- Any group when named, for people leave; else the first of the user's that has a limit for the kind, else their first.
+create or replace function tokenlimits.recording_group(p_user_id uuid, p_kind text, p_group_id uuid)
+returns uuid
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_group_id uuid;
+begin
+  if p_group_id is not null then
+    select g.id into v_group_id from public.user_groups as g where g.id = p_group_id;
+    if v_group_id is null then
+      perform tokenlimits.paying_groups(p_user_id, p_group_id);
+    end if;
+    return v_group_id;
+  end if;
+  select g.id into v_group_id
+  from unnest(tokenlimits.paying_groups(p_user_id)) with ordinality as g (id, place)
+  order by
+    exists (select from public.group_limits as l where l.group_id = g.id and l.kind = p_kind) desc,
+    g.place
+  limit 1;
+  if v_group_id is null then
+    raise exception using
+      errcode = 'TL001',
+      message = 'group_id: is required, since the user is in no group',
+      detail = 'group_id',
+      hint = 'Name the group that this usage belongs to.';
+  end if;
+  return v_group_id;
+end
+$$;
+comment on function tokenlimits.recording_group(uuid, text, uuid) is 'The group that past usage is booked on.';
+revoke execute on function tokenlimits.recording_group(uuid, text, uuid) from public, anon, authenticated;
+
+create or replace function public.record_generation(
+  p_user_id uuid,
+  p_kind text,
+  p_cost bigint default 1,
+  p_created_at timestamptz default null,
+  p_idempotency_key text default null,
+  p_group_id uuid default null,
+  p_metadata jsonb default null
+)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return tokenlimits.record(
+    p_user_id, p_kind, p_cost, p_created_at, p_idempotency_key, p_group_id, p_metadata
+  );
+end
+$$;
+comment on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb) is
+  'Records past or outside usage: moves the counters of its period, never denies.';
+revoke execute on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb) to service_role;
+
+-- For admins: groups with their limits, members, a fresh start.
+--
+-- Invariants
+--   * Each function opens with require_admin; those that can, run as their caller, so that row-level security decides too.
+--   * One function, one transaction: an error leaves nothing half-made.
+
+create or replace function tokenlimits.group_json(p_group public.user_groups)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return to_jsonb(p_group) || jsonb_build_object('limits', coalesce((
+    select jsonb_agg(
+      jsonb_build_object('kind', l.kind, 'period', l.period, 'scope', l.scope, 'max', l.max)
+      order by l.kind, l.scope, array_position(array['minute', 'hour', 'day', 'week', 'month', 'lifetime'], l.period)
+    )
+    from public.group_limits as l
+    where l.group_id = p_group.id
+  ), '[]'));
+end
+$$;
+comment on function tokenlimits.group_json(public.user_groups) is 'A group with its limits, as clients see it.';
+revoke execute on function tokenlimits.group_json(public.user_groups) from public, anon, authenticated;
+grant execute on function tokenlimits.group_json(public.user_groups) to authenticated, service_role;
+
+create or replace function tokenlimits.require_group(p_group_id uuid)
+returns public.user_groups
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_group public.user_groups;
+begin
+  select * into v_group from public.user_groups as g where g.id = p_group_id;
+  if not found then
+    raise exception using
+      errcode = 'TL002',
+      message = format('there is no group %s', coalesce(p_group_id::text, 'null')),
+      detail = p_group_id::text,
+      hint = 'It may have been deleted; list the groups to see which there are.';
+  end if;
+  return v_group;
+end
+$$;
+comment on function tokenlimits.require_group(uuid) is 'The group of that id; raises TL002 when there is none.';
+revoke execute on function tokenlimits.require_group(uuid) from public, anon, authenticated;
+grant execute on function tokenlimits.require_group(uuid) to authenticated, service_role;
+
+-- Refuses a bad set of limits with the path of the field, like limits[2].max.
+create or replace function tokenlimits.check_limits(p_limits jsonb)
+returns void
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  v_limit jsonb;
+  v_seen jsonb := '{}';
+  v_identity text;
+  v_index integer := -1;
+  v_field text;
+begin
+  if jsonb_typeof(p_limits) <> 'array' then
+    raise exception using errcode = 'TL001', message = 'limits: must be an array', detail = 'limits';
+  end if;
+  for v_limit in select e.value from jsonb_array_elements(p_limits) as e loop
+    v_index := v_index + 1;
+    v_field := case
+      when jsonb_typeof(v_limit) <> 'object' then ''
+      when coalesce(v_limit ->> 'kind', '') !~ '^[a-z][a-z0-9_]{0,31}$' then '.kind'
+      when coalesce(v_limit ->> 'period', '')
+        not in ('minute', 'hour', 'day', 'week', 'month', 'lifetime') then '.period'
+      when coalesce(v_limit ->> 'scope', '') not in ('group', 'member') then '.scope'
+      when not v_limit ? 'max' then '.max'
+      when jsonb_typeof(v_limit -> 'max') = 'null' then null
+      when jsonb_typeof(v_limit -> 'max') <> 'number' then '.max'
+      when (v_limit ->> 'max')::numeric not between 0 and 1000000000000000 then '.max'
+      when (v_limit ->> 'max')::numeric <> trunc((v_limit ->> 'max')::numeric) then '.max'
+    end;
+    v_identity := concat_ws(' ', v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'scope');
+    if v_field is null and v_seen ? v_identity then
+      v_field := '';
+    end if;
+    if v_field is not null then
+      raise exception using
+        errcode = 'TL001',
+        message = format('limits[%s]%s: not a valid limit, or there twice: %s', v_index, v_field, left(v_limit::text, 200)),
+        detail = format('limits[%s]%s', v_index, v_field),
+        hint = 'A limit is {"kind": "image", "period": "day", "scope": "member", "max": 50}; max may be null. Nothing was saved.';
+    end if;
+    v_seen := v_seen || jsonb_build_object(v_identity, true);
+  end loop;
+end
+$$;
+comment on function tokenlimits.check_limits(jsonb) is 'Refuses limits that are not valid, before anything is written.';
+revoke execute on function tokenlimits.check_limits(jsonb) from public, anon, authenticated;
+grant execute on function tokenlimits.check_limits(jsonb) to authenticated, service_role;
+
+-- What stays the same keeps its counters: only what differs is written.
+create or replace function tokenlimits.replace_limits(p_group_id uuid, p_limits jsonb)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  delete from public.group_limits as l
+  where
+    l.group_id = p_group_id
+    and not exists (
+      select
+      from jsonb_to_recordset(p_limits) as n (kind text, period text, scope text)
+      where (n.kind, n.period, n.scope) = (l.kind, l.period, l.scope)
+    );
+  insert into public.group_limits as l (group_id, kind, period, scope, max)
+  select p_group_id, n.kind, n.period, n.scope, n.max::bigint
+  from jsonb_to_recordset(p_limits) as n (kind text, period text, scope text, max numeric)
+  on conflict on constraint group_limits_pkey do update
+  set max = excluded.max
+  where l.max is distinct from excluded.max;
+end
+$$;
+comment on function tokenlimits.replace_limits(uuid, jsonb) is 'Makes a group''s limits these.';
+revoke execute on function tokenlimits.replace_limits(uuid, jsonb) from public, anon, authenticated;
+grant execute on function tokenlimits.replace_limits(uuid, jsonb) to authenticated, service_role;
+
+create or replace function public.save_group(
+  p_group_id uuid default null,
+  p_name text default null,
+  p_description text default null,
+  p_priority integer default null,
+  p_timezone text default null,
+  p_is_default boolean default null,
+  p_limits jsonb default null
+)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_group public.user_groups;
+begin
+  perform tokenlimits.require_admin();
+  if p_limits is not null then
+    perform tokenlimits.check_limits(p_limits);
+  end if;
+  if p_group_id is not null then
+    v_group := tokenlimits.require_group(p_group_id);
+  end if;
+  if char_length(btrim(coalesce(p_name, v_group.name, ''))) not between 1 and 200 then
+    raise exception using
+      errcode = 'TL001', message = 'name: must have 1 to 200 characters', detail = 'name', hint = 'Nothing was saved.';
+  elsif char_length(p_description) > 2000 then
+    raise exception using
+      errcode = 'TL001',
+      message = 'description: must have at most 2000 characters',
+      detail = 'description',
+      hint = 'Nothing was saved.';
+  end if;
+  if p_is_default then
+    update public.user_groups as g
+    set is_default = false
+    where g.is_default and g.id is distinct from p_group_id;
+  end if;
+  begin
+    if p_group_id is null then
+      insert into public.user_groups as g (name, description, priority, timezone, is_default)
+      values (
+        p_name, coalesce(p_description, ''), coalesce(p_priority, 0),
+        coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false)
+      )
+      returning * into v_group;
+    else
+      update public.user_groups as g
+      set
+        name = coalesce(p_name, g.name),
+        description = coalesce(p_description, g.description),
+        priority = coalesce(p_priority, g.priority),
+        timezone = coalesce(p_timezone, g.timezone),
+        is_default = coalesce(p_is_default, g.is_default)
+      where g.id = p_group_id
+      returning * into v_group;
+    end if;
+  exception
+    when unique_violation then
+      raise exception using
+        errcode = 'TL003',
+        message = format('there is a group named %L already', btrim(p_name)),
+        detail = btrim(p_name),
+        hint = 'Names are unique whatever their case; nothing was saved.';
+  end;
+  if p_limits is not null then
+    perform tokenlimits.replace_limits(v_group.id, p_limits);
+  end if;
+  return tokenlimits.group_json(v_group);
+end
+$$;
+comment on function public.save_group(uuid, text, text, integer, text, boolean, jsonb) is
+  'Makes a group, or changes what is not null of an existing one, with its whole set of limits, in one step.';
+revoke execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb)
+to authenticated, service_role;
+
+create or replace function public.set_group_limit(p_group_id uuid, p_limit jsonb)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.check_limits(jsonb_build_array(p_limit));
+  perform tokenlimits.require_group(p_group_id);
+  insert into public.group_limits as l (group_id, kind, period, scope, max)
+  values (
+    p_group_id, p_limit ->> 'kind', p_limit ->> 'period', p_limit ->> 'scope', (p_limit ->> 'max')::numeric::bigint
+  )
+  on conflict on constraint group_limits_pkey do update
+  set max = excluded.max;
+  return tokenlimits.group_json(tokenlimits.require_group(p_group_id));
+end
+$$;
+comment on function public.set_group_limit(uuid, jsonb) is 'Adds one limit to a group, or changes its max.';
+revoke execute on function public.set_group_limit(uuid, jsonb) from public, anon, authenticated, service_role;
+grant execute on function public.set_group_limit(uuid, jsonb) to authenticated, service_role;
+
+create or replace function public.remove_group_limit(p_group_id uuid, p_kind text, p_period text, p_scope text)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  delete from public.group_limits as l
+  where l.group_id = p_group_id and l.kind = p_kind and l.period = p_period and l.scope = p_scope;
+  return tokenlimits.group_json(tokenlimits.require_group(p_group_id));
+end
+$$;
+comment on function public.remove_group_limit(uuid, text, text, text) is
+  'Removes one limit of a group; without the limit that is no error.';
+revoke execute on function public.remove_group_limit(uuid, text, text, text)
+from public, anon, authenticated, service_role;
+grant execute on function public.remove_group_limit(uuid, text, text, text) to authenticated, service_role;
+
+create or replace function public.delete_group(p_group_id uuid)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_group jsonb;
+begin
+  perform tokenlimits.require_admin();
+  v_group := tokenlimits.group_json(tokenlimits.require_group(p_group_id));
+  delete from public.user_groups as g where g.id = p_group_id;
+  return v_group;
+end
+$$;
+comment on function public.delete_group(uuid) is 'Deletes a group with its limits and memberships; the ledger stays.';
+revoke execute on function public.delete_group(uuid) from public, anon, authenticated, service_role;
+grant execute on function public.delete_group(uuid) to authenticated, service_role;
+
+create or replace function public.find_groups(
+  p_group_id uuid default null,
+  p_name text default null,
+  p_search text default null,
+  p_after text default null,
+  p_page_size integer default 200
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.require_admin();
+  return coalesce((
+    select jsonb_agg(tokenlimits.group_json(page.g) order by lower((page.g).name))
+    from (
+      select g
+      from public.user_groups as g
+      where
+        (p_group_id is null or g.id = p_group_id)
+        and (p_name is null or lower(g.name) = lower(btrim(p_name)))
+        and (p_search is null or strpos(lower(g.name), lower(btrim(p_search))) > 0)
+        and (p_after is null or lower(g.name) > lower(p_after))
+      order by lower(g.name)
+      limit least(greatest(p_page_size, 1), 500)
+    ) as page
+  ), '[]');
+end
+$$;
+comment on function public.find_groups(uuid, text, text, text, integer) is
+  'Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, in their order.';
+revoke execute on function public.find_groups(uuid, text, text, text, integer)
+from public, anon, authenticated, service_role;
+grant execute on function public.find_groups(uuid, text, text, text, integer) to authenticated, service_role;
+
+create or replace function tokenlimits.add_members(p_group_id uuid, p_user_ids uuid[])
+returns jsonb
+language plpgsql
+volatile
+-- definer: auth.users is not open to admins
+security definer
+set search_path = ''
+as $$
+declare
+  v_known uuid[];
+  v_added bigint;
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  if p_user_ids is null or array_position(p_user_ids, null) is not null then
+    raise exception using errcode = 'TL001', message = 'user_ids: must be an array of ids', detail = 'user_ids';
+  end if;
+  v_known := array(select u.id from auth.users as u where u.id = any(p_user_ids) order by u.id);
+  insert into public.group_memberships as m (group_id, user_id)
+  select p_group_id, k.id
+  from unnest(v_known) as k (id)
+  on conflict on constraint group_memberships_pkey do nothing;
+  get diagnostics v_added = row_count;
+  return jsonb_build_object(
+    'added', v_added,
+    'already', cardinality(v_known) - v_added,
+    'unknown', to_jsonb(array(
+      select distinct p.id
+      from unnest(p_user_ids) as p (id)
+      where p.id <> all(v_known)
+    ))
+  );
+end
+$$;
+comment on function tokenlimits.add_members(uuid, uuid[]) is 'What add_group_members does.';
+revoke execute on function tokenlimits.add_members(uuid, uuid[]) from public, anon, authenticated;
+grant execute on function tokenlimits.add_members(uuid, uuid[]) to authenticated, service_role;
+
+create or replace function public.add_group_members(p_group_id uuid, p_user_ids uuid[])
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return tokenlimits.add_members(p_group_id, p_user_ids);
+end
+$$;
+comment on function public.add_group_members(uuid, uuid[]) is
+  'Adds users to a group: how many were added, how many were there already, and which ids are of no user.';
+revoke execute on function public.add_group_members(uuid, uuid[]) from public, anon, authenticated, service_role;
+grant execute on function public.add_group_members(uuid, uuid[]) to authenticated, service_role;
+
+create or replace function public.remove_group_members(p_group_id uuid, p_user_ids uuid[])
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_removed bigint;
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  delete from public.group_memberships as m
+  where m.group_id = p_group_id and m.user_id = any(p_user_ids);
+  get diagnostics v_removed = row_count;
+  return jsonb_build_object('removed', v_removed);
+end
+$$;
+comment on function public.remove_group_members(uuid, uuid[]) is
+  'Removes users from a group, and says how many were in it; their usage stays.';
+revoke execute on function public.remove_group_members(uuid, uuid[]) from public, anon, authenticated, service_role;
+grant execute on function public.remove_group_members(uuid, uuid[]) to authenticated, service_role;
+
+create or replace function public.move_group_member(p_user_id uuid, p_from uuid, p_to uuid)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_moved boolean;
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_from);
+  perform tokenlimits.require_group(p_to);
+  delete from public.group_memberships as m
+  where m.group_id = p_from and m.user_id = p_user_id and p_from <> p_to;
+  v_moved := found;
+  if v_moved then
+    insert into public.group_memberships as m (group_id, user_id)
+    values (p_to, p_user_id)
+    on conflict on constraint group_memberships_pkey do nothing;
+  end if;
+  return jsonb_build_object('moved', v_moved);
+end
+$$;
+comment on function public.move_group_member(uuid, uuid, uuid) is
+  'Moves a user from one group to another in one step; false when the user was not in the first.';
+revoke execute on function public.move_group_member(uuid, uuid, uuid) from public, anon, authenticated, service_role;
+grant execute on function public.move_group_member(uuid, uuid, uuid) to authenticated, service_role;
+
+create or replace function tokenlimits.reset_usage(p_group_id uuid, p_kind text)
+returns jsonb
+language plpgsql
+volatile
+-- definer: resets are private
+security definer
+set search_path = ''
+as $$
+declare
+  v_at timestamptz;
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  if p_kind !~ '^[a-z][a-z0-9_]{0,31}$' then
+    raise exception using errcode = 'TL001', message = 'kind: is not a kind of generation', detail = 'kind';
+  end if;
+  -- nobody is between being judged and being recorded now: what was recorded before is before, what comes is after
+  perform tokenlimits.lock_groups(array[p_group_id], true);
+  v_at := greatest(
+    tokenlimits.clock(),
+    (
+      select max(u.created_at) + interval '1 microsecond'
+      from public.generation_usage as u
+      where u.group_id = p_group_id
+    )
+  );
+  insert into tokenlimits.usage_resets as r (group_id, kind, reset_at)
+  values (p_group_id, coalesce(p_kind, '*'), v_at)
+  on conflict on constraint usage_resets_pkey do update
+  set reset_at = excluded.reset_at;
+  update public.group_limits as l
+  set counter_id = default
+  where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind);
+  return jsonb_build_object('reset_at', v_at);
+end
+$$;
+comment on function tokenlimits.reset_usage(uuid, text) is 'What reset_group_usage does.';
+revoke execute on function tokenlimits.reset_usage(uuid, text) from public, anon, authenticated;
+grant execute on function tokenlimits.reset_usage(uuid, text) to authenticated, service_role;
+
+create or replace function public.reset_group_usage(p_group_id uuid, p_kind text default null)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return tokenlimits.reset_usage(p_group_id, p_kind);
+end
+$$;
+comment on function public.reset_group_usage(uuid, text) is
+  'A fresh start for a group''s current periods, of a kind or of all; the ledger keeps everything.';
+revoke execute on function public.reset_group_usage(uuid, text) from public, anon, authenticated, service_role;
+grant execute on function public.reset_group_usage(uuid, text) to authenticated, service_role;
+
+create or replace function tokenlimits.list_members(p_group_id uuid, p_after uuid, p_page_size integer)
+returns jsonb
+language plpgsql
+stable
+-- definer: e-mail addresses are in auth.users, which is not open to admins
+security definer
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  return coalesce((
+    select jsonb_agg(to_jsonb(page) order by page.user_id)
+    from (
+      select m.user_id, u.email, m.joined_at
+      from public.group_memberships as m
+      inner join auth.users as u on u.id = m.user_id
+      where m.group_id = p_group_id and (p_after is null or m.user_id > p_after)
+      order by m.user_id
+      limit least(greatest(p_page_size, 1), 1000)
+    ) as page
+  ), '[]');
+end
+$$;
+comment on function tokenlimits.list_members(uuid, uuid, integer) is 'What group_members does.';
+revoke execute on function tokenlimits.list_members(uuid, uuid, integer) from public, anon, authenticated;
+grant execute on function tokenlimits.list_members(uuid, uuid, integer) to authenticated, service_role;
+
+create or replace function public.group_members(
+  p_group_id uuid,
+  p_after uuid default null,
+  p_page_size integer default 500
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.list_members(p_group_id, p_after, p_page_size);
+end
+$$;
+comment on function public.group_members(uuid, uuid, integer) is
+  'A group''s members with their e-mail addresses: the page after a user id, in the order of ids.';
+revoke execute on function public.group_members(uuid, uuid, integer) from public, anon, authenticated, service_role;
+grant execute on function public.group_members(uuid, uuid, integer) to authenticated, service_role;
+
+create or replace function tokenlimits.search_users(p_email text, p_page_size integer)
+returns jsonb
+language plpgsql
+stable
+-- definer: auth.users is not open to admins
+security definer
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.require_admin();
+  return coalesce((
+    select jsonb_agg(to_jsonb(page) order by page.email)
+    from (
+      select u.id as user_id, u.email
+      from auth.users as u
+      where strpos(lower(u.email), lower(btrim(p_email))) > 0
+      order by u.email
+      limit least(greatest(p_page_size, 1), 200)
+    ) as page
+  ), '[]');
+end
+$$;
+comment on function tokenlimits.search_users(text, integer) is 'What find_users does.';
+revoke execute on function tokenlimits.search_users(text, integer) from public, anon, authenticated;
+grant execute on function tokenlimits.search_users(text, integer) to authenticated, service_role;
+
+create or replace function public.find_users(p_email text, p_page_size integer default 20)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.search_users(p_email, p_page_size);
+end
+$$;
+comment on function public.find_users(text, integer) is 'Users whose e-mail address contains a text, whatever its case.';
+revoke execute on function public.find_users(text, integer) from public, anon, authenticated, service_role;
+grant execute on function public.find_users(text, integer) to authenticated, service_role;
+
+-- Usage for users and admins, and history.
+--
+-- Invariants
+--   * Numbers come from counters and the rollup, never from scanning the ledger, so they cost the same for ever.
+
+create or replace function tokenlimits.user_usage(p_user_id uuid)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_now timestamptz := tokenlimits.clock();
+begin
+  return coalesce((
+    select jsonb_agg(
+      tokenlimits.limit_json(s.state) || jsonb_build_object('group', jsonb_build_object('id', g.id, 'name', g.name))
+      order by p.place, s.place
+    )
+    from unnest(tokenlimits.paying_groups(p_user_id)) with ordinality as p (id, place)
+    inner join public.user_groups as g on g.id = p.id
+    cross join lateral (
+      select row(u.*)::tokenlimits.limit_state as state, row_number() over () as place
+      from unnest(tokenlimits.limit_states(p.id, p_user_id, null, v_now)) as u
+    ) as s
+  ), '[]');
+end
+$$;
+comment on function tokenlimits.user_usage(uuid) is 'Every limit that binds a user, in the order in which groups pay.';
+revoke execute on function tokenlimits.user_usage(uuid) from public, anon, authenticated;
+
+create or replace function tokenlimits.usage_of(p_user_id uuid)
+returns jsonb
+language plpgsql
+stable
+-- definer: counters are private
+security definer
+set search_path = ''
+as $$
+begin
+  if p_user_id is null then
+    raise exception using errcode = 'TL001', message = 'user_id: is required', detail = 'user_id';
+  end if;
+  return tokenlimits.user_usage(p_user_id);
+end
+$$;
+comment on function tokenlimits.usage_of(uuid) is 'What user_generation_usage does.';
+revoke execute on function tokenlimits.usage_of(uuid) from public, anon, authenticated;
+grant execute on function tokenlimits.usage_of(uuid) to service_role;
+
+create or replace function public.user_generation_usage(p_user_id uuid)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.usage_of(p_user_id);
+end
+$$;
+comment on function public.user_generation_usage(uuid) is
+  'Every limit that binds a user: group, kind, period, scope, max, used, remaining, reset_at.';
+revoke execute on function public.user_generation_usage(uuid) from public, anon, authenticated, service_role;
+grant execute on function public.user_generation_usage(uuid) to service_role;
+
+create or replace function tokenlimits.my_usage()
+returns jsonb
+language plpgsql
+stable
+-- definer: counters are private; it answers for nobody but the caller
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := (select auth.uid());
+begin
+  if v_user_id is null then
+    raise exception using
+      errcode = '42501', message = 'nobody is signed in', hint = 'Send the user''s access token.';
+  end if;
+  return tokenlimits.user_usage(v_user_id);
+end
+$$;
+comment on function tokenlimits.my_usage() is 'What my_generation_usage does.';
+revoke execute on function tokenlimits.my_usage() from public, anon, authenticated;
+grant execute on function tokenlimits.my_usage() to authenticated;
+
+create or replace function public.my_generation_usage()
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.my_usage();
+end
+$$;
+comment on function public.my_generation_usage() is
+  'Every limit that binds the signed-in user: group, kind, period, scope, max, used, remaining, reset_at.';
+revoke execute on function public.my_generation_usage() from public, anon, authenticated, service_role;
+grant execute on function public.my_generation_usage() to authenticated;
+
+-- A member limit is shown for the group as a whole: what all members used, of max for each.
+create or replace function tokenlimits.usage_of_groups(p_group_id uuid)
+returns jsonb
+language plpgsql
+stable
+-- definer: counters are private
+security definer
+set search_path = ''
+as $$
+declare
+  v_now timestamptz := tokenlimits.clock();
+begin
+  perform tokenlimits.require_admin();
+  if p_group_id is not null then
+    perform tokenlimits.require_group(p_group_id);
+  end if;
+  return coalesce((
+    select jsonb_agg(
+      jsonb_build_object(
+        'group', jsonb_build_object('id', g.id, 'name', g.name),
+        'member_count', m.members,
+        'limits', l.limits
+      )
+      order by lower(g.name)
+    )
+    from public.user_groups as g
+    cross join lateral (
+      select count(*) as members
+      from public.group_memberships as n
+      where n.group_id = g.id
+    ) as m
+    cross join lateral (
+      select coalesce(jsonb_agg(
+        tokenlimits.limit_json(row(u.*)::tokenlimits.limit_state)
+        || jsonb_build_object(
+          'capacity', c.capacity,
+          'remaining', greatest(c.capacity - u.used, 0),
+          'fraction', case
+            when c.capacity > 0 then round(u.used::numeric / c.capacity, 6)
+            -- a blocked limit is full; so is one of a group without members that has been used
+            when c.capacity = 0 then 1
+          end
+        )
+      ), '[]') as limits
+      from unnest(tokenlimits.limit_states(g.id, null, null, v_now)) as u
+      cross join lateral (
+        select u.max * case u.scope when 'member' then m.members else 1 end as capacity
+      ) as c
+    ) as l
+    where p_group_id is null or g.id = p_group_id
+  ), '[]');
+end
+$$;
+comment on function tokenlimits.usage_of_groups(uuid) is 'What group_usage does.';
+revoke execute on function tokenlimits.usage_of_groups(uuid) from public, anon, authenticated;
+grant execute on function tokenlimits.usage_of_groups(uuid) to authenticated, service_role;
+
+create or replace function public.group_usage(p_group_id uuid default null)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.usage_of_groups(p_group_id);
+end
+$$;
+comment on function public.group_usage(uuid) is
+  'One group, or all when null: member count, and of each limit used, remaining, fraction of its capacity, reset_at.';
+revoke execute on function public.group_usage(uuid) from public, anon, authenticated, service_role;
+grant execute on function public.group_usage(uuid) to authenticated, service_role;
+
+create or replace function tokenlimits.history(
+  p_group_id uuid,
+  p_kind text,
+  p_bucket text,
+  p_since timestamptz,
+  p_until timestamptz
+)
+returns jsonb
+language plpgsql
+stable
+-- definer: the rollup is private
+security definer
+set search_path = ''
+as $$
+declare
+  v_timezone text := 'UTC';
+  v_since timestamptz;
+begin
+  perform tokenlimits.require_admin();
+  if p_bucket is null or p_bucket not in ('hour', 'day', 'week', 'month') then
+    raise exception using
+      errcode = 'TL001', message = 'bucket: must be hour, day, week or month', detail = 'bucket';
+  end if;
+  if p_group_id is not null then
+    v_timezone := (tokenlimits.require_group(p_group_id)).timezone;
+  end if;
+  -- whole buckets: the first is the one that p_since lies in
+  v_since := lower(tokenlimits.period_of(p_bucket, v_timezone, p_since));
+  return coalesce((
+    select jsonb_agg(to_jsonb(points) order by points.bucket, points.kind)
+    from (
+      select
+        lower(tokenlimits.period_of(p_bucket, v_timezone, r.bucket)) as bucket,
+        r.kind,
+        sum(r.cost) as used,
+        sum(r.generations) as generations
+      from (
+        select q.bucket, q.kind, sum(q.cost) as cost, sum(q.generations) as generations
+        from tokenlimits.usage_rollup as q
+        where
+          (p_group_id is null or q.group_id = p_group_id)
+          and (p_kind is null or q.kind = p_kind)
+          and q.bucket >= v_since
+          and q.bucket < p_until
+        group by q.bucket, q.kind
+      ) as r
+      group by 1, 2
+      having sum(r.generations) > 0
+    ) as points
+  ), '[]');
+end
+$$;
+comment on function tokenlimits.history(uuid, text, text, timestamptz, timestamptz) is 'What generation_history does.';
+revoke execute on function tokenlimits.history(uuid, text, text, timestamptz, timestamptz)
+from public, anon, authenticated;
+grant execute on function tokenlimits.history(uuid, text, text, timestamptz, timestamptz)
+to authenticated, service_role;
+
+create or replace function public.generation_history(
+  p_group_id uuid default null,
+  p_kind text default null,
+  p_bucket text default 'day',
+  p_since timestamptz default null,
+  p_until timestamptz default null
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.history(
+    p_group_id, p_kind, p_bucket,
+    coalesce(p_since, coalesce(p_until, now()) - interval '30 days'), coalesce(p_until, 'infinity')
+  );
+end
+$$;
+comment on function public.generation_history(uuid, text, text, timestamptz, timestamptz) is
+  'Live usage per kind and hour, day, week or month of a group''s time zone (of all groups, in UTC, when null); the last 30 days unless told otherwise.';
+revoke execute on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
+from public, anon, authenticated, service_role;
+grant execute on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
+to authenticated, service_role;
+
+-- Who may touch the tables: admins through row-level security, the service key, and nobody else.
+--
+-- Invariants
+--   * One permissive policy per table, action and role.
+--   * Nobody writes the ledger through the API: only definer functions do.
+--   * It holds on projects whose default privileges grant everything in public, and on those that grant nothing.
+
+alter table public.user_groups enable row level security;
+alter table public.group_limits enable row level security;
+alter table public.group_memberships enable row level security;
+alter table public.generation_usage enable row level security;
+
+revoke all on public.user_groups, public.group_limits, public.group_memberships, public.generation_usage
+from public, anon, authenticated, service_role;
+grant select, insert, update, delete on public.user_groups, public.group_limits, public.group_memberships
+to authenticated, service_role;
+grant select on public.generation_usage to authenticated, service_role;
+
+do $do$
+declare
+  v_table text;
+  v_action text;
+  v_name text;
+begin
+  foreach v_table in array array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'] loop
+    foreach v_action in array array['select', 'insert', 'update', 'delete'] loop
+      continue when v_table = 'generation_usage' and v_action <> 'select';
+      v_name := format('admins may %s', v_action);
+      execute format('drop policy if exists %I on public.%I', v_name, v_table);
+      execute format(
+        'create policy %I on public.%I for %s to authenticated %s %s', v_name, v_table, v_action,
+        case when v_action <> 'insert' then 'using ((select tokenlimits.is_admin()))' end,
+        case when v_action in ('insert', 'update') then 'with check ((select tokenlimits.is_admin()))' end
+      );
+    end loop;
+  end loop;
+end
+$do$;
+
+-- PostgREST serves the new functions from now on.
+notify pgrst, 'reload schema';

@@ -1,0 +1,39 @@
+-- Removes tokenlimits: groups, limits, memberships, counters and every function.
+-- Keeps the ledger (public.generation_usage), which admins and the service key may go on reading. To drop it too, run
+-- this first, in the same session:  set tokenlimits.drop_ledger = 'yes';
+
+do $do$
+declare
+  v_function regprocedure;
+begin
+  if to_regclass('public.generation_usage') is not null then
+    drop policy if exists "admins may select" on public.generation_usage;
+    if current_setting('tokenlimits.drop_ledger', true) = 'yes' then
+      drop table public.generation_usage;
+    end if;
+  end if;
+  -- only functions that are made of tokenlimits' own, so that a project's function of the same name stays
+  for v_function in
+    select p.oid::regprocedure
+    from pg_catalog.pg_proc as p
+    where
+      p.pronamespace = 'public'::regnamespace
+      and (p.prosrc like '%tokenlimits.%' or p.proname = 'tokenlimits_version')
+      and p.proname in (
+        'tokenlimits_version', 'track_generation', 'check_generation', 'record_generation',
+        'user_generation_usage', 'my_generation_usage', 'save_group', 'set_group_limit', 'remove_group_limit',
+        'delete_group', 'find_groups', 'add_group_members', 'remove_group_members', 'move_group_member',
+        'reset_group_usage', 'group_members', 'find_users', 'group_usage', 'generation_history'
+      )
+  loop
+    execute format('drop function %s', v_function);
+  end loop;
+end
+$do$;
+
+drop table if exists public.group_memberships;
+drop table if exists public.group_limits;
+drop table if exists public.user_groups;
+drop schema if exists tokenlimits cascade;
+
+notify pgrst, 'reload schema';
