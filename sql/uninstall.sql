@@ -1,17 +1,11 @@
 -- Removes tokenlimits: groups, limits, memberships, counters and every function.
--- Keeps the ledger (public.generation_usage), which admins and the service key may go on reading. To drop it too, run
--- this first, in the same session:  set tokenlimits.drop_ledger = 'yes';
+-- Keeps the ledger (public.generation_usage), which the service key may go on reading; installing tokenlimits again takes
+-- it up. To drop it too, run this first, in the same session:  set tokenlimits.drop_ledger = 'yes';
 
 do $do$
 declare
   v_function regprocedure;
 begin
-  if to_regclass('public.generation_usage') is not null then
-    drop policy if exists "admins may select" on public.generation_usage;
-    if current_setting('tokenlimits.drop_ledger', true) = 'yes' then
-      drop table public.generation_usage;
-    end if;
-  end if;
   -- only functions that are made of tokenlimits' own, so that a project's function of the same name stays
   for v_function in
     select p.oid::regprocedure
@@ -31,9 +25,18 @@ begin
 end
 $do$;
 
+-- with its functions go the triggers and policies that use them
+drop schema if exists tokenlimits cascade;
 drop table if exists public.group_memberships;
 drop table if exists public.group_limits;
 drop table if exists public.user_groups;
-drop schema if exists tokenlimits cascade;
+
+do $do$
+begin
+  if current_setting('tokenlimits.drop_ledger', true) = 'yes' then
+    drop table if exists public.generation_usage;
+  end if;
+end
+$do$;
 
 notify pgrst, 'reload schema';
