@@ -1,0 +1,44 @@
+"""`python -m tokenlimits.local`: run the stack until Ctrl-C, and print how to reach it."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from tokenlimits.local import LocalStack, LocalStackError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tokenlimits.local", description=__doc__)
+    parser.add_argument("--port", type=int, help="default: a free one")
+    parser.add_argument("--database-url", help="a PostgreSQL to serve; default: an embedded one")
+    parser.add_argument("--sql-dir", help="the migrations to apply; default: those of tokenlimits")
+    options = parser.parse_args(arguments)
+    ended = threading.Event()
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        ended.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    try:
+        with LocalStack(options.database_url, options.port, options.sql_dir) as stack:
+            for name, value in stack.environment().items():
+                print(f"{name}={value}", flush=True)  # noqa: T201 - what the command is for
+            while not ended.wait(3600):
+                pass
+    except LocalStackError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
