@@ -1,0 +1,57 @@
+"""What the clients for workers and for groups have in common, for each colour."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from supabase import AsyncClient, Client
+
+from ._transport import AsyncTransport, Transport
+from .errors import ConfigurationError
+
+DEFAULT_TIMEOUT = 10.0
+"""Seconds for one call, with all its retries."""
+
+
+def _checked_timeout(timeout: float) -> float:
+    if not timeout > 0:
+        raise ConfigurationError(f"timeout: must be more than 0 seconds (got {timeout!r})")
+    return timeout
+
+
+class Base:
+    """Holds the transport; a context manager that closes what was made here."""
+
+    def __init__(self, client: object, timeout: float) -> None:
+        if not isinstance(client, Client | None):
+            raise ConfigurationError(f"client: must be a supabase.Client (got {type(client).__name__})")
+        self._transport = Transport(client, _checked_timeout(timeout))
+
+    def close(self) -> None:
+        """Close the connections that were made here; a client that you passed in stays open."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class AsyncBase:
+    """Holds the transport; an async context manager that closes what was made here."""
+
+    def __init__(self, client: object, timeout: float) -> None:
+        if not isinstance(client, AsyncClient | None):
+            raise ConfigurationError(f"client: must be a supabase.AsyncClient (got {type(client).__name__})")
+        self._transport = AsyncTransport(client, _checked_timeout(timeout))
+
+    async def aclose(self) -> None:
+        """Close the connections that were made here; a client that you passed in stays open."""
+        await self._transport.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()

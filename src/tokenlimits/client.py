@@ -1,0 +1,244 @@
+"""For generation workers: ask before money is spent."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Self
+from uuid import UUID
+
+from supabase import Client
+
+from . import _calls
+from ._base import DEFAULT_TIMEOUT, Base
+from ._calls import Call, OnUnavailable
+from .errors import ServiceUnavailable
+from .models import TrackResult, UserLimit
+
+
+class TokenLimits(Base):
+    """Checks and records generations.
+
+    Safe to share between threads, and to use after a fork when made by `from_env`.
+
+    Args:
+        client: A `supabase.Client` with the secret (service_role) key. It stays yours: closing this doesn't
+            close it. Without one, see `from_env`.
+        timeout: Seconds for one call, with all its retries.
+        on_unavailable: What `track` and `check` do when Supabase can't be reached: `"raise"` ServiceUnavailable,
+            `"allow"` the generation (it is not recorded), or `"deny"` it. A wrong key or a missing schema
+            always raises.
+
+    Example:
+        >>> with TokenLimits.from_env() as limits:
+        ...     limits.track(user_id, "image").allowed
+        True
+    """
+
+    def __init__(
+        self, client: Client | None = None, *, timeout: float = DEFAULT_TIMEOUT, on_unavailable: OnUnavailable = "raise"
+    ) -> None:
+        super().__init__(client, timeout)
+        self._on_unavailable: OnUnavailable = _calls.checked_policy(on_unavailable)
+
+    @classmethod
+    def from_env(cls, *, timeout: float = DEFAULT_TIMEOUT, on_unavailable: OnUnavailable = "raise") -> Self:
+        """Make one for `SUPABASE_URL` and `SUPABASE_SECRET_KEY` (or `SUPABASE_SERVICE_ROLE_KEY`), read on first use.
+
+        Args:
+            timeout: Seconds for one call, with all its retries.
+            on_unavailable: See the class.
+
+        Raises:
+            ConfigurationError: On first use, when a variable is missing.
+        """
+        return cls(timeout=timeout, on_unavailable=on_unavailable)
+
+    def track(
+        self,
+        user_id: UUID | str,
+        kind: str,
+        cost: int = 1,
+        *,
+        idempotency_key: str | None = None,
+        group_id: UUID | str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> TrackResult:
+        """Check every limit that applies and record the generation, in one atomic step.
+
+        Call it before you spend money. A denied generation leaves no usage and no charge.
+
+        Args:
+            user_id: Who generates.
+            kind: What is generated, like `"image"` or `"video"`.
+            cost: How much it takes from the limits.
+            idempotency_key: The job's own id: a repeated call charges once and answers the same, `replayed`. Take it
+                from your job, never from an end user. Without one the client makes one for its own retries.
+            group_id: Which of the user's groups pays; without it the first that has room, by priority.
+            metadata: A JSON object that is kept with the usage, at most 8 kB.
+
+        Returns:
+            Whether it is allowed, what remains, and when it resets. It is true when allowed.
+
+        Raises:
+            InvalidRequest: An argument is not valid; nothing was sent.
+            IdempotencyConflict: The key was used for another request of this user.
+            GroupNotFound: There is no group `group_id`.
+            ServiceUnavailable: Supabase could not be reached in time (see `on_unavailable`).
+            AccessDenied, SchemaNotInstalled, SchemaOutdated, ConfigurationError: It is not set up right.
+
+        Example:
+            >>> result = limits.track(user_id, "image", idempotency_key="job-1")
+            >>> result.allowed, result.remaining
+            (True, 99)
+            >>> limits.track(user_id, "image", idempotency_key="job-1").replayed
+            True
+        """
+        return self._judged(_calls.track(user_id, kind, cost, idempotency_key, group_id, metadata))
+
+    def check(
+        self, user_id: UUID | str, kind: str, cost: int = 1, *, group_id: UUID | str | None = None
+    ) -> TrackResult:
+        """Say what `track` would answer now; record nothing.
+
+        By the time that you track, others may have used the room: only `track` decides.
+
+        Args:
+            user_id: Who would generate.
+            kind: What would be generated.
+            cost: How much it would take from the limits.
+            group_id: Which of the user's groups would pay.
+
+        Returns:
+            The answer; `remaining` is what remains now.
+
+        Raises:
+            InvalidRequest: An argument is not valid; nothing was sent.
+            GroupNotFound: There is no group `group_id`.
+            ServiceUnavailable: Supabase could not be reached in time (see `on_unavailable`).
+
+        Example:
+            >>> limits.check(user_id, "image", cost=101).error
+            'Image generation limit exceeded: 0 of 100 used in total, 101 more asked for'
+        """
+        return self._judged(_calls.check(user_id, kind, cost, group_id))
+
+    def record(
+        self,
+        user_id: UUID | str,
+        kind: str,
+        cost: int = 1,
+        *,
+        created_at: datetime | None = None,
+        idempotency_key: str | None = None,
+        group_id: UUID | str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> TrackResult:
+        """Record usage that has happened, here or elsewhere; never denied, so counters may pass their max.
+
+        Args:
+            user_id: Who generated.
+            kind: What was generated.
+            cost: How much it takes from the limits of its period.
+            created_at: When it happened, with a time zone; now when None.
+            idempotency_key: The same call with the same key is recorded once: use one when you import.
+            group_id: Which group it is booked on (the user may have left it); without it, the first of the user's
+                groups that has a limit for the kind.
+            metadata: A JSON object that is kept with the usage, at most 8 kB.
+
+        Returns:
+            The usage, and what remains of the limits now.
+
+        Raises:
+            InvalidRequest: An argument is not valid, `created_at` lies in the future, or the user is in no group.
+            IdempotencyConflict: The key was used for another request of this user.
+            GroupNotFound: There is no group `group_id`.
+            ServiceUnavailable: Supabase could not be reached in time.
+
+        Example:
+            >>> from datetime import datetime, timezone
+            >>> limits.record(user_id, "image", created_at=datetime(2026, 1, 31, tzinfo=timezone.utc)).status
+            'committed'
+        """
+        call = _calls.record(user_id, kind, cost, created_at, idempotency_key, group_id, metadata)
+        return self._transport.send(call)
+
+    def usage(self, user_id: UUID | str) -> tuple[UserLimit, ...]:
+        """List every limit that binds a user, with used, remaining and reset_at.
+
+        Args:
+            user_id: Whose.
+
+        Returns:
+            The limits of all the user's groups, in the order in which groups pay; those of the default group for a user
+            in none.
+
+        Raises:
+            InvalidRequest: `user_id` is not a UUID.
+            ServiceUnavailable: Supabase could not be reached in time.
+
+        Example:
+            >>> [(limit.kind, limit.used, limit.max) for limit in limits.usage(user_id)]
+            [('image', 0, 100), ('video', 0, 20)]
+        """
+        return self._transport.send(_calls.usage(user_id))
+
+    def _judged(self, call: Call[TrackResult]) -> TrackResult:
+        try:
+            return self._transport.send(call)
+        except ServiceUnavailable as error:
+            return _calls.without_service(call, self._on_unavailable, error)
+
+
+class Default:
+    """The client behind `track_generation`: made on first use, replaced by `tokenlimits.testing.override`."""
+
+    current: TokenLimits | None = None
+    _lock = threading.Lock()
+
+    @classmethod
+    def choose(cls, client: TokenLimits | Client | None) -> TokenLimits:
+        """Wrap what was passed in, or take the default."""
+        if isinstance(client, TokenLimits):
+            return client
+        if client is not None:
+            return TokenLimits(client)
+        with cls._lock:
+            if cls.current is None:
+                cls.current = TokenLimits.from_env()
+            return cls.current
+
+
+def track_generation(
+    user_id: UUID | str,
+    kind: str,
+    cost: int = 1,
+    *,
+    idempotency_key: str | None = None,
+    group_id: UUID | str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    client: TokenLimits | Client | None = None,
+) -> TrackResult:
+    """Check every limit that applies and record the generation, in one atomic step; see `TokenLimits.track`.
+
+    Args:
+        user_id: Who generates.
+        kind: What is generated, like `"image"` or `"video"`.
+        cost: How much it takes from the limits.
+        idempotency_key: The job's own id: a repeated call charges once.
+        group_id: Which of the user's groups pays.
+        metadata: A JSON object that is kept with the usage.
+        client: A `TokenLimits` or a Supabase client; without it, one is made from the environment on first use.
+
+    Returns:
+        Whether it is allowed, what remains, and when it resets. It is true when allowed.
+
+    Example:
+        >>> result = track_generation(user_id, "image")
+        >>> if not result:
+        ...     raise RuntimeError(result.error)
+    """
+    return Default.choose(client).track(
+        user_id, kind, cost, idempotency_key=idempotency_key, group_id=group_id, metadata=metadata
+    )

@@ -1,0 +1,183 @@
+"""Everything that tokenlimits raises, and the one registry from a server's code to its class."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .models import TrackResult
+
+
+class TokenLimitsError(Exception):
+    """Base of all errors of tokenlimits.
+
+    `code` is the server's SQLSTATE or PostgREST code, when it was the server that refused.
+    """
+
+    default_hint: ClassVar[str] = ""
+
+    def __init__(self, message: str, *, code: str | None = None, detail: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle with every field, for process pools and task queues."""
+        return (_rebuild, (type(self), self.args, self.__dict__))
+
+
+def _rebuild(cls: type[TokenLimitsError], args: tuple[str, ...], state: dict[str, object]) -> TokenLimitsError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigurationError(TokenLimitsError):
+    """The client is set up wrongly: a variable is missing, or a client is used where it can't be."""
+
+
+class SchemaNotInstalled(TokenLimitsError):
+    """The database has no tokenlimits yet."""
+
+    default_hint = (
+        "Apply sql/tokenlimits.sql in Supabase's SQL editor (or as a migration). "
+        "If you just did, run: notify pgrst, 'reload schema'"
+    )
+
+
+class SchemaOutdated(TokenLimitsError):
+    """The database has an older tokenlimits than this package needs."""
+
+    default_hint = "Apply the newest sql/tokenlimits.sql; applying it again keeps all data."
+
+
+class AccessDenied(TokenLimitsError):
+    """The key or the session may not do this."""
+
+    default_hint = (
+        "Workers need the secret (service_role) key; managing groups also works with the session of a user "
+        "whose app_metadata.role is 'admin'."
+    )
+
+
+class InvalidRequest(TokenLimitsError, ValueError):
+    """An argument is not valid; `field` names it."""
+
+    @property
+    def field(self) -> str | None:
+        """The argument's name, with its place in a list, like `limits[2].max`."""
+        return self.detail
+
+
+class GroupNotFound(TokenLimitsError):
+    """There is no such group."""
+
+
+class GroupExists(TokenLimitsError):
+    """Another group has that name (names are unique whatever their case)."""
+
+
+class UnknownUser(TokenLimitsError):
+    """There is no user of that id in `auth.users`."""
+
+
+class UsageNotFound(TokenLimitsError):
+    """There is no usage of that id."""
+
+
+class AlreadySettled(TokenLimitsError):
+    """The usage was settled in another way before."""
+
+
+class HoldExpired(TokenLimitsError):
+    """The hold has expired, and there is no room for its cost any more."""
+
+
+class IdempotencyConflict(TokenLimitsError):
+    """The idempotency key was used for another request of this user."""
+
+
+class ServiceUnavailable(TokenLimitsError):
+    """Supabase could not be reached, or gave no sensible answer, within the timeout and its retries.
+
+    `retry_after` is how many seconds the server asked to wait, if it did.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        detail: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message, code=code, detail=detail)
+        self.retry_after = retry_after
+
+
+class GenerationDenied(TokenLimitsError):
+    """The generation is not allowed; `result` says why, and when it will be."""
+
+    def __init__(self, result: TrackResult) -> None:
+        super().__init__(result.error or "The generation is not allowed")
+        self.result = result
+
+
+class LimitExceeded(GenerationDenied):
+    """A limit has no room for the cost."""
+
+
+class NotInGroup(GenerationDenied):
+    """The user is in no group that may pay."""
+
+
+class NoLimitForKind(GenerationDenied):
+    """None of the user's groups entitles to this kind."""
+
+
+BY_CODE: Mapping[str, type[TokenLimitsError]] = {
+    "TL001": InvalidRequest,
+    "TL002": GroupNotFound,
+    "TL003": GroupExists,
+    "TL004": UnknownUser,
+    "TL005": UsageNotFound,
+    "TL006": AlreadySettled,
+    "TL007": HoldExpired,
+    "TL008": IdempotencyConflict,
+    "TL009": ConfigurationError,
+    "42501": AccessDenied,  # insufficient_privilege
+    "42883": SchemaNotInstalled,  # undefined_function
+    "3F000": SchemaNotInstalled,  # invalid_schema_name
+    "23502": InvalidRequest,  # not_null_violation
+    "23503": UnknownUser,  # foreign_key_violation: only memberships have one to a row that isn't ours
+    "23514": InvalidRequest,  # check_violation
+    "PGRST202": SchemaNotInstalled,  # function not in the schema cache
+    "PGRST301": AccessDenied,  # the JWT is not valid
+    "PGRST302": AccessDenied,  # anonymous access is off
+    "PGRST303": AccessDenied,  # the JWT's claims are not valid
+}
+"""Classes by SQLSTATE (sql/schema/10_schema.sql lists ours) or PostgREST code."""
+
+
+def refusal(status: int, answer: Mapping[str, object]) -> TokenLimitsError:
+    """Make the error for a request that the server refused with this HTTP status and JSON object."""
+    code = answer.get("code")
+    code = code if isinstance(code, str) else None
+    cls = _class_of(status, code)
+    text = str(answer.get("message") or answer.get("error") or f"The server answered with status {status}")
+    hint = answer.get("hint") or cls.default_hint
+    detail = answer.get("details")
+    return cls(f"{text}. {hint}" if hint else text, code=code, detail=None if detail is None else str(detail))
+
+
+def _class_of(status: int, code: str | None) -> type[TokenLimitsError]:
+    if code is not None and code in BY_CODE:
+        return BY_CODE[code]
+    if status in (401, 403):
+        return AccessDenied
+    if code is not None and code.startswith("22"):  # data exceptions: text where a number belongs, \u0000, …
+        return InvalidRequest
+    return TokenLimitsError

@@ -1,0 +1,407 @@
+"""For backend scripts and admins: groups, limits, members, usage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from typing import Self
+from uuid import UUID
+
+from supabase import Client
+
+from . import _calls, _flows
+from ._base import DEFAULT_TIMEOUT, Base
+from ._calls import Limits
+from ._flows import OnProgress
+from .models import Bucket, BulkResult, Group, GroupUsage, HistoryPoint, Limit, Member, Period, Scope, User
+
+Groups = list[Group]
+GroupUsages = list[GroupUsage]
+HistoryPoints = list[HistoryPoint]
+Users = list[User]
+
+
+class GroupManager(Base):
+    """Manages groups of users, their limits and members.
+
+    Every method raises `AccessDenied` when the key or the session is no admin's, `ServiceUnavailable` when Supabase
+    can't be reached in time, and `InvalidRequest`, with the field's name, when an argument is not valid. Those that
+    take a group's id raise `GroupNotFound` when there is none.
+
+    Args:
+        client: A `supabase.Client` with the secret key, or with the session of an admin. It stays yours.
+            Without one, see `from_env`.
+        timeout: Seconds for one call, with all its retries.
+
+    Example:
+        >>> with GroupManager.from_env() as groups:
+        ...     pro = groups.create("Pro", limits={"image": 100, "video": 20})
+        >>> [(limit.kind, limit.max, limit.period) for limit in pro.limits]
+        [('image', 100, 'lifetime'), ('video', 20, 'lifetime')]
+    """
+
+    def __init__(self, client: Client | None = None, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        super().__init__(client, timeout)
+
+    @classmethod
+    def from_env(cls, *, timeout: float = DEFAULT_TIMEOUT) -> Self:
+        """Make one for `SUPABASE_URL` and `SUPABASE_SECRET_KEY` (or `SUPABASE_SERVICE_ROLE_KEY`), read on first use.
+
+        Args:
+            timeout: Seconds for one call, with all its retries.
+
+        Raises:
+            ConfigurationError: On first use, when a variable is missing.
+        """
+        return cls(timeout=timeout)
+
+    def create(
+        self,
+        name: str,
+        *,
+        description: str = "",
+        limits: Limits = (),
+        priority: int = 0,
+        timezone: str = "UTC",
+        is_default: bool = False,
+    ) -> Group:
+        """Create a group with its limits, in one step: an error leaves nothing behind.
+
+        Args:
+            name: Unique whatever its case, 1 to 200 characters.
+            description: For people, at most 2,000 characters.
+            limits: A list of `Limit`, or the shorthand `{"image": 100}` for lifetime pools.
+            priority: A user's groups are tried from high to low.
+            timezone: An IANA name, in which the calendar periods begin.
+            is_default: Judges users who are in no group at all; the group that was the default is not any more.
+
+        Raises:
+            GroupExists: Another group has the name.
+
+        Example:
+            >>> team = groups.create("Team", limits=[Limit(kind="image", max=50, period="day", scope="member")])
+            >>> team.limits[0].max
+            50
+        """
+        return self._transport.send(
+            _calls.save_group(
+                None,
+                name=name,
+                description=description,
+                priority=priority,
+                timezone=timezone,
+                is_default=is_default,
+                limits=limits,
+            )
+        )
+
+    def update(
+        self,
+        group_id: UUID | str,
+        *,
+        name: str | None = None,
+        description: str | None = None,
+        priority: int | None = None,
+        timezone: str | None = None,
+        is_default: bool | None = None,
+    ) -> Group:
+        """Change what is not None of a group.
+
+        Another time zone makes every period begin at another moment: usage is counted afresh from the ledger.
+
+        Args:
+            group_id: Which group.
+            name: Unique whatever its case, 1 to 200 characters.
+            description: For people, at most 2,000 characters.
+            priority: A user's groups are tried from high to low.
+            timezone: An IANA name, in which the calendar periods begin.
+            is_default: Judges users who are in no group at all; the group that was the default is not any more.
+
+        Raises:
+            GroupExists: Another group has the name.
+
+        Example:
+            >>> groups.update(team.id, timezone="Europe/Paris").timezone
+            'Europe/Paris'
+        """
+        return self._transport.send(
+            _calls.save_group(
+                group_id,
+                name=name,
+                description=description,
+                priority=priority,
+                timezone=timezone,
+                is_default=is_default,
+            )
+        )
+
+    def set_limits(self, group_id: UUID | str, limits: Limits) -> Group:
+        """Replace a group's whole set of limits, in one step; those that stay the same keep what is used.
+
+        Args:
+            group_id: Which group.
+            limits: A list of `Limit`, or the shorthand `{"image": 100}` for lifetime pools.
+
+        Example:
+            >>> len(groups.set_limits(team.id, [Limit(kind="image", max=1000, period="month")]).limits)
+            1
+        """
+        return self._transport.send(_calls.save_group(group_id, limits=limits))
+
+    def set_limit(self, group_id: UUID | str, limit: Limit) -> Group:
+        """Add one limit, or change the max of the one with its kind, period and scope.
+
+        Args:
+            group_id: Which group.
+            limit: The limit; one that is new counts what was already used in its current period.
+
+        Example:
+            >>> groups.set_limit(team.id, Limit(kind="video", max=None)).limits[-1].max is None
+            True
+        """
+        return self._transport.send(_calls.set_limit(group_id, limit))
+
+    def remove_limit(
+        self, group_id: UUID | str, kind: str, *, period: Period = "lifetime", scope: Scope = "group"
+    ) -> Group:
+        """Remove one limit; no error when there is none.
+
+        Args:
+            group_id: Which group.
+            kind: The limit's kind.
+            period: The limit's period.
+            scope: The limit's scope.
+
+        Example:
+            >>> groups.remove_limit(team.id, "image").limits
+            ()
+        """
+        return self._transport.send(_calls.remove_limit(group_id, kind, period, scope))
+
+    def get(self, group_id: UUID | str) -> Group:
+        """Read one group with its limits.
+
+        Args:
+            group_id: Which group.
+
+        Example:
+            >>> groups.get(team.id).name
+            'Team'
+        """
+        return self._transport.send(_calls.get_group(group_id))
+
+    def get_by_name(self, name: str) -> Group:
+        """Read one group by its name, whatever its case.
+
+        Args:
+            name: The whole name.
+
+        Raises:
+            GroupNotFound: No group has the name.
+
+        Example:
+            >>> groups.get_by_name("team").name
+            'Team'
+        """
+        return self._transport.send(_calls.get_group_by_name(name))
+
+    def list(self, *, search: str | None = None) -> Groups:
+        """Read all groups by name, or those whose name contains a text, whatever its case.
+
+        Args:
+            search: The text; all groups when None.
+
+        Example:
+            >>> [group.name for group in groups.list(search="tea")]
+            ['Team']
+        """
+        return self._transport.run(_flows.all_groups(search))
+
+    def delete(self, group_id: UUID | str) -> Group:
+        """Delete a group with its limits and memberships; the ledger stays. Returns what it was.
+
+        Args:
+            group_id: Which group.
+
+        Example:
+            >>> groups.delete(team.id).name
+            'Team'
+        """
+        return self._transport.send(_calls.delete_group(group_id))
+
+    def add_member(self, group_id: UUID | str, user_id: UUID | str) -> bool:
+        """Add a user to a group.
+
+        Args:
+            group_id: Which group.
+            user_id: Which user.
+
+        Returns:
+            False when the user was a member already.
+
+        Raises:
+            UnknownUser: `auth.users` has no such user.
+
+        Example:
+            >>> groups.add_member(team.id, user_id), groups.add_member(team.id, user_id)
+            (True, False)
+        """
+        return self._transport.send(_calls.add_member(group_id, user_id))
+
+    def remove_member(self, group_id: UUID | str, user_id: UUID | str) -> bool:
+        """Remove a user from a group; their usage stays, and is found again if they return.
+
+        Args:
+            group_id: Which group.
+            user_id: Which user.
+
+        Returns:
+            False when the user was no member.
+
+        Example:
+            >>> groups.remove_member(team.id, user_id)
+            False
+        """
+        return self._transport.run(_flows.remove_members(group_id, [user_id], None)) == 1
+
+    def move_member(self, user_id: UUID | str, *, from_: UUID | str, to: UUID | str) -> bool:
+        """Move a user from one group to another, in one step.
+
+        Args:
+            user_id: Which user.
+            from_: The group that they leave.
+            to: The group that they join, if they are not in it yet.
+
+        Returns:
+            False, with nothing changed, when the user was not in `from_`.
+
+        Example:
+            >>> groups.move_member(user_id, from_=team.id, to=team.id)
+            False
+        """
+        return self._transport.send(_calls.move_member(user_id, from_, to))
+
+    def add_members(
+        self, group_id: UUID | str, user_ids: Iterable[UUID | str], *, on_progress: OnProgress | None = None
+    ) -> BulkResult:
+        """Add any number of users to a group, in parts of 5,000; one that is unknown doesn't stop the others.
+
+        Args:
+            group_id: Which group.
+            user_ids: The users; repeated ids count once.
+            on_progress: Called after each part with how many are done, and of how many.
+
+        Returns:
+            How many were added, how many were members already, and who was refused, with the reason.
+
+        Example:
+            >>> from uuid import uuid4
+            >>> result = groups.add_members(team.id, [user_id, uuid4()])
+            >>> result.added, len(result.refused), result.refused[0].reason
+            (1, 1, 'there is no such user')
+        """
+        return self._transport.run(_flows.add_members(group_id, user_ids, on_progress))
+
+    def remove_members(
+        self, group_id: UUID | str, user_ids: Iterable[UUID | str], *, on_progress: OnProgress | None = None
+    ) -> int:
+        """Remove any number of users from a group, in parts of 5,000; their usage stays.
+
+        Args:
+            group_id: Which group.
+            user_ids: The users.
+            on_progress: Called after each part with how many are done, and of how many.
+
+        Returns:
+            How many were members.
+
+        Example:
+            >>> groups.remove_members(team.id, [user_id])
+            0
+        """
+        return self._transport.run(_flows.remove_members(group_id, user_ids, on_progress))
+
+    def members(self, group_id: UUID | str) -> Iterator[Member]:
+        """Iterate over a group's members in the order of their ids, reading page by page.
+
+        Args:
+            group_id: Which group.
+
+        Example:
+            >>> [member.email for member in groups.members(team.id)]
+            []
+        """
+        return self._transport.iterate(_flows.all_members(group_id))
+
+    def find_users(self, email: str) -> Users:
+        """Find up to 20 users by a part of their e-mail address, whatever its case.
+
+        Args:
+            email: The part.
+
+        Example:
+            >>> groups.find_users("nobody@nowhere")
+            []
+        """
+        return self._transport.send(_calls.find_users(email))
+
+    def usage(self, group_id: UUID | str) -> GroupUsage:
+        """Read a group's member count, and of each limit used, remaining, fraction and reset_at.
+
+        Args:
+            group_id: Which group.
+
+        Example:
+            >>> groups.usage(team.id).limits[0].fraction
+            0.0
+        """
+        return self._transport.send(_calls.group_usage(group_id))
+
+    def usage_all(self) -> GroupUsages:
+        """Read the usage of all groups, by name.
+
+        Example:
+            >>> "Team" in [usage.group.name for usage in groups.usage_all()]
+            True
+        """
+        return self._transport.send(_calls.all_usage())
+
+    def history(
+        self,
+        group_id: UUID | str | None = None,
+        *,
+        kind: str | None = None,
+        bucket: Bucket = "day",
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> HistoryPoints:
+        """Read what was used per kind and hour, day, week or month, oldest first; empty ones are left out.
+
+        Args:
+            group_id: Which group, whose time zone the buckets begin in; all groups, in UTC, when None.
+            kind: Of this kind alone.
+            bucket: The step.
+            since: From the bucket of this moment on, with a time zone; 30 days ago when None.
+            until: Before this moment, to the quarter of an hour; up to now when None.
+
+        Example:
+            >>> groups.history(team.id, kind="image", bucket="day")
+            []
+        """
+        return self._transport.send(_calls.history(group_id, kind, bucket, since, until))
+
+    def reset_usage(self, group_id: UUID | str, *, kind: str | None = None) -> datetime:
+        """Give a group a fresh start in its current periods; the ledger keeps everything.
+
+        Args:
+            group_id: Which group.
+            kind: Of this kind alone; of all when None.
+
+        Returns:
+            The moment from which usage counts.
+
+        Example:
+            >>> groups.reset_usage(team.id, kind="image").tzinfo is not None
+            True
+        """
+        return self._transport.send(_calls.reset_usage(group_id, kind))

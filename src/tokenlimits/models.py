@@ -1,0 +1,215 @@
+"""What goes in and what comes out: frozen models that ignore fields they don't know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
+from uuid import UUID
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, StrictInt
+
+from .errors import GenerationDenied, LimitExceeded, NoLimitForKind, NotInGroup
+
+Period = Literal["minute", "hour", "day", "week", "month", "lifetime"]
+"""Calendar periods begin in the group's time zone; weeks on Monday; lifetime never ends."""
+
+Scope = Literal["group", "member"]
+"""`group`: one pool that the members share; `member`: each member has their own."""
+
+Reason = Literal["not_in_group", "no_limit_for_kind", "limit_exceeded", "unavailable"]
+"""Why a generation is denied; `unavailable` also when it is allowed because Supabase can't be reached."""
+
+Status = Literal["reserved", "committed", "released", "refunded", "expired"]
+"""Of a usage; the first two count."""
+
+Bucket = Literal["hour", "day", "week", "month"]
+"""The step of a history."""
+
+Kind = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+Cost = Annotated[StrictInt, Field(ge=1, le=1_000_000_000)]
+Max = Annotated[StrictInt, Field(ge=0, le=1_000_000_000_000_000)]
+
+
+class Model(BaseModel):
+    """Base of all models: frozen, and open to fields of newer servers."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="null")
+
+
+class GroupRef(Model):
+    """Which group; `name` is None when it was deleted since."""
+
+    id: UUID
+    name: str | None = None
+
+
+class Limit(Model):
+    """How much of a kind a group, or each of its members, may use in a period.
+
+    `max` is in units of cost: None is unlimited, 0 blocks.
+
+    Example:
+        >>> Limit(kind="image", max=50, period="day", scope="member")
+        Limit(kind='image', max=50, period='day', scope='member')
+    """
+
+    kind: Kind
+    max: Max | None
+    period: Period = "lifetime"
+    scope: Scope = "group"
+
+
+class LimitStatus(Model):
+    """A limit in its current period: `used` and `remaining` in units of cost, `reset_at` when the period ends."""
+
+    kind: str
+    period: Period
+    scope: Scope
+    max: int | None
+    used: int
+    remaining: int | None
+    reset_at: AwareDatetime | None
+
+
+class UserLimit(LimitStatus):
+    """A limit that binds a user, and the group that it belongs to."""
+
+    group: GroupRef
+
+
+class TrackResult(Model):
+    """The answer to a generation: whether it is allowed, how much remains, and when it resets.
+
+    It is true when allowed. `remaining` is the smallest of the limits' (None: unlimited). `reset_at` is when the limit
+    with the least room resets, or, when denied, when the limit that denied will have room (None: never by itself);
+    `retry_after` is how many seconds that is from now. `usage_id` names the usage that was recorded. `replayed` says
+    that an earlier call with the same idempotency key had recorded it.
+    """
+
+    allowed: bool
+    reason: Reason | None = None
+    error: str | None = None
+    usage_id: UUID | None = None
+    status: Status | None = None
+    expires_at: AwareDatetime | None = None
+    group: GroupRef | None = None
+    kind: str
+    cost: int
+    limits: tuple[LimitStatus, ...] = ()
+    denied_by: LimitStatus | None = None
+    remaining: int | None = None
+    reset_at: AwareDatetime | None = None
+    retry_after: float | None = None
+    replayed: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether the generation is allowed."""
+        return self.allowed
+
+    def raise_if_denied(self) -> Self:
+        """Return the result itself when allowed.
+
+        Raises:
+            LimitExceeded, NotInGroup, NoLimitForKind: By the reason; all are `GenerationDenied`.
+
+        Example:
+            >>> TrackResult(allowed=True, kind="image", cost=1).raise_if_denied().allowed
+            True
+        """
+        if self.allowed:
+            return self
+        by_reason: Mapping[str | None, type[GenerationDenied]] = {
+            "limit_exceeded": LimitExceeded,
+            "not_in_group": NotInGroup,
+            "no_limit_for_kind": NoLimitForKind,
+        }
+        raise by_reason.get(self.reason, GenerationDenied)(self)
+
+
+class GenerationRequest(Model):
+    """One generation to track."""
+
+    user_id: UUID
+    kind: Kind
+    cost: Cost = 1
+    idempotency_key: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    group_id: UUID | None = None
+    metadata: dict[str, JsonValue] | None = None
+
+
+class Group(Model):
+    """A group of users with its limits."""
+
+    id: UUID
+    name: str
+    description: str
+    priority: int
+    timezone: str
+    is_default: bool
+    created_at: AwareDatetime
+    updated_at: AwareDatetime
+    limits: tuple[Limit, ...]
+
+
+class GroupLimitUsage(LimitStatus):
+    """A limit of a group in its current period.
+
+    Of a member limit, `used` is what all members used together and `capacity` is `max` times the members. `fraction`
+    is `used` of `capacity`, from 0 (None: unlimited); above 1 after a limit was lowered.
+    """
+
+    capacity: int | None
+    fraction: float | None
+
+
+class GroupUsage(Model):
+    """A group's members counted, and its limits."""
+
+    group: GroupRef
+    member_count: int
+    limits: tuple[GroupLimitUsage, ...]
+
+
+class HistoryPoint(Model):
+    """What was used of a kind in the hour, day, week or month that begins at `bucket`."""
+
+    bucket: AwareDatetime
+    kind: str
+    used: int
+    generations: int
+
+
+class User(Model):
+    """A user of the Supabase project."""
+
+    user_id: UUID
+    email: str | None
+
+
+class Member(User):
+    """A user in a group."""
+
+    joined_at: AwareDatetime
+
+
+class Refused(Model):
+    """A user that a bulk operation could not take, and why."""
+
+    user_id: UUID
+    reason: str
+
+
+class BulkResult(Model):
+    """How many users were added, how many were members already, and who was refused."""
+
+    added: int
+    already: int
+    refused: tuple[Refused, ...]
+
+
+class AddedPage(Model):
+    """What the server answers to one part of a bulk operation."""
+
+    added: int
+    already: int
+    unknown: tuple[UUID, ...]
