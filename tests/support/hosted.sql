@@ -1,7 +1,7 @@
 -- A model of the database of a hosted Supabase project, as far as SQL like ours can notice it.
 --
 -- Applied by the superuser supabase_admin, in one transaction, to an empty database; the roles are the
--- cluster's and made once.  The setting hosted.default_grants says which kind of project:
+-- cluster's, and made where they are missing.  The setting hosted.default_grants says which kind of project:
 --   old  what postgres makes in public is granted to anon, authenticated and service_role
 --   new  it isn't (projects since May 2026)
 -- In both kinds PostgreSQL lets PUBLIC execute a new function.
@@ -10,17 +10,23 @@
 -- platform in one point: postgres doesn't own the database, it has been granted all on it.
 
 do $$
+declare
+   wanted record;
 begin
-   if exists (select from pg_catalog.pg_roles where rolname = 'supabase_auth_admin') then
-      return;
-   end if;
-
-   create role postgres login nosuperuser createdb createrole replication bypassrls;
-   create role anon nologin;
-   create role authenticated nologin;
-   create role service_role nologin bypassrls;
-   create role authenticator login noinherit;
-   create role supabase_auth_admin login noinherit createrole;
+   for wanted in
+      select *
+      from (values
+         ('postgres', 'login createdb createrole replication bypassrls'),
+         ('anon', 'nologin'),
+         ('authenticated', 'nologin'),
+         ('service_role', 'nologin bypassrls'),
+         ('authenticator', 'login noinherit'),
+         ('supabase_auth_admin', 'login noinherit createrole')
+      ) as role (name, attributes)
+      where not exists (select from pg_catalog.pg_roles where rolname = role.name)
+   loop
+      execute format('create role %I %s', wanted.name, wanted.attributes);
+   end loop;
 
    grant anon, authenticated, service_role to authenticator;
    grant anon, authenticated, service_role to postgres with admin option;

@@ -105,9 +105,7 @@ class PostgresServer:
 
     def drop_database(self, name: str) -> None:
         with self.connect() as connection:
-            connection.execute(
-                sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
-            )
+            connection.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
 
     def log(self) -> str:
         return (self._made() / "log").read_text(errors="replace")
@@ -190,9 +188,7 @@ class PostgresServer:
         return False
 
 
-def create_hosted_database(
-    server: PostgresServer, name: str, default_grants: Literal["old", "new"] = "new"
-) -> None:
+def create_hosted_database(server: PostgresServer, name: str, default_grants: Literal["old", "new"] = "new") -> None:
     """Create a database with the roles, the schema `auth` and the grants of a hosted project.
 
     `default_grants="old"`: what `postgres` makes in `public` is granted to the API roles, as on projects

@@ -86,9 +86,7 @@ class LocalStack:
     def url(self) -> str:
         """Where it listens, such as `http://127.0.0.1:54321`: the `SUPABASE_URL`."""
         if self._url is None:
-            raise LocalStackError(
-                "The local stack isn't running: call start(), or use it in a with statement"
-            )
+            raise LocalStackError("The local stack isn't running: call start(), or use it in a with statement")
         return self._url
 
     def start(self) -> Self:

@@ -13,6 +13,8 @@
 //   3. Lite runs a stable function that is called by POST read-write.  PostgREST runs it read-only.
 //   4. Lite's access tokens carry no app_metadata and no user_metadata.
 //   5. Lite gives the API roles no usage on schema auth, so functions that call auth.uid() fail.
+//   6. Lite writes timestamps as PostgreSQL does, not as JSON does; supabase-py can't read those of a session.
+//   7. On a PostgreSQL, Lite wraps json arguments of functions in one more string.
 import { createHmac } from "node:crypto";
 import { createInterface } from "node:readline";
 import { existsSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
@@ -97,10 +99,37 @@ async function withMetadata(request, response, secret) {
    return Response.json(body, { status: response.status, headers: response.headers });
 }
 
+// "2026-01-31 12:00:00.5+00" → "2026-01-31T12:00:00.5+00:00"
+const readTimestamp = (text) => text.replace(/^(\S+) (\S+?)([+-]\d\d)?$/, (_, day, time, zone) =>
+   `${day}T${time}${zone ? `${zone}:00` : ""}`);
+
+// Lite has made JSON of some values already, and tells nobody of which.
+function writeJson(value) {
+   try {
+      if (typeof value === "string") return JSON.parse(value), value;
+   } catch {}
+   return JSON.stringify(value);
+}
+
+const OID = { json: 114, timestamp: 1114, timestamptz: 1184, jsonb: 3802 };
+const PGLITE_OPTIONS = {
+   parsers: { [OID.timestamp]: readTimestamp, [OID.timestamptz]: readTimestamp },
+   serializers: { [OID.json]: writeJson, [OID.jsonb]: writeJson },
+};
+const POSTGRES_TYPES = {
+   json: { to: OID.json, from: [OID.json], serialize: writeJson, parse: JSON.parse },
+   jsonb: { to: OID.jsonb, from: [OID.jsonb], serialize: writeJson, parse: JSON.parse },
+   timestamp: { to: OID.timestamp, from: [OID.timestamp], serialize: (value) => value, parse: readTimestamp },
+   timestamptz: { to: OID.timestamptz, from: [OID.timestamptz], serialize: (value) => value, parse: readTimestamp },
+};
+
 // A blank PGlite takes 4 s to make and 0.5 s to load: the first start leaves one for the others.
-async function connectPglite(Connection, { blank_database: path }) {
-   if (existsSync(path)) return new Connection({ pgliteOptions: { loadDataDir: new Blob([readFileSync(path)]) } });
-   const connection = new Connection({});
+async function connectPglite(Connection, { blank_database: path }, pgliteOptions) {
+   if (existsSync(path)) {
+      const loadDataDir = new Blob([readFileSync(path)]);
+      return new Connection({ pgliteOptions: { ...pgliteOptions, loadDataDir } });
+   }
+   const connection = new Connection({ pgliteOptions });
    const blank = await connection.driver.dumpDataDir("none");
    const unfinished = `${path}.${process.pid}`;
    writeFileSync(unfinished, Buffer.from(await blank.arrayBuffer()));
@@ -110,14 +139,17 @@ async function connectPglite(Connection, { blank_database: path }) {
 
 // Lite sends each statement of a migration on its own: with more than one connection they could part.
 async function connect(config) {
+   const adapted = config.like_hosted ? likeHosted : (Base) => Base;
    if (!config.database_url) {
       const { PgliteConnection } = await import("@supabase/lite/pglite");
-      const only = await connectPglite(config.like_hosted ? likeHosted(PgliteConnection) : PgliteConnection, config);
+      const only = await connectPglite(adapted(PgliteConnection), config, config.like_hosted ? PGLITE_OPTIONS : {});
       return { migrating: only, serving: () => only };
    }
    const { PostgresConnection } = await import("@supabase/lite/postgres");
-   const Connection = config.like_hosted ? likeHosted(PostgresConnection) : PostgresConnection;
-   const open = (max) => new Connection({ url: config.database_url, postgresOptions: { max, onnotice: () => {} } });
+   const Connection = adapted(PostgresConnection);
+   const types = config.like_hosted ? POSTGRES_TYPES : {};
+   const open = (max) =>
+      new Connection({ url: config.database_url, postgresOptions: { max, types, onnotice: () => {} } });
    const migrating = open(1);
    const serving = async () => {
       await migrating.close();
