@@ -1,10 +1,53 @@
-# Everything runs in .venv, which any target makes first.  Needs Python 3.11+ and make, nothing else.
+# Everything runs in .venv, which any target makes first. It needs Python 3.11+ and make, nothing else:
+# PostgreSQL and Node come as Python packages.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check sql bench clean
+.PHONY: help demo test check format sql bench postgres15 clean
+
+help:
+	@echo 'make demo        run examples/quickstart.py on an embedded Supabase'
+	@echo 'make test        all tests, on real servers'
+	@echo 'make check       all linters and type checkers'
+	@echo 'make format      format Python and SQL'
+	@echo 'make sql         rebuild sql/tokenlimits.sql and the first migration from sql/schema/'
+	@echo 'make bench       measure, and write benchmarks/RESULTS.md'
+	@echo 'make postgres15  (Debian 12, as root) install PostgreSQL 15, which the tests then use too'
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+demo: .venv/.ready
+	$(BIN)/python -W error examples/quickstart.py
+
+test: .venv/.ready
+	$(BIN)/python -m pytest
+
+check: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python tools/build_sql.py --check
+	$(BIN)/sqlfluff lint --processes 0 sql
+	$(BIN)/squawk sql/schema/*.sql sql/migrations/*.sql sql/uninstall.sql
+
+format: .venv/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/sqlfluff fix sql/schema sql/uninstall.sql
+
+sql: .venv/.ready
+	$(BIN)/python tools/build_sql.py
+
+bench: .venv/.ready
+	$(BIN)/python -m benchmarks
+
+postgres15:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends postgresql-15 postgresql-15-plpgsql-check
+
+clean:
+	rm -rf .venv dist build .pytest_cache .ruff_cache .hypothesis
