@@ -23,7 +23,6 @@ def migrations() -> tuple[Traversable, ...]:
     Example:
         >>> migrations()[0].name.endswith("_tokenlimits.sql")
         True
-
     """
     found = (file for file in _sql().joinpath("migrations").iterdir() if file.name.endswith(".sql"))
     return tuple(sorted(found, key=lambda file: file.name))
@@ -35,7 +34,6 @@ def one_paste() -> str:
     Example:
         >>> "notify pgrst" in one_paste()
         True
-
     """
     return _sql().joinpath("tokenlimits.sql").read_text(encoding="utf-8")
 

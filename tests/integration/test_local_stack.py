@@ -18,8 +18,8 @@ import httpx
 import pytest
 from postgrest.exceptions import APIError
 from supabase import Client, ClientOptions, create_client
+from tests.support.postgres import PostgresServer, create_hosted_database, servers
 
-from support.postgres import PostgresServer, create_hosted_database, servers
 from tokenlimits.local import LocalStack, LocalStackError
 from tokenlimits.local._node import find_node
 from tokenlimits.local._packages import installed_packages

@@ -12,11 +12,10 @@ Example:
         client = create_client(stack.url, stack.secret_key)
         ann = stack.create_user("ann@example.com")
         client.rpc("track_generation", {"p_user_id": str(ann.id), "p_kind": "image"}).execute()
-
 """
 
-from tokenlimits.local._errors import LocalStackError
-from tokenlimits.local._stack import LocalStack
-from tokenlimits.local._users import LocalUser
+from ._errors import LocalStackError
+from ._stack import LocalStack
+from ._users import LocalUser
 
 __all__ = ["LocalStack", "LocalStackError", "LocalUser"]

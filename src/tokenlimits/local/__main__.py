@@ -8,7 +8,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from tokenlimits.local import LocalStack, LocalStackError
+from . import LocalStack, LocalStackError
 
 if TYPE_CHECKING:
     from types import FrameType

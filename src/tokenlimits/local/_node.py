@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from tokenlimits.local._errors import LocalStackError
+from ._errors import LocalStackError
 
 _OLDEST = 20
 
@@ -27,7 +27,6 @@ def find_node() -> Node:
 
     Raises:
         LocalStackError: There is none of version 20 or newer.
-
     """
     on_path = shutil.which("node")
     version, executable = _ask(on_path) if on_path else (None, None)

@@ -14,10 +14,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tokenlimits.local._errors import LocalStackError
+from ._errors import LocalStackError
 
 if TYPE_CHECKING:
-    from tokenlimits.local._node import Node
+    from ._node import Node
 
 _HERE: Final = files("tokenlimits.local")
 _PINS: Final = ("package.json", "package-lock.json")
@@ -31,7 +31,6 @@ def installed_packages(node: Node) -> Path:
 
     Raises:
         LocalStackError: npm is missing, or can't fetch the packages.
-
     """
     pins = {name: _HERE.joinpath(name).read_bytes() for name in _PINS}
     directory = _cache() / f"lite-{hashlib.sha256(pins['package-lock.json']).hexdigest()[:12]}"

@@ -11,12 +11,11 @@ import signal
 import subprocess
 import tempfile
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, cast
 
-from tokenlimits.local._errors import LocalStackError
+from ._errors import LocalStackError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,8 +36,9 @@ class LiteServer:
         self._stopping = threading.Lock()
         self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._directory = Path(tempfile.mkdtemp(prefix="tokenlimits-local-"))
-        # No name, so nothing of it is left behind, and no pipe that someone must drain.
-        self._log = cast("IO[bytes]", tempfile.TemporaryFile())  # noqa: SIM115 - closed in stop()
+        # No name, so nothing of it is left behind, and no pipe that someone must drain. Node appends to it
+        # whatever is read here.
+        self._log = cast("IO[bytes]", tempfile.TemporaryFile("a+b"))  # noqa: SIM115 - closed in stop()
         try:
             self._copy(migrations)
             self._process = subprocess.Popen(  # noqa: S603 - Node, with a script of ours
@@ -78,6 +78,8 @@ class LiteServer:
 
     def last_output(self) -> str:
         """Return the end of what the server printed, to be appended to a message; empty if nothing."""
+        if self._log.closed:
+            return ""
         end = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, end - 4000))
         text = self._log.read().decode(errors="replace").strip()
@@ -92,7 +94,7 @@ class LiteServer:
             if self._log.closed:
                 return
             self._end()
-            self._reader.join()
+            self._reader.join(_GRACE)
             for pipe in (self._process.stdin, self._process.stdout):
                 if pipe is not None:
                     pipe.close()
@@ -111,11 +113,10 @@ class LiteServer:
         self._answers.put(None)
 
     def _ask(self, message: Mapping[str, object], *, timeout: float) -> dict[str, Any]:
-        deadline = time.monotonic() + timeout
         with self._asking:
             try:
                 self._write(json.dumps(message).encode() + b"\n")
-                line = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
+                line = self._answers.get(timeout=timeout)
             except (queue.Empty, OSError) as error:
                 late = isinstance(error, queue.Empty)
                 output = self.last_output()

@@ -10,12 +10,13 @@ from uuid import UUID
 
 import httpx
 
-from tokenlimits.local._errors import LocalStackError
-from tokenlimits.local._node import find_node
-from tokenlimits.local._packages import installed_packages, server_script
-from tokenlimits.local._server import LiteServer
-from tokenlimits.local._users import GRANT_ADMIN, INSERT_USERS, REVOKE_ADMIN, LocalUser
 from tokenlimits.sql_files import migrations
+
+from ._errors import LocalStackError
+from ._node import find_node
+from ._packages import installed_packages, server_script
+from ._server import LiteServer
+from ._users import GRANT_ADMIN, INSERT_USERS, REVOKE_ADMIN, LocalUser
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -47,7 +48,6 @@ class LocalStack:
     Example:
         with LocalStack() as stack:
             client = supabase.create_client(stack.url, stack.secret_key)
-
     """
 
     def __init__(
@@ -157,7 +157,6 @@ class LocalStack:
 
         Example:
             stack.sql("select email from auth.users where id = $1", str(user.id))
-
         """
         if self._server is None:
             raise LocalStackError("The local stack isn't running")
