@@ -2214,6 +2214,8 @@ from public, anon, authenticated, service_role;
 grant select, insert, update, delete on public.user_groups, public.group_limits, public.group_memberships
 to authenticated, service_role;
 grant select on public.generation_usage to authenticated, service_role;
+-- an identity column needs no right to its sequence; old projects grant it to everybody
+revoke all on sequence public.group_limits_counter_id_seq from public, anon, authenticated, service_role;
 
 do $do$
 declare
