@@ -1,0 +1,351 @@
+"""Who may do what: every cell of the table, on projects whose default privileges grant everything and nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+from tests.conftest import ROOT
+from tests.sql.api import (
+    ACTORS,
+    CALLS,
+    GROUP_ID,
+    OTHER_GROUP_ID,
+    OTHER_ID,
+    USER_ID,
+    argument_types,
+    call_sql,
+    outcome,
+    request_by,
+    seed,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.conftest import Connect, DefaultGrants
+    from tests.sql.api import Connection
+
+DENIED: Final = "42501"
+
+# What reading, inserting, updating, deleting and truncating come to, in a world that `seed` made: how many rows, or the
+# SQLSTATE.  Row-level security shows a user nothing to read or change, and refuses what they insert.
+NOTHING: Final = (0, DENIED, 0, 0, DENIED)
+CLOSED: Final = (DENIED, DENIED, DENIED, DENIED, DENIED)
+ACTIONS: Final = ("select", "insert", "update", "delete", "truncate")
+TABLES: Final = {
+    "user_groups": {
+        "anon": CLOSED,
+        "user": NOTHING,
+        "pretender": NOTHING,
+        "admin": (2, 1, 2, 2, DENIED),
+        "service": (2, 1, 2, 2, DENIED),
+    },
+    "group_limits": {
+        "anon": CLOSED,
+        "user": NOTHING,
+        "pretender": NOTHING,
+        "admin": (3, 1, 3, 3, DENIED),
+        "service": (3, 1, 3, 3, DENIED),
+    },
+    "group_memberships": {
+        "anon": CLOSED,
+        "user": NOTHING,
+        "pretender": NOTHING,
+        "admin": (3, 1, 3, 3, DENIED),
+        "service": (3, 1, 3, 3, DENIED),
+    },
+    "generation_usage": {
+        "anon": CLOSED,
+        "user": (0, DENIED, DENIED, DENIED, DENIED),
+        "pretender": (0, DENIED, DENIED, DENIED, DENIED),
+        "admin": (3, DENIED, DENIED, DENIED, DENIED),
+        "service": (3, DENIED, DENIED, DENIED, DENIED),
+    },
+}
+INSERTS: Final = {
+    "user_groups": "(name) values ('Another')",
+    "group_limits": f"(group_id, kind, period, scope, max) values ('{GROUP_ID}', 'audio', 'day', 'group', 1)",
+    "group_memberships": f"(group_id, user_id) values ('{OTHER_GROUP_ID}', '{USER_ID}')",
+    "generation_usage": f"(id, group_id, user_id, kind, cost, status, created_at) values ('{USER_ID}', '{GROUP_ID}',"
+    f" '{USER_ID}', 'image', 0, 'released', now())",
+}
+UPDATES: Final = {
+    "user_groups": "description = 'changed'",
+    "group_limits": "max = 7",
+    "group_memberships": "joined_at = now()",
+    "generation_usage": "cost = 0",
+}
+
+WORKERS: Final = {"service"}
+ADMINS: Final = {"admin", "service"}
+SIGNED_IN: Final = {"user", "pretender", "admin"}
+FUNCTIONS: Final = {
+    "tokenlimits_version": SIGNED_IN | WORKERS,
+    "my_generation_usage": SIGNED_IN,
+    **dict.fromkeys(
+        ("track_generation", "check_generation", "record_generation", "user_generation_usage"),
+        WORKERS,
+    ),
+    **dict.fromkeys(
+        (
+            "save_group",
+            "set_group_limit",
+            "remove_group_limit",
+            "delete_group",
+            "find_groups",
+            "add_group_members",
+            "remove_group_members",
+            "move_group_member",
+            "group_members",
+            "reset_group_usage",
+            "find_users",
+            "group_usage",
+            "generation_history",
+        ),
+        ADMINS,
+    ),
+}
+
+# Private functions that a role needs, because what it may call runs as it.  Nobody has more, anon and public nothing.
+PRIVATE_TO_ADMINS: Final = {
+    "is_admin",
+    "require_admin",
+    "require_group",
+    "group_json",
+    "check_limits",
+    "replace_limits",
+    "add_members",
+    "reset_usage",
+    "list_members",
+    "search_users",
+    "usage_of_groups",
+    "history",
+}
+PRIVATE: Final = {
+    "authenticated": PRIVATE_TO_ADMINS | {"my_usage"},
+    "service_role": PRIVATE_TO_ADMINS | {"track", "look", "record", "usage_of"},
+}
+HARMLESS: Final = {"is_admin", "my_usage"}
+"""Definer or not, what a signed-in user may call and be answered: about nobody but themselves."""
+
+
+@pytest.fixture(scope="module")
+def api(new_database: Callable[..., Connect], default_grants: DefaultGrants) -> Iterator[Connection]:
+    """PostgREST's own connection."""
+    database = new_database(default_grants)
+    with database("postgres") as postgres:
+        seed(postgres)
+    with database("authenticator") as connection:
+        yield connection
+
+
+@pytest.fixture(scope="module")
+def catalog(new_database: Callable[..., Connect], default_grants: DefaultGrants) -> Iterator[Connection]:
+    with new_database(default_grants)("supabase_admin") as connection:
+        yield connection
+
+
+def rows(connection: Connection, query: str) -> list[tuple[Any, ...]]:
+    return connection.execute(query).fetchall()
+
+
+def public_functions() -> list[str]:
+    source = (ROOT / "sql" / "tokenlimits.sql").read_text(encoding="utf-8")
+    return re.findall(r"^create or replace function public\.(\w+)", source, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("actor", ACTORS)
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_are_open_to_whom_they_should_be(api: Connection, table: str, actor: str) -> None:
+    statements = {
+        "select": f"select from public.{table}",
+        "insert": f"insert into public.{table} {INSERTS[table]}",
+        "update": f"update public.{table} set {UPDATES[table]} where true",
+        "delete": f"delete from public.{table} where true",
+        "truncate": f"truncate public.{table} cascade",
+    }
+    seen = {action: outcome(api, ACTORS[actor], statements[action]) for action in ACTIONS}
+    assert seen == dict(zip(ACTIONS, TABLES[table][actor], strict=True))
+
+
+@pytest.mark.parametrize("actor", ACTORS)
+@pytest.mark.parametrize("function", public_functions())
+def test_functions_are_open_to_whom_they_should_be(api: Connection, function: str, actor: str) -> None:
+    call = call_sql(function, argument_types(api)[function], CALLS[function])
+    seen = outcome(api, ACTORS[actor], call, [json.dumps(CALLS[function])])
+    assert seen == (1 if actor in FUNCTIONS[function] else DENIED)
+
+
+@pytest.mark.parametrize("actor", ACTORS)
+def test_private_tables_are_open_to_nobody(api: Connection, catalog: Connection, actor: str) -> None:
+    tables = rows(catalog, "select oid::regclass::text from pg_class where relnamespace = 'tokenlimits'::regnamespace"
+                           " and relkind in ('r', 'p', 'v', 'm', 'S')")  # fmt: skip
+    assert tables
+    for (table,) in tables:
+        for statement in (f"select from {table}", f"insert into {table} default values", f"delete from {table}"):
+            assert outcome(api, ACTORS[actor], statement) == DENIED, statement
+
+
+def test_my_generation_usage_is_about_me_alone(api: Connection) -> None:
+    def mine(claims: dict[str, Any]) -> Any:
+        with request_by(api, type(ACTORS["user"])("authenticated", claims)):
+            row = api.execute("select public.my_generation_usage()").fetchone()
+        assert row is not None
+        return {(entry["group"]["name"], entry["period"]): entry["used"] for entry in row[0]}
+
+    assert mine({"sub": USER_ID}) == {("Pro", "lifetime"): 5, ("Pro", "day"): 2}
+    assert mine({"sub": OTHER_ID}) == {("Pro", "lifetime"): 5, ("Pro", "day"): 3, ("Team", "month"): 4}
+    assert mine({"sub": "44444444-4444-4444-8444-444444444444"}) == {}
+    # an admin sees their own here too, and nobody's without a user in the token
+    assert mine(ACTORS["admin"].claims) == {}
+    nobody = type(ACTORS["user"])("authenticated", {"app_metadata": {"role": "admin"}})
+    assert outcome(api, nobody, "select public.my_generation_usage()") == DENIED
+
+
+@pytest.mark.parametrize("actor", ["user", "pretender"])
+def test_private_functions_refuse_users_themselves(api: Connection, catalog: Connection, actor: str) -> None:
+    functions = rows(
+        catalog,
+        """
+        select p.proname, format('select %s(%s)', p.oid::regproc, (
+          select string_agg(format('null::%s', format_type(a.type, null)), ', ' order by a.place)
+          from unnest(p.proargtypes::oid[]) with ordinality as a (type, place)
+        ))
+        from pg_proc as p
+        where p.pronamespace = 'tokenlimits'::regnamespace and p.prosecdef
+          and has_function_privilege('authenticated', p.oid, 'execute')
+        """,
+    )
+    assert {name for name, _ in functions} >= {"my_usage", "add_members"}
+    for name, call in functions:
+        assert outcome(api, ACTORS[actor], call) == (1 if name in HARMLESS else DENIED), call
+
+
+def test_privileges_are_exactly_those_that_are_granted(catalog: Connection) -> None:
+    granted = rows(
+        catalog,
+        """
+        select o.name, coalesce(r.rolname, 'public'), array_agg(distinct lower(a.privilege_type))
+        from (
+          select 'public.' || relname as name, relacl as acl, relowner as owner, relnamespace as namespace,
+            case relkind when 'S' then 's'::"char" else 'r'::"char" end as type
+          from pg_class
+          where relkind in ('r', 'p', 'v', 'm', 'S')
+          union all
+          select oid::regproc::text, proacl, proowner, pronamespace, 'f'::"char" from pg_proc
+          union all
+          select nspname, nspacl, nspowner, oid, 'n'::"char" from pg_namespace where nspname = 'tokenlimits'
+        ) as o
+        cross join lateral aclexplode(coalesce(o.acl, acldefault(o.type, o.owner))) as a
+        left join pg_roles as r on r.oid = a.grantee
+        where o.namespace::regnamespace::text in ('public', 'tokenlimits') and a.grantee <> o.owner
+        group by 1, 2
+        """,
+    )
+    roles = {"user": "authenticated", "pretender": "authenticated", "admin": "authenticated", "service": "service_role"}
+    editing = ("delete", "insert", "select", "update")
+    expected = {("tokenlimits", role, "usage") for role in PRIVATE}
+    for role, names in PRIVATE.items():
+        expected |= {(f"tokenlimits.{name}", role, "execute") for name in names}
+        expected |= {(f"public.{table}", role, *editing) for table in TABLES if table != "generation_usage"}
+        expected |= {("public.generation_usage", role, "select")}
+    for function, actors in FUNCTIONS.items():
+        expected |= {(function, roles[actor], "execute") for actor in actors}
+    assert {(name, role, *sorted(privileges)) for name, role, privileges in granted} == expected
+
+
+def test_one_permissive_policy_per_table_action_and_role(catalog: Connection) -> None:
+    found = rows(catalog, "select tablename, lower(cmd), roles::text[], permissive from pg_policies"
+                          " where schemaname = 'public'")  # fmt: skip
+    expected = [
+        (table, action, ["authenticated"], "PERMISSIVE")
+        for table in TABLES
+        for action in ("select", "insert", "update", "delete")
+        if table != "generation_usage" or action == "select"
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+OURS: Final = "pronamespace::regnamespace::text in ('public', 'tokenlimits')"
+
+# Each query finds what should not be there.
+FAULTS: Final = {
+    "row-level security is on for every public table": """
+        select oid::regclass from pg_class
+        where relnamespace = 'public'::regnamespace and relkind in ('r', 'p') and not relrowsecurity
+    """,
+    "every function pins its search path to nothing": f"""
+        select oid::regprocedure from pg_proc
+        where {OURS} and not coalesce('search_path=""' = any(proconfig), false)
+    """,
+    "no public function runs as its owner": """
+        select oid::regprocedure from pg_proc where pronamespace = 'public'::regnamespace and prosecdef
+    """,
+    "no public view": """
+        select oid::regclass from pg_class where relnamespace = 'public'::regnamespace and relkind in ('v', 'm')
+    """,
+    "no overloads": f"select proname from pg_proc where {OURS} group by pronamespace, proname having count(*) > 1",
+    "public arguments are called p_ something": """
+        select oid::regprocedure from pg_proc
+        where pronamespace = 'public'::regnamespace
+          and exists (select from unnest(proargnames) as a (name) where a.name not like 'p\\_%')
+    """,
+    "public functions answer JSON": """
+        select oid::regprocedure from pg_proc
+        where pronamespace = 'public'::regnamespace and (prorettype <> 'jsonb'::regtype or proretset)
+    """,
+    "every function has a comment": f"""
+        select oid::regprocedure from pg_proc where {OURS} and obj_description(oid, 'pg_proc') is null
+    """,
+    "every table has a comment": """
+        select oid::regclass from pg_class
+        where relnamespace::regnamespace::text in ('public', 'tokenlimits') and relkind in ('r', 'p', 'v', 'm')
+          and obj_description(oid, 'pg_class') is null
+    """,
+    "every foreign key has an index that begins with it": """
+        select conname from pg_constraint as c
+        where c.contype = 'f' and c.connamespace::regnamespace::text in ('public', 'tokenlimits') and not exists (
+          select from pg_index as i
+          where i.indrelid = c.conrelid and (i.indkey::int2[])[0:cardinality(c.conkey) - 1] @> c.conkey
+        )
+    """,
+    "times know their zone, and counts are bigint": """
+        select attrelid::regclass, attname, format_type(atttypid, atttypmod) from pg_attribute
+        where attrelid in (
+          select oid from pg_class
+          where relnamespace::regnamespace::text in ('public', 'tokenlimits') and relkind in ('r', 'p')
+        ) and attnum > 0 and (atttypid in ('timestamp'::regtype, 'timetz'::regtype, 'real'::regtype, 'float8'::regtype)
+          or atttypid in ('int4'::regtype, 'int2'::regtype) and attname not in ('priority', 'slot'))
+    """,
+    "what Auth says is read once per statement": rf"""
+        select oid::regprocedure from pg_proc
+        where {OURS} and regexp_replace(prosrc, '\(select auth\.\w+\(\)\)', '', 'g') ~ 'auth\.\w+\('
+    """,
+    "policies ask who it is once per statement": r"""
+        select tablename, policyname from pg_policies
+        where schemaname = 'public' and regexp_replace(
+          coalesce(qual, '') || coalesce(with_check, ''), '\( SELECT [\w.]+\(\) AS \w+\)', '', 'g'
+        ) ~ '\w\('
+    """,
+}
+
+
+@pytest.mark.parametrize("promise", FAULTS)
+def test_catalog(catalog: Connection, promise: str) -> None:
+    assert rows(catalog, FAULTS[promise]) == []
+
+
+def test_constraints_have_names_of_their_own(catalog: Connection) -> None:
+    source = (ROOT / "sql" / "tokenlimits.sql").read_text(encoding="utf-8")
+    named = set(re.findall(r"\bconstraint (\w+)\s+(?:primary key|foreign key|unique|check|exclude)", source))
+    found = rows(
+        catalog,
+        """
+        select conname from pg_constraint
+        where connamespace::regnamespace::text in ('public', 'tokenlimits') and contype in ('p', 'f', 'u', 'c', 'x')
+        """,
+    )
+    assert {name for (name,) in found} == named
