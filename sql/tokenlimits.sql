@@ -796,7 +796,8 @@ begin
     'scope', p_state.scope,
     'max', p_state.max,
     'used', p_state.used,
-    'remaining', greatest(p_state.max - p_state.used, 0),
+    -- greatest() passes over nulls, and unlimited is null
+    'remaining', case when p_state.max is not null then greatest(p_state.max - p_state.used, 0) end,
     'reset_at', nullif(p_state.until, 'infinity')
   );
 end
@@ -875,7 +876,7 @@ begin
   where g.id = p_group_id;
   foreach v_state in array coalesce(p_states, '{}') loop
     v_limits := v_limits || tokenlimits.limit_json(v_state);
-    if v_remaining is null or v_state.max - v_state.used < v_remaining then
+    if v_state.max is not null and (v_remaining is null or v_state.max - v_state.used < v_remaining) then
       v_remaining := v_state.max - v_state.used;
       v_reset_at := v_state.until;
     end if;
@@ -898,7 +899,7 @@ begin
     'cost', p_cost,
     'limits', v_limits,
     'denied_by', case when p_reason = 'limit_exceeded' then tokenlimits.limit_json(p_denied_by) end,
-    'remaining', greatest(v_remaining, 0),
+    'remaining', case when v_remaining is not null then greatest(v_remaining, 0) end,
     'reset_at', nullif(v_reset_at, 'infinity'),
     'retry_after', case
       when p_reason is not null
@@ -2077,7 +2078,7 @@ begin
         tokenlimits.limit_json(row(u.*)::tokenlimits.limit_state)
         || jsonb_build_object(
           'capacity', c.capacity,
-          'remaining', greatest(c.capacity - u.used, 0),
+          'remaining', case when c.capacity is not null then greatest(c.capacity - u.used, 0) end,
           'fraction', case
             when c.capacity > 0 then round(u.used::numeric / c.capacity, 6)
             -- a blocked limit is full; so is one of a group without members that has been used

@@ -123,7 +123,8 @@ begin
     'scope', p_state.scope,
     'max', p_state.max,
     'used', p_state.used,
-    'remaining', greatest(p_state.max - p_state.used, 0),
+    -- greatest() passes over nulls, and unlimited is null
+    'remaining', case when p_state.max is not null then greatest(p_state.max - p_state.used, 0) end,
     'reset_at', nullif(p_state.until, 'infinity')
   );
 end
@@ -202,7 +203,7 @@ begin
   where g.id = p_group_id;
   foreach v_state in array coalesce(p_states, '{}') loop
     v_limits := v_limits || tokenlimits.limit_json(v_state);
-    if v_remaining is null or v_state.max - v_state.used < v_remaining then
+    if v_state.max is not null and (v_remaining is null or v_state.max - v_state.used < v_remaining) then
       v_remaining := v_state.max - v_state.used;
       v_reset_at := v_state.until;
     end if;
@@ -225,7 +226,7 @@ begin
     'cost', p_cost,
     'limits', v_limits,
     'denied_by', case when p_reason = 'limit_exceeded' then tokenlimits.limit_json(p_denied_by) end,
-    'remaining', greatest(v_remaining, 0),
+    'remaining', case when v_remaining is not null then greatest(v_remaining, 0) end,
     'reset_at', nullif(v_reset_at, 'infinity'),
     'retry_after', case
       when p_reason is not null

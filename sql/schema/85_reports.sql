@@ -136,7 +136,7 @@ begin
         tokenlimits.limit_json(row(u.*)::tokenlimits.limit_state)
         || jsonb_build_object(
           'capacity', c.capacity,
-          'remaining', greatest(c.capacity - u.used, 0),
+          'remaining', case when c.capacity is not null then greatest(c.capacity - u.used, 0) end,
           'fraction', case
             when c.capacity > 0 then round(u.used::numeric / c.capacity, 6)
             -- a blocked limit is full; so is one of a group without members that has been used
