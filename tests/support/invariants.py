@@ -1,0 +1,89 @@
+"""What must be true of the database after every test, whatever happened in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from psycopg.rows import tuple_row
+
+if TYPE_CHECKING:
+    import psycopg
+
+_LIVE = "u.status in ('reserved', 'committed')"
+
+_COUNTERS = f"""
+select
+  l.group_id, l.kind, l.period, l.scope, c.subject, c.since, c.until, c.used,
+  coalesce((
+    select sum(u.cost)
+    from public.generation_usage as u
+    where
+      u.group_id = l.group_id
+      and u.kind = l.kind
+      and (l.scope = 'group' or u.user_id = c.subject)
+      and u.created_at >= c.since
+      and u.created_at < c.until
+      and {_LIVE}
+  ), 0) as recorded
+from tokenlimits.counters as c
+inner join public.group_limits as l using (counter_id)
+where c.until > tokenlimits.clock()
+"""
+
+DRIFTING_COUNTERS = f"select * from ({_COUNTERS}) as counted where used <> recorded"
+
+DRIFTING_ROLLUP = f"""
+with recorded as (
+  select
+    u.group_id, u.kind, date_bin('15 minutes', u.created_at, '2000-01-01 00:00:00+00') as bucket,
+    sum(u.cost) as cost, count(*) as generations
+  from public.generation_usage as u
+  where {_LIVE}
+  group by 1, 2, 3
+),
+rolled_up as (
+  select r.group_id, r.kind, r.bucket, sum(r.cost) as cost, sum(r.generations) as generations
+  from tokenlimits.usage_rollup as r
+  group by 1, 2, 3
+)
+select
+  group_id, kind, bucket,
+  rolled_up.cost as used, recorded.cost as recorded,
+  rolled_up.generations as counted, recorded.generations as rows_recorded
+from recorded
+full join rolled_up using (group_id, kind, bucket)
+where
+  coalesce(recorded.cost, 0) <> coalesce(rolled_up.cost, 0)
+  or coalesce(recorded.generations, 0) <> coalesce(rolled_up.generations, 0)
+"""
+
+COUNTERS_FROM_BEFORE_A_RESET = f"""
+select counted.*, r.reset_at
+from ({_COUNTERS}) as counted
+inner join tokenlimits.usage_resets as r on r.group_id = counted.group_id and r.kind in (counted.kind, '*')
+where counted.since < r.reset_at
+"""
+
+COUNTERS_OF_NOBODY = f"""
+select *
+from ({_COUNTERS}) as counted
+where (scope = 'group') <> (subject = group_id) or since >= until
+"""
+
+INVARIANTS = {
+    "a counter is not the sum of the live usages of its period": DRIFTING_COUNTERS,
+    "the rollup is not the sum of the live usages": DRIFTING_ROLLUP,
+    "a counter counts from before the last reset": COUNTERS_FROM_BEFORE_A_RESET,
+    "a counter has no subject or no period": COUNTERS_OF_NOBODY,
+}
+
+
+def drift(connection: psycopg.Connection[Any]) -> list[str]:
+    """Tell what is out of step between counters, rollup, resets and the ledger; nothing should be."""
+    found = []
+    for problem, query in INVARIANTS.items():
+        cursor = connection.cursor(row_factory=tuple_row).execute(query)
+        names = [column.name for column in cursor.description or ()]
+        rows = (dict(zip(names, row, strict=True)) for row in cursor.fetchall())
+        found.extend(f"{problem}: {row}" for row in rows)
+    return found
