@@ -63,7 +63,7 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
         "p_name": "Pro",
         "p_description": "For professionals",
         "p_priority": 1,
-        "p_timezone": "Europe/Paris",
+        "p_timezone": "UTC",
         "p_is_default": False,
         "p_limits": [{"kind": "image", "period": "day", "scope": "member", "max": 5}],
     },
