@@ -1,0 +1,214 @@
+// The answers of tokenlimits' functions, for supabase-js: copy this file into your project.
+//
+//     const supabase = createClient<Database>(url, key)
+//     const { data, error } = await supabase.rpc('my_generation_usage')   // data: UserLimit[] | null
+//
+// If you have types from `supabase gen types`, they say Json where these say what it is: put these functions in the
+// place of those. Newer versions of the SQL may add fields and functions.
+
+/** Calendar periods begin in the group's time zone; weeks on Monday; lifetime never ends. */
+export type Period = 'minute' | 'hour' | 'day' | 'week' | 'month' | 'lifetime'
+
+/** One pool that the members share, or one for each member. */
+export type Scope = 'group' | 'member'
+
+export type Bucket = 'hour' | 'day' | 'week' | 'month'
+
+export type Status = 'reserved' | 'committed' | 'released' | 'refunded' | 'expired'
+
+export type Uuid = string
+
+/** ISO 8601 with an offset: new Date(…) reads it. */
+export type Timestamp = string
+
+export type GroupRef = {
+  id: Uuid
+  /** Null when the group was deleted since. */
+  name: string | null
+}
+
+export type Limit = {
+  kind: string
+  period: Period
+  scope: Scope
+  /** Null: unlimited. 0: blocked. */
+  max: number | null
+}
+
+/** A limit in its current period. */
+export type LimitStatus = Limit & {
+  used: number
+  /** Null: unlimited. */
+  remaining: number | null
+  /** Null: never. */
+  reset_at: Timestamp | null
+}
+
+/** A limit that binds a user. */
+export type UserLimit = LimitStatus & { group: GroupRef }
+
+type TrackAnswer = {
+  usage_id: Uuid | null
+  status: Status | null
+  expires_at: Timestamp | null
+  group: GroupRef | null
+  kind: string
+  cost: number
+  limits: LimitStatus[]
+  /** The smallest of the limits'; null: unlimited. */
+  remaining: number | null
+  /** When the limit with the least room resets or, when denied, when there will be room; null: never by itself. */
+  reset_at: Timestamp | null
+  /** An earlier call with the same idempotency key had recorded it. */
+  replayed: boolean
+}
+
+export type Allowed = TrackAnswer & {
+  allowed: true
+  reason: null
+  error: null
+  denied_by: null
+  retry_after: null
+}
+
+export type Denied = TrackAnswer & {
+  allowed: false
+  reason: 'not_in_group' | 'no_limit_for_kind' | 'limit_exceeded'
+  /** For people: why, and when it resets. */
+  error: string
+  denied_by: LimitStatus | null
+  /** Seconds until reset_at. */
+  retry_after: number | null
+}
+
+export type TrackResult = Allowed | Denied
+
+export type Group = {
+  id: Uuid
+  name: string
+  description: string
+  priority: number
+  timezone: string
+  is_default: boolean
+  created_at: Timestamp
+  updated_at: Timestamp
+  limits: Limit[]
+}
+
+/** Of a member limit, used is what all members used together, and capacity is max times the members. */
+export type GroupLimitUsage = LimitStatus & {
+  capacity: number | null
+  /** used of capacity, from 0; above 1 after a limit was lowered; null: unlimited. */
+  fraction: number | null
+}
+
+export type GroupUsage = {
+  group: GroupRef
+  member_count: number
+  limits: GroupLimitUsage[]
+}
+
+export type HistoryPoint = {
+  bucket: Timestamp
+  kind: string
+  used: number
+  generations: number
+}
+
+export type User = {
+  user_id: Uuid
+  email: string | null
+}
+
+export type Member = User & { joined_at: Timestamp }
+
+type Json = { [key: string]: unknown }
+
+/** Arguments and answers of every function. */
+export type Functions = {
+  // for a signed-in user
+  my_generation_usage: { Args: never; Returns: UserLimit[] }
+  tokenlimits_version: { Args: never; Returns: { version: number } }
+
+  // for workers, with the secret key
+  track_generation: {
+    Args: {
+      p_user_id: Uuid
+      p_kind: string
+      p_cost?: number
+      p_idempotency_key?: string
+      p_group_id?: Uuid
+      p_metadata?: Json
+    }
+    Returns: TrackResult
+  }
+  check_generation: {
+    Args: { p_user_id: Uuid; p_kind: string; p_cost?: number; p_group_id?: Uuid }
+    Returns: TrackResult
+  }
+  record_generation: {
+    Args: {
+      p_user_id: Uuid
+      p_kind: string
+      p_cost?: number
+      p_created_at?: Timestamp
+      p_idempotency_key?: string
+      p_group_id?: Uuid
+      p_metadata?: Json
+    }
+    Returns: TrackResult
+  }
+  user_generation_usage: { Args: { p_user_id: Uuid }; Returns: UserLimit[] }
+
+  // for admins
+  save_group: {
+    Args: {
+      p_group_id?: Uuid
+      p_name?: string
+      p_description?: string
+      p_priority?: number
+      p_timezone?: string
+      p_is_default?: boolean
+      p_limits?: Limit[]
+    }
+    Returns: Group
+  }
+  set_group_limit: { Args: { p_group_id: Uuid; p_limit: Limit }; Returns: Group }
+  remove_group_limit: {
+    Args: { p_group_id: Uuid; p_kind: string; p_period: Period; p_scope: Scope }
+    Returns: Group
+  }
+  delete_group: { Args: { p_group_id: Uuid }; Returns: Group }
+  find_groups: {
+    Args: { p_group_id?: Uuid; p_name?: string; p_search?: string; p_after?: string; p_page_size?: number }
+    Returns: Group[]
+  }
+  add_group_members: {
+    Args: { p_group_id: Uuid; p_user_ids: Uuid[] }
+    Returns: { added: number; already: number; unknown: Uuid[] }
+  }
+  remove_group_members: { Args: { p_group_id: Uuid; p_user_ids: Uuid[] }; Returns: { removed: number } }
+  move_group_member: { Args: { p_user_id: Uuid; p_from: Uuid; p_to: Uuid }; Returns: { moved: boolean } }
+  group_members: { Args: { p_group_id: Uuid; p_after?: Uuid; p_page_size?: number }; Returns: Member[] }
+  find_users: { Args: { p_email: string; p_page_size?: number }; Returns: User[] }
+  group_usage: { Args: { p_group_id?: Uuid }; Returns: GroupUsage[] }
+  generation_history: {
+    Args: {
+      p_group_id?: Uuid
+      p_kind?: string
+      p_bucket?: Bucket
+      p_since?: Timestamp
+      p_until?: Timestamp
+    }
+    Returns: HistoryPoint[]
+  }
+  reset_group_usage: { Args: { p_group_id: Uuid; p_kind?: string }; Returns: { reset_at: Timestamp } }
+}
+
+export type Database = {
+  public: {
+    Tables: Record<never, never>
+    Views: Record<never, never>
+    Functions: Functions
+  }
+}
