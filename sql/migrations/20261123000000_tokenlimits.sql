@@ -114,6 +114,45 @@ $$;
 comment on function tokenlimits.uuid_v7() is 'A new time-ordered UUID.';
 revoke execute on function tokenlimits.uuid_v7() from public, anon, authenticated;
 
+-- The code is in the message too, for servers between us and the caller that drop it.
+create or replace function tokenlimits.refuse(
+  p_code text,
+  p_message text,
+  p_detail text default null,
+  p_hint text default 'Nothing was saved.'
+)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  raise exception using
+    errcode = p_code,
+    message = format('%s (%s)', p_message, p_code),
+    detail = coalesce(p_detail, ''),
+    hint = p_hint;
+end
+$$;
+comment on function tokenlimits.refuse(text, text, text, text) is 'Raises one of our errors.';
+revoke execute on function tokenlimits.refuse(text, text, text, text) from public, anon, authenticated;
+grant execute on function tokenlimits.refuse(text, text, text, text) to authenticated, service_role;
+
+-- Some servers send a JSON argument as text in JSON; this is what was meant.
+create or replace function tokenlimits.json_argument(p_value jsonb)
+returns jsonb
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  return case jsonb_typeof(p_value) when 'string' then (p_value #>> '{}')::jsonb else p_value end;
+end
+$$;
+comment on function tokenlimits.json_argument(jsonb) is 'A JSON argument, also when it was sent as text.';
+revoke execute on function tokenlimits.json_argument(jsonb) from public, anon, authenticated;
+grant execute on function tokenlimits.json_argument(jsonb) to authenticated, service_role;
+
 create or replace function public.tokenlimits_version()
 returns jsonb
 language sql
@@ -236,11 +275,12 @@ begin
     from pg_catalog.pg_timezone_names as tz
     where lower(tz.name) = lower(new.timezone) and tz.name not like 'posix/%';
     if v_timezone is null then
-      raise exception using
-        errcode = 'TL001',
-        message = format('timezone: %L is no IANA time zone', new.timezone),
-        detail = 'timezone',
-        hint = 'Use a name like ''Europe/Paris'' or ''UTC''.';
+      perform tokenlimits.refuse(
+        'TL001',
+        format('timezone: %L is no IANA time zone', new.timezone),
+        'timezone',
+        'Use a name like ''Europe/Paris'' or ''UTC''.'
+      );
     end if;
     new.timezone := v_timezone;
   end if;
@@ -267,15 +307,15 @@ for each row execute function tokenlimits.check_group();
 --     after the edit, and so waits for calls that judge by the old limits and holds back those to come.
 
 -- One narrow row per limit and subject (the group, or a member), rolled over in place: it never grows with time.
--- No foreign keys: they cost more than a tenth of a call. subject first: a plan by limit would scan all its members.
+-- No foreign keys and no checks: they cost more than a tenth of a call. subject first: a plan by limit would scan all
+-- its members.
 create table if not exists tokenlimits.counters (
   subject uuid not null,
   counter_id bigint not null,
   since timestamptz not null,
   until timestamptz not null,
   used bigint not null,
-  constraint counters_pkey primary key (subject, counter_id),
-  constraint counters_used_check check (used >= 0)
+  constraint counters_pkey primary key (subject, counter_id)
 ) with (fillfactor = 50);
 comment on table tokenlimits.counters is 'What is used of a limit by a subject in [since, until).';
 
@@ -344,6 +384,11 @@ declare
   c_class constant integer := 1953459052;
   v_stripe integer;
 begin
+  if cardinality(p_group_ids) = 1 and not p_exclusive then
+    -- what nearly every call needs, without a query
+    perform pg_advisory_xact_lock_shared(c_class, ('x' || right(p_group_ids[1]::text, 2))::bit(8)::integer);
+    return;
+  end if;
   -- 256 stripes bound the number of locks that a bulk edit takes; sorted, or two of us could deadlock
   for v_stripe in
     select distinct ('x' || right(g.id::text, 2))::bit(8)::integer
@@ -677,6 +722,31 @@ execute function tokenlimits.renew_counters();
 --   * judge writes nothing and waits for no counter, so a denial is cheap.
 --   * Of several groups without room, the answer is about the one that will have room first.
 
+create or replace function tokenlimits.require_group(p_group_id uuid)
+returns public.user_groups
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_group public.user_groups;
+begin
+  select * into v_group from public.user_groups as g where g.id = p_group_id;
+  if not found then
+    perform tokenlimits.refuse(
+      'TL002',
+      format('there is no group %s', coalesce(p_group_id::text, 'null')),
+      p_group_id::text,
+      'It may have been deleted; list the groups to see which there are.'
+    );
+  end if;
+  return v_group;
+end
+$$;
+comment on function tokenlimits.require_group(uuid) is 'The group of that id; raises TL002 when there is none.';
+revoke execute on function tokenlimits.require_group(uuid) from public, anon, authenticated;
+grant execute on function tokenlimits.require_group(uuid) to authenticated, service_role;
+
 -- The groups that may pay for a user, in the order in which they are tried.
 create or replace function tokenlimits.paying_groups(p_user_id uuid, p_group_id uuid default null)
 returns uuid[]
@@ -700,38 +770,44 @@ begin
     return v_ids;
   elsif p_group_id = any(v_ids) then
     return array[p_group_id];
-  elsif exists (select from public.user_groups as g where g.id = p_group_id) then
-    return '{}';
   end if;
-  raise exception using
-    errcode = 'TL002',
-    message = format('there is no group %s', p_group_id),
-    detail = p_group_id::text,
-    hint = 'It may have been deleted; list the groups to see which there are.';
+  perform tokenlimits.require_group(p_group_id);
+  return '{}';
 end
 $$;
 comment on function tokenlimits.paying_groups(uuid, uuid) is
   'A user''s groups by priority, then by when they joined; the default group for a user in none; or the pinned one.';
 revoke execute on function tokenlimits.paying_groups(uuid, uuid) from public, anon, authenticated;
 
+do $do$
+begin
+  if to_regtype('tokenlimits.verdict') is null then
+    create type tokenlimits.verdict as (
+      allowed boolean,
+      reason text,
+      group_id uuid,
+      states tokenlimits.limit_state[],
+      denied_by tokenlimits.limit_state,
+      at timestamptz
+    );
+  end if;
+end
+$do$;
+
 create or replace function tokenlimits.judge(
   p_user_id uuid,
   p_kind text,
   p_cost bigint,
   p_group_ids uuid[],
-  p_at timestamptz,
-  out allowed boolean,
-  out reason text,
-  out group_id uuid,
-  out states tokenlimits.limit_state[],
-  out denied_by tokenlimits.limit_state,
-  out at timestamptz
+  p_at timestamptz
 )
+returns tokenlimits.verdict
 language plpgsql
 stable
 set search_path = ''
 as $$
 declare
+  v_verdict tokenlimits.verdict;
   v_group_id uuid;
   v_states tokenlimits.limit_state[];
   v_state tokenlimits.limit_state;
@@ -739,9 +815,9 @@ declare
   v_room_at timestamptz;
   v_first_room_at timestamptz;
 begin
-  allowed := false;
-  reason := case when p_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
-  at := p_at;
+  v_verdict.allowed := false;
+  v_verdict.reason := case when p_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
+  v_verdict.at := p_at;
   foreach v_group_id in array p_group_ids loop
     v_states := tokenlimits.limit_states(v_group_id, p_user_id, p_kind, p_at);
     continue when v_states = '{}';
@@ -749,7 +825,7 @@ begin
     v_room_at := '-infinity';
     foreach v_state in array v_states loop
       -- a counter may be ahead of a clock that was set back; the usage belongs to the counter's period then
-      at := greatest(at, v_state.since);
+      v_verdict.at := greatest(v_verdict.at, v_state.since);
       if v_state.used + p_cost > v_state.max then
         -- what can never fit, and a lifetime limit, wait for ever
         if p_cost > v_state.max then
@@ -762,21 +838,22 @@ begin
       end if;
     end loop;
     if v_full is null then
-      allowed := true;
-      reason := null;
-      group_id := v_group_id;
-      states := v_states;
-      denied_by := null;
-      return;
+      v_verdict.allowed := true;
+      v_verdict.reason := null;
+      v_verdict.group_id := v_group_id;
+      v_verdict.states := v_states;
+      v_verdict.denied_by := null;
+      return v_verdict;
     end if;
     if v_first_room_at is null or v_room_at < v_first_room_at then
       v_first_room_at := v_room_at;
-      reason := 'limit_exceeded';
-      group_id := v_group_id;
-      states := v_states;
-      denied_by := v_full;
+      v_verdict.reason := 'limit_exceeded';
+      v_verdict.group_id := v_group_id;
+      v_verdict.states := v_states;
+      v_verdict.denied_by := v_full;
     end if;
   end loop;
+  return v_verdict;
 end
 $$;
 comment on function tokenlimits.judge(uuid, text, bigint, uuid[], timestamptz) is
@@ -956,19 +1033,16 @@ begin
     v_field := 'metadata';
     v_rule := 'must be a JSON object of at most 8192 bytes';
   elsif current_setting('transaction_isolation') <> 'read committed' then
-    raise exception using
-      errcode = 'TL009',
-      message = 'tokenlimits needs READ COMMITTED transactions',
-      detail = current_setting('transaction_isolation'),
-      hint = 'Call it outside your transaction, or begin that with isolation level read committed.';
+    perform tokenlimits.refuse(
+      'TL009',
+      'tokenlimits needs READ COMMITTED transactions',
+      current_setting('transaction_isolation'),
+      'Call it outside your transaction, or begin that with isolation level read committed.'
+    );
   else
     return;
   end if;
-  raise exception using
-    errcode = 'TL001',
-    message = v_field || ': ' || v_rule,
-    detail = v_field,
-    hint = 'Nothing was recorded.';
+  perform tokenlimits.refuse('TL001', v_field || ': ' || v_rule, v_field, 'Nothing was recorded.');
 end
 $$;
 comment on function tokenlimits.check_request(uuid, text, bigint, text, jsonb) is
@@ -998,11 +1072,12 @@ begin
     where u.id = v_usage.id and u.status = v_usage.status;
     return null;
   elsif v_usage.fingerprint is distinct from p_fingerprint then
-    raise exception using
-      errcode = 'TL008',
-      message = format('idempotency_key %L was used for another request of this user', p_idempotency_key),
-      detail = v_usage.id::text,
-      hint = 'Use one key per job: the same operation, kind, cost and group every time.';
+    perform tokenlimits.refuse(
+      'TL008',
+      format('idempotency_key %L was used for another request of this user', p_idempotency_key),
+      v_usage.id::text,
+      'Use one key per job: the same operation, kind, cost and group every time.'
+    );
   end if;
   return v_usage;
 end
@@ -1123,7 +1198,7 @@ set search_path = ''
 as $$
 declare
   v_group_ids uuid[];
-  v_verdict record;
+  v_verdict tokenlimits.verdict;
   v_usage public.generation_usage;
   v_live public.generation_usage;
   v_states tokenlimits.limit_state[];
@@ -1142,8 +1217,7 @@ begin
   perform tokenlimits.lock_groups(v_group_ids);
   loop
     -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
-    select * into v_verdict
-    from tokenlimits.judge(
+    v_verdict := tokenlimits.judge(
       p_user_id, p_kind, p_cost, v_group_ids, greatest(tokenlimits.clock(), v_usage.created_at)
     );
     if v_verdict.allowed then
@@ -1199,7 +1273,9 @@ volatile
 set search_path = ''
 as $$
 begin
-  return tokenlimits.track(p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, p_metadata);
+  return tokenlimits.track(
+    p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, tokenlimits.json_argument(p_metadata)
+  );
 end
 $$;
 comment on function public.track_generation(uuid, text, bigint, text, uuid, jsonb) is
@@ -1217,11 +1293,10 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_verdict record;
+  v_verdict tokenlimits.verdict;
 begin
   perform tokenlimits.check_request(p_user_id, p_kind, p_cost);
-  select * into v_verdict
-  from tokenlimits.judge(
+  v_verdict := tokenlimits.judge(
     p_user_id, p_kind, p_cost, tokenlimits.paying_groups(p_user_id, p_group_id), tokenlimits.clock()
   );
   return tokenlimits.answer(
@@ -1281,11 +1356,12 @@ begin
   perform tokenlimits.check_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
   -- a minute for clocks that differ
   if p_created_at > v_now + interval '1 minute' or not isfinite(p_created_at) then
-    raise exception using
-      errcode = 'TL001',
-      message = 'created_at: must not lie in the future',
-      detail = 'created_at',
-      hint = 'Nothing was recorded.';
+    perform tokenlimits.refuse(
+      'TL001',
+      'created_at: must not lie in the future',
+      'created_at',
+      'Nothing was recorded.'
+    );
   end if;
   v_usage.user_id := p_user_id;
   v_usage.kind := p_kind;
@@ -1338,11 +1414,7 @@ declare
   v_group_id uuid;
 begin
   if p_group_id is not null then
-    select g.id into v_group_id from public.user_groups as g where g.id = p_group_id;
-    if v_group_id is null then
-      perform tokenlimits.paying_groups(p_user_id, p_group_id);
-    end if;
-    return v_group_id;
+    return (tokenlimits.require_group(p_group_id)).id;
   end if;
   select g.id into v_group_id
   from unnest(tokenlimits.paying_groups(p_user_id)) with ordinality as g (id, place)
@@ -1351,11 +1423,12 @@ begin
     g.place
   limit 1;
   if v_group_id is null then
-    raise exception using
-      errcode = 'TL001',
-      message = 'group_id: is required, since the user is in no group',
-      detail = 'group_id',
-      hint = 'Name the group that this usage belongs to.';
+    perform tokenlimits.refuse(
+      'TL001',
+      'group_id: is required, since the user is in no group',
+      'group_id',
+      'Name the group that this usage belongs to.'
+    );
   end if;
   return v_group_id;
 end
@@ -1379,7 +1452,7 @@ set search_path = ''
 as $$
 begin
   return tokenlimits.record(
-    p_user_id, p_kind, p_cost, p_created_at, p_idempotency_key, p_group_id, p_metadata
+    p_user_id, p_kind, p_cost, p_created_at, p_idempotency_key, p_group_id, tokenlimits.json_argument(p_metadata)
   );
 end
 $$;
@@ -1416,30 +1489,6 @@ comment on function tokenlimits.group_json(public.user_groups) is 'A group with 
 revoke execute on function tokenlimits.group_json(public.user_groups) from public, anon, authenticated;
 grant execute on function tokenlimits.group_json(public.user_groups) to authenticated, service_role;
 
-create or replace function tokenlimits.require_group(p_group_id uuid)
-returns public.user_groups
-language plpgsql
-stable
-set search_path = ''
-as $$
-declare
-  v_group public.user_groups;
-begin
-  select * into v_group from public.user_groups as g where g.id = p_group_id;
-  if not found then
-    raise exception using
-      errcode = 'TL002',
-      message = format('there is no group %s', coalesce(p_group_id::text, 'null')),
-      detail = p_group_id::text,
-      hint = 'It may have been deleted; list the groups to see which there are.';
-  end if;
-  return v_group;
-end
-$$;
-comment on function tokenlimits.require_group(uuid) is 'The group of that id; raises TL002 when there is none.';
-revoke execute on function tokenlimits.require_group(uuid) from public, anon, authenticated;
-grant execute on function tokenlimits.require_group(uuid) to authenticated, service_role;
-
 -- Refuses a bad set of limits with the path of the field, like limits[2].max.
 create or replace function tokenlimits.check_limits(p_limits jsonb)
 returns void
@@ -1455,7 +1504,7 @@ declare
   v_field text;
 begin
   if jsonb_typeof(p_limits) <> 'array' then
-    raise exception using errcode = 'TL001', message = 'limits: must be an array', detail = 'limits';
+    perform tokenlimits.refuse('TL001', 'limits: must be an array', 'limits');
   end if;
   for v_limit in select e.value from jsonb_array_elements(p_limits) as e loop
     v_index := v_index + 1;
@@ -1476,11 +1525,12 @@ begin
       v_field := '';
     end if;
     if v_field is not null then
-      raise exception using
-        errcode = 'TL001',
-        message = format('limits[%s]%s: not a valid limit, or there twice: %s', v_index, v_field, left(v_limit::text, 200)),
-        detail = format('limits[%s]%s', v_index, v_field),
-        hint = 'A limit is {"kind": "image", "period": "day", "scope": "member", "max": 50}; max may be null. Nothing was saved.';
+      perform tokenlimits.refuse(
+        'TL001',
+        format('limits[%s]%s: not a valid limit, or there twice: %s', v_index, v_field, left(v_limit::text, 200)),
+        format('limits[%s]%s', v_index, v_field),
+        'A limit is {"kind": "image", "period": "day", "scope": "member", "max": 50}; max may be null. Nothing was saved.'
+      );
     end if;
     v_seen := v_seen || jsonb_build_object(v_identity, true);
   end loop;
@@ -1534,23 +1584,24 @@ set search_path = ''
 as $$
 declare
   v_group public.user_groups;
+  v_limits jsonb := tokenlimits.json_argument(p_limits);
 begin
   perform tokenlimits.require_admin();
-  if p_limits is not null then
-    perform tokenlimits.check_limits(p_limits);
+  if v_limits is not null then
+    perform tokenlimits.check_limits(v_limits);
   end if;
   if p_group_id is not null then
     v_group := tokenlimits.require_group(p_group_id);
   end if;
   if char_length(btrim(coalesce(p_name, v_group.name, ''))) not between 1 and 200 then
-    raise exception using
-      errcode = 'TL001', message = 'name: must have 1 to 200 characters', detail = 'name', hint = 'Nothing was saved.';
+    perform tokenlimits.refuse('TL001', 'name: must have 1 to 200 characters', 'name', 'Nothing was saved.');
   elsif char_length(p_description) > 2000 then
-    raise exception using
-      errcode = 'TL001',
-      message = 'description: must have at most 2000 characters',
-      detail = 'description',
-      hint = 'Nothing was saved.';
+    perform tokenlimits.refuse(
+      'TL001',
+      'description: must have at most 2000 characters',
+      'description',
+      'Nothing was saved.'
+    );
   end if;
   if p_is_default then
     update public.user_groups as g
@@ -1578,14 +1629,15 @@ begin
     end if;
   exception
     when unique_violation then
-      raise exception using
-        errcode = 'TL003',
-        message = format('there is a group named %L already', btrim(p_name)),
-        detail = btrim(p_name),
-        hint = 'Names are unique whatever their case; nothing was saved.';
+      perform tokenlimits.refuse(
+        'TL003',
+        format('there is a group named %L already', btrim(p_name)),
+        btrim(p_name),
+        'Names are unique whatever their case; nothing was saved.'
+      );
   end;
-  if p_limits is not null then
-    perform tokenlimits.replace_limits(v_group.id, p_limits);
+  if v_limits is not null then
+    perform tokenlimits.replace_limits(v_group.id, v_limits);
   end if;
   return tokenlimits.group_json(v_group);
 end
@@ -1603,13 +1655,15 @@ language plpgsql
 volatile
 set search_path = ''
 as $$
+declare
+  v_limit jsonb := tokenlimits.json_argument(p_limit);
 begin
   perform tokenlimits.require_admin();
-  perform tokenlimits.check_limits(jsonb_build_array(p_limit));
+  perform tokenlimits.check_limits(jsonb_build_array(v_limit));
   perform tokenlimits.require_group(p_group_id);
   insert into public.group_limits as l (group_id, kind, period, scope, max)
   values (
-    p_group_id, p_limit ->> 'kind', p_limit ->> 'period', p_limit ->> 'scope', (p_limit ->> 'max')::numeric::bigint
+    p_group_id, v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'scope', (v_limit ->> 'max')::numeric::bigint
   )
   on conflict on constraint group_limits_pkey do update
   set max = excluded.max;
@@ -1710,7 +1764,7 @@ begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
   if p_user_ids is null or array_position(p_user_ids, null) is not null then
-    raise exception using errcode = 'TL001', message = 'user_ids: must be an array of ids', detail = 'user_ids';
+    perform tokenlimits.refuse('TL001', 'user_ids: must be an array of ids', 'user_ids');
   end if;
   v_known := array(select u.id from auth.users as u where u.id = any(p_user_ids) order by u.id);
   insert into public.group_memberships as m (group_id, user_id)
@@ -1812,7 +1866,7 @@ begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
   if p_kind !~ '^[a-z][a-z0-9_]{0,31}$' then
-    raise exception using errcode = 'TL001', message = 'kind: is not a kind of generation', detail = 'kind';
+    perform tokenlimits.refuse('TL001', 'kind: is not a kind of generation', 'kind');
   end if;
   -- nobody is between being judged and being recorded now: what was recorded before is before, what comes is after
   perform tokenlimits.lock_groups(array[p_group_id], true);
@@ -1981,7 +2035,7 @@ set search_path = ''
 as $$
 begin
   if p_user_id is null then
-    raise exception using errcode = 'TL001', message = 'user_id: is required', detail = 'user_id';
+    perform tokenlimits.refuse('TL001', 'user_id: is required', 'user_id');
   end if;
   return tokenlimits.user_usage(p_user_id);
 end
@@ -2134,8 +2188,7 @@ declare
 begin
   perform tokenlimits.require_admin();
   if p_bucket is null or p_bucket not in ('hour', 'day', 'week', 'month') then
-    raise exception using
-      errcode = 'TL001', message = 'bucket: must be hour, day, week or month', detail = 'bucket';
+    perform tokenlimits.refuse('TL001', 'bucket: must be hour, day, week or month', 'bucket');
   end if;
   if p_group_id is not null then
     v_timezone := (tokenlimits.require_group(p_group_id)).timezone;

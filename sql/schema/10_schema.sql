@@ -110,6 +110,45 @@ $$;
 comment on function tokenlimits.uuid_v7() is 'A new time-ordered UUID.';
 revoke execute on function tokenlimits.uuid_v7() from public, anon, authenticated;
 
+-- The code is in the message too, for servers between us and the caller that drop it.
+create or replace function tokenlimits.refuse(
+  p_code text,
+  p_message text,
+  p_detail text default null,
+  p_hint text default 'Nothing was saved.'
+)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  raise exception using
+    errcode = p_code,
+    message = format('%s (%s)', p_message, p_code),
+    detail = coalesce(p_detail, ''),
+    hint = p_hint;
+end
+$$;
+comment on function tokenlimits.refuse(text, text, text, text) is 'Raises one of our errors.';
+revoke execute on function tokenlimits.refuse(text, text, text, text) from public, anon, authenticated;
+grant execute on function tokenlimits.refuse(text, text, text, text) to authenticated, service_role;
+
+-- Some servers send a JSON argument as text in JSON; this is what was meant.
+create or replace function tokenlimits.json_argument(p_value jsonb)
+returns jsonb
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  return case jsonb_typeof(p_value) when 'string' then (p_value #>> '{}')::jsonb else p_value end;
+end
+$$;
+comment on function tokenlimits.json_argument(jsonb) is 'A JSON argument, also when it was sent as text.';
+revoke execute on function tokenlimits.json_argument(jsonb) from public, anon, authenticated;
+grant execute on function tokenlimits.json_argument(jsonb) to authenticated, service_role;
+
 create or replace function public.tokenlimits_version()
 returns jsonb
 language sql

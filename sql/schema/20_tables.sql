@@ -107,11 +107,12 @@ begin
     from pg_catalog.pg_timezone_names as tz
     where lower(tz.name) = lower(new.timezone) and tz.name not like 'posix/%';
     if v_timezone is null then
-      raise exception using
-        errcode = 'TL001',
-        message = format('timezone: %L is no IANA time zone', new.timezone),
-        detail = 'timezone',
-        hint = 'Use a name like ''Europe/Paris'' or ''UTC''.';
+      perform tokenlimits.refuse(
+        'TL001',
+        format('timezone: %L is no IANA time zone', new.timezone),
+        'timezone',
+        'Use a name like ''Europe/Paris'' or ''UTC''.'
+      );
     end if;
     new.timezone := v_timezone;
   end if;

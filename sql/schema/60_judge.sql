@@ -4,6 +4,31 @@
 --   * judge writes nothing and waits for no counter, so a denial is cheap.
 --   * Of several groups without room, the answer is about the one that will have room first.
 
+create or replace function tokenlimits.require_group(p_group_id uuid)
+returns public.user_groups
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_group public.user_groups;
+begin
+  select * into v_group from public.user_groups as g where g.id = p_group_id;
+  if not found then
+    perform tokenlimits.refuse(
+      'TL002',
+      format('there is no group %s', coalesce(p_group_id::text, 'null')),
+      p_group_id::text,
+      'It may have been deleted; list the groups to see which there are.'
+    );
+  end if;
+  return v_group;
+end
+$$;
+comment on function tokenlimits.require_group(uuid) is 'The group of that id; raises TL002 when there is none.';
+revoke execute on function tokenlimits.require_group(uuid) from public, anon, authenticated;
+grant execute on function tokenlimits.require_group(uuid) to authenticated, service_role;
+
 -- The groups that may pay for a user, in the order in which they are tried.
 create or replace function tokenlimits.paying_groups(p_user_id uuid, p_group_id uuid default null)
 returns uuid[]
@@ -27,38 +52,44 @@ begin
     return v_ids;
   elsif p_group_id = any(v_ids) then
     return array[p_group_id];
-  elsif exists (select from public.user_groups as g where g.id = p_group_id) then
-    return '{}';
   end if;
-  raise exception using
-    errcode = 'TL002',
-    message = format('there is no group %s', p_group_id),
-    detail = p_group_id::text,
-    hint = 'It may have been deleted; list the groups to see which there are.';
+  perform tokenlimits.require_group(p_group_id);
+  return '{}';
 end
 $$;
 comment on function tokenlimits.paying_groups(uuid, uuid) is
   'A user''s groups by priority, then by when they joined; the default group for a user in none; or the pinned one.';
 revoke execute on function tokenlimits.paying_groups(uuid, uuid) from public, anon, authenticated;
 
+do $do$
+begin
+  if to_regtype('tokenlimits.verdict') is null then
+    create type tokenlimits.verdict as (
+      allowed boolean,
+      reason text,
+      group_id uuid,
+      states tokenlimits.limit_state[],
+      denied_by tokenlimits.limit_state,
+      at timestamptz
+    );
+  end if;
+end
+$do$;
+
 create or replace function tokenlimits.judge(
   p_user_id uuid,
   p_kind text,
   p_cost bigint,
   p_group_ids uuid[],
-  p_at timestamptz,
-  out allowed boolean,
-  out reason text,
-  out group_id uuid,
-  out states tokenlimits.limit_state[],
-  out denied_by tokenlimits.limit_state,
-  out at timestamptz
+  p_at timestamptz
 )
+returns tokenlimits.verdict
 language plpgsql
 stable
 set search_path = ''
 as $$
 declare
+  v_verdict tokenlimits.verdict;
   v_group_id uuid;
   v_states tokenlimits.limit_state[];
   v_state tokenlimits.limit_state;
@@ -66,9 +97,9 @@ declare
   v_room_at timestamptz;
   v_first_room_at timestamptz;
 begin
-  allowed := false;
-  reason := case when p_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
-  at := p_at;
+  v_verdict.allowed := false;
+  v_verdict.reason := case when p_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
+  v_verdict.at := p_at;
   foreach v_group_id in array p_group_ids loop
     v_states := tokenlimits.limit_states(v_group_id, p_user_id, p_kind, p_at);
     continue when v_states = '{}';
@@ -76,7 +107,7 @@ begin
     v_room_at := '-infinity';
     foreach v_state in array v_states loop
       -- a counter may be ahead of a clock that was set back; the usage belongs to the counter's period then
-      at := greatest(at, v_state.since);
+      v_verdict.at := greatest(v_verdict.at, v_state.since);
       if v_state.used + p_cost > v_state.max then
         -- what can never fit, and a lifetime limit, wait for ever
         if p_cost > v_state.max then
@@ -89,21 +120,22 @@ begin
       end if;
     end loop;
     if v_full is null then
-      allowed := true;
-      reason := null;
-      group_id := v_group_id;
-      states := v_states;
-      denied_by := null;
-      return;
+      v_verdict.allowed := true;
+      v_verdict.reason := null;
+      v_verdict.group_id := v_group_id;
+      v_verdict.states := v_states;
+      v_verdict.denied_by := null;
+      return v_verdict;
     end if;
     if v_first_room_at is null or v_room_at < v_first_room_at then
       v_first_room_at := v_room_at;
-      reason := 'limit_exceeded';
-      group_id := v_group_id;
-      states := v_states;
-      denied_by := v_full;
+      v_verdict.reason := 'limit_exceeded';
+      v_verdict.group_id := v_group_id;
+      v_verdict.states := v_states;
+      v_verdict.denied_by := v_full;
     end if;
   end loop;
+  return v_verdict;
 end
 $$;
 comment on function tokenlimits.judge(uuid, text, bigint, uuid[], timestamptz) is

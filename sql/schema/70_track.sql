@@ -38,19 +38,16 @@ begin
     v_field := 'metadata';
     v_rule := 'must be a JSON object of at most 8192 bytes';
   elsif current_setting('transaction_isolation') <> 'read committed' then
-    raise exception using
-      errcode = 'TL009',
-      message = 'tokenlimits needs READ COMMITTED transactions',
-      detail = current_setting('transaction_isolation'),
-      hint = 'Call it outside your transaction, or begin that with isolation level read committed.';
+    perform tokenlimits.refuse(
+      'TL009',
+      'tokenlimits needs READ COMMITTED transactions',
+      current_setting('transaction_isolation'),
+      'Call it outside your transaction, or begin that with isolation level read committed.'
+    );
   else
     return;
   end if;
-  raise exception using
-    errcode = 'TL001',
-    message = v_field || ': ' || v_rule,
-    detail = v_field,
-    hint = 'Nothing was recorded.';
+  perform tokenlimits.refuse('TL001', v_field || ': ' || v_rule, v_field, 'Nothing was recorded.');
 end
 $$;
 comment on function tokenlimits.check_request(uuid, text, bigint, text, jsonb) is
@@ -80,11 +77,12 @@ begin
     where u.id = v_usage.id and u.status = v_usage.status;
     return null;
   elsif v_usage.fingerprint is distinct from p_fingerprint then
-    raise exception using
-      errcode = 'TL008',
-      message = format('idempotency_key %L was used for another request of this user', p_idempotency_key),
-      detail = v_usage.id::text,
-      hint = 'Use one key per job: the same operation, kind, cost and group every time.';
+    perform tokenlimits.refuse(
+      'TL008',
+      format('idempotency_key %L was used for another request of this user', p_idempotency_key),
+      v_usage.id::text,
+      'Use one key per job: the same operation, kind, cost and group every time.'
+    );
   end if;
   return v_usage;
 end
@@ -205,7 +203,7 @@ set search_path = ''
 as $$
 declare
   v_group_ids uuid[];
-  v_verdict record;
+  v_verdict tokenlimits.verdict;
   v_usage public.generation_usage;
   v_live public.generation_usage;
   v_states tokenlimits.limit_state[];
@@ -224,8 +222,7 @@ begin
   perform tokenlimits.lock_groups(v_group_ids);
   loop
     -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
-    select * into v_verdict
-    from tokenlimits.judge(
+    v_verdict := tokenlimits.judge(
       p_user_id, p_kind, p_cost, v_group_ids, greatest(tokenlimits.clock(), v_usage.created_at)
     );
     if v_verdict.allowed then
@@ -281,7 +278,9 @@ volatile
 set search_path = ''
 as $$
 begin
-  return tokenlimits.track(p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, p_metadata);
+  return tokenlimits.track(
+    p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, tokenlimits.json_argument(p_metadata)
+  );
 end
 $$;
 comment on function public.track_generation(uuid, text, bigint, text, uuid, jsonb) is
@@ -299,11 +298,10 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_verdict record;
+  v_verdict tokenlimits.verdict;
 begin
   perform tokenlimits.check_request(p_user_id, p_kind, p_cost);
-  select * into v_verdict
-  from tokenlimits.judge(
+  v_verdict := tokenlimits.judge(
     p_user_id, p_kind, p_cost, tokenlimits.paying_groups(p_user_id, p_group_id), tokenlimits.clock()
   );
   return tokenlimits.answer(
@@ -363,11 +361,12 @@ begin
   perform tokenlimits.check_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
   -- a minute for clocks that differ
   if p_created_at > v_now + interval '1 minute' or not isfinite(p_created_at) then
-    raise exception using
-      errcode = 'TL001',
-      message = 'created_at: must not lie in the future',
-      detail = 'created_at',
-      hint = 'Nothing was recorded.';
+    perform tokenlimits.refuse(
+      'TL001',
+      'created_at: must not lie in the future',
+      'created_at',
+      'Nothing was recorded.'
+    );
   end if;
   v_usage.user_id := p_user_id;
   v_usage.kind := p_kind;
@@ -420,11 +419,7 @@ declare
   v_group_id uuid;
 begin
   if p_group_id is not null then
-    select g.id into v_group_id from public.user_groups as g where g.id = p_group_id;
-    if v_group_id is null then
-      perform tokenlimits.paying_groups(p_user_id, p_group_id);
-    end if;
-    return v_group_id;
+    return (tokenlimits.require_group(p_group_id)).id;
   end if;
   select g.id into v_group_id
   from unnest(tokenlimits.paying_groups(p_user_id)) with ordinality as g (id, place)
@@ -433,11 +428,12 @@ begin
     g.place
   limit 1;
   if v_group_id is null then
-    raise exception using
-      errcode = 'TL001',
-      message = 'group_id: is required, since the user is in no group',
-      detail = 'group_id',
-      hint = 'Name the group that this usage belongs to.';
+    perform tokenlimits.refuse(
+      'TL001',
+      'group_id: is required, since the user is in no group',
+      'group_id',
+      'Name the group that this usage belongs to.'
+    );
   end if;
   return v_group_id;
 end
@@ -461,7 +457,7 @@ set search_path = ''
 as $$
 begin
   return tokenlimits.record(
-    p_user_id, p_kind, p_cost, p_created_at, p_idempotency_key, p_group_id, p_metadata
+    p_user_id, p_kind, p_cost, p_created_at, p_idempotency_key, p_group_id, tokenlimits.json_argument(p_metadata)
   );
 end
 $$;

@@ -25,30 +25,6 @@ comment on function tokenlimits.group_json(public.user_groups) is 'A group with 
 revoke execute on function tokenlimits.group_json(public.user_groups) from public, anon, authenticated;
 grant execute on function tokenlimits.group_json(public.user_groups) to authenticated, service_role;
 
-create or replace function tokenlimits.require_group(p_group_id uuid)
-returns public.user_groups
-language plpgsql
-stable
-set search_path = ''
-as $$
-declare
-  v_group public.user_groups;
-begin
-  select * into v_group from public.user_groups as g where g.id = p_group_id;
-  if not found then
-    raise exception using
-      errcode = 'TL002',
-      message = format('there is no group %s', coalesce(p_group_id::text, 'null')),
-      detail = p_group_id::text,
-      hint = 'It may have been deleted; list the groups to see which there are.';
-  end if;
-  return v_group;
-end
-$$;
-comment on function tokenlimits.require_group(uuid) is 'The group of that id; raises TL002 when there is none.';
-revoke execute on function tokenlimits.require_group(uuid) from public, anon, authenticated;
-grant execute on function tokenlimits.require_group(uuid) to authenticated, service_role;
-
 -- Refuses a bad set of limits with the path of the field, like limits[2].max.
 create or replace function tokenlimits.check_limits(p_limits jsonb)
 returns void
@@ -64,7 +40,7 @@ declare
   v_field text;
 begin
   if jsonb_typeof(p_limits) <> 'array' then
-    raise exception using errcode = 'TL001', message = 'limits: must be an array', detail = 'limits';
+    perform tokenlimits.refuse('TL001', 'limits: must be an array', 'limits');
   end if;
   for v_limit in select e.value from jsonb_array_elements(p_limits) as e loop
     v_index := v_index + 1;
@@ -85,11 +61,12 @@ begin
       v_field := '';
     end if;
     if v_field is not null then
-      raise exception using
-        errcode = 'TL001',
-        message = format('limits[%s]%s: not a valid limit, or there twice: %s', v_index, v_field, left(v_limit::text, 200)),
-        detail = format('limits[%s]%s', v_index, v_field),
-        hint = 'A limit is {"kind": "image", "period": "day", "scope": "member", "max": 50}; max may be null. Nothing was saved.';
+      perform tokenlimits.refuse(
+        'TL001',
+        format('limits[%s]%s: not a valid limit, or there twice: %s', v_index, v_field, left(v_limit::text, 200)),
+        format('limits[%s]%s', v_index, v_field),
+        'A limit is {"kind": "image", "period": "day", "scope": "member", "max": 50}; max may be null. Nothing was saved.'
+      );
     end if;
     v_seen := v_seen || jsonb_build_object(v_identity, true);
   end loop;
@@ -143,23 +120,24 @@ set search_path = ''
 as $$
 declare
   v_group public.user_groups;
+  v_limits jsonb := tokenlimits.json_argument(p_limits);
 begin
   perform tokenlimits.require_admin();
-  if p_limits is not null then
-    perform tokenlimits.check_limits(p_limits);
+  if v_limits is not null then
+    perform tokenlimits.check_limits(v_limits);
   end if;
   if p_group_id is not null then
     v_group := tokenlimits.require_group(p_group_id);
   end if;
   if char_length(btrim(coalesce(p_name, v_group.name, ''))) not between 1 and 200 then
-    raise exception using
-      errcode = 'TL001', message = 'name: must have 1 to 200 characters', detail = 'name', hint = 'Nothing was saved.';
+    perform tokenlimits.refuse('TL001', 'name: must have 1 to 200 characters', 'name', 'Nothing was saved.');
   elsif char_length(p_description) > 2000 then
-    raise exception using
-      errcode = 'TL001',
-      message = 'description: must have at most 2000 characters',
-      detail = 'description',
-      hint = 'Nothing was saved.';
+    perform tokenlimits.refuse(
+      'TL001',
+      'description: must have at most 2000 characters',
+      'description',
+      'Nothing was saved.'
+    );
   end if;
   if p_is_default then
     update public.user_groups as g
@@ -187,14 +165,15 @@ begin
     end if;
   exception
     when unique_violation then
-      raise exception using
-        errcode = 'TL003',
-        message = format('there is a group named %L already', btrim(p_name)),
-        detail = btrim(p_name),
-        hint = 'Names are unique whatever their case; nothing was saved.';
+      perform tokenlimits.refuse(
+        'TL003',
+        format('there is a group named %L already', btrim(p_name)),
+        btrim(p_name),
+        'Names are unique whatever their case; nothing was saved.'
+      );
   end;
-  if p_limits is not null then
-    perform tokenlimits.replace_limits(v_group.id, p_limits);
+  if v_limits is not null then
+    perform tokenlimits.replace_limits(v_group.id, v_limits);
   end if;
   return tokenlimits.group_json(v_group);
 end
@@ -212,13 +191,15 @@ language plpgsql
 volatile
 set search_path = ''
 as $$
+declare
+  v_limit jsonb := tokenlimits.json_argument(p_limit);
 begin
   perform tokenlimits.require_admin();
-  perform tokenlimits.check_limits(jsonb_build_array(p_limit));
+  perform tokenlimits.check_limits(jsonb_build_array(v_limit));
   perform tokenlimits.require_group(p_group_id);
   insert into public.group_limits as l (group_id, kind, period, scope, max)
   values (
-    p_group_id, p_limit ->> 'kind', p_limit ->> 'period', p_limit ->> 'scope', (p_limit ->> 'max')::numeric::bigint
+    p_group_id, v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'scope', (v_limit ->> 'max')::numeric::bigint
   )
   on conflict on constraint group_limits_pkey do update
   set max = excluded.max;
@@ -319,7 +300,7 @@ begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
   if p_user_ids is null or array_position(p_user_ids, null) is not null then
-    raise exception using errcode = 'TL001', message = 'user_ids: must be an array of ids', detail = 'user_ids';
+    perform tokenlimits.refuse('TL001', 'user_ids: must be an array of ids', 'user_ids');
   end if;
   v_known := array(select u.id from auth.users as u where u.id = any(p_user_ids) order by u.id);
   insert into public.group_memberships as m (group_id, user_id)
@@ -421,7 +402,7 @@ begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
   if p_kind !~ '^[a-z][a-z0-9_]{0,31}$' then
-    raise exception using errcode = 'TL001', message = 'kind: is not a kind of generation', detail = 'kind';
+    perform tokenlimits.refuse('TL001', 'kind: is not a kind of generation', 'kind');
   end if;
   -- nobody is between being judged and being recorded now: what was recorded before is before, what comes is after
   perform tokenlimits.lock_groups(array[p_group_id], true);

@@ -39,7 +39,7 @@ set search_path = ''
 as $$
 begin
   if p_user_id is null then
-    raise exception using errcode = 'TL001', message = 'user_id: is required', detail = 'user_id';
+    perform tokenlimits.refuse('TL001', 'user_id: is required', 'user_id');
   end if;
   return tokenlimits.user_usage(p_user_id);
 end
@@ -192,8 +192,7 @@ declare
 begin
   perform tokenlimits.require_admin();
   if p_bucket is null or p_bucket not in ('hour', 'day', 'week', 'month') then
-    raise exception using
-      errcode = 'TL001', message = 'bucket: must be hour, day, week or month', detail = 'bucket';
+    perform tokenlimits.refuse('TL001', 'bucket: must be hour, day, week or month', 'bucket');
   end if;
   if p_group_id is not null then
     v_timezone := (tokenlimits.require_group(p_group_id)).timezone;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -164,10 +165,13 @@ BY_CODE: Mapping[str, type[TokenLimitsError]] = {
 
 def refusal(status: int, answer: Mapping[str, object]) -> TokenLimitsError:
     """Make the error for a request that the server refused with this HTTP status and JSON object."""
+    text = str(answer.get("message") or answer.get("error") or f"The server answered with status {status}")
     code = answer.get("code")
+    # our functions put the code into the message too, for servers between us that replace it
+    if in_message := re.search(r"\((TL\d{3})\)$", text):
+        code = in_message[1]
     code = code if isinstance(code, str) else None
     cls = _class_of(status, code)
-    text = str(answer.get("message") or answer.get("error") or f"The server answered with status {status}")
     hint = answer.get("hint") or cls.default_hint
     detail = answer.get("details")
     return cls(f"{text}. {hint}" if hint else text, code=code, detail=None if detail is None else str(detail))

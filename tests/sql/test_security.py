@@ -113,6 +113,8 @@ FUNCTIONS: Final = {
 PRIVATE_TO_ADMINS: Final = {
     "is_admin",
     "require_admin",
+    "json_argument",
+    "refuse",
     "require_group",
     "group_json",
     "check_limits",
