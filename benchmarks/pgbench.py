@@ -1,0 +1,62 @@
+"""Runs SQL scripts under load with pgbench, and rivals in turns."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a database: a script, by so many clients at once, for so many seconds."""
+
+    url: str
+    script: str
+    clients: int = 16
+    seconds: float = 5
+
+
+def rate(programs: Path, load: Load) -> float:
+    """Measure transactions per second."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
+        script.write(load.script)
+        script.flush()
+        done = subprocess.run(
+            [
+                programs / "pgbench",
+                "--no-vacuum",
+                "--protocol=prepared",
+                f"--client={load.clients}",
+                "--jobs=1",
+                f"--time={max(1, round(load.seconds))}",
+                f"--file={script.name}",
+                load.url,
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    found = re.search(r"^tps = ([0-9.]+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"number of failed transactions: (\d+)", done.stdout)
+    if done.returncode != 0 or found is None or (failed and failed[1] != "0"):
+        raise RuntimeError(done.stdout + done.stderr)
+    return float(found[1])
+
+
+def in_turns(programs: Path, loads: Mapping[str, Load], rounds: int) -> dict[str, list[float]]:
+    """Measure all, one after the other, so many times: what disturbs the machine disturbs all of them."""
+    rates: dict[str, list[float]] = {name: [] for name in loads}
+    for _ in range(rounds):
+        for name, load in loads.items():
+            rates[name].append(rate(programs, load))
+    return rates
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """Compare round by round, and take the median."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
