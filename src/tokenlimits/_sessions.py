@@ -1,0 +1,84 @@
+"""Supabase clients, as they must be handled by threads, forks and event loops; no I/O here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+from typing import Any
+
+from supabase import AsyncClient, Client
+
+from ._calls import Call
+from .errors import ConfigurationError
+
+_forks = 0
+# supabase makes `client.postgrest` on first touch and after a change of session: threads would make several
+_lock = threading.Lock()
+# of clients that callers made: before which fork, and in which loop, they were first seen
+_seen_at: weakref.WeakKeyDictionary[Client | AsyncClient, int] = weakref.WeakKeyDictionary()
+_seen_in: weakref.WeakKeyDictionary[AsyncClient, weakref.ref[asyncio.AbstractEventLoop]] = weakref.WeakKeyDictionary()
+# with which session supabase made a `client.postgrest`
+_made_with: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
+
+
+def _after_fork() -> None:
+    global _forks, _lock  # noqa: PLW0603  # facts of the process
+    _forks += 1
+    _lock = threading.Lock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def forks() -> int:
+    """Count the forks between the first process and this one."""
+    return _forks
+
+
+def lock() -> threading.Lock:
+    """Return the lock of this process; held only for moments, so that one is enough."""
+    return _lock
+
+
+def notice(client: Client | AsyncClient) -> None:
+    """Remember in which process a client was first seen."""
+    _seen_at.setdefault(client, _forks)
+
+
+def check_fork(client: Client | AsyncClient) -> None:
+    """Refuse a client from before a fork: parent and child would read each other's answers."""
+    if _seen_at[client] != _forks:
+        raise ConfigurationError(
+            "This Supabase client was made before the process forked, and its connections belong to the parent. "
+            "Make the client in the child (for Celery: in worker_process_init), or use from_env() or track_generation "
+            "without client=, which notice."
+        )
+
+
+def check_loop(client: AsyncClient, loop: asyncio.AbstractEventLoop) -> None:
+    """Refuse a client from another event loop."""
+    if _seen_in.setdefault(client, weakref.ref(loop))() is not loop:
+        raise ConfigurationError(
+            "This AsyncClient was used in another event loop, to which its connections belong. Make a client in each "
+            "loop, or use from_env() or atrack_generation without client=, which do."
+        )
+
+
+def request(client: Client | AsyncClient, call: Call[Any]) -> Any:
+    """Make the request for a call, with the client's session of this moment."""
+    with _lock:
+        authorization = client.options.headers.get("Authorization")
+        postgrest: Any = None
+        while postgrest is None:  # for a moment, while another thread signs in or out
+            postgrest = client.postgrest
+        made_with = _made_with.setdefault(postgrest, authorization)
+    if client.options.schema != "public":
+        postgrest = postgrest.schema("public")
+    made = postgrest.rpc(call.function, dict(call.params)).request
+    if made_with != authorization:
+        # in that moment it was made with the session that has ended, and supabase keeps it
+        made.headers["Authorization"] = authorization
+    return made
