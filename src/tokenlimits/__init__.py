@@ -1,6 +1,6 @@
 """Exact limits on AI generations for users and groups, on top of Supabase."""
 
-from ._calls import OnUnavailable
+from ._arguments import OnUnavailable
 from .async_client import AsyncTokenLimits, atrack_generation
 from .async_groups import AsyncGroupManager
 from .client import TokenLimits, track_generation

@@ -12,11 +12,13 @@ from .errors import ConfigurationError
 DEFAULT_TIMEOUT = 10.0
 """Seconds for one call, with all its retries."""
 
+_A_YEAR = 366 * 86_400.0
 
-def _checked_timeout(timeout: float) -> float:
-    if not timeout > 0:
-        raise ConfigurationError(f"timeout: must be more than 0 seconds (got {timeout!r})")
-    return timeout
+
+def _checked_timeout(timeout: object) -> float:
+    if isinstance(timeout, int | float) and 0 < timeout < _A_YEAR:
+        return timeout
+    raise ConfigurationError(f"timeout: must be more than 0 seconds, and finite (got {timeout!r})")
 
 
 class Base:

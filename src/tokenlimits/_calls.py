@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import secrets
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Generic, Literal, TypeVar, cast
-from uuid import UUID
+from typing import Any, Generic, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
-from .errors import GroupNotFound, InvalidRequest, SchemaOutdated, ServiceUnavailable, UnknownUser
+from . import _arguments
+from ._arguments import Id, Limits, OnUnavailable, new_key, parser
+from ._arguments import ids as checked_ids
+from .errors import GroupNotFound, SchemaOutdated, ServiceUnavailable, UnknownUser
 from .models import (
     AddedPage,
     Bucket,
-    GenerationRequest,
     Group,
     GroupUsage,
     HistoryPoint,
@@ -29,16 +26,12 @@ from .models import (
     UserLimit,
 )
 
+__all__ = ["Call", "checked_ids", "new_key"]
+
 T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 """The least version of the SQL that this package needs; it works with newer ones."""
-
-Id = UUID | str
-OnUnavailable = Literal["raise", "allow", "deny"]
-"""What a worker gets when Supabase can't be reached."""
-
-Limits = Mapping[str, int | None] | Iterable[Limit]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,74 +47,19 @@ class Call(Generic[T]):
     retry_safe: bool = True
 
 
-def _parser(type_: Any) -> Callable[[Any], Any]:
-    return TypeAdapter[Any](type_).validate_python
+_GROUP = parser(Group)
+_GROUPS = parser(list[Group])
+_GROUP_USAGES = parser(list[GroupUsage])
+_HISTORY = parser(list[HistoryPoint])
+_MEMBERS = parser(list[Member])
+_RESULT = parser(TrackResult)
+_USERS = parser(list[User])
+_USER_LIMITS = parser(tuple[UserLimit, ...])
+_ADDED = parser(AddedPage)
 
 
-_UUID = _parser(UUID)
-_GROUP = _parser(Group)
-_GROUPS = _parser(list[Group])
-_GROUP_USAGES = _parser(list[GroupUsage])
-_HISTORY = _parser(list[HistoryPoint])
-_LIMITS = _parser(tuple[Limit, ...])
-_MEMBERS = _parser(list[Member])
-_RESULT = _parser(TrackResult)
-_USERS = _parser(list[User])
-_USER_LIMITS = _parser(tuple[UserLimit, ...])
-_ADDED = _parser(AddedPage)
-_BUCKET = _parser(Bucket)
-_ON_UNAVAILABLE = _parser(OnUnavailable)
-
-
-def _checked(parse: Callable[[Any], T], value: object, field: str = "") -> T:
-    """Parse an argument, or refuse it with the field's name before anything is sent."""
-    try:
-        return parse(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        path = field
-        for part in first["loc"]:
-            path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-        raise InvalidRequest(
-            f"{path}: {first['msg']} (got {first['input']!r:.100})", code="TL001", detail=path
-        ) from None
-
-
-def _id(value: Id, field: str) -> str:
-    return str(_checked(_UUID, value, field))
-
-
-def checked_ids(values: Iterable[Id], field: str) -> list[str]:
-    """Check many ids; a bad one is refused with its place."""
-    return [_id(value, f"{field}[{index}]") for index, value in enumerate(values)]
-
-
-def checked_policy(value: OnUnavailable) -> OnUnavailable:
-    """Refuse a policy that doesn't exist."""
-    return _checked(_ON_UNAVAILABLE, value, "on_unavailable")
-
-
-def _moment(value: datetime | None, field: str) -> str | None:
-    if value is not None and value.tzinfo is None:
-        raise InvalidRequest(
-            f"{field}: needs a time zone, like datetime.now(timezone.utc) (got {value!r})",
-            code="TL001",
-            detail=field,
-        )
-    return None if value is None else value.isoformat()
-
-
-def new_key() -> str:
-    """Make a time-ordered key (UUIDv7): the index of keys stays hot at its right edge."""
-    milliseconds = time.time_ns() // 1_000_000
-    value = (milliseconds << 80) | (0x7 << 76) | (secrets.randbits(12) << 64) | (0b10 << 62) | secrets.randbits(62)
-    return str(UUID(int=value))
-
-
-def _request(**fields: Any) -> dict[str, Any]:
-    request = _checked(GenerationRequest.model_validate, fields)
-    params = {f"p_{name}": value for name, value in request.model_dump(mode="json").items() if value is not None}
-    return {"p_idempotency_key": new_key(), **params}
+def _group_id(value: Id) -> dict[str, str]:
+    return {"p_group_id": _arguments.id_(value, "group_id")}
 
 
 def track(
@@ -133,7 +71,7 @@ def track(
     metadata: Mapping[str, Any] | None,
 ) -> Call[TrackResult]:
     """Check and record a generation."""
-    params = _request(
+    params = _arguments.request(
         user_id=user_id,
         kind=kind,
         cost=cost,
@@ -161,7 +99,7 @@ def without_service(call: Call[TrackResult], on_unavailable: OnUnavailable, erro
 
 def check(user_id: Id, kind: str, cost: int, group_id: Id | None) -> Call[TrackResult]:
     """Ask what tracking would answer."""
-    params = _request(user_id=user_id, kind=kind, cost=cost, group_id=group_id)
+    params = _arguments.request(user_id=user_id, kind=kind, cost=cost, group_id=group_id)
     del params["p_idempotency_key"]
     return Call("check_generation", params, _RESULT)
 
@@ -176,7 +114,7 @@ def record(
     metadata: Mapping[str, Any] | None,
 ) -> Call[TrackResult]:
     """Record past or outside usage."""
-    params = _request(
+    params = _arguments.request(
         user_id=user_id,
         kind=kind,
         cost=cost,
@@ -184,12 +122,12 @@ def record(
         group_id=group_id,
         metadata=metadata,
     )
-    return Call("record_generation", {**params, "p_created_at": _moment(created_at, "created_at")}, _RESULT)
+    return Call("record_generation", {**params, "p_created_at": _arguments.moment(created_at, "created_at")}, _RESULT)
 
 
 def usage(user_id: Id) -> Call[tuple[UserLimit, ...]]:
     """List every limit that binds a user."""
-    return Call("user_generation_usage", {"p_user_id": _id(user_id, "user_id")}, _USER_LIMITS)
+    return Call("user_generation_usage", {"p_user_id": _arguments.id_(user_id, "user_id")}, _USER_LIMITS)
 
 
 def version() -> Call[int]:
@@ -207,61 +145,54 @@ def version() -> Call[int]:
     return Call("tokenlimits_version", {}, parse)
 
 
-def _limits(limits: Limits) -> list[dict[str, Any]]:
-    if isinstance(limits, Mapping):
-        shorthand = cast("Mapping[str, int | None]", limits)
-        given: list[Any] = [{"kind": kind, "max": max_} for kind, max_ in shorthand.items()]
-    else:
-        given = list(limits)
-    return [limit.model_dump() for limit in _checked(_LIMITS, given, "limits")]
-
-
-def save_group(
-    group_id: Id | None,
-    *,
-    name: str | None = None,
-    description: str | None = None,
-    priority: int | None = None,
-    timezone: str | None = None,
-    is_default: bool | None = None,
-    limits: Limits | None = None,
-) -> Call[Group]:
-    """Create a group (without an id), or change what is not None of one."""
-    params = {
-        "p_group_id": None if group_id is None else _id(group_id, "group_id"),
-        "p_name": name,
-        "p_description": description,
-        "p_priority": priority,
-        "p_timezone": timezone,
-        "p_is_default": is_default,
-        "p_limits": None if limits is None else _limits(limits),
-    }
+def create_group(**fields: Any) -> Call[Group]:
+    """Create a group."""
     # after a lost answer, creating again would meet its own group's name
-    return Call("save_group", params, _GROUP, retry_safe=group_id is not None)
+    return Call("save_group", {"p_group_id": None, **_arguments.group(fields)}, _GROUP, retry_safe=False)
+
+
+def update_group(group_id: Id, **fields: Any) -> Call[Group]:
+    """Change what is not None of a group."""
+    changes = {name: value for name, value in fields.items() if value is not None}
+    return Call("save_group", {**_group_id(group_id), **_arguments.group(changes)}, _GROUP)
+
+
+def save_group(group_id: Id | None, **fields: Any) -> Call[Group]:
+    """Create a group (without an id), or change what is not None of one."""
+    return create_group(**fields) if group_id is None else update_group(group_id, **fields)
+
+
+def set_limits(group_id: Id, limits: Limits) -> Call[Group]:
+    """Replace a group's set of limits."""
+    return Call("save_group", {**_group_id(group_id), "p_limits": _arguments.limits(limits)}, _GROUP)
 
 
 def set_limit(group_id: Id, limit: Limit) -> Call[Group]:
     """Add one limit, or change its max."""
-    params = {"p_group_id": _id(group_id, "group_id"), "p_limit": _limits([limit])[0]}
+    params = {**_group_id(group_id), "p_limit": _arguments.limit(limit)}
     return Call("set_group_limit", params, _GROUP)
 
 
 def remove_limit(group_id: Id, kind: str, period: Period, scope: Scope) -> Call[Group]:
     """Remove one limit."""
-    limit = _checked(Limit.model_validate, {"kind": kind, "max": None, "period": period, "scope": scope}).model_dump()
-    params = {"p_group_id": _id(group_id, "group_id")} | {f"p_{k}": v for k, v in limit.items() if k != "max"}
+    params = {
+        **_group_id(group_id),
+        "p_kind": _arguments.kind(kind),
+        "p_period": _arguments.period(period),
+        "p_scope": _arguments.scope(scope),
+    }
     return Call("remove_group_limit", params, _GROUP)
 
 
 def get_group(group_id: Id) -> Call[Group]:
     """Read one group by its id."""
-    id_ = _id(group_id, "group_id")
-    return Call("find_groups", {"p_group_id": id_}, lambda answer: _only(_GROUPS(answer), f"of id {id_}"))
+    return Call("find_groups", _group_id(group_id), lambda answer: _only(_GROUPS(answer), f"of id {group_id}"))
 
 
 def get_group_by_name(name: str) -> Call[Group]:
     """Read one group by its name, whatever its case."""
-    return Call("find_groups", {"p_name": name}, lambda answer: _only(_GROUPS(answer), f"named {name!r}"))
+    params = {"p_name": _arguments.name(name)}
+    return Call("find_groups", params, lambda answer: _only(_GROUPS(answer), f"named {name!r}"))
 
 
 def _only(groups: list[Group], what: str) -> Group:
@@ -272,23 +203,24 @@ def _only(groups: list[Group], what: str) -> Group:
 
 def groups_page(search: str | None, after: str | None, size: int) -> Call[list[Group]]:
     """Read the page of groups after a name."""
-    return Call("find_groups", {"p_search": search, "p_after": after, "p_page_size": size}, _GROUPS)
+    params = {"p_search": _arguments.search(search), "p_after": after, "p_page_size": size}
+    return Call("find_groups", params, _GROUPS)
 
 
 def delete_group(group_id: Id) -> Call[Group]:
     """Delete a group."""
     # after a lost answer, deleting again would not find it
-    return Call("delete_group", {"p_group_id": _id(group_id, "group_id")}, _GROUP, retry_safe=False)
+    return Call("delete_group", _group_id(group_id), _GROUP, retry_safe=False)
 
 
 def add_members(group_id: Id, user_ids: list[str]) -> Call[AddedPage]:
     """Add up to a few thousand users to a group."""
-    return Call("add_group_members", {"p_group_id": _id(group_id, "group_id"), "p_user_ids": user_ids}, _ADDED)
+    return Call("add_group_members", {**_group_id(group_id), "p_user_ids": user_ids}, _ADDED)
 
 
 def add_member(group_id: Id, user_id: Id) -> Call[bool]:
     """Add one user to a group."""
-    id_ = _id(user_id, "user_id")
+    id_ = _arguments.id_(user_id, "user_id")
 
     def parse(answer: Any) -> bool:
         page: AddedPage = _ADDED(answer)
@@ -298,25 +230,29 @@ def add_member(group_id: Id, user_id: Id) -> Call[bool]:
             )
         return page.added == 1
 
-    return Call("add_group_members", {"p_group_id": _id(group_id, "group_id"), "p_user_ids": [id_]}, parse)
+    return Call("add_group_members", {**_group_id(group_id), "p_user_ids": [id_]}, parse)
 
 
 def remove_members(group_id: Id, user_ids: list[str]) -> Call[int]:
     """Remove up to a few thousand users from a group."""
-    params = {"p_group_id": _id(group_id, "group_id"), "p_user_ids": user_ids}
+    params = {**_group_id(group_id), "p_user_ids": user_ids}
     return Call("remove_group_members", params, lambda answer: int(answer["removed"]))
 
 
 def move_member(user_id: Id, from_: Id, to: Id) -> Call[bool]:
     """Move a user from one group to another."""
-    params = {"p_user_id": _id(user_id, "user_id"), "p_from": _id(from_, "from_"), "p_to": _id(to, "to")}
+    params = {
+        "p_user_id": _arguments.id_(user_id, "user_id"),
+        "p_from": _arguments.id_(from_, "from_"),
+        "p_to": _arguments.id_(to, "to"),
+    }
     return Call("move_group_member", params, lambda answer: bool(answer["moved"]), retry_safe=False)
 
 
 def members_page(group_id: Id, after: Id | None, size: int) -> Call[list[Member]]:
     """Read the page of members after a user id."""
     params = {
-        "p_group_id": _id(group_id, "group_id"),
+        **_group_id(group_id),
         "p_after": None if after is None else str(after),
         "p_page_size": size,
     }
@@ -325,12 +261,12 @@ def members_page(group_id: Id, after: Id | None, size: int) -> Call[list[Member]
 
 def find_users(email: str) -> Call[list[User]]:
     """Find users by a part of their e-mail address."""
-    return Call("find_users", {"p_email": email}, _USERS)
+    return Call("find_users", {"p_email": _arguments.email(email)}, _USERS)
 
 
 def group_usage(group_id: Id) -> Call[GroupUsage]:
     """Read the usage of one group."""
-    return Call("group_usage", {"p_group_id": _id(group_id, "group_id")}, lambda answer: _GROUP_USAGES(answer)[0])
+    return Call("group_usage", _group_id(group_id), lambda answer: _GROUP_USAGES(answer)[0])
 
 
 def all_usage() -> Call[list[GroupUsage]]:
@@ -343,18 +279,18 @@ def history(
 ) -> Call[list[HistoryPoint]]:
     """Read what was used over time."""
     params = {
-        "p_group_id": None if group_id is None else _id(group_id, "group_id"),
-        "p_kind": kind,
-        "p_bucket": _checked(_BUCKET, bucket, "bucket"),
-        "p_since": _moment(since, "since"),
-        "p_until": _moment(until, "until"),
+        "p_group_id": _arguments.optional_id(group_id, "group_id"),
+        "p_kind": _arguments.optional_kind(kind),
+        "p_bucket": _arguments.bucket(bucket),
+        "p_since": _arguments.moment(since, "since"),
+        "p_until": _arguments.moment(until, "until"),
     }
     return Call("generation_history", params, _HISTORY)
 
 
 def reset_usage(group_id: Id, kind: str | None) -> Call[datetime]:
     """Give a group a fresh start."""
-    params = {"p_group_id": _id(group_id, "group_id"), "p_kind": kind}
+    params = {**_group_id(group_id), "p_kind": _arguments.optional_kind(kind)}
     # a second reset would also forgive what was used since the first
     return Call(
         "reset_group_usage",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
-from . import _calls
-from ._calls import Call, Id
+from . import _arguments, _calls
+from ._arguments import Id
+from ._calls import Call
 from .models import AddedPage, BulkResult, Group, Member, Refused
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ def all_members(group_id: Id) -> Pages[Member]:
 
 
 def _distinct(user_ids: Iterable[Id]) -> list[str]:
-    return list(dict.fromkeys(_calls.checked_ids(user_ids, "user_ids")))
+    return list(dict.fromkeys(_arguments.ids(user_ids, "user_ids")))
 
 
 def _chunks(ids: list[str]) -> list[list[str]]:
@@ -54,6 +55,7 @@ def _chunks(ids: list[str]) -> list[list[str]]:
 
 def add_members(group_id: Id, user_ids: Iterable[Id], on_progress: OnProgress | None) -> Flow[BulkResult]:
     """Add any number of users to a group."""
+    _arguments.callback(on_progress, "on_progress")
     ids = _distinct(user_ids)
     added = already = done = 0
     refused: list[Refused] = []
@@ -70,6 +72,7 @@ def add_members(group_id: Id, user_ids: Iterable[Id], on_progress: OnProgress | 
 
 def remove_members(group_id: Id, user_ids: Iterable[Id], on_progress: OnProgress | None) -> Flow[int]:
     """Remove any number of users from a group."""
+    _arguments.callback(on_progress, "on_progress")
     ids = _distinct(user_ids)
     removed = done = 0
     for chunk in _chunks(ids):

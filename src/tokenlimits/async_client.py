@@ -9,9 +9,10 @@ from uuid import UUID
 
 from supabase import AsyncClient
 
-from . import _calls
+from . import _arguments, _calls
+from ._arguments import OnUnavailable
 from ._base import DEFAULT_TIMEOUT, AsyncBase
-from ._calls import Call, OnUnavailable
+from ._calls import Call
 from .errors import ServiceUnavailable
 from .models import TrackResult, UserLimit
 
@@ -38,7 +39,7 @@ class AsyncTokenLimits(AsyncBase):
         on_unavailable: OnUnavailable = "raise",
     ) -> None:
         super().__init__(client, timeout)
-        self._on_unavailable: OnUnavailable = _calls.checked_policy(on_unavailable)
+        self._on_unavailable: OnUnavailable = _arguments.policy(on_unavailable)
 
     @classmethod
     def from_env(cls, *, timeout: float = DEFAULT_TIMEOUT, on_unavailable: OnUnavailable = "raise") -> Self:

@@ -10,8 +10,8 @@ from uuid import UUID
 from supabase import AsyncClient
 
 from . import _calls, _flows
+from ._arguments import Limits
 from ._base import DEFAULT_TIMEOUT, AsyncBase
-from ._calls import Limits
 from ._flows import OnProgress
 from .groups import Groups, GroupUsages, HistoryPoints, Users
 from .models import Bucket, BulkResult, Group, GroupUsage, Limit, Member, Period, Scope
@@ -69,8 +69,7 @@ class AsyncGroupManager(AsyncBase):
             GroupExists: Another group has the name.
         """
         return await self._transport.send(
-            _calls.save_group(
-                None,
+            _calls.create_group(
                 name=name,
                 description=description,
                 priority=priority,
@@ -106,7 +105,7 @@ class AsyncGroupManager(AsyncBase):
             GroupExists: Another group has the name.
         """
         return await self._transport.send(
-            _calls.save_group(
+            _calls.update_group(
                 group_id,
                 name=name,
                 description=description,
@@ -123,7 +122,7 @@ class AsyncGroupManager(AsyncBase):
             group_id: Which group.
             limits: A list of `Limit`, or the shorthand `{"image": 100}` for lifetime pools.
         """
-        return await self._transport.send(_calls.save_group(group_id, limits=limits))
+        return await self._transport.send(_calls.set_limits(group_id, limits))
 
     async def set_limit(self, group_id: UUID | str, limit: Limit) -> Group:
         """Add one limit, or change the max of the one with its kind, period and scope.

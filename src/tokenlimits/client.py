@@ -10,9 +10,10 @@ from uuid import UUID
 
 from supabase import Client
 
-from . import _calls
+from . import _arguments, _calls
+from ._arguments import OnUnavailable
 from ._base import DEFAULT_TIMEOUT, Base
-from ._calls import Call, OnUnavailable
+from ._calls import Call
 from .errors import ServiceUnavailable
 from .models import TrackResult, UserLimit
 
@@ -40,7 +41,7 @@ class TokenLimits(Base):
         self, client: Client | None = None, *, timeout: float = DEFAULT_TIMEOUT, on_unavailable: OnUnavailable = "raise"
     ) -> None:
         super().__init__(client, timeout)
-        self._on_unavailable: OnUnavailable = _calls.checked_policy(on_unavailable)
+        self._on_unavailable: OnUnavailable = _arguments.policy(on_unavailable)
 
     @classmethod
     def from_env(cls, *, timeout: float = DEFAULT_TIMEOUT, on_unavailable: OnUnavailable = "raise") -> Self:

@@ -10,8 +10,8 @@ from uuid import UUID
 from supabase import Client
 
 from . import _calls, _flows
+from ._arguments import Limits
 from ._base import DEFAULT_TIMEOUT, Base
-from ._calls import Limits
 from ._flows import OnProgress
 from .models import Bucket, BulkResult, Group, GroupUsage, HistoryPoint, Limit, Member, Period, Scope, User
 
@@ -84,8 +84,7 @@ class GroupManager(Base):
             50
         """
         return self._transport.send(
-            _calls.save_group(
-                None,
+            _calls.create_group(
                 name=name,
                 description=description,
                 priority=priority,
@@ -125,7 +124,7 @@ class GroupManager(Base):
             'Europe/Paris'
         """
         return self._transport.send(
-            _calls.save_group(
+            _calls.update_group(
                 group_id,
                 name=name,
                 description=description,
@@ -146,7 +145,7 @@ class GroupManager(Base):
             >>> len(groups.set_limits(team.id, [Limit(kind="image", max=1000, period="month")]).limits)
             1
         """
-        return self._transport.send(_calls.save_group(group_id, limits=limits))
+        return self._transport.send(_calls.set_limits(group_id, limits))
 
     def set_limit(self, group_id: UUID | str, limit: Limit) -> Group:
         """Add one limit, or change the max of the one with its kind, period and scope.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 from uuid import UUID
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, StrictInt
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, StrictInt
 
 from .errors import GenerationDenied, LimitExceeded, NoLimitForKind, NotInGroup
 
@@ -25,6 +27,8 @@ Status = Literal["reserved", "committed", "released", "refunded", "expired"]
 Bucket = Literal["hour", "day", "week", "month"]
 """The step of a history."""
 
+# PostgreSQL's text holds any character but this
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Kind = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 Cost = Annotated[StrictInt, Field(ge=1, le=1_000_000_000)]
 Max = Annotated[StrictInt, Field(ge=0, le=1_000_000_000_000_000)]
@@ -126,15 +130,32 @@ class TrackResult(Model):
         raise by_reason.get(self.reason, GenerationDenied)(self)
 
 
+def _storable(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Refuse what PostgreSQL's jsonb can't hold, or tokenlimits doesn't keep."""
+    try:
+        written = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
+        size = len(written.encode())
+    except UnicodeEncodeError:
+        raise ValueError("has half of a surrogate pair, which no text may hold") from None
+    if re.search(r"(?<!\\)(\\\\)*\\u0000", written):
+        raise ValueError("has the character \\0, which PostgreSQL can't hold")
+    if size > 8192:
+        raise ValueError(f"must be at most 8192 bytes of JSON, and is {size}")
+    return metadata
+
+
+Metadata = Annotated[dict[str, JsonValue], AfterValidator(_storable)]
+
+
 class GenerationRequest(Model):
     """One generation to track."""
 
     user_id: UUID
     kind: Kind
     cost: Cost = 1
-    idempotency_key: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    idempotency_key: Annotated[Text, Field(min_length=1, max_length=255)] | None = None
     group_id: UUID | None = None
-    metadata: dict[str, JsonValue] | None = None
+    metadata: Metadata | None = None
 
 
 class Group(Model):
