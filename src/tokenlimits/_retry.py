@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from time import time
@@ -26,10 +27,18 @@ class Transient(Exception):  # never leaves the package
     `harmless`: nothing was done on the server, so that another try is safe whatever the call does.
     """
 
-    def __init__(self, reason: str, *, harmless: bool = False, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        reason: str,
+        *,
+        harmless: bool = False,
+        retry_after: float | None = None,
+        cause: BaseException | None = None,
+    ) -> None:
         super().__init__(reason)
         self.harmless = harmless
         self.retry_after = retry_after
+        self.__cause__ = cause
 
 
 def from_answer(status: int, headers: Mapping[str, str], code: object) -> Transient | None:
@@ -52,18 +61,18 @@ def seconds(retry_after: str | None) -> float | None:
     """
     if retry_after is None:
         return None
-    if retry_after.strip().isdigit():
+    if re.fullmatch(r"[0-9]{1,9}", retry_after.strip()):
         return float(retry_after)
     try:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
 def _wait(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after if isinstance(error, Transient) else None
-    return _backoff(state) if asked is None else asked
+    return asked or _backoff(state)  # a server that says 0 must not be asked in a tight loop
 
 
 def policy(function: str, *, retry_safe: bool, timeout: float) -> dict[str, object]:
