@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, AliasChoices, AnyHttpUrl, Field, SecretStr, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .errors import ConfigurationError
+
+_URL = TypeAdapter(AnyHttpUrl)
+
+
+def _url(value: str) -> str:
+    _URL.validate_python(value.strip())
+    return value.strip()
+
+
+def _key(value: SecretStr) -> SecretStr:
+    key = value.get_secret_value().strip()
+    if not re.fullmatch(r"[!-~]+", key):
+        raise ValueError("a header can't hold it")
+    return SecretStr(key)
 
 
 class Settings(BaseSettings):
@@ -13,9 +30,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
 
-    url: str = Field(validation_alias="SUPABASE_URL", pattern=r"^https?://\S+$")
-    key: SecretStr = Field(
-        validation_alias=AliasChoices("SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY"), min_length=1
+    url: Annotated[str, AfterValidator(_url)] = Field(validation_alias="SUPABASE_URL")
+    key: Annotated[SecretStr, AfterValidator(_key)] = Field(
+        validation_alias=AliasChoices("SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY")
     )
 
 
@@ -29,10 +46,19 @@ def load() -> Settings:
         settings = Settings()  # pyright: ignore[reportCallIssue]  # the fields come from the environment
     except ValidationError as error:
         names = ", ".join(sorted({str(e["loc"][0]) for e in error.errors()}))
-        raise ConfigurationError(
-            f"{names} is missing or not valid. Set SUPABASE_URL (like https://abc.supabase.co) and SUPABASE_SECRET_KEY "
-            "(or SUPABASE_SERVICE_ROLE_KEY) in the environment or in .env; both are in your project's API settings."
-        ) from None  # the values must not get into a traceback
+        problem = f"{names} is missing or not valid."
+    except UnicodeDecodeError:
+        problem = "The file .env is not UTF-8 text."
+    else:
+        return _allowed(settings)
+    # out here, so that no context of the error holds the values
+    raise ConfigurationError(
+        f"{problem} Set SUPABASE_URL (like https://abc.supabase.co) and SUPABASE_SECRET_KEY (or "
+        "SUPABASE_SERVICE_ROLE_KEY) in the environment or in .env; both are in your project's API settings."
+    )
+
+
+def _allowed(settings: Settings) -> Settings:
     if settings.key.get_secret_value().startswith("sb_publishable_"):
         raise ConfigurationError(
             "The key is a publishable one, which may not track generations. Use the project's secret key, and keep it "
