@@ -279,6 +279,12 @@ class TestPortOfTypescript:
         assert second.stderr == "Error: Video generation limit exceeded: 1 of 1 used in total\n"
 
 
+class TestTestMyApp:
+    def test_passes(self) -> None:
+        done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", EXAMPLES / "test_my_app.py", env=environment())
+        assert "3 passed" in done.stdout
+
+
 # frontend/
 
 
