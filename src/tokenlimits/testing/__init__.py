@@ -1,0 +1,34 @@
+"""Fakes for your own tests: the whole contract in memory, without Supabase.
+
+They are the real clients with their checks, errors and answers, over a server that lives in the process.
+
+Example:
+    >>> from tokenlimits import track_generation
+    >>> from tokenlimits.testing import FakeTokenLimits, override
+    >>> def app(user_id):
+    ...     result = track_generation(user_id, "image")
+    ...     return "here you are" if result else result.error
+    >>> with override(FakeTokenLimits(limits={"image": 1})) as fake:
+    ...     app("a5f40000-0000-4000-8000-000000000001")
+    ...     app("a5f40000-0000-4000-8000-000000000001")
+    'here you are'
+    'Image generation limit exceeded: 1 of 1 used in total'
+"""
+
+from ._clients import (
+    FakeAsyncGroupManager,
+    FakeAsyncTokenLimits,
+    FakeGroupManager,
+    FakeTokenLimits,
+    TrackedUsage,
+    override,
+)
+
+__all__ = [
+    "FakeAsyncGroupManager",
+    "FakeAsyncTokenLimits",
+    "FakeGroupManager",
+    "FakeTokenLimits",
+    "TrackedUsage",
+    "override",
+]

@@ -1,0 +1,212 @@
+"""The SQL functions for admins, by their names and parameters (sql/schema/80_admin.sql and 85_reports.sql)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import datetime, timedelta
+from functools import cache
+from typing import get_args
+from uuid import uuid4
+
+from tokenlimits.models import Period
+
+from ._answers import group_json, group_limit_json
+from ._periods import canonical, floor, period_of
+from ._state import ALL_KINDS, Group, Json, Rule, State, refuse
+
+_PERIODS: tuple[str, ...] = get_args(Period)
+
+
+class AdminFunctions(State):
+    """Groups, their limits and members, and reports."""
+
+    def save_group(
+        self,
+        p_group_id: str | None = None,
+        p_name: str | None = None,
+        p_description: str | None = None,
+        p_priority: int | None = None,
+        p_timezone: str | None = None,
+        p_is_default: bool | None = None,
+        p_limits: list[Json] | None = None,
+    ) -> Json:
+        """Make a group, or change what is not null of one; everything is checked before anything changes."""
+        limits = None if p_limits is None else _limits(p_limits)
+        group = None if p_group_id is None else self._group(p_group_id)
+        name = p_name if p_name is not None else group.name if group else ""
+        timezone = None if p_timezone is None else _timezone(p_timezone)
+        if any(other is not group and other.name.lower() == name.lower() for other in self._groups.values()):
+            refuse(
+                "TL003",
+                f"there is a group named '{name}' already",
+                detail=name,
+                hint="Names are unique whatever their case; nothing was saved.",
+            )
+        if group is None:
+            group = Group(str(uuid4()), name, "", 0, "UTC", is_default=False, created_at=self.now, updated_at=self.now)
+            self._groups[group.id] = group
+        if p_is_default:
+            self._clear_default()
+        group.name = name
+        group.description = group.description if p_description is None else p_description
+        group.priority = group.priority if p_priority is None else p_priority
+        group.timezone = timezone or group.timezone
+        group.is_default = group.is_default if p_is_default is None else p_is_default
+        group.updated_at = self.now
+        if limits is not None:
+            kept = {rule: limits[rule] for rule in group.limits if rule in limits}
+            group.limits = kept | limits
+            group.unlimited = False
+        return group_json(group, _PERIODS)
+
+    def set_group_limit(self, p_group_id: str, p_limit: Json) -> Json:
+        """Add one limit, or change its max."""
+        group = self._group(p_group_id)
+        group.limits |= _limits([p_limit])
+        return group_json(group, _PERIODS)
+
+    def remove_group_limit(self, p_group_id: str, p_kind: str, p_period: str, p_scope: str) -> Json:
+        """Remove one limit, if it is there."""
+        group = self._group(p_group_id)
+        group.limits.pop(Rule(p_kind, p_period, p_scope), None)
+        return group_json(group, _PERIODS)
+
+    def delete_group(self, p_group_id: str) -> Json:
+        """Delete a group with its limits and memberships; the ledger stays."""
+        return group_json(self._groups.pop(self._group(p_group_id).id), _PERIODS)
+
+    def find_groups(
+        self,
+        p_group_id: str | None = None,
+        p_name: str | None = None,
+        p_search: str | None = None,
+        p_after: str | None = None,
+        p_page_size: int = 200,
+    ) -> list[Json]:
+        """Find groups by id, by name, or by a part of it; the page after a name."""
+        found = [
+            group
+            for group in self._by_name()
+            if p_group_id in (None, group.id)
+            and (p_name is None or group.name.lower() == p_name.strip(" ").lower())
+            and (p_search is None or p_search.strip(" ").lower() in group.name.lower())
+            and (p_after is None or group.name.lower() > p_after.lower())
+        ]
+        return [group_json(group, _PERIODS) for group in found[: min(max(p_page_size, 1), 500)]]
+
+    def add_group_members(self, p_group_id: str, p_user_ids: list[str]) -> Json:
+        """Add users to a group."""
+        group = self._group(p_group_id)
+        asked = set(p_user_ids)
+        known = asked if self._users is None else asked & self._users.keys()
+        added = sum([self._enlist(group, user_id) for user_id in sorted(known)])
+        return {"added": added, "already": len(known) - added, "unknown": sorted(asked - known)}
+
+    def remove_group_members(self, p_group_id: str, p_user_ids: list[str]) -> Json:
+        """Remove users from a group; their usage stays."""
+        members = self._group(p_group_id).members
+        return {"removed": sum(members.pop(user_id, None) is not None for user_id in p_user_ids)}
+
+    def move_group_member(self, p_user_id: str, p_from: str, p_to: str) -> Json:
+        """Move a user from one group to another."""
+        from_, to = self._group(p_from), self._group(p_to)
+        moved = from_ is not to and from_.members.pop(p_user_id, None) is not None
+        if moved:
+            self._enlist(to, p_user_id)
+        return {"moved": moved}
+
+    def group_members(self, p_group_id: str, p_after: str | None = None, p_page_size: int = 500) -> list[Json]:
+        """List members in the order of their ids; the page after one."""
+        members = self._group(p_group_id).members
+        page = sorted(user_id for user_id in members if p_after is None or user_id > p_after)
+        emails = self._users or {}
+        return [
+            {"user_id": user_id, "email": emails.get(user_id), "joined_at": members[user_id].joined_at.isoformat()}
+            for user_id in page[: min(max(p_page_size, 1), 1000)]
+        ]
+
+    def reset_group_usage(self, p_group_id: str, p_kind: str | None = None) -> Json:
+        """Let usage of a kind, or of all, count from now on."""
+        group = self._group(p_group_id)
+        self._reset(group, p_kind or ALL_KINDS)
+        return {"reset_at": self.now.isoformat()}
+
+    def find_users(self, p_email: str, p_page_size: int = 20) -> list[Json]:
+        """Find users by a part of their e-mail address."""
+        part = p_email.strip(" ").lower()
+        users = [(email, user_id) for user_id, email in (self._users or {}).items() if email is not None]
+        found = sorted((email, user_id) for email, user_id in users if part in email.lower())
+        return [{"user_id": user_id, "email": email} for email, user_id in found[: min(max(p_page_size, 1), 200)]]
+
+    def group_usage(self, p_group_id: str | None = None) -> list[Json]:
+        """Show the members counted, and the limits, of one group or of all."""
+        groups = self._by_name() if p_group_id is None else [self._group(p_group_id)]
+        return [
+            {
+                "group": self.reference(group.id),
+                "member_count": len(group.members),
+                "limits": [group_limit_json(state, len(group.members)) for state in self._states(group, None)],
+            }
+            for group in groups
+        ]
+
+    def generation_history(
+        self,
+        p_group_id: str | None = None,
+        p_kind: str | None = None,
+        p_bucket: str = "day",
+        p_since: str | None = None,
+        p_until: str | None = None,
+    ) -> list[Json]:
+        """Add up live usage per kind and hour, day, week or month."""
+        timezone = "UTC" if p_group_id is None else self._group(p_group_id).timezone
+        until = None if p_until is None else datetime.fromisoformat(p_until)
+        since = (until or self.now) - timedelta(days=30) if p_since is None else datetime.fromisoformat(p_since)
+
+        @cache
+        def begin(at: datetime) -> datetime:
+            return period_of(p_bucket, timezone, at)[0]
+
+        usages = [
+            usage
+            for usage in self.ledger
+            if usage.live and p_group_id in (None, usage.group_id) and p_kind in (None, usage.kind)
+        ]
+        first = max(since, min((usage.created_at for usage in usages), default=since))
+        used: Counter[tuple[datetime, str]] = Counter()
+        generations: Counter[tuple[datetime, str]] = Counter()
+        for usage in usages:
+            # the SQL keeps quarters of an hour, on which every time zone's hours begin
+            at = floor(usage.created_at, timedelta(minutes=15))
+            if at >= begin(first) and (until is None or at < until):
+                used[begin(at), usage.kind] += usage.cost
+                generations[begin(at), usage.kind] += 1
+        return [
+            {"bucket": at.isoformat(), "kind": kind, "used": used[at, kind], "generations": generations[at, kind]}
+            for at, kind in sorted(generations)
+        ]
+
+    def _by_name(self) -> list[Group]:
+        return sorted(self._groups.values(), key=lambda group: group.name.lower())
+
+    def _clear_default(self) -> None:
+        for group in self._groups.values():
+            if group.is_default:
+                group.is_default = False
+                group.updated_at = self.now
+
+
+def _limits(limits: list[Json]) -> dict[Rule, int | None]:
+    return {Rule(limit["kind"], limit["period"], limit["scope"]): limit["max"] for limit in limits}
+
+
+def _timezone(name: str) -> str:
+    known = canonical(name)
+    if known is None:
+        refuse(
+            "TL001",
+            f"timezone: '{name}' is no IANA time zone",
+            detail="timezone",
+            hint="Use a name like 'Europe/Paris' or 'UTC'.",
+        )
+    return known

@@ -1,0 +1,297 @@
+"""The real clients over a transport that asks the engine instead of Supabase."""
+# ruff: noqa: SLF001  # fakes share an engine, which is nobody else's business
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from typing import TypeVar
+from uuid import UUID
+
+from pydantic import AwareDatetime, JsonValue
+
+from tokenlimits import _arguments
+from tokenlimits._arguments import Limits, OnUnavailable
+from tokenlimits._base import DEFAULT_TIMEOUT
+from tokenlimits._calls import Call
+from tokenlimits._transport import AsyncTransport, Transport
+from tokenlimits.async_client import AsyncDefault, AsyncTokenLimits
+from tokenlimits.async_groups import AsyncGroupManager
+from tokenlimits.client import Default, TokenLimits
+from tokenlimits.groups import GroupManager
+from tokenlimits.models import GroupRef, Model, Status
+
+from ._engine import Engine
+
+T = TypeVar("T")
+Users = Mapping[UUID | str, str | None]
+
+
+class TrackedUsage(Model):
+    """A generation that a fake has recorded; `group` is the one that paid."""
+
+    usage_id: UUID
+    user_id: UUID
+    kind: str
+    cost: int
+    status: Status
+    group: GroupRef
+    metadata: dict[str, JsonValue]
+    idempotency_key: str | None
+    created_at: AwareDatetime
+
+
+class _FakeTransport(Transport):
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(None, DEFAULT_TIMEOUT)
+        self._engine = engine
+
+    def send(self, call: Call[T]) -> T:
+        return call.parse(self._engine.answer(call.function, call.params))
+
+    def close(self) -> None:
+        pass
+
+
+class _AsyncFakeTransport(AsyncTransport):
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(None, DEFAULT_TIMEOUT)
+        self._engine = engine
+
+    async def send(self, call: Call[T]) -> T:
+        await asyncio.sleep(0)  # others get their turn, as while a real call is on its way
+        return call.parse(self._engine.answer(call.function, call.params))
+
+    async def aclose(self) -> None:
+        pass
+
+
+class _Controls:
+    """What a test does with a fake of either colour."""
+
+    _engine: Engine
+
+    @property
+    def now(self) -> datetime:
+        """The moment that it is for the fake; it stays until you set it, or `advance`."""
+        return self._engine.now
+
+    @now.setter
+    def now(self, moment: datetime) -> None:
+        with self._engine.lock:
+            self._engine.move_clock(moment)
+
+    def advance(self, by: timedelta) -> None:
+        """Let time pass.
+
+        Example:
+            >>> fake = FakeTokenLimits()
+            >>> before = fake.now
+            >>> fake.advance(timedelta(hours=1))
+            >>> str(fake.now - before)
+            '1:00:00'
+        """
+        with self._engine.lock:
+            self._engine.move_clock(self._engine.now + by)
+
+    def fail(self, error: Exception, *, times: int = 1) -> None:
+        """Let the next calls fail with this error, also those of `groups`.
+
+        Example:
+            >>> from tokenlimits import ServiceUnavailable
+            >>> fake = FakeTokenLimits(on_unavailable="deny")
+            >>> fake.fail(ServiceUnavailable("Supabase is down"))
+            >>> fake.track("a5f40000-0000-4000-8000-000000000001", "image").error
+            'Supabase is down'
+        """
+        with self._engine.lock:
+            self._engine.failures.extend([error] * times)
+
+    @property
+    def tracked(self) -> tuple[TrackedUsage, ...]:
+        """What was recorded, oldest first; denied and replayed calls record nothing."""
+        with self._engine.lock:
+            return tuple(
+                TrackedUsage(
+                    usage_id=UUID(usage.id),
+                    user_id=UUID(usage.user_id),
+                    kind=usage.kind,
+                    cost=usage.cost,
+                    status=usage.status,
+                    group=GroupRef.model_validate(self._engine.reference(usage.group_id)),
+                    metadata=usage.metadata,
+                    idempotency_key=usage.idempotency_key,
+                    created_at=usage.created_at,
+                )
+                for usage in self._engine.ledger
+            )
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {len(self._engine.ledger)} tracked>"
+
+
+def _make_engine(limits: Limits | None, users: Users | None) -> Engine:
+    return Engine(
+        None if limits is None else _arguments.limits(limits),
+        None if users is None else dict(zip(_arguments.ids(users, "users"), users.values(), strict=True)),
+    )
+
+
+class FakeTokenLimits(_Controls, TokenLimits):
+    """A `TokenLimits` for tests: the whole contract, in memory, with a clock that stands still.
+
+    Everybody is in one group named "fake", which has these limits. It is the default group: a user whom you add to
+    another one by `groups` is in that one alone.
+
+    Args:
+        limits: A list of `Limit`, or the shorthand `{"image": 2}` for lifetime pools. Without limits (None) every kind
+            is allowed and unlimited; with none at all (`{}`) no kind is.
+        users: Who there is, with their e-mail addresses; others are `UnknownUser`s to `groups`. Without it, any id is a
+            user's.
+        timeout: As of the real one; nothing takes any time here.
+        on_unavailable: As of the real one: what `track` and `check` do after `fail(ServiceUnavailable(…))`.
+
+    Example:
+        >>> fake = FakeTokenLimits(limits={"image": 2})
+        >>> user_id = "a5f40000-0000-4000-8000-000000000001"
+        >>> [fake.track(user_id, "image").allowed for _ in range(3)]
+        [True, True, False]
+        >>> [usage.cost for usage in fake.tracked]
+        [1, 1]
+    """
+
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        *,
+        users: Users | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        on_unavailable: OnUnavailable = "raise",
+    ) -> None:
+        super().__init__(timeout=timeout, on_unavailable=on_unavailable)
+        self._use(_make_engine(limits, users))
+
+    @property
+    def groups(self) -> FakeGroupManager:
+        """The groups of this fake, to set up more than one group, and to read usage and history.
+
+        Example:
+            >>> fake = FakeTokenLimits()
+            >>> pro = fake.groups.create("Pro", limits={"image": 100})
+            >>> fake.groups.add_member(pro.id, "a5f40000-0000-4000-8000-000000000001")
+            True
+        """
+        return FakeGroupManager(self)
+
+    def _use(self, engine: Engine) -> None:
+        self._engine = engine
+        self._transport = _FakeTransport(engine)
+
+
+class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
+    """An `AsyncTokenLimits` for tests; see `FakeTokenLimits`. It works in any event loop.
+
+    Args:
+        limits: A list of `Limit`, or the shorthand `{"image": 2}` for lifetime pools. Without limits (None) every kind
+            is allowed and unlimited; with none at all (`{}`) no kind is.
+        users: Who there is, with their e-mail addresses; others are `UnknownUser`s to `groups`. Without it, any id is a
+            user's.
+        timeout: As of the real one; nothing takes any time here.
+        on_unavailable: As of the real one: what `track` and `check` do after `fail(ServiceUnavailable(…))`.
+
+    Example:
+        >>> fake = FakeAsyncTokenLimits(limits={"image": 2})
+        >>> asyncio.run(fake.track("a5f40000-0000-4000-8000-000000000001", "image")).remaining
+        1
+    """
+
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        *,
+        users: Users | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        on_unavailable: OnUnavailable = "raise",
+    ) -> None:
+        super().__init__(timeout=timeout, on_unavailable=on_unavailable)
+        self._use(_make_engine(limits, users))
+
+    @property
+    def groups(self) -> FakeAsyncGroupManager:
+        """The groups of this fake, to set up more than one group, and to read usage and history.
+
+        Example:
+            >>> fake = FakeAsyncTokenLimits({"image": 2})
+            >>> [group.name for group in asyncio.run(fake.groups.list())]
+            ['fake']
+        """
+        return FakeAsyncGroupManager(self)
+
+    def _use(self, engine: Engine) -> None:
+        self._engine = engine
+        self._transport = _AsyncFakeTransport(engine)
+
+
+AnyFake = FakeTokenLimits | FakeAsyncTokenLimits
+F = TypeVar("F", bound=AnyFake)
+
+
+class FakeGroupManager(GroupManager):
+    """A `GroupManager` of a fake's groups.
+
+    Args:
+        fake: The fake, of either colour.
+
+    Example:
+        >>> fake = FakeTokenLimits({"image": 2})
+        >>> [group.name for group in FakeGroupManager(fake).list()]
+        ['fake']
+    """
+
+    def __init__(self, fake: AnyFake) -> None:
+        super().__init__()
+        self._transport = _FakeTransport(fake._engine)
+
+
+class FakeAsyncGroupManager(AsyncGroupManager):
+    """An `AsyncGroupManager` of a fake's groups.
+
+    Args:
+        fake: The fake, of either colour.
+    """
+
+    def __init__(self, fake: AnyFake) -> None:
+        super().__init__()
+        self._transport = _AsyncFakeTransport(fake._engine)
+
+
+@contextmanager
+def override(fake: F) -> Generator[F]:
+    """Let `track_generation` and `atrack_generation` use a fake, in all threads and event loops, until the end.
+
+    A fake of either colour serves both. It also decorates plain functions; an `async def` needs the `with` inside.
+    Calls with `client=` go where they always went.
+
+    Args:
+        fake: The fake, which `with` answers.
+
+    Example:
+        >>> from tokenlimits import track_generation
+        >>> with override(FakeTokenLimits(limits={"image": 2})) as fake:
+        ...     track_generation("a5f40000-0000-4000-8000-000000000001", "image").remaining
+        1
+        >>> len(fake.tracked)
+        1
+    """
+    sync, asynchronous = FakeTokenLimits(), FakeAsyncTokenLimits()
+    for twin in (sync, asynchronous):
+        twin._use(fake._engine)
+        twin._on_unavailable = fake._on_unavailable
+    before = Default.current, AsyncDefault.current
+    Default.current, AsyncDefault.current = sync, asynchronous
+    try:
+        yield fake
+    finally:
+        Default.current, AsyncDefault.current = before

@@ -1,0 +1,41 @@
+"""The whole of the fake's server: answers calls one after another, and fails when a test wants it to."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from threading import RLock
+from typing import Any
+
+from tokenlimits._calls import SCHEMA_VERSION
+
+from ._admin import AdminFunctions
+from ._state import Json
+from ._workers import WorkerFunctions
+
+GROUP_NAME = "fake"
+
+
+class Engine(WorkerFunctions, AdminFunctions):
+    """Its methods with parameters `p_…` are the SQL functions; `lock` is held while one runs.
+
+    It begins with a default group that has these limits, or, without any, allows every kind.
+    """
+
+    def __init__(self, limits: list[Json] | None, users: Mapping[str, str | None] | None) -> None:
+        super().__init__(users)
+        self.lock = RLock()
+        self.failures: deque[Exception] = deque()
+        group = self.save_group(p_name=GROUP_NAME, p_is_default=True, p_limits=limits or [])
+        self._group(group["id"]).unlimited = limits is None
+
+    def answer(self, function: str, params: Mapping[str, Any]) -> Any:
+        """Call a function as PostgREST would."""
+        with self.lock:
+            if self.failures:
+                raise self.failures.popleft()
+            return getattr(self, function)(**params)
+
+    def tokenlimits_version(self) -> Json:
+        """Tell the version of the SQL that this behaves like."""
+        return {"version": SCHEMA_VERSION}

@@ -1,0 +1,85 @@
+"""Calendar periods in a time zone, as sql/schema/40_periods.sql defines them.
+
+A day begins at the first moment that reads its date, also where midnight happens twice or not at all; hours are counted
+from the beginning of the day, so that a repeated hour is a period of its own.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime, time, timedelta, tzinfo
+from functools import cache
+from zoneinfo import ZoneInfo, available_timezones
+
+BEGINNING = datetime.min.replace(tzinfo=UTC)
+NEVER = datetime.max.replace(tzinfo=UTC)
+
+_MINUTE, _HOUR, _DAY, _WEEK = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1), timedelta(weeks=1)
+_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+@cache
+def _names() -> dict[str, str]:
+    return {name.lower(): name for name in available_timezones() | {"UTC"}}
+
+
+def canonical(timezone: str) -> str | None:
+    """Return an IANA name as it is spelt, whatever the case; None when there is none.
+
+    Example:
+        >>> canonical("utc"), canonical("Nowhere/Land")
+        ('UTC', None)
+    """
+    return _names().get(timezone.lower())
+
+
+@cache
+def zone(timezone: str) -> tzinfo:
+    """Find the time zone of a name; UTC also where the system has no time zones."""
+    return UTC if timezone == "UTC" else ZoneInfo(timezone)
+
+
+def floor(at: datetime, step: timedelta, origin: datetime = _EPOCH) -> datetime:
+    """Round a moment down to a whole number of steps since an origin.
+
+    Example:
+        >>> str(floor(datetime(2026, 5, 1, 12, 44, tzinfo=UTC), timedelta(minutes=15)))
+        '2026-05-01 12:30:00+00:00'
+    """
+    return origin + (at - origin) // step * step
+
+
+def period_of(period: str, timezone: str, at: datetime) -> tuple[datetime, datetime]:
+    """Tell when the period that a moment lies in begins, and when the next one does.
+
+    Example:
+        >>> noon = datetime(2026, 3, 29, 12, tzinfo=UTC)
+        >>> [str(moment) for moment in period_of("day", "Europe/Paris", noon)]
+        ['2026-03-28 23:00:00+00:00', '2026-03-29 22:00:00+00:00']
+    """
+    if period == "lifetime":
+        return BEGINNING, NEVER
+    if period == "minute":
+        minute = floor(at, _MINUTE)
+        return minute, minute + _MINUTE
+    today = at.astimezone(zone(timezone)).date()
+    if period == "hour":
+        midnight = _begin(today, timezone)
+        hour = floor(at, _HOUR, midnight)
+        return hour, min(hour + _HOUR, _begin(today + _DAY, timezone))
+    first, following = _dates(period, today)
+    return _begin(first, timezone), _begin(following, timezone)
+
+
+def _dates(period: str, today: date) -> tuple[date, date]:
+    if period == "day":
+        return today, today + _DAY
+    if period == "week":
+        monday = today - today.weekday() * _DAY
+        return monday, monday + _WEEK
+    first = today.replace(day=1)
+    return first, (first + 31 * _DAY).replace(day=1)
+
+
+def _begin(day: date, timezone: str) -> datetime:
+    # fold=0, the default: of a midnight that happens twice the first, of one that is skipped the end of the gap
+    return datetime.combine(day, time(), zone(timezone)).astimezone(UTC)

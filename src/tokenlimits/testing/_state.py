@@ -1,0 +1,207 @@
+"""What the fake keeps in memory, and what its functions ask of it.
+
+Usage is added up from the ledger whenever somebody asks: there are no counters that could drift. Ids are text, as in
+JSON. Nothing is recorded later than `now`, so whatever was recorded since a period began is in that period.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from typing import Any, NoReturn
+
+from tokenlimits.errors import InvalidRequest, refusal
+from tokenlimits.models import Status
+
+from ._periods import BEGINNING, NEVER, period_of
+
+Json = dict[str, Any]
+
+ALL_KINDS = "*"
+MOMENT = timedelta(microseconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A limit without its max."""
+
+    kind: str
+    period: str
+    scope: str
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """That a user is in a group; `place` counts up, for many may join while the clock stands still."""
+
+    joined_at: datetime
+    place: int
+
+
+@dataclass(eq=False, slots=True)
+class Group:
+    """A group with its limits and members; `unlimited` allows any kind that has no limit."""
+
+    id: str
+    name: str
+    description: str
+    priority: int
+    timezone: str
+    is_default: bool
+    created_at: datetime
+    updated_at: datetime
+    unlimited: bool = False
+    limits: dict[Rule, int | None] = field(default_factory=dict[Rule, "int | None"])
+    members: dict[str, Membership] = field(default_factory=dict[str, Membership])
+
+    def rules(self, kind: str | None = None) -> dict[Rule, int | None]:
+        """List the limits of a kind, or all, in the order of the SQL: a kind's member limits first."""
+        rules = sorted((r for r in self.limits if kind in (None, r.kind)), key=lambda r: (r.kind, r.scope == "group"))
+        if not rules and self.unlimited and kind is not None:
+            return {Rule(kind, "lifetime", "group"): None}
+        return {rule: self.limits[rule] for rule in rules}
+
+
+@dataclass(eq=False, slots=True)
+class Usage:
+    """A row of the ledger; `request` is what was asked for under the key."""
+
+    id: str
+    group_id: str
+    user_id: str
+    kind: str
+    cost: int
+    status: Status
+    idempotency_key: str | None
+    request: tuple[object, ...]
+    metadata: Json
+    created_at: datetime
+
+    @property
+    def live(self) -> bool:
+        """Whether it counts."""
+        return self.status in ("reserved", "committed")
+
+
+@dataclass(frozen=True, slots=True)
+class LimitState:
+    """A limit, and what is used of it in the period that ends at `until`."""
+
+    rule: Rule
+    max: int | None
+    used: int
+    until: datetime
+
+
+def refuse(code: str, message: str, *, detail: str | None = None, hint: str | None = None) -> NoReturn:
+    """Raise what a client raises when the server answers with this error."""
+    raise refusal(400, {"code": code, "message": message, "details": detail, "hint": hint})
+
+
+class State:
+    """The tables, and a clock that stands still until it is moved."""
+
+    def __init__(self, users: Mapping[str, str | None] | None) -> None:
+        self.now = datetime.now(UTC)
+        self.ledger: list[Usage] = []
+        self._groups: dict[str, Group] = {}
+        self._users = users
+        self._places = count()
+        self._resets: dict[tuple[str, str], datetime] = {}
+        self._by_group_and_kind: defaultdict[tuple[str, str], list[Usage]] = defaultdict(list)
+        self._by_key: dict[tuple[str, str], Usage] = {}
+
+    def move_clock(self, moment: datetime) -> None:
+        """Move the clock; not back behind what has happened."""
+        if moment.tzinfo is None:
+            raise InvalidRequest(f"now: needs a time zone (got {moment!r})", code="TL001", detail="now")
+        happened = [usage.created_at for usage in self.ledger] + list(self._resets.values())
+        if moment < max(happened, default=BEGINNING):
+            raise InvalidRequest(
+                "now: lies before what has been recorded already. Set the clock before you track.",
+                code="TL001",
+                detail="now",
+            )
+        self.now = moment.astimezone(UTC)
+
+    def reference(self, group_id: str) -> Json:
+        """Name a group; one that was deleted since has no name."""
+        group = self._groups.get(group_id)
+        return {"id": group_id, "name": group.name if group else None}
+
+    def _group(self, group_id: str) -> Group:
+        group = self._groups.get(group_id)
+        if group is None:
+            refuse(
+                "TL002",
+                f"there is no group {group_id}",
+                detail=group_id,
+                hint="It may have been deleted; list the groups to see which there are.",
+            )
+        return group
+
+    def _paying_groups(self, user_id: str, pinned: str | None) -> list[Group]:
+        theirs = [group for group in self._groups.values() if user_id in group.members]
+        theirs.sort(key=lambda group: (-group.priority, group.members[user_id].place))
+        paying = theirs or [group for group in self._groups.values() if group.is_default]
+        if pinned is None:
+            return paying
+        group = self._group(pinned)
+        return [group] if group in paying else []
+
+    def _states(self, group: Group, user_id: str | None, kind: str | None = None) -> list[LimitState]:
+        """Look at a group's limits for a user; without one, a member limit counts all members together."""
+        states: list[LimitState] = []
+        for rule, max_ in group.rules(kind).items():
+            since, until = period_of(rule.period, group.timezone, self.now)
+            for reset in ((group.id, rule.kind), (group.id, ALL_KINDS)):
+                since = max(since, self._resets.get(reset, BEGINNING))
+            whose = user_id if rule.scope == "member" else None
+            states.append(LimitState(rule, max_, self._used(group.id, rule.kind, whose, since), until))
+        return states
+
+    def _used(self, group_id: str, kind: str, user_id: str | None, since: datetime) -> int:
+        return sum(
+            usage.cost
+            for usage in self._by_group_and_kind[group_id, kind]
+            if usage.live and usage.created_at >= since and user_id in (None, usage.user_id)
+        )
+
+    def _write(self, usage: Usage) -> None:
+        self.ledger.append(usage)
+        self._by_group_and_kind[usage.group_id, usage.kind].append(usage)
+        if usage.idempotency_key is not None:
+            self._by_key[usage.user_id, usage.idempotency_key] = usage
+
+    def _live_under(self, user_id: str, key: str | None, request: tuple[object, ...]) -> Usage | None:
+        usage = None if key is None else self._by_key.get((user_id, key))
+        if usage is None or not usage.live:
+            return None
+        if usage.request != request:
+            refuse(
+                "TL008",
+                f"idempotency_key '{key}' was used for another request of this user",
+                detail=usage.id,
+                hint="Use one key per job: the same operation, kind, cost and group every time.",
+            )
+        return usage
+
+    def _reset(self, group: Group, kind: str) -> None:
+        """Let usage count from now on; what was recorded at this very moment is before."""
+        if any(usage.created_at == self.now for usage in self.ledger if usage.group_id == group.id):
+            self.now += MOMENT
+        self._resets[group.id, kind] = self.now
+
+    def _enlist(self, group: Group, user_id: str) -> bool:
+        if user_id in group.members:
+            return False
+        group.members[user_id] = Membership(self.now, next(self._places))
+        return True
+
+
+def text(moment: datetime) -> str | None:
+    """Write a moment as JSON does; null when it never comes."""
+    return None if moment == NEVER else moment.isoformat()

@@ -1,0 +1,147 @@
+"""The SQL functions for workers, by their names and parameters (sql/schema/70_track.sql)."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from tokenlimits._arguments import new_key
+
+from ._answers import Verdict, allowed_json, denied_json, limit_json
+from ._periods import BEGINNING, NEVER
+from ._state import Group, Json, LimitState, State, Usage, refuse
+
+_CLOCKS_DIFFER = timedelta(minutes=1)
+
+
+class WorkerFunctions(State):
+    """Judging and recording."""
+
+    def track_generation(
+        self,
+        p_user_id: str,
+        p_kind: str,
+        p_cost: int = 1,
+        p_idempotency_key: str | None = None,
+        p_group_id: str | None = None,
+        p_metadata: Json | None = None,
+    ) -> Json:
+        """Check every limit that applies and record the generation."""
+        request = ("track", p_kind, p_cost, p_group_id)
+        if live := self._live_under(p_user_id, p_idempotency_key, request):
+            return self._usage_answer(live, replayed=True)
+        verdict = self._judge(p_user_id, p_kind, p_cost, p_group_id)
+        if verdict.reason is not None or verdict.group is None:
+            return self._verdict_answer(p_kind, p_cost, verdict)
+        return self._record(
+            verdict.group, p_user_id, p_kind, p_cost, self.now, p_idempotency_key, request, p_metadata or {}
+        )
+
+    def check_generation(self, p_user_id: str, p_kind: str, p_cost: int = 1, p_group_id: str | None = None) -> Json:
+        """Say what tracking would answer; record nothing."""
+        return self._verdict_answer(p_kind, p_cost, self._judge(p_user_id, p_kind, p_cost, p_group_id))
+
+    def record_generation(
+        self,
+        p_user_id: str,
+        p_kind: str,
+        p_cost: int = 1,
+        p_created_at: str | None = None,
+        p_idempotency_key: str | None = None,
+        p_group_id: str | None = None,
+        p_metadata: Json | None = None,
+    ) -> Json:
+        """Record past or outside usage; never denied."""
+        created_at = self.now if p_created_at is None else datetime.fromisoformat(p_created_at)
+        if created_at > self.now + _CLOCKS_DIFFER:
+            refuse(
+                "TL001",
+                "created_at: must not lie in the future",
+                detail="created_at",
+                hint="Nothing was recorded.",
+            )
+        request = ("record", p_kind, p_cost, p_group_id)
+        if live := self._live_under(p_user_id, p_idempotency_key, request):
+            return self._usage_answer(live, replayed=True)
+        return self._record(
+            self._recording_group(p_user_id, p_kind, p_group_id),
+            p_user_id,
+            p_kind,
+            p_cost,
+            min(created_at, self.now),
+            p_idempotency_key,
+            request,
+            p_metadata or {},
+        )
+
+    def user_generation_usage(self, p_user_id: str) -> list[Json]:
+        """List every limit that binds a user."""
+        return [
+            {**limit_json(state), "group": self.reference(group.id)}
+            for group in self._paying_groups(p_user_id, None)
+            for state in self._states(group, p_user_id)
+        ]
+
+    def _judge(self, user_id: str, kind: str, cost: int, pinned: str | None) -> Verdict:
+        groups = self._paying_groups(user_id, pinned)
+        denial = Verdict("no_limit_for_kind" if groups else "not_in_group")
+        for group in groups:
+            states = tuple(self._states(group, user_id, kind))
+            if not states:
+                continue
+            full = [state for state in states if not _fits(state, cost)]
+            if not full:
+                return Verdict(None, group, states)
+            last = max(full, key=lambda state: _room_at(state, cost))
+            room_at = _room_at(last, cost)
+            if denial.group is None or room_at < denial.room_at:
+                denial = Verdict("limit_exceeded", group, states, last, room_at)
+        return denial
+
+    def _recording_group(self, user_id: str, kind: str, named: str | None) -> Group:
+        if named is not None:
+            return self._group(named)
+        groups = self._paying_groups(user_id, None)
+        if not groups:
+            refuse(
+                "TL001",
+                "group_id: is required, since the user is in no group",
+                detail="group_id",
+                hint="Name the group that this usage belongs to.",
+            )
+        return next((group for group in groups if group.rules(kind)), groups[0])
+
+    def _record(
+        self,
+        group: Group,
+        user_id: str,
+        kind: str,
+        cost: int,
+        created_at: datetime,
+        key: str | None,
+        request: tuple[object, ...],
+        metadata: Json,
+    ) -> Json:
+        usage = Usage(new_key(), group.id, user_id, kind, cost, "committed", key, request, metadata, created_at)
+        self._write(usage)
+        return self._usage_answer(usage, replayed=False)
+
+    def _usage_answer(self, usage: Usage, *, replayed: bool) -> Json:
+        group = self._groups.get(usage.group_id)
+        states = self._states(group, usage.user_id, usage.kind) if group else []
+        named = self.reference(usage.group_id)
+        return allowed_json(usage.kind, usage.cost, named, states, usage, replayed=replayed)
+
+    def _verdict_answer(self, kind: str, cost: int, verdict: Verdict) -> Json:
+        group = self.reference(verdict.group.id) if verdict.group else None
+        if verdict.reason is None:
+            return allowed_json(kind, cost, group, list(verdict.states))
+        return denied_json(kind, cost, group, verdict, self.now)
+
+
+def _fits(state: LimitState, cost: int) -> bool:
+    return state.max is None or state.used + cost <= state.max
+
+
+def _room_at(state: LimitState, cost: int) -> datetime:
+    # what can never fit, and a lifetime limit, wait for ever
+    return BEGINNING if state.max is None else NEVER if cost > state.max else state.until
