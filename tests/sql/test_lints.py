@@ -1,0 +1,213 @@
+"""What linters say about the installed SQL.  Each is shown a planted fault too, so that silence means something."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from typing import TYPE_CHECKING, Final
+
+import psycopg
+import pytest
+from tests.conftest import ROOT
+from tests.sql.api import ACTORS, CALLS, argument_types, call_sql, request_by, seed
+from tests.sql.test_security import FUNCTIONS
+
+from tokenlimits.local._node import find_node
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.conftest import Connect, DefaultGrants
+    from tests.sql.api import Connection
+
+# npm keeps it in its cache after the first time
+SUPABASE_CLI: Final = "supabase@3.1.0"
+ADVISORS: Final = "--level=info --fail-on=none --output-format=json"
+SOURCES: Final = sorted((ROOT / "sql" / "schema").glob("*.sql"))
+
+# plpgsql_check knows of transition tables only what it is told.
+PLPGSQL_CHECK: Final = """
+select p.oid::regproc::text, f.level, f.sqlstate, f.message, f.detail, f.lineno
+from pg_proc as p
+inner join pg_language as l on l.oid = p.prolang and l.lanname = 'plpgsql'
+left join (
+  select tgfoid, min(tgrelid::oid) as relid, min(tgoldtable) as old_rows, min(tgnewtable) as new_rows
+  from pg_trigger
+  where not tgisinternal
+  group by tgfoid
+) as t on t.tgfoid = p.oid
+cross join lateral extensions.plpgsql_check_function_tb(
+  p.oid, coalesce(t.relid, 0), fatal_errors => false, all_warnings => true,
+  oldtable => t.old_rows, newtable => t.new_rows
+) as f
+where p.pronamespace::regnamespace::text in ('public', 'tokenlimits')
+"""
+# What it says that is no fault: (function, SQLSTATE, what the message or its detail contain)
+NO_FAULT: Final = [
+    # a variable that begins as '{}' or '[]': the literal is text, and read as what it should be
+    (".*", "42804", 'cast "text" value to'),
+    # sum() of bigint is numeric, and a slot is a smallint
+    (".*", "42804", "Hidden casting|cast .(numeric|integer). value to"),
+    # it goes round until it returns
+    (r"tokenlimits\.track", "2F005", "without RETURN"),
+    # an out parameter that is a row
+    (r"tokenlimits\.judge", "00000", "composite OUT variable"),
+]
+# Splinter's 0028 and 0029, for every role that a request may come as but the server's own.
+CALLABLE_DEFINERS: Final = """
+select r.rolname, p.oid::regproc::text
+from pg_proc as p
+inner join pg_roles as r on pg_has_role('authenticator', r.oid, 'member')
+  and r.rolname not in ('authenticator', 'service_role')
+where p.prosecdef and p.pronamespace::regnamespace::text in ('public', 'graphql_public')
+  and has_function_privilege(r.oid, p.oid, 'execute')
+order by 1, 2
+"""
+PLANTED_TABLE: Final = "create table public.planted (id bigint primary key); grant select on public.planted to anon"
+PLANTED_FUNCTION: Final = """
+create function public.planted(p_id bigint) returns bigint language plpgsql security definer set search_path = '' as $$
+declare
+  v_id bigint := p_id;
+begin
+  for v_id in select id from public.nowhere loop
+    return v_id;
+  end loop;
+end
+$$;
+grant execute on function public.planted(bigint) to anon, authenticated
+"""
+PLANTED_SHADOW: Final = """
+create function public.shadowed(p_id bigint) returns bigint language plpgsql set search_path = '' as $$
+declare
+  p_id bigint := 1;
+begin
+  return p_id;
+end
+$$
+"""
+
+
+@pytest.fixture(scope="module")
+def database(new_database: Callable[..., Connect]) -> Connect:
+    return new_database()
+
+
+@pytest.fixture
+def connection(database: Connect) -> Iterator[Connection]:
+    """The superuser; what a test does is rolled back."""
+    with database("supabase_admin") as connection, connection.transaction(force_rollback=True):
+        yield connection
+
+
+def has_plpgsql_check(connection: Connection) -> bool:
+    query = "select from pg_available_extensions where name = 'plpgsql_check'"
+    return connection.execute(query).rowcount == 1
+
+
+def checked(connection: Connection) -> dict[str, list[str]]:
+    """What plpgsql_check finds, by function."""
+    connection.execute("create extension plpgsql_check schema extensions")
+    found: dict[str, list[str]] = {}
+    for function, level, state, message, detail, line in connection.execute(PLPGSQL_CHECK):
+        text = f"{message}: {detail}" if detail else message
+        if not any(re.fullmatch(f, function) and s == state and re.search(m, text) for f, s, m in NO_FAULT):
+            found.setdefault(function, []).append(f"line {line}: {level} {state} {text}")
+    return found
+
+
+def compiled(connection: Connection) -> dict[str, list[str]]:
+    """What PostgreSQL's own compiler finds with all its extra checks, by function."""
+    connection.execute("set local plpgsql.extra_errors = 'all'")
+    functions = connection.execute(
+        "select oid::regproc::text, pg_get_functiondef(oid) from pg_proc"
+        " where pronamespace::regnamespace::text in ('public', 'tokenlimits')"
+    ).fetchall()
+    found: dict[str, list[str]] = {}
+    for function, definition in functions:
+        try:
+            with connection.transaction():
+                connection.execute(definition)
+        except psycopg.Error as error:
+            found[function] = [str(error)]
+    return found
+
+
+def test_function_bodies_have_no_faults(connection: Connection) -> None:
+    assert compiled(connection) == {}
+    if has_plpgsql_check(connection):
+        assert checked(connection) == {}
+
+
+def test_faults_in_function_bodies_are_found(connection: Connection) -> None:
+    connection.execute(PLANTED_SHADOW)
+    assert compiled(connection).keys() == {"shadowed"}
+    connection.execute("drop function public.shadowed")
+    connection.execute(PLANTED_FUNCTION)
+    if has_plpgsql_check(connection):
+        assert any("public.nowhere" in fault for fault in checked(connection)["planted"])
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_functions_run_with_every_extra_check(database: Connect, function: str) -> None:
+    actor = ACTORS["service" if "service" in FUNCTIONS[function] else "user"]
+    with database("supabase_admin") as connection, connection.transaction(force_rollback=True):
+        seed(connection)
+        connection.execute("set local plpgsql.extra_errors = 'all'")
+        with request_by(connection, actor):
+            call = call_sql(function, argument_types(connection)[function], CALLS[function])
+            assert connection.execute(call, [json.dumps(CALLS[function])]).rowcount == 1
+
+
+def test_nobody_may_call_what_runs_as_its_owner(connection: Connection) -> None:
+    assert connection.execute(CALLABLE_DEFINERS).fetchall() == []
+    connection.execute(PLANTED_FUNCTION)
+    assert connection.execute(CALLABLE_DEFINERS).fetchall() == [("anon", "planted"), ("authenticated", "planted")]
+
+
+def test_supabases_advisors_have_no_complaint(
+    new_database: Callable[..., Connect], default_grants: DefaultGrants, tmp_path: Path
+) -> None:
+    with new_database(default_grants)("postgres") as connection:
+        connection.execute(PLANTED_TABLE)
+        url = f"postgresql://postgres@{connection.info.host}:{connection.info.port}/{connection.info.dbname}"
+    command = f"exec --yes --prefer-offline --package={SUPABASE_CLI} -- supabase db advisors {ADVISORS}"
+    done = subprocess.run(
+        [*find_node().npm, *command.split(), f"--remote={url}?sslmode=disable"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PATH": f"{find_node().executable.parent}{os.pathsep}{os.environ['PATH']}",
+            "SUPABASE_HOME": str(tmp_path),
+            "SUPABASE_NO_UPDATE_NOTIFIER": "1",
+            "SUPABASE_TELEMETRY_DISABLED": "1",
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    findings = {(found["name"], found["metadata"]["name"]) for found in json.loads(done.stdout)["results"]}
+    # nothing has used an index yet
+    assert {found for found in findings if found[0] != "unused_index"} == {("rls_disabled_in_public", "planted")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_files_open_with_their_purpose_and_invariants(path: Path) -> None:
+    head = re.match(r"(-- .+\n)+--\n-- Invariants\n(--   \* .+\n(--     .+\n)*)+", path.read_text(encoding="utf-8"))
+    assert head is not None
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_code_is_in_lower_case_also_in_function_bodies(path: Path) -> None:
+    code = re.sub(r"--[^\n]*|'(?:[^']|'')*'", "", path.read_text(encoding="utf-8"))
+    assert re.findall(r"\w*[A-Z]\w*", code) == []
+
+
+def test_every_sqlstate_of_ours_is_documented_once() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    documented = re.findall(r"^--   (TL\d{3})  ", text, flags=re.MULTILINE)
+    assert len(documented) == len(set(documented))
+    assert {"TL001"} < set(re.findall(r"'(TL\d{3})'", text)) <= set(documented)
