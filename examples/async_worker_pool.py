@@ -22,10 +22,16 @@ class Job:
     id: UUID = field(default_factory=uuid4)  # yours come from a table or a queue, with their ids
 
 
+@dataclass(frozen=True)
+class PutOff:
+    job: Job
+    seconds: float | None  # None: there will be no room by itself
+
+
 @dataclass
 class Outcome:
-    done: list[Job] = field(default_factory=list)
-    put_off: list[tuple[Job, float | None]] = field(default_factory=list)  # and for how many seconds
+    done: list[Job] = field(default_factory=list[Job])
+    put_off: list[PutOff] = field(default_factory=list[PutOff])
 
 
 async def generate(job: Job) -> None:
@@ -41,7 +47,7 @@ async def work(limits: AsyncTokenLimits, jobs: asyncio.Queue[Job], outcome: Outc
             await generate(job)
             outcome.done.append(job)
         else:
-            outcome.put_off.append((job, result.retry_after))
+            outcome.put_off.append(PutOff(job, result.retry_after))
 
 
 async def run(todo: list[Job], workers: int) -> Outcome:
@@ -66,7 +72,7 @@ def main() -> None:
     outcome = asyncio.run(run(todo, options.workers))
     print(f"{len(outcome.done)} of {len(todo)} jobs done")
     for user_id in options.users:
-        waits = [seconds for job, seconds in outcome.put_off if job.user_id == user_id]
+        waits = [late.seconds for late in outcome.put_off if late.job.user_id == user_id]
         if waits:
             until = "for good" if waits[-1] is None else f"for {waits[-1]:.0f} seconds"
             print(f"{user_id}: {len(waits)} put off {until}")
