@@ -30,7 +30,11 @@ class Base:
         self._transport = Transport(client, _checked_timeout(timeout))
 
     def close(self) -> None:
-        """Close the connections that were made here; a client that you passed in stays open."""
+        """Close the connections that were made here; a client that you passed in stays open.
+
+        Example:
+            >>> limits.close()
+        """
         self._transport.close()
 
     def __enter__(self) -> Self:

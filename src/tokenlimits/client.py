@@ -53,6 +53,9 @@ class TokenLimits(Base):
 
         Raises:
             ConfigurationError: On first use, when a variable is missing.
+
+        Example:
+            >>> limits = TokenLimits.from_env(timeout=5, on_unavailable="allow")
         """
         return cls(timeout=timeout, on_unavailable=on_unavailable)
 

@@ -52,6 +52,9 @@ class GroupManager(Base):
 
         Raises:
             ConfigurationError: On first use, when a variable is missing.
+
+        Example:
+            >>> groups = GroupManager.from_env(timeout=30)
         """
         return cls(timeout=timeout)
 

@@ -28,8 +28,8 @@ Bucket = Literal["hour", "day", "week", "month"]
 """The step of a history."""
 
 # PostgreSQL's text holds any character but this
-Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-Kind = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+Text = Annotated[str, Field(strict=True, pattern=r"^[^\x00]*$")]
+Kind = Annotated[str, Field(strict=True, pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 Cost = Annotated[StrictInt, Field(ge=1, le=1_000_000_000)]
 Max = Annotated[StrictInt, Field(ge=0, le=1_000_000_000_000_000)]
 

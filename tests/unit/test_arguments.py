@@ -1,0 +1,279 @@
+"""Bad input is refused with its field's name, before anything is sent: every argument of every operation."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Any, NoReturn
+from uuid import UUID, uuid4
+
+import pytest
+from pydantic import ValidationError
+
+from tokenlimits import (
+    AsyncGroupManager,
+    AsyncTokenLimits,
+    ConfigurationError,
+    GenerationRequest,
+    GroupManager,
+    InvalidRequest,
+    Limit,
+    TokenLimits,
+    _calls,
+)
+from tokenlimits._transport import AsyncTransport, Transport
+
+ID = "0197f0a0-0000-7000-8000-000000000001"
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+NAIVE = NOW.replace(tzinfo=None)
+TWICE = [Limit(kind="image", max=1), Limit(kind="image", max=2)]
+
+GOOD: dict[str, Any] = {
+    "bucket": "day",
+    "cost": 2,
+    "created_at": NOW,
+    "description": "For teams",
+    "email": "ann@",
+    "from_": ID,
+    "group_id": UUID(ID),
+    "idempotency_key": "job-1",
+    "is_default": True,
+    "kind": "image",
+    "limit": Limit(kind="image", max=1),
+    "limits": {"image": 1, "video": None},
+    "metadata": {"model": "x", "n": [1, 2.5, None, True, {"deep": "ü"}]},
+    "name": "Pro",
+    "on_progress": lambda done, total: None,
+    "period": "day",
+    "priority": 3,
+    "scope": "member",
+    "search": "pr",
+    "since": NOW,
+    "timezone": "Europe/Paris",
+    "to": ID,
+    "until": NOW,
+    "user_id": ID,
+    "user_ids": [ID, uuid4()],
+}
+BAD_IDS = ["", "ann", 7, None, ID[:-1], b"abc", [ID]]
+BAD_TEXTS = [7, "a\0b", "half of a pair: \ud83d", b"pro", ["pro"]]
+BAD_KINDS = ["", "Image", "an image", "1image", "a" * 33, "image\n", 7, None, b"image"]
+BAD_MOMENTS = [NAIVE, "2026-03-01T12:00:00Z", NOW.date(), 1_700_000_000, float("inf")]
+BAD: dict[str, list[Any]] = {
+    "bucket": ["fortnight", "minute", "Day", "", None, 7],
+    "cost": [0, -1, 1_000_000_001, 1.0, "1", True, None],
+    "created_at": BAD_MOMENTS,
+    "description": ["x" * 2001, None, *BAD_TEXTS],
+    "email": [None, *BAD_TEXTS],
+    "from_": BAD_IDS,
+    "group_id": BAD_IDS,
+    "idempotency_key": ["", "x" * 256, *BAD_TEXTS],
+    "is_default": [1, "true", None],
+    "kind": BAD_KINDS,
+    "limit": [None, "image", {"kind": "image"}, {"kind": "Image", "max": 1}, {"kind": "image", "max": -1}],
+    "limits": [
+        None,
+        7,
+        "image",
+        ["image"],
+        TWICE,
+        {"Image": 1},
+        {"image": -1},
+        {"image": 1.5},
+        {"image": True},
+        {"image": 10**15 + 1},
+        [{"kind": "image", "max": 1, "period": "fortnight"}],
+        [{"kind": "image", "max": 1, "scope": "world"}],
+        [{"kind": "image"}],
+    ],
+    "metadata": [
+        [1],
+        "x",
+        {1: 2},
+        {"at": NOW},
+        {"n": float("nan")},
+        {"n": float("inf")},
+        {"n": (1, 2)},
+        {"text": "a\0b"},
+        {"a\0b": 1},
+        {"text": "\ud83d"},
+        {"deep": [{"text": "\\\\\0"}]},
+        {"text": "x" * 8192},
+    ],
+    "name": ["", "   ", "x" * 201, None, *BAD_TEXTS],
+    "on_progress": [7, "print"],
+    "period": ["fortnight", "Day", "", None, 7],
+    "priority": [1.0, "1", True, 2**31, -(2**31) - 1, None],
+    "scope": ["world", "", None, 7],
+    "search": BAD_TEXTS,
+    "since": BAD_MOMENTS,
+    "timezone": ["", "x" * 101, None, *BAD_TEXTS],
+    "to": BAD_IDS,
+    "until": BAD_MOMENTS,
+    "user_id": BAD_IDS,
+    "user_ids": [None, 7, ID, UUID(ID), b"abc", [ID, "ann"], [None], [[ID]]],
+}
+
+OTHERWISE_CALLED = {"__init__", "from_env", "close", "aclose"}
+
+
+class Sent(Exception):
+    """Something was sent."""
+
+
+def operations(cls: type) -> Iterator[tuple[type, str]]:
+    for name in dir(cls):
+        if not name.startswith("_") and name not in OTHERWISE_CALLED:
+            yield cls, name
+
+
+OPERATIONS = [
+    operation
+    for cls in (TokenLimits, AsyncTokenLimits, GroupManager, AsyncGroupManager)
+    for operation in operations(cls)
+]
+
+
+def parameters(cls: type, name: str) -> dict[str, inspect.Parameter]:
+    return {k: v for k, v in inspect.signature(getattr(cls, name)).parameters.items() if k != "self"}
+
+
+ARGUMENTS = [
+    pytest.param(cls, name, parameter, id=f"{cls.__name__}.{name}-{parameter}")
+    for cls, name in OPERATIONS
+    for parameter in parameters(cls, name)
+]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise Sent
+
+    monkeypatch.setattr(Transport, "_send", refuse)
+    monkeypatch.setattr(AsyncTransport, "_send", refuse)
+
+
+def call(cls: type, name: str, arguments: dict[str, Any]) -> None:
+    """Call a method by name as far as its first request; nothing is waited for until then, so no loop is needed."""
+    returned = getattr(cls(), name)(**arguments)
+    if isinstance(returned, Iterator):
+        next(returned)
+    if isinstance(returned, AsyncIterator):
+        returned = anext(returned)
+    if isinstance(returned, Awaitable):
+        next(returned.__await__())
+
+
+def refusal(cls: type, name: str, arguments: dict[str, Any]) -> InvalidRequest | None:
+    try:
+        call(cls, name, arguments)
+    except InvalidRequest as error:
+        return error
+    except Sent:
+        pass
+    return None
+
+
+@pytest.mark.parametrize(("cls", "name", "parameter"), ARGUMENTS)
+def test_bad_input_is_refused(cls: type, name: str, parameter: str) -> None:
+    others = {each: GOOD[each] for each in parameters(cls, name)}
+    optional = parameters(cls, name)[parameter].default is None
+    for bad in BAD[parameter]:
+        if bad is None and optional:
+            continue
+        error = refusal(cls, name, others | {parameter: bad})
+        assert error is not None, f"{bad!r} was taken"
+        assert error.field is not None
+        assert error.field.startswith(parameter), bad
+        assert str(error).startswith(error.field)
+        assert error.code == "TL001"
+        assert error.__cause__ is error.__context__ is None
+
+
+@pytest.mark.parametrize(("cls", "name"), OPERATIONS, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_good_input_is_sent(cls: type, name: str) -> None:
+    with pytest.raises(Sent):
+        call(cls, name, {parameter: GOOD[parameter] for parameter in parameters(cls, name)})
+
+
+@pytest.mark.parametrize(("cls", "name"), OPERATIONS, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_what_is_optional_may_be_left_out_or_none(cls: type, name: str) -> None:
+    described = parameters(cls, name)
+    required = {k: GOOD[k] for k, v in described.items() if v.default is v.empty}
+    with pytest.raises(Sent):
+        call(cls, name, required)
+    with pytest.raises(Sent):
+        call(cls, name, required | {k: None for k, v in described.items() if v.default is None})
+
+
+@pytest.mark.parametrize(
+    ("limits", "field"),
+    [
+        ([Limit(kind="image", max=1), {"kind": "image", "max": 1, "period": "x"}], "limits[1].period"),
+        ({"image": 1, "video": -1}, "limits[1].max"),
+        ({"image": 1, "a b": 1}, "limits[1].kind"),
+        (TWICE, "limits[1]"),
+    ],
+)
+def test_the_field_says_where(limits: Any, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        GroupManager().create("Pro", limits=limits)
+    assert caught.value.field == field
+
+
+def test_the_field_says_which_of_many() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        GroupManager().add_members(ID, [*(uuid4() for _ in range(6000)), "ann"])
+    assert caught.value.field == "user_ids[6000]"
+
+
+def test_a_long_value_is_cut_short() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        TokenLimits().track(ID, "x" * 10_000)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"text": r"\u0000 spelt out is no such character"},
+        {"text": "\\\\u0000"},
+        {"text": "x" * (8192 - len('{"text": ""}'))},
+        MappingProxyType({"read": "only"}),
+        {"big": 10**300, "": "", "ü": "😀"},
+    ],
+)
+def test_metadata_that_can_be_kept(metadata: dict[str, Any]) -> None:
+    sent = _calls.track(ID, "image", 1, None, None, metadata).params["p_metadata"]
+    assert json.loads(json.dumps(sent)) == dict(metadata)
+
+
+def test_many_requests_are_checked_as_they_are_made() -> None:
+    with pytest.raises(ValidationError):
+        GenerationRequest(user_id=UUID(ID), kind="image", metadata={"n": float("nan")})
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e12, "5", None, [5]])
+@pytest.mark.parametrize("cls", [TokenLimits, AsyncTokenLimits, GroupManager, AsyncGroupManager])
+def test_bad_timeouts(cls: type, timeout: Any) -> None:
+    for make in (cls, cls.from_env):  # pyright: ignore[reportAttributeAccessIssue]
+        with pytest.raises(ConfigurationError, match=r"^timeout: "):
+            make(timeout=timeout)
+
+
+@pytest.mark.parametrize("policy", ["", "Raise", None, True, 7])
+@pytest.mark.parametrize("cls", [TokenLimits, AsyncTokenLimits])
+def test_bad_policies(cls: type, policy: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^on_unavailable: "):
+        cls(on_unavailable=policy)
+
+
+@pytest.mark.parametrize("client", ["https://abc.supabase.co", 7, object()])
+@pytest.mark.parametrize("cls", [TokenLimits, AsyncTokenLimits, GroupManager, AsyncGroupManager])
+def test_bad_clients(cls: type, client: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"^client: must be a supabase\.(Async)?Client"):
+        cls(client)
