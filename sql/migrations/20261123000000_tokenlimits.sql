@@ -574,7 +574,8 @@ begin
   loop
     if v.is_open is not true then
       v_period := tokenlimits.period_of(v.period, v.timezone, p_at);
-      v.since := greatest(lower(v_period), (
+      -- never before the past counter's end: when the server gets new rules of a time zone, it may lie in this period
+      v.since := greatest(lower(v_period), v.until, (
         select max(r.reset_at)
         from tokenlimits.usage_resets as r
         where r.group_id = p_group_id and r.kind in (v.kind, '*')
