@@ -772,7 +772,6 @@ begin
   elsif p_group_id = any(v_ids) then
     return array[p_group_id];
   end if;
-  perform tokenlimits.require_group(p_group_id);
   return '{}';
 end
 $$;
@@ -1101,7 +1100,7 @@ set search_path = ''
 as $$
 declare
   v_bucket timestamptz := tokenlimits.rollup_bucket(p_usage.created_at);
-  v_slot smallint := pg_backend_pid() % 16;
+  v_slot smallint := tokenlimits.free_slot(p_usage.group_id);
   v_state tokenlimits.limit_state;
   v_states tokenlimits.limit_state[] := '{}';
 begin
@@ -1248,6 +1247,10 @@ begin
       end if;
     end if;
     if not v_verdict.allowed then
+      if v_verdict.reason = 'not_in_group' and p_group_id is not null then
+        -- not before: a repeated call is answered also when its group is gone
+        perform tokenlimits.require_group(p_group_id);
+      end if;
       return tokenlimits.answer(
         p_kind, p_cost, v_verdict.reason, v_verdict.group_id, v_verdict.states, v_verdict.denied_by, null,
         p_replayed => false
@@ -1300,6 +1303,9 @@ begin
   v_verdict := tokenlimits.judge(
     p_user_id, p_kind, p_cost, tokenlimits.paying_groups(p_user_id, p_group_id), tokenlimits.clock()
   );
+  if v_verdict.reason = 'not_in_group' and p_group_id is not null then
+    perform tokenlimits.require_group(p_group_id);
+  end if;
   return tokenlimits.answer(
     p_kind, p_cost, v_verdict.reason, v_verdict.group_id, v_verdict.states, v_verdict.denied_by, null,
     p_replayed => false
@@ -1371,9 +1377,15 @@ begin
   v_usage.idempotency_key := p_idempotency_key;
   v_usage.fingerprint := md5(concat_ws(' ', 'record', p_kind, p_cost, p_group_id))::uuid;
   v_usage.metadata := coalesce(p_metadata, '{}');
-  v_usage.group_id := tokenlimits.recording_group(p_user_id, p_kind, p_group_id);
-  perform tokenlimits.lock_groups(array[v_usage.group_id]);
-  loop
+  if p_idempotency_key is not null then
+    -- first: a repeated call is answered also when the user has left or the group is gone
+    v_live := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_usage.fingerprint);
+  end if;
+  if v_live.id is null then
+    v_usage.group_id := tokenlimits.recording_group(p_user_id, p_kind, p_group_id);
+    perform tokenlimits.lock_groups(array[v_usage.group_id]);
+  end if;
+  while v_live.id is null loop
     v_now := greatest(tokenlimits.clock(), v_now);
     v_states := tokenlimits.limit_states(v_usage.group_id, p_user_id, p_kind, v_now);
     v_now := greatest(v_now, (select max(s.since) from unnest(v_states) as s));
@@ -1386,17 +1398,13 @@ begin
       when sqlstate 'TL099' then
         continue;
     end;
-    exit when v_states is not null;
-    v_live := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_usage.fingerprint);
-    if v_live.id is not null then
-      v_states := tokenlimits.limit_states(v_live.group_id, p_user_id, p_kind, v_now);
-      exit;
+    if v_states is not null then
+      return tokenlimits.answer(p_kind, p_cost, null, v_usage.group_id, v_states, null, v_usage, p_replayed => false);
     end if;
+    v_live := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_usage.fingerprint);
   end loop;
-  v_usage := case when v_live.id is null then v_usage else v_live end;
-  return tokenlimits.answer(
-    p_kind, v_usage.cost, null, v_usage.group_id, v_states, null, v_usage, p_replayed => v_live.id is not null
-  );
+  v_states := tokenlimits.limit_states(v_live.group_id, p_user_id, p_kind, v_now);
+  return tokenlimits.answer(p_kind, v_live.cost, null, v_live.group_id, v_states, null, v_live, p_replayed => true);
 end
 $$;
 comment on function tokenlimits.record(uuid, text, bigint, timestamptz, text, uuid, jsonb) is 'What record_generation does.';

@@ -53,7 +53,6 @@ begin
   elsif p_group_id = any(v_ids) then
     return array[p_group_id];
   end if;
-  perform tokenlimits.require_group(p_group_id);
   return '{}';
 end
 $$;
