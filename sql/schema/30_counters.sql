@@ -37,6 +37,30 @@ create table if not exists tokenlimits.usage_rollup (
 comment on table tokenlimits.usage_rollup is
   'Live usage in buckets of 15 minutes UTC, on which every time zone''s hours begin; 16 slots.';
 
+-- Two transactions that are open at once write different slots, as long as no more than 16 do.
+create or replace function tokenlimits.free_slot(p_group_id uuid)
+returns smallint
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  -- 'slot' in ASCII
+  c_class constant integer := 1936486260;
+  v_group integer := ('x' || right(p_group_id::text, 6))::bit(24)::integer;
+  v_slot integer;
+begin
+  for i in 0..15 loop
+    v_slot := (pg_backend_pid() + i) % 16;
+    exit when pg_try_advisory_xact_lock(c_class, v_group * 16 + v_slot);
+  end loop;
+  return v_slot;
+end
+$$;
+comment on function tokenlimits.free_slot(uuid) is
+  'A slot of the rollup that no other open transaction writes for this group; any, when all are taken.';
+revoke execute on function tokenlimits.free_slot(uuid) from public, anon, authenticated;
+
 -- After an uninstallation that kept the ledger, its history comes back.
 insert into tokenlimits.usage_rollup (group_id, kind, bucket, slot, cost, generations)
 select
