@@ -119,6 +119,13 @@ def output() -> str:
     return done.stdout
 
 
+def without_moments(output: str) -> list[str]:
+    """The lines without what another moment changes: dates, times, how long it took, spaces."""
+    text = re.sub(r"\d{4}-\d\d-\d\d|\w{3} \d\d(?= \d\d:\d\d)|\d\d:\d\d(:\d\d)?|\d+\.\d|in \d+\w \d+\w", "…", output)
+    text = re.sub(r"(Retry-After:) \d+", r"\1 …", text)
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
 class TestQuickstart:
     def test_counts_exactly(self, output: str) -> None:
         counts = re.findall(r"(\w+) +(\w+): +(\d+) fit, +(\d+) passed, +(\d+) recorded", output)
@@ -147,6 +154,11 @@ class TestQuickstart:
     def test_has_no_colours_in_a_pipe_and_fits_80_columns(self, output: str) -> None:
         assert ESCAPE not in output
         assert max(map(len, output.splitlines())) == 80
+
+    def test_prints_what_the_readme_shows(self, output: str) -> None:
+        readme = (EXAMPLES.parent / "README.md").read_text()
+        [shown] = re.findall(r"^```text\n(16 threads.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+        assert without_moments(shown) == without_moments(output)
 
     def test_runs_on_a_postgresql_and_twice(self, database_url: str) -> None:
         for _ in range(2):

@@ -1,0 +1,150 @@
+"""The README's code runs, its commands and links exist."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.support.postgres import PostgresServer, servers
+
+import tokenlimits
+from tokenlimits import GroupManager
+from tokenlimits.local import LocalStack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+
+RUNNER = """
+import json, sys
+from types import SimpleNamespace
+from uuid import UUID
+
+given = json.load(sys.stdin)
+users = [UUID(user) for user in given["users"]]
+names = {
+    "__name__": "README",
+    "user_id": users[0],
+    "user_ids": users,
+    "jobs": [SimpleNamespace(id=id, user_id=users[0], prompt="a cat") for id in ("1", "2", "2", "3")],
+    "make_image": lambda prompt: f"an image of {prompt}",
+}
+for line, code in given["blocks"]:
+    print(f"README.md:{line}")
+    exec(compile("\\n" * line + code, "README.md", "exec"), names)
+"""
+
+
+def blocks(document: str, language: str) -> list[tuple[int, str]]:
+    """The fenced code of a language, each with the number of the line of its fence."""
+    text = (ROOT / document).read_text()
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text[: match.start()].count("\n") + 1, match[1]) for match in found]
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[LocalStack]:
+    with PostgresServer(next(iter(servers().values()))) as server, LocalStack(server.url()) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def output(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the README's Python prints, run from the top to the bottom."""
+    directory = tmp_path_factory.mktemp("readme")
+    (directory / "supabase" / "migrations").mkdir(parents=True)
+    env = {**os.environ, **stack.environment(), "no_proxy": "127.0.0.1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        with GroupManager.from_env() as groups:
+            groups.create("Newcomers", limits={"image": 2}, is_default=True)
+    users = [str(stack.create_user("ann@example.com").id), *map(str, stack.create_users(2))]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", RUNNER],
+        input=json.dumps({"users": users, "blocks": blocks("README.md", "python")}),
+        cwd=directory,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert (directory / "tokenlimits.sql").read_text() == (ROOT / "sql" / "tokenlimits.sql").read_text()
+    assert [file.name for file in (directory / "supabase" / "migrations").iterdir()]
+    return done.stdout
+
+
+class TestPython:
+    def test_runs(self, output: str) -> None:
+        assert output.count("README.md:") == len(blocks("README.md", "python")) >= 8
+
+    def test_of_the_worker_stops_at_the_limit(self, output: str) -> None:
+        """Two newcomers' images pass; a job that comes twice is charged once; the last is denied."""
+        assert output.splitlines()[1:5] == [
+            "an image of a cat 1 left",
+            "an image of a cat 0 left",
+            "an image of a cat 0 left",
+            "Image generation limit exceeded: 2 of 2 used in total",
+        ]
+
+    def test_of_the_admin_shows_usage(self, output: str) -> None:
+        assert re.search(r"^image 0 150 20\d\d-.*\nimage 0 1000 20\d\d-", output, re.MULTILINE)
+
+    def test_of_the_web_app_answers(self, output: str) -> None:
+        assert re.search(r"^\(200, \{\}, '\d+ left'\)$", output, re.MULTILINE)
+
+    def test_of_groups_adds_members(self, output: str) -> None:
+        assert "3 of 3\n3 0 ()\n" in output
+
+
+class TestSql:
+    def test_runs_and_makes_an_admin(self, stack: LocalStack, output: str) -> None:
+        assert output  # ann exists
+        answers = [stack.sql(code) for _, code in blocks("README.md", "sql")]
+        assert len(answers) >= 4
+        assert {"email": "ann@example.com", "role": "admin"} in [row for rows in answers for row in rows]
+        assert any("idempotency_key" in row for rows in answers for row in rows)
+        assert any(row.get("check_generation", {}).get("allowed") for rows in answers for row in rows)
+        [ann] = stack.sql("select id from auth.users where email = 'ann@example.com'")
+        stack.revoke_admin(ann["id"])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+class TestDocument:
+    def test_names_make_targets_that_exist(self, document: str) -> None:
+        targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        named = set(re.findall(r"(?:^|`)make (\w+)", (ROOT / document).read_text(), re.MULTILINE))
+        assert named <= targets
+
+    def test_links_to_what_exists(self, document: str) -> None:
+        text = (ROOT / document).read_text()
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith("#"):
+                headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+                assert target[1:] in [re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings], target
+            elif not target.startswith("https://"):
+                assert (ROOT / target.partition("#")[0]).exists(), target
+
+
+def test_readme_shows_javascript_of_the_example() -> None:
+    [(_, code)] = blocks("README.md", "js")
+    assert code.splitlines()[0] in (ROOT / "examples" / "frontend" / "remaining.mjs").read_text()
+
+
+def test_readme_names_every_error() -> None:
+    text = (ROOT / "README.md").read_text()
+    of_holds = {"AlreadySettled", "HoldExpired", "UsageNotFound"}
+    exported = {name: getattr(tokenlimits, name) for name in tokenlimits.__all__}
+    errors = {name for name, value in exported.items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert {name for name in errors if f"`{name}" not in text} <= of_holds
