@@ -2,6 +2,7 @@
 
 It starts a Supabase of its own, and needs no account:
 
+    pip install 'tokenlimits[local]' rich
     python examples/quickstart.py
     python examples/quickstart.py --database-url postgresql://postgres@localhost/scratch
 
