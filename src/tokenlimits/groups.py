@@ -82,8 +82,8 @@ class GroupManager(Base):
             GroupExists: Another group has the name.
 
         Example:
-            >>> team = groups.create("Team", limits=[Limit(kind="image", max=50, period="day", scope="member")])
-            >>> team.limits[0].max
+            >>> studio = groups.create("Studio", limits=[Limit(kind="image", max=50, period="day", scope="member")])
+            >>> studio.limits[0].max
             50
         """
         return self._transport.send(
