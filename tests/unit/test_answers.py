@@ -1,0 +1,146 @@
+"""What each HTTP answer means."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenlimits import (
+    AccessDenied,
+    ConfigurationError,
+    InvalidRequest,
+    SchemaNotInstalled,
+    ServiceUnavailable,
+    TokenLimitsError,
+    _answers,
+)
+from tokenlimits._calls import Call
+from tokenlimits._retry import Transient
+
+CALL: Call[int] = Call("count_things", {}, lambda answer: int(answer["things"]))
+
+
+def read(status: int, body: object = None, *, text: str | None = None, **headers: str) -> int:
+    content = json.dumps(body) if text is None else text
+    return _answers.read(CALL, status, headers, content.encode())
+
+
+@pytest.mark.parametrize("status", [200, 201, 206])
+def test_an_answer_is_parsed(status: int) -> None:
+    assert read(status, {"things": 3}) == 3
+
+
+HTML = "<!doctype html><title>Sign in to the hotel's network</title>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HTML,
+        "",
+        '{"things": ',
+        "null",
+        "[]",
+        '{"things": "many"}',
+        '{"others": 3}',
+        "\x00",
+        "[" * 100_000,
+        "NaN",
+        '{"things": ' + "9" * 5_000 + "}",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_garbage_is_worth_another_try(text: str) -> None:
+    with pytest.raises(Transient, match="status 200, but the answer is not one of count_things") as caught:
+        read(200, text=text)
+    assert not caught.value.harmless
+
+
+def test_what_a_parser_refuses_is_final() -> None:
+    def refuse(_: object) -> int:
+        raise InvalidRequest("no")
+
+    with pytest.raises(InvalidRequest):
+        _answers.read(Call("count_things", {}, refuse), 200, {}, b"{}")
+
+
+@pytest.mark.parametrize("status", [301, 302, 400, 404, 405, 406, 418, 421])
+@pytest.mark.parametrize("text", [HTML, "", "[]", "null", '"no"'])
+def test_a_refusal_that_is_not_supabases_is_a_wrong_url(status: int, text: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"status {status}.*SUPABASE_URL"):
+        read(status, text=text)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("text", [HTML, "", "[]", '{"message": "Invalid API key", "hint": "Check it."}', '{"code": 7}'])
+def test_a_wrong_key_is_denied(status: int, text: str) -> None:
+    with pytest.raises(AccessDenied):
+        read(status, text=text)
+
+
+def test_a_gateways_message_and_hint_are_passed_on() -> None:
+    body = {"message": "Invalid API key", "hint": "Double check your Supabase API key."}
+    with pytest.raises(AccessDenied, match=r"^Invalid API key\. Double check your Supabase API key\.$"):
+        read(401, body)
+
+
+@pytest.mark.parametrize("status", [500, 501, 521, 525, 530])
+@pytest.mark.parametrize(
+    "text", [HTML, "", "[]", '{"message": "worker boot error"}', '{"code": null}', '{"code": 500}']
+)
+def test_a_broken_server_is_unavailable(status: int, text: str) -> None:
+    with pytest.raises(ServiceUnavailable, match=f"count_things with status {status}"):
+        read(status, text=text)
+
+
+@pytest.mark.parametrize("code", ["57014", "53300", "53200", "08006", "57P01", "58030"])
+def test_a_broken_database_is_unavailable(code: str) -> None:
+    with pytest.raises(ServiceUnavailable, match=code) as caught:
+        read(500, {"code": code, "message": "canceling statement due to statement timeout"})
+    assert caught.value.code == code
+
+
+def test_a_bug_on_the_server_is_not() -> None:
+    with pytest.raises(TokenLimitsError, match="division by zero") as caught:
+        read(500, {"code": "XX000", "message": "division by zero"})
+    assert type(caught.value) is TokenLimitsError
+
+
+@pytest.mark.parametrize("status", [400, 404, 500])
+def test_a_known_code_means_the_same_with_any_status(status: int) -> None:
+    with pytest.raises(SchemaNotInstalled):
+        read(status, {"code": "PGRST202", "message": "Could not find the function"})
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504, 520])
+@pytest.mark.parametrize("text", [HTML, "", '{"code": "PGRST003"}'])
+def test_a_server_that_is_busy_is_worth_another_try(status: int, text: str) -> None:
+    with pytest.raises(Transient, match=str(status)):
+        read(status, text=text)
+
+
+def test_outdated_names_the_function() -> None:
+    error = _answers.outdated("reserve_generation", SchemaNotInstalled("no", code="PGRST202"))
+    assert "no function reserve_generation" in str(error)
+    assert "sql/tokenlimits.sql" in str(error)
+    assert error.code == "PGRST202"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["code", "message", "hint", "details"]), inner),
+)
+
+
+@settings(deadline=None)
+@given(status=st.integers(100, 599), body=JSON.map(json.dumps) | st.text(), headers=st.just(dict[str, str]()))
+def test_whatever_comes_is_understood(status: int, body: str, headers: Mapping[str, Any]) -> None:
+    """An answer of whatever kind is a result, worth another try, or an error of ours; nothing else gets out."""
+    with suppress(Transient, TokenLimitsError):
+        _answers.read(CALL, status, headers, body.encode("utf-8", "surrogatepass"))

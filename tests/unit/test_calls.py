@@ -1,0 +1,384 @@
+"""Every operation as a pure value: which function it calls, with what, and how it reads the answer."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from tokenlimits import (
+    Group,
+    GroupNotFound,
+    GroupRef,
+    Limit,
+    SchemaOutdated,
+    ServiceUnavailable,
+    TrackResult,
+    UnknownUser,
+    _calls,
+)
+from tokenlimits._calls import Call, new_key
+from tokenlimits.sql_files import one_paste
+
+ANN = "0197f0a0-0000-7000-8000-000000000001"
+PRO = "0197f0a0-0000-7000-8000-000000000002"
+TEAM = "0197f0a0-0000-7000-8000-000000000003"
+WHEN = "2026-03-01T12:00:00+00:00"
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+LIMIT = {"kind": "image", "period": "day", "scope": "member", "max": 50}
+GROUP: dict[str, Any] = {
+    "id": PRO,
+    "name": "Pro",
+    "description": "",
+    "priority": 0,
+    "timezone": "UTC",
+    "is_default": False,
+    "created_at": WHEN,
+    "updated_at": WHEN,
+    "limits": [LIMIT],
+    "a field of a newer server": 1,
+}
+A_GROUP = Group.model_validate(GROUP)
+STATUS = {**LIMIT, "used": 2, "remaining": 48, "reset_at": WHEN}
+RESULT: dict[str, Any] = {
+    "allowed": True,
+    "reason": None,
+    "error": None,
+    "usage_id": TEAM,
+    "status": "committed",
+    "expires_at": None,
+    "group": {"id": PRO, "name": "Pro"},
+    "kind": "image",
+    "cost": 2,
+    "limits": [STATUS],
+    "denied_by": None,
+    "remaining": 48,
+    "reset_at": WHEN,
+    "retry_after": None,
+    "replayed": False,
+}
+A_RESULT = TrackResult.model_validate(RESULT)
+
+CASES: dict[str, tuple[Call[Any], str, dict[str, Any], bool, Any, Any]] = {
+    "track": (
+        _calls.track(ANN, "image", 2, "job-1", UUID(PRO), {"model": "x"}),
+        "track_generation",
+        {
+            "p_user_id": ANN,
+            "p_kind": "image",
+            "p_cost": 2,
+            "p_idempotency_key": "job-1",
+            "p_group_id": PRO,
+            "p_metadata": {"model": "x"},
+        },
+        True,
+        RESULT,
+        A_RESULT,
+    ),
+    "check": (
+        _calls.check(UUID(ANN), "image", 2, None),
+        "check_generation",
+        {"p_user_id": ANN, "p_kind": "image", "p_cost": 2},
+        True,
+        RESULT,
+        A_RESULT,
+    ),
+    "record": (
+        _calls.record(ANN, "image", 2, NOW, "job-1", PRO, None),
+        "record_generation",
+        {
+            "p_user_id": ANN,
+            "p_kind": "image",
+            "p_cost": 2,
+            "p_created_at": WHEN,
+            "p_idempotency_key": "job-1",
+            "p_group_id": PRO,
+        },
+        True,
+        RESULT,
+        A_RESULT,
+    ),
+    "usage": (
+        _calls.usage(ANN),
+        "user_generation_usage",
+        {"p_user_id": ANN},
+        True,
+        [{**STATUS, "group": {"id": PRO, "name": "Pro"}}],
+        lambda limits: limits[0].group == GroupRef(id=UUID(PRO), name="Pro") and limits[0].reset_at == NOW,
+    ),
+    "version": (_calls.version(), "tokenlimits_version", {}, True, {"version": 7}, 7),
+    "create": (
+        _calls.create_group(
+            name="Pro",
+            description="",
+            limits={"image": 5},
+            priority=0,
+            timezone="UTC",
+            is_default=False,
+        ),
+        "save_group",
+        {
+            "p_group_id": None,
+            "p_name": "Pro",
+            "p_description": "",
+            "p_limits": [{"kind": "image", "max": 5, "period": "lifetime", "scope": "group"}],
+            "p_priority": 0,
+            "p_timezone": "UTC",
+            "p_is_default": False,
+        },
+        False,
+        GROUP,
+        A_GROUP,
+    ),
+    "update": (
+        _calls.update_group(PRO, name=None, description="x", is_default=False, priority=0),
+        "save_group",
+        {"p_group_id": PRO, "p_description": "x", "p_is_default": False, "p_priority": 0},
+        True,
+        GROUP,
+        A_GROUP,
+    ),
+    "set_limits": (
+        _calls.set_limits(PRO, [Limit.model_validate(LIMIT)]),
+        "save_group",
+        {"p_group_id": PRO, "p_limits": [LIMIT]},
+        True,
+        GROUP,
+        A_GROUP,
+    ),
+    "set_limit": (
+        _calls.set_limit(PRO, Limit.model_validate(LIMIT)),
+        "set_group_limit",
+        {"p_group_id": PRO, "p_limit": LIMIT},
+        True,
+        GROUP,
+        A_GROUP,
+    ),
+    "remove_limit": (
+        _calls.remove_limit(PRO, "image", "day", "member"),
+        "remove_group_limit",
+        {"p_group_id": PRO, "p_kind": "image", "p_period": "day", "p_scope": "member"},
+        True,
+        GROUP,
+        A_GROUP,
+    ),
+    "get": (_calls.get_group(PRO), "find_groups", {"p_group_id": PRO}, True, [GROUP], A_GROUP),
+    "get_by_name": (_calls.get_group_by_name("pro"), "find_groups", {"p_name": "pro"}, True, [GROUP], A_GROUP),
+    "groups_page": (
+        _calls.groups_page("pr", "Pro", 200),
+        "find_groups",
+        {"p_search": "pr", "p_after": "Pro", "p_page_size": 200},
+        True,
+        [GROUP],
+        [A_GROUP],
+    ),
+    "delete": (_calls.delete_group(PRO), "delete_group", {"p_group_id": PRO}, False, GROUP, A_GROUP),
+    "add_members": (
+        _calls.add_members(PRO, [ANN]),
+        "add_group_members",
+        {"p_group_id": PRO, "p_user_ids": [ANN]},
+        True,
+        {"added": 1, "already": 0, "unknown": [TEAM]},
+        lambda page: (page.added, page.already, page.unknown) == (1, 0, (UUID(TEAM),)),
+    ),
+    "add_member": (
+        _calls.add_member(PRO, ANN),
+        "add_group_members",
+        {"p_group_id": PRO, "p_user_ids": [ANN]},
+        True,
+        {"added": 1, "already": 0, "unknown": []},
+        True,
+    ),
+    "add_member again": (
+        _calls.add_member(PRO, ANN),
+        "add_group_members",
+        {"p_group_id": PRO, "p_user_ids": [ANN]},
+        True,
+        {"added": 0, "already": 1, "unknown": []},
+        False,
+    ),
+    "remove_members": (
+        _calls.remove_members(PRO, [ANN]),
+        "remove_group_members",
+        {"p_group_id": PRO, "p_user_ids": [ANN]},
+        True,
+        {"removed": 1},
+        1,
+    ),
+    "move_member": (
+        _calls.move_member(ANN, PRO, TEAM),
+        "move_group_member",
+        {"p_user_id": ANN, "p_from": PRO, "p_to": TEAM},
+        False,
+        {"moved": True},
+        True,
+    ),
+    "members_page": (
+        _calls.members_page(PRO, UUID(ANN), 500),
+        "group_members",
+        {"p_group_id": PRO, "p_after": ANN, "p_page_size": 500},
+        True,
+        [{"user_id": ANN, "email": None, "joined_at": WHEN}],
+        lambda members: members[0].joined_at == NOW,
+    ),
+    "find_users": (
+        _calls.find_users("ann@"),
+        "find_users",
+        {"p_email": "ann@"},
+        True,
+        [{"user_id": ANN, "email": "ann@example.com"}],
+        lambda users: users[0].email == "ann@example.com",
+    ),
+    "group_usage": (
+        _calls.group_usage(PRO),
+        "group_usage",
+        {"p_group_id": PRO},
+        True,
+        [
+            {
+                "group": {"id": PRO, "name": "Pro"},
+                "member_count": 3,
+                "limits": [{**STATUS, "capacity": 150, "fraction": 0.5}],
+            }
+        ],
+        lambda usage: (usage.member_count, usage.limits[0].capacity, usage.limits[0].fraction) == (3, 150, 0.5),
+    ),
+    "all_usage": (_calls.all_usage(), "group_usage", {}, True, [], []),
+    "history": (
+        _calls.history(PRO, "image", "hour", NOW, NOW),
+        "generation_history",
+        {"p_group_id": PRO, "p_kind": "image", "p_bucket": "hour", "p_since": WHEN, "p_until": WHEN},
+        True,
+        [{"bucket": WHEN, "kind": "image", "used": 3, "generations": 2}],
+        lambda points: (points[0].bucket, points[0].used) == (NOW, 3),
+    ),
+    "reset_usage": (
+        _calls.reset_usage(PRO, None),
+        "reset_group_usage",
+        {"p_group_id": PRO, "p_kind": None},
+        False,
+        {"reset_at": WHEN},
+        NOW,
+    ),
+}
+by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@by_case
+def test_what_is_sent(case: tuple[Call[Any], str, dict[str, Any], bool, Any, Any]) -> None:
+    call, function, params, retry_safe, _, _ = case
+    assert (call.function, call.params, call.retry_safe) == (function, params, retry_safe)
+
+
+@by_case
+def test_what_is_read(case: tuple[Call[Any], str, dict[str, Any], bool, Any, Any]) -> None:
+    call, *_, answer, expected = case
+    read = call.parse(answer)
+    assert expected(read) if callable(expected) else read == expected
+
+
+def functions() -> dict[str, dict[str, bool]]:
+    """Find the public functions of the SQL: by name, their parameters and whether each is required."""
+    found = re.findall(r"create or replace function public\.(\w+)\((.*?)\)\s*returns jsonb", one_paste(), re.DOTALL)
+    return {
+        name: {each.split()[0]: " default " not in each for each in parameters.split(",") if each.strip()}
+        for name, parameters in found
+    }
+
+
+@by_case
+def test_the_sql_has_the_function(case: tuple[Call[Any], str, dict[str, Any], bool, Any, Any]) -> None:
+    call = case[0]
+    parameters = functions()[call.function]
+    assert call.params.keys() <= parameters.keys()
+    assert {name for name, required in parameters.items() if required} <= call.params.keys()
+
+
+def test_the_sql_is_new_enough() -> None:
+    found = re.search(r"jsonb_build_object\('version', (\d+)\)", one_paste())
+    assert found is not None
+    assert int(found[1]) >= _calls.SCHEMA_VERSION
+
+
+class TestNoGroup:
+    @pytest.mark.parametrize("call", [_calls.get_group(PRO), _calls.get_group_by_name("nobody")])
+    def test_is_an_error_that_says_which(self, call: Call[Group]) -> None:
+        with pytest.raises(GroupNotFound, match=f"{PRO}|'nobody'") as caught:
+            call.parse([])
+        assert caught.value.code == "TL002"
+
+
+def test_an_unknown_user_cannot_be_added() -> None:
+    with pytest.raises(UnknownUser, match=ANN) as caught:
+        _calls.add_member(PRO, ANN).parse({"added": 0, "already": 0, "unknown": [ANN]})
+    assert caught.value.code == "TL004"
+
+
+def test_an_old_schema_is_outdated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_calls, "SCHEMA_VERSION", 3)
+    with pytest.raises(SchemaOutdated, match=r"version 2 .* needs 3.*sql/tokenlimits\.sql"):
+        _calls.version().parse({"version": 2})
+    assert _calls.version().parse({"version": 4}) == 4
+
+
+@pytest.mark.parametrize("answer", [None, [], {}, "ok", 7, {"allowed": "perhaps"}, [RESULT]])
+def test_an_answer_of_another_shape_is_refused(answer: Any) -> None:
+    with pytest.raises((ValueError, TypeError, KeyError, IndexError)):
+        _calls.track(ANN, "image", 1, None, None, None).parse(answer)
+    with pytest.raises((ValueError, TypeError, KeyError, IndexError)):
+        _calls.version().parse(answer)
+
+
+class TestWithoutService:
+    CALL = _calls.track(ANN, "video", 8, None, None, None)
+    ERROR = ServiceUnavailable("Supabase could not be reached", retry_after=7)
+
+    def test_raise(self) -> None:
+        with pytest.raises(ServiceUnavailable) as caught:
+            _calls.without_service(self.CALL, "raise", self.ERROR)
+        assert caught.value is self.ERROR
+
+    def test_allow(self) -> None:
+        assert _calls.without_service(self.CALL, "allow", self.ERROR) == TrackResult(
+            allowed=True, reason="unavailable", kind="video", cost=8, retry_after=7
+        )
+
+    def test_deny(self) -> None:
+        assert _calls.without_service(self.CALL, "deny", self.ERROR) == TrackResult(
+            allowed=False,
+            reason="unavailable",
+            error="Supabase could not be reached",
+            kind="video",
+            cost=8,
+            retry_after=7,
+        )
+
+
+class TestNewKey:
+    def test_is_made_when_there_is_none(self) -> None:
+        calls = [_calls.track(ANN, "image", 1, None, None, None) for _ in range(2)]
+        keys = [UUID(call.params["p_idempotency_key"]) for call in calls]
+        assert keys[0] != keys[1]
+        assert UUID(_calls.record(ANN, "image", 1, None, None, None, None).params["p_idempotency_key"]).version == 7
+
+    def test_is_a_uuid_of_version_7(self) -> None:
+        before = time.time_ns() // 1_000_000
+        key = UUID(new_key())
+        after = time.time_ns() // 1_000_000
+        assert key.version == 7
+        assert key.variant == "specified in RFC 4122"
+        assert before <= key.int >> 80 <= after
+
+    def test_is_ordered_by_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        keys = []
+        for milliseconds in (1, 2, 999, 1_700_000_000_000, 1_700_000_000_001):
+            monkeypatch.setattr(time, "time_ns", lambda now=milliseconds: now * 1_000_000)
+            keys.append(new_key())
+        assert keys == sorted(keys)
+
+    def test_is_never_the_same(self) -> None:
+        assert len({new_key() for _ in range(10_000)}) == 10_000

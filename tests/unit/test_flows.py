@@ -1,0 +1,161 @@
+"""Operations of several calls, driven by hand: nothing is sent here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+from uuid import UUID, uuid4
+
+import pytest
+
+from tokenlimits import BulkResult, Group, Member, Refused, _flows
+from tokenlimits._calls import Call
+from tokenlimits.models import AddedPage
+
+T = TypeVar("T")
+
+PRO = UUID("0197f0a0-0000-7000-8000-000000000002")
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+def drive(flow: Generator[Call[Any], Any, T], server: Callable[[Call[Any]], Any]) -> tuple[T, list[Call[Any]]]:
+    """Answer each call of a flow, and return its result and what it called."""
+    calls: list[Call[Any]] = []
+    answer = None
+    while True:
+        try:
+            calls.append(flow.send(answer))
+        except StopIteration as end:
+            return end.value, calls
+        answer = server(calls[-1])
+
+
+def group(name: str) -> Group:
+    fields: dict[str, Any] = {"description": "", "priority": 0, "timezone": "UTC", "is_default": False, "limits": ()}
+    return Group(id=uuid4(), name=name, created_at=NOW, updated_at=NOW, **fields)
+
+
+class Pages:
+    """A server that cuts each page to a length of its own."""
+
+    def __init__(self, items: list[Any], lengths: list[int], cursor: str) -> None:
+        self._items = items
+        self._lengths = iter(lengths)
+        self._cursor = cursor
+
+    def __call__(self, call: Call[Any]) -> list[Any]:
+        after = call.params["p_after"]
+        start = 0
+        if after is not None:
+            start = 1 + [str(getattr(item, self._cursor)) for item in self._items].index(after)
+        return self._items[start : start + min(next(self._lengths), call.params["p_page_size"])]
+
+
+LENGTHS = [
+    pytest.param([200, 200, 200], id="whole pages"),
+    pytest.param([1, 7, 150, 1, 200, 200, 200], id="cut short"),
+    pytest.param([3] * 200, id="much cut short"),
+]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_groups_are_read_until_a_page_is_empty(lengths: list[int]) -> None:
+    groups = [group(f"group {n:03}") for n in range(400)]
+    read, calls = drive(_flows.all_groups("gr"), Pages(groups, lengths, "name"))
+    assert read == groups
+    assert {call.function for call in calls} == {"find_groups"}
+    assert {call.params["p_search"] for call in calls} == {"gr"}
+    assert calls[0].params["p_after"] is None
+    assert calls[-1].params["p_after"] == "group 399"
+
+
+def test_no_groups() -> None:
+    assert drive(_flows.all_groups(None), lambda _: [])[0] == []
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_members_are_read_until_a_page_is_empty(lengths: list[int]) -> None:
+    ids = sorted(uuid4() for _ in range(400))
+    members = [Member(user_id=id_, email=None, joined_at=NOW) for id_ in ids]
+    server = Pages(members, lengths, "user_id")
+    seen: list[Member] = []
+
+    def remember(call: Call[Any]) -> list[Member]:
+        page = server(call)
+        seen.extend(page)
+        return page
+
+    _, calls = drive(_flows.all_members(PRO), remember)
+    assert seen == members
+    assert calls[-1].params == {"p_group_id": str(PRO), "p_after": str(ids[-1]), "p_page_size": _flows.MEMBERS_PAGE}
+
+
+def test_members_are_read_page_by_page() -> None:
+    pages = _flows.all_members(PRO)
+    first = next(pages)
+    assert first.params["p_after"] is None
+    second = pages.send([Member(user_id=PRO, email=None, joined_at=NOW)])
+    assert second.params["p_after"] == str(PRO)
+    with pytest.raises(StopIteration):
+        pages.send([])
+
+
+class TestAddMembers:
+    def test_in_parts_with_progress(self) -> None:
+        ids = [uuid4() for _ in range(12_001)]
+        unknown = {str(ids[0]), str(ids[7_000]), str(ids[-1])}
+        progress: list[tuple[int, int]] = []
+
+        def server(call: Call[Any]) -> AddedPage:
+            part = call.params["p_user_ids"]
+            missing = [UUID(id_) for id_ in part if id_ in unknown]
+            return AddedPage(added=len(part) - len(missing) - 1, already=1, unknown=tuple(missing))
+
+        result, calls = drive(_flows.add_members(PRO, ids, lambda *done: progress.append(done)), server)
+        assert [len(call.params["p_user_ids"]) for call in calls] == [5000, 5000, 2001]
+        assert [id_ for call in calls for id_ in call.params["p_user_ids"]] == [str(id_) for id_ in ids]
+        assert progress == [(5000, 12_001), (10_000, 12_001), (12_001, 12_001)]
+        assert result == BulkResult(
+            added=12_001 - 6,
+            already=3,
+            refused=tuple(
+                Refused(user_id=id_, reason="there is no such user") for id_ in (ids[0], ids[7_000], ids[-1])
+            ),
+        )
+
+    def test_repeated_ids_count_once_however_they_are_written(self) -> None:
+        one, two = uuid4(), uuid4()
+        written = [one, str(one), str(one).upper(), one.hex, f"{{{one}}}", one.urn, two]
+        answer = AddedPage(added=2, already=0, unknown=())
+        _, calls = drive(_flows.add_members(PRO, written, None), lambda _: answer)
+        assert [call.params["p_user_ids"] for call in calls] == [[str(one), str(two)]]
+
+    def test_nobody(self) -> None:
+        progress: list[tuple[int, int]] = []
+        result, calls = drive(_flows.add_members(PRO, [], lambda *done: progress.append(done)), lambda _: None)
+        assert result == BulkResult(added=0, already=0, refused=())
+        assert calls == progress == []
+
+    def test_any_iterable(self) -> None:
+        answer = AddedPage(added=2, already=0, unknown=())
+        flow = _flows.add_members(PRO, (uuid4() for _ in range(2)), None)
+        assert drive(flow, lambda _: answer)[0].added == 2
+
+    def test_a_bad_id_far_behind_stops_all_before_anything_is_sent(self) -> None:
+        flow = _flows.add_members(PRO, [*(uuid4() for _ in range(6_000)), "ann"], None)
+        with pytest.raises(ValueError, match=r"^user_ids\[6000\]: "):
+            next(flow)
+
+
+class TestRemoveMembers:
+    def test_in_parts_with_progress(self) -> None:
+        ids = [uuid4() for _ in range(5_001)]
+        progress: list[tuple[int, int]] = []
+        removed, calls = drive(
+            _flows.remove_members(PRO, [*ids, ids[0]], lambda *done: progress.append(done)),
+            lambda call: len(call.params["p_user_ids"]),
+        )
+        assert removed == 5_001
+        assert [call.function for call in calls] == ["remove_group_members"] * 2
+        assert progress == [(5_000, 5_001), (5_001, 5_001)]

@@ -1,0 +1,163 @@
+"""Models: frozen, open to newer servers, strict about what a caller writes."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from datetime import datetime
+from typing import Any, get_args
+from uuid import UUID
+
+import pytest
+from pydantic import ValidationError
+
+import tokenlimits
+from tokenlimits import (
+    GenerationDenied,
+    GenerationRequest,
+    GroupUsage,
+    Limit,
+    LimitExceeded,
+    LimitStatus,
+    NoLimitForKind,
+    NotInGroup,
+    Period,
+    Reason,
+    Scope,
+    TrackResult,
+    models,
+)
+from tokenlimits.models import Model
+
+MODELS = [cls for _, cls in inspect.getmembers(models, inspect.isclass) if issubclass(cls, Model) and cls is not Model]
+ID = UUID("0197f0a0-0000-7000-8000-000000000001")
+
+
+def result(**fields: Any) -> TrackResult:
+    return TrackResult.model_validate({"allowed": True, "kind": "image", "cost": 1} | fields)
+
+
+@pytest.mark.parametrize("cls", MODELS, ids=lambda cls: cls.__name__)
+class TestEveryModel:
+    def test_is_frozen(self, cls: type[Model]) -> None:
+        model = cls.model_construct()
+        for field in cls.model_fields:
+            with pytest.raises(ValidationError):
+                setattr(model, field, None)
+
+    def test_ignores_fields_that_it_does_not_know(self, cls: type[Model]) -> None:
+        assert cls.model_config.get("extra") == "ignore"
+
+    def test_says_what_it_is(self, cls: type[Model]) -> None:
+        assert cls.__doc__
+
+    def test_is_public_but_for_what_only_the_server_answers(self, cls: type[Model]) -> None:
+        assert (cls.__name__ in tokenlimits.__all__) is (cls.__name__ != "AddedPage")
+
+
+def test_fields_of_a_newer_server_are_ignored() -> None:
+    read = result(weather="fine", group={"id": str(ID), "colour": "red"})
+    assert not hasattr(read, "weather")
+    assert read.group is not None
+    assert read.group.name is None
+
+
+class TestTrackResult:
+    def test_is_true_when_allowed(self) -> None:
+        assert result(allowed=True)
+        assert not result(allowed=False)
+
+    def test_raises_by_its_reason_when_denied(self) -> None:
+        classes: dict[str | None, type[GenerationDenied]] = {
+            "limit_exceeded": LimitExceeded,
+            "not_in_group": NotInGroup,
+            "no_limit_for_kind": NoLimitForKind,
+            "unavailable": GenerationDenied,
+            None: GenerationDenied,
+        }
+        assert {*get_args(Reason), None} == classes.keys()
+        for reason, cls in classes.items():
+            denied = result(allowed=False, reason=reason, error="why")
+            with pytest.raises(GenerationDenied, match=r"^why$") as caught:
+                denied.raise_if_denied()
+            assert type(caught.value) is cls
+            assert caught.value.result is denied
+
+    def test_returns_itself_when_allowed(self) -> None:
+        for reason in (None, "unavailable"):
+            allowed = result(reason=reason)
+            assert allowed.raise_if_denied() is allowed
+
+    def test_holds_ids_and_aware_moments(self) -> None:
+        read = result(usage_id=str(ID), reset_at="2026-03-01T00:00:00+01:00", group={"id": str(ID), "name": "Pro"})
+        assert read.usage_id == ID
+        assert isinstance(read.reset_at, datetime)
+        assert read.reset_at.utcoffset() is not None
+
+    def test_refuses_a_moment_without_a_zone(self) -> None:
+        with pytest.raises(ValidationError):
+            result(reset_at="2026-03-01T00:00:00")
+
+    def test_travels(self) -> None:
+        sent = result(usage_id=str(ID), reset_at="2026-03-01T00:00:00Z", limits=[])
+        assert TrackResult.model_validate_json(sent.model_dump_json()) == sent
+        assert pickle.loads(pickle.dumps(sent)) == sent
+        assert len({sent, pickle.loads(pickle.dumps(sent))}) == 1
+
+
+class TestLimit:
+    def test_its_defaults_are_a_lifetime_pool(self) -> None:
+        limit = Limit(kind="image", max=3)
+        assert (limit.period, limit.scope) == ("lifetime", "group")
+
+    @pytest.mark.parametrize("period", get_args(Period))
+    @pytest.mark.parametrize("scope", get_args(Scope))
+    @pytest.mark.parametrize("maximum", [None, 0, 10**15])
+    def test_takes(self, period: Period, scope: Scope, maximum: int | None) -> None:
+        assert Limit(kind="a" * 32, period=period, scope=scope, max=maximum).max == maximum
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"kind": "Image"},
+            {"kind": ""},
+            {"kind": None},
+            {"max": -1},
+            {"max": 10**15 + 1},
+            {"max": True},
+            {"max": "5"},
+            {"max": 5.0},
+            {"period": "fortnight"},
+            {"scope": "world"},
+        ],
+    )
+    def test_does_not_take(self, fields: dict[str, Any]) -> None:
+        with pytest.raises(ValidationError):
+            Limit(**{"kind": "image", "max": 1} | fields)
+
+    def test_its_max_must_be_said(self) -> None:
+        with pytest.raises(ValidationError):
+            Limit(kind="image")  # pyright: ignore[reportCallIssue]
+
+    def test_unlimited(self) -> None:
+        status = {"kind": "image", "period": "lifetime", "scope": "group", "max": None, "used": 7}
+        read = LimitStatus.model_validate({**status, "remaining": None, "reset_at": None})
+        assert (read.max, read.remaining, read.reset_at) == (None, None, None)
+
+
+class TestGenerationRequest:
+    def test_takes_ids_as_text_too(self) -> None:
+        assert GenerationRequest.model_validate({"user_id": str(ID), "kind": "image"}).user_id == ID
+
+    @pytest.mark.parametrize("fields", [{"cost": 0}, {"cost": 1.5}, {"kind": "x y"}, {"idempotency_key": ""}])
+    def test_refuses_bad_input(self, fields: dict[str, Any]) -> None:
+        with pytest.raises(ValidationError):
+            GenerationRequest.model_validate({"user_id": str(ID), "kind": "image"} | fields)
+
+
+def test_a_fraction_may_pass_one_after_a_limit_was_lowered() -> None:
+    limit = {"kind": "image", "period": "day", "scope": "group", "max": 2, "used": 3, "remaining": 0, "reset_at": None}
+    usage = GroupUsage.model_validate(
+        {"group": {"id": ID}, "member_count": 1, "limits": [{**limit, "capacity": 2, "fraction": 1.5}]}
+    )
+    assert usage.limits[0].fraction == 1.5

@@ -1,0 +1,155 @@
+"""Settings, from the environment and from `.env` in the working directory."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+from tests.http.leaks import text_of
+
+from tokenlimits import ConfigurationError, TokenLimits
+from tokenlimits.settings import load
+
+URL = "https://abc.supabase.co"
+ID = "0197f0a0-0000-7000-8000-000000000001"
+SECRET = "sb_secret_7Hn9wQz"
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.upper().startswith("SUPABASE_")]:
+        monkeypatch.delenv(name)
+
+
+def given(monkeypatch: pytest.MonkeyPatch, dotenv: str | bytes | None = None, **environment: str) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(f"SUPABASE_{name}", value)
+    if dotenv is not None:
+        Path(".env").write_bytes(dotenv.encode() if isinstance(dotenv, str) else dotenv)
+
+
+def loaded() -> tuple[str, str]:
+    settings = load()
+    return settings.url, settings.key.get_secret_value()
+
+
+@pytest.mark.parametrize("name", ["SECRET_KEY", "SERVICE_ROLE_KEY"])
+class TestEitherName:
+    def test_from_the_environment(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        given(monkeypatch, URL=URL, **{name: SECRET})
+        assert loaded() == (URL, SECRET)
+
+    def test_from_a_file(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        given(monkeypatch, f'# ours\nSUPABASE_URL="{URL}"\nexport SUPABASE_{name}={SECRET}\nOTHER=1\n')
+        assert loaded() == (URL, SECRET)
+
+    def test_the_environment_wins(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        given(
+            monkeypatch,
+            "SUPABASE_URL=https://file.supabase.co\nSUPABASE_SECRET_KEY=one\nSUPABASE_SERVICE_ROLE_KEY=two\n",
+            URL=URL,
+            **{name: SECRET},
+        )
+        assert loaded() == (URL, SECRET)
+
+    def test_one_from_each(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        given(monkeypatch, f"SUPABASE_{name}={SECRET}\n", URL=URL)
+        assert loaded() == (URL, SECRET)
+
+    def test_what_is_empty_is_not_there(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        given(monkeypatch, f"SUPABASE_{name}={SECRET}\n", URL=URL, SECRET_KEY="", SERVICE_ROLE_KEY="")
+        assert loaded() == (URL, SECRET)
+
+    def test_what_surrounds_them_does_not_matter(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        given(monkeypatch, URL=f" {URL}\n", **{name: f"\t{SECRET} \r\n"})
+        assert loaded() == (URL, SECRET)
+
+    def test_nor_in_a_file(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        given(monkeypatch, f'SUPABASE_URL=" {URL} "\r\nSUPABASE_{name}="{SECRET}\\n"\r\n')
+        assert loaded() == (URL, SECRET)
+
+
+def test_the_secret_key_comes_before_the_older_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, URL=URL, SECRET_KEY=SECRET, SERVICE_ROLE_KEY="older")
+    assert loaded() == (URL, SECRET)
+
+
+def test_a_file_as_windows_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, f"\ufeffSUPABASE_URL={URL}\r\nSUPABASE_SECRET_KEY={SECRET}\r\n")
+    assert loaded() == (URL, SECRET)
+
+
+def test_the_file_is_that_of_the_working_directory_of_the_first_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    limits = TokenLimits.from_env()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(ConfigurationError, match="SUPABASE_URL"):
+        limits.track(ID, "image")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:54321", "https://abc.supabase.co/", "http://my_host:8000"])
+def test_urls_that_may_be_right(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    given(monkeypatch, URL=url, SECRET_KEY=SECRET)
+    assert loaded() == (url, SECRET)
+
+
+class TestProblems:
+    @pytest.mark.parametrize(
+        ("variables", "named"),
+        [
+            ({}, ["SUPABASE_URL", "SUPABASE_SECRET_KEY"]),
+            ({"URL": URL}, ["SUPABASE_SECRET_KEY"]),
+            ({"SECRET_KEY": SECRET}, ["SUPABASE_URL"]),
+            ({"URL": "", "SECRET_KEY": SECRET}, ["SUPABASE_URL"]),
+            ({"URL": "  ", "SECRET_KEY": SECRET}, ["SUPABASE_URL"]),
+            ({"URL": SECRET, "SECRET_KEY": SECRET}, ["SUPABASE_URL"]),
+            ({"URL": "abc.supabase.co", "SECRET_KEY": SECRET}, ["SUPABASE_URL"]),
+            ({"URL": "ftp://abc.supabase.co", "SECRET_KEY": SECRET}, ["SUPABASE_URL"]),
+            ({"URL": "https://abc.supabase.co:99999", "SECRET_KEY": SECRET}, ["SUPABASE_URL"]),
+            ({"URL": f"https://{SECRET} x", "SECRET_KEY": SECRET}, ["SUPABASE_URL"]),
+            ({"URL": URL, "SECRET_KEY": f"{SECRET}\nX-Other: 1"}, ["SUPABASE_SECRET_KEY"]),
+            ({"URL": URL, "SECRET_KEY": f"{SECRET}…"}, ["SUPABASE_SECRET_KEY"]),
+            ({"URL": URL, "SECRET_KEY": f"{SECRET} {SECRET}"}, ["SUPABASE_SECRET_KEY"]),
+        ],
+    )
+    def test_name_the_variables_and_no_values(
+        self, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], named: list[str]
+    ) -> None:
+        given(monkeypatch, **variables)
+        with pytest.raises(ConfigurationError) as caught:
+            load()
+        problem = str(caught.value).split(" is missing or not valid")[0]
+        assert sorted(problem.split(", ")) == sorted(named)
+        assert "SUPABASE_SERVICE_ROLE_KEY" in str(caught.value)
+        assert SECRET not in text_of(caught.value)
+
+    def test_in_a_file_of_another_encoding(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        given(monkeypatch, f"SUPABASE_URL={URL}\nSUPABASE_SECRET_KEY={SECRET}\n".encode("utf-16"))
+        with pytest.raises(ConfigurationError, match=r"\.env is not UTF-8") as caught:
+            load()
+        assert "S\\x00E\\x00" not in text_of(caught.value)
+
+    @pytest.mark.parametrize("name", ["SECRET_KEY", "SERVICE_ROLE_KEY"])
+    def test_a_publishable_key(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        given(monkeypatch, URL=URL, **{name: "sb_publishable_7Hn9wQz"})
+        with pytest.raises(ConfigurationError, match="publishable") as caught:
+            load()
+        assert "7Hn9wQz" not in text_of(caught.value)
+
+
+def test_no_value_in_a_repr(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    given(monkeypatch, URL=URL, SECRET_KEY=SECRET)
+    settings = load()
+    limits = TokenLimits.from_env()
+    assert SECRET not in f"{settings} {settings!r} {settings.model_dump()} {settings.model_dump_json()} {limits!r}"
+    assert SECRET not in caplog.text
+
+
+def test_nothing_is_read_before_the_first_use() -> None:
+    TokenLimits.from_env().close()
