@@ -28,8 +28,7 @@ class FakeApi(Api):
         try:
             return parse("", self.engine.answer(function, params))
         except TokenLimitsError as error:
-            assert error.code is not None
-            raise Refusal(error.code, str(error)) from error
+            raise Refusal(error.code or "", str(error)) from error
 
     def execute(self, query: Any, arguments: Any = None) -> int:
         assert "delete from public.user_groups" in query, "only to forget everything"

@@ -1,0 +1,936 @@
+"""One suite of behaviour, played on the fake and on the real thing: both must behave so, and answer the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+from tests.support import clock, invariants
+from tests.support.conformance import (
+    ANN,
+    BOB,
+    CYD,
+    EMAILS,
+    NOBODY,
+    Colour,
+    Scenario,
+    World,
+    fake_world,
+    real_world,
+)
+from tests.support.postgres import PostgresServer, servers
+
+from tokenlimits import (
+    GenerationDenied,
+    GroupExists,
+    GroupNotFound,
+    IdempotencyConflict,
+    InvalidRequest,
+    Limit,
+    LimitExceeded,
+    NoLimitForKind,
+    NotInGroup,
+    TokenLimitsError,
+    UnknownUser,
+)
+from tokenlimits.local import LocalStack
+
+TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+
+SCENARIOS: list[Any] = []
+COLOURS = ("sync", "async")
+
+
+def scenario(play: Scenario) -> Scenario:
+    """Make it one of the scenarios."""
+    SCENARIOS.extend(pytest.param(play, colour, id=f"{play.__name__}-{colour}") for colour in COLOURS)
+    return play
+
+
+def each(**cases: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a scenario of each case; what differs is the calendar, so that one colour is enough."""
+
+    def add(play: Callable[..., None]) -> Callable[..., None]:
+        for name, arguments in cases.items():
+            SCENARIOS.append(
+                pytest.param(
+                    lambda world, arguments=arguments: play(world, *arguments), "sync", id=f"{play.__name__}-{name}"
+                )
+            )
+        return play
+
+    return add
+
+
+def utc(text: str) -> datetime:
+    return datetime.fromisoformat(text).replace(tzinfo=UTC)
+
+
+def team(world: World, limits: Any, *members: UUID, name: str = "Team", **fields: Any) -> UUID:
+    group = world.groups.create(name, limits=limits, **fields)
+    for member in members or (ANN,):
+        world.groups.add_member(group.id, member)
+    return group.id
+
+
+def used(world: World, user: UUID = ANN) -> list[int]:
+    return [limit.used for limit in world.limits.usage(user)]
+
+
+def refused(error: type[TokenLimitsError], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with pytest.raises(error) as raised:
+        call(*args, **kwargs)
+    assert type(raised.value) is error
+    return raised.value
+
+
+def day(max_: int | None, scope: Any = "group", kind: str = "image") -> Limit:
+    return Limit(kind=kind, max=max_, period="day", scope=scope)
+
+
+# What a call answers
+
+
+@scenario
+def allowed_until_the_limit_then_denied(world: World) -> None:
+    group = team(world, {"image": 2})
+    first = world.limits.track(ANN, "image")
+    assert first
+    assert (first.allowed, first.reason, first.error, first.status) == (True, None, None, "committed")
+    assert (first.remaining, first.reset_at, first.retry_after, first.replayed) == (1, None, None, False)
+    assert first.group is not None
+    assert (first.group.id, first.group.name, first.kind, first.cost) == (group, "Team", "image", 1)
+    assert first.limits[0].model_dump() == {
+        "kind": "image",
+        "period": "lifetime",
+        "scope": "group",
+        "max": 2,
+        "used": 1,
+        "remaining": 1,
+        "reset_at": None,
+    }
+    second = world.limits.track(str(ANN), "image").raise_if_denied()
+    assert (second.remaining, second.usage_id == first.usage_id) == (0, False)
+
+    denied = world.limits.track(ANN, "image")
+    assert not denied
+    assert (denied.reason, denied.usage_id, denied.status) == ("limit_exceeded", None, None)
+    assert denied.error == "Image generation limit exceeded: 2 of 2 used in total"
+    assert (denied.denied_by, denied.remaining, denied.reset_at) == (denied.limits[0], 0, None)
+    assert used(world) == [2]
+    assert refused(LimitExceeded, denied.raise_if_denied).result == denied
+
+
+@scenario
+def says_when_there_will_be_room(world: World) -> None:
+    team(world, [day(1, "member")], timezone="America/New_York")
+    world.at(utc("2026-06-30T22:30:00.25"))
+    assert world.limits.track(ANN, "image").reset_at == utc("2026-07-01T04:00")
+    denied = world.limits.track(ANN, "image")
+    assert denied.reset_at == utc("2026-07-01T04:00")
+    assert denied.retry_after == 5.5 * 3600
+    assert denied.error == (
+        "Image generation limit exceeded: 1 of 1 used by this user today, resets 2026-07-01 00:00 America/New_York"
+    )
+
+
+@scenario
+def speaks_of_costs_and_kinds(world: World) -> None:
+    team(world, [Limit(kind="gpu_second", max=10, period="month")])
+    assert world.limits.track(ANN, "gpu_second", 7).remaining == 3
+    denied = world.limits.track(ANN, "gpu_second", cost=4)
+    assert denied.error == (
+        "Gpu second generation limit exceeded: 7 of 10 used this month, 4 more asked for, resets 2026-04-01 00:00 UTC"
+    )
+    assert world.limits.track(ANN, "gpu_second", cost=3).remaining == 0
+
+
+@scenario
+def what_can_never_fit_waits_for_ever(world: World) -> None:
+    team(world, [day(5)])
+    denied = world.limits.track(ANN, "image", 6)
+    assert (denied.reset_at, denied.retry_after, denied.remaining) == (None, None, 5)
+    assert denied.denied_by.reset_at is None
+    assert denied.limits[0].reset_at == utc("2026-03-15T00:00")
+    assert denied.error == "Image generation limit exceeded: 0 of 5 used today, 6 more asked for"
+
+
+@scenario
+def all_limits_or_none(world: World) -> None:
+    team(world, [day(5, "member"), Limit(kind="image", max=2), Limit(kind="image", max=9, period="hour")], ANN, BOB)
+    assert world.limits.track(ANN, "image", 2)
+    denied = world.limits.track(BOB, "image")
+    assert (denied.denied_by.period, denied.denied_by.scope) == ("lifetime", "group")
+    assert used(world, BOB) == [0, 2, 2]
+    assert used(world, ANN) == [2, 2, 2]
+
+
+@scenario
+def names_the_limit_that_has_room_last(world: World) -> None:
+    limits = [Limit(kind="image", max=1, period=period) for period in ("minute", "month", "week", "day")]
+    team(world, limits)
+    assert world.limits.track(ANN, "image")
+    denied = world.limits.track(ANN, "image")
+    assert denied.denied_by.period == "month"
+    assert denied.reset_at == utc("2026-04-01T00:00")
+
+
+@scenario
+def remaining_is_of_the_tightest_limit(world: World) -> None:
+    team(world, [Limit(kind="image", max=None, period="hour"), day(9), Limit(kind="image", max=4, period="week")])
+    result = world.limits.track(ANN, "image")
+    assert (result.remaining, result.reset_at) == (3, utc("2026-03-16T00:00"))
+
+
+@scenario
+def unlimited(world: World) -> None:
+    team(world, [day(None), day(None, "member")])
+    result = world.limits.track(ANN, "image", 1_000_000_000)
+    assert (result.allowed, result.remaining, result.reset_at) == (True, None, None)
+    assert [(limit.used, limit.remaining) for limit in result.limits] == [(1_000_000_000, None)] * 2
+
+
+@scenario
+def blocked(world: World) -> None:
+    team(world, {"image": 0})
+    denied = world.limits.track(ANN, "image")
+    assert denied.error == "Image generation limit exceeded: 0 of 0 used in total"
+    assert (denied.remaining, denied.reset_at) == (0, None)
+
+
+@scenario
+def in_no_group(world: World) -> None:
+    denied = world.limits.track(NOBODY, "image")
+    assert (denied.reason, denied.group, denied.limits, denied.remaining) == ("not_in_group", None, (), None)
+    assert denied.error == "The user is in no group that may pay for this"
+    refused(NotInGroup, denied.raise_if_denied)
+
+
+@scenario
+def no_limit_for_the_kind(world: World) -> None:
+    team(world, {"image": 1})
+    denied = world.limits.track(ANN, "long_video")
+    assert (denied.reason, denied.group, denied.denied_by) == ("no_limit_for_kind", None, None)
+    assert denied.error == "None of the user's groups has a limit for long video generations, so none is allowed"
+    refused(NoLimitForKind, denied.raise_if_denied)
+
+
+@scenario
+def checking_records_nothing(world: World) -> None:
+    team(world, [day(2), Limit(kind="image", max=3, scope="member")])
+    looked = world.limits.check(ANN, "image")
+    assert (looked.allowed, looked.usage_id, looked.status, looked.remaining) == (True, None, None, 2)
+    assert used(world) == [0, 0]
+    world.limits.track(ANN, "image", 2)
+    denied = world.limits.check(ANN, "image")
+    assert denied.model_dump() == world.limits.track(ANN, "image").model_dump()
+    assert world.limits.check(ANN, "video").reason == "no_limit_for_kind"
+    assert world.limits.check(NOBODY, "image").reason == "not_in_group"
+    assert isinstance(refused(LimitExceeded, denied.raise_if_denied), GenerationDenied)
+
+
+# Who pays
+
+
+@scenario
+def members_have_their_own_and_share_the_groups(world: World) -> None:
+    team(world, [day(2, "member"), day(3)], ANN, BOB)
+    assert [bool(world.limits.track(ANN, "image")) for _ in range(3)] == [True, True, False]
+    assert world.limits.track(BOB, "image").remaining == 0
+    denied = world.limits.track(BOB, "image")
+    assert (denied.denied_by.scope, denied.denied_by.used) == ("group", 3)
+    assert used(world, ANN) == [2, 3]
+    assert used(world, BOB) == [1, 3]
+
+
+@scenario
+def groups_pay_by_priority_then_by_joining(world: World) -> None:
+    second = team(world, {"image": 1}, CYD, name="Second")
+    third = team(world, {"image": 1}, name="Third")
+    world.groups.add_member(second, ANN)
+    first = team(world, {"image": 1}, name="First", priority=5)
+    last = team(world, {"image": 1}, name="Last", priority=-1)
+    payers = [world.limits.track(ANN, "image").group.id for _ in range(4)]
+    assert payers == [first, third, second, last]
+    assert [limit.group.name for limit in world.limits.usage(ANN)] == ["First", "Third", "Second", "Last"]
+
+    world.groups.remove_member(third, ANN)
+    world.groups.add_member(third, ANN)
+    assert [limit.group.name for limit in world.limits.usage(ANN)] == ["First", "Second", "Third", "Last"]
+
+
+@scenario
+def the_first_group_with_room_for_the_whole_cost_pays(world: World) -> None:
+    team(world, {"image": 3}, name="Small", priority=1)
+    big = team(world, {"image": 10}, name="Big")
+    assert world.limits.track(ANN, "image", 4).group.id == big
+    assert world.limits.track(ANN, "image", 3).group.name == "Small"
+    team(world, {"video": 9}, name="Video alone", priority=9)
+    assert world.limits.track(ANN, "image", 6).group.id == big
+
+
+@scenario
+def the_denial_is_of_the_group_that_has_room_first(world: World) -> None:
+    team(world, [Limit(kind="image", max=0, period="month")], name="Month", priority=9)
+    team(world, [Limit(kind="image", max=1, period="week")], name="Week", priority=2)
+    team(world, [day(1), Limit(kind="image", max=9, period="month")], name="Day", priority=1)
+    assert [world.limits.track(ANN, "image").group.name for _ in range(3)] == ["Week", "Day", "Day"]
+    denied = world.limits.track(ANN, "image")
+    assert (denied.denied_by.period, denied.reset_at) == ("day", utc("2026-03-15T00:00"))
+    assert len(denied.limits) == 2
+
+
+@scenario
+def pinned_to_a_group(world: World) -> None:
+    rich = team(world, {"image": 9}, name="Rich", priority=9)
+    poor = team(world, {"image": 1}, name="Poor")
+    other = team(world, {"image": 9}, BOB, name="Other")
+    assert world.limits.check(ANN, "image").group.id == rich
+    assert world.limits.check(ANN, "image", group_id=str(poor)).group.id == poor
+    assert world.limits.track(ANN, "image", group_id=poor).group.id == poor
+    assert world.limits.track(ANN, "image", group_id=poor).reason == "limit_exceeded"
+    assert world.limits.track(ANN, "video", group_id=poor).reason == "no_limit_for_kind"
+    assert world.limits.track(ANN, "image", group_id=other).reason == "not_in_group"
+    assert world.limits.track(NOBODY, "image", group_id=other).reason == "not_in_group"
+    for user in (ANN, NOBODY):
+        for ask in (world.limits.track, world.limits.check):
+            assert refused(GroupNotFound, ask, user, "image", group_id=NOBODY).code == "TL002"
+
+
+@scenario
+def newcomers_are_judged_by_the_default_group(world: World) -> None:
+    free = world.groups.create("Free", limits=[day(1, "member"), day(3)], is_default=True)
+    assert world.limits.check(ANN, "image").group.id == free.id
+    assert world.limits.track(ANN, "image").remaining == 0
+    assert world.limits.track(NOBODY, "image", group_id=free.id)
+    assert world.limits.track(ANN, "image").denied_by.scope == "member"
+    assert [limit.group.name for limit in world.limits.usage(BOB)] == ["Free", "Free"]
+    assert world.groups.usage(free.id).member_count == 0
+
+    pro = team(world, {"video": 5}, ANN, name="Pro")
+    assert world.limits.track(ANN, "image").reason == "no_limit_for_kind"
+    assert world.limits.track(ANN, "image", group_id=free.id).reason == "not_in_group"
+    world.groups.remove_member(pro, ANN)
+    assert used(world, ANN) == [1, 2]
+
+
+@scenario
+def the_default_moves(world: World) -> None:
+    one = world.groups.create("One", limits={"image": 1}, is_default=True)
+    two = world.groups.create("Two", limits={"image": 1}, is_default=True)
+    assert [world.groups.get(group.id).is_default for group in (one, two)] == [False, True]
+    assert world.groups.update(one.id, is_default=True).is_default
+    assert [group.is_default for group in world.groups.list()] == [True, False]
+    assert world.limits.check(ANN, "image").group.id == one.id
+    refused(GroupExists, world.groups.create, "TWO", is_default=True)
+    assert world.groups.get(one.id).is_default
+    world.groups.update(one.id, is_default=False)
+    assert world.limits.check(ANN, "image").reason == "not_in_group"
+
+
+# Periods
+
+ENDS = {
+    "minute": utc("2026-03-14T15:10"),
+    "hour": utc("2026-03-14T15:15"),
+    "day": utc("2026-03-14T18:15"),
+    "week": utc("2026-03-15T18:15"),
+    "month": utc("2026-03-31T18:15"),
+}
+
+
+@each(**{period: [period] for period in ENDS})
+def a_period_ends(world: World, period: Any) -> None:
+    limits = [Limit(kind="image", max=2, period=period, scope=scope) for scope in ("group", "member")]
+    group = team(world, limits, timezone="Asia/Kathmandu")
+    assert world.limits.track(ANN, "image", 2).reset_at == ENDS[period]
+    world.at(ENDS[period] - timedelta(microseconds=1))
+    denied = world.limits.track(ANN, "image")
+    assert (denied.reset_at, denied.retry_after) == (ENDS[period], 1)
+    assert [limit.used for limit in world.groups.usage(group).limits] == [2, 2]
+    world.at(ENDS[period])
+    assert used(world) == [0, 0]
+    assert [limit.used for limit in world.groups.usage(group).limits] == [0, 0]
+    result = world.limits.track(ANN, "image")
+    assert result.remaining == 1
+    assert result.reset_at > ENDS[period]
+
+
+@scenario
+def a_lifetime_never_ends(world: World) -> None:
+    team(world, [Limit(kind="image", max=1), Limit(kind="image", max=1, scope="member")])
+    world.limits.track(ANN, "image")
+    world.wait(days=40_000)
+    denied = world.limits.track(ANN, "image")
+    assert (denied.reset_at, denied.remaining, [limit.used for limit in denied.limits]) == (None, 0, [1, 1])
+
+
+CALENDARS = {
+    # zone, moment, period, when it resets
+    "spring": ("Europe/Paris", "2026-03-28T23:30", "day", "2026-03-29T22:00"),
+    "autumn": ("Europe/Paris", "2026-10-24T22:30", "day", "2026-10-25T23:00"),
+    "midnight_twice": ("America/Havana", "2026-11-01T04:30", "day", "2026-11-02T05:00"),
+    "midnight_again": ("America/Havana", "2026-11-01T05:30", "day", "2026-11-02T05:00"),
+    "midnight_soon": ("America/Havana", "2026-11-01T03:59", "day", "2026-11-01T04:00"),
+    "no_midnight": ("America/Havana", "2026-03-08T04:59", "day", "2026-03-08T05:00"),
+    "after_no_midnight": ("America/Havana", "2026-03-08T05:00", "day", "2026-03-09T04:00"),
+    "azores": ("Atlantic/Azores", "2026-10-25T00:30", "day", "2026-10-26T01:00"),
+    "hour_twice": ("Europe/Paris", "2026-10-25T00:30", "hour", "2026-10-25T01:00"),
+    "hour_again": ("Europe/Paris", "2026-10-25T01:30", "hour", "2026-10-25T02:00"),
+    "half_an_hour_twice": ("Australia/Lord_Howe", "2026-04-04T15:10", "hour", "2026-04-04T16:00"),
+    "the_hour_that_is_half": ("Australia/Lord_Howe", "2026-04-05T13:10", "hour", "2026-04-05T13:30"),
+    "week": ("America/New_York", "2026-03-08T12:00", "week", "2026-03-09T04:00"),
+    "week_over_new_year": ("Pacific/Auckland", "2026-12-31T22:00", "week", "2027-01-03T11:00"),
+    "leap_month": ("Pacific/Kiritimati", "2028-02-29T09:59", "month", "2028-02-29T10:00"),
+    "december": ("Pacific/Pago_Pago", "2026-12-31T23:00", "month", "2027-01-01T11:00"),
+}
+
+
+@each(**CALENDARS)
+def calendars(world: World, zone: str, moment: str, period: Any, ends: str) -> None:
+    world.at(utc(moment))
+    team(world, [Limit(kind="image", max=1, period=period)], timezone=zone)
+    assert world.limits.track(ANN, "image").reset_at == utc(ends)
+    assert not world.limits.track(ANN, "image")
+    world.at(utc(ends))
+    assert world.limits.track(ANN, "image")
+
+
+# Retrying
+
+
+@scenario
+def a_repeated_call_charges_once(world: World) -> None:
+    group = team(world, {"image": 5})
+    first = world.limits.track(ANN, "image", 3, idempotency_key="job", group_id=group, metadata={"prompt": "a cat"})
+    again = world.limits.track(ANN, "image", 3, idempotency_key="job", group_id=group)
+    assert (first.replayed, again.replayed) == (False, True)
+    assert again.model_dump(exclude={"replayed"}) == first.model_dump(exclude={"replayed"})
+    assert used(world) == [3]
+    world.limits.track(ANN, "image", 2)
+    full = world.limits.track(ANN, "image", 3, idempotency_key="job", group_id=group)
+    assert (full.allowed, full.replayed, full.usage_id, full.remaining) == (True, True, first.usage_id, 0)
+
+
+@scenario
+def a_key_is_for_one_request(world: World) -> None:
+    group = team(world, {"image": 9, "video": 9}, ANN, BOB)
+    world.limits.track(ANN, "image", 2, idempotency_key="job")
+    for request in (
+        {"kind": "video", "cost": 2},
+        {"kind": "image", "cost": 1},
+        {"kind": "image", "cost": 2, "group_id": group},
+    ):
+        assert refused(IdempotencyConflict, world.limits.track, ANN, idempotency_key="job", **request).code == "TL008"
+    refused(IdempotencyConflict, world.limits.record, ANN, "image", 2, idempotency_key="job")
+    assert not world.limits.track(BOB, "image", 2, idempotency_key="job").replayed
+    assert used(world) == [4, 0]
+
+
+@scenario
+def a_conflict_is_found_where_there_is_no_room(world: World) -> None:
+    team(world, {"image": 1})
+    world.limits.track(ANN, "image", idempotency_key="job")
+    refused(IdempotencyConflict, world.limits.track, ANN, "image", 2, idempotency_key="job")
+    refused(IdempotencyConflict, world.limits.track, ANN, "video", idempotency_key="job")
+
+
+@scenario
+def a_denial_is_not_remembered(world: World) -> None:
+    group = team(world, {"image": 0})
+    assert not world.limits.track(ANN, "image", idempotency_key="job")
+    world.groups.set_limits(group, {"image": 5})
+    assert not world.limits.track(ANN, "image", 2, idempotency_key="job").replayed
+
+
+@scenario
+def a_repeated_call_is_answered_when_the_world_has_changed(world: World) -> None:
+    group = team(world, {"image": 5})
+    tracked = world.limits.track(ANN, "image", idempotency_key="tracked", group_id=group)
+    recorded = world.limits.record(ANN, "image", idempotency_key="recorded")
+    world.groups.set_limits(group, {"video": 1})
+    assert world.limits.track(ANN, "image", idempotency_key="tracked", group_id=group).limits == ()
+    world.groups.delete(group)
+    again = world.limits.track(ANN, "image", idempotency_key="tracked", group_id=group)
+    assert (again.usage_id, again.replayed) == (tracked.usage_id, True)
+    assert (again.group.id, again.group.name) == (group, None)
+    assert world.limits.record(ANN, "image", idempotency_key="recorded").usage_id == recorded.usage_id
+
+
+# Recording
+
+
+@scenario
+def recording_is_never_denied(world: World) -> None:
+    group = team(world, [day(2)])
+    result = world.limits.record(ANN, "image", 3)
+    assert (result.allowed, result.status, result.remaining) == (True, "committed", 0)
+    assert (result.limits[0].used, result.limits[0].remaining) == (3, 0)
+    assert world.groups.usage(group).limits[0].fraction == 1.5
+    denied = world.limits.track(ANN, "image")
+    assert denied.error == "Image generation limit exceeded: 3 of 2 used today, resets 2026-03-15 00:00 UTC"
+
+
+@scenario
+def what_was_recorded_counts_in_its_own_period(world: World) -> None:
+    group = team(world, [day(9), day(9, "member"), Limit(kind="image", max=9, period="month")])
+    result = world.limits.record(ANN, "image", 2, created_at=world.now - timedelta(days=1))
+    assert sorted(limit.used for limit in result.limits) == [0, 0, 2]
+    world.limits.record(ANN, "image", 4, created_at=world.now - timedelta(days=60))
+    world.limits.record(ANN, "image", 1, created_at=world.now - timedelta(hours=1))
+    assert sorted(used(world)) == [1, 1, 3]
+    world.groups.set_limit(group, Limit(kind="image", max=None))
+    assert max(used(world)) == 7
+
+
+@scenario
+def nothing_is_recorded_in_the_future(world: World) -> None:
+    team(world, [day(9)])
+    assert world.limits.record(ANN, "image", created_at=world.now + timedelta(seconds=60)).remaining == 8
+    late = world.now + timedelta(seconds=61)
+    assert refused(InvalidRequest, world.limits.record, ANN, "image", created_at=late).field == "created_at"
+    assert used(world) == [1]
+
+
+@scenario
+def which_group_is_recorded_on(world: World) -> None:
+    assert refused(InvalidRequest, world.limits.record, ANN, "image").field == "group_id"
+    refused(GroupNotFound, world.limits.record, ANN, "image", group_id=NOBODY)
+    team(world, {"video": 1}, name="First", priority=2)
+    assert world.limits.record(ANN, "image").group.name == "First"
+    team(world, {"image": 1}, name="Entitling", priority=1)
+    assert world.limits.record(ANN, "image").group.name == "Entitling"
+    strange = team(world, {"image": 1}, BOB, name="Strange")
+    assert world.limits.record(ANN, "image", group_id=strange).group.name == "Strange"
+    assert world.limits.check(BOB, "image").remaining == 0
+    assert world.limits.record(ANN, "audio").limits == ()
+
+
+@scenario
+def a_repeated_record_is_one(world: World) -> None:
+    team(world, {"image": 9})
+    yesterday = world.now - timedelta(days=1)
+    first = world.limits.record(ANN, "image", created_at=yesterday, idempotency_key="import-1")
+    again = world.limits.record(ANN, "image", idempotency_key="import-1")
+    assert (again.usage_id, again.replayed) == (first.usage_id, True)
+    refused(IdempotencyConflict, world.limits.track, ANN, "image", idempotency_key="import-1")
+    assert used(world) == [1]
+
+
+# Editing limits
+
+
+@scenario
+def lowering_a_limit_keeps_what_is_used(world: World) -> None:
+    group = team(world, {"image": 9})
+    world.limits.track(ANN, "image", 5)
+    world.groups.set_limit(group, Limit(kind="image", max=3))
+    assert world.limits.check(ANN, "image").denied_by.used == 5
+    world.groups.set_limit(group, Limit(kind="image", max=6))
+    assert world.limits.track(ANN, "image").remaining == 0
+    world.groups.set_limits(group, {"image": 7, "video": 1})
+    assert used(world) == [6, 0]
+
+
+@scenario
+def a_new_limit_counts_what_was_used_before(world: World) -> None:
+    group = team(world, {"image": 9}, ANN, BOB)
+    world.limits.track(ANN, "image", 2)
+    world.wait(days=1)
+    world.limits.track(BOB, "image", 3)
+    world.groups.set_limit(group, day(4))
+    world.groups.set_limit(group, day(4, "member"))
+    assert sorted(used(world, ANN)) == [0, 3, 5]
+    assert sorted(used(world, BOB)) == [3, 3, 5]
+    world.groups.remove_limit(group, "image")
+    world.groups.remove_limit(group, "image", period="day", scope="member")
+    world.limits.track(BOB, "image")
+    assert world.limits.track(BOB, "image").denied_by.used == 4
+    world.groups.set_limits(group, [Limit(kind="image", max=50, period="month", scope="member")])
+    assert used(world, BOB) == [4]
+    assert used(world, ANN) == [2]
+
+
+@scenario
+def limits_are_a_set(world: World) -> None:
+    group = team(world, {"image": 9})
+    edited = world.groups.set_limit(group, Limit(kind="audio", max=None, period="week", scope="member"))
+    assert [(limit.kind, limit.max) for limit in edited.limits] == [("audio", None), ("image", 9)]
+    same = world.groups.remove_limit(group, "image", period="day")
+    assert same.limits == edited.limits
+    assert [limit.kind for limit in world.groups.remove_limit(group, "image").limits] == ["audio"]
+    assert world.groups.set_limits(group, {}).limits == ()
+    limits = [
+        Limit(kind="image", max=1, period=period, scope=scope) for period in ENDS for scope in ("group", "member")
+    ]
+    world.groups.set_limits(group, reversed(limits))
+    shown = [(limit.scope, limit.period) for limit in world.groups.get(group).limits]
+    assert shown == [(scope, period) for scope in ("group", "member") for period in ENDS]
+    twice = [Limit(kind="image", max=1), Limit(kind="image", max=2)]
+    assert refused(InvalidRequest, world.groups.set_limits, group, twice).field == "limits[1]"
+    assert len(world.groups.get(group).limits) == 10
+
+
+@scenario
+def another_time_zone_counts_afresh(world: World) -> None:
+    world.at(utc("2026-03-14T23:30"))
+    group = team(world, [day(5), day(5, "member")])
+    world.limits.track(ANN, "image", 2)
+    world.wait(hours=1)
+    assert used(world) == [0, 0]
+    assert world.groups.update(group, timezone="america/new_york").timezone == "America/New_York"
+    assert used(world) == [2, 2]
+    assert world.limits.check(ANN, "image").reset_at == utc("2026-03-15T04:00")
+    world.groups.update(group, timezone="Asia/Tokyo")
+    assert used(world) == [2, 2]
+    world.wait(hours=14)
+    assert used(world) == [2, 2]
+    world.wait(minutes=30)
+    assert used(world) == [0, 0]
+
+
+@scenario
+def a_fresh_start(world: World) -> None:
+    group = team(world, [day(2), day(2, "member"), Limit(kind="image", max=None), Limit(kind="video", max=5)])
+    world.limits.track(ANN, "image", 2)
+    world.limits.track(ANN, "video", 2)
+    world.wait(seconds=1)
+    assert world.groups.reset_usage(group, kind="image") == world.now
+    assert used(world) == [0, 0, 0, 2]
+    world.limits.record(ANN, "image", created_at=world.now - timedelta(milliseconds=500))
+    assert used(world) == [0, 0, 0, 2]
+    assert world.limits.track(ANN, "image", 2)
+    world.groups.set_limit(group, Limit(kind="image", max=100, period="month", scope="member"))
+    assert used(world) == [2, 2, 2, 2, 2]
+    world.wait(seconds=1)
+    world.groups.reset_usage(group)
+    assert used(world) == [0, 0, 0, 0, 0]
+    world.groups.set_limit(group, Limit(kind="audio", max=1))
+    assert used(world) == [0, 0, 0, 0, 0, 0]
+    assert sum(point.used for point in world.groups.history(group, since=world.now, bucket="day")) == 7
+
+
+@scenario
+def a_fresh_start_at_the_moment_of_a_usage(world: World) -> None:
+    group = team(world, {"image": 1})
+    world.limits.track(ANN, "image")
+    assert world.groups.reset_usage(group) == world.now + timedelta(microseconds=1)
+    assert world.limits.track(ANN, "image")
+    assert not world.limits.track(ANN, "image")
+
+
+# Groups
+
+
+@scenario
+def a_group_is_made_read_and_changed(world: World) -> None:
+    made = world.groups.create("  Pro ", description="For professionals", limits={"video": None, "image": 100})
+    assert (made.name, made.description, made.priority, made.timezone) == ("Pro", "For professionals", 0, "UTC")
+    assert [limit.model_dump() for limit in made.limits] == [
+        {"kind": "image", "max": 100, "period": "lifetime", "scope": "group"},
+        {"kind": "video", "max": None, "period": "lifetime", "scope": "group"},
+    ]
+    assert world.groups.get(str(made.id)) == made
+    assert world.groups.get_by_name(" pRO") == made
+    world.wait(minutes=1)
+    changed = world.groups.update(made.id, name="PRO", priority=-3)
+    assert (changed.name, changed.priority, changed.limits) == ("PRO", -3, made.limits)
+    assert changed.updated_at == world.now
+    assert changed.created_at == made.created_at
+    emptied = world.groups.update(made.id, description="", priority=0)
+    assert (emptied.description, emptied.priority) == ("", 0)
+    assert world.groups.delete(made.id) == emptied
+    assert world.groups.list() == []
+
+
+@scenario
+def groups_are_listed_by_name(world: World) -> None:
+    for name in ("delta", "Alpha", "100% _legal\\", "Ärger", "beta", "Gamma"):
+        world.groups.create(name)
+    assert [group.name for group in world.groups.list()] == [
+        "100% _legal\\", "Alpha", "beta", "delta", "Gamma", "Ärger"
+    ]  # fmt: skip
+    assert [group.name for group in world.groups.list(search=" ALPH ")] == ["Alpha"]
+    assert [group.name for group in world.groups.list(search="ä")] == ["Ärger"]
+    assert [group.name for group in world.groups.list(search="% _")] == ["100% _legal\\"]
+    assert len(world.groups.list(search="")) == 6
+    assert world.groups.list(search="nothing") == []
+
+
+@scenario
+def names_are_unique_whatever_their_case(world: World) -> None:
+    one = world.groups.create("Straße", limits={"image": 1})
+    two = world.groups.create("Two")
+    assert refused(GroupExists, world.groups.create, " STRAße").code == "TL003"
+    refused(GroupExists, world.groups.update, two.id, name="straße", description="changed", priority=3)
+    assert world.groups.get(two.id) == two
+    assert world.groups.update(one.id, name="sTRASSE").name == "sTRASSE"
+    assert len(world.groups.list()) == 2
+
+
+@scenario
+def a_group_that_is_not_there(world: World) -> None:
+    gone = world.groups.create("Gone").id
+    here = world.groups.create("Here").id
+    world.groups.delete(gone)
+    groups = world.groups
+    for call in (
+        lambda: groups.get(gone),
+        lambda: groups.get_by_name("gone"),
+        lambda: groups.update(gone, name="Back"),
+        lambda: groups.set_limits(gone, {"image": 1}),
+        lambda: groups.set_limit(gone, Limit(kind="image", max=1)),
+        lambda: groups.remove_limit(gone, "image"),
+        lambda: groups.delete(gone),
+        lambda: groups.add_member(gone, ANN),
+        lambda: groups.add_members(gone, [ANN]),
+        lambda: groups.remove_member(gone, ANN),
+        lambda: groups.remove_members(gone, [ANN]),
+        lambda: groups.move_member(ANN, from_=gone, to=here),
+        lambda: groups.move_member(ANN, from_=here, to=gone),
+        lambda: groups.members(gone),
+        lambda: groups.usage(gone),
+        lambda: groups.history(gone),
+        lambda: groups.reset_usage(gone),
+    ):
+        assert refused(GroupNotFound, call).code == "TL002"
+
+
+@scenario
+def an_error_leaves_nothing_half_made(world: World) -> None:
+    group = team(world, {"image": 1})
+    before = world.groups.get(group)
+    zone = refused(InvalidRequest, world.groups.create, "New", timezone="Foo/Bar5", limits={"image": 1})
+    assert (zone.field, zone.code) == ("timezone", "TL001")
+    refused(InvalidRequest, world.groups.update, group, name="Other", timezone="posix/Europe/Paris", is_default=True)
+    assert world.groups.list() == [before]
+
+
+@scenario
+def bad_arguments_are_refused(world: World) -> None:
+    group = team(world, {"image": 1})
+    limits, groups = world.limits, world.groups
+    for field, call in (
+        ("user_id", lambda: limits.track("ann", "image")),
+        ("kind", lambda: limits.track(ANN, "Image")),
+        ("cost", lambda: limits.track(ANN, "image", 0)),
+        ("idempotency_key", lambda: limits.track(ANN, "image", idempotency_key="")),
+        ("group_id", lambda: limits.check(ANN, "image", group_id="team")),
+        ("metadata", lambda: limits.record(ANN, "image", metadata={"prompt": "x" * 9000})),
+        ("created_at", lambda: limits.record(ANN, "image", created_at=datetime(2026, 1, 1))),  # noqa: DTZ001
+        ("user_id", lambda: limits.usage("ann")),
+        ("name", lambda: groups.create(" ")),
+        ("limits[0].max", lambda: groups.create("New", limits={"image": -1})),
+        ("priority", lambda: groups.update(group, priority=2**31)),
+        ("bucket", lambda: groups.history(group, bucket="minute")),
+        ("kind", lambda: groups.reset_usage(group, kind="Image")),
+    ):
+        assert refused(InvalidRequest, call).field == field
+    assert used(world) == [0]
+
+
+# Members
+
+
+@scenario
+def members_come_and_go(world: World) -> None:
+    group = world.groups.create("Team", limits=[day(5, "member")]).id
+    assert world.groups.add_member(group, BOB)
+    assert not world.groups.add_member(group, BOB)
+    assert world.groups.add_member(group, str(ANN))
+    members = list(world.groups.members(group))
+    assert [(member.user_id, member.email) for member in members] == [(ANN, EMAILS[ANN]), (BOB, EMAILS[BOB])]
+    assert all(member.joined_at.tzinfo for member in members)
+    assert refused(UnknownUser, world.groups.add_member, group, NOBODY).code == "TL004"
+    assert world.groups.remove_member(group, BOB)
+    assert not world.groups.remove_member(group, BOB)
+    assert [member.user_id for member in world.groups.members(group)] == [ANN]
+
+
+@scenario
+def who_returns_finds_their_usage(world: World) -> None:
+    group = team(world, [day(5, "member"), day(9)], ANN, BOB)
+    world.limits.track(ANN, "image", 2)
+    world.groups.remove_member(group, ANN)
+    assert world.limits.track(ANN, "image").reason == "not_in_group"
+    assert world.limits.usage(ANN) == ()
+    world.limits.record(ANN, "image", group_id=group)
+    world.groups.add_member(group, ANN)
+    assert used(world) == [3, 3]
+
+
+@scenario
+def members_are_moved(world: World) -> None:
+    one, two = (world.groups.create(name, limits={"image": 1}).id for name in ("One", "Two"))
+    world.groups.add_member(one, ANN)
+    assert world.groups.move_member(ANN, from_=one, to=two)
+    assert not world.groups.move_member(ANN, from_=one, to=two)
+    assert not world.groups.move_member(ANN, from_=two, to=two)
+    world.groups.add_member(one, ANN)
+    assert world.groups.move_member(ANN, from_=one, to=two)
+    assert [list(world.groups.members(group)) == [] for group in (one, two)] == [True, False]
+
+
+@scenario
+def members_in_bulk(world: World) -> None:
+    group = world.groups.create("Team").id
+    world.groups.add_member(group, ANN)
+    progress: list[tuple[int, int]] = []
+    many = [UUID(int=number) for number in range(1000, 6001)]
+    result = world.groups.add_members(
+        group, (id_ for id_ in [BOB, ANN, str(BOB), NOBODY, *many]), on_progress=lambda *done: progress.append(done)
+    )
+    assert (result.added, result.already) == (2, 1)
+    assert {refused.user_id for refused in result.refused} == {NOBODY, *many} - {many[0]}
+    assert {refused.reason for refused in result.refused} == {"there is no such user"}
+    assert progress == [(5000, 5004), (5004, 5004)]
+    assert world.groups.usage(group).member_count == 3
+    assert world.groups.remove_members(group, [ANN, CYD, NOBODY]) == 1
+    assert [member.user_id for member in world.groups.members(group)] == [BOB, many[0]]
+    assert refused(InvalidRequest, world.groups.add_members, group, [ANN, "x"]).field == "user_ids[1]"
+
+
+@scenario
+def users_are_found_by_email(world: World) -> None:
+    assert [user.user_id for user in world.groups.find_users("EXAMPLE.com")] == [ANN, BOB]
+    assert world.groups.find_users(" ann@ ")[0].email == EMAILS[ANN]
+    assert world.groups.find_users("nobody") == []
+
+
+# Reports
+
+
+@scenario
+def usage_of_a_group(world: World) -> None:
+    limits = [
+        Limit(kind="image", max=10, period="month"),
+        day(7, "member"),
+        Limit(kind="video", max=None, scope="member"),
+        Limit(kind="audio", max=0),
+    ]
+    group = team(world, limits, ANN, BOB, CYD)
+    world.limits.track(ANN, "image", 4)
+    world.limits.track(BOB, "image", 3)
+    world.limits.track(BOB, "video", 3)
+    usage = world.groups.usage(group)
+    assert (usage.group.id, usage.member_count) == (group, 3)
+    shown = {limit.kind + limit.scope: limit for limit in usage.limits}
+    assert (shown["imagegroup"].fraction, shown["imagegroup"].remaining) == (0.7, 3)
+    member = shown["imagemember"]
+    assert (member.used, member.capacity, member.remaining, member.fraction) == (7, 21, 14, 0.333333)
+    assert member.reset_at == utc("2026-03-15T00:00")
+    assert (shown["videomember"].used, shown["videomember"].fraction, shown["videomember"].capacity) == (3, None, None)
+    assert (shown["audiogroup"].capacity, shown["audiogroup"].fraction) == (0, 1)
+    world.groups.remove_members(group, [ANN, BOB, CYD])
+    empty = {limit.kind + limit.scope: limit for limit in world.groups.usage(group).limits}
+    assert (empty["imagemember"].capacity, empty["imagemember"].fraction, empty["imagemember"].used) == (0, 1, 7)
+
+
+@scenario
+def usage_of_all_groups(world: World) -> None:
+    assert world.groups.usage_all() == []
+    team(world, {"image": 3}, name="beta")
+    team(world, (), BOB, CYD, name="Alpha")
+    world.limits.track(ANN, "image")
+    shown = [(usage.group.name, usage.member_count, len(usage.limits)) for usage in world.groups.usage_all()]
+    assert shown == [("Alpha", 2, 0), ("beta", 1, 1)]
+
+
+@scenario
+def usage_of_a_user(world: World) -> None:
+    team(world, [Limit(kind="video", max=1), day(2), day(3, "member")], ANN, BOB)
+    world.limits.track(BOB, "image")
+    shown = [(limit.kind, limit.scope, limit.used, limit.remaining) for limit in world.limits.usage(ANN)]
+    assert shown == [("image", "member", 0, 3), ("image", "group", 1, 1), ("video", "group", 0, 1)]
+    assert world.limits.usage(CYD) == ()
+
+
+@each(
+    hour=("hour", ["2026-10-24T23:00", "2026-10-25T00:00", "2026-10-25T01:00", "2026-10-25T23:00"]),
+    day=("day", ["2026-10-24T22:00", "2026-10-25T23:00"]),
+    week=("week", ["2026-10-18T22:00", "2026-10-25T23:00"]),
+    month=("month", ["2026-09-30T22:00"]),
+)
+def history_in_buckets(world: World, bucket: Any, begins: list[str]) -> None:
+    group = team(world, {"image": None, "video": None}, timezone="Europe/Paris")
+    for moment in ("2026-10-24T23:59", "2026-10-25T00:10", "2026-10-25T01:59:59", "2026-10-25T23:30"):
+        world.at(utc(moment))
+        world.limits.track(ANN, "image", 2)
+    points = world.groups.history(group, bucket=bucket, since=utc("2026-10-20T00:00"))
+    assert [point.bucket for point in points] == [utc(begin) for begin in begins]
+    assert (sum(point.used for point in points), sum(point.generations for point in points)) == (8, 4)
+
+
+@scenario
+def history_of_what_when_and_whom(world: World) -> None:
+    one = team(world, {"image": None, "video": None}, ANN, name="One", timezone="Asia/Tokyo")
+    two = team(world, {"image": None}, BOB, name="Two")
+    world.limits.record(ANN, "image", 1, created_at=world.now - timedelta(days=40))
+    world.limits.record(ANN, "image", 2, created_at=world.now - timedelta(days=3))
+    world.limits.track(ANN, "video", 3)
+    world.limits.track(BOB, "image", 4)
+    history = world.groups.history
+    since = world.now - timedelta(days=50)
+    assert [(point.kind, point.used) for point in history(one, since=since)] == [
+        ("image", 1), ("image", 2), ("video", 3)
+    ]  # fmt: skip
+    assert [point.used for point in history(one, kind="image", since=since)] == [1, 2]
+    assert [point.used for point in history(since=since, bucket="month")] == [1, 6, 3]
+    assert [point.used for point in history(since=world.now, bucket="week")] == [6, 3]
+    assert [point.used for point in history(since=since, until=world.now - timedelta(hours=1))] == [1, 2]
+    assert history(two, since=world.now + timedelta(days=1)) == []
+    assert [point.used for point in history(one, until=world.now - timedelta(days=2))] == [2]
+    world.groups.delete(one)
+    assert sum(point.used for point in history(since=since)) == 10
+
+
+@scenario
+def the_history_of_the_last_thirty_days(world: World) -> None:
+    world.at(TODAY)
+    group = team(world, {"image": None})
+    world.limits.record(ANN, "image", 1, created_at=world.now - timedelta(days=32))
+    world.limits.record(ANN, "image", 2, created_at=world.now - timedelta(days=29))
+    assert sum(point.used for point in world.groups.history(group)) == 2
+
+
+# Playing them
+
+USERS = EMAILS | {UUID(int=1000): "many@many.org"}
+
+
+@pytest.fixture(scope="module")
+def owner() -> Iterator[psycopg.Connection[Any]]:
+    with PostgresServer(next(iter(servers().values()))) as server:
+        server.create_database("conformance")
+        with server.connect("conformance") as connection:
+            yield connection
+
+
+@pytest.fixture(scope="module")
+def stack(owner: psycopg.Connection[Any]) -> Iterator[LocalStack]:
+    info = owner.info
+    with LocalStack(f"postgresql://{info.user}@{info.host}:{info.port}/{info.dbname}") as running:
+        clock.install(owner)
+        yield running
+
+
+@pytest.mark.parametrize(("play", "colour"), SCENARIOS)
+def test_fake(play: Scenario, colour: Colour) -> None:
+    with fake_world(colour, USERS) as world:
+        play(world)
+
+
+@pytest.mark.parametrize(("play", "colour"), SCENARIOS)
+def test_the_real_thing_answers_the_same(
+    play: Scenario, colour: Colour, stack: LocalStack, owner: psycopg.Connection[Any]
+) -> None:
+    with real_world(colour, stack, owner, USERS) as real:
+        play(real)
+    with fake_world(colour, USERS) as fake:
+        play(fake)
+    assert real.transcript == fake.transcript
+    assert invariants.drift(owner) == []

@@ -1,0 +1,176 @@
+"""Worlds in which one and the same scenario is played: of the fake, and of the real thing, in both colours.
+
+A scenario uses `world.limits` and `world.groups` as plain, synchronous clients, whatever they are. All that they answer
+and raise is written down, with ids by the order in which they were first seen, so that two worlds can be compared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+from uuid import UUID
+
+import httpx
+import psycopg
+from pydantic import BaseModel
+from supabase import AsyncClient, AsyncClientOptions, Client, ClientOptions
+from tests.support import clock
+
+from tokenlimits import AsyncGroupManager, AsyncTokenLimits, GroupManager, TokenLimits, TokenLimitsError
+from tokenlimits.local import LocalStack
+from tokenlimits.testing import FakeAsyncTokenLimits, FakeTokenLimits
+
+Colour = Literal["sync", "async"]
+Scenario = Callable[["World"], None]
+
+ANN, BOB, CYD, NOBODY = (UUID(int=number) for number in (1, 2, 3, 99))
+EMAILS = {ANN: "Ann@Example.com", BOB: "bob@example.com", CYD: "cyd@elsewhere.org"}
+BASE = datetime(2026, 3, 14, 15, 9, 26, 535897, tzinfo=UTC)
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+# PostgreSQL's own clock tells these, which no test can turn
+_WHENEVER = {"created_at", "joined_at"}
+
+
+class World:
+    """Two clients, a clock that stands still, and what they were heard to say."""
+
+    def __init__(self, limits: Any, groups: Any, set_clock: Callable[[datetime], object]) -> None:
+        self.transcript: list[Any] = []
+        self._runner = asyncio.Runner()
+        self._labels: dict[str, str] = {}
+        self._set_clock = set_clock
+        self.limits: Any = _Heard(self, limits)
+        self.groups: Any = _Heard(self, groups)
+        self.now = BASE
+        self.at(BASE)
+
+    def at(self, moment: datetime) -> None:
+        """Set the clock."""
+        self.now = moment
+        self._set_clock(moment)
+
+    def wait(self, **by: float) -> None:
+        """Let time pass."""
+        self.at(self.now + timedelta(**by))
+
+    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a method of either colour, and write down what it answers or raises."""
+        try:
+            answer = method(*args, **kwargs)
+            if inspect.iscoroutine(answer):
+                answer = self._runner.run(answer)
+            elif hasattr(answer, "__aiter__"):
+                answer = self._runner.run(_all(answer))
+            elif isinstance(answer, Iterator):
+                answer = list(answer)
+        except TokenLimitsError as error:
+            heard = (type(error).__name__, error.code, self._plain(error.detail))
+            self.transcript.append((method.__name__, heard))
+            raise
+        self.transcript.append((method.__name__, self._plain(answer)))
+        return answer
+
+    def run(self, coroutine: Any) -> Any:
+        """Run something of the world's own."""
+        return self._runner.run(coroutine)
+
+    def close(self) -> None:
+        self._runner.close()
+
+    def _plain(self, value: Any, field: str = "") -> Any:
+        if isinstance(value, BaseModel):
+            return {type(value).__name__: self._plain(value.model_dump())}
+        if isinstance(value, dict):
+            return {key: self._plain(item, key) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            plain = [self._plain(item) for item in value]
+            return sorted(plain, key=repr) if field == "refused" else plain
+        if isinstance(value, datetime) and field in _WHENEVER:
+            return "whenever"
+        if isinstance(value, UUID | str):
+            return _UUID.sub(lambda found: self._label(found[0]), str(value))
+        return value
+
+    def _label(self, id_: str) -> str:
+        """Users have the same ids everywhere; others are counted as they come."""
+        if UUID(id_).int < 2**32:
+            return id_
+        return self._labels.setdefault(id_, f"#{len(self._labels) + 1}")
+
+
+class _Heard:
+    def __init__(self, world: World, client: object) -> None:
+        self._world, self._client = world, client
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+        return lambda *args, **kwargs: self._world.call(method, *args, **kwargs)
+
+
+async def _all(items: Any) -> list[Any]:
+    return [item async for item in items]
+
+
+@contextmanager
+def fake_world(colour: Colour, users: dict[UUID, str] = EMAILS) -> Iterator[World]:
+    """Make a world of the fake, without its group."""
+    fake = (FakeTokenLimits if colour == "sync" else FakeAsyncTokenLimits)(users=users)
+    sync = FakeTokenLimits.groups.fget(fake)  # type: ignore[attr-defined]
+    sync.delete(sync.get_by_name("fake").id)
+
+    def set_clock(moment: datetime) -> None:
+        fake.now = moment
+
+    world = World(fake, fake.groups, set_clock)
+    try:
+        yield world
+    finally:
+        world.close()
+
+
+@contextmanager
+def real_world(
+    colour: Colour, stack: LocalStack, owner: psycopg.Connection[Any], users: dict[UUID, str] = EMAILS
+) -> Iterator[World]:
+    """Make a world of a stack that forgets everything first; its database has the tests' clock."""
+    forget_everything(owner, users)
+    # without TLS, whose certificates take longer to load than a scenario to play
+    sync_http = httpx.Client(trust_env=False, verify=False)
+    async_http = httpx.AsyncClient(trust_env=False, verify=False)
+    if colour == "sync":
+        client = Client(stack.url, stack.secret_key, ClientOptions(httpx_client=sync_http))
+        clients: Any = TokenLimits(client), GroupManager(client)
+    else:
+        aclient = AsyncClient(stack.url, stack.secret_key, AsyncClientOptions(httpx_client=async_http))
+        clients = AsyncTokenLimits(aclient), AsyncGroupManager(aclient)
+    world = World(*clients, lambda moment: clock.freeze(owner, moment))
+    with sync_http:
+        try:
+            yield world
+        finally:
+            world.run(async_http.aclose())
+            world.close()
+
+
+def forget_everything(owner: psycopg.Connection[Any], users: dict[UUID, str]) -> None:
+    """Empty every table, and sign up these users."""
+    owner.execute(
+        """
+        delete from public.user_groups;
+        delete from auth.users;
+        delete from public.generation_usage;
+        delete from tokenlimits.usage_rollup;
+        delete from tokenlimits.usage_resets;
+        delete from tokenlimits.counters;
+        """
+    )
+    owner.execute(
+        "insert into auth.users (id, email) select * from unnest(%s::uuid[], %s::text[])",
+        [list(users), list(users.values())],
+    )
