@@ -241,8 +241,8 @@ def demo(console: Console, groups: GroupManager, ours: Sequence[Group], users: S
 
     for group in ours:
         show_usage(console, groups, group)
-    console.print("\nThe user who is in both groups asks for one more image:")
-    show_blocked(console, track_generation(users[2], "image"))
+    console.print("\nThe user who is in Free alone asks for one more image:")
+    show_blocked(console, track_generation(users[3], "image"))
 
     console.print()
     counts = [count(groups, group, kind, results) for group in ours for kind in COSTS]

@@ -50,7 +50,7 @@ def run(
         cwd=EXAMPLES.parent,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == status, done.stdout + done.stderr
@@ -112,7 +112,8 @@ def quickstart() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def output() -> str:
+def output(stack: LocalStack) -> str:
+    """What it prints into a pipe; the stack has fetched the packages from npm, if they weren't there."""
     started = time.monotonic()
     done = run(EXAMPLES / "quickstart.py", env=environment())
     assert time.monotonic() - started < 45  # 6 s on an idle machine; this one may be busy
