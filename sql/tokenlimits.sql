@@ -273,7 +273,11 @@ begin
   if new.timezone <> 'UTC' and (tg_op = 'INSERT' or new.timezone is distinct from old.timezone) then
     select tz.name into v_timezone
     from pg_catalog.pg_timezone_names as tz
-    where lower(tz.name) = lower(new.timezone) and tz.name not like 'posix/%';
+    where
+      lower(tz.name) = lower(new.timezone)
+      and tz.name not like 'posix/%'
+      -- "at time zone" reads these as abbreviations, which know no daylight saving
+      and tz.name not in ('CET', 'EET', 'MET', 'WET');
     if v_timezone is null then
       perform tokenlimits.refuse(
         'TL001',
