@@ -69,7 +69,8 @@ begin
     hint = 'Sign in as a user whose app_metadata.role is ''admin'', or use the secret key on the server.';
 end
 $$;
-comment on function tokenlimits.require_admin() is 'Raises 42501 unless the caller is an admin or acts as service_role.';
+comment on function tokenlimits.require_admin()
+is 'Raises 42501 unless the caller is an admin or acts as service_role.';
 revoke execute on function tokenlimits.require_admin() from public, anon, authenticated;
 grant execute on function tokenlimits.require_admin() to authenticated, service_role;
 
@@ -161,8 +162,8 @@ set search_path = ''
 as $$
   select jsonb_build_object('version', 1)
 $$;
-comment on function public.tokenlimits_version() is
-  'The version of the installed schema. Clients compare it with the least that they need.';
+comment on function public.tokenlimits_version()
+is 'The version of the installed schema. Clients compare it with the least that they need.';
 revoke execute on function public.tokenlimits_version() from public, anon, authenticated, service_role;
 grant execute on function public.tokenlimits_version() to authenticated, service_role;
 
@@ -247,12 +248,13 @@ create table if not exists public.generation_usage (
   constraint generation_usage_status_check
   check (status in ('reserved', 'committed', 'released', 'refunded', 'expired'))
 );
-comment on table public.generation_usage is
-  'The ledger: one row per generation, kept for ever. Written by functions of tokenlimits alone.';
+comment on table public.generation_usage
+is 'The ledger: one row per generation, kept for ever. Written by functions of tokenlimits alone.';
 comment on column public.generation_usage.cost is 'What it takes from the limits while reserved or committed.';
-comment on column public.generation_usage.fingerprint is
-  'What was asked for under the idempotency key, since a commit may lower the cost.';
-comment on column public.generation_usage.created_at is 'Decides the period that it belongs to, whenever it is settled.';
+comment on column public.generation_usage.fingerprint
+is 'What was asked for under the idempotency key, since a commit may lower the cost.';
+comment on column public.generation_usage.created_at
+is 'Decides the period that it belongs to, whenever it is settled.';
 
 create index if not exists generation_usage_group_id_idx on public.generation_usage (group_id, created_at);
 create index if not exists generation_usage_user_id_idx on public.generation_usage (user_id, created_at);
@@ -334,8 +336,8 @@ create table if not exists tokenlimits.usage_rollup (
   generations bigint not null,
   constraint usage_rollup_pkey primary key (group_id, kind, bucket, slot)
 ) with (fillfactor = 50);
-comment on table tokenlimits.usage_rollup is
-  'Live usage in buckets of 15 minutes UTC, on which every time zone''s hours begin; 16 slots.';
+comment on table tokenlimits.usage_rollup
+is 'Live usage in buckets of 15 minutes UTC, on which every time zone''s hours begin; 16 slots.';
 
 -- Two transactions that are open at once write different slots, as long as no more than 16 do.
 create or replace function tokenlimits.free_slot(p_group_id uuid)
@@ -357,14 +359,19 @@ begin
   return v_slot;
 end
 $$;
-comment on function tokenlimits.free_slot(uuid) is
-  'A slot of the rollup that no other open transaction writes for this group; any, when all are taken.';
+comment on function tokenlimits.free_slot(uuid)
+is 'A slot of the rollup that no other open transaction writes for this group; any, when all are taken.';
 revoke execute on function tokenlimits.free_slot(uuid) from public, anon, authenticated;
 
 -- After an uninstallation that kept the ledger, its history comes back.
 insert into tokenlimits.usage_rollup (group_id, kind, bucket, slot, cost, generations)
 select
-  u.group_id, u.kind, date_bin('15 minutes', u.created_at, '2000-01-01 00:00:00+00') as bucket, 0, sum(u.cost), count(*)
+  u.group_id,
+  u.kind,
+  date_bin('15 minutes', u.created_at, '2000-01-01 00:00:00+00') as bucket,
+  0 as slot,
+  sum(u.cost) as cost,
+  count(*) as generations
 from public.generation_usage as u
 where u.status in ('reserved', 'committed') and not exists (select from tokenlimits.usage_rollup)
 group by u.group_id, u.kind, bucket;
@@ -431,8 +438,8 @@ begin
   end loop;
 end
 $$;
-comment on function tokenlimits.lock_groups(uuid[], boolean) is
-  'Holds the limits of these groups still (shared), or waits for all who use them (exclusive), until the transaction ends.';
+comment on function tokenlimits.lock_groups(uuid[], boolean)
+is 'Holds these groups'' limits still (shared), or waits for all who use them (exclusive), until the transaction ends.';
 revoke execute on function tokenlimits.lock_groups(uuid[], boolean) from public, anon, authenticated;
 
 create or replace function tokenlimits.rollup_bucket(p_at timestamptz)
@@ -445,7 +452,8 @@ begin
   return date_bin('15 minutes', p_at, '2000-01-01 00:00:00+00');
 end
 $$;
-comment on function tokenlimits.rollup_bucket(timestamptz) is 'The beginning of the rollup bucket that a moment lies in.';
+comment on function tokenlimits.rollup_bucket(timestamptz)
+is 'The beginning of the rollup bucket that a moment lies in.';
 revoke execute on function tokenlimits.rollup_bucket(timestamptz) from public, anon, authenticated;
 
 -- Counts afresh what a counter would hold. For a group: whole buckets from the rollup, and the part of a bucket before
@@ -496,8 +504,8 @@ begin
   ), 0);
 end
 $$;
-comment on function tokenlimits.count_usage(uuid, uuid, text, timestamptz) is
-  'Live usage of a kind since a moment, of a member of a group, or of the whole group when the user is null.';
+comment on function tokenlimits.count_usage(uuid, uuid, text, timestamptz)
+is 'Live usage of a kind since a moment, of a member of a group, or of the whole group when the user is null.';
 revoke execute on function tokenlimits.count_usage(uuid, uuid, text, timestamptz) from public, anon, authenticated;
 
 -- Calendar periods in a time zone.
@@ -529,7 +537,8 @@ begin
   return v_late;
 end
 $$;
-comment on function tokenlimits.first_moment(timestamp, text) is 'The first moment at which clocks of the zone read this.';
+comment on function tokenlimits.first_moment(timestamp, text)
+is 'The first moment at which clocks of the zone read this.';
 revoke execute on function tokenlimits.first_moment(timestamp, text) from public, anon, authenticated;
 
 create or replace function tokenlimits.period_of(p_period text, p_timezone text, p_at timestamptz)
@@ -560,7 +569,8 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.period_of(text, text, timestamptz) is 'The calendar period in a zone that a moment lies in.';
+comment on function tokenlimits.period_of(text, text, timestamptz)
+is 'The calendar period in a zone that a moment lies in.';
 revoke execute on function tokenlimits.period_of(text, text, timestamptz) from public, anon, authenticated;
 
 -- What a group's limits are at a moment, and what happens when they are edited.
@@ -569,8 +579,8 @@ revoke execute on function tokenlimits.period_of(text, text, timestamptz) from p
 --   * limit_states answers members' limits first, then the group's, by counter_id: the order in which they are locked.
 --   * Every edit of limits, by function or by an admin's plain update, passes the triggers below.
 
--- Hot path: one index scan for limits, one look-up per counter. Only a counter that is missing (a limit or a member that
--- is new) or past costs more, once.
+-- Hot path: one index scan for limits, one look-up per counter. Only a counter that is missing (a limit or a member
+-- that is new) or past costs more, once.
 create or replace function tokenlimits.limit_states(
   p_group_id uuid,
   p_user_id uuid,
@@ -624,8 +634,8 @@ begin
   return v_states;
 end
 $$;
-comment on function tokenlimits.limit_states(uuid, uuid, text, timestamptz) is
-  'A group''s limits for a user, of a kind or of all. When the user is null, a member limit counts all members together.';
+comment on function tokenlimits.limit_states(uuid, uuid, text, timestamptz)
+is 'A group''s limits for a user, of a kind or of all. When the user is null, a member limit counts all members.';
 revoke execute on function tokenlimits.limit_states(uuid, uuid, text, timestamptz) from public, anon, authenticated;
 
 -- A limit that is another one from now on gets another counter.
@@ -687,7 +697,8 @@ begin
   return null;
 end
 $$;
-comment on function tokenlimits.apply_limits() is 'Trigger: opens the counters of edited limits when nobody is using them.';
+comment on function tokenlimits.apply_limits()
+is 'Trigger: opens the counters of edited limits when nobody is using them.';
 revoke execute on function tokenlimits.apply_limits() from public, anon, authenticated;
 
 create or replace function tokenlimits.drop_stale_counters(p_subject uuid)
@@ -803,8 +814,8 @@ begin
   return '{}';
 end
 $$;
-comment on function tokenlimits.paying_groups(uuid, uuid) is
-  'A user''s groups by priority, then by when they joined; the default group for a user in none; or the pinned one.';
+comment on function tokenlimits.paying_groups(uuid, uuid)
+is 'A user''s groups by priority, then by when they joined; the default group for a user in none; or the pinned one.';
 revoke execute on function tokenlimits.paying_groups(uuid, uuid) from public, anon, authenticated;
 
 do $do$
@@ -884,8 +895,8 @@ begin
   return v_verdict;
 end
 $$;
-comment on function tokenlimits.judge(uuid, text, bigint, uuid[], timestamptz) is
-  'Which of the groups pays for a request at a moment, or why none does.';
+comment on function tokenlimits.judge(uuid, text, bigint, uuid[], timestamptz)
+is 'Which of the groups pays for a request at a moment, or why none does.';
 revoke execute on function tokenlimits.judge(uuid, text, bigint, uuid[], timestamptz) from public, anon, authenticated;
 
 create or replace function tokenlimits.limit_json(p_state tokenlimits.limit_state)
@@ -947,13 +958,13 @@ begin
     end;
 end
 $$;
-comment on function tokenlimits.denial_text(text, text, bigint, tokenlimits.limit_state, text) is
-  'Why a request was denied, in a sentence.';
+comment on function tokenlimits.denial_text(text, text, bigint, tokenlimits.limit_state, text)
+is 'Why a request was denied, in a sentence.';
 revoke execute on function tokenlimits.denial_text(text, text, bigint, tokenlimits.limit_state, text)
 from public, anon, authenticated;
 
--- The object that workers get. Of an allowed request, remaining and reset_at are those of the limit with the least room;
--- of a denied one, reset_at is when the limit that denied it will have room (null: never by itself).
+-- The object that workers get. Of an allowed request, remaining and reset_at are those of the limit with the least
+-- room; of a denied one, reset_at is when the limit that denied it will have room (null: never by itself).
 create or replace function tokenlimits.answer(
   p_kind text,
   p_cost bigint,
@@ -1025,8 +1036,8 @@ revoke execute on function tokenlimits.answer(
 --
 -- Invariants
 --   * Either the ledger row, the rollup and every counter move, or nothing is written.
---   * No counter passes its limit's max here, and nobody is denied while there is room: a verdict is only carried out if
---     every counter still has room when it is moved, else everything is taken back and judged again.
+--   * No counter passes its limit's max here, and nobody is denied while there is room: a verdict is only carried out
+--     if every counter still has room when it is moved, else everything is taken back and judged again.
 --   * One live usage per user and idempotency key.
 
 create or replace function tokenlimits.check_request(
@@ -1073,8 +1084,8 @@ begin
   perform tokenlimits.refuse('TL001', v_field || ': ' || v_rule, v_field, 'Nothing was recorded.');
 end
 $$;
-comment on function tokenlimits.check_request(uuid, text, bigint, text, jsonb) is
-  'Refuses a bad request with the field''s name before anything is touched.';
+comment on function tokenlimits.check_request(uuid, text, bigint, text, jsonb)
+is 'Refuses a bad request with the field''s name before anything is touched.';
 revoke execute on function tokenlimits.check_request(uuid, text, bigint, text, jsonb) from public, anon, authenticated;
 
 -- The live usage under a key, if any. A key that was used for another request is an error; one whose usage is dead is
@@ -1110,7 +1121,8 @@ begin
   return v_usage;
 end
 $$;
-comment on function tokenlimits.usage_under_key(uuid, text, uuid) is 'The live usage that an idempotency key is bound to.';
+comment on function tokenlimits.usage_under_key(uuid, text, uuid)
+is 'The live usage that an idempotency key is bound to.';
 revoke execute on function tokenlimits.usage_under_key(uuid, text, uuid) from public, anon, authenticated;
 
 -- Writes one usage: claims the key, then the rollup, then the counters, the group's (which all its members share) last,
@@ -1181,8 +1193,8 @@ begin
   return v_states;
 end
 $$;
-comment on function tokenlimits.write_usage(public.generation_usage, tokenlimits.limit_state[], boolean) is
-  'Writes a usage to ledger, rollup and counters, or raises TL099.';
+comment on function tokenlimits.write_usage(public.generation_usage, tokenlimits.limit_state[], boolean)
+is 'Writes a usage to ledger, rollup and counters, or raises TL099.';
 revoke execute on function tokenlimits.write_usage(public.generation_usage, tokenlimits.limit_state[], boolean)
 from public, anon, authenticated;
 
@@ -1205,7 +1217,8 @@ begin
   end if;
 end
 $$;
-comment on function tokenlimits.open_counter(tokenlimits.limit_state) is 'Makes a counter, or rolls it into its new period.';
+comment on function tokenlimits.open_counter(tokenlimits.limit_state)
+is 'Makes a counter, or rolls it into its new period.';
 revoke execute on function tokenlimits.open_counter(tokenlimits.limit_state) from public, anon, authenticated;
 
 -- Judges and writes, until a verdict holds. Every round but the last was overtaken by another call that got through.
@@ -1310,8 +1323,8 @@ begin
   );
 end
 $$;
-comment on function public.track_generation(uuid, text, bigint, text, uuid, jsonb) is
-  'Checks every limit that applies and records the generation, in one step; says whether it is allowed, what remains and when it resets.';
+comment on function public.track_generation(uuid, text, bigint, text, uuid, jsonb)
+is 'Checks every limit and records the generation, in one step: is it allowed, what remains, when does it reset.';
 revoke execute on function public.track_generation(uuid, text, bigint, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function public.track_generation(uuid, text, bigint, text, uuid, jsonb) to service_role;
@@ -1359,8 +1372,8 @@ begin
   return tokenlimits.look(p_user_id, p_kind, p_cost, p_group_id);
 end
 $$;
-comment on function public.check_generation(uuid, text, bigint, uuid) is
-  'What track_generation would answer now; records nothing.';
+comment on function public.check_generation(uuid, text, bigint, uuid)
+is 'What track_generation would answer now; records nothing.';
 revoke execute on function public.check_generation(uuid, text, bigint, uuid)
 from public, anon, authenticated, service_role;
 grant execute on function public.check_generation(uuid, text, bigint, uuid) to service_role;
@@ -1435,7 +1448,8 @@ begin
   return tokenlimits.answer(p_kind, v_live.cost, null, v_live.group_id, v_states, null, v_live, p_replayed => true);
 end
 $$;
-comment on function tokenlimits.record(uuid, text, bigint, timestamptz, text, uuid, jsonb) is 'What record_generation does.';
+comment on function tokenlimits.record(uuid, text, bigint, timestamptz, text, uuid, jsonb)
+is 'What record_generation does.';
 revoke execute on function tokenlimits.record(uuid, text, bigint, timestamptz, text, uuid, jsonb)
 from public, anon, authenticated;
 grant execute on function tokenlimits.record(uuid, text, bigint, timestamptz, text, uuid, jsonb) to service_role;
@@ -1493,8 +1507,8 @@ begin
   );
 end
 $$;
-comment on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb) is
-  'Records past or outside usage: moves the counters of its period, never denies.';
+comment on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
+is 'Records past or outside usage: moves the counters of its period, never denies.';
 revoke execute on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb) to service_role;
@@ -1502,7 +1516,8 @@ grant execute on function public.record_generation(uuid, text, bigint, timestamp
 -- For admins: groups with their limits, members, a fresh start.
 --
 -- Invariants
---   * Each function opens with require_admin; those that can, run as their caller, so that row-level security decides too.
+--   * Each function opens with require_admin; those that can, run as their caller, so that row-level security decides
+--     too.
 --   * One function, one transaction: an error leaves nothing half-made.
 
 create or replace function tokenlimits.group_json(p_group public.user_groups)
@@ -1679,8 +1694,8 @@ begin
   return tokenlimits.group_json(v_group);
 end
 $$;
-comment on function public.save_group(uuid, text, text, integer, text, boolean, jsonb) is
-  'Makes a group, or changes what is not null of an existing one, with its whole set of limits, in one step.';
+comment on function public.save_group(uuid, text, text, integer, text, boolean, jsonb)
+is 'Makes a group, or changes what is not null of an existing one, with its whole set of limits, in one step.';
 revoke execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb)
@@ -1725,8 +1740,8 @@ begin
   return tokenlimits.group_json(tokenlimits.require_group(p_group_id));
 end
 $$;
-comment on function public.remove_group_limit(uuid, text, text, text) is
-  'Removes one limit of a group; without the limit that is no error.';
+comment on function public.remove_group_limit(uuid, text, text, text)
+is 'Removes one limit of a group; without the limit that is no error.';
 revoke execute on function public.remove_group_limit(uuid, text, text, text)
 from public, anon, authenticated, service_role;
 grant execute on function public.remove_group_limit(uuid, text, text, text) to authenticated, service_role;
@@ -1780,8 +1795,8 @@ begin
   ), '[]');
 end
 $$;
-comment on function public.find_groups(uuid, text, text, text, integer) is
-  'Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, in their order.';
+comment on function public.find_groups(uuid, text, text, text, integer)
+is 'Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, in order.';
 revoke execute on function public.find_groups(uuid, text, text, text, integer)
 from public, anon, authenticated, service_role;
 grant execute on function public.find_groups(uuid, text, text, text, integer) to authenticated, service_role;
@@ -1834,8 +1849,8 @@ begin
   return tokenlimits.add_members(p_group_id, p_user_ids);
 end
 $$;
-comment on function public.add_group_members(uuid, uuid[]) is
-  'Adds users to a group: how many were added, how many were there already, and which ids are of no user.';
+comment on function public.add_group_members(uuid, uuid[])
+is 'Adds users to a group: how many were added, how many were there already, and which ids are of no user.';
 revoke execute on function public.add_group_members(uuid, uuid[]) from public, anon, authenticated, service_role;
 grant execute on function public.add_group_members(uuid, uuid[]) to authenticated, service_role;
 
@@ -1856,8 +1871,8 @@ begin
   return jsonb_build_object('removed', v_removed);
 end
 $$;
-comment on function public.remove_group_members(uuid, uuid[]) is
-  'Removes users from a group, and says how many were in it; their usage stays.';
+comment on function public.remove_group_members(uuid, uuid[])
+is 'Removes users from a group, and says how many were in it; their usage stays.';
 revoke execute on function public.remove_group_members(uuid, uuid[]) from public, anon, authenticated, service_role;
 grant execute on function public.remove_group_members(uuid, uuid[]) to authenticated, service_role;
 
@@ -1884,8 +1899,8 @@ begin
   return jsonb_build_object('moved', v_moved);
 end
 $$;
-comment on function public.move_group_member(uuid, uuid, uuid) is
-  'Moves a user from one group to another in one step; false when the user was not in the first.';
+comment on function public.move_group_member(uuid, uuid, uuid)
+is 'Moves a user from one group to another in one step; false when the user was not in the first.';
 revoke execute on function public.move_group_member(uuid, uuid, uuid) from public, anon, authenticated, service_role;
 grant execute on function public.move_group_member(uuid, uuid, uuid) to authenticated, service_role;
 
@@ -1939,8 +1954,8 @@ begin
   return tokenlimits.reset_usage(p_group_id, p_kind);
 end
 $$;
-comment on function public.reset_group_usage(uuid, text) is
-  'A fresh start for a group''s current periods, of a kind or of all; the ledger keeps everything.';
+comment on function public.reset_group_usage(uuid, text)
+is 'A fresh start for a group''s current periods, of a kind or of all; the ledger keeps everything.';
 revoke execute on function public.reset_group_usage(uuid, text) from public, anon, authenticated, service_role;
 grant execute on function public.reset_group_usage(uuid, text) to authenticated, service_role;
 
@@ -1986,8 +2001,8 @@ begin
   return tokenlimits.list_members(p_group_id, p_after, p_page_size);
 end
 $$;
-comment on function public.group_members(uuid, uuid, integer) is
-  'A group''s members with their e-mail addresses: the page after a user id, in the order of ids.';
+comment on function public.group_members(uuid, uuid, integer)
+is 'A group''s members with their e-mail addresses: the page after a user id, in the order of ids.';
 revoke execute on function public.group_members(uuid, uuid, integer) from public, anon, authenticated, service_role;
 grant execute on function public.group_members(uuid, uuid, integer) to authenticated, service_role;
 
@@ -2027,7 +2042,8 @@ begin
   return tokenlimits.search_users(p_email, p_page_size);
 end
 $$;
-comment on function public.find_users(text, integer) is 'Users whose e-mail address contains a text, whatever its case.';
+comment on function public.find_users(text, integer)
+is 'Users whose e-mail address contains a text, whatever its case.';
 revoke execute on function public.find_users(text, integer) from public, anon, authenticated, service_role;
 grant execute on function public.find_users(text, integer) to authenticated, service_role;
 
@@ -2091,8 +2107,8 @@ begin
   return tokenlimits.usage_of(p_user_id);
 end
 $$;
-comment on function public.user_generation_usage(uuid) is
-  'Every limit that binds a user: group, kind, period, scope, max, used, remaining, reset_at.';
+comment on function public.user_generation_usage(uuid)
+is 'Every limit that binds a user: group, kind, period, scope, max, used, remaining, reset_at.';
 revoke execute on function public.user_generation_usage(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.user_generation_usage(uuid) to service_role;
 
@@ -2128,8 +2144,8 @@ begin
   return tokenlimits.my_usage();
 end
 $$;
-comment on function public.my_generation_usage() is
-  'Every limit that binds the signed-in user: group, kind, period, scope, max, used, remaining, reset_at.';
+comment on function public.my_generation_usage()
+is 'Every limit that binds the signed-in user: group, kind, period, scope, max, used, remaining, reset_at.';
 revoke execute on function public.my_generation_usage() from public, anon, authenticated, service_role;
 grant execute on function public.my_generation_usage() to authenticated;
 
@@ -2200,8 +2216,8 @@ begin
   return tokenlimits.usage_of_groups(p_group_id);
 end
 $$;
-comment on function public.group_usage(uuid) is
-  'One group, or all when null: member count, and of each limit used, remaining, fraction of its capacity, reset_at.';
+comment on function public.group_usage(uuid)
+is 'One group, or all when null: member count, and of each limit used, remaining, fraction of its capacity, reset_at.';
 revoke execute on function public.group_usage(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.group_usage(uuid) to authenticated, service_role;
 
@@ -2281,8 +2297,8 @@ begin
   );
 end
 $$;
-comment on function public.generation_history(uuid, text, text, timestamptz, timestamptz) is
-  'Live usage per kind and hour, day, week or month of a group''s time zone (of all groups, in UTC, when null); the last 30 days unless told otherwise.';
+comment on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
+is 'Live usage per kind and bucket in a group''s time zone (of all groups, in UTC, when null); 30 days by default.';
 revoke execute on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
 grant execute on function public.generation_history(uuid, text, text, timestamptz, timestamptz)

@@ -1,6 +1,6 @@
 -- Removes tokenlimits: groups, limits, memberships, counters and every function.
--- Keeps the ledger (public.generation_usage), which the service key may go on reading; installing tokenlimits again takes
--- it up. To drop it too, run this first, in the same session:  set tokenlimits.drop_ledger = 'yes';
+-- Keeps the ledger (public.generation_usage), which the service key may go on reading; installing tokenlimits again
+-- takes it up. To drop it too, run this first, in the same session:  set tokenlimits.drop_ledger = 'yes';
 
 do $do$
 declare
@@ -26,9 +26,13 @@ end
 $do$;
 
 -- with its functions go the triggers and policies that use them
+-- squawk-ignore ban-drop-schema
 drop schema if exists tokenlimits cascade;
+-- squawk-ignore ban-drop-table
 drop table if exists public.group_memberships;
+-- squawk-ignore ban-drop-table
 drop table if exists public.group_limits;
+-- squawk-ignore ban-drop-table
 drop table if exists public.user_groups;
 
 do $do$

@@ -65,7 +65,8 @@ begin
     hint = 'Sign in as a user whose app_metadata.role is ''admin'', or use the secret key on the server.';
 end
 $$;
-comment on function tokenlimits.require_admin() is 'Raises 42501 unless the caller is an admin or acts as service_role.';
+comment on function tokenlimits.require_admin()
+is 'Raises 42501 unless the caller is an admin or acts as service_role.';
 revoke execute on function tokenlimits.require_admin() from public, anon, authenticated;
 grant execute on function tokenlimits.require_admin() to authenticated, service_role;
 
@@ -157,7 +158,7 @@ set search_path = ''
 as $$
   select jsonb_build_object('version', 1)
 $$;
-comment on function public.tokenlimits_version() is
-  'The version of the installed schema. Clients compare it with the least that they need.';
+comment on function public.tokenlimits_version()
+is 'The version of the installed schema. Clients compare it with the least that they need.';
 revoke execute on function public.tokenlimits_version() from public, anon, authenticated, service_role;
 grant execute on function public.tokenlimits_version() to authenticated, service_role;

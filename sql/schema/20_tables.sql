@@ -79,12 +79,13 @@ create table if not exists public.generation_usage (
   constraint generation_usage_status_check
   check (status in ('reserved', 'committed', 'released', 'refunded', 'expired'))
 );
-comment on table public.generation_usage is
-  'The ledger: one row per generation, kept for ever. Written by functions of tokenlimits alone.';
+comment on table public.generation_usage
+is 'The ledger: one row per generation, kept for ever. Written by functions of tokenlimits alone.';
 comment on column public.generation_usage.cost is 'What it takes from the limits while reserved or committed.';
-comment on column public.generation_usage.fingerprint is
-  'What was asked for under the idempotency key, since a commit may lower the cost.';
-comment on column public.generation_usage.created_at is 'Decides the period that it belongs to, whenever it is settled.';
+comment on column public.generation_usage.fingerprint
+is 'What was asked for under the idempotency key, since a commit may lower the cost.';
+comment on column public.generation_usage.created_at
+is 'Decides the period that it belongs to, whenever it is settled.';
 
 create index if not exists generation_usage_group_id_idx on public.generation_usage (group_id, created_at);
 create index if not exists generation_usage_user_id_idx on public.generation_usage (user_id, created_at);

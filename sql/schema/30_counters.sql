@@ -34,8 +34,8 @@ create table if not exists tokenlimits.usage_rollup (
   generations bigint not null,
   constraint usage_rollup_pkey primary key (group_id, kind, bucket, slot)
 ) with (fillfactor = 50);
-comment on table tokenlimits.usage_rollup is
-  'Live usage in buckets of 15 minutes UTC, on which every time zone''s hours begin; 16 slots.';
+comment on table tokenlimits.usage_rollup
+is 'Live usage in buckets of 15 minutes UTC, on which every time zone''s hours begin; 16 slots.';
 
 -- Two transactions that are open at once write different slots, as long as no more than 16 do.
 create or replace function tokenlimits.free_slot(p_group_id uuid)
@@ -57,14 +57,19 @@ begin
   return v_slot;
 end
 $$;
-comment on function tokenlimits.free_slot(uuid) is
-  'A slot of the rollup that no other open transaction writes for this group; any, when all are taken.';
+comment on function tokenlimits.free_slot(uuid)
+is 'A slot of the rollup that no other open transaction writes for this group; any, when all are taken.';
 revoke execute on function tokenlimits.free_slot(uuid) from public, anon, authenticated;
 
 -- After an uninstallation that kept the ledger, its history comes back.
 insert into tokenlimits.usage_rollup (group_id, kind, bucket, slot, cost, generations)
 select
-  u.group_id, u.kind, date_bin('15 minutes', u.created_at, '2000-01-01 00:00:00+00') as bucket, 0, sum(u.cost), count(*)
+  u.group_id,
+  u.kind,
+  date_bin('15 minutes', u.created_at, '2000-01-01 00:00:00+00') as bucket,
+  0 as slot,
+  sum(u.cost) as cost,
+  count(*) as generations
 from public.generation_usage as u
 where u.status in ('reserved', 'committed') and not exists (select from tokenlimits.usage_rollup)
 group by u.group_id, u.kind, bucket;
@@ -131,8 +136,8 @@ begin
   end loop;
 end
 $$;
-comment on function tokenlimits.lock_groups(uuid[], boolean) is
-  'Holds the limits of these groups still (shared), or waits for all who use them (exclusive), until the transaction ends.';
+comment on function tokenlimits.lock_groups(uuid[], boolean)
+is 'Holds these groups'' limits still (shared), or waits for all who use them (exclusive), until the transaction ends.';
 revoke execute on function tokenlimits.lock_groups(uuid[], boolean) from public, anon, authenticated;
 
 create or replace function tokenlimits.rollup_bucket(p_at timestamptz)
@@ -145,7 +150,8 @@ begin
   return date_bin('15 minutes', p_at, '2000-01-01 00:00:00+00');
 end
 $$;
-comment on function tokenlimits.rollup_bucket(timestamptz) is 'The beginning of the rollup bucket that a moment lies in.';
+comment on function tokenlimits.rollup_bucket(timestamptz)
+is 'The beginning of the rollup bucket that a moment lies in.';
 revoke execute on function tokenlimits.rollup_bucket(timestamptz) from public, anon, authenticated;
 
 -- Counts afresh what a counter would hold. For a group: whole buckets from the rollup, and the part of a bucket before
@@ -196,6 +202,6 @@ begin
   ), 0);
 end
 $$;
-comment on function tokenlimits.count_usage(uuid, uuid, text, timestamptz) is
-  'Live usage of a kind since a moment, of a member of a group, or of the whole group when the user is null.';
+comment on function tokenlimits.count_usage(uuid, uuid, text, timestamptz)
+is 'Live usage of a kind since a moment, of a member of a group, or of the whole group when the user is null.';
 revoke execute on function tokenlimits.count_usage(uuid, uuid, text, timestamptz) from public, anon, authenticated;

@@ -27,7 +27,8 @@ begin
   return v_late;
 end
 $$;
-comment on function tokenlimits.first_moment(timestamp, text) is 'The first moment at which clocks of the zone read this.';
+comment on function tokenlimits.first_moment(timestamp, text)
+is 'The first moment at which clocks of the zone read this.';
 revoke execute on function tokenlimits.first_moment(timestamp, text) from public, anon, authenticated;
 
 create or replace function tokenlimits.period_of(p_period text, p_timezone text, p_at timestamptz)
@@ -58,5 +59,6 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.period_of(text, text, timestamptz) is 'The calendar period in a zone that a moment lies in.';
+comment on function tokenlimits.period_of(text, text, timestamptz)
+is 'The calendar period in a zone that a moment lies in.';
 revoke execute on function tokenlimits.period_of(text, text, timestamptz) from public, anon, authenticated;

@@ -4,8 +4,8 @@
 --   * limit_states answers members' limits first, then the group's, by counter_id: the order in which they are locked.
 --   * Every edit of limits, by function or by an admin's plain update, passes the triggers below.
 
--- Hot path: one index scan for limits, one look-up per counter. Only a counter that is missing (a limit or a member that
--- is new) or past costs more, once.
+-- Hot path: one index scan for limits, one look-up per counter. Only a counter that is missing (a limit or a member
+-- that is new) or past costs more, once.
 create or replace function tokenlimits.limit_states(
   p_group_id uuid,
   p_user_id uuid,
@@ -59,8 +59,8 @@ begin
   return v_states;
 end
 $$;
-comment on function tokenlimits.limit_states(uuid, uuid, text, timestamptz) is
-  'A group''s limits for a user, of a kind or of all. When the user is null, a member limit counts all members together.';
+comment on function tokenlimits.limit_states(uuid, uuid, text, timestamptz)
+is 'A group''s limits for a user, of a kind or of all. When the user is null, a member limit counts all members.';
 revoke execute on function tokenlimits.limit_states(uuid, uuid, text, timestamptz) from public, anon, authenticated;
 
 -- A limit that is another one from now on gets another counter.
@@ -122,7 +122,8 @@ begin
   return null;
 end
 $$;
-comment on function tokenlimits.apply_limits() is 'Trigger: opens the counters of edited limits when nobody is using them.';
+comment on function tokenlimits.apply_limits()
+is 'Trigger: opens the counters of edited limits when nobody is using them.';
 revoke execute on function tokenlimits.apply_limits() from public, anon, authenticated;
 
 create or replace function tokenlimits.drop_stale_counters(p_subject uuid)

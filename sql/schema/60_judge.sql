@@ -56,8 +56,8 @@ begin
   return '{}';
 end
 $$;
-comment on function tokenlimits.paying_groups(uuid, uuid) is
-  'A user''s groups by priority, then by when they joined; the default group for a user in none; or the pinned one.';
+comment on function tokenlimits.paying_groups(uuid, uuid)
+is 'A user''s groups by priority, then by when they joined; the default group for a user in none; or the pinned one.';
 revoke execute on function tokenlimits.paying_groups(uuid, uuid) from public, anon, authenticated;
 
 do $do$
@@ -137,8 +137,8 @@ begin
   return v_verdict;
 end
 $$;
-comment on function tokenlimits.judge(uuid, text, bigint, uuid[], timestamptz) is
-  'Which of the groups pays for a request at a moment, or why none does.';
+comment on function tokenlimits.judge(uuid, text, bigint, uuid[], timestamptz)
+is 'Which of the groups pays for a request at a moment, or why none does.';
 revoke execute on function tokenlimits.judge(uuid, text, bigint, uuid[], timestamptz) from public, anon, authenticated;
 
 create or replace function tokenlimits.limit_json(p_state tokenlimits.limit_state)
@@ -200,13 +200,13 @@ begin
     end;
 end
 $$;
-comment on function tokenlimits.denial_text(text, text, bigint, tokenlimits.limit_state, text) is
-  'Why a request was denied, in a sentence.';
+comment on function tokenlimits.denial_text(text, text, bigint, tokenlimits.limit_state, text)
+is 'Why a request was denied, in a sentence.';
 revoke execute on function tokenlimits.denial_text(text, text, bigint, tokenlimits.limit_state, text)
 from public, anon, authenticated;
 
--- The object that workers get. Of an allowed request, remaining and reset_at are those of the limit with the least room;
--- of a denied one, reset_at is when the limit that denied it will have room (null: never by itself).
+-- The object that workers get. Of an allowed request, remaining and reset_at are those of the limit with the least
+-- room; of a denied one, reset_at is when the limit that denied it will have room (null: never by itself).
 create or replace function tokenlimits.answer(
   p_kind text,
   p_cost bigint,

@@ -2,8 +2,8 @@
 --
 -- Invariants
 --   * Either the ledger row, the rollup and every counter move, or nothing is written.
---   * No counter passes its limit's max here, and nobody is denied while there is room: a verdict is only carried out if
---     every counter still has room when it is moved, else everything is taken back and judged again.
+--   * No counter passes its limit's max here, and nobody is denied while there is room: a verdict is only carried out
+--     if every counter still has room when it is moved, else everything is taken back and judged again.
 --   * One live usage per user and idempotency key.
 
 create or replace function tokenlimits.check_request(
@@ -50,8 +50,8 @@ begin
   perform tokenlimits.refuse('TL001', v_field || ': ' || v_rule, v_field, 'Nothing was recorded.');
 end
 $$;
-comment on function tokenlimits.check_request(uuid, text, bigint, text, jsonb) is
-  'Refuses a bad request with the field''s name before anything is touched.';
+comment on function tokenlimits.check_request(uuid, text, bigint, text, jsonb)
+is 'Refuses a bad request with the field''s name before anything is touched.';
 revoke execute on function tokenlimits.check_request(uuid, text, bigint, text, jsonb) from public, anon, authenticated;
 
 -- The live usage under a key, if any. A key that was used for another request is an error; one whose usage is dead is
@@ -87,7 +87,8 @@ begin
   return v_usage;
 end
 $$;
-comment on function tokenlimits.usage_under_key(uuid, text, uuid) is 'The live usage that an idempotency key is bound to.';
+comment on function tokenlimits.usage_under_key(uuid, text, uuid)
+is 'The live usage that an idempotency key is bound to.';
 revoke execute on function tokenlimits.usage_under_key(uuid, text, uuid) from public, anon, authenticated;
 
 -- Writes one usage: claims the key, then the rollup, then the counters, the group's (which all its members share) last,
@@ -158,8 +159,8 @@ begin
   return v_states;
 end
 $$;
-comment on function tokenlimits.write_usage(public.generation_usage, tokenlimits.limit_state[], boolean) is
-  'Writes a usage to ledger, rollup and counters, or raises TL099.';
+comment on function tokenlimits.write_usage(public.generation_usage, tokenlimits.limit_state[], boolean)
+is 'Writes a usage to ledger, rollup and counters, or raises TL099.';
 revoke execute on function tokenlimits.write_usage(public.generation_usage, tokenlimits.limit_state[], boolean)
 from public, anon, authenticated;
 
@@ -182,7 +183,8 @@ begin
   end if;
 end
 $$;
-comment on function tokenlimits.open_counter(tokenlimits.limit_state) is 'Makes a counter, or rolls it into its new period.';
+comment on function tokenlimits.open_counter(tokenlimits.limit_state)
+is 'Makes a counter, or rolls it into its new period.';
 revoke execute on function tokenlimits.open_counter(tokenlimits.limit_state) from public, anon, authenticated;
 
 -- Judges and writes, until a verdict holds. Every round but the last was overtaken by another call that got through.
@@ -287,8 +289,8 @@ begin
   );
 end
 $$;
-comment on function public.track_generation(uuid, text, bigint, text, uuid, jsonb) is
-  'Checks every limit that applies and records the generation, in one step; says whether it is allowed, what remains and when it resets.';
+comment on function public.track_generation(uuid, text, bigint, text, uuid, jsonb)
+is 'Checks every limit and records the generation, in one step: is it allowed, what remains, when does it reset.';
 revoke execute on function public.track_generation(uuid, text, bigint, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function public.track_generation(uuid, text, bigint, text, uuid, jsonb) to service_role;
@@ -336,8 +338,8 @@ begin
   return tokenlimits.look(p_user_id, p_kind, p_cost, p_group_id);
 end
 $$;
-comment on function public.check_generation(uuid, text, bigint, uuid) is
-  'What track_generation would answer now; records nothing.';
+comment on function public.check_generation(uuid, text, bigint, uuid)
+is 'What track_generation would answer now; records nothing.';
 revoke execute on function public.check_generation(uuid, text, bigint, uuid)
 from public, anon, authenticated, service_role;
 grant execute on function public.check_generation(uuid, text, bigint, uuid) to service_role;
@@ -412,7 +414,8 @@ begin
   return tokenlimits.answer(p_kind, v_live.cost, null, v_live.group_id, v_states, null, v_live, p_replayed => true);
 end
 $$;
-comment on function tokenlimits.record(uuid, text, bigint, timestamptz, text, uuid, jsonb) is 'What record_generation does.';
+comment on function tokenlimits.record(uuid, text, bigint, timestamptz, text, uuid, jsonb)
+is 'What record_generation does.';
 revoke execute on function tokenlimits.record(uuid, text, bigint, timestamptz, text, uuid, jsonb)
 from public, anon, authenticated;
 grant execute on function tokenlimits.record(uuid, text, bigint, timestamptz, text, uuid, jsonb) to service_role;
@@ -470,8 +473,8 @@ begin
   );
 end
 $$;
-comment on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb) is
-  'Records past or outside usage: moves the counters of its period, never denies.';
+comment on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
+is 'Records past or outside usage: moves the counters of its period, never denies.';
 revoke execute on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb) to service_role;

@@ -1,7 +1,8 @@
 -- For admins: groups with their limits, members, a fresh start.
 --
 -- Invariants
---   * Each function opens with require_admin; those that can, run as their caller, so that row-level security decides too.
+--   * Each function opens with require_admin; those that can, run as their caller, so that row-level security decides
+--     too.
 --   * One function, one transaction: an error leaves nothing half-made.
 
 create or replace function tokenlimits.group_json(p_group public.user_groups)
@@ -178,8 +179,8 @@ begin
   return tokenlimits.group_json(v_group);
 end
 $$;
-comment on function public.save_group(uuid, text, text, integer, text, boolean, jsonb) is
-  'Makes a group, or changes what is not null of an existing one, with its whole set of limits, in one step.';
+comment on function public.save_group(uuid, text, text, integer, text, boolean, jsonb)
+is 'Makes a group, or changes what is not null of an existing one, with its whole set of limits, in one step.';
 revoke execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb)
@@ -224,8 +225,8 @@ begin
   return tokenlimits.group_json(tokenlimits.require_group(p_group_id));
 end
 $$;
-comment on function public.remove_group_limit(uuid, text, text, text) is
-  'Removes one limit of a group; without the limit that is no error.';
+comment on function public.remove_group_limit(uuid, text, text, text)
+is 'Removes one limit of a group; without the limit that is no error.';
 revoke execute on function public.remove_group_limit(uuid, text, text, text)
 from public, anon, authenticated, service_role;
 grant execute on function public.remove_group_limit(uuid, text, text, text) to authenticated, service_role;
@@ -279,8 +280,8 @@ begin
   ), '[]');
 end
 $$;
-comment on function public.find_groups(uuid, text, text, text, integer) is
-  'Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, in their order.';
+comment on function public.find_groups(uuid, text, text, text, integer)
+is 'Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, in order.';
 revoke execute on function public.find_groups(uuid, text, text, text, integer)
 from public, anon, authenticated, service_role;
 grant execute on function public.find_groups(uuid, text, text, text, integer) to authenticated, service_role;
@@ -333,8 +334,8 @@ begin
   return tokenlimits.add_members(p_group_id, p_user_ids);
 end
 $$;
-comment on function public.add_group_members(uuid, uuid[]) is
-  'Adds users to a group: how many were added, how many were there already, and which ids are of no user.';
+comment on function public.add_group_members(uuid, uuid[])
+is 'Adds users to a group: how many were added, how many were there already, and which ids are of no user.';
 revoke execute on function public.add_group_members(uuid, uuid[]) from public, anon, authenticated, service_role;
 grant execute on function public.add_group_members(uuid, uuid[]) to authenticated, service_role;
 
@@ -355,8 +356,8 @@ begin
   return jsonb_build_object('removed', v_removed);
 end
 $$;
-comment on function public.remove_group_members(uuid, uuid[]) is
-  'Removes users from a group, and says how many were in it; their usage stays.';
+comment on function public.remove_group_members(uuid, uuid[])
+is 'Removes users from a group, and says how many were in it; their usage stays.';
 revoke execute on function public.remove_group_members(uuid, uuid[]) from public, anon, authenticated, service_role;
 grant execute on function public.remove_group_members(uuid, uuid[]) to authenticated, service_role;
 
@@ -383,8 +384,8 @@ begin
   return jsonb_build_object('moved', v_moved);
 end
 $$;
-comment on function public.move_group_member(uuid, uuid, uuid) is
-  'Moves a user from one group to another in one step; false when the user was not in the first.';
+comment on function public.move_group_member(uuid, uuid, uuid)
+is 'Moves a user from one group to another in one step; false when the user was not in the first.';
 revoke execute on function public.move_group_member(uuid, uuid, uuid) from public, anon, authenticated, service_role;
 grant execute on function public.move_group_member(uuid, uuid, uuid) to authenticated, service_role;
 
@@ -438,8 +439,8 @@ begin
   return tokenlimits.reset_usage(p_group_id, p_kind);
 end
 $$;
-comment on function public.reset_group_usage(uuid, text) is
-  'A fresh start for a group''s current periods, of a kind or of all; the ledger keeps everything.';
+comment on function public.reset_group_usage(uuid, text)
+is 'A fresh start for a group''s current periods, of a kind or of all; the ledger keeps everything.';
 revoke execute on function public.reset_group_usage(uuid, text) from public, anon, authenticated, service_role;
 grant execute on function public.reset_group_usage(uuid, text) to authenticated, service_role;
 
@@ -485,8 +486,8 @@ begin
   return tokenlimits.list_members(p_group_id, p_after, p_page_size);
 end
 $$;
-comment on function public.group_members(uuid, uuid, integer) is
-  'A group''s members with their e-mail addresses: the page after a user id, in the order of ids.';
+comment on function public.group_members(uuid, uuid, integer)
+is 'A group''s members with their e-mail addresses: the page after a user id, in the order of ids.';
 revoke execute on function public.group_members(uuid, uuid, integer) from public, anon, authenticated, service_role;
 grant execute on function public.group_members(uuid, uuid, integer) to authenticated, service_role;
 
@@ -526,6 +527,7 @@ begin
   return tokenlimits.search_users(p_email, p_page_size);
 end
 $$;
-comment on function public.find_users(text, integer) is 'Users whose e-mail address contains a text, whatever its case.';
+comment on function public.find_users(text, integer)
+is 'Users whose e-mail address contains a text, whatever its case.';
 revoke execute on function public.find_users(text, integer) from public, anon, authenticated, service_role;
 grant execute on function public.find_users(text, integer) to authenticated, service_role;

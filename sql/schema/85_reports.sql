@@ -58,8 +58,8 @@ begin
   return tokenlimits.usage_of(p_user_id);
 end
 $$;
-comment on function public.user_generation_usage(uuid) is
-  'Every limit that binds a user: group, kind, period, scope, max, used, remaining, reset_at.';
+comment on function public.user_generation_usage(uuid)
+is 'Every limit that binds a user: group, kind, period, scope, max, used, remaining, reset_at.';
 revoke execute on function public.user_generation_usage(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.user_generation_usage(uuid) to service_role;
 
@@ -95,8 +95,8 @@ begin
   return tokenlimits.my_usage();
 end
 $$;
-comment on function public.my_generation_usage() is
-  'Every limit that binds the signed-in user: group, kind, period, scope, max, used, remaining, reset_at.';
+comment on function public.my_generation_usage()
+is 'Every limit that binds the signed-in user: group, kind, period, scope, max, used, remaining, reset_at.';
 revoke execute on function public.my_generation_usage() from public, anon, authenticated, service_role;
 grant execute on function public.my_generation_usage() to authenticated;
 
@@ -167,8 +167,8 @@ begin
   return tokenlimits.usage_of_groups(p_group_id);
 end
 $$;
-comment on function public.group_usage(uuid) is
-  'One group, or all when null: member count, and of each limit used, remaining, fraction of its capacity, reset_at.';
+comment on function public.group_usage(uuid)
+is 'One group, or all when null: member count, and of each limit used, remaining, fraction of its capacity, reset_at.';
 revoke execute on function public.group_usage(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.group_usage(uuid) to authenticated, service_role;
 
@@ -248,8 +248,8 @@ begin
   );
 end
 $$;
-comment on function public.generation_history(uuid, text, text, timestamptz, timestamptz) is
-  'Live usage per kind and hour, day, week or month of a group''s time zone (of all groups, in UTC, when null); the last 30 days unless told otherwise.';
+comment on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
+is 'Live usage per kind and bucket in a group''s time zone (of all groups, in UTC, when null); 30 days by default.';
 revoke execute on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
 grant execute on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
