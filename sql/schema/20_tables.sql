@@ -107,14 +107,16 @@ begin
     select tz.name into v_timezone
     from pg_catalog.pg_timezone_names as tz
     where
-      lower(tz.name) = lower(new.timezone)
+      -- decided before anything is read: a megabyte would be compared with every name
+      char_length(new.timezone) <= 64
+      and lower(tz.name) = lower(new.timezone)
       and tz.name not like 'posix/%'
       -- "at time zone" reads these as abbreviations, which know no daylight saving
       and tz.name not in ('CET', 'EET', 'MET', 'WET');
     if v_timezone is null then
       perform tokenlimits.refuse(
         'TL001',
-        format('timezone: %L is no IANA time zone', new.timezone),
+        format('timezone: %L is no IANA time zone', left(new.timezone, 100)),
         'timezone',
         'Use a name like ''Europe/Paris'' or ''UTC''.'
       );

@@ -228,6 +228,7 @@ EDITS: Final = [
     ("update public.user_groups set timezone = null where name = 'Pro'", "23502"),
     ("insert into public.user_groups (name, timezone) values ('New', 'UTC+3')", "TL001"),
     ("insert into public.user_groups (name, timezone) values ('New', 'posix/Europe/Paris')", "TL001"),
+    ("insert into public.user_groups (name, timezone) values ('New', 'CET')", "TL001"),
     # names
     ("insert into public.user_groups (name) values (' pRO ')", "23505"),
     ("update public.user_groups set name = 'team' where name = 'Pro'", "23505"),
