@@ -1,0 +1,380 @@
+"""Whose connections are used, with which session, and who closes them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any
+
+import httpx
+import pytest
+import supabase
+from postgrest import AsyncPostgrestClient, SyncPostgrestClient
+from supabase import AsyncClientOptions, Client, ClientOptions, create_async_client, create_client
+from tests.http.conftest import ANN, KEY, URL, Server, Shell
+
+import tokenlimits
+from tokenlimits import (
+    AsyncTokenLimits,
+    ConfigurationError,
+    GroupManager,
+    TokenLimits,
+    atrack_generation,
+    track_generation,
+)
+from tokenlimits.async_client import AsyncDefault
+from tokenlimits.client import Default
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Client]:  # its transport is the server's
+    with httpx.Client() as http:
+        yield create_client(URL, KEY, ClientOptions(httpx_client=http))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Everything of supabase and postgrest that is made meanwhile."""
+    made: list[object] = []
+    for cls in (supabase.Client, supabase.AsyncClient, SyncPostgrestClient, AsyncPostgrestClient):
+        original = cls.__init__
+
+        def init(self: object, *args: Any, _original: Any = original, **kwargs: Any) -> None:
+            made.append(self)
+            _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "__init__", init)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _no_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Default, "current", None)
+    monkeypatch.setattr(AsyncDefault, "current", None)
+
+
+class TestSchema:
+    @pytest.mark.parametrize("schema", ["public", "api", "graphql_public"])
+    def test_is_always_public(self, shell: Shell, server: Server, schema: str) -> None:
+        assert shell.track(foreign={"schema": schema})
+        assert server.requests[0].headers["content-profile"] == "public"
+
+    def test_of_the_client_stays(self, server: Server) -> None:
+        with httpx.Client() as http:
+            client = create_client(URL, KEY, ClientOptions(schema="api", httpx_client=http))
+            TokenLimits(client).track(ANN, "image")
+            assert client.postgrest.headers["content-profile"] == "api"
+        assert len(server.requests) == 1
+
+
+class TestKeys:
+    def test_ours(self, shell: Shell, server: Server) -> None:
+        shell.track()
+        headers = server.requests[0].headers
+        assert (headers["apikey"], headers["authorization"]) == (KEY, f"Bearer {KEY}")
+
+    def test_a_session_of_a_foreign_client(self, shell: Shell, server: Server) -> None:
+        shell.track(foreign={"headers": {"Authorization": "Bearer a-token"}})
+        headers = server.requests[0].headers
+        assert (headers["apikey"], headers["authorization"]) == (KEY, "Bearer a-token")
+
+    def test_a_token_that_was_set_on_postgrest_alone(self, client: Client, server: Server) -> None:
+        client.postgrest.auth("a-token")
+        limits = TokenLimits(client)
+        for _ in range(2):
+            limits.track(ANN, "image")
+        assert {request.headers["authorization"] for request in server.requests} == {"Bearer a-token"}
+
+
+class TestManyThreads:
+    def test_make_one_client(self, server: Server, made: list[object]) -> None:
+        with TokenLimits.from_env() as limits, ThreadPoolExecutor(16) as threads:
+            assert all(threads.map(lambda _: limits.track(ANN, "image"), range(64)))
+        assert len(server.requests) == 64
+        assert sorted(type(each).__name__ for each in made) == ["Client", "SyncPostgrestClient"]
+
+    def test_make_one_default(self, server: Server, made: list[object]) -> None:
+        barrier = threading.Barrier(16)
+
+        def track(_: int) -> bool:
+            barrier.wait()
+            return bool(track_generation(ANN, "image"))
+
+        with ThreadPoolExecutor(16) as threads:
+            assert all(threads.map(track, range(16)))
+        assert len(server.requests) == 16
+        assert sorted(type(each).__name__ for each in made) == ["Client", "SyncPostgrestClient"]
+        assert Default.current is not None
+        Default.current.close()
+
+    def test_make_one_postgrest_of_a_foreign_client(self, client: Client, server: Server, made: list[object]) -> None:
+        """However many `TokenLimits` there are: `track_generation(client=…)` makes one each time."""
+        barrier = threading.Barrier(16)
+
+        def track(_: int) -> bool:
+            barrier.wait()
+            return bool(track_generation(ANN, "image", client=client))
+
+        with ThreadPoolExecutor(16) as threads:
+            assert all(threads.map(track, range(16)))
+        assert len(server.requests) == 16
+        assert [type(each).__name__ for each in made] == ["SyncPostgrestClient"]
+
+
+class TestChangeOfSession:
+    """Supabase forgets `client.postgrest` when somebody signs in, and then changes the header: not in one step."""
+
+    @staticmethod
+    def sign_in(client: Client, token: str) -> None:
+        session = type("Session", (), {"access_token": token})()
+        client._listen_to_auth_events("SIGNED_IN", session)
+
+    def test_is_seen_by_the_next_call(self, client: Client, server: Server) -> None:
+        limits = TokenLimits(client)
+        for token in ("one", "two"):
+            self.sign_in(client, token)
+            limits.track(ANN, "image")
+        assert [request.headers["authorization"] for request in server.requests] == ["Bearer one", "Bearer two"]
+
+    def test_a_call_in_the_middle_of_it_leaves_nothing_stale(self, client: Client, server: Server) -> None:
+        limits = TokenLimits(client)
+        limits.track(ANN, "image")
+
+        class Headers(dict[str, str]):
+            """Lets another call in before each change."""
+
+            def __setitem__(self, name: str, value: str) -> None:
+                client.options.headers = dict(self)
+                limits.track(ANN, "image")
+                client.options.headers = self
+                super().__setitem__(name, value)
+
+        client.options.headers = Headers(client.options.headers)
+        self.sign_in(client, "one")
+        limits.track(ANN, "image")
+        GroupManager(client).list()
+        sent = [request.headers["authorization"] for request in server.requests]
+        assert sent == [f"Bearer {KEY}", f"Bearer {KEY}", "Bearer one", "Bearer one"]
+
+    def test_that_comes_while_postgrest_is_read(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        real: Any = supabase.Client.postgrest
+        answers: list[bool] = [False, False, True]
+
+        def postgrest(client: Client) -> object:
+            return real.fget(client) if answers.pop(0) else None
+
+        monkeypatch.setattr(supabase.Client, "postgrest", property(postgrest))
+        with TokenLimits.from_env() as limits:
+            assert limits.track(ANN, "image")
+        assert len(server.requests) == 1
+
+    def test_many_threads_and_many_changes(self, client: Client, server: Server) -> None:
+        limits = TokenLimits(client)
+        stop = threading.Event()
+
+        def change() -> None:
+            for number in range(300):
+                self.sign_in(client, f"token-{number}")
+            stop.set()
+
+        def track(_: int) -> None:
+            while not stop.is_set():
+                assert limits.track(ANN, "image")
+
+        with ThreadPoolExecutor(5) as threads:
+            changing = threads.submit(change)
+            list(threads.map(track, range(4)))
+            changing.result()
+        limits.track(ANN, "image")
+        assert server.requests[-1].headers["authorization"] == "Bearer token-299"
+
+
+class TestClosing:
+    def test_a_foreign_client_stays_open(self, client: Client, server: Server) -> None:
+        with TokenLimits(client) as limits, GroupManager(client) as groups:
+            limits.track(ANN, "image")
+            groups.list()
+        limits.close()
+        assert not client.postgrest.session.is_closed
+        assert limits.track(ANN, "image")
+        assert client.rpc("tokenlimits_version").execute().data == {"version": 1}
+        assert len(server.requests) == 4
+
+    def test_a_foreign_async_client_stays_open(self, server: Server) -> None:
+        async def run() -> None:
+            async with httpx.AsyncClient() as http:
+                client = await create_async_client(URL, KEY, AsyncClientOptions(httpx_client=http))
+                async with AsyncTokenLimits(client) as limits:
+                    await limits.track(ANN, "image")
+                await limits.aclose()
+                assert not http.is_closed
+                assert await limits.track(ANN, "image")
+
+        asyncio.run(run())
+        assert len(server.requests) == 2
+
+    def test_ours_is_closed_and_made_anew(self, server: Server) -> None:
+        limits = TokenLimits.from_env()
+        sessions: list[Any] = []
+        for _ in range(2):
+            with limits:
+                limits.track(ANN, "image")
+                sessions.append(limits._transport._client().postgrest.session)
+                assert not sessions[-1].is_closed
+            assert sessions[-1].is_closed
+        assert sessions[0] is not sessions[1]
+        limits.close()
+        assert len(server.requests) == 2
+
+    def test_ours_in_asyncio_too(self, server: Server) -> None:
+        async def run() -> None:
+            limits = AsyncTokenLimits.from_env()
+            sessions: list[Any] = []
+            for _ in range(2):
+                async with limits:
+                    await limits.track(ANN, "image")
+                    sessions.append((await limits._transport._client()).postgrest.session)
+                assert sessions[-1].is_closed
+            await limits.aclose()
+            assert sessions[0] is not sessions[1]
+
+        asyncio.run(run())
+        assert len(server.requests) == 2
+
+    def test_when_it_is_forgotten(self, server: Server) -> None:
+        limits = TokenLimits.from_env()
+        limits.track(ANN, "image")
+        session: Any = limits._transport._client().postgrest.session
+        forgotten = weakref.ref(limits)
+        del limits
+        gc.collect()
+        assert forgotten() is None
+        assert session.is_closed
+        assert len(server.requests) == 1
+
+    def test_with_the_loop(self, server: Server) -> None:
+        limits = AsyncTokenLimits.from_env()
+
+        async def run() -> Any:
+            await limits.track(ANN, "image")
+            return (await limits._transport._client()).postgrest.session
+
+        sessions = [asyncio.run(run()) for _ in range(3)]
+        assert all(session.is_closed for session in sessions)
+        assert len({id(session) for session in sessions}) == 3
+        assert len(limits._transport._own) == 1  # the last; a closed one is dropped with the next
+        assert len(server.requests) == 3
+
+    @pytest.mark.filterwarnings("ignore:asynchronous generator .* was scheduled after")
+    def test_in_a_loop_that_goes_on_after_its_generators_were_closed(self, server: Server) -> None:
+        limits = AsyncTokenLimits.from_env()
+        with closing(asyncio.new_event_loop()) as loop:
+            for _ in range(2):
+                assert loop.run_until_complete(limits.track(ANN, "image"))
+                loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(limits.aclose())
+        assert len(server.requests) == 2
+
+    @pytest.mark.parametrize("policy", ["raise", "allow"])
+    def test_a_foreign_client_that_was_closed(self, client: Client, policy: Any) -> None:
+        limits = TokenLimits(client, on_unavailable=policy)
+        limits.track(ANN, "image")
+        client.postgrest.aclose()
+        with pytest.raises(ConfigurationError, match="closed"):
+            limits.track(ANN, "image")
+
+    def test_a_foreign_async_client_that_was_closed(self, server: Server) -> None:
+        async def run() -> None:
+            async with httpx.AsyncClient() as http:
+                client = await create_async_client(URL, KEY, AsyncClientOptions(httpx_client=http))
+            await AsyncTokenLimits(client).track(ANN, "image")
+
+        with pytest.raises(ConfigurationError, match="closed"):
+            asyncio.run(run())
+        assert server.requests == []
+
+    def test_ours_that_is_closed_in_the_middle_of_a_call(self, server: Server) -> None:
+        limits = TokenLimits.from_env()
+
+        def close(request: httpx.Request) -> httpx.Response:
+            limits.close()
+            raise httpx.ReadError("closed", request=request)
+
+        server.then(close)
+        assert limits.track(ANN, "image")
+        limits.close()
+        assert len(server.requests) == 2
+
+    def test_ours_that_is_closed_just_before_it_is_used(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        limits = TokenLimits.from_env()
+        real = httpx.Client.request
+
+        def request(self: httpx.Client, *args: Any, **kwargs: Any) -> httpx.Response:
+            monkeypatch.setattr(httpx.Client, "request", real)
+            limits.close()
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(httpx.Client, "request", request)
+        assert limits.track(ANN, "image")
+        limits.close()
+        assert len(server.requests) == 1
+
+    def test_another_error_of_the_runtime_is_not_hidden(self, shell: Shell, server: Server) -> None:
+        server.then(RuntimeError("something else"))
+        with pytest.raises(RuntimeError, match="something else"):
+            shell.track()
+
+
+class TestOneCall:
+    def test_with_the_default(self, server: Server) -> None:
+        assert track_generation(ANN, "image", 2, idempotency_key="job-1")
+        assert track_generation(ANN, "image")
+        assert server.params[0] == {
+            "p_user_id": ANN,
+            "p_kind": "image",
+            "p_cost": 2,
+            "p_idempotency_key": "job-1",
+        }
+        assert Default.current is not None
+        Default.current.close()
+
+    def test_with_a_client(self, client: Client, server: Server) -> None:
+        assert track_generation(ANN, "image", client=client)
+        assert track_generation(ANN, "image", client=TokenLimits(client))
+        assert Default.current is None
+        assert len(server.requests) == 2
+
+    def test_with_a_client_of_the_other_colour(self, client: Client) -> None:
+        with pytest.raises(ConfigurationError, match=r"supabase\.AsyncClient"):
+            asyncio.run(atrack_generation(ANN, "image", client=client))  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ConfigurationError, match=r"supabase\.Client"):
+            track_generation(ANN, "image", client=AsyncTokenLimits())  # pyright: ignore[reportArgumentType]
+
+    def test_in_asyncio(self, server: Server) -> None:
+        async def run() -> None:
+            assert await atrack_generation(ANN, "image")
+            assert await atrack_generation(ANN, "image", client=AsyncTokenLimits.from_env())
+
+        for _ in range(3):
+            asyncio.run(run())
+        assert len(server.requests) == 6
+
+
+def test_http_2_is_off_whatever_supabase_would_do(server: Server) -> None:
+    with TokenLimits.from_env() as limits:
+        limits.track(ANN, "image")
+        session: Any = limits._transport._client().postgrest.session
+        assert not session._transport._pool._http2
+    assert server.requests
+
+
+def test_nothing_warns() -> None:
+    """Warnings are errors here; this says that they are."""
+    assert tokenlimits.__version__
+    with pytest.raises(DeprecationWarning):
+        SyncPostgrestClient(URL, timeout=5)
