@@ -12,7 +12,7 @@ from uuid import uuid4
 import httpx
 import pytest
 from supabase import Client, ClientOptions, create_client
-from tests.support.postgres import PostgresServer, create_hosted_database, servers
+from tests.support.postgres import PostgresServer, servers
 
 from tokenlimits import Group, GroupManager, Limit
 from tokenlimits.async_client import AsyncDefault
@@ -25,8 +25,8 @@ RunPython = Callable[..., str]
 @pytest.fixture(scope="session")
 def stack() -> Iterator[LocalStack]:
     with PostgresServer(servers()["18"]) as server:
-        create_hosted_database(server, "transport")
-        with LocalStack(server.url("transport", "postgres")) as stack:
+        server.create_database("transport")
+        with LocalStack(server.url("transport")) as stack:
             yield stack
 
 
@@ -72,9 +72,10 @@ def team(groups: GroupManager) -> Iterator[Callable[..., Group]]:
 def run_python(stack: LocalStack) -> RunPython:
     """Run a script in a Python of its own, in which every warning is an error, on the stack; return its output."""
 
-    def run(script: str, *arguments: str) -> str:
+    def run(script: str, *arguments: str, dev: bool = False) -> str:
+        options = ["-W", "error", *(["-X", "dev"] if dev else [])]
         done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", textwrap.dedent(script), *arguments],
+            [sys.executable, *options, "-c", textwrap.dedent(script), *arguments],
             env={**environ, **stack.environment()},
             capture_output=True,
             text=True,
