@@ -8,8 +8,7 @@ from datetime import datetime
 from typing import Any, Generic, TypeVar
 
 from . import _arguments
-from ._arguments import Id, Limits, OnUnavailable, new_key, parser
-from ._arguments import ids as checked_ids
+from ._arguments import Id, Limits, OnUnavailable, parser
 from .errors import GroupNotFound, SchemaOutdated, ServiceUnavailable, UnknownUser
 from .models import (
     AddedPage,
@@ -25,8 +24,6 @@ from .models import (
     User,
     UserLimit,
 )
-
-__all__ = ["Call", "checked_ids", "new_key"]
 
 T = TypeVar("T")
 
@@ -155,11 +152,6 @@ def update_group(group_id: Id, **fields: Any) -> Call[Group]:
     """Change what is not None of a group."""
     changes = {name: value for name, value in fields.items() if value is not None}
     return Call("save_group", {**_group_id(group_id), **_arguments.group(changes)}, _GROUP)
-
-
-def save_group(group_id: Id | None, **fields: Any) -> Call[Group]:
-    """Create a group (without an id), or change what is not None of one."""
-    return create_group(**fields) if group_id is None else update_group(group_id, **fields)
 
 
 def set_limits(group_id: Id, limits: Limits) -> Call[Group]:

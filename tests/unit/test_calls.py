@@ -21,7 +21,8 @@ from tokenlimits import (
     UnknownUser,
     _calls,
 )
-from tokenlimits._calls import Call, new_key
+from tokenlimits._arguments import new_key
+from tokenlimits._calls import Call
 from tokenlimits.sql_files import one_paste
 
 ANN = "0197f0a0-0000-7000-8000-000000000001"
