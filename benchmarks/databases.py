@@ -77,7 +77,7 @@ def add_history(server: PostgresServer, name: str, rows: int, *, ordered_keys: b
             from (
               select
                 i, date_trunc('month', now()) - interval '365 days' + interval '365 days' * (i::float8 / {rows}) as at
-              from generate_series(1, {rows}) as i
+              from generate_series(1::bigint, {rows}) as i
             ) as t
             inner join (
               select group_id, user_id, row_number() over (order by user_id) as n from public.group_memberships
