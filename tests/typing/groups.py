@@ -1,0 +1,96 @@
+"""What an editor infers for who manages groups; pyright reads this, nothing runs it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from datetime import datetime
+from typing import assert_type
+from uuid import UUID
+
+from supabase import AsyncClient, Client
+
+from tokenlimits import (
+    AsyncGroupManager,
+    BulkResult,
+    Group,
+    GroupLimitUsage,
+    GroupManager,
+    GroupUsage,
+    HistoryPoint,
+    Limit,
+    Member,
+    Refused,
+    User,
+)
+
+
+def manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], texts: set[str], now: datetime) -> None:
+    assert_type(GroupManager.from_env(), GroupManager)
+    GroupManager(aclient)  # pyright: ignore[reportArgumentType]
+    with GroupManager(client, timeout=30) as groups:
+        assert_type(groups.create("Pro", limits={"image": 100, "video": None}), Group)
+        assert_type(groups.create("Pro", limits=[Limit(kind="image", max=1, period="day", scope="member")]), Group)
+        assert_type(groups.update(id_, name="Pro", timezone="Europe/Paris", is_default=True), Group)
+        assert_type(groups.set_limits(str(id_), {"image": 1}).limits, tuple[Limit, ...])
+        assert_type(groups.set_limit(id_, Limit(kind="image", max=1)), Group)
+        assert_type(groups.remove_limit(id_, "image", period="day", scope="member"), Group)
+        assert_type(groups.get(id_), Group)
+        assert_type(groups.get_by_name("pro"), Group)
+        assert_type(groups.list(search="pr"), list[Group])
+        assert_type(groups.delete(id_), Group)
+        assert_type(groups.add_member(id_, id_), bool)
+        assert_type(groups.remove_member(id_, id_), bool)
+        assert_type(groups.move_member(id_, from_=id_, to=id_), bool)
+        assert_type(groups.add_members(id_, ids, on_progress=print), BulkResult)
+        assert_type(groups.add_members(id_, texts).refused, tuple[Refused, ...])
+        assert_type(groups.remove_members(id_, ids, on_progress=lambda done, total: done / total), int)
+        assert_type(groups.members(id_), Iterator[Member])
+        assert_type([member.email for member in groups.members(id_)], list[str | None])
+        assert_type(groups.find_users("ann@"), list[User])
+        assert_type(groups.usage(id_), GroupUsage)
+        assert_type(groups.usage(id_).limits, tuple[GroupLimitUsage, ...])
+        assert_type(groups.usage_all(), list[GroupUsage])
+        assert_type(groups.history(id_, kind="image", bucket="day", since=now, until=now), list[HistoryPoint])
+        assert_type(groups.reset_usage(id_, kind="image"), datetime)
+
+        groups.create("Pro", limits={"image": "many"})  # pyright: ignore[reportArgumentType]
+        groups.create("Pro", limits=[{"kind": "image", "max": 1}])  # pyright: ignore[reportArgumentType]
+        groups.create("Pro", "for teams")  # pyright: ignore[reportCallIssue]
+        groups.create(None)  # pyright: ignore[reportArgumentType]
+        groups.set_limits(id_, None)  # pyright: ignore[reportArgumentType]
+        groups.remove_limit(id_, "image", period="fortnight")  # pyright: ignore[reportArgumentType]
+        groups.history(id_, bucket="minute")  # pyright: ignore[reportArgumentType]
+        groups.move_member(id_, id_, id_)  # pyright: ignore[reportCallIssue]
+        groups.add_members(id_, [1, 2])  # pyright: ignore[reportArgumentType]
+        groups.add_members(id_, ids, on_progress=lambda: None)  # pyright: ignore[reportArgumentType]
+        groups.update(None, name="Pro")  # pyright: ignore[reportArgumentType]
+
+
+async def async_manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], now: datetime) -> None:
+    AsyncGroupManager(client)  # pyright: ignore[reportArgumentType]
+    async with AsyncGroupManager(aclient, timeout=30) as groups:
+        assert_type(await groups.create("Pro", limits={"image": 100}), Group)
+        assert_type(await groups.update(id_, name="Pro"), Group)
+        assert_type(await groups.set_limits(id_, {"image": 1}), Group)
+        assert_type(await groups.set_limit(id_, Limit(kind="image", max=1)), Group)
+        assert_type(await groups.remove_limit(id_, "image"), Group)
+        assert_type(await groups.get(id_), Group)
+        assert_type(await groups.get_by_name("pro"), Group)
+        assert_type(await groups.list(), list[Group])
+        assert_type(await groups.delete(id_), Group)
+        assert_type(await groups.add_member(id_, id_), bool)
+        assert_type(await groups.remove_member(id_, id_), bool)
+        assert_type(await groups.move_member(id_, from_=id_, to=id_), bool)
+        assert_type(await groups.add_members(id_, ids), BulkResult)
+        assert_type(await groups.remove_members(id_, ids), int)
+        assert_type(groups.members(id_), AsyncIterator[Member])
+        assert_type([member.joined_at async for member in groups.members(id_)], list[datetime])
+        assert_type(await groups.find_users("ann@"), list[User])
+        assert_type(await groups.usage(id_), GroupUsage)
+        assert_type(await groups.usage_all(), list[GroupUsage])
+        assert_type(await groups.history(since=now), list[HistoryPoint])
+        assert_type(await groups.reset_usage(id_), datetime)
+
+        list(groups.members(id_))  # pyright: ignore[reportArgumentType]
+        await groups.members(id_)  # pyright: ignore[reportGeneralTypeIssues]
+        assert_type(groups.get(id_), Group)  # pyright: ignore[reportAssertTypeFailure, reportUnusedCoroutine]
