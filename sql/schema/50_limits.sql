@@ -157,7 +157,8 @@ after delete on public.group_limits
 referencing old table as old_rows
 for each statement execute function tokenlimits.apply_limits();
 
--- Every period of the group begins at another moment now.
+-- Every period of a group in another time zone begins at another moment now. One statement for all groups, for then it
+-- takes their stripes in order.
 create or replace function tokenlimits.renew_counters()
 returns trigger
 language plpgsql
@@ -168,7 +169,9 @@ as $$
 begin
   update public.group_limits as l
   set counter_id = default
-  where l.group_id = new.id;
+  from new_rows as n
+  inner join old_rows as o on o.id = n.id
+  where l.group_id = n.id and n.timezone is distinct from o.timezone;
   return null;
 end
 $$;
@@ -177,6 +180,5 @@ revoke execute on function tokenlimits.renew_counters() from public, anon, authe
 
 create or replace trigger user_groups_renew_counters
 after update on public.user_groups
-for each row
-when (old.timezone is distinct from new.timezone)
-execute function tokenlimits.renew_counters();
+referencing old table as old_rows new table as new_rows
+for each statement execute function tokenlimits.renew_counters();
