@@ -18,6 +18,7 @@ class Database:
         self._connections: list[psycopg.Connection[Any]] = []
         self.name = name
         self.owner = server.connect(name, "postgres")
+        self.owner.execute("set statement_timeout = '60s'")
 
     @property
     def url(self) -> str:
@@ -27,6 +28,7 @@ class Database:
         """Open another connection, as workers do."""
         connection = self._server.connect(self.name, "postgres")
         connection.execute(f"set role {role}")
+        connection.execute("set statement_timeout = '60s'")
         self._connections.append(connection)
         return connection
 

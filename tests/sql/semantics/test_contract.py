@@ -137,7 +137,7 @@ class TestExact:
     ) -> None:
         group = world.group(limit(5, scope="member"))
         one, two = world.user(group), world.user(group)
-        first, second = _connections_of_different_slots(database)
+        first, second = _connections_that_begin_at_the_same_slot(database)
         with first.connection.transaction():
             assert first.track(one, "image")["allowed"]
             second.execute("set lock_timeout = '2s'")
@@ -153,13 +153,15 @@ class TestExact:
         assert world.recorded() == []
 
 
-def _connections_of_different_slots(database: Database) -> tuple[Api, Api]:
-    """Two whose rollup rows are not the same by chance."""
-    first = database.connect()
+def _connections_that_begin_at_the_same_slot(database: Database) -> tuple[Api, Api]:
+    """Two that would write the same row of the rollup, if they looked no further."""
+    slots: dict[int, psycopg.Connection[Any]] = {}
     while True:
-        second = database.connect()
-        if (first.info.backend_pid - second.info.backend_pid) % 16:
-            return Api(first), Api(second)
+        connection = database.connect()
+        slot = connection.info.backend_pid % 16
+        if slot in slots:
+            return Api(slots[slot]), Api(connection)
+        slots[slot] = connection
 
 
 class TestWhoPays:
@@ -420,6 +422,18 @@ class TestPeriods:
         world.at("2026-11-24 00:01Z")
         assert not world.api.track(user, "image")["allowed"]
 
+    def test_after_a_clock_was_set_back_all_counters_agree_on_the_moment(self, world: World) -> None:
+        world.at("2026-11-23 12:59:10Z")
+        group = world.group(limit(9, period="hour"), limit(2, period="minute", scope="member"))
+        one, two = world.user(group), world.user(group)
+        world.api.track(one, "image")
+        world.at("2026-11-23 13:00Z")
+        world.api.track(two, "image")
+        world.at("2026-11-23 12:59:30Z")
+        assert world.api.track(one, "image")["allowed"]
+        world.at("2026-11-23 13:00:10Z")
+        assert (world.used(one, "minute", "member"), world.used(one, "hour")) == (1, 2)
+
     @pytest.mark.parametrize("shift", [timedelta(hours=-1), timedelta(hours=1)])
     def test_new_rules_of_a_time_zone_stop_nobody(self, world: World, shift: timedelta) -> None:
         """As after an update of the server's time zones: the counter's period is not one of the new calendar's."""
@@ -539,6 +553,15 @@ class TestEditing:
         world.api.reset(group)
         assert world.api.track(user, "video", 5)["allowed"]
         assert [row[2] for row in world.recorded()] == [5, 5, 5, 5]
+
+    def test_counters_of_limits_that_are_gone_do_not_pile_up(self, world: World) -> None:
+        group = world.group(limit(None), limit(None, scope="member"))
+        user = world.user(group)
+        for _ in range(5):
+            world.api.track(user, "image")
+            world.api.reset(group)
+        world.api.track(user, "image")
+        assert world.owner.one("select count(*) from tokenlimits.counters") == 2
 
     def test_a_limit_added_after_a_reset_counts_from_the_reset(self, world: World) -> None:
         group = world.group(limit(None))

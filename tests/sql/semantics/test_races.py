@@ -296,6 +296,20 @@ class TestWhileAdminsEdit:
         )
         assert used_of_what_stayed == 600
 
+    def test_many_groups_in_one_statement(self, world: World, crowd: Crowd, database: Database) -> None:
+        """It takes all their stripes, as calls of users in several groups do, and in the same order."""
+        groups = [UUID(int=number) for number in (0xF0, 0x80, 0x01)]  # the last byte is the stripe
+        for group in groups:
+            world.owner.execute("insert into public.user_groups (id, name) values (%s, %s)", [group, str(group)])
+            world.api.set_limit(group, "image", "lifetime", "group", None)
+        users = [world.user(*groups) for _ in range(4)]
+        with crowd.calling(database.url, shuffled([Call(user) for user in users], times=1)) as answers:
+            for zone in ("Asia/Kathmandu", "UTC") * 6:
+                world.owner.execute("update public.user_groups set timezone = %s", [zone])
+                world.owner.execute("update public.group_limits set max = coalesce(max, 10^9) + 1")
+            world.owner.execute("delete from public.user_groups")
+        assert_right(answers)
+
     def test_users_who_come_and_go(self, world: World, crowd: Crowd, database: Database) -> None:
         one, two = world.group(limit(None), limit(40, scope="member")), world.group(limit(None))
         users = [world.user(one) for _ in range(6)]
