@@ -368,7 +368,27 @@ comment on function tokenlimits.free_slot(uuid)
 is 'A slot of the rollup that no other open transaction writes for this group; any, when all are taken.';
 revoke execute on function tokenlimits.free_slot(uuid) from public, anon, authenticated;
 
--- After an uninstallation that kept the ledger, its history comes back.
+-- A hold that has expired counts as released from that moment on, but stays in counters and rollup until somebody sweeps
+-- it; readers subtract it. It is not in the ledger's indexes, so that settling a usage stays cheap.
+create table if not exists tokenlimits.holds (
+  usage_id uuid not null,
+  group_id uuid not null,
+  user_id uuid not null,
+  kind text not null,
+  cost bigint not null,
+  created_at timestamptz not null,
+  expires_at timestamptz not null,
+  constraint holds_pkey primary key (usage_id)
+);
+comment on table tokenlimits.holds is 'Reserved usages that nobody has settled or swept yet.';
+create index if not exists holds_expires_at_idx on tokenlimits.holds (group_id, kind, expires_at);
+
+-- After an uninstallation that kept the ledger, its holds and its history come back.
+insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+select u.id, u.group_id, u.user_id, u.kind, u.cost, u.created_at, u.expires_at
+from public.generation_usage as u
+where u.status = 'reserved' and not exists (select from tokenlimits.usage_rollup);
+
 insert into tokenlimits.usage_rollup (group_id, kind, bucket, slot, cost, generations)
 select
   u.group_id,
@@ -389,21 +409,6 @@ create table if not exists tokenlimits.usage_resets (
   constraint usage_resets_pkey primary key (group_id, kind)
 );
 comment on table tokenlimits.usage_resets is 'When an admin last gave a group a fresh start: counters count from then.';
-
--- A hold that has expired counts as released from that moment on, but stays in counters and rollup until somebody sweeps
--- it; readers subtract it. It is not in the ledger's indexes, so that settling a usage stays cheap.
-create table if not exists tokenlimits.holds (
-  usage_id uuid not null,
-  group_id uuid not null,
-  user_id uuid not null,
-  kind text not null,
-  cost bigint not null,
-  created_at timestamptz not null,
-  expires_at timestamptz not null,
-  constraint holds_pkey primary key (usage_id)
-);
-comment on table tokenlimits.holds is 'Reserved usages that nobody has settled or swept yet.';
-create index if not exists holds_expires_at_idx on tokenlimits.holds (group_id, kind, expires_at);
 
 revoke all on tokenlimits.counters, tokenlimits.usage_rollup, tokenlimits.usage_resets, tokenlimits.holds
 from public, anon, authenticated, service_role;
@@ -1956,9 +1961,6 @@ declare
   v_status text;
   v_late boolean;
 begin
-  if p_action = 'refund' then
-    perform tokenlimits.require_admin();
-  end if;
   select * into v_usage from public.generation_usage as u where u.id = p_usage_id;
   if not found then
     perform tokenlimits.refuse(
@@ -2081,42 +2083,38 @@ comment on function public.refund_generation(uuid) is 'Gives back what a committ
 revoke execute on function public.refund_generation(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.refund_generation(uuid) to authenticated, service_role;
 
--- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it.
-create or replace function tokenlimits.tidy(p_groups integer default 100)
+-- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it. One group in one transaction,
+-- since the counters of two would be locked in an order that nobody else follows.
+create or replace function tokenlimits.tidy()
 returns bigint
 language plpgsql
 volatile
--- definer: counters are private
-security definer
 set search_path = ''
 as $$
 declare
-  v record;
   v_at timestamptz := tokenlimits.clock();
-  v_swept bigint := 0;
-begin
-  perform tokenlimits.require_admin();
-  for v in
-    select h.group_id, array_agg(distinct h.kind) as kinds
+  v_group_id uuid := (
+    select h.group_id
     from tokenlimits.holds as h
     where h.expires_at <= v_at
-    group by h.group_id
-    order by h.group_id
+    order by h.expires_at
     limit 1
-  loop
-    exit when p_groups < 1;
-    perform tokenlimits.lock_groups(array[v.group_id]);
-    v_swept := v_swept + coalesce((
-      select sum(tokenlimits.sweep(v.group_id, k.kind, v_at))
-      from unnest(v.kinds) as k (kind)
-    ), 0);
-  end loop;
-  return v_swept;
+  );
+begin
+  perform tokenlimits.lock_groups(array[v_group_id]);
+  return coalesce((
+    select sum(tokenlimits.sweep(v_group_id, k.kind, v_at))
+    from (
+      select distinct h.kind
+      from tokenlimits.holds as h
+      where h.group_id = v_group_id and h.expires_at <= v_at
+    ) as k
+  ), 0);
 end
 $$;
-comment on function tokenlimits.tidy(integer) is 'Sweeps expired holds of one group; says how many there were.';
-revoke execute on function tokenlimits.tidy(integer) from public, anon, authenticated;
-grant execute on function tokenlimits.tidy(integer) to service_role;
+comment on function tokenlimits.tidy() is
+'Sweeps the expired holds of the group with the oldest one, and says how many there were.';
+revoke execute on function tokenlimits.tidy() from public, anon, authenticated;
 
 -- For admins: groups with their limits, members, a fresh start.
 --
@@ -2863,7 +2861,15 @@ begin
         sum(r.generations) as generations
       from (
         select q.bucket, q.kind, sum(q.cost) as cost, sum(q.generations) as generations
-        from tokenlimits.usage_rollup as q
+        from (
+          select r.group_id, r.bucket, r.kind, r.cost, r.generations
+          from tokenlimits.usage_rollup as r
+          union all
+          -- expired holds that nobody has swept yet
+          select h.group_id, tokenlimits.rollup_bucket(h.created_at), h.kind, -h.cost, -1
+          from tokenlimits.holds as h
+          where h.expires_at <= tokenlimits.clock()
+        ) as q
         where
           (p_group_id is null or q.group_id = p_group_id)
           and (p_kind is null or q.kind = p_kind)

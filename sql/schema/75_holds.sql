@@ -365,9 +365,6 @@ declare
   v_status text;
   v_late boolean;
 begin
-  if p_action = 'refund' then
-    perform tokenlimits.require_admin();
-  end if;
   select * into v_usage from public.generation_usage as u where u.id = p_usage_id;
   if not found then
     perform tokenlimits.refuse(
@@ -490,39 +487,35 @@ comment on function public.refund_generation(uuid) is 'Gives back what a committ
 revoke execute on function public.refund_generation(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.refund_generation(uuid) to authenticated, service_role;
 
--- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it.
-create or replace function tokenlimits.tidy(p_groups integer default 100)
+-- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it. One group in one transaction,
+-- since the counters of two would be locked in an order that nobody else follows.
+create or replace function tokenlimits.tidy()
 returns bigint
 language plpgsql
 volatile
--- definer: counters are private
-security definer
 set search_path = ''
 as $$
 declare
-  v record;
   v_at timestamptz := tokenlimits.clock();
-  v_swept bigint := 0;
-begin
-  perform tokenlimits.require_admin();
-  for v in
-    select h.group_id, array_agg(distinct h.kind) as kinds
+  v_group_id uuid := (
+    select h.group_id
     from tokenlimits.holds as h
     where h.expires_at <= v_at
-    group by h.group_id
-    order by h.group_id
+    order by h.expires_at
     limit 1
-  loop
-    exit when p_groups < 1;
-    perform tokenlimits.lock_groups(array[v.group_id]);
-    v_swept := v_swept + coalesce((
-      select sum(tokenlimits.sweep(v.group_id, k.kind, v_at))
-      from unnest(v.kinds) as k (kind)
-    ), 0);
-  end loop;
-  return v_swept;
+  );
+begin
+  perform tokenlimits.lock_groups(array[v_group_id]);
+  return coalesce((
+    select sum(tokenlimits.sweep(v_group_id, k.kind, v_at))
+    from (
+      select distinct h.kind
+      from tokenlimits.holds as h
+      where h.group_id = v_group_id and h.expires_at <= v_at
+    ) as k
+  ), 0);
 end
 $$;
-comment on function tokenlimits.tidy(integer) is 'Sweeps expired holds of one group; says how many there were.';
-revoke execute on function tokenlimits.tidy(integer) from public, anon, authenticated;
-grant execute on function tokenlimits.tidy(integer) to service_role;
+comment on function tokenlimits.tidy() is
+'Sweeps the expired holds of the group with the oldest one, and says how many there were.';
+revoke execute on function tokenlimits.tidy() from public, anon, authenticated;
