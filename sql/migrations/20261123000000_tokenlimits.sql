@@ -1644,8 +1644,8 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.lock_expired(uuid, text, timestamptz, uuid) is
-'Locks the expired holds of a group and kind.';
+comment on function tokenlimits.lock_expired(uuid, text, timestamptz, uuid)
+is 'Locks the expired holds of a group and kind.';
 revoke execute on function tokenlimits.lock_expired(uuid, text, timestamptz, uuid) from public, anon, authenticated;
 
 -- Marks those of the locked usages that are expired holds, and answers what that takes back.
@@ -1675,12 +1675,13 @@ begin
   return coalesce(v_moves, '{}');
 end
 $$;
-comment on function tokenlimits.expire(uuid[], timestamptz) is 'Marks holds as expired; answers what is to be taken back.';
+comment on function tokenlimits.expire(uuid[], timestamptz)
+is 'Marks holds as expired; answers what is to be taken back.';
 revoke execute on function tokenlimits.expire(uuid[], timestamptz) from public, anon, authenticated;
 
 -- Moves the rollup and every counter of a group and kind by many moves at once. The ledger is as it will be: a counter
--- that is counted afresh here has the moves in it already, so it is opened without them. Raises TL099 when a counter has
--- moved on or, if p_enforce, has no room.
+-- that is counted afresh here has the moves in it already, so it is opened without them. Raises TL099 when a counter
+-- has moved on or, if p_enforce, has no room.
 create or replace function tokenlimits.move_usage(
   p_group_id uuid,
   p_kind text,
@@ -1725,8 +1726,8 @@ begin
   end loop;
 end
 $$;
-comment on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, boolean) is
-'Moves rollup and counters by many moves at once, or raises TL099.';
+comment on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, boolean)
+is 'Moves rollup and counters by many moves at once, or raises TL099.';
 revoke execute on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, boolean)
 from public, anon, authenticated;
 
@@ -1770,8 +1771,8 @@ begin
   end if;
 end
 $$;
-comment on function tokenlimits.move_counter(tokenlimits.limit_state, tokenlimits.usage_move[], uuid, boolean) is
-'Moves one counter by those of the moves that it counts, or raises TL099.';
+comment on function tokenlimits.move_counter(tokenlimits.limit_state, tokenlimits.usage_move[], uuid, boolean)
+is 'Moves one counter by those of the moves that it counts, or raises TL099.';
 revoke execute on function tokenlimits.move_counter(
   tokenlimits.limit_state, tokenlimits.usage_move[], uuid, boolean
 ) from public, anon, authenticated;
@@ -1799,8 +1800,8 @@ begin
   return tokenlimits.limit_states(p_usage.group_id, p_usage.user_id, p_usage.kind, v_at);
 end
 $$;
-comment on function tokenlimits.write_and_sweep(public.generation_usage, boolean) is
-'Writes a usage, and sweeps the expired holds of its group and kind.';
+comment on function tokenlimits.write_and_sweep(public.generation_usage, boolean)
+is 'Writes a usage, and sweeps the expired holds of its group and kind.';
 revoke execute on function tokenlimits.write_and_sweep(public.generation_usage, boolean)
 from public, anon, authenticated;
 
@@ -1828,8 +1829,8 @@ begin
   end loop;
 end
 $$;
-comment on function tokenlimits.sweep(uuid, text, timestamptz) is
-'Takes back what expired holds of a group and kind held, and says how many there were.';
+comment on function tokenlimits.sweep(uuid, text, timestamptz)
+is 'Takes back what expired holds of a group and kind held, and says how many there were.';
 revoke execute on function tokenlimits.sweep(uuid, text, timestamptz) from public, anon, authenticated;
 
 create or replace function public.reserve_generation(
@@ -1858,8 +1859,8 @@ begin
   );
 end
 $$;
-comment on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb) is
-'Holds the cost of a generation for p_ttl seconds, until it is committed or released; answers like track_generation.';
+comment on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
+is 'Holds the cost of a generation for p_ttl seconds, until it is committed or released; answers like track_generation.';
 revoke execute on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb) to service_role;
@@ -1911,13 +1912,13 @@ begin
   return null;
 end
 $$;
-comment on function tokenlimits.settled_status(public.generation_usage, text, bigint, timestamptz) is
-'The status that a settlement leads to; null when it was made before.';
+comment on function tokenlimits.settled_status(public.generation_usage, text, bigint, timestamptz)
+is 'The status that a settlement leads to; null when it was made before.';
 revoke execute on function tokenlimits.settled_status(public.generation_usage, text, bigint, timestamptz)
 from public, anon, authenticated;
 
--- A commit after the hold's end counts as a new usage of the old moment: only while all its periods last, and in the room
--- that is left.
+-- A commit after the hold's end counts as a new usage of the old moment: only while all its periods last, and in the
+-- room that is left.
 create or replace function tokenlimits.require_room(p_usage public.generation_usage, p_cost bigint, p_at timestamptz)
 returns void
 language plpgsql
@@ -1939,8 +1940,8 @@ begin
   end loop;
 end
 $$;
-comment on function tokenlimits.require_room(public.generation_usage, bigint, timestamptz) is
-'Raises TL007 unless an expired hold may still be committed.';
+comment on function tokenlimits.require_room(public.generation_usage, bigint, timestamptz)
+is 'Raises TL007 unless an expired hold may still be committed.';
 revoke execute on function tokenlimits.require_room(public.generation_usage, bigint, timestamptz)
 from public, anon, authenticated;
 
@@ -2018,8 +2019,8 @@ begin
   end loop;
 end
 $$;
-comment on function tokenlimits.settle(uuid, text, bigint) is
-'What commit_generation, release_generation and refund_generation do.';
+comment on function tokenlimits.settle(uuid, text, bigint)
+is 'What commit_generation, release_generation and refund_generation do.';
 revoke execute on function tokenlimits.settle(uuid, text, bigint) from public, anon, authenticated;
 grant execute on function tokenlimits.settle(uuid, text, bigint) to service_role;
 
@@ -2033,8 +2034,8 @@ begin
   return tokenlimits.settle(p_usage_id, 'commit', p_cost);
 end
 $$;
-comment on function public.commit_generation(uuid, bigint) is
-'Settles a hold for what was reserved, or for less.';
+comment on function public.commit_generation(uuid, bigint)
+is 'Settles a hold for what was reserved, or for less.';
 revoke execute on function public.commit_generation(uuid, bigint) from public, anon, authenticated, service_role;
 grant execute on function public.commit_generation(uuid, bigint) to service_role;
 
@@ -2048,7 +2049,8 @@ begin
   return tokenlimits.settle(p_usage_id, 'release');
 end
 $$;
-comment on function public.release_generation(uuid) is 'Gives back all that a hold holds.';
+comment on function public.release_generation(uuid)
+is 'Gives back all that a hold holds.';
 revoke execute on function public.release_generation(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.release_generation(uuid) to service_role;
 
@@ -2065,7 +2067,8 @@ begin
   return tokenlimits.settle(p_usage_id, 'refund');
 end
 $$;
-comment on function tokenlimits.refund(uuid) is 'What refund_generation does.';
+comment on function tokenlimits.refund(uuid)
+is 'What refund_generation does.';
 revoke execute on function tokenlimits.refund(uuid) from public, anon, authenticated;
 grant execute on function tokenlimits.refund(uuid) to authenticated, service_role;
 
@@ -2079,7 +2082,8 @@ begin
   return tokenlimits.refund(p_usage_id);
 end
 $$;
-comment on function public.refund_generation(uuid) is 'Gives back what a committed usage cost.';
+comment on function public.refund_generation(uuid)
+is 'Gives back what a committed usage cost.';
 revoke execute on function public.refund_generation(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.refund_generation(uuid) to authenticated, service_role;
 
@@ -2112,8 +2116,8 @@ begin
   ), 0);
 end
 $$;
-comment on function tokenlimits.tidy() is
-'Sweeps the expired holds of the group with the oldest one, and says how many there were.';
+comment on function tokenlimits.tidy()
+is 'Sweeps the expired holds of the group with the oldest one, and says how many there were.';
 revoke execute on function tokenlimits.tidy() from public, anon, authenticated;
 
 -- For admins: groups with their limits, members, a fresh start.
@@ -2914,6 +2918,125 @@ revoke execute on function public.generation_history(uuid, text, text, timestamp
 from public, anon, authenticated, service_role;
 grant execute on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
 to authenticated, service_role;
+
+-- Counting everything again, for the day on which somebody doubts the numbers.
+--
+-- Invariants
+--   * The ledger is right by definition: counters and rollup are made to agree with it, never the other way round.
+--   * Nobody tracks for the group meanwhile: its limits are held exclusively.
+
+-- One group at a time, since a statement ends after 8 s. Answers what differed, as it was and as it is now.
+create or replace function tokenlimits.reconcile(p_group_id uuid, p_since timestamptz)
+returns jsonb
+language plpgsql
+volatile
+-- definer: counters and rollup are private
+security definer
+set search_path = ''
+as $$
+declare
+  v_at timestamptz;
+  v_counters jsonb;
+  v_rollup jsonb;
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  perform tokenlimits.lock_groups(array[p_group_id], true);
+  v_at := tokenlimits.clock();
+
+  with counted as (
+    select
+      c.subject, c.counter_id, l.kind, l.period, l.scope, c.used as was,
+      coalesce((
+        select sum(u.cost)
+        from public.generation_usage as u
+        where
+          (case l.scope when 'member' then u.user_id = c.subject else u.group_id = c.subject end)
+          and u.group_id = p_group_id
+          and u.created_at >= c.since
+          and u.created_at < c.until
+          and u.kind = l.kind
+          and u.status in ('reserved', 'committed')
+      ), 0) as used
+    from public.group_limits as l
+    inner join tokenlimits.counters as c on c.counter_id = l.counter_id
+    where l.group_id = p_group_id and c.until > v_at
+  ),
+
+  repaired as (
+    update tokenlimits.counters as c
+    set used = n.used
+    from counted as n
+    where c.subject = n.subject and c.counter_id = n.counter_id and n.used <> n.was
+    returning n.subject, n.kind, n.period, n.scope, n.was, n.used
+  )
+
+  select jsonb_agg(to_jsonb(r) order by r.kind, r.period, r.subject) into v_counters
+  from repaired as r;
+
+  with counted as (
+    select
+      coalesce(r.kind, u.kind) as kind, coalesce(r.bucket, u.bucket) as bucket,
+      coalesce(r.cost, 0) as was, coalesce(u.cost, 0) as used,
+      coalesce(u.cost, 0) - coalesce(r.cost, 0) as cost,
+      coalesce(u.generations, 0) - coalesce(r.generations, 0) as generations
+    from (
+      select s.kind, s.bucket, sum(s.cost) as cost, sum(s.generations) as generations
+      from tokenlimits.usage_rollup as s
+      where s.group_id = p_group_id and s.bucket >= p_since
+      group by s.kind, s.bucket
+    ) as r
+    full join (
+      select s.kind, tokenlimits.rollup_bucket(s.created_at) as bucket, sum(s.cost) as cost, count(*) as generations
+      from public.generation_usage as s
+      where s.group_id = p_group_id and s.created_at >= p_since and s.status in ('reserved', 'committed')
+      group by s.kind, bucket
+    ) as u on u.kind = r.kind and u.bucket = r.bucket
+  ),
+
+  repaired as (
+    insert into tokenlimits.usage_rollup as s (group_id, kind, bucket, slot, cost, generations)
+    select p_group_id, c.kind, c.bucket, 0, c.cost, c.generations
+    from counted as c
+    where c.cost <> 0 or c.generations <> 0
+    on conflict on constraint usage_rollup_pkey do update
+    set cost = s.cost + excluded.cost, generations = s.generations + excluded.generations
+    returning s.kind, s.bucket
+  )
+
+  select jsonb_agg(
+    jsonb_build_object('kind', c.kind, 'bucket', c.bucket, 'was', c.was, 'used', c.used)
+    order by c.kind, c.bucket
+  ) into v_rollup
+  from repaired as r
+  inner join counted as c on c.kind = r.kind and c.bucket = r.bucket;
+
+  return jsonb_build_object('counters', coalesce(v_counters, '[]'), 'rollup', coalesce(v_rollup, '[]'));
+end
+$$;
+comment on function tokenlimits.reconcile(uuid, timestamptz)
+is 'What reconcile_usage does.';
+revoke execute on function tokenlimits.reconcile(uuid, timestamptz) from public, anon, authenticated;
+grant execute on function tokenlimits.reconcile(uuid, timestamptz) to authenticated, service_role;
+
+create or replace function public.reconcile_usage(p_group_id uuid, p_since timestamptz default '-infinity')
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  -- to a whole bucket, or its first part would be missed
+  return tokenlimits.reconcile(
+    p_group_id,
+    case when isfinite(p_since) then tokenlimits.rollup_bucket(p_since) else coalesce(p_since, '-infinity') end
+  );
+end
+$$;
+comment on function public.reconcile_usage(uuid, timestamptz)
+is 'Counts a group''s usage again from the ledger, mends counters and rollup, and answers what differed.';
+revoke execute on function public.reconcile_usage(uuid, timestamptz) from public, anon, authenticated, service_role;
+grant execute on function public.reconcile_usage(uuid, timestamptz) to authenticated, service_role;
 
 -- Who may touch the tables: admins through row-level security, the service key, and nobody else.
 --

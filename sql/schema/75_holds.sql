@@ -48,8 +48,8 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.lock_expired(uuid, text, timestamptz, uuid) is
-'Locks the expired holds of a group and kind.';
+comment on function tokenlimits.lock_expired(uuid, text, timestamptz, uuid)
+is 'Locks the expired holds of a group and kind.';
 revoke execute on function tokenlimits.lock_expired(uuid, text, timestamptz, uuid) from public, anon, authenticated;
 
 -- Marks those of the locked usages that are expired holds, and answers what that takes back.
@@ -79,12 +79,13 @@ begin
   return coalesce(v_moves, '{}');
 end
 $$;
-comment on function tokenlimits.expire(uuid[], timestamptz) is 'Marks holds as expired; answers what is to be taken back.';
+comment on function tokenlimits.expire(uuid[], timestamptz)
+is 'Marks holds as expired; answers what is to be taken back.';
 revoke execute on function tokenlimits.expire(uuid[], timestamptz) from public, anon, authenticated;
 
 -- Moves the rollup and every counter of a group and kind by many moves at once. The ledger is as it will be: a counter
--- that is counted afresh here has the moves in it already, so it is opened without them. Raises TL099 when a counter has
--- moved on or, if p_enforce, has no room.
+-- that is counted afresh here has the moves in it already, so it is opened without them. Raises TL099 when a counter
+-- has moved on or, if p_enforce, has no room.
 create or replace function tokenlimits.move_usage(
   p_group_id uuid,
   p_kind text,
@@ -129,8 +130,8 @@ begin
   end loop;
 end
 $$;
-comment on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, boolean) is
-'Moves rollup and counters by many moves at once, or raises TL099.';
+comment on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, boolean)
+is 'Moves rollup and counters by many moves at once, or raises TL099.';
 revoke execute on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, boolean)
 from public, anon, authenticated;
 
@@ -174,8 +175,8 @@ begin
   end if;
 end
 $$;
-comment on function tokenlimits.move_counter(tokenlimits.limit_state, tokenlimits.usage_move[], uuid, boolean) is
-'Moves one counter by those of the moves that it counts, or raises TL099.';
+comment on function tokenlimits.move_counter(tokenlimits.limit_state, tokenlimits.usage_move[], uuid, boolean)
+is 'Moves one counter by those of the moves that it counts, or raises TL099.';
 revoke execute on function tokenlimits.move_counter(
   tokenlimits.limit_state, tokenlimits.usage_move[], uuid, boolean
 ) from public, anon, authenticated;
@@ -203,8 +204,8 @@ begin
   return tokenlimits.limit_states(p_usage.group_id, p_usage.user_id, p_usage.kind, v_at);
 end
 $$;
-comment on function tokenlimits.write_and_sweep(public.generation_usage, boolean) is
-'Writes a usage, and sweeps the expired holds of its group and kind.';
+comment on function tokenlimits.write_and_sweep(public.generation_usage, boolean)
+is 'Writes a usage, and sweeps the expired holds of its group and kind.';
 revoke execute on function tokenlimits.write_and_sweep(public.generation_usage, boolean)
 from public, anon, authenticated;
 
@@ -232,8 +233,8 @@ begin
   end loop;
 end
 $$;
-comment on function tokenlimits.sweep(uuid, text, timestamptz) is
-'Takes back what expired holds of a group and kind held, and says how many there were.';
+comment on function tokenlimits.sweep(uuid, text, timestamptz)
+is 'Takes back what expired holds of a group and kind held, and says how many there were.';
 revoke execute on function tokenlimits.sweep(uuid, text, timestamptz) from public, anon, authenticated;
 
 create or replace function public.reserve_generation(
@@ -262,8 +263,8 @@ begin
   );
 end
 $$;
-comment on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb) is
-'Holds the cost of a generation for p_ttl seconds, until it is committed or released; answers like track_generation.';
+comment on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
+is 'Holds the cost of a generation for p_ttl seconds, until it is committed or released; answers like track_generation.';
 revoke execute on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb) to service_role;
@@ -315,13 +316,13 @@ begin
   return null;
 end
 $$;
-comment on function tokenlimits.settled_status(public.generation_usage, text, bigint, timestamptz) is
-'The status that a settlement leads to; null when it was made before.';
+comment on function tokenlimits.settled_status(public.generation_usage, text, bigint, timestamptz)
+is 'The status that a settlement leads to; null when it was made before.';
 revoke execute on function tokenlimits.settled_status(public.generation_usage, text, bigint, timestamptz)
 from public, anon, authenticated;
 
--- A commit after the hold's end counts as a new usage of the old moment: only while all its periods last, and in the room
--- that is left.
+-- A commit after the hold's end counts as a new usage of the old moment: only while all its periods last, and in the
+-- room that is left.
 create or replace function tokenlimits.require_room(p_usage public.generation_usage, p_cost bigint, p_at timestamptz)
 returns void
 language plpgsql
@@ -343,8 +344,8 @@ begin
   end loop;
 end
 $$;
-comment on function tokenlimits.require_room(public.generation_usage, bigint, timestamptz) is
-'Raises TL007 unless an expired hold may still be committed.';
+comment on function tokenlimits.require_room(public.generation_usage, bigint, timestamptz)
+is 'Raises TL007 unless an expired hold may still be committed.';
 revoke execute on function tokenlimits.require_room(public.generation_usage, bigint, timestamptz)
 from public, anon, authenticated;
 
@@ -422,8 +423,8 @@ begin
   end loop;
 end
 $$;
-comment on function tokenlimits.settle(uuid, text, bigint) is
-'What commit_generation, release_generation and refund_generation do.';
+comment on function tokenlimits.settle(uuid, text, bigint)
+is 'What commit_generation, release_generation and refund_generation do.';
 revoke execute on function tokenlimits.settle(uuid, text, bigint) from public, anon, authenticated;
 grant execute on function tokenlimits.settle(uuid, text, bigint) to service_role;
 
@@ -437,8 +438,8 @@ begin
   return tokenlimits.settle(p_usage_id, 'commit', p_cost);
 end
 $$;
-comment on function public.commit_generation(uuid, bigint) is
-'Settles a hold for what was reserved, or for less.';
+comment on function public.commit_generation(uuid, bigint)
+is 'Settles a hold for what was reserved, or for less.';
 revoke execute on function public.commit_generation(uuid, bigint) from public, anon, authenticated, service_role;
 grant execute on function public.commit_generation(uuid, bigint) to service_role;
 
@@ -452,7 +453,8 @@ begin
   return tokenlimits.settle(p_usage_id, 'release');
 end
 $$;
-comment on function public.release_generation(uuid) is 'Gives back all that a hold holds.';
+comment on function public.release_generation(uuid)
+is 'Gives back all that a hold holds.';
 revoke execute on function public.release_generation(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.release_generation(uuid) to service_role;
 
@@ -469,7 +471,8 @@ begin
   return tokenlimits.settle(p_usage_id, 'refund');
 end
 $$;
-comment on function tokenlimits.refund(uuid) is 'What refund_generation does.';
+comment on function tokenlimits.refund(uuid)
+is 'What refund_generation does.';
 revoke execute on function tokenlimits.refund(uuid) from public, anon, authenticated;
 grant execute on function tokenlimits.refund(uuid) to authenticated, service_role;
 
@@ -483,7 +486,8 @@ begin
   return tokenlimits.refund(p_usage_id);
 end
 $$;
-comment on function public.refund_generation(uuid) is 'Gives back what a committed usage cost.';
+comment on function public.refund_generation(uuid)
+is 'Gives back what a committed usage cost.';
 revoke execute on function public.refund_generation(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.refund_generation(uuid) to authenticated, service_role;
 
@@ -516,6 +520,6 @@ begin
   ), 0);
 end
 $$;
-comment on function tokenlimits.tidy() is
-'Sweeps the expired holds of the group with the oldest one, and says how many there were.';
+comment on function tokenlimits.tidy()
+is 'Sweeps the expired holds of the group with the oldest one, and says how many there were.';
 revoke execute on function tokenlimits.tidy() from public, anon, authenticated;
