@@ -368,8 +368,8 @@ comment on function tokenlimits.free_slot(uuid)
 is 'A slot of the rollup that no other open transaction writes for this group; any, when all are taken.';
 revoke execute on function tokenlimits.free_slot(uuid) from public, anon, authenticated;
 
--- A hold that has expired counts as released from that moment on, but stays in counters and rollup until somebody sweeps
--- it; readers subtract it. It is not in the ledger's indexes, so that settling a usage stays cheap.
+-- A hold that has expired counts as released from that moment on, but stays in counters and rollup until somebody
+-- sweeps it; readers subtract it. It is not in the ledger's indexes, so that settling a usage stays cheap.
 create table if not exists tokenlimits.holds (
   usage_id uuid not null,
   group_id uuid not null,
@@ -385,7 +385,14 @@ create index if not exists holds_expires_at_idx on tokenlimits.holds (group_id, 
 
 -- After an uninstallation that kept the ledger, its holds and its history come back.
 insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
-select u.id, u.group_id, u.user_id, u.kind, u.cost, u.created_at, u.expires_at
+select
+  u.id,
+  u.group_id,
+  u.user_id,
+  u.kind,
+  u.cost,
+  u.created_at,
+  u.expires_at
 from public.generation_usage as u
 where u.status = 'reserved' and not exists (select from tokenlimits.usage_rollup);
 
@@ -1201,7 +1208,8 @@ begin
   return true;
 end
 $$;
-comment on function tokenlimits.claim(public.generation_usage) is 'Puts a usage into the ledger unless its key is taken.';
+comment on function tokenlimits.claim(public.generation_usage)
+is 'Puts a usage into the ledger unless its key is taken.';
 revoke execute on function tokenlimits.claim(public.generation_usage) from public, anon, authenticated;
 
 -- Writes one usage: claims the key, then the rollup, then the counters, the group's (which all its members share) last,
@@ -1382,7 +1390,8 @@ begin
 end
 $$;
 comment on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval) is 'What track_generation does.';
-revoke execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval) from public, anon, authenticated;
+revoke execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval)
+from public, anon, authenticated;
 grant execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval) to service_role;
 
 create or replace function public.track_generation(
@@ -1860,7 +1869,7 @@ begin
 end
 $$;
 comment on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
-is 'Holds the cost of a generation for p_ttl seconds, until it is committed or released; answers like track_generation.';
+is 'Holds a generation''s cost for p_ttl seconds, until it is committed or released; answers like track_generation.';
 revoke execute on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb) to service_role;

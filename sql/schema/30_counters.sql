@@ -61,8 +61,8 @@ comment on function tokenlimits.free_slot(uuid)
 is 'A slot of the rollup that no other open transaction writes for this group; any, when all are taken.';
 revoke execute on function tokenlimits.free_slot(uuid) from public, anon, authenticated;
 
--- A hold that has expired counts as released from that moment on, but stays in counters and rollup until somebody sweeps
--- it; readers subtract it. It is not in the ledger's indexes, so that settling a usage stays cheap.
+-- A hold that has expired counts as released from that moment on, but stays in counters and rollup until somebody
+-- sweeps it; readers subtract it. It is not in the ledger's indexes, so that settling a usage stays cheap.
 create table if not exists tokenlimits.holds (
   usage_id uuid not null,
   group_id uuid not null,
@@ -78,7 +78,14 @@ create index if not exists holds_expires_at_idx on tokenlimits.holds (group_id, 
 
 -- After an uninstallation that kept the ledger, its holds and its history come back.
 insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
-select u.id, u.group_id, u.user_id, u.kind, u.cost, u.created_at, u.expires_at
+select
+  u.id,
+  u.group_id,
+  u.user_id,
+  u.kind,
+  u.cost,
+  u.created_at,
+  u.expires_at
 from public.generation_usage as u
 where u.status = 'reserved' and not exists (select from tokenlimits.usage_rollup);
 

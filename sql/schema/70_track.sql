@@ -122,7 +122,8 @@ begin
   return true;
 end
 $$;
-comment on function tokenlimits.claim(public.generation_usage) is 'Puts a usage into the ledger unless its key is taken.';
+comment on function tokenlimits.claim(public.generation_usage)
+is 'Puts a usage into the ledger unless its key is taken.';
 revoke execute on function tokenlimits.claim(public.generation_usage) from public, anon, authenticated;
 
 -- Writes one usage: claims the key, then the rollup, then the counters, the group's (which all its members share) last,
@@ -303,7 +304,8 @@ begin
 end
 $$;
 comment on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval) is 'What track_generation does.';
-revoke execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval) from public, anon, authenticated;
+revoke execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval)
+from public, anon, authenticated;
 grant execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval) to service_role;
 
 create or replace function public.track_generation(

@@ -264,7 +264,7 @@ begin
 end
 $$;
 comment on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
-is 'Holds the cost of a generation for p_ttl seconds, until it is committed or released; answers like track_generation.';
+is 'Holds a generation''s cost for p_ttl seconds, until it is committed or released; answers like track_generation.';
 revoke execute on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb) to service_role;
