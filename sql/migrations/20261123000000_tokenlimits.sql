@@ -2135,6 +2135,8 @@ revoke execute on function tokenlimits.tidy() from public, anon, authenticated;
 --   * Each function opens with require_admin; those that can, run as their caller, so that row-level security decides
 --     too.
 --   * One function, one transaction: an error leaves nothing half-made.
+--   * Edits lock in one order, so that they wait for each other and never in a circle: the group's row, its limits' rows
+--     (all at once, where there are several), and then, in a trigger, its stripe.
 
 create or replace function tokenlimits.group_json(p_group public.user_groups)
 returns jsonb
@@ -2216,6 +2218,11 @@ volatile
 set search_path = ''
 as $$
 begin
+  perform
+  from public.group_limits as l
+  where l.group_id = p_group_id
+  order by l.kind, l.period, l.scope
+  for update;
   delete from public.group_limits as l
   where
     l.group_id = p_group_id
@@ -2272,6 +2279,8 @@ begin
     );
   end if;
   if p_is_default then
+    -- 'tokl' in ASCII; the stripes of groups are 0 to 255
+    perform pg_advisory_xact_lock(1953459052, 256);
     update public.user_groups as g
     set is_default = false
     where g.is_default and g.id is distinct from p_group_id;
@@ -2329,6 +2338,7 @@ begin
   perform tokenlimits.require_admin();
   perform tokenlimits.check_limits(jsonb_build_array(v_limit));
   perform tokenlimits.require_group(p_group_id);
+  perform from public.user_groups as g where g.id = p_group_id for no key update;
   insert into public.group_limits as l (group_id, kind, period, scope, max)
   values (
     p_group_id, v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'scope', (v_limit ->> 'max')::numeric::bigint
@@ -2536,6 +2546,12 @@ begin
   if p_kind !~ '^[a-z][a-z0-9_]{0,31}$' then
     perform tokenlimits.refuse('TL001', 'kind: is not a kind of generation', 'kind');
   end if;
+  perform from public.user_groups as g where g.id = p_group_id for no key update;
+  perform
+  from public.group_limits as l
+  where l.group_id = p_group_id
+  order by l.kind, l.period, l.scope
+  for update;
   -- nobody is between being judged and being recorded now: what was recorded before is before, what comes is after
   perform tokenlimits.lock_groups(array[p_group_id], true);
   v_at := greatest(

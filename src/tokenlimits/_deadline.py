@@ -40,7 +40,7 @@ class Deadline:
 
 def extensions(deadline: Deadline) -> dict[str, Any]:
     """Make the extensions of an httpx request that hold it to a deadline."""
-    return {"timeout": _Steps(deadline), "trace": _watch}
+    return {"timeout": Timeouts(deadline), "trace": _watch}
 
 
 class _Left(float):
@@ -49,14 +49,15 @@ class _Left(float):
     deadline: Deadline
 
 
-class _Steps(Mapping[str, float]):
+class Timeouts(Mapping[str, float]):
     """The timeouts of connect, write, read and pool, each looked up when the step begins."""
 
     def __init__(self, deadline: Deadline) -> None:
         self._deadline = deadline
 
     def __getitem__(self, step: str) -> float:
-        left = _Left(self._deadline.left())
+        # that of connect holds twice, for TCP and for TLS
+        left = _Left(self._deadline.left() / (2 if step == "connect" else 1))
         left.deadline = self._deadline
         return left
 

@@ -18,7 +18,7 @@ from tenacity import AsyncRetrying, Retrying
 
 from . import _answers, _calls, _retry, _sessions
 from ._calls import Call
-from ._deadline import Deadline, extensions
+from ._deadline import Deadline, Timeouts, extensions
 from ._flows import Flow, Pages
 from .errors import ConfigurationError, SchemaNotInstalled, ServiceUnavailable
 from .settings import Settings, load
@@ -224,16 +224,16 @@ class AsyncTransport:
 
     async def _attempt(self, call: Call[T], deadline: Deadline) -> T:
         request = _sessions.request(await self._client(), call)
-        limit = deadline.attempt(retry_safe=call.retry_safe).left()
+        attempt = deadline.attempt(retry_safe=call.retry_safe)
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(attempt.left()):
                 response = await request.session.request(
                     request.http_method,
                     str(request.path),
                     json=request.json,
                     headers=request.headers,
                     auth=request.auth,
-                    timeout=limit,
+                    extensions={"timeout": Timeouts(attempt)},
                 )
         except TimeoutError as error:
             failure = _retry.Transient("no answer in time", cause=error)

@@ -146,7 +146,9 @@ def speaks_of_costs_and_kinds(world: World) -> None:
     assert denied.error == (
         "Gpu second generation limit exceeded: 7 of 10 used this month, 4 more asked for, resets 2026-04-01 00:00 UTC"
     )
-    assert world.limits.track(ANN, "gpu_second", cost=3).remaining == 0
+    assert world.limits.track(ANN, "gpu_second", cost=2).remaining == 1
+    assert "7 of 10" not in world.limits.track(ANN, "gpu_second", cost=2).error
+    assert ", 2 more asked for, resets" in world.limits.check(ANN, "gpu_second", cost=2).error
 
 
 @scenario
@@ -282,6 +284,13 @@ def the_denial_is_of_the_group_that_has_room_first(world: World) -> None:
     denied = world.limits.track(ANN, "image")
     assert (denied.denied_by.period, denied.reset_at) == ("day", utc("2026-03-15T00:00"))
     assert len(denied.limits) == 2
+
+
+@scenario
+def of_groups_that_have_room_at_the_same_time_the_first_is_named(world: World) -> None:
+    team(world, [day(1)], name="Second", priority=1)
+    team(world, [day(1)], name="First", priority=2)
+    assert [world.limits.track(ANN, "image").group.name for _ in range(3)] == ["First", "Second", "First"]
 
 
 @scenario
@@ -489,11 +498,14 @@ def what_was_recorded_counts_in_its_own_period(world: World) -> None:
 
 @scenario
 def nothing_is_recorded_in_the_future(world: World) -> None:
+    world.at(utc("2026-03-14T23:59:30"))
     team(world, [day(9)])
     assert world.limits.record(ANN, "image", created_at=world.now + timedelta(seconds=60)).remaining == 8
-    late = world.now + timedelta(seconds=61)
+    late = world.now + timedelta(seconds=60, microseconds=1)
     assert refused(InvalidRequest, world.limits.record, ANN, "image", created_at=late).field == "created_at"
     assert used(world) == [1]
+    world.wait(seconds=59)
+    assert used(world) == [0]
 
 
 @scenario
@@ -534,6 +546,14 @@ def lowering_a_limit_keeps_what_is_used(world: World) -> None:
     assert world.limits.track(ANN, "image").remaining == 0
     world.groups.set_limits(group, {"image": 7, "video": 1})
     assert used(world) == [6, 0]
+
+
+@scenario
+def limits_that_stay_keep_their_place(world: World) -> None:
+    limits = [Limit(kind="image", max=5, period=period) for period in ("month", "day", "week")]
+    group = team(world, limits)
+    world.groups.set_limits(group, [Limit(kind="image", max=5, period="hour"), *reversed(limits)])
+    assert [limit.period for limit in world.limits.track(ANN, "image").limits] == ["month", "day", "week", "hour"]
 
 
 @scenario
@@ -825,9 +845,12 @@ def usage_of_a_group(world: World) -> None:
     assert member.reset_at == utc("2026-03-15T00:00")
     assert (shown["videomember"].used, shown["videomember"].fraction, shown["videomember"].capacity) == (3, None, None)
     assert (shown["audiogroup"].capacity, shown["audiogroup"].fraction) == (0, 1)
+    world.groups.set_limit(group, day(5, "member"))
+    world.limits.track(CYD, "image", 3)
+    assert [limit.fraction for limit in world.groups.usage(group).limits if limit.capacity == 15] == [0.666667]
     world.groups.remove_members(group, [ANN, BOB, CYD])
     empty = {limit.kind + limit.scope: limit for limit in world.groups.usage(group).limits}
-    assert (empty["imagemember"].capacity, empty["imagemember"].fraction, empty["imagemember"].used) == (0, 1, 7)
+    assert (empty["imagemember"].capacity, empty["imagemember"].fraction, empty["imagemember"].used) == (0, 1, 10)
 
 
 @scenario
@@ -882,6 +905,9 @@ def history_of_what_when_and_whom(world: World) -> None:
     assert [point.used for point in history(since=since, bucket="month")] == [1, 6, 3]
     assert [point.used for point in history(since=world.now, bucket="week")] == [6, 3]
     assert [point.used for point in history(since=since, until=world.now - timedelta(hours=1))] == [1, 2]
+    quarter = world.now.replace(minute=0, second=0, microsecond=0)
+    assert sum(point.used for point in history(since=since, until=quarter)) == 3
+    assert sum(point.used for point in history(since=since, until=quarter + timedelta(microseconds=1))) == 10
     assert history(two, since=world.now + timedelta(days=1)) == []
     assert [point.used for point in history(one, until=world.now - timedelta(days=2))] == [2]
     world.groups.delete(one)

@@ -111,7 +111,7 @@ class _Controls:
 
     @property
     def tracked(self) -> tuple[TrackedUsage, ...]:
-        """What was recorded, oldest first; denied and replayed calls record nothing."""
+        """What was recorded, in that order; denied and replayed calls record nothing."""
         with self._engine.lock:
             return tuple(
                 TrackedUsage(

@@ -1,7 +1,7 @@
 """What the fake keeps in memory, and what its functions ask of it.
 
-Usage is added up from the ledger whenever somebody asks: there are no counters that could drift. Ids are text, as in
-JSON. Nothing is recorded later than `now`, so whatever was recorded since a period began is in that period.
+Usage is added up from the ledger when somebody first asks what was used since a moment, and kept up from then on. Ids
+are text, as in JSON. Nothing is recorded later than `now`, so whatever was recorded since a period began is in it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ Json = dict[str, Any]
 
 ALL_KINDS = "*"
 MOMENT = timedelta(microseconds=1)
+
+# more beginnings than one group's limits have at a time
+_MANY_TOTALS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,8 @@ class State:
         self._resets: dict[tuple[str, str], datetime] = {}
         self._by_group_and_kind: defaultdict[tuple[str, str], list[Usage]] = defaultdict(list)
         self._by_key: dict[tuple[str, str], Usage] = {}
+        # by group, kind and user (None: all): what was used since a moment
+        self._totals: defaultdict[tuple[str, str, str | None], dict[datetime, int]] = defaultdict(dict)
 
     def move_clock(self, moment: datetime) -> None:
         """Move the clock; not back behind what has happened."""
@@ -164,15 +169,23 @@ class State:
         return states
 
     def _used(self, group_id: str, kind: str, user_id: str | None, since: datetime) -> int:
-        return sum(
-            usage.cost
-            for usage in self._by_group_and_kind[group_id, kind]
-            if usage.live and usage.created_at >= since and user_id in (None, usage.user_id)
-        )
+        totals = self._totals[group_id, kind, user_id]
+        if since not in totals:
+            if len(totals) >= _MANY_TOTALS:
+                totals.clear()
+            totals[since] = sum(
+                usage.cost
+                for usage in self._by_group_and_kind[group_id, kind]
+                if usage.live and usage.created_at >= since and user_id in (None, usage.user_id)
+            )
+        return totals[since]
 
     def _write(self, usage: Usage) -> None:
         self.ledger.append(usage)
         self._by_group_and_kind[usage.group_id, usage.kind].append(usage)
+        for whose in (None, usage.user_id):
+            totals = self._totals[usage.group_id, usage.kind, whose]
+            totals.update({since: used + usage.cost for since, used in totals.items() if usage.created_at >= since})
         if usage.idempotency_key is not None:
             self._by_key[usage.user_id, usage.idempotency_key] = usage
 

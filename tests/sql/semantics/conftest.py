@@ -4,41 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import Any
 from zoneinfo import ZoneInfo
 
-import psycopg
 import pytest
 from tests.sql.semantics.api import Api
+from tests.sql.semantics.database import Database
+from tests.sql.semantics.world import World
 from tests.support import clock, invariants
 from tests.support.postgres import PostgresServer, create_hosted_database
 
 TEMPLATE = "semantics"
-
-
-class Database:
-    """A database with tokenlimits and a clock to turn."""
-
-    def __init__(self, server: PostgresServer, name: str) -> None:
-        self._server = server
-        self._connections: list[psycopg.Connection[Any]] = []
-        self.name = name
-        self.owner = self.connect()
-
-    def connect(self, role: str | None = None) -> psycopg.Connection[Any]:
-        connection = self._server.connect(self.name, "postgres")
-        self._connections.append(connection)
-        if role is not None:
-            connection.execute(f"set role {role}")
-        return connection
-
-    def url(self) -> str:
-        return self._server.url(self.name, "postgres")
-
-    def drop(self) -> None:
-        for connection in self._connections:
-            connection.close()
-        self._server.drop_database(self.name)
 
 
 @pytest.fixture(scope="session")
@@ -58,21 +33,37 @@ def databases(postgres_server: PostgresServer, install_sql: str) -> Callable[[],
     return make
 
 
-@pytest.fixture
-def database(databases: Callable[[], Database]) -> Iterator[Database]:
-    """A database of the test's own, checked afterwards."""
+@pytest.fixture(scope="session")
+def shared_database(databases: Callable[[], Database]) -> Iterator[Database]:
     made = databases()
-    try:
-        yield made
-        assert invariants.drift(made.owner) == []
-    finally:
-        made.drop()
+    yield made
+    made.drop()
+
+
+@pytest.fixture
+def database(shared_database: Database) -> Iterator[Database]:
+    """An empty database, in which nothing may have drifted afterwards."""
+    shared_database.clean()
+    yield shared_database
+    shared_database.close_others()
+    assert invariants.drift(shared_database.owner) == []
 
 
 @pytest.fixture
 def api(database: Database) -> Api:
-    """The functions, called by the service key."""
-    return Api(database.connect("service_role"))
+    """The functions, called with the service key."""
+    return Api(database.connect())
+
+
+@pytest.fixture
+def owner(database: Database) -> Api:
+    """The functions and tables, as the owner at the SQL editor."""
+    return Api(database.owner)
+
+
+@pytest.fixture
+def world(owner: Api, api: Api) -> World:
+    return World(owner, api)
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 from zoneinfo import ZoneInfo
 
 import psycopg
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -22,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from tests.sql.semantics.api import Api
-from tests.sql.semantics.conftest import Database
+from tests.sql.semantics.database import FORGET_EVERYTHING, Database
 from tests.support import clock, invariants
 from tests.support.model import PERIODS, Model, Refusal, Rule, by_rule, differences
 
@@ -99,7 +98,9 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(beginning=st.sampled_from(BEGINNINGS), zone=st.sampled_from(ZONES), first=limits, second=limits)
     def begin(self, beginning: str, zone: str, first: list[Any], second: list[Any]) -> None:
-        forget_everything(self.api)
+        self.api.execute(FORGET_EVERYTHING)
+        for user in USERS:
+            self.api.add_user(user)
         self.model = Model(datetime.fromisoformat(beginning), self.zones)
         self.show_time()
         one = self.make_group(name="First", timezone=zone, limits=first)
@@ -411,27 +412,5 @@ def _order_of_groups(limits: list[Any]) -> list[UUID]:
     return list(dict.fromkeys(limit["group"]["id"] for limit in limits))
 
 
-def forget_everything(api: Api) -> None:
-    api.execute(
-        """
-        delete from public.user_groups;
-        delete from auth.users;
-        delete from public.generation_usage;
-        delete from tokenlimits.usage_rollup;
-        delete from tokenlimits.usage_resets;
-        delete from tokenlimits.counters;
-        """
-    )
-    for user in USERS:
-        api.add_user(user)
-
-
-@pytest.fixture
-def unchecked(databases: Callable[[], Database]) -> Iterator[Database]:
-    made = databases()
-    yield made
-    made.drop()
-
-
-def test_sql_answers_what_the_model_answers(unchecked: Database, zones: Callable[[str], ZoneInfo]) -> None:
-    run_state_machine_as_test(lambda: Machine(Api(unchecked.owner), zones), settings=SETTINGS)
+def test_sql_answers_what_the_model_answers(shared_database: Database, zones: Callable[[str], ZoneInfo]) -> None:
+    run_state_machine_as_test(lambda: Machine(Api(shared_database.owner), zones), settings=SETTINGS)

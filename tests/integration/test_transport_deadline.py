@@ -1,0 +1,211 @@
+"""A call ends with its deadline, whatever the server does; and one that goes wrong leaves time for another."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from supabase import ClientOptions, create_client
+from tests.integration.servers import (
+    Handler,
+    certificate,
+    chosen_by_kind,
+    dripping,
+    raw_server,
+    read_request,
+    relay_to,
+    silent,
+)
+
+from tokenlimits import (
+    AsyncTokenLimits,
+    Group,
+    GroupManager,
+    Limit,
+    ServiceUnavailable,
+    TokenLimits,
+    TrackResult,
+)
+from tokenlimits.local import LocalStack
+
+ANN = "0197f0a0-0000-7000-8000-000000000001"
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+Track = Callable[..., TrackResult]
+
+STALLING: dict[str, Handler] = {
+    "never_answers": silent,
+    "drips_the_first_line": dripping(b""),
+    "drips_the_headers": dripping(HEAD + b"X-Slow: "),
+    "drips_the_body": dripping(HEAD + b"Content-Length: 100000\r\n\r\n"),
+    "drips_after_interim_answers": dripping(b"HTTP/1.1 100 Continue\r\n\r\n" * 5),
+}
+
+
+@pytest.fixture(params=["sync", "async", "foreign"])
+def track(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Track:
+    """Tracks with either colour, or with a client that the caller made."""
+
+    def run(url: str, *args: Any, timeout: float, key: str = "sb_secret_x", **kwargs: Any) -> TrackResult:
+        monkeypatch.setenv("SUPABASE_URL", url)
+        monkeypatch.setenv("SUPABASE_SECRET_KEY", key)
+        if request.param == "foreign":
+            with httpx.Client() as http:
+                client = create_client(url, key, ClientOptions(httpx_client=http))
+                return TokenLimits(client, timeout=timeout).track(*args, **kwargs)
+        if request.param == "sync":
+            with TokenLimits.from_env(timeout=timeout) as limits:
+                return limits.track(*args, **kwargs)
+        return asyncio.run(AsyncTokenLimits.from_env(timeout=timeout).track(*args, **kwargs))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, Path]:
+    return certificate(tmp_path_factory.mktemp("tls"))
+
+
+def seconds(track: Track, url: str, kind: str, timeout: float) -> float:
+    """How long it takes until a call is given up."""
+    began = time.monotonic()
+    with pytest.raises(ServiceUnavailable, match="could not be reached"):
+        track(url, ANN, kind, timeout=timeout)
+    return time.monotonic() - began
+
+
+class TestAServerThatStalls:
+    def test_is_given_up_in_time(self, track: Track) -> None:
+        with raw_server(chosen_by_kind(STALLING)) as server, ThreadPoolExecutor(len(STALLING)) as threads:
+            took = dict(
+                zip(STALLING, threads.map(lambda kind: seconds(track, server.url, kind, 2), STALLING), strict=True)
+            )
+            assert server.accepted >= 2 * len(STALLING)  # an attempt is shorter than the deadline
+        assert all(1.8 < each < 2.5 for each in took.values()), took
+
+    def test_also_over_tls(
+        self, track: Track, tls: tuple[ssl.SSLContext, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        context, trusted = tls
+        monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+        with raw_server(chosen_by_kind(STALLING), context) as server:
+            assert 0.8 < seconds(track, server.url, "drips_the_headers", 1) < 1.5
+
+    def test_also_while_tls_begins(self, track: Track) -> None:
+        with raw_server(silent) as server:
+            assert 0.8 < seconds(track, server.url.replace("http:", "https:"), "image", 1) < 1.5
+
+    def test_what_may_not_be_sent_again_is_tried_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SUPABASE_SECRET_KEY", "sb_secret_x")
+        with raw_server(silent) as server:
+            monkeypatch.setenv("SUPABASE_URL", server.url)
+            with GroupManager.from_env(timeout=1.5) as groups, pytest.raises(ServiceUnavailable):
+                groups.create("Pro")
+            assert server.accepted == 1
+
+
+@pytest.fixture
+def ann(stack: LocalStack, team: Callable[..., Group]) -> str:
+    user = str(stack.create_users(1)[0])
+    team([user], Limit(kind="image", max=100))
+    return user
+
+
+def usages(stack: LocalStack, user: str) -> int:
+    [row] = stack.sql("select count(*)::integer as n from public.generation_usage where user_id = $1::uuid", user)
+    return row["n"]
+
+
+class Flaky:
+    """In front of the stack: lets each connection but the first few through."""
+
+    def __init__(self, stack: LocalStack, *beginnings: Handler) -> None:
+        self._beginnings = list(beginnings)
+        self._relay = relay_to(stack.url)
+
+    def __call__(self, connection: socket.socket, over: threading.Event) -> None:
+        handler = self._beginnings.pop(0) if self._beginnings else self._relay
+        handler(connection, over)
+
+
+def hang_up(connection: socket.socket, over: threading.Event) -> None:
+    read_request(connection)
+
+
+def swallow_answer(stack: LocalStack) -> Handler:
+    """Let the database commit, and hang up before a byte of its answer."""
+    host, _, port = stack.url.removeprefix("http://").rpartition(":")
+
+    def swallow(connection: socket.socket, over: threading.Event) -> None:
+        with socket.create_connection((host, int(port))) as real:
+            real.sendall(read_request(connection))
+            real.settimeout(10)
+            assert real.recv(65536).startswith(b"HTTP/1.1 200")
+
+    return swallow
+
+
+class TestOneThatGoesWrongOnce:
+    def test_a_dead_connection_leaves_time_for_another(self, track: Track, stack: LocalStack, ann: str) -> None:
+        with raw_server(Flaky(stack, silent)) as server:
+            assert track(server.url, ann, "image", timeout=2, key=stack.secret_key)
+            assert server.accepted == 2
+        assert usages(stack, ann) == 1
+
+    def test_a_lost_answer_is_not_charged_twice(self, track: Track, stack: LocalStack, ann: str) -> None:
+        beginnings = [swallow_answer(stack), hang_up, swallow_answer(stack)]
+        with raw_server(Flaky(stack, *beginnings)) as server:
+            result = track(server.url, ann, "image", timeout=10, key=stack.secret_key)
+            assert server.accepted == 4
+        assert result.replayed
+        assert result.remaining == 99
+        assert usages(stack, ann) == 1
+
+    @pytest.mark.parametrize("track", ["sync", "async"], indirect=True)
+    def test_a_server_that_says_when_is_asked_then(self, track: Track, stack: LocalStack, ann: str) -> None:
+        def turn_away(connection: socket.socket, over: threading.Event) -> None:
+            read_request(connection)
+            body = b'{"message": "rate limit exceeded"}'
+            connection.sendall(
+                b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 3\r\nConnection: close\r\n"
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
+
+        began = time.monotonic()
+        with raw_server(Flaky(stack, turn_away)) as server:
+            assert track(server.url, ann, "image", timeout=10, key=stack.secret_key)
+            assert server.accepted == 2
+        assert 3 <= time.monotonic() - began < 5
+        assert usages(stack, ann) == 1
+
+
+def test_our_clients_speak_http_1_also_to_a_server_that_offers_http_2(
+    track: Track,
+    stack: LocalStack,
+    ann: str,
+    tls: tuple[ssl.SSLContext, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    context, trusted = tls
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    negotiated: list[object] = []
+
+    def look(connection: Any) -> None:
+        negotiated.append(connection.selected_alpn_protocol())
+
+    with caplog.at_level("INFO", "httpx"), raw_server(relay_to(stack.url, look), context) as server:
+        assert track(server.url, ann, "image", timeout=10, key=stack.secret_key)
+    assert negotiated == ["http/1.1"]
+    assert [record.getMessage().split('"')[1] for record in caplog.records if record.name == "httpx"] == [
+        "HTTP/1.1 200 OK"
+    ]

@@ -1,0 +1,55 @@
+"""A database of a hosted project, for tests to fill and to clean."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+from tests.support import clock
+from tests.support.postgres import PostgresServer
+
+
+class Database:
+    """A database with tokenlimits and a clock to turn."""
+
+    def __init__(self, server: PostgresServer, name: str) -> None:
+        self._server = server
+        self._connections: list[psycopg.Connection[Any]] = []
+        self.name = name
+        self.owner = server.connect(name, "postgres")
+
+    @property
+    def url(self) -> str:
+        return self._server.url(self.name, "postgres")
+
+    def connect(self, role: str = "service_role") -> psycopg.Connection[Any]:
+        """Open another connection, as workers do."""
+        connection = self._server.connect(self.name, "postgres")
+        connection.execute(f"set role {role}")
+        self._connections.append(connection)
+        return connection
+
+    def clean(self) -> None:
+        """Forget all data, and let the clock tell the real time."""
+        self.owner.execute(FORGET_EVERYTHING)
+        clock.shift(self.owner, timedelta(0))
+
+    def close_others(self) -> None:
+        while self._connections:
+            self._connections.pop().close()
+
+    def drop(self) -> None:
+        self.close_others()
+        self.owner.close()
+        self._server.drop_database(self.name)
+
+
+FORGET_EVERYTHING = """
+delete from public.user_groups;
+delete from auth.users;
+delete from public.generation_usage;
+delete from tokenlimits.usage_rollup;
+delete from tokenlimits.usage_resets;
+delete from tokenlimits.counters;
+"""

@@ -1,0 +1,161 @@
+"""Many connections that call at once: 8 processes with 4 connections each, all let go by one shot.
+
+with Crowd() as crowd:
+    answers = crowd.call(url, [[Call(user, "image")] * 20] * 32)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
+from uuid import UUID
+
+import psycopg
+from psycopg import sql
+
+PROCESSES = 8
+CONNECTIONS = 32
+
+_GUN = 42
+_CALL = sql.SQL(
+    "select public.{}(p_user_id => %s, p_kind => %s, p_cost => %s, p_idempotency_key => %s, p_group_id => %s)"
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of `track_generation`, or of another function that takes them."""
+
+    user_id: UUID
+    kind: str = "image"
+    cost: int = 1
+    idempotency_key: str | None = None
+    group_id: UUID | None = None
+    function: str = "track_generation"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one call came to; `error` is an SQLSTATE."""
+
+    call: Call
+    error: str | None = None
+    allowed: bool = False
+    replayed: bool = False
+    reason: str | None = None
+    usage_id: str | None = None
+    group_id: str | None = None
+    overfull: bool = False
+    wrongly_denied: bool = False
+
+
+Script = Sequence[Call]
+
+
+class Crowd:
+    """The processes; they are started once and used by many tests."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def call(self, url: str, scripts: Sequence[Script]) -> list[Answer]:
+        """Let each connection go through its script, all at once."""
+        with self.calling(url, scripts, cycles=1) as answers:
+            pass
+        return answers
+
+    @contextmanager
+    def calling(self, url: str, scripts: Sequence[Script], cycles: int | None = None) -> Iterator[list[Answer]]:
+        """Let them go through their scripts over and over until the block ends; the answers are there after it."""
+        answers: list[Answer] = []
+        with TemporaryDirectory() as directory, psycopg.connect(url, autocommit=True) as starter:
+            stop = Path(directory) / "stop"
+            starter.execute("select pg_advisory_lock(%s)", [_GUN])
+            parts = [list(scripts[number::PROCESSES]) for number in range(PROCESSES)]
+            runs = [self._pool.submit(_run, url, part, cycles, str(stop)) for part in parts if part]
+            _wait_for_all(starter, runs, len(scripts))
+            starter.execute("select pg_advisory_unlock(%s)", [_GUN])
+            try:
+                yield answers
+            finally:
+                stop.touch()
+                for run in runs:
+                    answers.extend(run.result())
+
+
+def _wait_for_all(starter: psycopg.Connection[Any], runs: list[Future[Any]], connections: int) -> None:
+    waiting = """
+    select count(*)
+    from pg_locks
+    where
+      locktype = 'advisory' and objid = %s and not granted
+      and database = (select oid from pg_database where datname = current_database())
+    """
+    deadline = time.monotonic() + 60
+    while starter.execute(waiting, [_GUN]).fetchone() != (connections,):
+        assert time.monotonic() < deadline, "they didn't all connect"
+        assert not any(run.done() for run in runs), [run.exception() for run in runs if run.done()]
+        time.sleep(0.01)
+
+
+def _run(url: str, scripts: list[Script], cycles: int | None, stop: str) -> list[Answer]:
+    """Run a process: a thread and a connection for each script."""
+    with ThreadPoolExecutor(len(scripts)) as pool:
+        runs = [pool.submit(_connect_and_call, url, script, cycles, stop) for script in scripts]
+        return [answer for run in runs for answer in run.result()]
+
+
+def _connect_and_call(url: str, script: Script, cycles: int | None, stop: str) -> list[Answer]:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("set role service_role")
+        connection.execute("set statement_timeout = '30s'")
+        connection.execute("select pg_advisory_lock_shared(%s)", [_GUN])
+        return list(_cycle(connection, script, cycles, Path(stop).exists))
+
+
+def _cycle(
+    connection: psycopg.Connection[Any], script: Script, cycles: int | None, stopped: Callable[[], bool]
+) -> Iterator[Answer]:
+    if cycles is not None:
+        for call in script * cycles:
+            yield _ask(connection, call)
+        return
+    while True:
+        for call in script:
+            if stopped():
+                return
+            yield _ask(connection, call)
+
+
+def _ask(connection: psycopg.Connection[Any], call: Call) -> Answer:
+    arguments = [call.user_id, call.kind, call.cost, call.idempotency_key, call.group_id]
+    try:
+        row = connection.execute(_CALL.format(sql.Identifier(call.function)), arguments).fetchone()
+    except psycopg.Error as error:
+        return Answer(call, error=error.sqlstate or repr(error))
+    assert row is not None
+    answer = row[0]
+    denied_by = answer["denied_by"]
+    return Answer(
+        call,
+        allowed=answer["allowed"],
+        replayed=answer["replayed"],
+        reason=answer["reason"],
+        usage_id=answer["usage_id"],
+        group_id=answer["group"] and answer["group"]["id"],
+        overfull=any(x["max"] is not None and x["used"] > x["max"] for x in answer["limits"]),
+        wrongly_denied=denied_by is not None and denied_by["used"] + call.cost <= denied_by["max"],
+    )

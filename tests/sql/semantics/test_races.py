@@ -1,0 +1,392 @@
+"""Exactness under real concurrency: 32 connections that call at once, while admins edit and periods pass.
+
+What is claimed is exact: with a limit of 300 and more than 300 calls, 300 are allowed. No call may fail, with a
+deadlock or otherwise, unless a test says so.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from uuid import UUID
+
+import psycopg
+import pytest
+from tests.sql.semantics.api import Api
+from tests.sql.semantics.database import Database
+from tests.sql.semantics.hammer import CONNECTIONS, Answer, Call, Crowd
+from tests.sql.semantics.world import World, limit
+from tests.support import clock
+
+Hammer = Callable[[list[list[Call]]], list[Answer]]
+
+
+@pytest.fixture(scope="session")
+def crowd() -> Iterator[Crowd]:
+    with Crowd() as made:
+        yield made
+
+
+@pytest.fixture
+def hammer(crowd: Crowd, database: Database) -> Hammer:
+    return lambda scripts: crowd.call(database.url, scripts)
+
+
+def everybody(calls: list[Call], times: int = 1) -> list[list[Call]]:
+    """Let every connection make the same calls in the same order."""
+    return [calls * times] * CONNECTIONS
+
+
+def shuffled(calls: list[Call], times: int) -> list[list[Call]]:
+    """Let every connection make the same calls, in an order of its own."""
+    scripts = []
+    for number in range(CONNECTIONS):
+        script = calls * times
+        random.Random(number).shuffle(script)
+        scripts.append(script)
+    return scripts
+
+
+def assert_right(answers: list[Answer], *expected_errors: str) -> None:
+    """No call failed, none passed a max, and none was denied by a limit that has room."""
+    assert {a.error for a in answers if a.error} <= set(expected_errors)
+    assert [a for a in answers if a.overfull and a.allowed and not a.replayed] == []
+    assert [a for a in answers if a.wrongly_denied] == []
+
+
+def allowed(answers: list[Answer]) -> int:
+    return sum(a.allowed and not a.replayed for a in answers)
+
+
+def recorded(world: World) -> int:
+    return world.owner.one("select coalesce(sum(cost), 0)::bigint from public.generation_usage")
+
+
+class TestLimitsAreMetExactly:
+    def test_of_one_hot_group(self, world: World, hammer: Hammer) -> None:
+        group = world.group(limit(500))
+        users = [world.user(group) for _ in range(10)]
+        answers = hammer(shuffled([Call(user) for user in users], times=3))
+        assert_right(answers)
+        assert (len(answers), allowed(answers), recorded(world)) == (960, 500, 500)
+
+    def test_of_a_hundred_groups(self, world: World, hammer: Hammer) -> None:
+        groups = [world.group(limit(8)) for _ in range(100)]
+        calls = [Call(world.user(group)) for group in groups]
+        answers = hammer([calls[n:] + calls[:n] for n in range(CONNECTIONS)])
+        assert_right(answers)
+        paid = Counter(a.group_id for a in answers if a.allowed)
+        assert paid == {str(group): 8 for group in groups}
+
+    def test_of_two_groups_of_one_user(self, world: World, hammer: Hammer) -> None:
+        first, second = world.group(limit(150), priority=1), world.group(limit(250))
+        users = [world.user(first, second) for _ in range(4)] + [world.user(second)]
+        answers = hammer(shuffled([Call(user) for user in users], times=4))
+        assert_right(answers)
+        paid = Counter(a.group_id for a in answers if a.allowed)
+        assert paid == {str(first): 150, str(second): 250}
+
+    def test_of_groups_that_users_joined_in_different_orders(self, world: World, hammer: Hammer) -> None:
+        one, two = world.group(limit(170)), world.group(limit(230))
+        users = [world.user(one, two), world.user(two, one), world.user(one, two), world.user(two, one)]
+        answers = hammer(shuffled([Call(user) for user in users], times=4))
+        assert_right(answers)
+        assert allowed(answers) == 400
+
+    def test_of_each_member(self, world: World, hammer: Hammer) -> None:
+        group = world.group(limit(15, scope="member"))
+        users = [world.user(group) for _ in range(20)]
+        answers = hammer(shuffled([Call(user) for user in users], times=1))
+        assert_right(answers)
+        assert Counter(a.call.user_id for a in answers if a.allowed) == dict.fromkeys(users, 15)
+
+    def test_of_several_at_once(self, world: World, hammer: Hammer) -> None:
+        world.at("2026-11-23 12:00Z")
+        group = world.group(
+            limit(400),
+            limit(300, period="day"),
+            limit(80, scope="member"),
+            limit(90, period="month", scope="member"),
+            limit(90, kind="video"),
+        )
+        users = [world.user(group) for _ in range(5)]
+        calls = [Call(user, kind) for user in users for kind in ("image", "video")]
+        answers = hammer(shuffled(calls, times=4))
+        assert_right(answers)
+        assert Counter(a.call.kind for a in answers if a.allowed) == {"image": 300, "video": 90}
+        by_user = Counter(a.call.user_id for a in answers if a.allowed and a.call.kind == "image")
+        assert max(by_user.values()) <= 80
+        assert {x["used"] for x in world.api.group_usage(group)["limits"]} == {300, 90}
+
+    def test_with_costs_of_all_sizes(self, world: World, hammer: Hammer) -> None:
+        group = world.group(limit(1000))
+        user = world.user(group)
+        answers = hammer(shuffled([Call(user, cost=cost) for cost in (1, 1, 1, 2, 3, 5, 8, 13)], times=4))
+        assert_right(answers)
+        assert recorded(world) == sum(a.call.cost for a in answers if a.allowed) == 1000
+
+    def test_with_costs_that_cannot_fill_it(self, world: World, hammer: Hammer) -> None:
+        """Usage only grows, so what was denied at any time must not fit at the end either."""
+        group = world.group(limit(1000))
+        user = world.user(group)
+        answers = hammer(shuffled([Call(user, cost=cost) for cost in (7, 11, 19, 40)], times=3))
+        assert_right(answers)
+        used = recorded(world)
+        assert used <= 1000
+        assert [a.call.cost for a in answers if not a.allowed and used + a.call.cost <= 1000] == []
+
+    def test_of_members_whose_first_calls_come_at_once(self, world: World, hammer: Hammer) -> None:
+        group = world.group(limit(3, scope="member"), limit(5, period="month", scope="member"))
+        users = [world.user(group) for _ in range(40)]
+        answers = hammer(everybody([Call(user) for user in users]))
+        assert_right(answers)
+        assert Counter(a.call.user_id for a in answers if a.allowed) == dict.fromkeys(users, 3)
+
+    def test_of_newcomers_in_the_default_group(self, world: World, hammer: Hammer) -> None:
+        world.group(limit(2, scope="member"), limit(50), is_default=True)
+        users = [world.user() for _ in range(30)]
+        answers = hammer(everybody([Call(user) for user in users]))
+        assert_right(answers)
+        assert allowed(answers) == 50
+        assert max(Counter(a.call.user_id for a in answers if a.allowed).values()) == 2
+
+    def test_while_others_record_what_happened_elsewhere(self, world: World, hammer: Hammer) -> None:
+        group = world.group(limit(600), limit(250, scope="member"))
+        users = [world.user(group) for _ in range(4)]
+        calls = [Call(user, function=f) for user in users for f in ("track_generation", "record_generation")]
+        answers = hammer(shuffled(calls, times=4))
+        tracked = [a for a in answers if a.call.function == "track_generation"]
+        assert_right(tracked)
+        records = [a for a in answers if a.call.function == "record_generation"]
+        assert all(a.allowed for a in records)
+        assert recorded(world) == allowed(tracked) + len(records)
+        assert allowed(tracked) < len(tracked)
+
+
+class TestKeys:
+    def test_one_key_from_all_connections_at_once_charges_once(self, world: World, hammer: Hammer) -> None:
+        user = world.user(world.group(limit(1000)))
+        keys = [f"job-{n}" for n in range(25)]
+        answers = hammer(everybody([Call(user, cost=3, idempotency_key=key) for key in keys]))
+        assert_right(answers)
+        for key in keys:
+            mine = [a for a in answers if a.call.idempotency_key == key]
+            assert Counter(a.replayed for a in mine) == {False: 1, True: 31}
+            assert len({a.usage_id for a in mine}) == 1
+        assert recorded(world) == 75
+
+    def test_where_not_all_fit_a_key_is_allowed_for_all_or_for_none(self, world: World, hammer: Hammer) -> None:
+        user = world.user(world.group(limit(10)))
+        keys = [f"job-{n}" for n in range(25)]
+        answers = hammer(shuffled([Call(user, idempotency_key=key) for key in keys], times=1))
+        assert_right(answers)
+        per_key = Counter(a.call.idempotency_key for a in answers if a.allowed)
+        assert sorted(per_key.values()) == [CONNECTIONS] * 10
+        assert (allowed(answers), recorded(world)) == (10, 10)
+
+    def test_a_key_for_two_requests_serves_one_of_them(self, world: World, hammer: Hammer) -> None:
+        user = world.user(world.group(limit(1000)))
+        keys = [f"job-{n}" for n in range(25)]
+        scripts = [[Call(user, cost=1 + n % 2, idempotency_key=key) for key in keys] for n in range(CONNECTIONS)]
+        answers = hammer(scripts)
+        assert_right(answers, "TL008")
+        for key in keys:
+            mine = [a for a in answers if a.call.idempotency_key == key]
+            assert Counter((a.error, a.replayed) for a in mine) == {
+                (None, False): 1,
+                (None, True): 15,
+                ("TL008", False): 16,
+            }
+            assert len({a.call.cost for a in mine if a.allowed}) == 1
+        assert world.owner.one("select count(*) from public.generation_usage") == 25
+
+    def test_keys_of_different_users_have_nothing_to_do_with_each_other(self, world: World, hammer: Hammer) -> None:
+        group = world.group(limit(None))
+        users = [world.user(group) for _ in range(10)]
+        answers = hammer(shuffled([Call(user, idempotency_key="job") for user in users], times=2))
+        assert_right(answers)
+        assert allowed(answers) == 10
+
+
+class TestWhilePeriodsPass:
+    def test_every_day_gets_its_limit_and_no_more(self, world: World, crowd: Crowd, database: Database) -> None:
+        group = world.group(limit(100, period="day"), limit(70, period="day", scope="member"))
+        users = [world.user(group) for _ in range(2)]
+        midnight = datetime.fromisoformat("2026-11-30 00:00Z")
+        moments = [midnight + timedelta(days=n, microseconds=-1) for n in range(4)]
+        world.at(moments[0].isoformat())
+        with crowd.calling(database.url, shuffled([Call(user) for user in users], times=1)) as answers:
+            for moment in moments:
+                world.at(moment.isoformat())
+                wait_until(lambda: world.used(users[0], "day") == 100)
+        assert_right(answers)
+        per_day = world.owner.connection.execute(
+            "select count(*) from public.generation_usage group by date_trunc('day', created_at, 'UTC')"
+        ).fetchall()
+        assert per_day == [(100,)] * len(moments)
+
+    def test_also_when_the_clock_runs_through_midnight(self, world: World, crowd: Crowd, database: Database) -> None:
+        midnight = datetime.fromisoformat("2026-12-01 00:00Z")
+        world.at((midnight - timedelta(seconds=1)).isoformat())
+        group = world.group(
+            *(limit(150, period=period) for period in ("minute", "hour", "day", "month")),
+            limit(400),
+            limit(120, period="hour", scope="member"),
+        )
+        users = [world.user(group) for _ in range(3)]
+        with crowd.calling(database.url, shuffled([Call(user) for user in users], times=1)) as answers:
+            wait_until(lambda: world.used(users[0], "day") == 150)
+            clock.run_from(database.owner, midnight - timedelta(seconds=0.5))
+            wait_until(lambda: clock.read(database.owner) > midnight)
+            wait_until(lambda: world.used(users[0], "month") == 150)
+        assert_right(answers)
+        counts = world.owner.connection.execute(
+            "select created_at >= %s, count(*) from public.generation_usage group by 1 order by 1", [midnight]
+        ).fetchall()
+        assert counts == [(False, 150), (True, 150)]
+
+
+class TestWhileAdminsEdit:
+    def test_a_limit_added_in_the_middle_counts_what_is_in_flight(
+        self, world: World, crowd: Crowd, database: Database
+    ) -> None:
+        group = world.group(limit(None))
+        users = [world.user(group) for _ in range(4)]
+        with crowd.calling(database.url, shuffled([Call(user) for user in users], times=1)) as answers:
+            wait_until(lambda: world.used(users[0]) >= 150)
+            world.api.set_limit(group, "image", "month", "group", 900)
+            world.api.set_limit(group, "image", "month", "member", 240)
+            wait_until(lambda: world.used(users[0], "month") == 900)
+        assert_right(answers)
+        assert recorded(world) == 900
+        assert max(Counter(a.call.user_id for a in answers if a.allowed).values()) <= 240
+
+    def test_a_new_limit_waits_for_a_call_that_was_judged_without_it(self, world: World, database: Database) -> None:
+        group = world.group(limit(None))
+        user = world.user(group)
+        slow, admin = Api(database.connect()), Api(database.connect())
+        with slow.connection.transaction():
+            assert slow.track(user, "image", 5)["allowed"]
+            adding = threading.Thread(target=admin.set_limit, args=(group, "image", "day", "group", 6))
+            adding.start()
+            wait_until(lambda: is_blocked(world, admin))
+        adding.join(10)
+        assert world.used(user, "day") == 5
+        assert not world.api.track(user, "image", 2)["allowed"]
+
+    def test_whatever_they_edit_nothing_is_lost_or_passed(self, world: World, crowd: Crowd, database: Database) -> None:
+        world.at("2026-11-30 22:59Z")
+        stays = world.group(limit(600), limit(3, kind="video"), priority=1)
+        varies = world.group(limit(None), limit(50, kind="video"))
+        users = [world.user(stays, varies) for _ in range(4)] + [world.user(varies) for _ in range(2)]
+        calls = [Call(user, kind, cost) for user in users for kind in ("image", "video") for cost in (1, 2)]
+        chance = random.Random(5)
+        with crowd.calling(database.url, shuffled(calls, times=1)) as answers:
+            for _ in range(60):
+                edit(world, chance, stays, varies)
+            world.api.save_group(stays, limits=[limit(600)], priority=9)
+            wait_until(lambda: world.api.check(users[0], "image", group_id=stays)["reason"] == "limit_exceeded")
+        assert_right(answers)
+        used_of_what_stayed = world.owner.one(
+            "select sum(cost) from public.generation_usage where group_id = %s and kind = 'image'", [stays]
+        )
+        assert used_of_what_stayed == 600
+
+    def test_users_who_come_and_go(self, world: World, crowd: Crowd, database: Database) -> None:
+        one, two = world.group(limit(None), limit(40, scope="member")), world.group(limit(None))
+        users = [world.user(one) for _ in range(6)]
+        chance = random.Random(7)
+        with crowd.calling(database.url, shuffled([Call(user) for user in users], times=1)) as answers:
+            for _ in range(80):
+                user, (from_, to) = chance.choice(users), chance.choice([(one, two), (two, one)])
+                world.api.move_member(user, from_, to)
+                if chance.random() < 0.2:
+                    world.owner.delete_user(user)
+                    world.owner.add_user(user)
+                    world.api.add_member(one, user)
+        assert_right(answers)
+        by_user = Counter(a.call.user_id for a in answers if a.allowed and a.group_id == str(one))
+        assert max(by_user.values(), default=0) <= 40
+
+    def test_groups_that_are_deleted_under_the_calls(self, world: World, crowd: Crowd, database: Database) -> None:
+        group = world.group(limit(None), limit(10**6, scope="member"))
+        users = [world.user(group) for _ in range(4)]
+        with crowd.calling(database.url, shuffled([Call(user) for user in users], times=1)) as answers:
+            for _ in range(12):
+                time.sleep(0.05)
+                world.api.delete_group(group)
+                group = world.group(limit(None), limit(10**6, scope="member"))
+                for user in users:
+                    world.api.add_member(group, user)
+        assert_right(answers)
+        assert {a.reason for a in answers} <= {None, "not_in_group", "no_limit_for_kind"}
+        assert recorded(world) == allowed(answers)
+
+
+def edit(world: World, chance: random.Random, stays: UUID, varies: UUID) -> None:
+    """Do one thing that an admin may do; the group that stays keeps its lifetime limit, and is never reset."""
+    kind = chance.choice(["image", "image", "video"])
+    period = chance.choice(["minute", "hour", "day", "week", "month"])
+    scope = chance.choice(["group", "member"])
+    maximum = chance.choice([None, 0, 5, 50, 500, 5000])
+    group = chance.choice([stays, varies])
+    actions: list[Callable[[], object]] = [
+        lambda: world.api.set_limit(group, kind, period, scope, maximum),
+        lambda: world.api.set_limit(group, kind, period, scope, maximum),
+        lambda: world.api.remove_limit(group, kind, period, scope),
+        lambda: world.api.save_group(group, timezone=chance.choice(["UTC", "Europe/Paris", "Asia/Kathmandu"])),
+        lambda: world.api.save_group(varies, limits=[limit(None), limit(maximum, kind, period, scope)]),
+        lambda: world.api.save_group(group, priority=chance.randrange(3)),
+        lambda: world.api.save_group(group, is_default=True),
+        lambda: world.api.reset(varies, chance.choice([None, kind])),
+        lambda: world.owner.execute(
+            "update public.group_limits set max = max + 1 where (group_id, kind, period, scope) = (%s, %s, %s, %s)",
+            [varies, kind, period, scope],
+        ),
+        lambda: world.at((clock.read(world.owner.connection) + timedelta(minutes=7)).isoformat()),
+    ]
+    chance.choice(actions)()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it didn't happen"
+        time.sleep(0.01)
+
+
+def is_blocked(world: World, other: Api) -> bool:
+    pid = other.connection.info.backend_pid
+    return world.owner.one("select cardinality(pg_blocking_pids(%s)) > 0", [pid])
+
+
+class TestAdminsAtOnce:
+    """Edits may wait for each other, but not in a circle."""
+
+    def test_edits_of_one_group_at_the_same_time(self, world: World, crowd: Crowd, database: Database) -> None:
+        world.at("2026-11-30 22:59Z")
+        stays, varies = world.group(limit(None)), world.group(limit(None))
+        users = [world.user(stays, varies), world.user(varies)]
+        errors: list[psycopg.Error] = []
+
+        def admin(seed: int) -> None:
+            mine = World(Api(database.connect("postgres")), Api(database.connect()))
+            chance = random.Random(seed)
+            for _ in range(40):
+                try:
+                    edit(mine, chance, stays, varies)
+                except psycopg.Error as error:
+                    errors.append(error)
+
+        with crowd.calling(database.url, shuffled([Call(user) for user in users], times=1)[:8]) as answers:
+            admins = [threading.Thread(target=admin, args=(seed,)) for seed in range(4)]
+            for thread in admins:
+                thread.start()
+            for thread in admins:
+                thread.join()
+        assert errors == []
+        assert_right(answers)

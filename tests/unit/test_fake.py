@@ -1,0 +1,418 @@
+"""What is the fakes' own: limits for everybody, `tracked`, the clock, failures, and `override`."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+from zoneinfo import ZoneInfo, available_timezones
+
+import pytest
+from pydantic import ValidationError
+from tests.support.model import day_begins
+
+from tokenlimits import (
+    AccessDenied,
+    AsyncGroupManager,
+    AsyncTokenLimits,
+    ConfigurationError,
+    GroupManager,
+    InvalidRequest,
+    Limit,
+    ServiceUnavailable,
+    TokenLimits,
+    UnknownUser,
+    atrack_generation,
+    track_generation,
+)
+from tokenlimits.async_client import AsyncDefault
+from tokenlimits.client import Default
+from tokenlimits.testing import (
+    FakeAsyncGroupManager,
+    FakeAsyncTokenLimits,
+    FakeGroupManager,
+    FakeTokenLimits,
+    override,
+)
+from tokenlimits.testing._engine import Engine
+from tokenlimits.testing._periods import period_of
+
+ROOT = Path(__file__).parents[2]
+ANN, BOB = UUID(int=1), UUID(int=2)
+DOWN = ServiceUnavailable("Supabase is down", retry_after=3)
+
+AnyFake = FakeTokenLimits | FakeAsyncTokenLimits
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Nothing here may reach for a real Supabase."""
+    for name in ("SUPABASE_URL", "SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    before = Default.current, AsyncDefault.current
+    Default.current = AsyncDefault.current = None
+    yield
+    Default.current, AsyncDefault.current = before
+
+
+class TestLimits:
+    def test_everybody_shares_the_pools(self) -> None:
+        fake = FakeTokenLimits(limits={"image": 2})
+        assert fake.track(ANN, "image").remaining == 1
+        assert fake.track(BOB, "image").remaining == 0
+        denied = fake.track(uuid4(), "image")
+        assert denied.error == "Image generation limit exceeded: 2 of 2 used in total"
+        assert fake.track(ANN, "video").reason == "no_limit_for_kind"
+
+    def test_may_be_any(self) -> None:
+        fake = FakeTokenLimits([Limit(kind="image", max=1, period="day", scope="member")])
+        assert fake.track(ANN, "image")
+        assert fake.track(BOB, "image")
+        assert not fake.track(ANN, "image")
+
+    def test_none_allow_everything(self) -> None:
+        fake = FakeTokenLimits()
+        result = fake.track(ANN, "image", 1_000_000)
+        assert (result.allowed, result.remaining, result.reset_at) == (True, None, None)
+        assert result.group is not None
+        assert result.group.name == "fake"
+        assert [(limit.max, limit.used) for limit in result.limits] == [(None, 1_000_000)]
+        assert fake.check(BOB, "anything")
+        assert fake.record(ANN, "video", 3).limits[0].used == 3
+        assert fake.usage(ANN) == ()
+
+    def test_an_empty_set_allows_nothing(self) -> None:
+        assert FakeTokenLimits({}).track(ANN, "image").reason == "no_limit_for_kind"
+
+    def test_set_later_end_that_everything_is_allowed(self) -> None:
+        fake = FakeTokenLimits()
+        group = fake.groups.get_by_name("fake")
+        fake.groups.set_limit(group.id, Limit(kind="image", max=1))
+        assert [bool(fake.track(ANN, "image")) for _ in range(2)] == [True, False]
+        assert fake.track(ANN, "video")
+        fake.groups.set_limits(group.id, {"image": 5})
+        assert not fake.track(ANN, "video")
+
+    def test_are_checked(self) -> None:
+        with pytest.raises(InvalidRequest) as raised:
+            FakeTokenLimits({"image": 1, "Video": 2})
+        assert raised.value.field == "limits[1].kind"
+        with pytest.raises(InvalidRequest) as raised:
+            FakeAsyncTokenLimits(users={"ann": None})
+        assert raised.value.field == "users[0]"
+
+    def test_of_another_group_are_for_its_members(self) -> None:
+        fake = FakeTokenLimits({"image": 0})
+        pro = fake.groups.create("Pro", limits={"image": 9})
+        fake.groups.add_member(pro.id, ANN)
+        assert fake.track(ANN, "image").remaining == 8
+        assert not fake.track(BOB, "image")
+
+    def test_hold_with_many_threads(self) -> None:
+        fake = FakeTokenLimits([Limit(kind="image", max=300), Limit(kind="image", max=40, scope="member")])
+        users = [uuid4() for _ in range(10)]
+        with ThreadPoolExecutor(8) as threads:
+            results = list(threads.map(lambda number: fake.track(users[number % 10], "image").allowed, range(600)))
+        assert sum(results) == len(fake.tracked) == 300
+
+
+class TestUsers:
+    def test_are_all_ids(self) -> None:
+        fake = FakeTokenLimits()
+        assert fake.groups.add_member(fake.groups.get_by_name("fake").id, uuid4())
+        assert fake.groups.find_users("a") == []
+
+    def test_are_those_that_were_given(self) -> None:
+        fake = FakeTokenLimits(users={str(ANN): "ann@example.com", BOB: None})
+        group = fake.groups.create("Team").id
+        assert fake.groups.add_members(group, [ANN, BOB]).added == 2
+        assert [member.email for member in fake.groups.members(group)] == ["ann@example.com", None]
+        assert [user.user_id for user in fake.groups.find_users("ANN")] == [ANN]
+        for groups in (fake.groups, FakeTokenLimits(users={}).groups):
+            group = groups.get_by_name("fake").id
+            with pytest.raises(UnknownUser):
+                groups.add_member(group, uuid4())
+
+
+class TestTracked:
+    def test_says_what_was_recorded(self) -> None:
+        fake = FakeTokenLimits({"image": 3})
+        first = fake.track(ANN, "image", 2, idempotency_key="job-1", metadata={"prompt": "a cat"})
+        fake.track(ANN, "image", 2, idempotency_key="job-1")
+        fake.track(BOB, "image", 2)
+        fake.check(BOB, "image")
+        yesterday = fake.now - timedelta(days=1)
+        fake.record(BOB, "image", created_at=yesterday)
+        one, two = fake.tracked
+        assert first.group is not None
+        assert one.model_dump() == {
+            "usage_id": first.usage_id,
+            "user_id": ANN,
+            "kind": "image",
+            "cost": 2,
+            "status": "committed",
+            "group": first.group.model_dump(),
+            "metadata": {"prompt": "a cat"},
+            "idempotency_key": "job-1",
+            "created_at": fake.now,
+        }
+        assert (two.user_id, two.metadata, two.created_at) == (BOB, {}, yesterday)
+
+    def test_is_frozen(self) -> None:
+        fake = FakeTokenLimits()
+        fake.track(ANN, "image", metadata={"prompts": ["a cat"]})
+        (usage,) = fake.tracked
+        with pytest.raises(ValidationError, match="frozen"):
+            usage.cost = 0  # type: ignore[misc]
+        usage.metadata.clear()
+        assert fake.tracked[0].metadata == {"prompts": ["a cat"]}
+
+    def test_names_the_group_as_it_is_named_now(self) -> None:
+        fake = FakeTokenLimits()
+        group = fake.groups.get_by_name("fake")
+        fake.track(ANN, "image")
+        fake.groups.update(group.id, name="Free")
+        assert fake.tracked[0].group.name == "Free"
+        fake.groups.delete(group.id)
+        assert fake.tracked[0].group.model_dump() == {"id": group.id, "name": None}
+
+
+class TestClock:
+    def test_stands_still(self) -> None:
+        fake = FakeTokenLimits()
+        assert abs(fake.now - datetime.now(UTC)) < timedelta(minutes=1)
+        assert fake.now.utcoffset() == timedelta(0)
+        assert fake.now is fake.now
+
+    def test_is_set_and_advanced(self) -> None:
+        fake = FakeTokenLimits([Limit(kind="image", max=1, period="day")])
+        fake.now = datetime(2026, 2, 1, 0, 30, tzinfo=ZoneInfo("Europe/Paris"))
+        assert str(fake.now) == "2026-01-31 23:30:00+00:00"
+        assert fake.track(ANN, "image").reset_at == datetime(2026, 2, 1, tzinfo=UTC)
+        assert fake.track(ANN, "image").retry_after == 1800
+        fake.advance(timedelta(minutes=30))
+        assert fake.track(ANN, "image")
+
+    def test_does_not_go_back_behind_what_has_happened(self) -> None:
+        fake = FakeTokenLimits({"image": 5})
+        fake.advance(-timedelta(days=1))
+        fake.track(ANN, "image")
+        fake.advance(timedelta(hours=1))
+        fake.advance(-timedelta(hours=1))
+        with pytest.raises(InvalidRequest, match="Set the clock before you track") as raised:
+            fake.advance(-timedelta(microseconds=1))
+        assert raised.value.field == "now"
+        fake.groups.reset_usage(fake.groups.get_by_name("fake").id)
+        with pytest.raises(InvalidRequest):
+            fake.advance(-timedelta(microseconds=1))
+
+    def test_needs_a_time_zone(self) -> None:
+        with pytest.raises(InvalidRequest, match="time zone"):
+            FakeTokenLimits().now = datetime(2026, 1, 1)  # noqa: DTZ001
+
+    def test_is_shared_with_the_groups(self) -> None:
+        fake = FakeTokenLimits()
+        fake.advance(timedelta(days=3))
+        assert fake.groups.create("Pro").created_at == fake.now
+
+
+class TestFailures:
+    def test_come_in_order_and_end(self) -> None:
+        fake = FakeTokenLimits()
+        fake.fail(DOWN, times=2)
+        fake.fail(AccessDenied("The key was revoked"))
+        for _ in range(2):
+            with pytest.raises(ServiceUnavailable) as raised:
+                fake.track(ANN, "image")
+            assert raised.value is DOWN
+        with pytest.raises(AccessDenied):
+            fake.groups.list()
+        assert fake.track(ANN, "image")
+        assert len(fake.tracked) == 1
+
+    @pytest.mark.parametrize("make", [FakeTokenLimits, FakeAsyncTokenLimits])
+    @pytest.mark.parametrize("policy", ["allow", "deny"])
+    def test_are_met_by_on_unavailable(self, make: Any, policy: Any) -> None:
+        fake = make(on_unavailable=policy)
+        for name in ("track", "check"):
+            fake.fail(DOWN)
+            result = answer(getattr(fake, name)(ANN, "image"))
+            assert (result.allowed, result.reason, result.usage_id) == (policy == "allow", "unavailable", None)
+            assert (result.error, result.retry_after) == (None if policy == "allow" else "Supabase is down", 3)
+        assert fake.tracked == ()
+
+    def test_that_are_no_outage_are_always_raised(self) -> None:
+        fake = FakeTokenLimits(on_unavailable="allow")
+        fake.fail(AccessDenied("The key was revoked"))
+        with pytest.raises(AccessDenied):
+            fake.track(ANN, "image")
+        fake.fail(DOWN)
+        with pytest.raises(ServiceUnavailable):
+            fake.usage(ANN)
+
+
+class TestClients:
+    def test_are_the_real_ones(self) -> None:
+        fake, async_fake = FakeTokenLimits(), FakeAsyncTokenLimits()
+        assert isinstance(fake, TokenLimits)
+        assert isinstance(async_fake, AsyncTokenLimits)
+        assert isinstance(fake.groups, GroupManager)
+        assert isinstance(async_fake.groups, AsyncGroupManager)
+
+    def test_are_made_like_the_real_ones(self) -> None:
+        assert FakeTokenLimits.from_env(timeout=3, on_unavailable="deny").track(ANN, "image")
+        with pytest.raises(InvalidRequest, match="on_unavailable"):
+            FakeTokenLimits(on_unavailable="perhaps")  # type: ignore[arg-type]
+        with pytest.raises(ConfigurationError, match="timeout"):
+            FakeAsyncTokenLimits(timeout=0)
+
+    def test_of_groups_are_of_either_colour(self) -> None:
+        for fake in (FakeTokenLimits({"image": 1}), FakeAsyncTokenLimits({"image": 1})):
+            assert [group.name for group in FakeGroupManager(fake).list()] == ["fake"]
+            assert [group.name for group in asyncio.run(FakeAsyncGroupManager(fake).list())] == ["fake"]
+
+    def test_close_without_an_end(self) -> None:
+        with FakeTokenLimits({"image": 2}) as fake:
+            fake.track(ANN, "image")
+        assert fake.track(ANN, "image").remaining == 0
+
+        async def enter() -> Any:
+            async with FakeAsyncTokenLimits({"image": 2}) as async_fake:
+                return await async_fake.track(ANN, "image")
+
+        assert asyncio.run(enter()).remaining == 1
+
+    def test_wait_a_turn_when_async(self) -> None:
+        """As with a real call, others get on meanwhile."""
+        turns: list[str] = []
+
+        async def work(name: str, fake: FakeAsyncTokenLimits) -> None:
+            turns.append(f"{name} begins")
+            await fake.track(ANN, "image")
+            turns.append(f"{name} ends")
+
+        async def both() -> None:
+            fake = FakeAsyncTokenLimits()
+            await asyncio.gather(work("one", fake), work("two", fake))
+
+        asyncio.run(both())
+        assert turns == ["one begins", "two begins", "one ends", "two ends"]
+
+    def test_list_more_groups_than_a_page_has(self) -> None:
+        fake = FakeTokenLimits()
+        for number in range(450):
+            fake.groups.create(f"Group {number:03}")
+        assert [group.name for group in fake.groups.list()] == ["fake", *(f"Group {n:03}" for n in range(450))]
+
+    def test_list_more_members_than_a_page_has(self) -> None:
+        fake = FakeTokenLimits()
+        group = fake.groups.get_by_name("fake").id
+        ids = [UUID(int=number) for number in range(1201)]
+        fake.groups.add_members(group, reversed(ids))
+        assert [member.user_id for member in fake.groups.members(group)] == ids
+
+    def test_show_how_much_was_tracked(self) -> None:
+        fake = FakeTokenLimits()
+        fake.track(ANN, "image")
+        assert repr(fake) == "<FakeTokenLimits: 1 tracked>"
+        assert repr(FakeAsyncTokenLimits()) == "<FakeAsyncTokenLimits: 0 tracked>"
+
+
+class TestOverride:
+    @pytest.mark.parametrize("make", [FakeTokenLimits, FakeAsyncTokenLimits])
+    def test_serves_both_colours(self, make: Any) -> None:
+        with override(make({"image": 2})) as fake:
+            assert track_generation(ANN, "image").remaining == 1
+            assert asyncio.run(atrack_generation(ANN, "image")).remaining == 0
+            assert not track_generation(ANN, "image")
+        assert len(fake.tracked) == 2
+
+    def test_ends(self) -> None:
+        with pytest.raises(KeyError), override(FakeTokenLimits()):
+            raise KeyError
+        assert Default.current is None
+        assert AsyncDefault.current is None
+        with pytest.raises(ConfigurationError):
+            track_generation(ANN, "image")
+
+    def test_nests(self) -> None:
+        with override(FakeTokenLimits()) as outer:
+            with override(FakeTokenLimits()) as inner:
+                track_generation(ANN, "image")
+            track_generation(BOB, "image")
+        assert [usage.user_id for usage in inner.tracked] == [ANN]
+        assert [usage.user_id for usage in outer.tracked] == [BOB]
+
+    def test_reaches_threads_and_loops(self) -> None:
+        def track(number: int) -> bool:
+            if number % 2:
+                return bool(track_generation(ANN, "image"))
+            return bool(asyncio.run(atrack_generation(ANN, "image")))
+
+        with override(FakeTokenLimits({"image": 25})), ThreadPoolExecutor(4) as threads:
+            assert sum(threads.map(track, range(40))) == 25
+
+    def test_decorates(self) -> None:
+        fake = FakeTokenLimits()
+
+        @override(fake)
+        def work() -> bool:
+            return track_generation(ANN, "image").allowed
+
+        assert (work(), work()) == (True, True)
+        assert len(fake.tracked) == 2
+        assert Default.current is None
+
+    def test_does_as_the_fake_when_supabase_is_away(self) -> None:
+        with override(FakeTokenLimits(on_unavailable="deny")) as fake:
+            fake.fail(DOWN, times=2)
+            assert track_generation(ANN, "image").reason == "unavailable"
+            assert asyncio.run(atrack_generation(ANN, "image")).reason == "unavailable"
+
+    def test_leaves_alone_what_is_passed_in(self) -> None:
+        mine = FakeTokenLimits()
+        with override(FakeTokenLimits()) as fake:
+            track_generation(ANN, "image", client=mine)
+        assert (len(mine.tracked), len(fake.tracked)) == (1, 0)
+
+
+class TestServer:
+    def test_has_the_functions_that_the_sql_has(self) -> None:
+        sql = "".join(path.read_text() for path in (ROOT / "sql" / "schema").glob("*.sql"))
+        found = re.findall(r"create or replace function public\.(\w+)\((.*?)\)\s*returns", sql, re.DOTALL)
+        in_sql = {name: re.findall(r"\b(p_\w+)", arguments) for name, arguments in found}
+        called = set(re.findall(r'Call\(\s*"(\w+)"', (ROOT / "src" / "tokenlimits" / "_calls.py").read_text()))
+        assert len(called) >= 18
+        in_fake = {
+            name: list(inspect.signature(getattr(Engine, name)).parameters)[1:]
+            for name in called
+            if hasattr(Engine, name)
+        }
+        assert in_fake == {name: in_sql[name] for name in called}
+
+    def test_begins_days_when_the_date_is_first_read(self) -> None:
+        """Around every change of every time zone."""
+        days = [datetime(2025, 6, 1, 12, tzinfo=UTC) + timedelta(days=number) for number in range(3 * 366)]
+        changes = 0
+        for name in sorted(available_timezones()):
+            zone = ZoneInfo(name)
+            offsets = [day.astimezone(zone).utcoffset() for day in days]
+            for index, day in enumerate(days[1:], 1):
+                if offsets[index] != offsets[index - 1]:
+                    changes += 1
+                    today = day.astimezone(zone).date()
+                    expected = day_begins(today, zone), day_begins(today + timedelta(days=1), zone)
+                    assert period_of("day", name, day) == expected
+        assert changes > 500
+
+
+def answer(result: Any) -> Any:
+    """Wait for the answer of either colour."""
+    return asyncio.run(result) if inspect.iscoroutine(result) else result
