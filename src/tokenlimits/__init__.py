@@ -1,6 +1,7 @@
 """Exact limits on AI generations for users and groups, on top of Supabase."""
 
 from ._arguments import OnUnavailable
+from ._hold import Hold
 from .async_client import AsyncTokenLimits, atrack_generation
 from .async_groups import AsyncGroupManager
 from .client import TokenLimits, track_generation
@@ -67,6 +68,7 @@ __all__ = [
     "GroupRef",
     "GroupUsage",
     "HistoryPoint",
+    "Hold",
     "HoldExpired",
     "IdempotencyConflict",
     "InvalidRequest",

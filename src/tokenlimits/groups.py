@@ -9,11 +9,11 @@ from uuid import UUID
 
 from supabase import Client
 
-from . import _calls, _flows
+from . import _calls, _flows, _settlements
 from ._arguments import Limits
 from ._base import DEFAULT_TIMEOUT, Base
 from ._flows import OnProgress
-from .models import Bucket, BulkResult, Group, GroupUsage, HistoryPoint, Limit, Member, Period, Scope, User
+from .models import Bucket, BulkResult, Group, GroupUsage, HistoryPoint, Limit, Member, Period, Scope, TrackResult, User
 
 Groups = list[Group]
 GroupUsages = list[GroupUsage]
@@ -407,3 +407,24 @@ class GroupManager(Base):
             True
         """
         return self._transport.send(_calls.reset_usage(group_id, kind))
+
+    def refund(self, usage_id: UUID | str) -> TrackResult:
+        """Give back what a committed usage cost; the same again changes nothing.
+
+        Args:
+            usage_id: Of the usage.
+
+        Returns:
+            The usage, and what remains of the limits now.
+
+        Raises:
+            InvalidRequest: It is a hold that was not committed yet.
+            UsageNotFound: There is no such usage.
+            AlreadySettled: It was released, or has expired.
+
+        Example:
+            >>> tracked = limits.track(user_id, "image")
+            >>> groups.refund(tracked.usage_id).status
+            'refunded'
+        """
+        return self._transport.send(_settlements.refund(usage_id))
