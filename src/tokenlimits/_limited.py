@@ -118,12 +118,11 @@ def _plain(function: Callable[..., Any], reserve: Reserve, open_: Open) -> Calla
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         with open_(reserve(*args, **kwargs)) as hold:
-            returned: object = function(*args, **kwargs)
-            if inspect.iscoroutine(returned):
-                returned.close()
+            hold.returned = function(*args, **kwargs)
+            if inspect.iscoroutine(cast("object", hold.returned)):
+                hold.returned.close()
                 raise _wrong_colour(function)
-            hold.returned = returned
-        return returned
+        return hold.returned
 
     return run
 
@@ -132,7 +131,8 @@ def _generator(function: Callable[..., Any], reserve: Reserve, open_: Open) -> C
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         with open_(reserve(*args, **kwargs)) as hold:
-            hold.returned = yield from function(*args, **kwargs)
+            inner: Generator[Any, Any, Any] = function(*args, **kwargs)
+            hold.returned = yield from inner
         return hold.returned
 
     return run
