@@ -2135,8 +2135,8 @@ revoke execute on function tokenlimits.tidy() from public, anon, authenticated;
 --   * Each function opens with require_admin; those that can, run as their caller, so that row-level security decides
 --     too.
 --   * One function, one transaction: an error leaves nothing half-made.
---   * Edits lock in one order, so that they wait for each other and never in a circle: the group's row, its limits' rows
---     (all at once, where there are several), and then, in a trigger, its stripe.
+--   * Edits lock in one order, so that they wait for each other and never in a circle: the group's row, its limits'
+--     rows (all at once, where there are several), and then, in a trigger, its stripe.
 
 create or replace function tokenlimits.group_json(p_group public.user_groups)
 returns jsonb
@@ -2963,6 +2963,11 @@ declare
   v_at timestamptz;
   v_counters jsonb;
   v_rollup jsonb;
+  -- whole buckets, or the first one's beginning would be missed
+  v_since timestamptz := case
+    when isfinite(p_since) then tokenlimits.rollup_bucket(p_since)
+    else coalesce(p_since, '-infinity')
+  end;
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
@@ -3008,13 +3013,13 @@ begin
     from (
       select s.kind, s.bucket, sum(s.cost) as cost, sum(s.generations) as generations
       from tokenlimits.usage_rollup as s
-      where s.group_id = p_group_id and s.bucket >= p_since
+      where s.group_id = p_group_id and s.bucket >= v_since
       group by s.kind, s.bucket
     ) as r
     full join (
       select s.kind, tokenlimits.rollup_bucket(s.created_at) as bucket, sum(s.cost) as cost, count(*) as generations
       from public.generation_usage as s
-      where s.group_id = p_group_id and s.created_at >= p_since and s.status in ('reserved', 'committed')
+      where s.group_id = p_group_id and s.created_at >= v_since and s.status in ('reserved', 'committed')
       group by s.kind, bucket
     ) as u on u.kind = r.kind and u.bucket = r.bucket
   ),
@@ -3051,11 +3056,7 @@ volatile
 set search_path = ''
 as $$
 begin
-  -- to a whole bucket, or its first part would be missed
-  return tokenlimits.reconcile(
-    p_group_id,
-    case when isfinite(p_since) then tokenlimits.rollup_bucket(p_since) else coalesce(p_since, '-infinity') end
-  );
+  return tokenlimits.reconcile(p_group_id, p_since);
 end
 $$;
 comment on function public.reconcile_usage(uuid, timestamptz)

@@ -17,6 +17,11 @@ declare
   v_at timestamptz;
   v_counters jsonb;
   v_rollup jsonb;
+  -- whole buckets, or the first one's beginning would be missed
+  v_since timestamptz := case
+    when isfinite(p_since) then tokenlimits.rollup_bucket(p_since)
+    else coalesce(p_since, '-infinity')
+  end;
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
@@ -62,13 +67,13 @@ begin
     from (
       select s.kind, s.bucket, sum(s.cost) as cost, sum(s.generations) as generations
       from tokenlimits.usage_rollup as s
-      where s.group_id = p_group_id and s.bucket >= p_since
+      where s.group_id = p_group_id and s.bucket >= v_since
       group by s.kind, s.bucket
     ) as r
     full join (
       select s.kind, tokenlimits.rollup_bucket(s.created_at) as bucket, sum(s.cost) as cost, count(*) as generations
       from public.generation_usage as s
-      where s.group_id = p_group_id and s.created_at >= p_since and s.status in ('reserved', 'committed')
+      where s.group_id = p_group_id and s.created_at >= v_since and s.status in ('reserved', 'committed')
       group by s.kind, bucket
     ) as u on u.kind = r.kind and u.bucket = r.bucket
   ),
@@ -105,11 +110,7 @@ volatile
 set search_path = ''
 as $$
 begin
-  -- to a whole bucket, or its first part would be missed
-  return tokenlimits.reconcile(
-    p_group_id,
-    case when isfinite(p_since) then tokenlimits.rollup_bucket(p_since) else coalesce(p_since, '-infinity') end
-  );
+  return tokenlimits.reconcile(p_group_id, p_since);
 end
 $$;
 comment on function public.reconcile_usage(uuid, timestamptz)
