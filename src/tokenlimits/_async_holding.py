@@ -115,7 +115,7 @@ class AsyncHolding(AsyncBase):
             AlreadySettled: It was released, or has expired.
             ServiceUnavailable: Supabase could not be reached in time, whatever `on_unavailable` says.
         """
-        return await self._settled(_settlements.refund(usage_id))
+        return await self._settled(_settlements.refund_if_recorded(usage_id))
 
     def generation(
         self,

@@ -136,7 +136,7 @@ class Holding(Base):
             >>> limits.refund(tracked.usage_id).status
             'refunded'
         """
-        return self._settled(_settlements.refund(usage_id))
+        return self._settled(_settlements.refund_if_recorded(usage_id))
 
     def generation(
         self,

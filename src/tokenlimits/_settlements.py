@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, overload
+from typing import Any
 from uuid import UUID
 
 from . import _arguments
@@ -52,20 +52,17 @@ def commit(usage_id: Id | None, cost: int | None) -> Settlement:
 
 def release(usage_id: Id | None) -> Settlement:
     """Give back what a hold holds."""
-    if usage_id is None:
-        return unavailable(None)
-    return Call("release_generation", _usage_id(usage_id), _RESULT)
+    return unavailable(None) if usage_id is None else Call("release_generation", _usage_id(usage_id), _RESULT)
 
 
-@overload
-def refund(usage_id: None) -> TrackResult: ...
-@overload
-def refund(usage_id: Id) -> Call[TrackResult]: ...
-def refund(usage_id: Id | None) -> Settlement:
+def refund(usage_id: Id) -> Call[TrackResult]:
     """Give back what a committed usage cost."""
-    if usage_id is None:
-        return unavailable(None)
     return Call("refund_generation", _usage_id(usage_id), _RESULT)
+
+
+def refund_if_recorded(usage_id: Id | None) -> Settlement:
+    """Give back what a committed usage cost, if there is one."""
+    return unavailable(None) if usage_id is None else refund(usage_id)
 
 
 def without_service(call: Call[TrackResult], on_unavailable: OnUnavailable, error: ServiceUnavailable) -> TrackResult:

@@ -197,7 +197,7 @@ class TestNothingRecorded:
         [
             lambda: _settlements.commit(None, None),
             lambda: _settlements.release(None),
-            lambda: _settlements.refund(None),
+            lambda: _settlements.refund_if_recorded(None),
         ],
     )
     def test_is_no_call(self, settle: Callable[[], Any]) -> None:
