@@ -726,7 +726,8 @@ def an_error_leaves_nothing_half_made(world: World) -> None:
     before = world.groups.get(group)
     zone = refused(InvalidRequest, world.groups.create, "New", timezone="Foo/Bar5", limits={"image": 1})
     assert (zone.field, zone.code) == ("timezone", "TL001")
-    refused(InvalidRequest, world.groups.update, group, name="Other", timezone="posix/Europe/Paris", is_default=True)
+    for name in ("posix/Europe/Paris", "cet", "WET", "Paris", "Europe/" + "x" * 70):
+        refused(InvalidRequest, world.groups.update, group, name="Other", timezone=name, is_default=True)
     assert world.groups.list() == [before]
 
 

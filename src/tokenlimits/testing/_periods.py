@@ -15,15 +15,17 @@ NEVER = datetime.max.replace(tzinfo=UTC)
 
 _MINUTE, _HOUR, _DAY, _WEEK = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1), timedelta(weeks=1)
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+# PostgreSQL reads the first four as abbreviations, which know no daylight saving, and the last is no zone of its own
+_REFUSED = {"CET", "EET", "MET", "WET", "localtime"}
 
 
 @cache
 def _names() -> dict[str, str]:
-    return {name.lower(): name for name in available_timezones() | {"UTC"}}
+    return {name.lower(): name for name in (available_timezones() | {"UTC"}) - _REFUSED}
 
 
 def canonical(timezone: str) -> str | None:
-    """Return an IANA name as it is spelt, whatever the case; None when there is none.
+    """Return an IANA name as it is spelt, whatever the case; None when it is none that a group may have.
 
     Example:
         >>> canonical("utc"), canonical("Nowhere/Land")
