@@ -1,8 +1,9 @@
-"""Holds as pure calls: reserve, and what settles a usage."""
+"""What happens to a usage in the ledger, as pure calls: reserve, settle, reconcile."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -10,7 +11,7 @@ from . import _arguments
 from ._arguments import Id, OnUnavailable, parser
 from ._calls import Call
 from .errors import ServiceUnavailable
-from .models import TrackResult
+from .models import Reconciliation, TrackResult
 
 DEFAULT_TTL = 3600
 """Seconds for which a hold holds."""
@@ -18,6 +19,7 @@ DEFAULT_TTL = 3600
 Settlement = Call[TrackResult] | TrackResult
 """The call that settles a usage, or the answer when nothing was recorded that could be settled."""
 
+_RECONCILIATION = parser(Reconciliation)
 _RESULT = parser(TrackResult)
 
 
@@ -63,6 +65,12 @@ def refund(usage_id: Id) -> Call[TrackResult]:
 def refund_if_recorded(usage_id: Id | None) -> Settlement:
     """Give back what a committed usage cost, if there is one."""
     return unavailable(None) if usage_id is None else refund(usage_id)
+
+
+def reconcile(group_id: Id, since: datetime | None) -> Call[Reconciliation]:
+    """Count a group's usage again."""
+    params = {"p_group_id": _arguments.id_(group_id, "group_id"), "p_since": _arguments.moment(since, "since")}
+    return Call("reconcile_usage", params, _RECONCILIATION)
 
 
 def without_service(call: Call[TrackResult], on_unavailable: OnUnavailable, error: ServiceUnavailable) -> TrackResult:

@@ -14,7 +14,7 @@ from ._arguments import Limits
 from ._base import DEFAULT_TIMEOUT, AsyncBase
 from ._flows import OnProgress
 from .groups import Groups, GroupUsages, HistoryPoints, Users
-from .models import Bucket, BulkResult, Group, GroupUsage, Limit, Member, Period, Scope, TrackResult
+from .models import Bucket, BulkResult, Group, GroupUsage, Limit, Member, Period, Reconciliation, Scope, TrackResult
 
 
 class AsyncGroupManager(AsyncBase):
@@ -326,3 +326,17 @@ class AsyncGroupManager(AsyncBase):
             AlreadySettled: It was released, or has expired.
         """
         return await self._transport.send(_settlements.refund(usage_id))
+
+    async def reconcile(self, group_id: UUID | str, *, since: datetime | None = None) -> Reconciliation:
+        """Count a group's usage again from the ledger, and mend what differs.
+
+        Nobody can track for the group meanwhile, and it reads the whole ledger of the group: name `since` for a long one.
+
+        Args:
+            group_id: Which group.
+            since: The history before it is not looked at; all of it when None.
+
+        Returns:
+            What differed, as it was and as it is now.
+        """
+        return await self._transport.send(_settlements.reconcile(group_id, since))

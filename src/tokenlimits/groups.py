@@ -13,7 +13,20 @@ from . import _calls, _flows, _settlements
 from ._arguments import Limits
 from ._base import DEFAULT_TIMEOUT, Base
 from ._flows import OnProgress
-from .models import Bucket, BulkResult, Group, GroupUsage, HistoryPoint, Limit, Member, Period, Scope, TrackResult, User
+from .models import (
+    Bucket,
+    BulkResult,
+    Group,
+    GroupUsage,
+    HistoryPoint,
+    Limit,
+    Member,
+    Period,
+    Reconciliation,
+    Scope,
+    TrackResult,
+    User,
+)
 
 Groups = list[Group]
 GroupUsages = list[GroupUsage]
@@ -428,3 +441,21 @@ class GroupManager(Base):
             'refunded'
         """
         return self._transport.send(_settlements.refund(usage_id))
+
+    def reconcile(self, group_id: UUID | str, *, since: datetime | None = None) -> Reconciliation:
+        """Count a group's usage again from the ledger, and mend what differs.
+
+        Nobody can track for the group meanwhile, and it reads the whole ledger of the group: name `since` for a long one.
+
+        Args:
+            group_id: Which group.
+            since: The history before it is not looked at; all of it when None.
+
+        Returns:
+            What differed, as it was and as it is now.
+
+        Example:
+            >>> groups.reconcile(team.id).drifted
+            False
+        """
+        return self._transport.send(_settlements.reconcile(group_id, since))
