@@ -40,6 +40,7 @@ class Hold:
     def __init__(self, cost: int, result: TrackResult) -> None:
         self.cost = cost
         self.result = result
+        self._reserved = result
         self.returned: Any = None
         self._used = 0
         self._committed: int | None = None
@@ -57,7 +58,7 @@ class Hold:
     @property
     def expires_at(self) -> datetime | None:
         """When the hold ends by itself."""
-        return self.result.expires_at
+        return self._reserved.expires_at
 
     @property
     def replayed(self) -> bool:
@@ -66,7 +67,7 @@ class Hold:
         Its `status` tells what became of that: `reserved`, and this body carries on with the same hold; or
         `committed`, the job was done and charged before, and the end of this body changes nothing.
         """
-        return self.result.replayed
+        return self._reserved.replayed
 
     def used(self, cost: int) -> None:
         """Declare how much is used up by now, in all: what an abnormal end will be charged.
@@ -105,7 +106,6 @@ class RunningHold(Hold):
 
     def __init__(self, call: Call[TrackResult], answer: TrackResult) -> None:
         super().__init__(call.params["p_cost"], answer.raise_if_denied())
-        self._expires_at = answer.expires_at
 
     def settlement(self, error: BaseException | None) -> Settlement | None:
         """Say how a body that ends so is settled; None when it was settled before."""
@@ -124,7 +124,7 @@ class RunningHold(Hold):
 
     def failed(self, failure: BaseException, error: BaseException | None) -> None:
         """Raise that settling failed after a good body; tell it beside the body's own error, which goes first."""
-        ends = f"the hold of usage {self.usage_id} ends by itself at {self._expires_at}"
+        ends = f"the hold of usage {self.usage_id} ends by itself at {self.expires_at}"
         if error is None:
             if isinstance(failure, TokenLimitsError):
                 failure.returned = self.returned

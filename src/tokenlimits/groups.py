@@ -445,7 +445,7 @@ class GroupManager(Base):
     def reconcile(self, group_id: UUID | str, *, since: datetime | None = None) -> Reconciliation:
         """Count a group's usage again from the ledger, and mend what differs.
 
-        Nobody can track for the group meanwhile, and it reads the whole ledger of the group: name `since` for a long one.
+        Nobody can track for the group meanwhile, and it reads the group's whole ledger: name `since` for a long one.
 
         Args:
             group_id: Which group.
