@@ -162,6 +162,7 @@ class TestTracked:
             "metadata": {"prompt": "a cat"},
             "idempotency_key": "job-1",
             "created_at": fake.now,
+            "expires_at": None,
         }
         assert (two.user_id, two.metadata, two.created_at) == (BOB, {}, yesterday)
 
@@ -388,8 +389,10 @@ class TestServer:
         sql = "".join(path.read_text() for path in (ROOT / "sql" / "schema").glob("*.sql"))
         found = re.findall(r"create or replace function public\.(\w+)\((.*?)\)\s*returns", sql, re.DOTALL)
         in_sql = {name: re.findall(r"\b(p_\w+)", arguments) for name, arguments in found}
-        called = set(re.findall(r'Call\(\s*"(\w+)"', (ROOT / "src" / "tokenlimits" / "_calls.py").read_text()))
-        assert len(called) >= 18
+        package = ROOT / "src" / "tokenlimits"
+        calls = "".join((package / name).read_text() for name in ("_calls.py", "_settlements.py"))
+        called = set(re.findall(r'Call\(\s*"(\w+)"', calls))
+        assert len(called) >= 23
         in_fake = {
             name: list(inspect.signature(getattr(Engine, name)).parameters)[1:]
             for name in called
