@@ -13,7 +13,7 @@ from ._base import AsyncBase
 from ._calls import Call
 from ._generations import AsyncGeneration
 from ._hold import Hold
-from ._limited import Function
+from ._limited import AsyncFunction
 from ._settlements import DEFAULT_TTL, Settlement
 from .errors import ServiceUnavailable
 from .models import TrackResult
@@ -168,7 +168,7 @@ class AsyncHolding(AsyncBase):
         idempotency_key: str | Callable[..., str | None] | None = None,
         group_id: UUID | str | None = None,
         metadata: Mapping[str, Any] | None = None,
-    ) -> Callable[[Function], Function]:
+    ) -> Callable[[AsyncFunction], AsyncFunction]:
         """Run each call of a function or generator (async ones with `AsyncTokenLimits`) inside of a `generation`.
 
         A generator reserves when it is first asked for an item. One that is closed before its end has ended abnormally

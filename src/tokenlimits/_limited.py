@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, TypeVar, cast
 
@@ -16,6 +16,7 @@ from .errors import ConfigurationError
 from .models import TrackResult
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+AsyncFunction = TypeVar("AsyncFunction", bound=Callable[..., Coroutine[Any, Any, Any] | AsyncIterator[Any]])
 Open = Callable[[Call[TrackResult]], AbstractContextManager[Hold, None]]
 AsyncOpen = Callable[[Call[TrackResult]], AbstractAsyncContextManager[Hold, None]]
 Reserve = Callable[..., Call[TrackResult]]
@@ -93,12 +94,12 @@ def decorated(function: Function, reserve: Reserve, open_: Open) -> Function:
     return cast("Function", run(function, reserve, open_))
 
 
-def async_decorated(function: Function, reserve: Reserve, open_: AsyncOpen) -> Function:
+def async_decorated(function: AsyncFunction, reserve: Reserve, open_: AsyncOpen) -> AsyncFunction:
     """Decorate a coroutine function or an async generator."""
     if _is(function, inspect.iscoroutinefunction):
-        return cast("Function", _coroutine(function, reserve, open_))
+        return cast("AsyncFunction", _coroutine(function, reserve, open_))
     if _is(function, inspect.isasyncgenfunction):
-        return cast("Function", _async_generator(function, reserve, open_))
+        return cast("AsyncFunction", _async_generator(function, reserve, open_))
     raise ConfigurationError(f"limited: {_name(function)} is not async, so that it needs a TokenLimits")
 
 
