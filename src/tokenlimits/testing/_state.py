@@ -228,11 +228,6 @@ class State:
             )
         return usage
 
-    def _set_free(self, user_id: str, key: str | None) -> None:
-        """Unbind a key of a dead usage, so that it stays unbound when that is committed late."""
-        if key is not None:
-            self._by_key.pop((user_id, key), None)
-
     def _reset(self, group: Group, kind: str) -> None:
         """Let usage count from now on; what was recorded at this very moment is before."""
         if any(usage.created_at == self.now for usage in self.ledger if usage.group_id == group.id):

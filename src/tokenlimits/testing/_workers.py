@@ -102,7 +102,6 @@ class WorkerFunctions(State):
             return self._usage_answer(live, replayed=True)
         verdict = self._judge(user_id, kind, cost, group_id)
         if verdict.reason is not None or verdict.group is None:
-            self._set_free(user_id, key)
             return self._verdict_answer(kind, cost, verdict)
         return self._record(verdict.group, user_id, kind, cost, self.now, key, request, metadata, ttl)
 
