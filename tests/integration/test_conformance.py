@@ -754,6 +754,22 @@ def a_hold_expires(world: World) -> None:
 
 
 @scenario
+def an_expired_hold_is_settled_the_same_swept_or_not(world: World) -> None:
+    team(world, {"image": 4})
+    for sweep in (True, False):
+        hold = world.limits.reserve(ANN, "image", 2, ttl=1)
+        world.wait(seconds=1)
+        if sweep:
+            world.limits.refund(world.limits.track(ANN, "image").usage_id)
+        assert refused(AlreadySettled, world.limits.refund, hold.usage_id).detail == "expired"
+        first, again = world.limits.release(hold.usage_id), world.limits.release(hold.usage_id)
+        assert (first.status, first.replayed, again.replayed) == ("expired", True, True)
+        assert world.limits.commit(hold.usage_id, 1).status == "committed"
+        world.limits.refund(hold.usage_id)
+    assert used(world) == [0]
+
+
+@scenario
 def a_hold_is_committed_late(world: World) -> None:
     group = team(world, [day(4), Limit(kind="image", max=4, period="week", scope="member")], ANN, BOB)
     for sweep in (False, True):
@@ -777,6 +793,16 @@ def a_hold_is_committed_late(world: World) -> None:
     assert used(world) == [4, 5]
     points = world.groups.history(group, since=world.now)
     assert [(point.used, point.generations) for point in points] == [(5, 4)]
+
+
+@scenario
+def a_late_commit_needs_its_room_once(world: World) -> None:
+    team(world, [day(5), day(5, "member")])
+    hold, other = world.limits.reserve(ANN, "image", 4, ttl=1), world.limits.reserve(ANN, "image", ttl=1)
+    world.wait(seconds=1)
+    assert world.limits.commit(hold.usage_id).remaining == 1
+    assert world.limits.commit(other.usage_id).remaining == 0
+    assert used(world) == [5, 5]
 
 
 @each(day=[day(9)], also_a_longer_one=[Limit(kind="image", max=9, period="month"), day(9)])
