@@ -1997,8 +1997,9 @@ begin
           raise sqlstate 'TL099';
         end if;
         if v_late then
-          v_moves := tokenlimits.expire(v_expired, v_at);
+          -- first, while what has expired is still known as such, and subtracted
           perform tokenlimits.require_room(v_usage, v_cost, v_at);
+          v_moves := tokenlimits.expire(v_expired, v_at);
           v_moves := v_moves || row(v_usage.user_id, v_usage.created_at, v_cost, 1)::tokenlimits.usage_move;
         elsif v_status = 'committed' then
           v_moves := array[row(v_usage.user_id, v_usage.created_at, v_cost - v_usage.cost, 0)::tokenlimits.usage_move];
