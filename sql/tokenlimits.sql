@@ -1906,10 +1906,14 @@ begin
     end;
   elsif p_action = 'refund' and p_usage.status in ('committed', 'refunded') then
     return case p_usage.status when 'committed' then 'refunded' end;
-  elsif p_action = 'refund' and p_usage.status = 'reserved' then
+  elsif p_action = 'refund' and p_usage.status = 'reserved' and p_usage.expires_at > p_at then
     perform tokenlimits.refuse(
       'TL001', 'usage_id: it is reserved, and nothing was charged yet', 'usage_id', 'Release it instead.'
     );
+  end if;
+  -- swept or not
+  if p_usage.status = 'reserved' and p_usage.expires_at <= p_at then
+    p_usage.status := 'expired';
   end if;
   perform tokenlimits.refuse(
     'TL006',
@@ -2019,7 +2023,8 @@ begin
       return tokenlimits.answer(
         v_usage.kind, v_usage.cost, null, v_usage.group_id,
         tokenlimits.limit_states(v_usage.group_id, v_usage.user_id, v_usage.kind, v_at), null, v_usage,
-        p_replayed => v_status is null
+        -- an expired hold was over before it was released, swept or not
+        p_replayed => v_status is null or v_status = 'expired'
       );
     exception
       when sqlstate 'TL099' then
