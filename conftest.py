@@ -15,6 +15,7 @@ from tokenlimits.local import LocalStack
 
 @pytest.fixture(scope="session")
 def example_stack() -> Iterator[LocalStack]:
+    """One for all examples."""
     with LocalStack() as stack:
         yield stack
 

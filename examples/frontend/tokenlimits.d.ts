@@ -122,6 +122,12 @@ export type User = {
 
 export type Member = User & { joined_at: Timestamp }
 
+/** What differed from the ledger, as it was and as it is now. */
+export type Reconciliation = {
+  counters: { kind: string; period: Period; scope: Scope; subject: Uuid; was: number; used: number }[]
+  rollup: { kind: string; bucket: Timestamp; was: number; used: number }[]
+}
+
 type Json = { [key: string]: unknown }
 
 /** Arguments and answers of every function. */
@@ -158,6 +164,21 @@ export type Functions = {
     }
     Returns: TrackResult
   }
+  reserve_generation: {
+    Args: {
+      p_user_id: Uuid
+      p_kind: string
+      p_cost?: number
+      /** in seconds */
+      p_ttl?: number
+      p_idempotency_key?: string
+      p_group_id?: Uuid
+      p_metadata?: Json
+    }
+    Returns: TrackResult
+  }
+  commit_generation: { Args: { p_usage_id: Uuid; p_cost?: number }; Returns: TrackResult }
+  release_generation: { Args: { p_usage_id: Uuid }; Returns: TrackResult }
   user_generation_usage: { Args: { p_user_id: Uuid }; Returns: UserLimit[] }
 
   // for admins
@@ -203,6 +224,8 @@ export type Functions = {
     Returns: HistoryPoint[]
   }
   reset_group_usage: { Args: { p_group_id: Uuid; p_kind?: string }; Returns: { reset_at: Timestamp } }
+  refund_generation: { Args: { p_usage_id: Uuid }; Returns: TrackResult }
+  reconcile_usage: { Args: { p_group_id: Uuid; p_since?: Timestamp }; Returns: Reconciliation }
 }
 
 export type Database = {

@@ -235,6 +235,7 @@ create table if not exists public.generation_usage (
   user_id uuid not null,
   kind text not null,
   cost bigint not null,
+  reserved_cost bigint,
   status text not null,
   idempotency_key text,
   fingerprint uuid,
@@ -251,6 +252,8 @@ create table if not exists public.generation_usage (
 comment on table public.generation_usage
 is 'The ledger: one row per generation, kept for ever. Written by functions of tokenlimits alone.';
 comment on column public.generation_usage.cost is 'What it takes from the limits while reserved or committed.';
+comment on column public.generation_usage.reserved_cost
+is 'Of a hold, or what was one: what was held, whatever it was settled for.';
 comment on column public.generation_usage.fingerprint
 is 'What was asked for under the idempotency key, since a commit may lower the cost.';
 comment on column public.generation_usage.created_at
@@ -365,7 +368,34 @@ comment on function tokenlimits.free_slot(uuid)
 is 'A slot of the rollup that no other open transaction writes for this group; any, when all are taken.';
 revoke execute on function tokenlimits.free_slot(uuid) from public, anon, authenticated;
 
--- After an uninstallation that kept the ledger, its history comes back.
+-- A hold that has expired counts as released from that moment on, but stays in counters and rollup until somebody
+-- sweeps it; readers subtract it. It is not in the ledger's indexes, so that settling a usage stays cheap.
+create table if not exists tokenlimits.holds (
+  usage_id uuid not null,
+  group_id uuid not null,
+  user_id uuid not null,
+  kind text not null,
+  cost bigint not null,
+  created_at timestamptz not null,
+  expires_at timestamptz not null,
+  constraint holds_pkey primary key (usage_id)
+);
+comment on table tokenlimits.holds is 'Reserved usages that nobody has settled or swept yet.';
+create index if not exists holds_expires_at_idx on tokenlimits.holds (group_id, kind, expires_at);
+
+-- After an uninstallation that kept the ledger, its holds and its history come back.
+insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+select
+  u.id,
+  u.group_id,
+  u.user_id,
+  u.kind,
+  u.cost,
+  u.created_at,
+  u.expires_at
+from public.generation_usage as u
+where u.status = 'reserved' and not exists (select from tokenlimits.usage_rollup);
+
 insert into tokenlimits.usage_rollup (group_id, kind, bucket, slot, cost, generations)
 select
   u.group_id,
@@ -387,7 +417,7 @@ create table if not exists tokenlimits.usage_resets (
 );
 comment on table tokenlimits.usage_resets is 'When an admin last gave a group a fresh start: counters count from then.';
 
-revoke all on tokenlimits.counters, tokenlimits.usage_rollup, tokenlimits.usage_resets
+revoke all on tokenlimits.counters, tokenlimits.usage_rollup, tokenlimits.usage_resets, tokenlimits.holds
 from public, anon, authenticated, service_role;
 
 -- A limit, its period and what is used of it, as one call sees them.
@@ -404,6 +434,9 @@ begin
       since timestamptz,
       until timestamptz,
       used bigint,
+      -- what the counter holds besides, of holds that have expired; null when there are none of the kind at all
+      expired bigint,
+      -- null: there is no counter yet; false: it is of a past period
       is_open boolean
     );
   end if;
@@ -597,12 +630,17 @@ as $$
 declare
   v record;
   v_period tstzrange;
+  v_any_expired boolean := exists (
+    select
+    from tokenlimits.holds as h
+    where h.group_id = p_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= p_at
+  );
   v_states tokenlimits.limit_state[] := '{}';
 begin
   for v in
     select
       l.counter_id, s.subject, l.kind, l.period, l.scope, l.max,
-      c.since, c.until, c.used, c.until > p_at as is_open, g.timezone
+      c.since, c.until, c.used, null::bigint as expired, c.until > p_at as is_open, g.timezone
     from public.group_limits as l
     inner join public.user_groups as g on g.id = l.group_id
     cross join lateral (
@@ -627,10 +665,22 @@ begin
         else 0
       end;
       v.until := upper(v_period);
-      v.is_open := false;
+    end if;
+    if v_any_expired then
+      v.expired := coalesce((
+        select sum(h.cost)
+        from tokenlimits.holds as h
+        where
+          h.group_id = p_group_id
+          and h.kind = v.kind
+          and h.expires_at <= p_at
+          and h.created_at >= v.since
+          and (v.scope = 'group' or p_user_id is null or h.user_id = p_user_id)
+      ), 0);
+      v.used := v.used - v.expired;
     end if;
     v_states := v_states || row(
-      v.counter_id, v.subject, v.kind, v.period, v.scope, v.max, v.since, v.until, v.used, v.is_open
+      v.counter_id, v.subject, v.kind, v.period, v.scope, v.max, v.since, v.until, v.used, v.expired, v.is_open
     )::tokenlimits.limit_state;
   end loop;
   return v_states;
@@ -690,9 +740,9 @@ begin
   foreach v_group_id in array v_group_ids loop
     perform tokenlimits.drop_stale_counters(v_group_id);
     insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
-    select s.subject, s.counter_id, s.since, s.until, s.used
+    select s.subject, s.counter_id, s.since, s.until, s.used + coalesce(s.expired, 0)
     from unnest(tokenlimits.limit_states(v_group_id, null, null, tokenlimits.clock())) as s
-    where s.scope = 'group' and not s.is_open
+    where s.scope = 'group' and s.is_open is not true
     on conflict (subject, counter_id) do update
     set since = excluded.since, until = excluded.until, used = excluded.used;
   end loop;
@@ -1129,6 +1179,41 @@ comment on function tokenlimits.usage_under_key(uuid, text, uuid)
 is 'The live usage that an idempotency key is bound to.';
 revoke execute on function tokenlimits.usage_under_key(uuid, text, uuid) from public, anon, authenticated;
 
+-- Puts a usage into the ledger, under its key; false, with nothing written, when the key is taken.
+create or replace function tokenlimits.claim(p_usage public.generation_usage)
+returns boolean
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  insert into public.generation_usage as u (
+    id, group_id, user_id, kind, cost, reserved_cost, status,
+    idempotency_key, fingerprint, metadata, created_at, settled_at, expires_at
+  )
+  values (
+    p_usage.id, p_usage.group_id, p_usage.user_id, p_usage.kind, p_usage.cost, p_usage.reserved_cost, p_usage.status,
+    p_usage.idempotency_key, p_usage.fingerprint, p_usage.metadata,
+    p_usage.created_at, p_usage.settled_at, p_usage.expires_at
+  )
+  on conflict on constraint generation_usage_key_key do nothing;
+  if not found then
+    return false;
+  end if;
+  if p_usage.status = 'reserved' then
+    insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+    values (
+      p_usage.id, p_usage.group_id, p_usage.user_id, p_usage.kind, p_usage.cost,
+      p_usage.created_at, p_usage.expires_at
+    );
+  end if;
+  return true;
+end
+$$;
+comment on function tokenlimits.claim(public.generation_usage)
+is 'Puts a usage into the ledger unless its key is taken.';
+revoke execute on function tokenlimits.claim(public.generation_usage) from public, anon, authenticated;
+
 -- Writes one usage: claims the key, then the rollup, then the counters, the group's (which all its members share) last,
 -- so that they are held for the shortest time. Raises TL099 when a counter has moved on or has no room any more.
 -- Answers the counters as they are then; null when the key is taken.
@@ -1148,17 +1233,9 @@ declare
   v_state tokenlimits.limit_state;
   v_states tokenlimits.limit_state[] := '{}';
 begin
-  insert into public.generation_usage as u (
-    id, group_id, user_id, kind, cost, status,
-    idempotency_key, fingerprint, metadata, created_at, settled_at, expires_at
-  )
-  values (
-    p_usage.id, p_usage.group_id, p_usage.user_id, p_usage.kind, p_usage.cost, p_usage.status,
-    p_usage.idempotency_key, p_usage.fingerprint, p_usage.metadata,
-    p_usage.created_at, p_usage.settled_at, p_usage.expires_at
-  )
-  on conflict on constraint generation_usage_key_key do nothing;
-  if not found then
+  if p_states[1].expired is not null then
+    return tokenlimits.write_and_sweep(p_usage, p_enforce);
+  elsif not tokenlimits.claim(p_usage) then
     return null;
   end if;
 
@@ -1176,7 +1253,7 @@ begin
   foreach v_state in array p_states loop
     -- what was recorded for an earlier period counts for none of the current one
     if p_usage.created_at >= v_state.since then
-      if not v_state.is_open then
+      if v_state.is_open is not true then
         perform tokenlimits.open_counter(v_state);
       end if;
       update tokenlimits.counters as c
@@ -1211,7 +1288,9 @@ set search_path = ''
 as $$
 begin
   insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
-  values (p_state.subject, p_state.counter_id, p_state.since, p_state.until, p_state.used)
+  values (
+    p_state.subject, p_state.counter_id, p_state.since, p_state.until, p_state.used + coalesce(p_state.expired, 0)
+  )
   on conflict on constraint counters_pkey do update
   set since = excluded.since, until = excluded.until, used = excluded.used
   where c.until <= excluded.since;
@@ -1232,7 +1311,8 @@ create or replace function tokenlimits.track(
   p_cost bigint,
   p_idempotency_key text,
   p_group_id uuid,
-  p_metadata jsonb
+  p_metadata jsonb,
+  p_ttl interval default null
 )
 returns jsonb
 language plpgsql
@@ -1252,9 +1332,12 @@ begin
   v_usage.user_id := p_user_id;
   v_usage.kind := p_kind;
   v_usage.cost := p_cost;
-  v_usage.status := 'committed';
+  v_usage.reserved_cost := case when p_ttl is not null then p_cost end;
+  v_usage.status := case when p_ttl is null then 'committed' else 'reserved' end;
   v_usage.idempotency_key := p_idempotency_key;
-  v_usage.fingerprint := md5(concat_ws(' ', 'track', p_kind, p_cost, p_group_id))::uuid;
+  v_usage.fingerprint := md5(
+    concat_ws(' ', case when p_ttl is null then 'track' else 'reserve' end, p_kind, p_cost, p_group_id)
+  )::uuid;
   v_usage.metadata := coalesce(p_metadata, '{}');
   v_usage.created_at := '-infinity';
 
@@ -1269,7 +1352,8 @@ begin
       v_usage.id := tokenlimits.uuid_v7();
       v_usage.group_id := v_verdict.group_id;
       v_usage.created_at := v_verdict.at;
-      v_usage.settled_at := v_verdict.at;
+      v_usage.settled_at := case when p_ttl is null then v_verdict.at end;
+      v_usage.expires_at := v_verdict.at + p_ttl;
       begin
         v_states := tokenlimits.write_usage(v_usage, v_verdict.states, p_enforce => true);
       exception
@@ -1296,6 +1380,9 @@ begin
         -- not before: a repeated call is answered also when its group is gone
         perform tokenlimits.require_group(p_group_id);
       end if;
+      if v_verdict.states[1].expired is not null then
+        perform tokenlimits.sweep(v_verdict.group_id, p_kind, v_verdict.at);
+      end if;
       return tokenlimits.answer(
         p_kind, p_cost, v_verdict.reason, v_verdict.group_id, v_verdict.states, v_verdict.denied_by, null,
         p_replayed => false
@@ -1304,9 +1391,10 @@ begin
   end loop;
 end
 $$;
-comment on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb) is 'What track_generation does.';
-revoke execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb) from public, anon, authenticated;
-grant execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb) to service_role;
+comment on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval) is 'What track_generation does.';
+revoke execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval)
+from public, anon, authenticated;
+grant execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval) to service_role;
 
 create or replace function public.track_generation(
   p_user_id uuid,
@@ -1517,14 +1605,546 @@ revoke execute on function public.record_generation(uuid, text, bigint, timestam
 from public, anon, authenticated, service_role;
 grant execute on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb) to service_role;
 
+-- Two steps, where the work can fail: reserve, then commit, release or refund.
+--
+-- Invariants
+--   * A hold that has expired counts as released from that moment on. Nobody has to sweep it for that: readers subtract
+--     it, and whoever writes for its group and kind sweeps it on the way.
+--   * Each usage settles at most once; the same settlement again changes nothing and answers the same.
+--   * Settling needs nothing but the usage's id: not the member, not the group, not the limit.
+--   * Locks in the order of 30_counters.sql: ledger rows by id before the own key, then rollup, members by id, group.
+
+do $do$
+begin
+  if to_regtype('tokenlimits.usage_move') is null then
+    create type tokenlimits.usage_move as (
+      user_id uuid,
+      created_at timestamptz,
+      cost bigint,
+      generations integer
+    );
+  end if;
+end
+$do$;
+
+-- Locks the expired holds of a group and kind, and one usage more, in one order.
+create or replace function tokenlimits.lock_expired(
+  p_group_id uuid,
+  p_kind text,
+  p_at timestamptz,
+  p_usage_id uuid default null
+)
+returns uuid[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return array(
+    select u.id
+    from public.generation_usage as u
+    where
+      u.id = p_usage_id
+      or u.id in (
+        select h.usage_id
+        from tokenlimits.holds as h
+        where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_at
+      )
+    order by u.id
+    for update
+  );
+end
+$$;
+comment on function tokenlimits.lock_expired(uuid, text, timestamptz, uuid)
+is 'Locks the expired holds of a group and kind.';
+revoke execute on function tokenlimits.lock_expired(uuid, text, timestamptz, uuid) from public, anon, authenticated;
+
+-- Marks those of the locked usages that are expired holds, and answers what that takes back.
+create or replace function tokenlimits.expire(p_usage_ids uuid[], p_at timestamptz)
+returns tokenlimits.usage_move[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_moves tokenlimits.usage_move[];
+begin
+  with expired as (
+    update public.generation_usage as u
+    set status = 'expired', settled_at = u.expires_at
+    where u.id = any(p_usage_ids) and u.status = 'reserved' and u.expires_at <= p_at
+    returning u.id, u.user_id, u.created_at, u.cost
+  ),
+
+  forgotten as (
+    delete from tokenlimits.holds as h
+    where h.usage_id in (select e.id from expired as e)
+  )
+
+  select array_agg(row(e.user_id, e.created_at, -e.cost, -1)::tokenlimits.usage_move) into v_moves
+  from expired as e;
+  return coalesce(v_moves, '{}');
+end
+$$;
+comment on function tokenlimits.expire(uuid[], timestamptz)
+is 'Marks holds as expired; answers what is to be taken back.';
+revoke execute on function tokenlimits.expire(uuid[], timestamptz) from public, anon, authenticated;
+
+-- Moves the rollup and every counter of a group and kind by many moves at once. The ledger is as it will be: a counter
+-- that is counted afresh here has the moves in it already, so it is opened without them. Raises TL099 when a counter
+-- has moved on or, if p_enforce, has no room.
+create or replace function tokenlimits.move_usage(
+  p_group_id uuid,
+  p_kind text,
+  p_moves tokenlimits.usage_move[],
+  p_at timestamptz,
+  p_enforce boolean
+)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_slot smallint := tokenlimits.free_slot(p_group_id);
+  v_user_id uuid;
+  v_state tokenlimits.limit_state;
+begin
+  insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
+  select
+    p_group_id, p_kind, tokenlimits.rollup_bucket(m.created_at) as bucket, v_slot, sum(m.cost), sum(m.generations)
+  from unnest(p_moves) as m
+  group by bucket
+  order by bucket
+  on conflict on constraint usage_rollup_pkey do update
+  set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
+
+  for v_user_id in
+    select distinct m.user_id
+    from unnest(p_moves) as m
+    order by m.user_id
+  loop
+    foreach v_state in array tokenlimits.limit_states(p_group_id, v_user_id, p_kind, p_at) loop
+      if v_state.scope = 'member' then
+        perform tokenlimits.move_counter(v_state, p_moves, v_user_id, p_enforce);
+      end if;
+    end loop;
+  end loop;
+  foreach v_state in array tokenlimits.limit_states(p_group_id, p_moves[1].user_id, p_kind, p_at) loop
+    if v_state.scope = 'group' then
+      perform tokenlimits.move_counter(v_state, p_moves, null, p_enforce);
+    end if;
+  end loop;
+end
+$$;
+comment on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, boolean)
+is 'Moves rollup and counters by many moves at once, or raises TL099.';
+revoke execute on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, boolean)
+from public, anon, authenticated;
+
+create or replace function tokenlimits.move_counter(
+  p_state tokenlimits.limit_state,
+  p_moves tokenlimits.usage_move[],
+  p_user_id uuid,
+  p_enforce boolean
+)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_cost bigint;
+  v_last timestamptz;
+begin
+  select sum(m.cost), max(m.created_at) into v_cost, v_last
+  from unnest(p_moves) as m
+  where m.created_at >= p_state.since and (p_user_id is null or m.user_id = p_user_id);
+  if v_cost is null then
+    return;
+  end if;
+  if p_state.is_open is null then
+    p_state.used := p_state.used - v_cost;
+  end if;
+  if p_state.is_open is not true then
+    perform tokenlimits.open_counter(p_state);
+  end if;
+  update tokenlimits.counters as c
+  set used = c.used + v_cost
+  where
+    c.subject = p_state.subject
+    and c.counter_id = p_state.counter_id
+    and v_last >= c.since
+    and v_last < c.until
+    and (not p_enforce or p_state.max is null or c.used + v_cost <= p_state.max);
+  if not found then
+    raise sqlstate 'TL099';
+  end if;
+end
+$$;
+comment on function tokenlimits.move_counter(tokenlimits.limit_state, tokenlimits.usage_move[], uuid, boolean)
+is 'Moves one counter by those of the moves that it counts, or raises TL099.';
+revoke execute on function tokenlimits.move_counter(
+  tokenlimits.limit_state, tokenlimits.usage_move[], uuid, boolean
+) from public, anon, authenticated;
+
+-- What write_usage does when there are expired holds: their cost is taken back in the same step.
+create or replace function tokenlimits.write_and_sweep(p_usage public.generation_usage, p_enforce boolean)
+returns tokenlimits.limit_state[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_at timestamptz := coalesce(p_usage.settled_at, p_usage.created_at);
+  v_expired uuid[] := tokenlimits.lock_expired(p_usage.group_id, p_usage.kind, v_at);
+begin
+  if not tokenlimits.claim(p_usage) then
+    return null;
+  end if;
+  perform tokenlimits.move_usage(
+    p_usage.group_id, p_usage.kind,
+    tokenlimits.expire(v_expired, v_at)
+    || row(p_usage.user_id, p_usage.created_at, p_usage.cost, 1)::tokenlimits.usage_move,
+    v_at, p_enforce
+  );
+  return tokenlimits.limit_states(p_usage.group_id, p_usage.user_id, p_usage.kind, v_at);
+end
+$$;
+comment on function tokenlimits.write_and_sweep(public.generation_usage, boolean)
+is 'Writes a usage, and sweeps the expired holds of its group and kind.';
+revoke execute on function tokenlimits.write_and_sweep(public.generation_usage, boolean)
+from public, anon, authenticated;
+
+create or replace function tokenlimits.sweep(p_group_id uuid, p_kind text, p_at timestamptz)
+returns bigint
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_at timestamptz := p_at;
+  v_moves tokenlimits.usage_move[];
+begin
+  loop
+    begin
+      v_moves := tokenlimits.expire(tokenlimits.lock_expired(p_group_id, p_kind, v_at), v_at);
+      if v_moves <> '{}' then
+        perform tokenlimits.move_usage(p_group_id, p_kind, v_moves, v_at, p_enforce => false);
+      end if;
+      return cardinality(v_moves);
+    exception
+      when sqlstate 'TL099' then
+        v_at := greatest(v_at, tokenlimits.clock());
+    end;
+  end loop;
+end
+$$;
+comment on function tokenlimits.sweep(uuid, text, timestamptz)
+is 'Takes back what expired holds of a group and kind held, and says how many there were.';
+revoke execute on function tokenlimits.sweep(uuid, text, timestamptz) from public, anon, authenticated;
+
+create or replace function public.reserve_generation(
+  p_user_id uuid,
+  p_kind text,
+  p_cost bigint default 1,
+  p_ttl bigint default 3600,
+  p_idempotency_key text default null,
+  p_group_id uuid default null,
+  p_metadata jsonb default null
+)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  if p_ttl is null or p_ttl not between 1 and 2592000 then
+    perform tokenlimits.refuse(
+      'TL001', 'ttl: must be from 1 second to 30 days, in seconds', 'ttl', 'Nothing was reserved.'
+    );
+  end if;
+  return tokenlimits.track(
+    p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, tokenlimits.json_argument(p_metadata),
+    make_interval(secs => p_ttl)
+  );
+end
+$$;
+comment on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
+is 'Holds a generation''s cost for p_ttl seconds, until it is committed or released; answers like track_generation.';
+revoke execute on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb) to service_role;
+
+-- What a settlement makes of a usage: its new status, or null when it is so already. Raises what can't be.
+create or replace function tokenlimits.settled_status(
+  p_usage public.generation_usage,
+  p_action text,
+  p_cost bigint,
+  p_at timestamptz
+)
+returns text
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  if p_action = 'commit' and p_usage.reserved_cost is not null then
+    if p_cost not between 0 and p_usage.reserved_cost then
+      perform tokenlimits.refuse(
+        'TL001', format('cost: must be from 0 to the %s that were reserved', p_usage.reserved_cost), 'cost',
+        'The hold is as it was.'
+      );
+    elsif p_usage.status in ('reserved', 'expired') then
+      return 'committed';
+    elsif p_usage.status = 'committed' and p_usage.cost = p_cost then
+      return null;
+    end if;
+  elsif p_action = 'release' and p_usage.status in ('reserved', 'released', 'expired') then
+    return case
+      when p_usage.status <> 'reserved' then null
+      when p_usage.expires_at <= p_at then 'expired'
+      else 'released'
+    end;
+  elsif p_action = 'refund' and p_usage.status in ('committed', 'refunded') then
+    return case p_usage.status when 'committed' then 'refunded' end;
+  elsif p_action = 'refund' and p_usage.status = 'reserved' and p_usage.expires_at > p_at then
+    perform tokenlimits.refuse(
+      'TL001', 'usage_id: it is reserved, and nothing was charged yet', 'usage_id', 'Release it instead.'
+    );
+  end if;
+  -- swept or not
+  if p_usage.status = 'reserved' and p_usage.expires_at <= p_at then
+    p_usage.status := 'expired';
+  end if;
+  perform tokenlimits.refuse(
+    'TL006',
+    format('usage %s is %s already, for %s, so it can''t be settled by %s', p_usage.id, p_usage.status,
+      p_usage.cost, p_action),
+    p_usage.status,
+    'Each usage settles once; only the same settlement may be repeated.'
+  );
+  return null;
+end
+$$;
+comment on function tokenlimits.settled_status(public.generation_usage, text, bigint, timestamptz)
+is 'The status that a settlement leads to; null when it was made before.';
+revoke execute on function tokenlimits.settled_status(public.generation_usage, text, bigint, timestamptz)
+from public, anon, authenticated;
+
+-- A commit after the hold's end counts as a new usage of the old moment: only while all its periods last, and in the
+-- room that is left.
+create or replace function tokenlimits.require_room(p_usage public.generation_usage, p_cost bigint, p_at timestamptz)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_state tokenlimits.limit_state;
+begin
+  foreach v_state in array tokenlimits.limit_states(p_usage.group_id, p_usage.user_id, p_usage.kind, p_at) loop
+    if p_usage.created_at < v_state.since or v_state.used + p_cost > v_state.max then
+      perform tokenlimits.refuse(
+        'TL007',
+        format('hold %s expired at %s, and its %s no longer fit', p_usage.id, p_usage.expires_at, p_cost),
+        p_usage.id::text,
+        'Nothing was charged. Reserve for longer, or record_generation what was used all the same.'
+      );
+    end if;
+  end loop;
+end
+$$;
+comment on function tokenlimits.require_room(public.generation_usage, bigint, timestamptz)
+is 'Raises TL007 unless an expired hold may still be committed.';
+revoke execute on function tokenlimits.require_room(public.generation_usage, bigint, timestamptz)
+from public, anon, authenticated;
+
+create or replace function tokenlimits.settle(p_usage_id uuid, p_action text, p_cost bigint default null)
+returns jsonb
+language plpgsql
+volatile
+-- definer: counters are private, and nobody else writes the ledger
+security definer
+set search_path = ''
+as $$
+declare
+  v_at timestamptz := tokenlimits.clock();
+  v_usage public.generation_usage;
+  v_expired uuid[];
+  v_moves tokenlimits.usage_move[];
+  v_cost bigint;
+  v_status text;
+  v_late boolean;
+begin
+  select * into v_usage from public.generation_usage as u where u.id = p_usage_id;
+  if not found then
+    perform tokenlimits.refuse(
+      'TL005', format('there is no usage %s', coalesce(p_usage_id::text, 'null')), p_usage_id::text,
+      'Pass the usage_id of an allowed answer.'
+    );
+  end if;
+  perform tokenlimits.lock_groups(array[v_usage.group_id]);
+  loop
+    v_late := p_action = 'commit'
+      and (v_usage.status = 'expired' or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at));
+    begin
+      v_expired := tokenlimits.lock_expired(
+        v_usage.group_id, case when v_late then v_usage.kind end, v_at, p_usage_id
+      );
+      select * into v_usage from public.generation_usage as u where u.id = p_usage_id;
+      v_cost := case p_action when 'commit' then coalesce(p_cost, v_usage.reserved_cost) else v_usage.cost end;
+      v_status := tokenlimits.settled_status(v_usage, p_action, v_cost, v_at);
+      if v_status is not null then
+        if v_late is distinct from (
+          p_action = 'commit'
+          and (v_usage.status = 'expired' or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at))
+        ) then
+          raise sqlstate 'TL099';
+        end if;
+        if v_late then
+          -- first, while what has expired is still known as such, and subtracted
+          perform tokenlimits.require_room(v_usage, v_cost, v_at);
+          v_moves := tokenlimits.expire(v_expired, v_at);
+          v_moves := v_moves || row(v_usage.user_id, v_usage.created_at, v_cost, 1)::tokenlimits.usage_move;
+        elsif v_status = 'committed' then
+          v_moves := array[row(v_usage.user_id, v_usage.created_at, v_cost - v_usage.cost, 0)::tokenlimits.usage_move];
+        else
+          v_moves := array[row(v_usage.user_id, v_usage.created_at, -v_usage.cost, -1)::tokenlimits.usage_move];
+        end if;
+        update public.generation_usage as u
+        set
+          status = v_status,
+          cost = v_cost,
+          settled_at = case v_status when 'expired' then u.expires_at else v_at end
+        where u.id = p_usage_id
+        returning * into v_usage;
+        delete from tokenlimits.holds as h where h.usage_id = p_usage_id;
+        perform tokenlimits.move_usage(v_usage.group_id, v_usage.kind, v_moves, v_at, p_enforce => v_late);
+      end if;
+      return tokenlimits.answer(
+        v_usage.kind, v_usage.cost, null, v_usage.group_id,
+        tokenlimits.limit_states(v_usage.group_id, v_usage.user_id, v_usage.kind, v_at), null, v_usage,
+        -- an expired hold was over before it was released, swept or not
+        p_replayed => v_status is null or v_status = 'expired'
+      );
+    exception
+      when sqlstate 'TL099' then
+        v_at := greatest(v_at, tokenlimits.clock());
+        select * into v_usage from public.generation_usage as u where u.id = p_usage_id;
+    end;
+  end loop;
+end
+$$;
+comment on function tokenlimits.settle(uuid, text, bigint)
+is 'What commit_generation, release_generation and refund_generation do.';
+revoke execute on function tokenlimits.settle(uuid, text, bigint) from public, anon, authenticated;
+grant execute on function tokenlimits.settle(uuid, text, bigint) to service_role;
+
+create or replace function public.commit_generation(p_usage_id uuid, p_cost bigint default null)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return tokenlimits.settle(p_usage_id, 'commit', p_cost);
+end
+$$;
+comment on function public.commit_generation(uuid, bigint)
+is 'Settles a hold for what was reserved, or for less.';
+revoke execute on function public.commit_generation(uuid, bigint) from public, anon, authenticated, service_role;
+grant execute on function public.commit_generation(uuid, bigint) to service_role;
+
+create or replace function public.release_generation(p_usage_id uuid)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return tokenlimits.settle(p_usage_id, 'release');
+end
+$$;
+comment on function public.release_generation(uuid)
+is 'Gives back all that a hold holds.';
+revoke execute on function public.release_generation(uuid) from public, anon, authenticated, service_role;
+grant execute on function public.release_generation(uuid) to service_role;
+
+create or replace function tokenlimits.refund(p_usage_id uuid)
+returns jsonb
+language plpgsql
+volatile
+-- definer: an admin may refund, and do nothing else that settle does
+security definer
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.require_admin();
+  return tokenlimits.settle(p_usage_id, 'refund');
+end
+$$;
+comment on function tokenlimits.refund(uuid)
+is 'What refund_generation does.';
+revoke execute on function tokenlimits.refund(uuid) from public, anon, authenticated;
+grant execute on function tokenlimits.refund(uuid) to authenticated, service_role;
+
+create or replace function public.refund_generation(p_usage_id uuid)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return tokenlimits.refund(p_usage_id);
+end
+$$;
+comment on function public.refund_generation(uuid)
+is 'Gives back what a committed usage cost.';
+revoke execute on function public.refund_generation(uuid) from public, anon, authenticated, service_role;
+grant execute on function public.refund_generation(uuid) to authenticated, service_role;
+
+-- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it. One group in one transaction,
+-- since the counters of two would be locked in an order that nobody else follows.
+create or replace function tokenlimits.tidy()
+returns bigint
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_at timestamptz := tokenlimits.clock();
+  v_group_id uuid := (
+    select h.group_id
+    from tokenlimits.holds as h
+    where h.expires_at <= v_at
+    order by h.expires_at
+    limit 1
+  );
+begin
+  perform tokenlimits.lock_groups(array[v_group_id]);
+  return coalesce((
+    select sum(tokenlimits.sweep(v_group_id, k.kind, v_at))
+    from (
+      select distinct h.kind
+      from tokenlimits.holds as h
+      where h.group_id = v_group_id and h.expires_at <= v_at
+    ) as k
+  ), 0);
+end
+$$;
+comment on function tokenlimits.tidy()
+is 'Sweeps the expired holds of the group with the oldest one, and says how many there were.';
+revoke execute on function tokenlimits.tidy() from public, anon, authenticated;
+
 -- For admins: groups with their limits, members, a fresh start.
 --
 -- Invariants
 --   * Each function opens with require_admin; those that can, run as their caller, so that row-level security decides
 --     too.
 --   * One function, one transaction: an error leaves nothing half-made.
---   * Edits lock in one order, so that they wait for each other and never in a circle: the group's row, its limits' rows
---     (all at once, where there are several), and then, in a trigger, its stripe.
+--   * Edits lock in one order, so that they wait for each other and never in a circle: the group's row, its limits'
+--     rows (all at once, where there are several), and then, in a trigger, its stripe.
 
 create or replace function tokenlimits.group_json(p_group public.user_groups)
 returns jsonb
@@ -2278,7 +2898,15 @@ begin
         sum(r.generations) as generations
       from (
         select q.bucket, q.kind, sum(q.cost) as cost, sum(q.generations) as generations
-        from tokenlimits.usage_rollup as q
+        from (
+          select r.group_id, r.bucket, r.kind, r.cost, r.generations
+          from tokenlimits.usage_rollup as r
+          union all
+          -- expired holds that nobody has swept yet
+          select h.group_id, tokenlimits.rollup_bucket(h.created_at), h.kind, -h.cost, -1
+          from tokenlimits.holds as h
+          where h.expires_at <= tokenlimits.clock()
+        ) as q
         where
           (p_group_id is null or q.group_id = p_group_id)
           and (p_kind is null or q.kind = p_kind)
@@ -2323,6 +2951,126 @@ revoke execute on function public.generation_history(uuid, text, text, timestamp
 from public, anon, authenticated, service_role;
 grant execute on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
 to authenticated, service_role;
+
+-- Counting everything again, for the day on which somebody doubts the numbers.
+--
+-- Invariants
+--   * The ledger is right by definition: counters and rollup are made to agree with it, never the other way round.
+--   * Nobody tracks for the group meanwhile: its limits are held exclusively.
+
+-- One group at a time, since a statement ends after 8 s. Answers what differed, as it was and as it is now.
+create or replace function tokenlimits.reconcile(p_group_id uuid, p_since timestamptz)
+returns jsonb
+language plpgsql
+volatile
+-- definer: counters and rollup are private
+security definer
+set search_path = ''
+as $$
+declare
+  v_at timestamptz;
+  v_counters jsonb;
+  v_rollup jsonb;
+  -- whole buckets, or the first one's beginning would be missed
+  v_since timestamptz := case
+    when isfinite(p_since) then tokenlimits.rollup_bucket(p_since)
+    else coalesce(p_since, '-infinity')
+  end;
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  perform tokenlimits.lock_groups(array[p_group_id], true);
+  v_at := tokenlimits.clock();
+
+  with counted as (
+    select
+      c.subject, c.counter_id, l.kind, l.period, l.scope, c.used as was,
+      coalesce((
+        select sum(u.cost)
+        from public.generation_usage as u
+        where
+          (case l.scope when 'member' then u.user_id = c.subject else u.group_id = c.subject end)
+          and u.group_id = p_group_id
+          and u.created_at >= c.since
+          and u.created_at < c.until
+          and u.kind = l.kind
+          and u.status in ('reserved', 'committed')
+      ), 0) as used
+    from public.group_limits as l
+    inner join tokenlimits.counters as c on c.counter_id = l.counter_id
+    where l.group_id = p_group_id and c.until > v_at
+  ),
+
+  repaired as (
+    update tokenlimits.counters as c
+    set used = n.used
+    from counted as n
+    where c.subject = n.subject and c.counter_id = n.counter_id and n.used <> n.was
+    returning n.subject, n.kind, n.period, n.scope, n.was, n.used
+  )
+
+  select jsonb_agg(to_jsonb(r) order by r.kind, r.period, r.subject) into v_counters
+  from repaired as r;
+
+  with counted as (
+    select
+      coalesce(r.kind, u.kind) as kind, coalesce(r.bucket, u.bucket) as bucket,
+      coalesce(r.cost, 0) as was, coalesce(u.cost, 0) as used,
+      coalesce(u.cost, 0) - coalesce(r.cost, 0) as cost,
+      coalesce(u.generations, 0) - coalesce(r.generations, 0) as generations
+    from (
+      select s.kind, s.bucket, sum(s.cost) as cost, sum(s.generations) as generations
+      from tokenlimits.usage_rollup as s
+      where s.group_id = p_group_id and s.bucket >= v_since
+      group by s.kind, s.bucket
+    ) as r
+    full join (
+      select s.kind, tokenlimits.rollup_bucket(s.created_at) as bucket, sum(s.cost) as cost, count(*) as generations
+      from public.generation_usage as s
+      where s.group_id = p_group_id and s.created_at >= v_since and s.status in ('reserved', 'committed')
+      group by s.kind, bucket
+    ) as u on u.kind = r.kind and u.bucket = r.bucket
+  ),
+
+  repaired as (
+    insert into tokenlimits.usage_rollup as s (group_id, kind, bucket, slot, cost, generations)
+    select p_group_id, c.kind, c.bucket, 0, c.cost, c.generations
+    from counted as c
+    where c.cost <> 0 or c.generations <> 0
+    on conflict on constraint usage_rollup_pkey do update
+    set cost = s.cost + excluded.cost, generations = s.generations + excluded.generations
+    returning s.kind, s.bucket
+  )
+
+  select jsonb_agg(
+    jsonb_build_object('kind', c.kind, 'bucket', c.bucket, 'was', c.was, 'used', c.used)
+    order by c.kind, c.bucket
+  ) into v_rollup
+  from repaired as r
+  inner join counted as c on c.kind = r.kind and c.bucket = r.bucket;
+
+  return jsonb_build_object('counters', coalesce(v_counters, '[]'), 'rollup', coalesce(v_rollup, '[]'));
+end
+$$;
+comment on function tokenlimits.reconcile(uuid, timestamptz)
+is 'What reconcile_usage does.';
+revoke execute on function tokenlimits.reconcile(uuid, timestamptz) from public, anon, authenticated;
+grant execute on function tokenlimits.reconcile(uuid, timestamptz) to authenticated, service_role;
+
+create or replace function public.reconcile_usage(p_group_id uuid, p_since timestamptz default '-infinity')
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return tokenlimits.reconcile(p_group_id, p_since);
+end
+$$;
+comment on function public.reconcile_usage(uuid, timestamptz)
+is 'Counts a group''s usage again from the ledger, mends counters and rollup, and answers what differed.';
+revoke execute on function public.reconcile_usage(uuid, timestamptz) from public, anon, authenticated, service_role;
+grant execute on function public.reconcile_usage(uuid, timestamptz) to authenticated, service_role;
 
 -- Who may touch the tables: admins through row-level security, the service key, and nobody else.
 --

@@ -66,6 +66,7 @@ create table if not exists public.generation_usage (
   user_id uuid not null,
   kind text not null,
   cost bigint not null,
+  reserved_cost bigint,
   status text not null,
   idempotency_key text,
   fingerprint uuid,
@@ -82,6 +83,8 @@ create table if not exists public.generation_usage (
 comment on table public.generation_usage
 is 'The ledger: one row per generation, kept for ever. Written by functions of tokenlimits alone.';
 comment on column public.generation_usage.cost is 'What it takes from the limits while reserved or committed.';
+comment on column public.generation_usage.reserved_cost
+is 'Of a hold, or what was one: what was held, whatever it was settled for.';
 comment on column public.generation_usage.fingerprint
 is 'What was asked for under the idempotency key, since a commit may lower the cost.';
 comment on column public.generation_usage.created_at

@@ -61,7 +61,34 @@ comment on function tokenlimits.free_slot(uuid)
 is 'A slot of the rollup that no other open transaction writes for this group; any, when all are taken.';
 revoke execute on function tokenlimits.free_slot(uuid) from public, anon, authenticated;
 
--- After an uninstallation that kept the ledger, its history comes back.
+-- A hold that has expired counts as released from that moment on, but stays in counters and rollup until somebody
+-- sweeps it; readers subtract it. It is not in the ledger's indexes, so that settling a usage stays cheap.
+create table if not exists tokenlimits.holds (
+  usage_id uuid not null,
+  group_id uuid not null,
+  user_id uuid not null,
+  kind text not null,
+  cost bigint not null,
+  created_at timestamptz not null,
+  expires_at timestamptz not null,
+  constraint holds_pkey primary key (usage_id)
+);
+comment on table tokenlimits.holds is 'Reserved usages that nobody has settled or swept yet.';
+create index if not exists holds_expires_at_idx on tokenlimits.holds (group_id, kind, expires_at);
+
+-- After an uninstallation that kept the ledger, its holds and its history come back.
+insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+select
+  u.id,
+  u.group_id,
+  u.user_id,
+  u.kind,
+  u.cost,
+  u.created_at,
+  u.expires_at
+from public.generation_usage as u
+where u.status = 'reserved' and not exists (select from tokenlimits.usage_rollup);
+
 insert into tokenlimits.usage_rollup (group_id, kind, bucket, slot, cost, generations)
 select
   u.group_id,
@@ -83,7 +110,7 @@ create table if not exists tokenlimits.usage_resets (
 );
 comment on table tokenlimits.usage_resets is 'When an admin last gave a group a fresh start: counters count from then.';
 
-revoke all on tokenlimits.counters, tokenlimits.usage_rollup, tokenlimits.usage_resets
+revoke all on tokenlimits.counters, tokenlimits.usage_rollup, tokenlimits.usage_resets, tokenlimits.holds
 from public, anon, authenticated, service_role;
 
 -- A limit, its period and what is used of it, as one call sees them.
@@ -100,6 +127,9 @@ begin
       since timestamptz,
       until timestamptz,
       used bigint,
+      -- what the counter holds besides, of holds that have expired; null when there are none of the kind at all
+      expired bigint,
+      -- null: there is no counter yet; false: it is of a past period
       is_open boolean
     );
   end if;

@@ -20,12 +20,17 @@ as $$
 declare
   v record;
   v_period tstzrange;
+  v_any_expired boolean := exists (
+    select
+    from tokenlimits.holds as h
+    where h.group_id = p_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= p_at
+  );
   v_states tokenlimits.limit_state[] := '{}';
 begin
   for v in
     select
       l.counter_id, s.subject, l.kind, l.period, l.scope, l.max,
-      c.since, c.until, c.used, c.until > p_at as is_open, g.timezone
+      c.since, c.until, c.used, null::bigint as expired, c.until > p_at as is_open, g.timezone
     from public.group_limits as l
     inner join public.user_groups as g on g.id = l.group_id
     cross join lateral (
@@ -50,10 +55,22 @@ begin
         else 0
       end;
       v.until := upper(v_period);
-      v.is_open := false;
+    end if;
+    if v_any_expired then
+      v.expired := coalesce((
+        select sum(h.cost)
+        from tokenlimits.holds as h
+        where
+          h.group_id = p_group_id
+          and h.kind = v.kind
+          and h.expires_at <= p_at
+          and h.created_at >= v.since
+          and (v.scope = 'group' or p_user_id is null or h.user_id = p_user_id)
+      ), 0);
+      v.used := v.used - v.expired;
     end if;
     v_states := v_states || row(
-      v.counter_id, v.subject, v.kind, v.period, v.scope, v.max, v.since, v.until, v.used, v.is_open
+      v.counter_id, v.subject, v.kind, v.period, v.scope, v.max, v.since, v.until, v.used, v.expired, v.is_open
     )::tokenlimits.limit_state;
   end loop;
   return v_states;
@@ -113,9 +130,9 @@ begin
   foreach v_group_id in array v_group_ids loop
     perform tokenlimits.drop_stale_counters(v_group_id);
     insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
-    select s.subject, s.counter_id, s.since, s.until, s.used
+    select s.subject, s.counter_id, s.since, s.until, s.used + coalesce(s.expired, 0)
     from unnest(tokenlimits.limit_states(v_group_id, null, null, tokenlimits.clock())) as s
-    where s.scope = 'group' and not s.is_open
+    where s.scope = 'group' and s.is_open is not true
     on conflict (subject, counter_id) do update
     set since = excluded.since, until = excluded.until, used = excluded.used;
   end loop;

@@ -91,6 +91,41 @@ comment on function tokenlimits.usage_under_key(uuid, text, uuid)
 is 'The live usage that an idempotency key is bound to.';
 revoke execute on function tokenlimits.usage_under_key(uuid, text, uuid) from public, anon, authenticated;
 
+-- Puts a usage into the ledger, under its key; false, with nothing written, when the key is taken.
+create or replace function tokenlimits.claim(p_usage public.generation_usage)
+returns boolean
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  insert into public.generation_usage as u (
+    id, group_id, user_id, kind, cost, reserved_cost, status,
+    idempotency_key, fingerprint, metadata, created_at, settled_at, expires_at
+  )
+  values (
+    p_usage.id, p_usage.group_id, p_usage.user_id, p_usage.kind, p_usage.cost, p_usage.reserved_cost, p_usage.status,
+    p_usage.idempotency_key, p_usage.fingerprint, p_usage.metadata,
+    p_usage.created_at, p_usage.settled_at, p_usage.expires_at
+  )
+  on conflict on constraint generation_usage_key_key do nothing;
+  if not found then
+    return false;
+  end if;
+  if p_usage.status = 'reserved' then
+    insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+    values (
+      p_usage.id, p_usage.group_id, p_usage.user_id, p_usage.kind, p_usage.cost,
+      p_usage.created_at, p_usage.expires_at
+    );
+  end if;
+  return true;
+end
+$$;
+comment on function tokenlimits.claim(public.generation_usage)
+is 'Puts a usage into the ledger unless its key is taken.';
+revoke execute on function tokenlimits.claim(public.generation_usage) from public, anon, authenticated;
+
 -- Writes one usage: claims the key, then the rollup, then the counters, the group's (which all its members share) last,
 -- so that they are held for the shortest time. Raises TL099 when a counter has moved on or has no room any more.
 -- Answers the counters as they are then; null when the key is taken.
@@ -110,17 +145,9 @@ declare
   v_state tokenlimits.limit_state;
   v_states tokenlimits.limit_state[] := '{}';
 begin
-  insert into public.generation_usage as u (
-    id, group_id, user_id, kind, cost, status,
-    idempotency_key, fingerprint, metadata, created_at, settled_at, expires_at
-  )
-  values (
-    p_usage.id, p_usage.group_id, p_usage.user_id, p_usage.kind, p_usage.cost, p_usage.status,
-    p_usage.idempotency_key, p_usage.fingerprint, p_usage.metadata,
-    p_usage.created_at, p_usage.settled_at, p_usage.expires_at
-  )
-  on conflict on constraint generation_usage_key_key do nothing;
-  if not found then
+  if p_states[1].expired is not null then
+    return tokenlimits.write_and_sweep(p_usage, p_enforce);
+  elsif not tokenlimits.claim(p_usage) then
     return null;
   end if;
 
@@ -138,7 +165,7 @@ begin
   foreach v_state in array p_states loop
     -- what was recorded for an earlier period counts for none of the current one
     if p_usage.created_at >= v_state.since then
-      if not v_state.is_open then
+      if v_state.is_open is not true then
         perform tokenlimits.open_counter(v_state);
       end if;
       update tokenlimits.counters as c
@@ -173,7 +200,9 @@ set search_path = ''
 as $$
 begin
   insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
-  values (p_state.subject, p_state.counter_id, p_state.since, p_state.until, p_state.used)
+  values (
+    p_state.subject, p_state.counter_id, p_state.since, p_state.until, p_state.used + coalesce(p_state.expired, 0)
+  )
   on conflict on constraint counters_pkey do update
   set since = excluded.since, until = excluded.until, used = excluded.used
   where c.until <= excluded.since;
@@ -194,7 +223,8 @@ create or replace function tokenlimits.track(
   p_cost bigint,
   p_idempotency_key text,
   p_group_id uuid,
-  p_metadata jsonb
+  p_metadata jsonb,
+  p_ttl interval default null
 )
 returns jsonb
 language plpgsql
@@ -214,9 +244,12 @@ begin
   v_usage.user_id := p_user_id;
   v_usage.kind := p_kind;
   v_usage.cost := p_cost;
-  v_usage.status := 'committed';
+  v_usage.reserved_cost := case when p_ttl is not null then p_cost end;
+  v_usage.status := case when p_ttl is null then 'committed' else 'reserved' end;
   v_usage.idempotency_key := p_idempotency_key;
-  v_usage.fingerprint := md5(concat_ws(' ', 'track', p_kind, p_cost, p_group_id))::uuid;
+  v_usage.fingerprint := md5(
+    concat_ws(' ', case when p_ttl is null then 'track' else 'reserve' end, p_kind, p_cost, p_group_id)
+  )::uuid;
   v_usage.metadata := coalesce(p_metadata, '{}');
   v_usage.created_at := '-infinity';
 
@@ -231,7 +264,8 @@ begin
       v_usage.id := tokenlimits.uuid_v7();
       v_usage.group_id := v_verdict.group_id;
       v_usage.created_at := v_verdict.at;
-      v_usage.settled_at := v_verdict.at;
+      v_usage.settled_at := case when p_ttl is null then v_verdict.at end;
+      v_usage.expires_at := v_verdict.at + p_ttl;
       begin
         v_states := tokenlimits.write_usage(v_usage, v_verdict.states, p_enforce => true);
       exception
@@ -258,6 +292,9 @@ begin
         -- not before: a repeated call is answered also when its group is gone
         perform tokenlimits.require_group(p_group_id);
       end if;
+      if v_verdict.states[1].expired is not null then
+        perform tokenlimits.sweep(v_verdict.group_id, p_kind, v_verdict.at);
+      end if;
       return tokenlimits.answer(
         p_kind, p_cost, v_verdict.reason, v_verdict.group_id, v_verdict.states, v_verdict.denied_by, null,
         p_replayed => false
@@ -266,9 +303,10 @@ begin
   end loop;
 end
 $$;
-comment on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb) is 'What track_generation does.';
-revoke execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb) from public, anon, authenticated;
-grant execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb) to service_role;
+comment on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval) is 'What track_generation does.';
+revoke execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval)
+from public, anon, authenticated;
+grant execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval) to service_role;
 
 create or replace function public.track_generation(
   p_user_id uuid,

@@ -4,8 +4,8 @@
 --   * Each function opens with require_admin; those that can, run as their caller, so that row-level security decides
 --     too.
 --   * One function, one transaction: an error leaves nothing half-made.
---   * Edits lock in one order, so that they wait for each other and never in a circle: the group's row, its limits' rows
---     (all at once, where there are several), and then, in a trigger, its stripe.
+--   * Edits lock in one order, so that they wait for each other and never in a circle: the group's row, its limits'
+--     rows (all at once, where there are several), and then, in a trigger, its stripe.
 
 create or replace function tokenlimits.group_json(p_group public.user_groups)
 returns jsonb

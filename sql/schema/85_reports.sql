@@ -209,7 +209,15 @@ begin
         sum(r.generations) as generations
       from (
         select q.bucket, q.kind, sum(q.cost) as cost, sum(q.generations) as generations
-        from tokenlimits.usage_rollup as q
+        from (
+          select r.group_id, r.bucket, r.kind, r.cost, r.generations
+          from tokenlimits.usage_rollup as r
+          union all
+          -- expired holds that nobody has swept yet
+          select h.group_id, tokenlimits.rollup_bucket(h.created_at), h.kind, -h.cost, -1
+          from tokenlimits.holds as h
+          where h.expires_at <= tokenlimits.clock()
+        ) as q
         where
           (p_group_id is null or q.group_id = p_group_id)
           and (p_kind is null or q.kind = p_kind)

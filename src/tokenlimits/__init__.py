@@ -1,6 +1,7 @@
 """Exact limits on AI generations for users and groups, on top of Supabase."""
 
 from ._arguments import OnUnavailable
+from ._hold import Hold
 from .async_client import AsyncTokenLimits, atrack_generation
 from .async_groups import AsyncGroupManager
 from .client import TokenLimits, track_generation
@@ -28,17 +29,20 @@ from .groups import GroupManager
 from .models import (
     Bucket,
     BulkResult,
+    CounterDrift,
     GenerationRequest,
     Group,
     GroupLimitUsage,
     GroupRef,
     GroupUsage,
+    HistoryDrift,
     HistoryPoint,
     Limit,
     LimitStatus,
     Member,
     Period,
     Reason,
+    Reconciliation,
     Refused,
     Scope,
     Status,
@@ -57,6 +61,7 @@ __all__ = [
     "Bucket",
     "BulkResult",
     "ConfigurationError",
+    "CounterDrift",
     "GenerationDenied",
     "GenerationRequest",
     "Group",
@@ -66,7 +71,9 @@ __all__ = [
     "GroupNotFound",
     "GroupRef",
     "GroupUsage",
+    "HistoryDrift",
     "HistoryPoint",
+    "Hold",
     "HoldExpired",
     "IdempotencyConflict",
     "InvalidRequest",
@@ -79,6 +86,7 @@ __all__ = [
     "OnUnavailable",
     "Period",
     "Reason",
+    "Reconciliation",
     "Refused",
     "SchemaNotInstalled",
     "SchemaOutdated",

@@ -38,8 +38,10 @@ _ON_UNAVAILABLE = parser(OnUnavailable)
 _PERIOD = parser(Period)
 _PRIORITY = parser(Annotated[StrictInt, Field(ge=-(2**31), lt=2**31)])
 _SCOPE = parser(Scope)
+_SETTLED_COST = parser(Annotated[StrictInt, Field(ge=0, le=1_000_000_000)])
 _TEXT = parser(Text)
 _TIMEZONE = parser(Annotated[Text, Field(min_length=1, max_length=100)])
+_TTL = parser(Annotated[StrictInt, Field(ge=1, le=30 * 86_400)])
 _UUID = parser(UUID)
 
 
@@ -119,6 +121,16 @@ def email(value: str) -> str:
 def search(value: str | None) -> str | None:
     """Check a text to look for, or None."""
     return None if value is None else checked(_TEXT, value, "search")
+
+
+def ttl(value: int) -> int:
+    """Check for how many seconds a hold holds."""
+    return checked(_TTL, value, "ttl")
+
+
+def settled_cost(value: int) -> int:
+    """Check what a hold is settled for."""
+    return checked(_SETTLED_COST, value, "cost")
 
 
 def policy(value: OnUnavailable) -> OnUnavailable:

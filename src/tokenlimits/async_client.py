@@ -9,15 +9,14 @@ from uuid import UUID
 
 from supabase import AsyncClient
 
-from . import _arguments, _calls
+from . import _calls
 from ._arguments import OnUnavailable
-from ._base import DEFAULT_TIMEOUT, AsyncBase
-from ._calls import Call
-from .errors import ServiceUnavailable
+from ._async_holding import AsyncHolding
+from ._base import DEFAULT_TIMEOUT
 from .models import TrackResult, UserLimit
 
 
-class AsyncTokenLimits(AsyncBase):
+class AsyncTokenLimits(AsyncHolding):
     """Checks and records generations.
 
     Made by `from_env` it has a client for each event loop, and may be used after a fork.
@@ -26,9 +25,9 @@ class AsyncTokenLimits(AsyncBase):
         client: A `supabase.AsyncClient` with the secret (service_role) key. It stays yours: closing this doesn't
             close it. Without one, see `from_env`.
         timeout: Seconds for one call, with all its retries.
-        on_unavailable: What `track` and `check` do when Supabase can't be reached: `"raise"` ServiceUnavailable,
-            `"allow"` the generation (it is not recorded), or `"deny"` it. A wrong key or a missing schema
-            always raises.
+        on_unavailable: What `track`, `check` and `reserve` do when Supabase can't be reached: `"raise"`
+            ServiceUnavailable, `"allow"` the generation (it is not recorded), or `"deny"` it. With `"allow"` no
+            `commit` or `release` raises it either. A wrong key or a missing schema always raises.
     """
 
     def __init__(
@@ -38,8 +37,7 @@ class AsyncTokenLimits(AsyncBase):
         timeout: float = DEFAULT_TIMEOUT,
         on_unavailable: OnUnavailable = "raise",
     ) -> None:
-        super().__init__(client, timeout)
-        self._on_unavailable: OnUnavailable = _arguments.policy(on_unavailable)
+        super().__init__(client, timeout, on_unavailable)
 
     @classmethod
     def from_env(cls, *, timeout: float = DEFAULT_TIMEOUT, on_unavailable: OnUnavailable = "raise") -> Self:
@@ -162,12 +160,6 @@ class AsyncTokenLimits(AsyncBase):
             ServiceUnavailable: Supabase could not be reached in time.
         """
         return await self._transport.send(_calls.usage(user_id))
-
-    async def _judged(self, call: Call[TrackResult]) -> TrackResult:
-        try:
-            return await self._transport.send(call)
-        except ServiceUnavailable as error:
-            return _calls.without_service(call, self._on_unavailable, error)
 
 
 class AsyncDefault:

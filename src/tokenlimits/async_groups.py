@@ -9,12 +9,12 @@ from uuid import UUID
 
 from supabase import AsyncClient
 
-from . import _calls, _flows
+from . import _calls, _flows, _settlements
 from ._arguments import Limits
 from ._base import DEFAULT_TIMEOUT, AsyncBase
 from ._flows import OnProgress
 from .groups import Groups, GroupUsages, HistoryPoints, Users
-from .models import Bucket, BulkResult, Group, GroupUsage, Limit, Member, Period, Scope
+from .models import Bucket, BulkResult, Group, GroupUsage, Limit, Member, Period, Reconciliation, Scope, TrackResult
 
 
 class AsyncGroupManager(AsyncBase):
@@ -310,3 +310,33 @@ class AsyncGroupManager(AsyncBase):
             The moment from which usage counts.
         """
         return await self._transport.send(_calls.reset_usage(group_id, kind))
+
+    async def refund(self, usage_id: UUID | str) -> TrackResult:
+        """Give back what a committed usage cost; the same again changes nothing.
+
+        Args:
+            usage_id: Of the usage.
+
+        Returns:
+            The usage, and what remains of the limits now.
+
+        Raises:
+            InvalidRequest: It is a hold that was not committed yet.
+            UsageNotFound: There is no such usage.
+            AlreadySettled: It was released, or has expired.
+        """
+        return await self._transport.send(_settlements.refund(usage_id))
+
+    async def reconcile(self, group_id: UUID | str, *, since: datetime | None = None) -> Reconciliation:
+        """Count a group's usage again from the ledger, and mend what differs.
+
+        Nobody can track for the group meanwhile, and it reads the group's whole ledger: name `since` for a long one.
+
+        Args:
+            group_id: Which group.
+            since: The history before it is not looked at; all of it when None.
+
+        Returns:
+            What differed, as it was and as it is now.
+        """
+        return await self._transport.send(_settlements.reconcile(group_id, since))

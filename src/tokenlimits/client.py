@@ -10,15 +10,14 @@ from uuid import UUID
 
 from supabase import Client
 
-from . import _arguments, _calls
+from . import _calls
 from ._arguments import OnUnavailable
-from ._base import DEFAULT_TIMEOUT, Base
-from ._calls import Call
-from .errors import ServiceUnavailable
+from ._base import DEFAULT_TIMEOUT
+from ._holding import Holding
 from .models import TrackResult, UserLimit
 
 
-class TokenLimits(Base):
+class TokenLimits(Holding):
     """Checks and records generations.
 
     Safe to share between threads, and to use after a fork when made by `from_env`.
@@ -27,9 +26,9 @@ class TokenLimits(Base):
         client: A `supabase.Client` with the secret (service_role) key. It stays yours: closing this doesn't
             close it. Without one, see `from_env`.
         timeout: Seconds for one call, with all its retries.
-        on_unavailable: What `track` and `check` do when Supabase can't be reached: `"raise"` ServiceUnavailable,
-            `"allow"` the generation (it is not recorded), or `"deny"` it. A wrong key or a missing schema
-            always raises.
+        on_unavailable: What `track`, `check` and `reserve` do when Supabase can't be reached: `"raise"`
+            ServiceUnavailable, `"allow"` the generation (it is not recorded), or `"deny"` it. With `"allow"` no
+            `commit` or `release` raises it either. A wrong key or a missing schema always raises.
 
     Example:
         >>> with TokenLimits.from_env() as limits:
@@ -40,8 +39,7 @@ class TokenLimits(Base):
     def __init__(
         self, client: Client | None = None, *, timeout: float = DEFAULT_TIMEOUT, on_unavailable: OnUnavailable = "raise"
     ) -> None:
-        super().__init__(client, timeout)
-        self._on_unavailable: OnUnavailable = _arguments.policy(on_unavailable)
+        super().__init__(client, timeout, on_unavailable)
 
     @classmethod
     def from_env(cls, *, timeout: float = DEFAULT_TIMEOUT, on_unavailable: OnUnavailable = "raise") -> Self:
@@ -187,12 +185,6 @@ class TokenLimits(Base):
             [('image', 0, 100), ('video', 0, 20)]
         """
         return self._transport.send(_calls.usage(user_id))
-
-    def _judged(self, call: Call[TrackResult]) -> TrackResult:
-        try:
-            return self._transport.send(call)
-        except ServiceUnavailable as error:
-            return _calls.without_service(call, self._on_unavailable, error)
 
 
 class Default:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 class TokenLimitsError(Exception):
     """Base of all errors of tokenlimits.
 
-    `code` is the server's SQLSTATE or PostgREST code, when it was the server that refused.
+    `code` is the server's SQLSTATE or PostgREST code, when it was the server that refused. `returned` is what a
+    function decorated by `limited` had returned (or `hold.returned`), when its work went well and only settling failed.
     """
 
     default_hint: ClassVar[str] = ""
+    returned: Any = None
 
     def __init__(self, message: str, *, code: str | None = None, detail: str | None = None) -> None:
         super().__init__(message)

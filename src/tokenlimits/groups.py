@@ -9,11 +9,24 @@ from uuid import UUID
 
 from supabase import Client
 
-from . import _calls, _flows
+from . import _calls, _flows, _settlements
 from ._arguments import Limits
 from ._base import DEFAULT_TIMEOUT, Base
 from ._flows import OnProgress
-from .models import Bucket, BulkResult, Group, GroupUsage, HistoryPoint, Limit, Member, Period, Scope, User
+from .models import (
+    Bucket,
+    BulkResult,
+    Group,
+    GroupUsage,
+    HistoryPoint,
+    Limit,
+    Member,
+    Period,
+    Reconciliation,
+    Scope,
+    TrackResult,
+    User,
+)
 
 Groups = list[Group]
 GroupUsages = list[GroupUsage]
@@ -407,3 +420,42 @@ class GroupManager(Base):
             True
         """
         return self._transport.send(_calls.reset_usage(group_id, kind))
+
+    def refund(self, usage_id: UUID | str) -> TrackResult:
+        """Give back what a committed usage cost; the same again changes nothing.
+
+        Args:
+            usage_id: Of the usage.
+
+        Returns:
+            The usage, and what remains of the limits now.
+
+        Raises:
+            InvalidRequest: It is a hold that was not committed yet.
+            UsageNotFound: There is no such usage.
+            AlreadySettled: It was released, or has expired.
+
+        Example:
+            >>> tracked = limits.track(user_id, "image")
+            >>> groups.refund(tracked.usage_id).status
+            'refunded'
+        """
+        return self._transport.send(_settlements.refund(usage_id))
+
+    def reconcile(self, group_id: UUID | str, *, since: datetime | None = None) -> Reconciliation:
+        """Count a group's usage again from the ledger, and mend what differs.
+
+        Nobody can track for the group meanwhile, and it reads the group's whole ledger: name `since` for a long one.
+
+        Args:
+            group_id: Which group.
+            since: The history before it is not looked at; all of it when None.
+
+        Returns:
+            What differed, as it was and as it is now.
+
+        Example:
+            >>> groups.reconcile(team.id).drifted
+            False
+        """
+        return self._transport.send(_settlements.reconcile(group_id, since))

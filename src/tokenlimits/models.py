@@ -200,6 +200,38 @@ class HistoryPoint(Model):
     generations: int
 
 
+class CounterDrift(Model):
+    """A counter that did not agree with the ledger: `subject` is the group or the member, `used` what is right."""
+
+    kind: str
+    period: Period
+    scope: Scope
+    subject: UUID
+    was: int
+    used: int
+
+
+class HistoryDrift(Model):
+    """A quarter of an hour of the history that did not agree with the ledger; `used` is what is right."""
+
+    kind: str
+    bucket: AwareDatetime
+    was: int
+    used: int
+
+
+class Reconciliation(Model):
+    """What differed from the ledger, and was mended: nothing, unless somebody wrote past the functions."""
+
+    counters: tuple[CounterDrift, ...]
+    rollup: tuple[HistoryDrift, ...]
+
+    @property
+    def drifted(self) -> bool:
+        """Whether anything did."""
+        return bool(self.counters or self.rollup)
+
+
 class User(Model):
     """A user of the Supabase project."""
 

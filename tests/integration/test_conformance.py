@@ -25,9 +25,12 @@ from tests.support.conformance import (
 from tests.support.postgres import PostgresServer, servers
 
 from tokenlimits import (
+    AlreadySettled,
     GenerationDenied,
     GroupExists,
     GroupNotFound,
+    Hold,
+    HoldExpired,
     IdempotencyConflict,
     InvalidRequest,
     Limit,
@@ -36,6 +39,7 @@ from tokenlimits import (
     NotInGroup,
     TokenLimitsError,
     UnknownUser,
+    UsageNotFound,
 )
 from tokenlimits.local import LocalStack
 
@@ -641,6 +645,313 @@ def a_fresh_start_at_the_moment_of_a_usage(world: World) -> None:
     assert world.groups.reset_usage(group) == world.now + timedelta(microseconds=1)
     assert world.limits.track(ANN, "image")
     assert not world.limits.track(ANN, "image")
+
+
+# Holds
+
+
+@scenario
+def a_hold_is_committed_for_less_and_refunded(world: World) -> None:
+    team(world, {"video": 20})
+    hold = world.limits.reserve(ANN, "video", 8, ttl=600)
+    assert (hold.allowed, hold.status, hold.cost, hold.remaining) == (True, "reserved", 8, 12)
+    assert hold.expires_at == world.now + timedelta(minutes=10)
+    assert used(world) == [8]
+    world.wait(minutes=5)
+    result = world.limits.commit(hold.usage_id, 5)
+    assert (result.status, result.cost, result.remaining, result.replayed) == ("committed", 5, 15, False)
+    assert (result.usage_id, result.expires_at) == (hold.usage_id, hold.expires_at)
+    assert world.limits.commit(str(hold.usage_id), 5).replayed
+    world.wait(days=400)
+    assert used(world) == [5]
+    for settle in (world.limits.commit, world.limits.release):
+        error = refused(AlreadySettled, settle, hold.usage_id)
+        assert (error.code, error.detail) == ("TL006", "committed")
+    refunded = world.limits.refund(hold.usage_id)
+    assert (refunded.status, refunded.cost, refunded.remaining, refunded.replayed) == ("refunded", 5, 20, False)
+    assert world.groups.refund(hold.usage_id).replayed
+    assert refused(AlreadySettled, world.limits.commit, hold.usage_id, 5).detail == "refunded"
+    refused(AlreadySettled, world.limits.release, hold.usage_id)
+
+
+@scenario
+def a_hold_is_committed_in_full_or_for_nothing(world: World) -> None:
+    group = team(world, [day(20), day(9, "member")])
+    full, free = (world.limits.reserve(ANN, "image", 4) for _ in range(2))
+    assert not world.limits.track(ANN, "image", 2)
+    assert world.limits.commit(full.usage_id).cost == 4
+    assert world.limits.commit(full.usage_id, 4).replayed
+    assert world.limits.commit(free.usage_id, 0).cost == 0
+    assert world.limits.commit(free.usage_id, 0).replayed
+    refused(AlreadySettled, world.limits.commit, free.usage_id)
+    assert used(world) == [4, 4]
+    points = world.groups.history(group, since=world.now)
+    assert [(point.used, point.generations) for point in points] == [(4, 2)]
+
+
+@scenario
+def a_hold_is_released(world: World) -> None:
+    group = team(world, [day(5), day(5, "member")])
+    hold = world.limits.reserve(ANN, "image", 5)
+    denied = world.limits.reserve(ANN, "image")
+    assert (denied.reason, denied.usage_id, denied.status, denied.expires_at) == ("limit_exceeded", None, None, None)
+    result = world.limits.release(hold.usage_id)
+    assert (result.allowed, result.status, result.cost, result.remaining) == (True, "released", 5, 5)
+    world.wait(hours=2)
+    again = world.limits.release(hold.usage_id)
+    assert (again.status, again.replayed) == ("released", True)
+    for settle in (world.limits.commit, world.limits.refund):
+        assert refused(AlreadySettled, settle, hold.usage_id).detail == "released"
+    assert used(world) == [0, 0]
+    assert world.groups.history(group, since=world.now) == []
+
+
+@scenario
+def what_can_not_be_settled_so(world: World) -> None:
+    team(world, {"image": 20})
+    hold = world.limits.reserve(ANN, "image", 3)
+    assert refused(InvalidRequest, world.limits.commit, hold.usage_id, 4).field == "cost"
+    assert refused(InvalidRequest, world.limits.refund, hold.usage_id).field == "usage_id"
+    world.limits.commit(hold.usage_id, 1)
+    assert refused(InvalidRequest, world.limits.commit, hold.usage_id, 4).field == "cost"
+    tracked, recorded = world.limits.track(ANN, "image"), world.limits.record(ANN, "image")
+    assert (tracked.expires_at, recorded.expires_at) == (None, None)
+    for usage in (tracked, recorded):
+        refused(AlreadySettled, world.limits.commit, usage.usage_id, 1)
+        refused(AlreadySettled, world.limits.release, usage.usage_id)
+        assert world.limits.refund(usage.usage_id).status == "refunded"
+    for settle in (world.limits.commit, world.limits.release, world.limits.refund, world.groups.refund):
+        assert refused(UsageNotFound, settle, NOBODY).code == "TL005"
+        assert refused(InvalidRequest, settle, "hold").field == "usage_id"
+    for ttl in (0, 30 * 86_400 + 1):
+        assert refused(InvalidRequest, lambda ttl=ttl: world.limits.reserve(ANN, "image", ttl=ttl)).field == "ttl"
+    assert refused(InvalidRequest, world.limits.commit, hold.usage_id, -1).field == "cost"
+    assert world.limits.reserve(ANN, "image", ttl=30 * 86_400).expires_at == world.now + timedelta(days=30)
+    assert used(world) == [2]
+
+
+@scenario
+def a_hold_expires(world: World) -> None:
+    group = team(world, [Limit(kind="image", max=3), Limit(kind="image", max=3, scope="member")])
+    hold = world.limits.reserve(ANN, "image", 3, ttl=60)
+    world.at(hold.expires_at - timedelta(microseconds=1))
+    assert not world.limits.track(ANN, "image")
+    assert [point.used for point in world.groups.history(group, since=world.now)] == [3]
+    world.at(hold.expires_at)
+    assert used(world) == [0, 0]
+    assert [limit.used for limit in world.groups.usage(group).limits] == [0, 0]
+    assert world.groups.history(group, since=world.now) == []
+    assert world.limits.check(ANN, "image", 3).remaining == 3
+    assert world.limits.track(ANN, "image", 3).remaining == 0
+    assert used(world) == [3, 3]
+    late = refused(HoldExpired, world.limits.commit, hold.usage_id, 1)
+    assert (late.code, late.detail) == ("TL007", str(hold.usage_id))
+    released = world.limits.release(hold.usage_id)
+    assert (released.status, released.cost, released.remaining) == ("expired", 3, 0)
+    assert refused(AlreadySettled, world.limits.refund, hold.usage_id).detail == "expired"
+    assert world.limits.commit(hold.usage_id, 0).remaining == 0
+    assert used(world) == [3, 3]
+
+
+@scenario
+def an_expired_hold_is_settled_the_same_swept_or_not(world: World) -> None:
+    team(world, {"image": 4})
+    for sweep in (True, False):
+        hold = world.limits.reserve(ANN, "image", 2, ttl=1)
+        world.wait(seconds=1)
+        if sweep:
+            world.limits.refund(world.limits.track(ANN, "image").usage_id)
+        assert refused(AlreadySettled, world.limits.refund, hold.usage_id).detail == "expired"
+        first, again = world.limits.release(hold.usage_id), world.limits.release(hold.usage_id)
+        assert (first.status, first.replayed, again.replayed) == ("expired", True, True)
+        assert world.limits.commit(hold.usage_id, 1).status == "committed"
+        world.limits.refund(hold.usage_id)
+    assert used(world) == [0]
+
+
+@scenario
+def a_hold_is_committed_late(world: World) -> None:
+    group = team(world, [day(4), Limit(kind="image", max=4, period="week", scope="member")], ANN, BOB)
+    for sweep in (False, True):
+        hold = world.limits.reserve(ANN, "image", 2, ttl=1)
+        world.wait(seconds=1)
+        if sweep:
+            world.limits.track(BOB, "image")
+        result = world.limits.commit(hold.usage_id)
+        assert (result.status, result.cost, result.replayed) == ("committed", 2, False)
+        assert world.limits.commit(hold.usage_id).replayed
+        world.limits.refund(hold.usage_id)
+    assert used(world) == [0, 1]
+    two, three = (world.limits.reserve(ANN, "image", cost, ttl=1) for cost in (2, 1))
+    world.wait(seconds=1)
+    world.limits.track(ANN, "image", 2)
+    refused(HoldExpired, world.limits.commit, two.usage_id)
+    assert world.limits.commit(two.usage_id, 1).remaining == 0
+    refused(HoldExpired, world.limits.commit, three.usage_id)
+    world.groups.set_limit(group, day(5))
+    assert world.limits.commit(three.usage_id).remaining == 0
+    assert used(world) == [4, 5]
+    points = world.groups.history(group, since=world.now)
+    assert [(point.used, point.generations) for point in points] == [(5, 4)]
+
+
+@scenario
+def a_late_commit_needs_its_room_once(world: World) -> None:
+    team(world, [day(5), day(5, "member")])
+    hold, other = world.limits.reserve(ANN, "image", 4, ttl=1), world.limits.reserve(ANN, "image", ttl=1)
+    world.wait(seconds=1)
+    assert world.limits.commit(hold.usage_id).remaining == 1
+    assert world.limits.commit(other.usage_id).remaining == 0
+    assert used(world) == [5, 5]
+
+
+@each(day=[day(9)], also_a_longer_one=[Limit(kind="image", max=9, period="month"), day(9)])
+def a_hold_of_a_past_period(world: World, *limits: Limit) -> None:
+    group = team(world, limits)
+    long, short, gone = (world.limits.reserve(ANN, "image", 2, ttl=ttl) for ttl in (86_400, 60, 60))
+    world.wait(hours=23)
+    assert world.limits.track(ANN, "image").limits[-1].used == 1
+    for hold in (short, gone):
+        for cost in (0, 2):
+            refused(HoldExpired, world.limits.commit, hold.usage_id, cost)
+    assert world.limits.release(gone.usage_id).status == "expired"
+    assert world.limits.commit(long.usage_id, 1).limits[-1].used == 1
+    assert used(world)[-1] == 1
+    points = world.groups.history(group, since=world.now - timedelta(days=1))
+    assert [(point.used, point.generations) for point in points] == [(1, 1), (1, 1)]
+    assert world.limits.refund(long.usage_id).limits[-1].used == 1
+
+
+@scenario
+def a_fresh_start_while_holds_are_under_way(world: World) -> None:
+    group = team(world, {"image": 4})
+    open_, late = world.limits.reserve(ANN, "image", 2), world.limits.reserve(ANN, "image", 2, ttl=60)
+    world.wait(seconds=30)
+    world.groups.reset_usage(group)
+    assert used(world) == [0]
+    world.wait(minutes=1)
+    assert world.limits.commit(open_.usage_id, 1).remaining == 4
+    refused(HoldExpired, world.limits.commit, late.usage_id)
+    assert world.limits.refund(open_.usage_id).remaining == 4
+
+
+@scenario
+def keys_of_holds(world: World) -> None:
+    team(world, {"image": 9})
+
+    def reserve(cost: int = 3, **more: Any) -> Any:
+        return world.limits.reserve(ANN, "image", cost, idempotency_key="job", ttl=60, **more)
+
+    first = reserve()
+    world.wait(seconds=30)
+    again = reserve(metadata={"try": 2})
+    assert (again.usage_id, again.replayed, again.expires_at) == (first.usage_id, True, first.expires_at)
+    refused(IdempotencyConflict, world.limits.track, ANN, "image", 3, idempotency_key="job")
+    refused(IdempotencyConflict, reserve, 2)
+    assert world.limits.reserve(BOB, "image", idempotency_key="job").reason == "not_in_group"
+    world.limits.commit(first.usage_id, 1)
+    assert (reserve().status, reserve().cost, reserve().replayed) == ("committed", 1, True)
+    world.wait(seconds=60)
+    assert reserve().replayed
+    world.limits.refund(first.usage_id)
+    second = reserve(2)
+    assert (second.replayed, second.usage_id == first.usage_id) == (False, False)
+    world.limits.release(second.usage_id)
+    third = reserve()
+    world.wait(seconds=60)
+    fourth = world.limits.track(ANN, "image", 2, idempotency_key="job")
+    assert (third.replayed, fourth.replayed) == (False, False)
+    assert world.limits.commit(third.usage_id).status == "committed"
+    assert world.limits.track(ANN, "image", 2, idempotency_key="job").usage_id == fourth.usage_id
+    assert used(world) == [5]
+
+
+@scenario
+def settling_needs_the_usage_alone(world: World) -> None:
+    group = team(world, [day(9), day(9, "member"), Limit(kind="image", max=9)])
+    one, two, three, four, five = (world.limits.reserve(ANN, "image", ttl=90) for _ in range(5))
+    world.groups.remove_member(group, ANN)
+    left = world.limits.commit(one.usage_id)
+    assert [limit.used for limit in left.limits] == [5, 5, 5]
+    world.groups.remove_limit(group, "image", period="day")
+    assert [limit.used for limit in world.limits.release(two.usage_id).limits] == [4, 4]
+    world.groups.set_limits(group, ())
+    assert world.limits.commit(three.usage_id).limits == ()
+    world.groups.delete(group)
+    gone = world.limits.release(four.usage_id)
+    assert (gone.group.id, gone.group.name, gone.remaining, gone.reset_at) == (group, None, None, None)
+    world.wait(minutes=2)
+    assert world.limits.commit(five.usage_id).status == "committed"
+    assert world.limits.refund(one.usage_id).status == "refunded"
+    points = world.groups.history(since=world.now)
+    assert [(point.used, point.generations) for point in points] == [(2, 2)]
+
+
+@scenario
+def who_pays_for_a_hold(world: World) -> None:
+    first = team(world, {"image": 3}, name="First", priority=1)
+    second = team(world, {"image": 9}, name="Second")
+    holds = [world.limits.reserve(ANN, "image", 2, ttl=60) for _ in range(2)]
+    assert [hold.group.id for hold in holds] == [first, second]
+    assert world.limits.reserve(ANN, "image", 2, group_id=first).reason == "limit_exceeded"
+    assert world.limits.reserve(NOBODY, "image").reason == "not_in_group"
+    assert world.limits.reserve(ANN, "video").reason == "no_limit_for_kind"
+    assert refused(GroupNotFound, lambda: world.limits.reserve(ANN, "image", group_id=NOBODY)).code == "TL002"
+    world.wait(seconds=60)
+    assert world.limits.reserve(ANN, "image", 2).group.id == first
+    assert world.limits.commit(holds[1].usage_id).group.id == second
+    refused(HoldExpired, world.limits.commit, holds[0].usage_id)
+
+
+@scenario
+def a_generation_settles_itself(world: World) -> None:
+    team(world, {"video": 20})
+
+    def fails(hold: Hold) -> None:
+        raise ZeroDivisionError
+
+    def fails_late(hold: Hold) -> None:
+        hold.used(3)
+        raise ZeroDivisionError
+
+    assert world.generation(lambda _: None, ANN, "video", 8, idempotency_key="job").status == "committed"
+    assert world.generation(lambda hold: hold.commit(2), ANN, "video", cost=8).result.cost == 2
+    for body in (fails, fails_late):
+        with pytest.raises(ZeroDivisionError):
+            world.generation(body, ANN, "video", 8)
+    assert used(world) == [13]
+    assert world.generation(lambda _: None, ANN, "video", 8, idempotency_key="job").replayed
+    with pytest.raises(LimitExceeded):
+        world.generation(lambda _: None, ANN, "video", 8)
+
+
+@scenario
+def a_generation_that_took_too_long(world: World) -> None:
+    team(world, {"video": 8})
+
+    def body(hold: Hold) -> None:
+        world.wait(seconds=60)
+        assert world.limits.track(ANN, "video", 8)
+
+    with pytest.raises(HoldExpired):
+        world.generation(body, ANN, "video", 8, ttl=60)
+    assert used(world) == [8]
+
+
+@scenario
+def counting_again_finds_nothing(world: World) -> None:
+    group = team(world, [day(9), day(9, "member")])
+    world.limits.track(ANN, "image")
+    hold = world.limits.reserve(ANN, "image", 2, ttl=60)
+    world.limits.commit(world.limits.reserve(ANN, "image", 2).usage_id, 1)
+    assert not world.groups.reconcile(group).drifted
+    world.wait(minutes=1)
+    assert not world.groups.reconcile(group, since=world.now).drifted
+    world.limits.commit(hold.usage_id)
+    assert not world.groups.reconcile(group).drifted
+    assert used(world) == [4, 4]
+    world.groups.delete(group)
+    assert refused(GroupNotFound, world.groups.reconcile, group).code == "TL002"
 
 
 # Groups

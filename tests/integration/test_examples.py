@@ -427,6 +427,7 @@ def answers(stack: LocalStack, groups: GroupManager) -> str:
         ("track_generation", {**image, "p_cost": 2}),  # denied
         ("check_generation", {**mine, "p_kind": "audio"}),  # no limit
         ("record_generation", {**mine, "p_kind": "video", "p_metadata": {"job": 1}}),
+        ("reserve_generation", {**mine, "p_kind": "video", "p_ttl": 60}),
         ("user_generation_usage", mine),
         ("my_generation_usage", {}),
         ("group_usage", one),
@@ -441,6 +442,14 @@ def answers(stack: LocalStack, groups: GroupManager) -> str:
         ("reset_group_usage", one),
         ("remove_group_members", {"p_group_id": str(empty.id), "p_user_ids": [str(user.id)]}),
         ("delete_group", {"p_group_id": str(empty.id)}),
+    ]
+    held = [stack.sql("select public.reserve_generation($1, 'video') ->> 'usage_id' as id", str(user.id)) for _ in "12"]
+    (first,), (second,) = held
+    calls[-1:-1] = [
+        ("commit_generation", {"p_usage_id": first["id"], "p_cost": 1}),
+        ("refund_generation", {"p_usage_id": first["id"]}),
+        ("release_generation", {"p_usage_id": second["id"]}),
+        ("reconcile_usage", one),
     ]
     lines = ["import type { Functions } from './tokenlimits.d.ts'"]
     for number, (function, arguments) in enumerate(calls):

@@ -17,6 +17,8 @@ OTHER_ID: Final = "22222222-2222-4222-8222-222222222222"
 ADMIN_ID: Final = "33333333-3333-4333-8333-333333333333"
 GROUP_ID: Final = "aaaaaaaa-aaaa-4aaa-8aaa-aaaaaaaaaaaa"
 OTHER_GROUP_ID: Final = "bbbbbbbb-bbbb-4bbb-8bbb-bbbbbbbbbbbb"
+HOLD_ID: Final = "00000000-0000-4000-8000-0000000000a1"
+USAGE_ID: Final = "00000000-0000-4000-8000-0000000000a2"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,19 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
         "p_group_id": GROUP_ID,
         "p_metadata": {"job": 1},
     },
+    "reserve_generation": {
+        "p_user_id": USER_ID,
+        "p_kind": "image",
+        "p_cost": 1,
+        "p_ttl": 60,
+        "p_idempotency_key": "key",
+        "p_group_id": GROUP_ID,
+        "p_metadata": {"job": 1},
+    },
+    "commit_generation": {"p_usage_id": HOLD_ID, "p_cost": 1},
+    "release_generation": {"p_usage_id": HOLD_ID},
+    "refund_generation": {"p_usage_id": USAGE_ID},
+    "reconcile_usage": {"p_group_id": GROUP_ID, "p_since": "2026-01-01T00:00:00Z"},
     "user_generation_usage": {"p_user_id": USER_ID},
     "my_generation_usage": {},
     "save_group": {
@@ -93,7 +108,7 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
 
 
 def seed(connection: Connection) -> None:
-    """Two groups; user and other are members of the first, other of both; each has used something."""
+    """Two groups; user and other are members of the first, other of both; each has used something, user holds some."""
     connection.execute(
         """
         insert into auth.users (id, email) values (%(user)s, 'user@example.com'), (%(other)s, 'other@example.com'),
@@ -107,6 +122,11 @@ def seed(connection: Connection) -> None:
         select public.track_generation(%(user)s, 'image', 2, p_group_id => %(group)s);
         select public.track_generation(%(other)s, 'image', 3, p_group_id => %(group)s);
         select public.track_generation(%(other)s, 'image', 4, 'other''s key', %(other_group)s);
+        select public.track_generation(%(user)s, 'image', 1, 'used', %(group)s);
+        select public.reserve_generation(%(user)s, 'image', 1, 3600, 'held', %(group)s);
+        update tokenlimits.holds set usage_id = %(hold)s;
+        update public.generation_usage set id = %(hold)s where idempotency_key = 'held';
+        update public.generation_usage set id = %(usage)s where idempotency_key = 'used';
         """
         % {
             name: f"'{value}'"
@@ -116,6 +136,8 @@ def seed(connection: Connection) -> None:
                 "admin": ADMIN_ID,
                 "group": GROUP_ID,
                 "other_group": OTHER_GROUP_ID,
+                "hold": HOLD_ID,
+                "usage": USAGE_ID,
             }.items()
         }
     )

@@ -51,10 +51,10 @@ NO_FAULT: Final = [
     (".*", "42804", 'cast "text" value to'),
     # sum() of bigint is numeric, and a slot is a smallint
     (".*", "42804", 'cast "(numeric|integer)" value to'),
-    # it goes round until it returns
-    (r"tokenlimits\.track", "2F005", "without RETURN"),
-    # an out parameter that is a row
-    (r"tokenlimits\.judge", "00000", "composite OUT variable"),
+    # they go round until they return
+    (r"tokenlimits\.(track|settle|sweep)", "2F005", "without RETURN"),
+    # it locks
+    (r"tokenlimits\.lock_expired", "00000", "should be STABLE"),
 ]
 # Splinter's 0028 and 0029, for every role that a request may come as but the server's own.
 CALLABLE_DEFINERS: Final = """

@@ -61,8 +61,8 @@ TABLES: Final = {
         "anon": CLOSED,
         "user": (0, DENIED, DENIED, DENIED, DENIED),
         "pretender": (0, DENIED, DENIED, DENIED, DENIED),
-        "admin": (3, DENIED, DENIED, DENIED, DENIED),
-        "service": (3, DENIED, DENIED, DENIED, DENIED),
+        "admin": (5, DENIED, DENIED, DENIED, DENIED),
+        "service": (5, DENIED, DENIED, DENIED, DENIED),
     },
 }
 INSERTS: Final = {
@@ -86,7 +86,15 @@ FUNCTIONS: Final = {
     "tokenlimits_version": SIGNED_IN | WORKERS,
     "my_generation_usage": SIGNED_IN,
     **dict.fromkeys(
-        ("track_generation", "check_generation", "record_generation", "user_generation_usage"),
+        (
+            "track_generation",
+            "check_generation",
+            "record_generation",
+            "reserve_generation",
+            "commit_generation",
+            "release_generation",
+            "user_generation_usage",
+        ),
         WORKERS,
     ),
     **dict.fromkeys(
@@ -104,6 +112,8 @@ FUNCTIONS: Final = {
             "find_users",
             "group_usage",
             "generation_history",
+            "refund_generation",
+            "reconcile_usage",
         ),
         ADMINS,
     ),
@@ -125,10 +135,12 @@ PRIVATE_TO_ADMINS: Final = {
     "search_users",
     "usage_of_groups",
     "history",
+    "refund",
+    "reconcile",
 }
 PRIVATE: Final = {
     "authenticated": PRIVATE_TO_ADMINS | {"my_usage"},
-    "service_role": PRIVATE_TO_ADMINS | {"track", "look", "record", "usage_of"},
+    "service_role": PRIVATE_TO_ADMINS | {"track", "look", "record", "settle", "usage_of"},
 }
 HARMLESS: Final = {"is_admin", "my_usage"}
 """Definer or not, what a signed-in user may call and be answered: about nobody but themselves."""
@@ -198,8 +210,8 @@ def test_my_generation_usage_is_about_me_alone(api: Connection) -> None:
         assert row is not None
         return {(entry["group"]["name"], entry["period"]): entry["used"] for entry in row[0]}
 
-    assert mine({"sub": USER_ID}) == {("Pro", "lifetime"): 5, ("Pro", "day"): 2}
-    assert mine({"sub": OTHER_ID}) == {("Pro", "lifetime"): 5, ("Pro", "day"): 3, ("Team", "month"): 4}
+    assert mine({"sub": USER_ID}) == {("Pro", "lifetime"): 7, ("Pro", "day"): 4}
+    assert mine({"sub": OTHER_ID}) == {("Pro", "lifetime"): 7, ("Pro", "day"): 3, ("Team", "month"): 4}
     assert mine({"sub": "44444444-4444-4444-8444-444444444444"}) == {}
     # an admin sees their own here too, and nobody's without a user in the token
     assert mine(ACTORS["admin"].claims) == {}

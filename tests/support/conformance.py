@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 from uuid import UUID
@@ -21,7 +21,15 @@ from pydantic import BaseModel
 from supabase import AsyncClient, AsyncClientOptions, Client, ClientOptions
 from tests.support import clock
 
-from tokenlimits import AsyncGroupManager, AsyncTokenLimits, GroupManager, TokenLimits, TokenLimitsError
+from tokenlimits import (
+    AsyncGroupManager,
+    AsyncTokenLimits,
+    GroupManager,
+    Hold,
+    TokenLimits,
+    TokenLimitsError,
+    TrackResult,
+)
 from tokenlimits.local import LocalStack
 from tokenlimits.testing import FakeAsyncTokenLimits, FakeTokenLimits
 
@@ -45,6 +53,7 @@ class World:
         self._runner = asyncio.Runner()
         self._labels: dict[str, str] = {}
         self._set_clock = set_clock
+        self._client = limits
         self.limits: Any = _Heard(self, limits)
         self.groups: Any = _Heard(self, groups)
         self.now = BASE
@@ -75,6 +84,31 @@ class World:
             raise
         self.transcript.append((method.__name__, self._plain(answer)))
         return answer
+
+    def generation(self, body: Callable[[Hold], object], *args: Any, **kwargs: Any) -> Hold:
+        """Run a body inside of a generation, and write down how that ends."""
+        manager = self._client.generation(*args, **kwargs)
+        holds: list[Hold] = []
+
+        def generation() -> TrackResult:
+            with manager if isinstance(manager, AbstractContextManager) else self._as_sync(manager) as hold:
+                holds.append(hold)
+                body(hold)
+            return hold.result
+
+        self.call(generation)
+        return holds[0]
+
+    @contextmanager
+    def _as_sync(self, manager: AbstractAsyncContextManager[Hold]) -> Iterator[Hold]:
+        hold = self.run(manager.__aenter__())
+        try:
+            yield hold
+        except BaseException as error:
+            if not self.run(manager.__aexit__(type(error), error, error.__traceback__)):
+                raise
+        else:
+            self.run(manager.__aexit__(None, None, None))
 
     def run(self, coroutine: Any) -> Any:
         """Run something of the world's own."""
@@ -168,6 +202,7 @@ def forget_everything(owner: psycopg.Connection[Any], users: dict[UUID, str]) ->
         delete from tokenlimits.usage_rollup;
         delete from tokenlimits.usage_resets;
         delete from tokenlimits.counters;
+        delete from tokenlimits.holds;
         """
     )
     owner.execute(

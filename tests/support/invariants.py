@@ -70,11 +70,21 @@ from ({_COUNTERS}) as counted
 where (scope = 'group') <> (subject = group_id) or since >= until
 """
 
+HOLDS_OF_NOTHING = """
+select h.usage_id as holds, u.id as reserved
+from tokenlimits.holds as h
+full join (select * from public.generation_usage where status = 'reserved') as u on u.id = h.usage_id
+where
+  (h.group_id, h.user_id, h.kind, h.cost, h.created_at, h.expires_at)
+  is distinct from (u.group_id, u.user_id, u.kind, u.cost, u.created_at, u.expires_at)
+"""
+
 INVARIANTS = {
     "a counter is not the sum of the live usages of its period": DRIFTING_COUNTERS,
     "the rollup is not the sum of the live usages": DRIFTING_ROLLUP,
     "a counter counts from before the last reset": COUNTERS_FROM_BEFORE_A_RESET,
     "a counter has no subject or no period": COUNTERS_OF_NOBODY,
+    "the holds are not the reserved usages": HOLDS_OF_NOTHING,
 }
 
 

@@ -125,6 +125,12 @@ class Usage:
     created_at: datetime
     key: str | None = None
     request: tuple[Any, ...] = ()
+    expires_at: datetime | None = None
+
+    @property
+    def reserved_cost(self) -> int | None:
+        """What was held, of a hold or of what was one."""
+        return self.request[2] if self.expires_at else None
 
     @property
     def live(self) -> bool:
@@ -169,9 +175,12 @@ class Model:
         self.advance_to(self.now + by)
 
     def advance_to(self, instant: datetime) -> None:
-        """Let time pass until an instant."""
+        """Let time pass until an instant; holds expire meanwhile."""
         assert instant >= self.now
         self.now = instant
+        for usage in self.usages:
+            if usage.status == "reserved" and usage.expires_at and usage.expires_at <= instant:
+                usage.status = "expired"
 
     def next_boundary(self, group_id: UUID, period: str) -> datetime:
         """Tell when a group's current period ends."""
@@ -285,15 +294,74 @@ class Model:
         group_id: UUID | None = None,
     ) -> Json:
         """Check every limit that applies and record the usage, if there is room."""
-        request = ("track", kind, cost, group_id)
-        live = self._live_under(user_id, idempotency_key, request)
+        return self._take(user_id, idempotency_key, ("track", kind, cost, group_id), None)
+
+    def reserve(
+        self,
+        user_id: UUID,
+        kind: str,
+        cost: int = 1,
+        ttl: int = 3600,
+        idempotency_key: str | None = None,
+        group_id: UUID | None = None,
+    ) -> Json:
+        """Check every limit that applies and hold the cost for a while, if there is room."""
+        if not 1 <= ttl <= 2_592_000:
+            raise Refusal("TL001", "ttl")
+        return self._take(user_id, idempotency_key, ("reserve", kind, cost, group_id), timedelta(seconds=ttl))
+
+    def _take(self, user_id: UUID, key: str | None, request: tuple[Any, ...], ttl: timedelta | None) -> Json:
+        live = self._live_under(user_id, key, request)
         if live is not None:
             return self._usage_answer(live, replayed=True)
+        _, kind, cost, group_id = request
         verdict = self._judge(user_id, kind, cost, group_id)
         if verdict.reason is not None:
             return self._verdict_answer(verdict, user_id, kind, cost)
         assert verdict.group is not None
-        usage = self._write(verdict.group.id, user_id, kind, cost, self.now, key=idempotency_key, request=request)
+        usage = self._write(verdict.group.id, user_id, kind, cost, self.now, key=key, request=request)
+        if ttl is not None:
+            usage.status, usage.expires_at = "reserved", self.now + ttl
+        return self._usage_answer(usage, replayed=False)
+
+    def commit(self, usage_id: UUID, cost: int | None = None) -> Json:
+        """Settle a hold for its cost or less; an expired one only while it fits."""
+        usage = self._usage(usage_id)
+        held = usage.reserved_cost
+        if held is None:
+            raise _settled(usage)
+        cost = held if cost is None else cost
+        if not 0 <= cost <= held:
+            raise Refusal("TL001", "cost")
+        if usage.status == "committed" and usage.cost == cost:
+            return self._usage_answer(usage, replayed=True)
+        if usage.status == "expired":
+            self._require_room(usage, cost)
+        elif usage.status != "reserved":
+            raise _settled(usage)
+        usage.status, usage.cost = "committed", cost
+        return self._usage_answer(usage, replayed=False)
+
+    def release(self, usage_id: UUID) -> Json:
+        """Give a hold back; one that has expired is given back already."""
+        usage = self._usage(usage_id)
+        if usage.status in ("released", "expired"):
+            return self._usage_answer(usage, replayed=True)
+        if usage.status != "reserved":
+            raise _settled(usage)
+        usage.status = "released"
+        return self._usage_answer(usage, replayed=False)
+
+    def refund(self, usage_id: UUID) -> Json:
+        """Give back what a committed usage cost."""
+        usage = self._usage(usage_id)
+        if usage.status == "refunded":
+            return self._usage_answer(usage, replayed=True)
+        if usage.status == "reserved":
+            raise Refusal("TL001", "usage_id")
+        if usage.status != "committed":
+            raise _settled(usage)
+        usage.status = "refunded"
         return self._usage_answer(usage, replayed=False)
 
     def check(self, user_id: UUID, kind: str, cost: int = 1, group_id: UUID | None = None) -> Json:
@@ -365,9 +433,7 @@ class Model:
 
     def used(self, group: Group, rule: Rule, user_id: UUID | None) -> int:
         """Add up what counts for a limit now; for a member limit without a user, of all members together."""
-        since, until = self._period(group, rule.period)
-        for kind in (rule.kind, "*"):
-            since = max(since, self._resets.get((group.id, kind), BEGINNING))
+        since, until = self._counted(group, rule)
         return sum(
             usage.cost
             for usage in self.usages
@@ -377,6 +443,28 @@ class Model:
             and since <= usage.created_at < until
             and (rule.scope == "group" or user_id in (None, usage.user_id))
         )
+
+    def _counted(self, group: Group, rule: Rule) -> tuple[datetime, datetime]:
+        """Tell which moments count for a limit now."""
+        since, until = self._period(group, rule.period)
+        for kind in (rule.kind, "*"):
+            since = max(since, self._resets.get((group.id, kind), BEGINNING))
+        return since, until
+
+    def _usage(self, usage_id: UUID) -> Usage:
+        for usage in self.usages:
+            if usage.id == usage_id:
+                return usage
+        raise Refusal("TL005", f"there is no usage {usage_id}")
+
+    def _require_room(self, usage: Usage, cost: int) -> None:
+        group = self.groups.get(usage.group_id)
+        for rule, maximum in group.limits.items() if group else ():
+            if rule.kind == usage.kind:
+                assert group is not None
+                past = usage.created_at < self._counted(group, rule)[0]
+                if past or (maximum is not None and self.used(group, rule, usage.user_id) + cost > maximum):
+                    raise Refusal("TL007", f"{usage.id} expired")
 
     def _period(self, group: Group, period: str) -> tuple[datetime, datetime]:
         return period_of(period, self._zones(group.timezone), self.now)
@@ -456,6 +544,9 @@ class Model:
         key: str | None,
         request: tuple[Any, ...],
     ) -> Usage:
+        for dead in self.usages:
+            if key is not None and (dead.user_id, dead.key) == (user_id, key):
+                dead.key = None
         usage = Usage(uuid4(), group_id, user_id, kind, cost, "committed", created_at, key, request)
         self.usages.append(usage)
         return usage
@@ -468,6 +559,7 @@ class Model:
             "group": self._name(usage.group_id),
             "usage_id": usage.id,
             "status": usage.status,
+            "expires_at": usage.expires_at,
             "replayed": replayed,
         }
 
@@ -553,6 +645,10 @@ class Model:
             fraction = round(shown["used"] / capacity, 6) if capacity else 1
             shown["remaining"] = max(capacity - shown["used"], 0)
         return shown | {"capacity": capacity, "fraction": fraction}
+
+
+def _settled(usage: Usage) -> Refusal:
+    return Refusal("TL006", f"{usage.id} is {usage.status} already")
 
 
 def _tightest(limits: list[Json]) -> list[Json]:

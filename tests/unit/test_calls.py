@@ -20,6 +20,7 @@ from tokenlimits import (
     TrackResult,
     UnknownUser,
     _calls,
+    _settlements,
 )
 from tokenlimits._arguments import new_key
 from tokenlimits._calls import Call
@@ -64,7 +65,7 @@ RESULT: dict[str, Any] = {
 }
 A_RESULT = TrackResult.model_validate(RESULT)
 
-CASES: dict[str, tuple[Call[Any], str, dict[str, Any], bool, Any, Any]] = {
+CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
     "track": (
         _calls.track(ANN, "image", 2, "job-1", UUID(PRO), {"model": "x"}),
         "track_generation",
@@ -103,6 +104,40 @@ CASES: dict[str, tuple[Call[Any], str, dict[str, Any], bool, Any, Any]] = {
         RESULT,
         A_RESULT,
     ),
+    "reserve": (
+        _settlements.reserve(ANN, "image", 2, 600, "job-1", PRO, {"model": "x"}),
+        "reserve_generation",
+        {
+            "p_user_id": ANN,
+            "p_kind": "image",
+            "p_cost": 2,
+            "p_ttl": 600,
+            "p_idempotency_key": "job-1",
+            "p_group_id": PRO,
+            "p_metadata": {"model": "x"},
+        },
+        True,
+        RESULT,
+        A_RESULT,
+    ),
+    "commit": (
+        _settlements.commit(TEAM, None),
+        "commit_generation",
+        {"p_usage_id": TEAM},
+        True,
+        RESULT,
+        A_RESULT,
+    ),
+    "commit for less": (
+        _settlements.commit(UUID(TEAM), 0),
+        "commit_generation",
+        {"p_usage_id": TEAM, "p_cost": 0},
+        True,
+        RESULT,
+        A_RESULT,
+    ),
+    "release": (_settlements.release(TEAM), "release_generation", {"p_usage_id": TEAM}, True, RESULT, A_RESULT),
+    "refund": (_settlements.refund(TEAM), "refund_generation", {"p_usage_id": TEAM}, True, RESULT, A_RESULT),
     "usage": (
         _calls.usage(ANN),
         "user_generation_usage",

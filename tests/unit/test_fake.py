@@ -23,8 +23,10 @@ from tokenlimits import (
     AsyncTokenLimits,
     ConfigurationError,
     GroupManager,
+    HoldExpired,
     InvalidRequest,
     Limit,
+    LimitExceeded,
     ServiceUnavailable,
     TokenLimits,
     UnknownUser,
@@ -162,6 +164,7 @@ class TestTracked:
             "metadata": {"prompt": "a cat"},
             "idempotency_key": "job-1",
             "created_at": fake.now,
+            "expires_at": None,
         }
         assert (two.user_id, two.metadata, two.created_at) == (BOB, {}, yesterday)
 
@@ -182,6 +185,111 @@ class TestTracked:
         assert fake.tracked[0].group.name == "Free"
         fake.groups.delete(group.id)
         assert fake.tracked[0].group.model_dump() == {"id": group.id, "name": None}
+
+
+class TestHolds:
+    def test_are_shown_as_they_are_now(self) -> None:
+        fake = FakeTokenLimits()
+        for _ in range(4):
+            fake.reserve(ANN, "video", 8, ttl=60)
+        one, two, three, four = fake.tracked
+        assert {(usage.status, usage.cost, usage.expires_at) for usage in fake.tracked} == {
+            ("reserved", 8, fake.now + timedelta(minutes=1))
+        }
+        fake.commit(one.usage_id, 5)
+        fake.release(two.usage_id)
+        fake.refund(fake.commit(three.usage_id, 7).usage_id)
+        fake.advance(timedelta(minutes=1))
+        assert [(usage.status, usage.cost) for usage in fake.tracked] == [
+            ("committed", 5), ("released", 8), ("refunded", 7), ("expired", 8)
+        ]  # fmt: skip
+        assert {usage.expires_at for usage in fake.tracked} == {one.expires_at}
+        assert fake.commit(four.usage_id).status == "committed"
+
+    @pytest.mark.parametrize("make", [FakeTokenLimits, FakeAsyncTokenLimits])
+    def test_expire_when_the_clock_says_so(self, make: Any) -> None:
+        fake = make({"video": 8})
+        answer(fake.reserve(ANN, "video", 8, ttl=60))
+        fake.advance(timedelta(seconds=60) - timedelta(microseconds=1))
+        assert not answer(fake.check(ANN, "video"))
+        fake.advance(timedelta(microseconds=1))
+        assert answer(fake.check(ANN, "video", 8))
+        with pytest.raises(InvalidRequest, match="recorded already"):
+            fake.advance(-timedelta(microseconds=1))
+
+    def test_expire_also_when_they_are_not_looked_at(self) -> None:
+        fake = FakeTokenLimits({"video": 8})
+        hold = fake.reserve(ANN, "video", 8, ttl=1)
+        fake.now += timedelta(days=1)
+        assert fake.track(ANN, "video", 8)
+        with pytest.raises(HoldExpired, match="no longer fit"):
+            fake.commit(hold.usage_id)
+
+    def test_keep_the_clock_from_going_back_behind_their_end(self) -> None:
+        fake = FakeTokenLimits()
+        hold = fake.reserve(ANN, "video")
+        fake.advance(timedelta(minutes=1))
+        fake.release(hold.usage_id)
+        with pytest.raises(InvalidRequest):
+            fake.advance(-timedelta(microseconds=1))
+
+    def test_are_generations(self) -> None:
+        fake = FakeTokenLimits({"video": 8})
+        with fake.generation(ANN, "video", 8) as hold:
+            assert [usage.status for usage in fake.tracked] == ["reserved"]
+            hold.commit(3)
+        with pytest.raises(ZeroDivisionError), fake.generation(ANN, "video", 5) as hold:
+            raise ZeroDivisionError
+        assert [(usage.status, usage.cost) for usage in fake.tracked] == [("committed", 3), ("released", 5)]
+
+    def test_are_made_by_decorated_functions(self) -> None:
+        fake, async_fake = FakeTokenLimits({"video": 1}), FakeAsyncTokenLimits({"video": 1})
+
+        @fake.limited("video", user="user")
+        def make(user: UUID) -> str:
+            return fake.tracked[-1].status
+
+        @async_fake.limited("video", user="user")
+        async def amake(user: UUID) -> str:
+            return async_fake.tracked[-1].status
+
+        assert (make(ANN), asyncio.run(amake(ANN))) == ("reserved", "reserved")
+        for call in (lambda: make(ANN), lambda: asyncio.run(amake(ANN))):
+            with pytest.raises(LimitExceeded):
+                call()
+        assert [fake.tracked[0].status, async_fake.tracked[0].status] == ["committed", "committed"]
+
+    @pytest.mark.parametrize("make", [FakeTokenLimits, FakeAsyncTokenLimits])
+    def test_last_when_settling_fails(self, make: Any) -> None:
+        fake = make({"video": 8})
+        hold = answer(fake.reserve(ANN, "video", 8, ttl=60))
+        fake.fail(DOWN)
+        with pytest.raises(ServiceUnavailable):
+            answer(fake.commit(hold.usage_id))
+        assert fake.tracked[0].status == "reserved"
+        assert answer(fake.commit(hold.usage_id)).remaining == 0
+
+    def test_are_kept_apart_by_threads(self) -> None:
+        fake = FakeTokenLimits({"video": 40})
+
+        def work(number: int) -> bool:
+            hold = fake.reserve(ANN, "video", 4)
+            if hold and number % 2:
+                fake.commit(hold.usage_id, 1)
+            elif hold:
+                fake.release(hold.usage_id)
+            return bool(hold)
+
+        with ThreadPoolExecutor(8) as threads:
+            done = sum(threads.map(work, range(200)))
+        (limit,) = fake.usage(ANN)
+        assert len(fake.tracked) == done
+        assert limit.used == sum(usage.cost for usage in fake.tracked if usage.status == "committed")
+
+    def test_find_nothing_to_reconcile(self) -> None:
+        fake = FakeTokenLimits()
+        fake.reserve(ANN, "video")
+        assert not fake.groups.reconcile(fake.groups.get_by_name("fake").id).drifted
 
 
 class TestClock:
@@ -388,8 +496,10 @@ class TestServer:
         sql = "".join(path.read_text() for path in (ROOT / "sql" / "schema").glob("*.sql"))
         found = re.findall(r"create or replace function public\.(\w+)\((.*?)\)\s*returns", sql, re.DOTALL)
         in_sql = {name: re.findall(r"\b(p_\w+)", arguments) for name, arguments in found}
-        called = set(re.findall(r'Call\(\s*"(\w+)"', (ROOT / "src" / "tokenlimits" / "_calls.py").read_text()))
-        assert len(called) >= 18
+        package = ROOT / "src" / "tokenlimits"
+        calls = "".join((package / name).read_text() for name in ("_calls.py", "_settlements.py"))
+        called = set(re.findall(r'Call\(\s*"(\w+)"', calls))
+        assert len(called) >= 23
         in_fake = {
             name: list(inspect.signature(getattr(Engine, name)).parameters)[1:]
             for name in called

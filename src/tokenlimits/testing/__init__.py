@@ -13,6 +13,17 @@ Example:
     ...     app("a5f40000-0000-4000-8000-000000000001")
     'here you are'
     'Image generation limit exceeded: 1 of 1 used in total'
+
+    The clock is yours, so holds expire when you say so:
+
+    >>> from datetime import timedelta
+    >>> fake = FakeTokenLimits(limits={"video": 8})
+    >>> hold = fake.reserve("a5f40000-0000-4000-8000-000000000001", "video", cost=8, ttl=600)
+    >>> fake.advance(timedelta(minutes=10))
+    >>> fake.check("a5f40000-0000-4000-8000-000000000001", "video").remaining
+    8
+    >>> [(usage.cost, usage.status) for usage in fake.tracked]
+    [(8, 'expired')]
 """
 
 from ._clients import (

@@ -80,7 +80,7 @@ def allowed_json(
         "error": None,
         "usage_id": usage.id if usage else None,
         "status": usage.status if usage else None,
-        "expires_at": None,
+        "expires_at": text(usage.expires_at) if usage and usage.expires_at else None,
         "group": group,
         "kind": kind,
         "cost": cost,

@@ -30,7 +30,7 @@ Users = Mapping[UUID | str, str | None]
 
 
 class TrackedUsage(Model):
-    """A generation that a fake has recorded; `group` is the one that paid."""
+    """A generation that a fake has recorded, as it is now; `group` is the one that paid, `expires_at` is a hold's."""
 
     usage_id: UUID
     user_id: UUID
@@ -41,6 +41,7 @@ class TrackedUsage(Model):
     metadata: dict[str, JsonValue]
     idempotency_key: str | None
     created_at: AwareDatetime
+    expires_at: AwareDatetime | None
 
 
 class _FakeTransport(Transport):
@@ -124,6 +125,7 @@ class _Controls:
                     metadata=usage.metadata,
                     idempotency_key=usage.idempotency_key,
                     created_at=usage.created_at,
+                    expires_at=usage.expires_at,
                 )
                 for usage in self._engine.ledger
             )
@@ -151,7 +153,7 @@ class FakeTokenLimits(_Controls, TokenLimits):
         users: Who there is, with their e-mail addresses; others are `UnknownUser`s to `groups`. Without it, any id is a
             user's.
         timeout: As of the real one; nothing takes any time here.
-        on_unavailable: As of the real one: what `track` and `check` do after `fail(ServiceUnavailable(…))`.
+        on_unavailable: As of the real one: what `track`, `check` and `reserve` do after `fail(ServiceUnavailable(…))`.
 
     Example:
         >>> fake = FakeTokenLimits(limits={"image": 2})
@@ -199,7 +201,7 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
         users: Who there is, with their e-mail addresses; others are `UnknownUser`s to `groups`. Without it, any id is a
             user's.
         timeout: As of the real one; nothing takes any time here.
-        on_unavailable: As of the real one: what `track` and `check` do after `fail(ServiceUnavailable(…))`.
+        on_unavailable: As of the real one: what `track`, `check` and `reserve` do after `fail(ServiceUnavailable(…))`.
 
     Example:
         >>> fake = FakeAsyncTokenLimits(limits={"image": 2})

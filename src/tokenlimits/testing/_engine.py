@@ -10,13 +10,13 @@ from typing import Any
 from tokenlimits._calls import SCHEMA_VERSION
 
 from ._admin import AdminFunctions
+from ._holds import HoldFunctions
 from ._state import Json
-from ._workers import WorkerFunctions
 
 GROUP_NAME = "fake"
 
 
-class Engine(WorkerFunctions, AdminFunctions):
+class Engine(HoldFunctions, AdminFunctions):
     """Its methods with parameters `p_…` are the SQL functions; `lock` is held while one runs.
 
     It begins with a default group that has these limits, or, without any, allows every kind.

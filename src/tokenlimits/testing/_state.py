@@ -82,6 +82,10 @@ class Usage:
     request: tuple[object, ...]
     metadata: Json
     created_at: datetime
+    # of a hold, or what was one
+    reserved_cost: int | None = None
+    expires_at: datetime | None = None
+    settled_at: datetime | None = None
 
     @property
     def live(self) -> bool:
@@ -91,11 +95,12 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class LimitState:
-    """A limit, and what is used of it in the period that ends at `until`."""
+    """A limit, and what is used of it since `since`, in the period that ends at `until`."""
 
     rule: Rule
     max: int | None
     used: int
+    since: datetime
     until: datetime
 
 
@@ -115,7 +120,9 @@ class State:
         self._places = count()
         self._resets: dict[tuple[str, str], datetime] = {}
         self._by_group_and_kind: defaultdict[tuple[str, str], list[Usage]] = defaultdict(list)
+        self._by_id: dict[str, Usage] = {}
         self._by_key: dict[tuple[str, str], Usage] = {}
+        self._holds: dict[str, Usage] = {}
         # by group, kind and user (None: all): what was used since a moment
         self._totals: defaultdict[tuple[str, str, str | None], dict[datetime, int]] = defaultdict(dict)
 
@@ -123,7 +130,7 @@ class State:
         """Move the clock; not back behind what has happened."""
         if moment.tzinfo is None:
             raise InvalidRequest(f"now: needs a time zone (got {moment!r})", code="TL001", detail="now")
-        happened = [usage.created_at for usage in self.ledger] + list(self._resets.values())
+        happened = [usage.settled_at or usage.created_at for usage in self.ledger] + list(self._resets.values())
         if moment < max(happened, default=BEGINNING):
             raise InvalidRequest(
                 "now: lies before what has been recorded already. Set the clock before you track.",
@@ -131,6 +138,7 @@ class State:
                 detail="now",
             )
         self.now = moment.astimezone(UTC)
+        self._expire()
 
     def reference(self, group_id: str) -> Json:
         """Name a group; one that was deleted since has no name."""
@@ -165,7 +173,7 @@ class State:
             for reset in ((group.id, rule.kind), (group.id, ALL_KINDS)):
                 since = max(since, self._resets.get(reset, BEGINNING))
             whose = user_id if rule.scope == "member" else None
-            states.append(LimitState(rule, max_, self._used(group.id, rule.kind, whose, since), until))
+            states.append(LimitState(rule, max_, self._used(group.id, rule.kind, whose, since), since, until))
         return states
 
     def _used(self, group_id: str, kind: str, user_id: str | None, since: datetime) -> int:
@@ -183,11 +191,29 @@ class State:
     def _write(self, usage: Usage) -> None:
         self.ledger.append(usage)
         self._by_group_and_kind[usage.group_id, usage.kind].append(usage)
-        for whose in (None, usage.user_id):
-            totals = self._totals[usage.group_id, usage.kind, whose]
-            totals.update({since: used + usage.cost for since, used in totals.items() if usage.created_at >= since})
+        self._count(usage, usage.cost)
+        if usage.status == "reserved":
+            self._holds[usage.id] = usage
         if usage.idempotency_key is not None:
             self._by_key[usage.user_id, usage.idempotency_key] = usage
+        self._by_id[usage.id] = usage
+
+    def _settle(self, usage: Usage, status: Status, cost: int, at: datetime) -> None:
+        before = usage.cost if usage.live else 0
+        usage.status, usage.cost, usage.settled_at = status, cost, at
+        self._holds.pop(usage.id, None)
+        self._count(usage, (cost if usage.live else 0) - before)
+
+    def _count(self, usage: Usage, cost: int) -> None:
+        for whose in (None, usage.user_id):
+            totals = self._totals[usage.group_id, usage.kind, whose]
+            totals.update({since: used + cost for since, used in totals.items() if usage.created_at >= since})
+
+    def _expire(self) -> None:
+        """Take back what holds held whose time is over; whoever moves the clock does this."""
+        for hold in list(self._holds.values()):
+            if hold.expires_at is not None and hold.expires_at <= self.now:
+                self._settle(hold, "expired", hold.cost, hold.expires_at)
 
     def _live_under(self, user_id: str, key: str | None, request: tuple[object, ...]) -> Usage | None:
         usage = None if key is None else self._by_key.get((user_id, key))
@@ -206,6 +232,7 @@ class State:
         """Let usage count from now on; what was recorded at this very moment is before."""
         if any(usage.created_at == self.now for usage in self.ledger if usage.group_id == group.id):
             self.now += MOMENT
+            self._expire()
         self._resets[group.id, kind] = self.now
 
     def _enlist(self, group: Group, user_id: str) -> bool:

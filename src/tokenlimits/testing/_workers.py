@@ -26,15 +26,21 @@ class WorkerFunctions(State):
         p_metadata: Json | None = None,
     ) -> Json:
         """Check every limit that applies and record the generation."""
-        request = ("track", p_kind, p_cost, p_group_id)
-        if live := self._live_under(p_user_id, p_idempotency_key, request):
-            return self._usage_answer(live, replayed=True)
-        verdict = self._judge(p_user_id, p_kind, p_cost, p_group_id)
-        if verdict.reason is not None or verdict.group is None:
-            return self._verdict_answer(p_kind, p_cost, verdict)
-        return self._record(
-            verdict.group, p_user_id, p_kind, p_cost, self.now, p_idempotency_key, request, p_metadata or {}
-        )
+        return self._track(p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, p_metadata)
+
+    def reserve_generation(
+        self,
+        p_user_id: str,
+        p_kind: str,
+        p_cost: int = 1,
+        p_ttl: int = 3600,
+        p_idempotency_key: str | None = None,
+        p_group_id: str | None = None,
+        p_metadata: Json | None = None,
+    ) -> Json:
+        """Hold a generation's cost until it is settled, or for so many seconds."""
+        ttl = timedelta(seconds=p_ttl)
+        return self._track(p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, p_metadata, ttl)
 
     def check_generation(self, p_user_id: str, p_kind: str, p_cost: int = 1, p_group_id: str | None = None) -> Json:
         """Say what tracking would answer; record nothing."""
@@ -70,7 +76,7 @@ class WorkerFunctions(State):
             min(created_at, self.now),
             p_idempotency_key,
             request,
-            p_metadata or {},
+            p_metadata,
         )
 
     def user_generation_usage(self, p_user_id: str) -> list[Json]:
@@ -81,6 +87,24 @@ class WorkerFunctions(State):
             for state in self._states(group, p_user_id)
         ]
 
+    def _track(
+        self,
+        user_id: str,
+        kind: str,
+        cost: int,
+        key: str | None,
+        group_id: str | None,
+        metadata: Json | None,
+        ttl: timedelta | None = None,
+    ) -> Json:
+        request = ("track" if ttl is None else "reserve", kind, cost, group_id)
+        if live := self._live_under(user_id, key, request):
+            return self._usage_answer(live, replayed=True)
+        verdict = self._judge(user_id, kind, cost, group_id)
+        if verdict.reason is not None or verdict.group is None:
+            return self._verdict_answer(kind, cost, verdict)
+        return self._record(verdict.group, user_id, kind, cost, self.now, key, request, metadata, ttl)
+
     def _judge(self, user_id: str, kind: str, cost: int, pinned: str | None) -> Verdict:
         groups = self._paying_groups(user_id, pinned)
         denial = Verdict("no_limit_for_kind" if groups else "not_in_group")
@@ -88,7 +112,7 @@ class WorkerFunctions(State):
             states = tuple(self._states(group, user_id, kind))
             if not states:
                 continue
-            full = [state for state in states if not _fits(state, cost)]
+            full = [state for state in states if not fits(state, cost)]
             if not full:
                 return Verdict(None, group, states)
             last = max(full, key=lambda state: _room_at(state, cost))
@@ -119,9 +143,23 @@ class WorkerFunctions(State):
         created_at: datetime,
         key: str | None,
         request: tuple[object, ...],
-        metadata: Json,
+        metadata: Json | None,
+        ttl: timedelta | None = None,
     ) -> Json:
-        usage = Usage(new_key(), group.id, user_id, kind, cost, "committed", key, request, metadata, created_at)
+        usage = Usage(
+            id=new_key(),
+            group_id=group.id,
+            user_id=user_id,
+            kind=kind,
+            cost=cost,
+            status="committed" if ttl is None else "reserved",
+            idempotency_key=key,
+            request=request,
+            metadata=metadata or {},
+            created_at=created_at,
+            reserved_cost=None if ttl is None else cost,
+            expires_at=None if ttl is None else created_at + ttl,
+        )
         self._write(usage)
         return self._usage_answer(usage, replayed=False)
 
@@ -138,7 +176,8 @@ class WorkerFunctions(State):
         return denied_json(kind, cost, group, verdict, self.now)
 
 
-def _fits(state: LimitState, cost: int) -> bool:
+def fits(state: LimitState, cost: int) -> bool:
+    """Tell whether there is room for a cost."""
     return state.max is None or state.used + cost <= state.max
 
 

@@ -96,6 +96,34 @@ class Api:
             group_id=group_id,
         )
 
+    def reserve(
+        self,
+        user_id: UUID,
+        kind: str,
+        cost: int = 1,
+        ttl: int = 3600,
+        idempotency_key: str | None = None,
+        group_id: UUID | None = None,
+    ) -> Json:
+        return self.call(
+            "reserve_generation",
+            user_id=user_id,
+            kind=kind,
+            cost=cost,
+            ttl=ttl,
+            idempotency_key=idempotency_key,
+            group_id=group_id,
+        )
+
+    def commit(self, usage_id: UUID, cost: int | None = None) -> Json:
+        return self.call("commit_generation", usage_id=usage_id, cost=cost)
+
+    def release(self, usage_id: UUID) -> Json:
+        return self.call("release_generation", usage_id=usage_id)
+
+    def refund(self, usage_id: UUID) -> Json:
+        return self.call("refund_generation", usage_id=usage_id)
+
     # for admins
 
     def save_group(self, group_id: UUID | None = None, **fields: Any) -> Json:
@@ -126,6 +154,13 @@ class Api:
 
     def reset(self, group_id: UUID, kind: str | None = None) -> None:
         self.call("reset_group_usage", group_id=group_id, kind=kind)
+
+    def reconcile(self, group_id: UUID) -> Json:
+        return self.call("reconcile_usage", group_id=group_id)
+
+    def tidy(self) -> int:
+        """Sweep, as a job does, which runs as the owner."""
+        return self.one("select tokenlimits.tidy()")
 
     # what people look at
 

@@ -54,4 +54,5 @@ delete from public.generation_usage;
 delete from tokenlimits.usage_rollup;
 delete from tokenlimits.usage_resets;
 delete from tokenlimits.counters;
+delete from tokenlimits.holds;
 """

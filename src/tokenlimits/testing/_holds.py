@@ -1,0 +1,95 @@
+"""The SQL functions that settle a usage, by their names and parameters (sql/schema/75_holds.sql).
+
+Holds that have expired are marked so whenever the clock is moved, so none is left to sweep here.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from tokenlimits.models import Status
+
+from ._state import Json, Usage, refuse
+from ._workers import WorkerFunctions, fits
+
+
+class HoldFunctions(WorkerFunctions):
+    """Settling: once for each usage, by its id alone."""
+
+    def commit_generation(self, p_usage_id: str, p_cost: int | None = None) -> Json:
+        """Settle a hold for what was reserved, or for less."""
+        usage = self._recorded(p_usage_id)
+        if usage.reserved_cost is None:
+            _refuse_again(usage, "commit")
+        cost = usage.reserved_cost if p_cost is None else p_cost
+        if not 0 <= cost <= usage.reserved_cost:
+            refuse(
+                "TL001",
+                f"cost: must be from 0 to the {usage.reserved_cost} that were reserved",
+                detail="cost",
+                hint="The hold is as it was.",
+            )
+        if usage.status == "expired":
+            self._require_room(usage, cost)
+        replayed = usage.status == "committed" and usage.cost == cost
+        if not replayed and usage.status not in ("reserved", "expired"):
+            _refuse_again(usage, "commit")
+        return self._settled(usage, None if replayed else "committed", cost)
+
+    def release_generation(self, p_usage_id: str) -> Json:
+        """Give back all that a hold holds."""
+        usage = self._recorded(p_usage_id)
+        if usage.status not in ("reserved", "released", "expired"):
+            _refuse_again(usage, "release")
+        return self._settled(usage, "released" if usage.status == "reserved" else None, usage.cost)
+
+    def refund_generation(self, p_usage_id: str) -> Json:
+        """Give back what a committed usage cost."""
+        usage = self._recorded(p_usage_id)
+        if usage.status == "reserved":
+            refuse(
+                "TL001",
+                "usage_id: it is reserved, and nothing was charged yet",
+                detail="usage_id",
+                hint="Release it instead.",
+            )
+        if usage.status not in ("committed", "refunded"):
+            _refuse_again(usage, "refund")
+        return self._settled(usage, "refunded" if usage.status == "committed" else None, usage.cost)
+
+    def _recorded(self, usage_id: str) -> Usage:
+        usage = self._by_id.get(usage_id)
+        if usage is None:
+            refuse(
+                "TL005",
+                f"there is no usage {usage_id}",
+                detail=usage_id,
+                hint="Pass the usage_id of an allowed answer.",
+            )
+        return usage
+
+    def _require_room(self, hold: Usage, cost: int) -> None:
+        """Let an expired hold be committed as long as its periods last and have room for it."""
+        group = self._groups.get(hold.group_id)
+        states = self._states(group, hold.user_id, hold.kind) if group else []
+        if any(hold.created_at < state.since or not fits(state, cost) for state in states):
+            refuse(
+                "TL007",
+                f"hold {hold.id} expired at {hold.expires_at}, and its {cost} no longer fit",
+                detail=hold.id,
+                hint="Nothing was charged. Reserve for longer, or record_generation what was used all the same.",
+            )
+
+    def _settled(self, usage: Usage, status: Status | None, cost: int) -> Json:
+        if status is not None:
+            self._settle(usage, status, cost, self.now)
+        return self._usage_answer(usage, replayed=status is None)
+
+
+def _refuse_again(usage: Usage, action: str) -> NoReturn:
+    refuse(
+        "TL006",
+        f"usage {usage.id} is {usage.status} already, for {usage.cost}, so it can't be settled by {action}",
+        detail=usage.status,
+        hint="Each usage settles once; only the same settlement may be repeated.",
+    )
