@@ -132,7 +132,7 @@ class TestChangeOfSession:
 
     @staticmethod
     def sign_in(client: Client, token: str) -> None:
-        session = type("Session", (), {"access_token": token})()
+        session: Any = type("Session", (), {"access_token": token})()
         client._listen_to_auth_events("SIGNED_IN", session)
 
     def test_is_seen_by_the_next_call(self, client: Client, server: Server) -> None:

@@ -186,7 +186,7 @@ class TestRetryAfter:
 
     @pytest.mark.parametrize("header", ["soon", "", "-1", "0", "³"])
     def test_garbage_is_as_if_it_were_not_there(self, shell: Shell, server: Server, clock: Clock, header: str) -> None:
-        server.then(httpx.Response(429, headers={"Retry-After": header.encode("latin-1")}))
+        server.then(httpx.Response(429, headers={b"Retry-After": header.encode("latin-1")}))
         assert shell.track()
         [wait] = clock.slept
         assert 0.1 <= wait <= 0.2
