@@ -1142,8 +1142,21 @@ comment on function tokenlimits.check_request(uuid, text, bigint, text, jsonb)
 is 'Refuses a bad request with the field''s name before anything is touched.';
 revoke execute on function tokenlimits.check_request(uuid, text, bigint, text, jsonb) from public, anon, authenticated;
 
--- The live usage under a key, if any. A key that was used for another request is an error; one whose usage is dead is
--- set free for the caller's.
+create or replace function tokenlimits.is_dead(p_status text, p_expires_at timestamptz, p_at timestamptz)
+returns boolean
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  return p_status not in ('reserved', 'committed') or (p_status = 'reserved' and p_expires_at <= p_at);
+end
+$$;
+comment on function tokenlimits.is_dead(text, timestamptz, timestamptz)
+is 'Whether a usage counts no more, so that its key is free.';
+revoke execute on function tokenlimits.is_dead(text, timestamptz, timestamptz) from public, anon, authenticated;
+
+-- The live usage under a key, if any. A key that was used for another request is an error.
 create or replace function tokenlimits.usage_under_key(p_user_id uuid, p_idempotency_key text, p_fingerprint uuid)
 returns public.generation_usage
 language plpgsql
@@ -1156,13 +1169,7 @@ begin
   select * into v_usage
   from public.generation_usage as u
   where u.idempotency_key = p_idempotency_key and u.user_id = p_user_id;
-  if not found then
-    return null;
-  elsif v_usage.status not in ('reserved', 'committed')
-    or (v_usage.status = 'reserved' and v_usage.expires_at <= tokenlimits.clock()) then
-    update public.generation_usage as u
-    set idempotency_key = null
-    where u.id = v_usage.id and u.status = v_usage.status;
+  if not found or tokenlimits.is_dead(v_usage.status, v_usage.expires_at, tokenlimits.clock()) then
     return null;
   elsif v_usage.fingerprint is distinct from p_fingerprint then
     perform tokenlimits.refuse(
@@ -1178,6 +1185,28 @@ $$;
 comment on function tokenlimits.usage_under_key(uuid, text, uuid)
 is 'The live usage that an idempotency key is bound to.';
 revoke execute on function tokenlimits.usage_under_key(uuid, text, uuid) from public, anon, authenticated;
+
+-- Takes a key from a dead usage. Only for somebody who is about to write: a denial must leave the key where it is,
+-- since a late commit brings an expired usage back to life.
+create or replace function tokenlimits.free_key(p_usage public.generation_usage)
+returns boolean
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  update public.generation_usage as u
+  set idempotency_key = null
+  where
+    u.idempotency_key = p_usage.idempotency_key
+    and u.user_id = p_usage.user_id
+    and tokenlimits.is_dead(u.status, u.expires_at, coalesce(p_usage.settled_at, p_usage.created_at));
+  return found;
+end
+$$;
+comment on function tokenlimits.free_key(public.generation_usage)
+is 'Takes a usage''s key from a dead one; false when none has it.';
+revoke execute on function tokenlimits.free_key(public.generation_usage) from public, anon, authenticated;
 
 -- Puts a usage into the ledger, under its key; false, with nothing written, when the key is taken.
 create or replace function tokenlimits.claim(p_usage public.generation_usage)
@@ -1235,7 +1264,7 @@ declare
 begin
   if p_states[1].expired is not null then
     return tokenlimits.write_and_sweep(p_usage, p_enforce);
-  elsif not tokenlimits.claim(p_usage) then
+  elsif not tokenlimits.claim(p_usage) and not (tokenlimits.free_key(p_usage) and tokenlimits.claim(p_usage)) then
     return null;
   end if;
 
@@ -1327,6 +1356,7 @@ declare
   v_usage public.generation_usage;
   v_live public.generation_usage;
   v_states tokenlimits.limit_state[];
+  v_taken boolean;
 begin
   perform tokenlimits.check_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
   v_usage.user_id := p_user_id;
@@ -1354,11 +1384,17 @@ begin
       v_usage.created_at := v_verdict.at;
       v_usage.settled_at := case when p_ttl is null then v_verdict.at end;
       v_usage.expires_at := v_verdict.at + p_ttl;
+      v_taken := false;
       begin
         v_states := tokenlimits.write_usage(v_usage, v_verdict.states, p_enforce => true);
+        v_taken := v_states is null;
+        if v_taken then
+          -- lets go of the rows that it has locked: another round may lock them in another order
+          raise sqlstate 'TL099';
+        end if;
       exception
         when sqlstate 'TL099' then
-          continue;
+          continue when not v_taken;
       end;
       if v_states is not null then
         return tokenlimits.answer(
@@ -1492,6 +1528,7 @@ declare
   v_usage public.generation_usage;
   v_live public.generation_usage;
   v_states tokenlimits.limit_state[];
+  v_taken boolean;
 begin
   perform tokenlimits.check_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
   -- a minute for clocks that differ
@@ -1525,11 +1562,16 @@ begin
     v_usage.id := tokenlimits.uuid_v7();
     v_usage.created_at := coalesce(least(p_created_at, v_now), v_now);
     v_usage.settled_at := v_now;
+    v_taken := false;
     begin
       v_states := tokenlimits.write_usage(v_usage, v_states, p_enforce => false);
+      v_taken := v_states is null;
+      if v_taken then
+        raise sqlstate 'TL099';
+      end if;
     exception
       when sqlstate 'TL099' then
-        continue;
+        continue when not v_taken;
     end;
     if v_states is not null then
       return tokenlimits.answer(p_kind, p_cost, null, v_usage.group_id, v_states, null, v_usage, p_replayed => false);
@@ -1643,13 +1685,12 @@ begin
   return array(
     select u.id
     from public.generation_usage as u
-    where
-      u.id = p_usage_id
-      or u.id in (
-        select h.usage_id
-        from tokenlimits.holds as h
-        where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_at
-      )
+    -- as an array, or the whole ledger would be read
+    where u.id = any(p_usage_id || array(
+      select h.usage_id
+      from tokenlimits.holds as h
+      where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_at
+    ))
     order by u.id
     for update
   );
@@ -1797,8 +1838,23 @@ set search_path = ''
 as $$
 declare
   v_at timestamptz := coalesce(p_usage.settled_at, p_usage.created_at);
-  v_expired uuid[] := tokenlimits.lock_expired(p_usage.group_id, p_usage.kind, v_at);
+  v_dead public.generation_usage;
+  v_expired uuid[];
 begin
+  -- a dead usage under the same key may be of another group or kind, and is locked in one order with the rest
+  select * into v_dead
+  from public.generation_usage as u
+  where
+    u.idempotency_key = p_usage.idempotency_key
+    and u.user_id = p_usage.user_id
+    and tokenlimits.is_dead(u.status, u.expires_at, v_at);
+  v_expired := tokenlimits.lock_expired(p_usage.group_id, p_usage.kind, v_at, v_dead.id);
+  if v_dead.id is not null then
+    perform tokenlimits.free_key(p_usage);
+    if (v_dead.group_id, v_dead.kind) <> (p_usage.group_id, p_usage.kind) then
+      v_expired := array_remove(v_expired, v_dead.id);
+    end if;
+  end if;
   if not tokenlimits.claim(p_usage) then
     return null;
   end if;
@@ -2104,8 +2160,8 @@ is 'Gives back what a committed usage cost.';
 revoke execute on function public.refund_generation(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.refund_generation(uuid) to authenticated, service_role;
 
--- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it. One group in one transaction,
--- since the counters of two would be locked in an order that nobody else follows.
+-- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it. One group and kind in one
+-- transaction, since the rows of two would be locked in an order that nobody else follows.
 create or replace function tokenlimits.tidy()
 returns bigint
 language plpgsql
@@ -2114,27 +2170,22 @@ set search_path = ''
 as $$
 declare
   v_at timestamptz := tokenlimits.clock();
-  v_group_id uuid := (
-    select h.group_id
-    from tokenlimits.holds as h
-    where h.expires_at <= v_at
-    order by h.expires_at
-    limit 1
-  );
+  v_oldest tokenlimits.holds;
 begin
-  perform tokenlimits.lock_groups(array[v_group_id]);
-  return coalesce((
-    select sum(tokenlimits.sweep(v_group_id, k.kind, v_at))
-    from (
-      select distinct h.kind
-      from tokenlimits.holds as h
-      where h.group_id = v_group_id and h.expires_at <= v_at
-    ) as k
-  ), 0);
+  select * into v_oldest
+  from tokenlimits.holds as h
+  where h.expires_at <= v_at
+  order by h.expires_at
+  limit 1;
+  if not found then
+    return 0;
+  end if;
+  perform tokenlimits.lock_groups(array[v_oldest.group_id]);
+  return tokenlimits.sweep(v_oldest.group_id, v_oldest.kind, v_at);
 end
 $$;
 comment on function tokenlimits.tidy()
-is 'Sweeps the expired holds of the group with the oldest one, and says how many there were.';
+is 'Sweeps the expired holds of the group and kind with the oldest one, and says how many there were.';
 revoke execute on function tokenlimits.tidy() from public, anon, authenticated;
 
 -- For admins: groups with their limits, members, a fresh start.

@@ -54,8 +54,21 @@ comment on function tokenlimits.check_request(uuid, text, bigint, text, jsonb)
 is 'Refuses a bad request with the field''s name before anything is touched.';
 revoke execute on function tokenlimits.check_request(uuid, text, bigint, text, jsonb) from public, anon, authenticated;
 
--- The live usage under a key, if any. A key that was used for another request is an error; one whose usage is dead is
--- set free for the caller's.
+create or replace function tokenlimits.is_dead(p_status text, p_expires_at timestamptz, p_at timestamptz)
+returns boolean
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  return p_status not in ('reserved', 'committed') or (p_status = 'reserved' and p_expires_at <= p_at);
+end
+$$;
+comment on function tokenlimits.is_dead(text, timestamptz, timestamptz)
+is 'Whether a usage counts no more, so that its key is free.';
+revoke execute on function tokenlimits.is_dead(text, timestamptz, timestamptz) from public, anon, authenticated;
+
+-- The live usage under a key, if any. A key that was used for another request is an error.
 create or replace function tokenlimits.usage_under_key(p_user_id uuid, p_idempotency_key text, p_fingerprint uuid)
 returns public.generation_usage
 language plpgsql
@@ -68,13 +81,7 @@ begin
   select * into v_usage
   from public.generation_usage as u
   where u.idempotency_key = p_idempotency_key and u.user_id = p_user_id;
-  if not found then
-    return null;
-  elsif v_usage.status not in ('reserved', 'committed')
-    or (v_usage.status = 'reserved' and v_usage.expires_at <= tokenlimits.clock()) then
-    update public.generation_usage as u
-    set idempotency_key = null
-    where u.id = v_usage.id and u.status = v_usage.status;
+  if not found or tokenlimits.is_dead(v_usage.status, v_usage.expires_at, tokenlimits.clock()) then
     return null;
   elsif v_usage.fingerprint is distinct from p_fingerprint then
     perform tokenlimits.refuse(
@@ -90,6 +97,28 @@ $$;
 comment on function tokenlimits.usage_under_key(uuid, text, uuid)
 is 'The live usage that an idempotency key is bound to.';
 revoke execute on function tokenlimits.usage_under_key(uuid, text, uuid) from public, anon, authenticated;
+
+-- Takes a key from a dead usage. Only for somebody who is about to write: a denial must leave the key where it is,
+-- since a late commit brings an expired usage back to life.
+create or replace function tokenlimits.free_key(p_usage public.generation_usage)
+returns boolean
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  update public.generation_usage as u
+  set idempotency_key = null
+  where
+    u.idempotency_key = p_usage.idempotency_key
+    and u.user_id = p_usage.user_id
+    and tokenlimits.is_dead(u.status, u.expires_at, coalesce(p_usage.settled_at, p_usage.created_at));
+  return found;
+end
+$$;
+comment on function tokenlimits.free_key(public.generation_usage)
+is 'Takes a usage''s key from a dead one; false when none has it.';
+revoke execute on function tokenlimits.free_key(public.generation_usage) from public, anon, authenticated;
 
 -- Puts a usage into the ledger, under its key; false, with nothing written, when the key is taken.
 create or replace function tokenlimits.claim(p_usage public.generation_usage)
@@ -147,7 +176,7 @@ declare
 begin
   if p_states[1].expired is not null then
     return tokenlimits.write_and_sweep(p_usage, p_enforce);
-  elsif not tokenlimits.claim(p_usage) then
+  elsif not tokenlimits.claim(p_usage) and not (tokenlimits.free_key(p_usage) and tokenlimits.claim(p_usage)) then
     return null;
   end if;
 
@@ -239,6 +268,7 @@ declare
   v_usage public.generation_usage;
   v_live public.generation_usage;
   v_states tokenlimits.limit_state[];
+  v_taken boolean;
 begin
   perform tokenlimits.check_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
   v_usage.user_id := p_user_id;
@@ -266,11 +296,17 @@ begin
       v_usage.created_at := v_verdict.at;
       v_usage.settled_at := case when p_ttl is null then v_verdict.at end;
       v_usage.expires_at := v_verdict.at + p_ttl;
+      v_taken := false;
       begin
         v_states := tokenlimits.write_usage(v_usage, v_verdict.states, p_enforce => true);
+        v_taken := v_states is null;
+        if v_taken then
+          -- lets go of the rows that it has locked: another round may lock them in another order
+          raise sqlstate 'TL099';
+        end if;
       exception
         when sqlstate 'TL099' then
-          continue;
+          continue when not v_taken;
       end;
       if v_states is not null then
         return tokenlimits.answer(
@@ -404,6 +440,7 @@ declare
   v_usage public.generation_usage;
   v_live public.generation_usage;
   v_states tokenlimits.limit_state[];
+  v_taken boolean;
 begin
   perform tokenlimits.check_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
   -- a minute for clocks that differ
@@ -437,11 +474,16 @@ begin
     v_usage.id := tokenlimits.uuid_v7();
     v_usage.created_at := coalesce(least(p_created_at, v_now), v_now);
     v_usage.settled_at := v_now;
+    v_taken := false;
     begin
       v_states := tokenlimits.write_usage(v_usage, v_states, p_enforce => false);
+      v_taken := v_states is null;
+      if v_taken then
+        raise sqlstate 'TL099';
+      end if;
     exception
       when sqlstate 'TL099' then
-        continue;
+        continue when not v_taken;
     end;
     if v_states is not null then
       return tokenlimits.answer(p_kind, p_cost, null, v_usage.group_id, v_states, null, v_usage, p_replayed => false);

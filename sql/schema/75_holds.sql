@@ -36,13 +36,12 @@ begin
   return array(
     select u.id
     from public.generation_usage as u
-    where
-      u.id = p_usage_id
-      or u.id in (
-        select h.usage_id
-        from tokenlimits.holds as h
-        where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_at
-      )
+    -- as an array, or the whole ledger would be read
+    where u.id = any(p_usage_id || array(
+      select h.usage_id
+      from tokenlimits.holds as h
+      where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_at
+    ))
     order by u.id
     for update
   );
@@ -190,8 +189,23 @@ set search_path = ''
 as $$
 declare
   v_at timestamptz := coalesce(p_usage.settled_at, p_usage.created_at);
-  v_expired uuid[] := tokenlimits.lock_expired(p_usage.group_id, p_usage.kind, v_at);
+  v_dead public.generation_usage;
+  v_expired uuid[];
 begin
+  -- a dead usage under the same key may be of another group or kind, and is locked in one order with the rest
+  select * into v_dead
+  from public.generation_usage as u
+  where
+    u.idempotency_key = p_usage.idempotency_key
+    and u.user_id = p_usage.user_id
+    and tokenlimits.is_dead(u.status, u.expires_at, v_at);
+  v_expired := tokenlimits.lock_expired(p_usage.group_id, p_usage.kind, v_at, v_dead.id);
+  if v_dead.id is not null then
+    perform tokenlimits.free_key(p_usage);
+    if (v_dead.group_id, v_dead.kind) <> (p_usage.group_id, p_usage.kind) then
+      v_expired := array_remove(v_expired, v_dead.id);
+    end if;
+  end if;
   if not tokenlimits.claim(p_usage) then
     return null;
   end if;
@@ -497,8 +511,8 @@ is 'Gives back what a committed usage cost.';
 revoke execute on function public.refund_generation(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.refund_generation(uuid) to authenticated, service_role;
 
--- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it. One group in one transaction,
--- since the counters of two would be locked in an order that nobody else follows.
+-- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it. One group and kind in one
+-- transaction, since the rows of two would be locked in an order that nobody else follows.
 create or replace function tokenlimits.tidy()
 returns bigint
 language plpgsql
@@ -507,25 +521,20 @@ set search_path = ''
 as $$
 declare
   v_at timestamptz := tokenlimits.clock();
-  v_group_id uuid := (
-    select h.group_id
-    from tokenlimits.holds as h
-    where h.expires_at <= v_at
-    order by h.expires_at
-    limit 1
-  );
+  v_oldest tokenlimits.holds;
 begin
-  perform tokenlimits.lock_groups(array[v_group_id]);
-  return coalesce((
-    select sum(tokenlimits.sweep(v_group_id, k.kind, v_at))
-    from (
-      select distinct h.kind
-      from tokenlimits.holds as h
-      where h.group_id = v_group_id and h.expires_at <= v_at
-    ) as k
-  ), 0);
+  select * into v_oldest
+  from tokenlimits.holds as h
+  where h.expires_at <= v_at
+  order by h.expires_at
+  limit 1;
+  if not found then
+    return 0;
+  end if;
+  perform tokenlimits.lock_groups(array[v_oldest.group_id]);
+  return tokenlimits.sweep(v_oldest.group_id, v_oldest.kind, v_at);
 end
 $$;
 comment on function tokenlimits.tidy()
-is 'Sweeps the expired holds of the group with the oldest one, and says how many there were.';
+is 'Sweeps the expired holds of the group and kind with the oldest one, and says how many there were.';
 revoke execute on function tokenlimits.tidy() from public, anon, authenticated;

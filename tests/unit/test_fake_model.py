@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 from tests.sql.semantics.api import Api, parse
-from tests.sql.semantics.test_model import SETTINGS, THOROUGH, Machine
+from tests.sql.semantics.test_model import SETTINGS, THOROUGH, HoldsMachine, Machine
 from tests.support.model import Refusal
 
 from tokenlimits import TokenLimitsError
@@ -47,17 +47,23 @@ class FakeApi(Api):
             self.engine.remove_group_members(group["id"], [str(user_id)])
 
 
-class FakeMachine(Machine):
-    """Without what only a database has: tables to edit, and counters that might drift."""
+class FakeMachine(HoldsMachine):
+    """Without what only a database has: tables to edit, counters that might drift, and checks of the shells' own."""
 
     api: FakeApi
-    nothing_drifts = None
+    nothing_drifts = tidy = reserve_for_too_long_or_short = None
 
     def __init__(self) -> None:
         super().__init__(FakeApi(), ZoneInfo)
 
     def show_time(self) -> None:
         self.api.engine.move_clock(max(self.model.now, self.api.engine.now))
+
+    def teardown(self) -> None:
+        Machine.teardown(self)
+        if hasattr(self, "model"):
+            statuses = {UUID(usage.id): (usage.status, usage.cost) for usage in self.api.engine.ledger}
+            assert statuses == {self.usage_ids[usage.id]: (usage.status, usage.cost) for usage in self.model.usages}
 
 
 for name in dir(Machine):
