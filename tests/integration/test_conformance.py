@@ -805,6 +805,19 @@ def a_late_commit_needs_its_room_once(world: World) -> None:
     assert used(world) == [5, 5]
 
 
+@scenario
+def a_denial_leaves_a_key_alone(world: World) -> None:
+    team(world, {"image": 2})
+    hold = world.limits.reserve(ANN, "image", ttl=1, idempotency_key="job")
+    world.wait(seconds=1)
+    other = world.limits.track(ANN, "image", 2)
+    assert not world.limits.reserve(ANN, "image", idempotency_key="job")
+    world.limits.refund(other.usage_id)
+    world.limits.commit(hold.usage_id)
+    again = world.limits.reserve(ANN, "image", idempotency_key="job")
+    assert (again.usage_id, again.replayed, used(world)) == (hold.usage_id, True, [1])
+
+
 @each(day=[day(9)], also_a_longer_one=[Limit(kind="image", max=9, period="month"), day(9)])
 def a_hold_of_a_past_period(world: World, *limits: Limit) -> None:
     group = team(world, limits)

@@ -24,9 +24,6 @@ PROCESSES = 8
 CONNECTIONS = 32
 
 _GUN = 42
-_CALL = sql.SQL(
-    "select public.{}(p_user_id => %s, p_kind => %s, p_cost => %s, p_idempotency_key => %s, p_group_id => %s)"
-)
 
 
 @dataclass(frozen=True)
@@ -39,13 +36,26 @@ class Call:
     idempotency_key: str | None = None
     group_id: UUID | None = None
     function: str = "track_generation"
+    ttl: int | None = None
+    then: str | None = None
+    pause: float = 0
+    """A ttl makes it `reserve_generation`; `then` is the function that settles an allowed usage, after a pause."""
+
+
+@dataclass(frozen=True)
+class Settle:
+    """A usage that somebody settles, by `commit_generation` or another function that takes its id."""
+
+    function: str
+    usage_id: UUID
+    cost: int | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
     """What one call came to; `error` is an SQLSTATE."""
 
-    call: Call
+    call: Any
     error: str | None = None
     allowed: bool = False
     replayed: bool = False
@@ -54,9 +64,11 @@ class Answer:
     group_id: str | None = None
     overfull: bool = False
     wrongly_denied: bool = False
+    status: str | None = None
+    settled: Answer | None = None
 
 
-Script = Sequence[Call]
+Script = Sequence[Call | Settle]
 
 
 class Crowd:
@@ -140,15 +152,23 @@ def _cycle(
             yield _ask(connection, call)
 
 
-def _ask(connection: psycopg.Connection[Any], call: Call) -> Answer:
-    arguments = [call.user_id, call.kind, call.cost, call.idempotency_key, call.group_id]
+def _ask(connection: psycopg.Connection[Any], call: Call | Settle) -> Answer:
+    function, arguments = _request(call)
+    query = sql.SQL("select public.{}({})").format(
+        sql.Identifier(function),
+        sql.SQL(", ").join(sql.SQL("{} => %s").format(sql.Identifier(f"p_{name}")) for name in arguments),
+    )
     try:
-        row = connection.execute(_CALL.format(sql.Identifier(call.function)), arguments).fetchone()
+        row = connection.execute(query, list(arguments.values())).fetchone()
     except psycopg.Error as error:
         return Answer(call, error=error.sqlstate or repr(error))
     assert row is not None
     answer = row[0]
     denied_by = answer["denied_by"]
+    settled = None
+    if isinstance(call, Call) and call.then and answer["allowed"]:
+        time.sleep(call.pause)
+        settled = _ask(connection, Settle(call.then, answer["usage_id"]))
     return Answer(
         call,
         allowed=answer["allowed"],
@@ -157,5 +177,23 @@ def _ask(connection: psycopg.Connection[Any], call: Call) -> Answer:
         usage_id=answer["usage_id"],
         group_id=answer["group"] and answer["group"]["id"],
         overfull=any(x["max"] is not None and x["used"] > x["max"] for x in answer["limits"]),
-        wrongly_denied=denied_by is not None and denied_by["used"] + call.cost <= denied_by["max"],
+        wrongly_denied=denied_by is not None and denied_by["used"] + answer["cost"] <= denied_by["max"],
+        status=answer["status"],
+        settled=settled,
     )
+
+
+def _request(call: Call | Settle) -> tuple[str, dict[str, Any]]:
+    if isinstance(call, Settle):
+        cost = {} if call.cost is None else {"cost": call.cost}
+        return call.function, {"usage_id": call.usage_id} | cost
+    arguments = {
+        "user_id": call.user_id,
+        "kind": call.kind,
+        "cost": call.cost,
+        "idempotency_key": call.idempotency_key,
+        "group_id": call.group_id,
+    }
+    if call.ttl is None:
+        return call.function, arguments
+    return "reserve_generation", arguments | {"ttl": call.ttl}

@@ -405,3 +405,32 @@ def test_reconciling_finds_nothing_wrong_with_holds(world: World, user: UUID) ->
     world.api.commit(usages[2])
     assert world.api.reconcile(group) == nothing
     assert world.used(user) == 3
+
+
+@pytest.mark.parametrize("how", ["commit", "release", "refund", "late commit", "reserve", "sweep", "key"])
+def test_no_call_reads_the_whole_ledger(world: World, user: UUID, how: str) -> None:
+    world.owner.execute(
+        """
+        insert into public.generation_usage (id, group_id, user_id, kind, cost, status, created_at)
+        select gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), 'image', 1, 'released', now()
+        from generate_series(1, 3000)
+        """
+    )
+    world.owner.execute("analyze public.generation_usage")
+    usage = hold(world, user, key="job")
+    if how == "refund":
+        world.api.commit(usage)
+    elif how in ("late commit", "sweep", "key"):
+        later(world, 60)
+    call: Callable[[], Any] = {
+        "reserve": lambda: world.api.reserve(user, "image"),
+        "sweep": lambda: world.api.track(user, "image"),
+        "key": lambda: world.api.track(user, "image", idempotency_key="job"),
+        "late commit": lambda: world.api.commit(usage),
+    }.get(how, lambda: SETTLEMENTS[how](world, usage))
+    read = """
+    select seq_tup_read + idx_tup_fetch from pg_stat_xact_user_tables where relname = 'generation_usage'
+    """
+    with world.api.connection.transaction():
+        assert call()["allowed"]
+        assert world.api.one(read) < 50
