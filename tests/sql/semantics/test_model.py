@@ -137,12 +137,13 @@ class Machine(RuleBasedStateMachine):
         keyed = [usage for usage in self.model.usages if usage.key]
         usage = data.draw(st.sampled_from(keyed))
         operation, kind, cost, group = usage.request
+        key = usage.key  # before the model takes it from a dead usage
         if operation == "track":
-            self.ask(lambda x: x.track(usage.user_id, kind, cost, usage.key, group))
+            self.ask(lambda x: x.track(usage.user_id, kind, cost, key, group))
         elif operation == "reserve":
-            self.ask(lambda x: x.reserve(usage.user_id, kind, cost, 60, usage.key, group))
+            self.ask(lambda x: x.reserve(usage.user_id, kind, cost, 60, key, group))
         else:
-            self.ask(lambda x: x.record(usage.user_id, kind, cost, None, usage.key, group))
+            self.ask(lambda x: x.record(usage.user_id, kind, cost, None, key, group))
 
     @rule(user=users, kind=kinds, cost=costs, data=st.data())
     def check(self, user: UUID, kind: str, cost: int, data: st.DataObject) -> None:
