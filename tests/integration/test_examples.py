@@ -443,8 +443,10 @@ def answers(stack: LocalStack, groups: GroupManager) -> str:
         ("remove_group_members", {"p_group_id": str(empty.id), "p_user_ids": [str(user.id)]}),
         ("delete_group", {"p_group_id": str(empty.id)}),
     ]
-    held = [stack.sql("select public.reserve_generation($1, 'video') ->> 'usage_id' as id", str(user.id)) for _ in "12"]
-    (first,), (second,) = held
+    (holder,) = stack.create_users(1)
+    groups.add_member(group.id, holder)
+    reserve = "select public.reserve_generation($1, 'video') ->> 'usage_id' as id"
+    [(first,), (second,)] = [stack.sql(reserve, str(holder)) for _ in range(2)]
     calls[-1:-1] = [
         ("commit_generation", {"p_usage_id": first["id"], "p_cost": 1}),
         ("refund_generation", {"p_usage_id": first["id"]}),
