@@ -10,7 +10,8 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -18,11 +19,11 @@ import psycopg
 import pytest
 from tests.sql.semantics.api import Api
 from tests.sql.semantics.database import Database
-from tests.sql.semantics.hammer import CONNECTIONS, Answer, Call, Crowd
+from tests.sql.semantics.hammer import CONNECTIONS, Answer, Call, Crowd, Script, Settle
 from tests.sql.semantics.world import World, limit
 from tests.support import clock
 
-Hammer = Callable[[list[list[Call]]], list[Answer]]
+Hammer = Callable[[Sequence[Script]], list[Answer]]
 
 
 @pytest.fixture(scope="session")
@@ -41,11 +42,11 @@ def everybody(calls: list[Call], times: int = 1) -> list[list[Call]]:
     return [calls * times] * CONNECTIONS
 
 
-def shuffled(calls: list[Call], times: int) -> list[list[Call]]:
+def shuffled(calls: Sequence[Call | Settle], times: int) -> list[Script]:
     """Let every connection make the same calls, in an order of its own."""
-    scripts = []
+    scripts: list[Script] = []
     for number in range(CONNECTIONS):
-        script = calls * times
+        script = [*calls] * times
         random.Random(number).shuffle(script)
         scripts.append(script)
     return scripts
@@ -419,3 +420,214 @@ class TestAdminsAtOnce:
                 thread.join()
         assert errors == []
         assert_right(answers)
+
+
+class TestHolds:
+    """Holds expire, are swept, settled and committed late, all at once."""
+
+    def test_whatever_becomes_of_them_no_limit_is_passed(self, world: World, crowd: Crowd, database: Database) -> None:
+        world.at("2026-11-23 12:00Z")
+        hot = world.group(limit(60), limit(25, scope="member"), limit(50, period="day"), limit(40, kind="video"))
+        others = [world.group(limit(12), limit(9, kind="video", scope="member")) for _ in range(3)]
+        users = [world.user(hot) for _ in range(4)] + [world.user(hot, other) for other in others]
+        scripts = shuffled([call for user in users for call in lives_of_a_usage(user)], times=2)
+        with crowd.calling(database.url, scripts) as answers:
+            run_fast(world, seconds=4)
+        assert_right(answers, "TL008")
+        settled = [a.settled for a in answers if a.settled]
+        assert {a.error for a in settled} <= {None, "TL007"}
+        assert [a for a in settled if a.overfull] == []
+        by_status = Counter(a.status for a in settled)
+        assert by_status["committed"] > 0
+        assert by_status["released"] + by_status["expired"] > 0
+        assert by_status["refunded"] > 0
+        expired = "select count(*) from public.generation_usage where status = 'expired'"
+        assert world.owner.one(expired) > 20
+        for group in (hot, *others):
+            assert_sound(world, group)
+
+    def test_nobody_is_denied_for_what_has_expired(self, world: World, crowd: Crowd, database: Database) -> None:
+        group = world.group(limit(40), limit(40, scope="member"))
+        users = [world.user(group) for _ in range(2)]
+        for hour in range(12, 16):
+            world.at(f"2026-11-23 {hour}:00Z")
+            for _ in range(40):
+                assert world.api.reserve(users[0], "image", 1, 60)["allowed"]
+            world.at(f"2026-11-23 {hour}:01Z")
+            scripts = [[Call(users[n % 2], ttl=[None, 1][n % 2])] for n in range(CONNECTIONS)]
+            answers = crowd.call(database.url, scripts)
+            assert_right(answers)
+            assert allowed(answers) == CONNECTIONS
+            world.at(f"2026-11-23 {hour}:02Z")
+            for usage in [a.usage_id for a in answers if a.call.ttl is None]:
+                world.api.refund(usage)
+        assert_sound(world, group)
+
+    @pytest.mark.parametrize("expired", [False, True])
+    def test_settled_from_all_sides_each_settles_once(self, world: World, hammer: Hammer, expired: bool) -> None:
+        world.at("2026-11-23 12:00Z")
+        group = world.group(limit(1000), limit(1000, scope="member"))
+        user = world.user(group)
+        usages = [world.api.reserve(user, "image", 4, 60)["usage_id"] for _ in range(25)]
+        world.at("2026-11-23 12:01Z" if expired else "2026-11-23 12:00:30Z")
+        ways = [("commit_generation", None), ("commit_generation", 1), ("release_generation", None)]
+        scripts = [[Settle(*settle_by(ways[n % 3], usage)) for usage in usages] for n in range(CONNECTIONS)]
+        answers = hammer(scripts)
+        assert_right(answers, "TL006")
+        charged = 0
+        for usage in usages:
+            mine = [a for a in answers if a.call.usage_id == usage]
+            effects = [a for a in mine if not a.error and not a.replayed]
+            charged += sum(4 if a.call.cost is None else 1 for a in effects if a.status == "committed")
+            # a release changes nothing of an expired hold
+            assert len(effects) == 1
+            assert {a.call.cost for a in mine if a.status == "committed"} <= {effects[0].call.cost}
+        assert world.used(user) == charged
+        assert_sound(world, group)
+
+    def test_refunded_by_all_it_is_given_back_once(self, world: World, hammer: Hammer) -> None:
+        group = world.group(limit(1000), limit(1000, scope="member"))
+        user = world.user(group)
+        usages = [world.api.track(user, "image", 4)["usage_id"] for _ in range(25)]
+        answers = hammer(shuffled([Settle("refund_generation", usage) for usage in usages], times=1))
+        assert_right(answers)
+        assert Counter(a.call.usage_id for a in answers if not a.replayed) == dict.fromkeys(usages, 1)
+        assert world.used(user) == 0
+        assert_sound(world, group)
+
+    def test_late_commits_get_the_last_room_and_no_more(self, world: World, hammer: Hammer) -> None:
+        group = world.group(limit(20), limit(15, scope="member"))
+        users = [world.user(group) for _ in range(2)]
+        usages = []
+        for minute in range(4):
+            world.at(f"2026-11-23 12:{minute:02}Z")
+            usages += [world.api.reserve(user, "image", 1, 60)["usage_id"] for user in users for _ in range(10)]
+        world.at("2026-11-23 13:00Z")
+        answers = hammer(shuffled([Settle("commit_generation", usage) for usage in usages], times=1))
+        assert_right(answers, "TL007")
+        assert len([a for a in answers if not a.error and not a.replayed]) == 20
+        assert {a.error for a in answers} == {None, "TL007"}
+        assert world.used(users[0]) == 20
+        assert_sound(world, group)
+
+    def test_sweeps_and_settlements_of_the_same_holds(self, world: World, crowd: Crowd, database: Database) -> None:
+        group = world.group(limit(200), limit(150, scope="member"), limit(200, kind="video"))
+        users = [world.user(group) for _ in range(3)]
+        usages = []
+        for minute in range(3):
+            world.at(f"2026-11-23 12:{minute:02}Z")
+            for user in users:
+                for kind in ("image", "video"):
+                    usages += [world.api.reserve(user, kind, 2, 60)["usage_id"] for _ in range(12)]
+        world.at("2026-11-23 12:10Z")
+        settling = [Settle(f, usage) for usage in usages for f in ("commit_generation", "release_generation")]
+        scripts: list[Script] = [*shuffled(settling, times=1)[: CONNECTIONS // 2]]
+        takes = [Call(user, kind, ttl=ttl) for user in users for kind in ("image", "video") for ttl in (None, 1)]
+        scripts += shuffled(takes, times=1)[CONNECTIONS // 2 :]
+        with sweeping(database), crowd.calling(database.url, scripts) as answers:
+            run_fast(world, seconds=2)
+        assert_right(answers, "TL006", "TL007")
+        assert {a.status for a in answers if isinstance(a.call, Settle)} >= {"committed", "expired"}
+        assert_sound(world, group)
+
+    def test_keys_that_go_from_dead_usages_of_one_kind_to_another(
+        self, world: World, crowd: Crowd, database: Database
+    ) -> None:
+        world.at("2026-11-23 12:00Z")
+        one, two = (world.group(limit(None), limit(None, kind="video")) for _ in range(2))
+        users = [world.user(one, two) for _ in range(2)]
+        calls = [
+            Call(user, kind, idempotency_key=f"job-{n}", group_id=group, ttl=1)
+            for user in users
+            for kind in ("image", "video")
+            for group in (one, two)
+            for n in range(6)
+        ]
+        with sweeping(database), crowd.calling(database.url, shuffled(calls, times=1)) as answers:
+            run_fast(world, seconds=3)
+        assert_right(answers, "TL008")
+        assert allowed(answers) > len(calls)
+        for group in (one, two):
+            assert_sound(world, group)
+
+
+def lives_of_a_usage(user: UUID) -> list[Call]:
+    """Take something in every way and let everything become of it; in fast time, a pause is long."""
+    return [
+        Call(user),
+        Call(user, then="refund_generation"),
+        Call(user, "video", 2, then="refund_generation", pause=0.02),
+        Call(user, ttl=1),
+        Call(user, cost=3, ttl=2),
+        Call(user, "video", ttl=2),
+        Call(user, ttl=60, then="commit_generation"),
+        Call(user, ttl=1, then="commit_generation", pause=0.05),
+        Call(user, cost=2, ttl=60, then="release_generation"),
+        Call(user, "video", ttl=1, then="release_generation", pause=0.05),
+        Call(user, idempotency_key="job", ttl=1),
+        Call(user, "video", idempotency_key="job", ttl=2),
+    ]
+
+
+def settle_by(way: tuple[str, int | None], usage: UUID) -> tuple[str, UUID, int | None]:
+    return way[0], usage, way[1]
+
+
+def run_fast(world: World, seconds: float) -> None:
+    """Let a clock that stands run, thirty times as fast as a real one."""
+    begun, at = time.monotonic(), clock.read(world.owner.connection)
+    while (passed := time.monotonic() - begun) < seconds:
+        world.at((at + timedelta(seconds=30 * passed)).isoformat())
+        time.sleep(0.01)
+
+
+@contextmanager
+def sweeping(database: Database) -> Iterator[None]:
+    """Let two jobs sweep all the time."""
+    stop = threading.Event()
+    errors: list[psycopg.Error] = []
+
+    def sweep(api: Api) -> None:
+        try:
+            while not stop.is_set():
+                api.tidy()
+                stop.wait(0.01)
+        except psycopg.Error as error:
+            errors.append(error)
+
+    jobs = [threading.Thread(target=sweep, args=(Api(database.connect("postgres")),)) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for job in jobs:
+            job.join()
+    assert errors == []
+
+
+def assert_sound(world: World, group: UUID) -> None:
+    """When all holds have expired, there is room for exactly what was not charged, and all sums are right."""
+    nothing: dict[str, list[object]] = {"counters": [], "rollup": []}
+    assert world.api.reconcile(group) == nothing
+    world.at((clock.read(world.owner.connection) + timedelta(minutes=2)).isoformat())
+    charged = dict(
+        world.owner.connection.execute(
+            "select kind, sum(cost)::bigint from public.generation_usage"
+            " where group_id = %s and status = 'committed' group by kind",
+            [group],
+        ).fetchall()
+    )
+    newcomer = world.user(group)
+    for x in world.api.group_usage(group)["limits"]:
+        assert x["used"] == charged.get(x["kind"], 0)
+    for kind in ("image", "video"):
+        answer = world.api.check(newcomer, kind, group_id=group)
+        for x in answer["limits"]:
+            if x["max"] is not None:
+                assert x["used"] == (charged.get(kind, 0) if x["scope"] == "group" else 0)
+                assert x["used"] <= x["max"]
+        if answer["remaining"]:
+            assert world.api.reserve(newcomer, kind, answer["remaining"], 1, group_id=group)["allowed"]
+    assert world.api.reconcile(group) == nothing
