@@ -1733,13 +1733,14 @@ revoke execute on function tokenlimits.expire(uuid[], timestamptz) from public, 
 
 -- Moves the rollup and every counter of a group and kind by many moves at once. The ledger is as it will be: a counter
 -- that is counted afresh here has the moves in it already, so it is opened without them. Raises TL099 when a counter
--- has moved on or, if p_enforce, has no room.
+-- has moved on, or has no room for the user in p_enforce_for. What is taken back from others is never too much, even
+-- where a limit was lowered below what they use.
 create or replace function tokenlimits.move_usage(
   p_group_id uuid,
   p_kind text,
   p_moves tokenlimits.usage_move[],
   p_at timestamptz,
-  p_enforce boolean
+  p_enforce_for uuid
 )
 returns void
 language plpgsql
@@ -1767,20 +1768,20 @@ begin
   loop
     foreach v_state in array tokenlimits.limit_states(p_group_id, v_user_id, p_kind, p_at) loop
       if v_state.scope = 'member' then
-        perform tokenlimits.move_counter(v_state, p_moves, v_user_id, p_enforce);
+        perform tokenlimits.move_counter(v_state, p_moves, v_user_id, coalesce(v_user_id = p_enforce_for, false));
       end if;
     end loop;
   end loop;
   foreach v_state in array tokenlimits.limit_states(p_group_id, p_moves[1].user_id, p_kind, p_at) loop
     if v_state.scope = 'group' then
-      perform tokenlimits.move_counter(v_state, p_moves, null, p_enforce);
+      perform tokenlimits.move_counter(v_state, p_moves, null, p_enforce_for is not null);
     end if;
   end loop;
 end
 $$;
-comment on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, boolean)
+comment on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, uuid)
 is 'Moves rollup and counters by many moves at once, or raises TL099.';
-revoke execute on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, boolean)
+revoke execute on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, uuid)
 from public, anon, authenticated;
 
 create or replace function tokenlimits.move_counter(
@@ -1862,7 +1863,7 @@ begin
     p_usage.group_id, p_usage.kind,
     tokenlimits.expire(v_expired, v_at)
     || row(p_usage.user_id, p_usage.created_at, p_usage.cost, 1)::tokenlimits.usage_move,
-    v_at, p_enforce
+    v_at, case when p_enforce then p_usage.user_id end
   );
   return tokenlimits.limit_states(p_usage.group_id, p_usage.user_id, p_usage.kind, v_at);
 end
@@ -1886,7 +1887,7 @@ begin
     begin
       v_moves := tokenlimits.expire(tokenlimits.lock_expired(p_group_id, p_kind, v_at), v_at);
       if v_moves <> '{}' then
-        perform tokenlimits.move_usage(p_group_id, p_kind, v_moves, v_at, p_enforce => false);
+        perform tokenlimits.move_usage(p_group_id, p_kind, v_moves, v_at, p_enforce_for => null);
       end if;
       return cardinality(v_moves);
     exception
@@ -2076,7 +2077,9 @@ begin
         where u.id = p_usage_id
         returning * into v_usage;
         delete from tokenlimits.holds as h where h.usage_id = p_usage_id;
-        perform tokenlimits.move_usage(v_usage.group_id, v_usage.kind, v_moves, v_at, p_enforce => v_late);
+        perform tokenlimits.move_usage(
+          v_usage.group_id, v_usage.kind, v_moves, v_at, p_enforce_for => case when v_late then v_usage.user_id end
+        );
       end if;
       return tokenlimits.answer(
         v_usage.kind, v_usage.cost, null, v_usage.group_id,

@@ -240,6 +240,23 @@ class TestAnExpiredHold:
         assert not world.api.track(user, "image", 11)["allowed"]
         assert world.recorded() == [(user, "image", 4, "expired")]
 
+    def test_is_swept_by_another_member_where_a_limit_was_lowered_meanwhile(self, world: World) -> None:
+        world.at(NOON)
+        group = world.group(limit(10, period="day", scope="member"))
+        user, other = world.user(group), world.user(group)
+        world.api.track(user, "image", 4)
+        hold(world, user)
+        later(world, 60)
+        world.api.set_limit(group, "image", "day", "member", 3)
+        world.owner.connection.execute("set statement_timeout = '5s'")
+        assert world.owner.track(other, "image", 3)["allowed"]
+        world.owner.connection.execute("reset statement_timeout")
+        assert world.recorded() == [
+            (user, "image", 4, "committed"),
+            (user, "image", 4, "expired"),
+            (other, "image", 3, "committed"),
+        ]
+
     def test_is_released_without_an_error(self, world: World, user: UUID, sweep: Callable[[], None]) -> None:
         usage = hold(world, user)
         later(world, 60)
