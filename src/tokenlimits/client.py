@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Self
@@ -10,7 +9,7 @@ from uuid import UUID
 
 from supabase import Client
 
-from . import _calls
+from . import _calls, _sessions
 from ._arguments import OnUnavailable
 from ._base import DEFAULT_TIMEOUT
 from ._holding import Holding
@@ -191,7 +190,6 @@ class Default:
     """The client behind `track_generation`: made on first use, replaced by `tokenlimits.testing.override`."""
 
     current: TokenLimits | None = None
-    _lock = threading.Lock()
 
     @classmethod
     def choose(cls, client: TokenLimits | Client | None) -> TokenLimits:
@@ -200,7 +198,7 @@ class Default:
             return client
         if client is not None:
             return TokenLimits(client)
-        with cls._lock:
+        with _sessions.lock():
             if cls.current is None:
                 cls.current = TokenLimits.from_env()
             return cls.current
