@@ -14,8 +14,8 @@ begin
       p.pronamespace = 'public'::regnamespace
       and (p.prosrc like '%tokenlimits.%' or p.proname = 'tokenlimits_version')
       and p.proname in (
-        'tokenlimits_version', 'track_generation', 'check_generation', 'record_generation', 'reserve_generation',
-        'commit_generation', 'release_generation', 'refund_generation', 'reconcile_usage',
+        'tokenlimits_version', 'track_generation', 'track_generations', 'check_generation', 'record_generation',
+        'reserve_generation', 'commit_generation', 'release_generation', 'refund_generation', 'reconcile_usage',
         'user_generation_usage', 'my_generation_usage', 'save_group', 'set_group_limit', 'remove_group_limit',
         'delete_group', 'find_groups', 'add_group_members', 'remove_group_members', 'move_group_member',
         'reset_group_usage', 'group_members', 'find_users', 'group_usage', 'generation_history'

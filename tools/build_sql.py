@@ -1,30 +1,76 @@
-"""Build sql/tokenlimits.sql and the first migration from sql/schema/; with --check, fail when they are stale."""
+"""Build sql/tokenlimits.sql and the newest migration from sql/schema/; with --check, fail when they are stale.
+
+The newest migration has those statements of the schema that no earlier one has in the same words. The one paste has all
+of them, and is applied over older versions too, so every statement must work both ways: `create or replace`,
+`add column if not exists`. After a release, begin the next migration with an empty file,
+sql/migrations/YYYYMMDDHHMMSS_topic.sql; the released ones are never built again.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 SQL = Path(__file__).resolve().parent.parent / "sql"
-TARGETS = (SQL / "tokenlimits.sql", SQL / "migrations" / "20261123000000_tokenlimits.sql")
-HEADER = """\
+ONE_PASTE_HEADER = """\
 -- tokenlimits: exact limits on generations. Apply it in Supabase's SQL editor, or as a migration.
 -- It can be applied again without harm: data, and your own tokenlimits.is_admin(), stay.
 -- Generated from sql/schema/ by `make sql`; edit it there.
 
 """
+MIGRATION_HEADER = """\
+-- tokenlimits: what is new since the migration before this one.
+-- Generated from sql/schema/ by `make sql`; edit it there.
+
+"""
+# PostgREST has to look again after each
+RELOAD = "notify pgrst, 'reload schema';"
+
+
+def statements(sql: str) -> Iterator[str]:
+    """Split formatted SQL into statements, each with the comments before it."""
+    lines: list[str] = []
+    body: str | None = None
+    for line in sql.splitlines():
+        if not lines and not line:
+            continue
+        lines.append(line)
+        for quote in re.findall(r"\$\w*\$", line):
+            body = quote if body is None else None if body == quote else body
+        if body is None and line.endswith(";"):
+            yield "\n".join(lines)
+            lines = []
+
+
+def code(statement: str) -> str:
+    """Strip the comments before a statement."""
+    return re.sub(r"\A(--.*\n|\n)+", "", statement)
+
+
+def migration(schema: str, earlier: list[str]) -> str:
+    """Write what a schema has beyond its earlier migrations."""
+    known = {code(statement) for text in earlier for statement in statements(text)} - {RELOAD}
+    new = [statement for statement in statements(schema) if code(statement) not in known]
+    return MIGRATION_HEADER + "\n\n".join(new) + "\n"
 
 
 def main() -> int:
     """Write the generated files, or say which are stale."""
-    content = HEADER + "\n".join(path.read_text() for path in sorted((SQL / "schema").glob("*.sql")))
-    stale = [path for path in TARGETS if not path.exists() or path.read_text() != content]
+    schema = "\n".join(path.read_text() for path in sorted((SQL / "schema").glob("*.sql")))
+    *released, newest = sorted((SQL / "migrations").glob("*.sql"))
+    built = {
+        SQL / "tokenlimits.sql": ONE_PASTE_HEADER + schema,
+        newest: migration(schema, [path.read_text() for path in released]),
+    }
+    stale = [path for path, content in built.items() if not path.exists() or path.read_text() != content]
     if "--check" in sys.argv[1:]:
         for path in stale:
             print(f"{path.relative_to(SQL.parent)} is stale: run `make sql`", file=sys.stderr)
         return bool(stale)
     for path in stale:
-        path.write_text(content)
+        path.write_text(built[path])
     return 0
 
 

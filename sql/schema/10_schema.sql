@@ -14,6 +14,7 @@
 --   TL007  the hold has expired and its cost no longer fits
 --   TL008  idempotency key used for another request
 --   TL009  the transaction is not READ COMMITTED
+--   TL098  somebody else holds a group of the batch; caught inside, never leaves
 --   TL099  overtaken by another call; caught inside, never leaves
 --   42501  the caller is no admin
 
@@ -156,7 +157,7 @@ language sql
 immutable
 set search_path = ''
 as $$
-  select jsonb_build_object('version', 1)
+  select jsonb_build_object('version', 2)
 $$;
 comment on function public.tokenlimits_version()
 is 'The version of the installed schema. Clients compare it with the least that they need.';

@@ -1,14 +1,18 @@
 -- What a group's limits are at a moment, and what happens when they are edited.
 --
 -- Invariants
---   * limit_states answers members' limits first, then the group's, by counter_id: the order in which they are locked.
+--   * limit_states answers members' limits first, by member, then the group's: the order in which they are locked.
 --   * Every edit of limits, by function or by an admin's plain update, passes the triggers below.
+
+-- the first version, which looked at one user
+-- squawk-ignore ban-drop-function
+drop function if exists tokenlimits.limit_states(uuid, uuid, text, timestamptz);
 
 -- Hot path: one index scan for limits, one look-up per counter. Only a counter that is missing (a limit or a member
 -- that is new) or past costs more, once.
 create or replace function tokenlimits.limit_states(
   p_group_id uuid,
-  p_user_id uuid,
+  p_user_ids uuid[],
   p_kind text,
   p_at timestamptz
 )
@@ -33,12 +37,10 @@ begin
       c.since, c.until, c.used, null::bigint as expired, c.until > p_at as is_open, g.timezone
     from public.group_limits as l
     inner join public.user_groups as g on g.id = l.group_id
-    cross join lateral (
-      select case l.scope when 'group' then p_group_id else p_user_id end as subject
-    ) as s
+    cross join lateral unnest(case l.scope when 'group' then array[p_group_id] else p_user_ids end) as s (subject)
     left join tokenlimits.counters as c on c.subject = s.subject and c.counter_id = l.counter_id
     where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind)
-    order by l.kind, l.scope = 'group', l.counter_id
+    order by l.kind, l.scope = 'group', s.subject, l.counter_id
   loop
     if v.is_open is not true then
       v_period := tokenlimits.period_of(v.period, v.timezone, p_at);
@@ -50,7 +52,7 @@ begin
       ));
       v.used := case
         when v.until is null then tokenlimits.count_usage(
-          p_group_id, case v.scope when 'member' then p_user_id end, v.kind, v.since
+          p_group_id, case v.scope when 'member' then v.subject end, v.kind, v.since
         )
         else 0
       end;
@@ -65,7 +67,7 @@ begin
           and h.kind = v.kind
           and h.expires_at <= p_at
           and h.created_at >= v.since
-          and (v.scope = 'group' or p_user_id is null or h.user_id = p_user_id)
+          and (v.scope = 'group' or v.subject is null or h.user_id = v.subject)
       ), 0);
       v.used := v.used - v.expired;
     end if;
@@ -76,9 +78,9 @@ begin
   return v_states;
 end
 $$;
-comment on function tokenlimits.limit_states(uuid, uuid, text, timestamptz)
-is 'A group''s limits for a user, of a kind or of all. When the user is null, a member limit counts all members.';
-revoke execute on function tokenlimits.limit_states(uuid, uuid, text, timestamptz) from public, anon, authenticated;
+comment on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz)
+is 'A group''s limits for users, of a kind or of all. Of a user that is null, a member limit counts all members.';
+revoke execute on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz) from public, anon, authenticated;
 
 -- A limit that is another one from now on gets another counter.
 create or replace function tokenlimits.renew_counter()
@@ -131,7 +133,7 @@ begin
     perform tokenlimits.drop_stale_counters(v_group_id);
     insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
     select s.subject, s.counter_id, s.since, s.until, s.used + coalesce(s.expired, 0)
-    from unnest(tokenlimits.limit_states(v_group_id, null, null, tokenlimits.clock())) as s
+    from unnest(tokenlimits.limit_states(v_group_id, array[null]::uuid[], null, tokenlimits.clock())) as s
     where s.scope = 'group' and s.is_open is not true
     on conflict (subject, counter_id) do update
     set since = excluded.since, until = excluded.until, used = excluded.used;

@@ -75,6 +75,72 @@ begin
 end
 $do$;
 
+-- The verdict before any group was looked at.
+create or replace function tokenlimits.unjudged(p_group_ids uuid[], p_at timestamptz)
+returns tokenlimits.verdict
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  v_verdict tokenlimits.verdict;
+begin
+  v_verdict.allowed := false;
+  v_verdict.reason := case when p_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
+  v_verdict.at := p_at;
+  return v_verdict;
+end
+$$;
+comment on function tokenlimits.unjudged(uuid[], timestamptz) is 'The verdict while no group has been looked at.';
+revoke execute on function tokenlimits.unjudged(uuid[], timestamptz) from public, anon, authenticated;
+
+-- One group more in a verdict: whether it pays, or how long until it could.
+create or replace function tokenlimits.weigh(
+  p_verdict tokenlimits.verdict,
+  p_group_id uuid,
+  p_states tokenlimits.limit_state[],
+  p_cost bigint
+)
+returns tokenlimits.verdict
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  v_state tokenlimits.limit_state;
+  v_full tokenlimits.limit_state;
+begin
+  if p_states = '{}' then
+    return p_verdict;
+  end if;
+  foreach v_state in array p_states loop
+    -- a counter may be ahead of a clock that was set back; the usage belongs to the counter's period then
+    p_verdict.at := greatest(p_verdict.at, v_state.since);
+    if v_state.used + p_cost > v_state.max then
+      -- what can never fit, and a lifetime limit, wait for ever
+      if p_cost > v_state.max then
+        v_state.until := 'infinity';
+      end if;
+      if v_full is null or v_state.until > v_full.until then
+        v_full := v_state;
+      end if;
+    end if;
+  end loop;
+  p_verdict.allowed := v_full is null;
+  if p_verdict.allowed or p_verdict.reason <> 'limit_exceeded' or v_full.until < (p_verdict.denied_by).until then
+    p_verdict.reason := case when not p_verdict.allowed then 'limit_exceeded' end;
+    p_verdict.group_id := p_group_id;
+    p_verdict.states := p_states;
+    p_verdict.denied_by := v_full;
+  end if;
+  return p_verdict;
+end
+$$;
+comment on function tokenlimits.weigh(tokenlimits.verdict, uuid, tokenlimits.limit_state[], bigint)
+is 'A verdict with one more group looked at: it pays, or may have room before those that were looked at.';
+revoke execute on function tokenlimits.weigh(tokenlimits.verdict, uuid, tokenlimits.limit_state[], bigint)
+from public, anon, authenticated;
+
 create or replace function tokenlimits.judge(
   p_user_id uuid,
   p_kind text,
@@ -88,51 +154,14 @@ stable
 set search_path = ''
 as $$
 declare
-  v_verdict tokenlimits.verdict;
+  v_verdict tokenlimits.verdict := tokenlimits.unjudged(p_group_ids, p_at);
   v_group_id uuid;
-  v_states tokenlimits.limit_state[];
-  v_state tokenlimits.limit_state;
-  v_full tokenlimits.limit_state;
-  v_room_at timestamptz;
-  v_first_room_at timestamptz;
 begin
-  v_verdict.allowed := false;
-  v_verdict.reason := case when p_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
-  v_verdict.at := p_at;
   foreach v_group_id in array p_group_ids loop
-    v_states := tokenlimits.limit_states(v_group_id, p_user_id, p_kind, p_at);
-    continue when v_states = '{}';
-    v_full := null;
-    v_room_at := '-infinity';
-    foreach v_state in array v_states loop
-      -- a counter may be ahead of a clock that was set back; the usage belongs to the counter's period then
-      v_verdict.at := greatest(v_verdict.at, v_state.since);
-      if v_state.used + p_cost > v_state.max then
-        -- what can never fit, and a lifetime limit, wait for ever
-        if p_cost > v_state.max then
-          v_state.until := 'infinity';
-        end if;
-        if v_full is null or v_state.until > v_room_at then
-          v_full := v_state;
-          v_room_at := v_state.until;
-        end if;
-      end if;
-    end loop;
-    if v_full is null then
-      v_verdict.allowed := true;
-      v_verdict.reason := null;
-      v_verdict.group_id := v_group_id;
-      v_verdict.states := v_states;
-      v_verdict.denied_by := null;
-      return v_verdict;
-    end if;
-    if v_first_room_at is null or v_room_at < v_first_room_at then
-      v_first_room_at := v_room_at;
-      v_verdict.reason := 'limit_exceeded';
-      v_verdict.group_id := v_group_id;
-      v_verdict.states := v_states;
-      v_verdict.denied_by := v_full;
-    end if;
+    v_verdict := tokenlimits.weigh(
+      v_verdict, v_group_id, tokenlimits.limit_states(v_group_id, array[p_user_id], p_kind, p_at), p_cost
+    );
+    exit when v_verdict.allowed;
   end loop;
   return v_verdict;
 end
@@ -183,6 +212,8 @@ begin
     return 'The user is in no group that may pay for this';
   elsif p_reason = 'no_limit_for_kind' then
     return format('None of the user''s groups has a limit for %s generations, so none is allowed', v_kind);
+  elsif p_reason = 'busy' then
+    return 'Somebody else is changing what the group uses, or its limits, at this moment; ask again';
   end if;
   return upper(left(v_kind, 1)) || substr(v_kind, 2)
     || format(' generation limit exceeded: %s of %s used ', p_denied_by.used, p_denied_by.max)

@@ -68,6 +68,25 @@ comment on function tokenlimits.is_dead(text, timestamptz, timestamptz)
 is 'Whether a usage counts no more, so that its key is free.';
 revoke execute on function tokenlimits.is_dead(text, timestamptz, timestamptz) from public, anon, authenticated;
 
+create or replace function tokenlimits.refuse_key(p_idempotency_key text, p_usage_id uuid)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.refuse(
+    'TL008',
+    format('idempotency_key %L was used for another request of this user', p_idempotency_key),
+    p_usage_id::text,
+    'Use one key per job: the same operation, kind, cost and group every time.'
+  );
+end
+$$;
+comment on function tokenlimits.refuse_key(text, uuid)
+is 'Raises TL008: an idempotency key is bound to another request.';
+revoke execute on function tokenlimits.refuse_key(text, uuid) from public, anon, authenticated;
+
 -- The live usage under a key, if any. A key that was used for another request is an error.
 create or replace function tokenlimits.usage_under_key(p_user_id uuid, p_idempotency_key text, p_fingerprint uuid)
 returns public.generation_usage
@@ -84,12 +103,7 @@ begin
   if not found or tokenlimits.is_dead(v_usage.status, v_usage.expires_at, tokenlimits.clock()) then
     return null;
   elsif v_usage.fingerprint is distinct from p_fingerprint then
-    perform tokenlimits.refuse(
-      'TL008',
-      format('idempotency_key %L was used for another request of this user', p_idempotency_key),
-      v_usage.id::text,
-      'Use one key per job: the same operation, kind, cost and group every time.'
-    );
+    perform tokenlimits.refuse_key(p_idempotency_key, v_usage.id);
   end if;
   return v_usage;
 end
@@ -317,7 +331,7 @@ begin
     if p_idempotency_key is not null then
       v_live := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_usage.fingerprint);
       if v_live.id is not null then
-        v_states := tokenlimits.limit_states(v_live.group_id, p_user_id, p_kind, tokenlimits.clock());
+        v_states := tokenlimits.limit_states(v_live.group_id, array[p_user_id], p_kind, tokenlimits.clock());
         return tokenlimits.answer(
           p_kind, v_live.cost, null, v_live.group_id, v_states, null, v_live, p_replayed => true
         );
@@ -469,7 +483,7 @@ begin
   end if;
   while v_live.id is null loop
     v_now := greatest(tokenlimits.clock(), v_now);
-    v_states := tokenlimits.limit_states(v_usage.group_id, p_user_id, p_kind, v_now);
+    v_states := tokenlimits.limit_states(v_usage.group_id, array[p_user_id], p_kind, v_now);
     v_now := greatest(v_now, (select max(s.since) from unnest(v_states) as s));
     v_usage.id := tokenlimits.uuid_v7();
     v_usage.created_at := coalesce(least(p_created_at, v_now), v_now);
@@ -490,7 +504,7 @@ begin
     end if;
     v_live := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_usage.fingerprint);
   end loop;
-  v_states := tokenlimits.limit_states(v_live.group_id, p_user_id, p_kind, v_now);
+  v_states := tokenlimits.limit_states(v_live.group_id, array[p_user_id], p_kind, v_now);
   return tokenlimits.answer(p_kind, v_live.cost, null, v_live.group_id, v_states, null, v_live, p_replayed => true);
 end
 $$;

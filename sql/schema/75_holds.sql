@@ -20,36 +20,44 @@ begin
 end
 $do$;
 
--- Locks the expired holds of a group and kind, and one usage more, in one order.
-create or replace function tokenlimits.lock_expired(
-  p_group_id uuid,
-  p_kind text,
-  p_at timestamptz,
-  p_usage_id uuid default null
-)
+-- the first version, which locked too
+-- squawk-ignore ban-drop-function
+drop function if exists tokenlimits.lock_expired(uuid, text, timestamptz, uuid);
+
+create or replace function tokenlimits.expired_holds(p_group_id uuid, p_kind text, p_at timestamptz)
 returns uuid[]
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return array(
+    select h.usage_id
+    from tokenlimits.holds as h
+    where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_at
+  );
+end
+$$;
+comment on function tokenlimits.expired_holds(uuid, text, timestamptz)
+is 'The holds of a group and kind that have expired, and that nobody has swept yet.';
+revoke execute on function tokenlimits.expired_holds(uuid, text, timestamptz) from public, anon, authenticated;
+
+create or replace function tokenlimits.lock_usages(p_usage_ids uuid[])
+returns void
 language plpgsql
 volatile
 set search_path = ''
 as $$
 begin
-  return array(
-    select u.id
-    from public.generation_usage as u
-    -- as an array, or the whole ledger would be read
-    where u.id = any(p_usage_id || array(
-      select h.usage_id
-      from tokenlimits.holds as h
-      where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_at
-    ))
-    order by u.id
-    for update
-  );
+  perform
+  from public.generation_usage as u
+  where u.id = any(p_usage_ids)
+  order by u.id
+  for update;
 end
 $$;
-comment on function tokenlimits.lock_expired(uuid, text, timestamptz, uuid)
-is 'Locks the expired holds of a group and kind.';
-revoke execute on function tokenlimits.lock_expired(uuid, text, timestamptz, uuid) from public, anon, authenticated;
+comment on function tokenlimits.lock_usages(uuid[]) is 'Locks rows of the ledger, in one order.';
+revoke execute on function tokenlimits.lock_usages(uuid[]) from public, anon, authenticated;
 
 -- Marks those of the locked usages that are expired holds, and answers what that takes back.
 create or replace function tokenlimits.expire(p_usage_ids uuid[], p_at timestamptz)
@@ -82,26 +90,36 @@ comment on function tokenlimits.expire(uuid[], timestamptz)
 is 'Marks holds as expired; answers what is to be taken back.';
 revoke execute on function tokenlimits.expire(uuid[], timestamptz) from public, anon, authenticated;
 
--- Moves the rollup and every counter of a group and kind by many moves at once. The ledger is as it will be: a counter
--- that is counted afresh here has the moves in it already, so it is opened without them. Raises TL099 when a counter
--- has moved on, or has no room for the user in p_enforce_for. What is taken back from others is never too much, even
--- where a limit was lowered below what they use.
+-- the first versions
+-- squawk-ignore ban-drop-function
+drop function if exists tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, uuid);
+-- squawk-ignore ban-drop-function
+drop function if exists tokenlimits.move_counter(
+  tokenlimits.limit_state, tokenlimits.usage_move[], uuid, boolean
+);
+
+-- Moves the rollup and every counter of a group and kind by many moves at once, and answers the counters as they are
+-- then. The ledger is as it will be: a counter that is counted afresh here has the moves in it already, so it is opened
+-- without them. Raises TL099 when a counter has moved on, or has no room for what p_enforce puts into it; what is only
+-- taken back is never too much, even where a limit was lowered below what is used.
 create or replace function tokenlimits.move_usage(
   p_group_id uuid,
   p_kind text,
   p_moves tokenlimits.usage_move[],
   p_at timestamptz,
-  p_enforce_for uuid
+  p_enforce boolean
 )
-returns void
+returns tokenlimits.limit_state[]
 language plpgsql
 volatile
 set search_path = ''
 as $$
 declare
   v_slot smallint := tokenlimits.free_slot(p_group_id);
-  v_user_id uuid;
-  v_state tokenlimits.limit_state;
+  v_states tokenlimits.limit_state[] := tokenlimits.limit_states(
+    p_group_id, array(select distinct m.user_id from unnest(p_moves) as m), p_kind, p_at
+  );
+  v record;
 begin
   insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
   select
@@ -112,74 +130,70 @@ begin
   on conflict on constraint usage_rollup_pkey do update
   set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
 
-  for v_user_id in
-    select distinct m.user_id
-    from unnest(p_moves) as m
-    order by m.user_id
+  for v in
+    select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.cost > 0) as adds
+    from unnest(v_states) with ordinality as s (
+      counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place
+    )
+    inner join (
+      select n.user_id as subject, n.created_at, n.cost
+      from unnest(p_moves) as n
+      union all
+      select p_group_id as subject, n.created_at, n.cost
+      from unnest(p_moves) as n
+    ) as m on m.subject = s.subject and m.created_at >= s.since
+    group by s.place
+    order by s.place
   loop
-    foreach v_state in array tokenlimits.limit_states(p_group_id, v_user_id, p_kind, p_at) loop
-      if v_state.scope = 'member' then
-        perform tokenlimits.move_counter(v_state, p_moves, v_user_id, coalesce(v_user_id = p_enforce_for, false));
-      end if;
-    end loop;
+    v_states[v.place].used := tokenlimits.move_counter(v_states[v.place], v.cost, v.last, p_enforce and v.adds);
   end loop;
-  foreach v_state in array tokenlimits.limit_states(p_group_id, p_moves[1].user_id, p_kind, p_at) loop
-    if v_state.scope = 'group' then
-      perform tokenlimits.move_counter(v_state, p_moves, null, p_enforce_for is not null);
-    end if;
-  end loop;
+  return v_states;
 end
 $$;
-comment on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, uuid)
+comment on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, boolean)
 is 'Moves rollup and counters by many moves at once, or raises TL099.';
-revoke execute on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, uuid)
+revoke execute on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, boolean)
 from public, anon, authenticated;
 
 create or replace function tokenlimits.move_counter(
   p_state tokenlimits.limit_state,
-  p_moves tokenlimits.usage_move[],
-  p_user_id uuid,
+  p_cost bigint,
+  p_last timestamptz,
   p_enforce boolean
 )
-returns void
+returns bigint
 language plpgsql
 volatile
 set search_path = ''
 as $$
 declare
-  v_cost bigint;
-  v_last timestamptz;
+  v_used bigint;
 begin
-  select sum(m.cost), max(m.created_at) into v_cost, v_last
-  from unnest(p_moves) as m
-  where m.created_at >= p_state.since and (p_user_id is null or m.user_id = p_user_id);
-  if v_cost is null then
-    return;
-  end if;
   if p_state.is_open is null then
-    p_state.used := p_state.used - v_cost;
+    p_state.used := p_state.used - p_cost;
   end if;
   if p_state.is_open is not true then
     perform tokenlimits.open_counter(p_state);
   end if;
   update tokenlimits.counters as c
-  set used = c.used + v_cost
+  set used = c.used + p_cost
   where
     c.subject = p_state.subject
     and c.counter_id = p_state.counter_id
-    and v_last >= c.since
-    and v_last < c.until
-    and (not p_enforce or p_state.max is null or c.used + v_cost <= p_state.max);
+    and p_last >= c.since
+    and p_last < c.until
+    and (not p_enforce or p_state.max is null or c.used + p_cost <= p_state.max)
+  returning c.used into v_used;
   if not found then
     raise sqlstate 'TL099';
   end if;
+  return v_used;
 end
 $$;
-comment on function tokenlimits.move_counter(tokenlimits.limit_state, tokenlimits.usage_move[], uuid, boolean)
-is 'Moves one counter by those of the moves that it counts, or raises TL099.';
-revoke execute on function tokenlimits.move_counter(
-  tokenlimits.limit_state, tokenlimits.usage_move[], uuid, boolean
-) from public, anon, authenticated;
+comment on function tokenlimits.move_counter(tokenlimits.limit_state, bigint, timestamptz, boolean)
+is 'Moves one counter and answers what it holds then, or raises TL099.';
+revoke execute on function tokenlimits.move_counter(tokenlimits.limit_state, bigint, timestamptz, boolean)
+from public, anon, authenticated;
 
 -- What write_usage does when there are expired holds: their cost is taken back in the same step.
 create or replace function tokenlimits.write_and_sweep(p_usage public.generation_usage, p_enforce boolean)
@@ -200,12 +214,10 @@ begin
     u.idempotency_key = p_usage.idempotency_key
     and u.user_id = p_usage.user_id
     and tokenlimits.is_dead(u.status, u.expires_at, v_at);
-  v_expired := tokenlimits.lock_expired(p_usage.group_id, p_usage.kind, v_at, v_dead.id);
+  v_expired := tokenlimits.expired_holds(p_usage.group_id, p_usage.kind, v_at);
+  perform tokenlimits.lock_usages(v_expired || v_dead.id);
   if v_dead.id is not null then
     perform tokenlimits.free_key(p_usage);
-    if (v_dead.group_id, v_dead.kind) <> (p_usage.group_id, p_usage.kind) then
-      v_expired := array_remove(v_expired, v_dead.id);
-    end if;
   end if;
   if not tokenlimits.claim(p_usage) then
     return null;
@@ -214,9 +226,9 @@ begin
     p_usage.group_id, p_usage.kind,
     tokenlimits.expire(v_expired, v_at)
     || row(p_usage.user_id, p_usage.created_at, p_usage.cost, 1)::tokenlimits.usage_move,
-    v_at, case when p_enforce then p_usage.user_id end
+    v_at, p_enforce
   );
-  return tokenlimits.limit_states(p_usage.group_id, p_usage.user_id, p_usage.kind, v_at);
+  return tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], p_usage.kind, v_at);
 end
 $$;
 comment on function tokenlimits.write_and_sweep(public.generation_usage, boolean)
@@ -232,13 +244,16 @@ set search_path = ''
 as $$
 declare
   v_at timestamptz := p_at;
+  v_expired uuid[];
   v_moves tokenlimits.usage_move[];
 begin
   loop
     begin
-      v_moves := tokenlimits.expire(tokenlimits.lock_expired(p_group_id, p_kind, v_at), v_at);
+      v_expired := tokenlimits.expired_holds(p_group_id, p_kind, v_at);
+      perform tokenlimits.lock_usages(v_expired);
+      v_moves := tokenlimits.expire(v_expired, v_at);
       if v_moves <> '{}' then
-        perform tokenlimits.move_usage(p_group_id, p_kind, v_moves, v_at, p_enforce_for => null);
+        perform tokenlimits.move_usage(p_group_id, p_kind, v_moves, v_at, p_enforce => false);
       end if;
       return cardinality(v_moves);
     exception
@@ -351,7 +366,7 @@ as $$
 declare
   v_state tokenlimits.limit_state;
 begin
-  foreach v_state in array tokenlimits.limit_states(p_usage.group_id, p_usage.user_id, p_usage.kind, p_at) loop
+  foreach v_state in array tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], p_usage.kind, p_at) loop
     if p_usage.created_at < v_state.since or v_state.used + p_cost > v_state.max then
       perform tokenlimits.refuse(
         'TL007',
@@ -397,9 +412,11 @@ begin
     v_late := p_action = 'commit'
       and (v_usage.status = 'expired' or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at));
     begin
-      v_expired := tokenlimits.lock_expired(
-        v_usage.group_id, case when v_late then v_usage.kind end, v_at, p_usage_id
-      );
+      v_expired := case
+        when v_late then tokenlimits.expired_holds(v_usage.group_id, v_usage.kind, v_at)
+        else '{}'
+      end;
+      perform tokenlimits.lock_usages(v_expired || p_usage_id);
       select * into v_usage from public.generation_usage as u where u.id = p_usage_id;
       v_cost := case p_action when 'commit' then coalesce(p_cost, v_usage.reserved_cost) else v_usage.cost end;
       v_status := tokenlimits.settled_status(v_usage, p_action, v_cost, v_at);
@@ -429,12 +446,12 @@ begin
         returning * into v_usage;
         delete from tokenlimits.holds as h where h.usage_id = p_usage_id;
         perform tokenlimits.move_usage(
-          v_usage.group_id, v_usage.kind, v_moves, v_at, p_enforce_for => case when v_late then v_usage.user_id end
+          v_usage.group_id, v_usage.kind, v_moves, v_at, p_enforce => v_late
         );
       end if;
       return tokenlimits.answer(
         v_usage.kind, v_usage.cost, null, v_usage.group_id,
-        tokenlimits.limit_states(v_usage.group_id, v_usage.user_id, v_usage.kind, v_at), null, v_usage,
+        tokenlimits.limit_states(v_usage.group_id, array[v_usage.user_id], v_usage.kind, v_at), null, v_usage,
         -- an expired hold was over before it was released, swept or not
         p_replayed => v_status is null or v_status = 'expired'
       );

@@ -21,7 +21,7 @@ begin
     inner join public.user_groups as g on g.id = p.id
     cross join lateral (
       select row(u.*)::tokenlimits.limit_state as state, row_number() over () as place
-      from unnest(tokenlimits.limit_states(p.id, p_user_id, null, v_now)) as u
+      from unnest(tokenlimits.limit_states(p.id, array[p_user_id], null, v_now)) as u
     ) as s
   ), '[]');
 end
@@ -144,7 +144,7 @@ begin
           end
         )
       ), '[]') as limits
-      from unnest(tokenlimits.limit_states(g.id, null, null, v_now)) as u
+      from unnest(tokenlimits.limit_states(g.id, array[null]::uuid[], null, v_now)) as u
       cross join lateral (
         select u.max * case u.scope when 'member' then m.members else 1 end as capacity
       ) as c

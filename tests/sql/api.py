@@ -48,6 +48,19 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
         "p_group_id": GROUP_ID,
         "p_metadata": {"job": 1},
     },
+    "track_generations": {
+        "p_requests": [
+            {
+                "user_id": USER_ID,
+                "kind": "image",
+                "cost": 1,
+                "idempotency_key": "key",
+                "group_id": GROUP_ID,
+                "metadata": {"job": 1},
+            }
+        ],
+        "p_max_wait": 1000,
+    },
     "check_generation": {"p_user_id": USER_ID, "p_kind": "image", "p_cost": 1, "p_group_id": GROUP_ID},
     "record_generation": {
         "p_user_id": USER_ID,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -9,17 +10,23 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.conftest import ROOT
-from tests.sql.api import ACTORS, GROUP_ID, USER_ID, outcome, seed
+from tests.sql.api import ACTORS, GROUP_ID, HOLD_ID, USER_ID, outcome, seed
 from tests.support.postgres import servers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from tests.conftest import Connect, DefaultGrants
     from tests.sql.api import Connection
 
     NewDatabase = Callable[..., Connect]
 
+MIGRATIONS = sorted((ROOT / "sql" / "migrations").glob("*.sql"))
+RELEASED = {
+    "20261123000000_tokenlimits.sql": "84be8bfff510a83e091718eac9e513971ee8a2b5a9a3c85e522afa7ef2aaafe2",
+}
+"""What people have applied: what changes from here on goes into a migration of its own."""
 UNINSTALL = (ROOT / "sql" / "uninstall.sql").read_text(encoding="utf-8")
 OBJECTS = """
 select 'schema ' || nspname from pg_namespace where nspname = 'tokenlimits'
@@ -81,6 +88,11 @@ def dump(connection: Connection, *options: str) -> str:
     return "\n".join(sorted(lines, key=lambda line: line if line.startswith("GRANT ") else ""))
 
 
+def migrate(connection: Connection, *migrations: Path) -> None:
+    for migration in migrations:
+        connection.execute(migration.read_text(encoding="utf-8"))  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
 def history(connection: Connection) -> object:
     return connection.execute("select public.generation_history()").fetchone()
 
@@ -108,11 +120,41 @@ def test_another_application_changes_nothing(
 def test_migrations_build_what_the_one_paste_builds(new_database: NewDatabase, default_grants: DefaultGrants) -> None:
     migrated, pasted = new_database(default_grants, installed=False), new_database(default_grants)
     with migrated("postgres") as by_steps, pasted("postgres") as at_once:
-        for migration in sorted((ROOT / "sql" / "migrations").glob("*.sql")):
-            by_steps.execute(migration.read_text(encoding="utf-8"))
+        migrate(by_steps, *MIGRATIONS)
         schema = dump(by_steps, "--schema-only")
         assert "CREATE TABLE public.generation_usage" in schema
         assert schema == dump(at_once, "--schema-only")
+
+
+@pytest.mark.parametrize("way", ["migrations", "one paste"])
+@pytest.mark.parametrize("applied", range(1, len(MIGRATIONS)))
+def test_every_older_version_is_brought_up_to_date_with_its_data(
+    new_database: NewDatabase, default_grants: DefaultGrants, install_sql: str, applied: int, way: str
+) -> None:
+    older, newest = new_database(default_grants, installed=False), new_database(default_grants)
+    with older("postgres") as upgraded, newest("postgres") as fresh:
+        migrate(upgraded, *MIGRATIONS[:applied])
+        seed(upgraded)
+        data = dump(upgraded, "--data-only", "--inserts")
+        assert "other''s key" in data
+        if way == "migrations":
+            migrate(upgraded, *MIGRATIONS[applied:])
+        else:
+            upgraded.execute(install_sql)
+        assert dump(upgraded, "--schema-only") == dump(fresh, "--schema-only")
+        assert dump(upgraded, "--data-only", "--inserts") == data
+        usages = upgraded.execute(
+            "select public.track_generation(%s, 'image', 1), public.commit_generation(%s)", [USER_ID, HOLD_ID]
+        ).fetchone()
+        assert usages is not None
+        assert [usage["allowed"] for usage in usages] == [True, True]
+
+
+def test_released_migrations_are_as_they_were() -> None:
+    digests = {
+        migration.name: hashlib.sha256(migration.read_bytes()).hexdigest() for migration in MIGRATIONS[: len(RELEASED)]
+    }
+    assert digests == RELEASED
 
 
 @pytest.mark.parametrize("script", ["tokenlimits.sql", "uninstall.sql"])

@@ -54,7 +54,7 @@ NO_FAULT: Final = [
     # they go round until they return
     (r"tokenlimits\.(track|settle|sweep)", "2F005", "without RETURN"),
     # it locks
-    (r"tokenlimits\.lock_expired", "00000", "should be STABLE"),
+    (r"tokenlimits\.lock_usages", "00000", "should be STABLE"),
 ]
 # Splinter's 0028 and 0029, for every role that a request may come as but the server's own.
 CALLABLE_DEFINERS: Final = """

@@ -88,6 +88,7 @@ FUNCTIONS: Final = {
     **dict.fromkeys(
         (
             "track_generation",
+            "track_generations",
             "check_generation",
             "record_generation",
             "reserve_generation",
@@ -140,7 +141,7 @@ PRIVATE_TO_ADMINS: Final = {
 }
 PRIVATE: Final = {
     "authenticated": PRIVATE_TO_ADMINS | {"my_usage"},
-    "service_role": PRIVATE_TO_ADMINS | {"track", "look", "record", "settle", "usage_of"},
+    "service_role": PRIVATE_TO_ADMINS | {"track", "track_many", "look", "record", "settle", "usage_of"},
 }
 HARMLESS: Final = {"is_admin", "my_usage"}
 """Definer or not, what a signed-in user may call and be answered: about nobody but themselves."""

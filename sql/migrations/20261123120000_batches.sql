@@ -1,0 +1,1628 @@
+-- tokenlimits: what is new since the migration before this one.
+-- Generated from sql/schema/ by `make sql`; edit it there.
+
+create or replace function public.tokenlimits_version()
+returns jsonb
+language sql
+immutable
+set search_path = ''
+as $$
+  select jsonb_build_object('version', 2)
+$$;
+
+-- What a group's limits are at a moment, and what happens when they are edited.
+--
+-- Invariants
+--   * limit_states answers members' limits first, by member, then the group's: the order in which they are locked.
+--   * Every edit of limits, by function or by an admin's plain update, passes the triggers below.
+
+-- the first version, which looked at one user
+-- squawk-ignore ban-drop-function
+drop function if exists tokenlimits.limit_states(uuid, uuid, text, timestamptz);
+
+-- Hot path: one index scan for limits, one look-up per counter. Only a counter that is missing (a limit or a member
+-- that is new) or past costs more, once.
+create or replace function tokenlimits.limit_states(
+  p_group_id uuid,
+  p_user_ids uuid[],
+  p_kind text,
+  p_at timestamptz
+)
+returns tokenlimits.limit_state[]
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v record;
+  v_period tstzrange;
+  v_any_expired boolean := exists (
+    select
+    from tokenlimits.holds as h
+    where h.group_id = p_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= p_at
+  );
+  v_states tokenlimits.limit_state[] := '{}';
+begin
+  for v in
+    select
+      l.counter_id, s.subject, l.kind, l.period, l.scope, l.max,
+      c.since, c.until, c.used, null::bigint as expired, c.until > p_at as is_open, g.timezone
+    from public.group_limits as l
+    inner join public.user_groups as g on g.id = l.group_id
+    cross join lateral unnest(case l.scope when 'group' then array[p_group_id] else p_user_ids end) as s (subject)
+    left join tokenlimits.counters as c on c.subject = s.subject and c.counter_id = l.counter_id
+    where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind)
+    order by l.kind, l.scope = 'group', s.subject, l.counter_id
+  loop
+    if v.is_open is not true then
+      v_period := tokenlimits.period_of(v.period, v.timezone, p_at);
+      -- never before the past counter's end: when the server gets new rules of a time zone, it may lie in this period
+      v.since := greatest(lower(v_period), v.until, (
+        select max(r.reset_at)
+        from tokenlimits.usage_resets as r
+        where r.group_id = p_group_id and r.kind in (v.kind, '*')
+      ));
+      v.used := case
+        when v.until is null then tokenlimits.count_usage(
+          p_group_id, case v.scope when 'member' then v.subject end, v.kind, v.since
+        )
+        else 0
+      end;
+      v.until := upper(v_period);
+    end if;
+    if v_any_expired then
+      v.expired := coalesce((
+        select sum(h.cost)
+        from tokenlimits.holds as h
+        where
+          h.group_id = p_group_id
+          and h.kind = v.kind
+          and h.expires_at <= p_at
+          and h.created_at >= v.since
+          and (v.scope = 'group' or v.subject is null or h.user_id = v.subject)
+      ), 0);
+      v.used := v.used - v.expired;
+    end if;
+    v_states := v_states || row(
+      v.counter_id, v.subject, v.kind, v.period, v.scope, v.max, v.since, v.until, v.used, v.expired, v.is_open
+    )::tokenlimits.limit_state;
+  end loop;
+  return v_states;
+end
+$$;
+
+comment on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz)
+is 'A group''s limits for users, of a kind or of all. Of a user that is null, a member limit counts all members.';
+
+revoke execute on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz) from public, anon, authenticated;
+
+-- Waits for the calls that judge by the old limits, then drops the group's counters that no limit uses any more and
+-- counts the new ones, so that no worker has to. Members' counters are counted on their first call.
+create or replace function tokenlimits.apply_limits()
+returns trigger
+language plpgsql
+-- definer: counters are private
+security definer
+set search_path = ''
+as $$
+declare
+  v_group_id uuid;
+  v_group_ids uuid[];
+begin
+  if tg_op = 'INSERT' then
+    v_group_ids := array(select distinct n.group_id from new_rows as n);
+  elsif tg_op = 'DELETE' then
+    v_group_ids := array(select distinct o.group_id from old_rows as o);
+  else
+    v_group_ids := array(
+      select n.group_id from new_rows as n
+      union
+      select o.group_id from old_rows as o
+    );
+  end if;
+  perform tokenlimits.lock_groups(v_group_ids, true);
+  foreach v_group_id in array v_group_ids loop
+    perform tokenlimits.drop_stale_counters(v_group_id);
+    insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
+    select s.subject, s.counter_id, s.since, s.until, s.used + coalesce(s.expired, 0)
+    from unnest(tokenlimits.limit_states(v_group_id, array[null]::uuid[], null, tokenlimits.clock())) as s
+    where s.scope = 'group' and s.is_open is not true
+    on conflict (subject, counter_id) do update
+    set since = excluded.since, until = excluded.until, used = excluded.used;
+  end loop;
+  return null;
+end
+$$;
+
+-- The verdict before any group was looked at.
+create or replace function tokenlimits.unjudged(p_group_ids uuid[], p_at timestamptz)
+returns tokenlimits.verdict
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  v_verdict tokenlimits.verdict;
+begin
+  v_verdict.allowed := false;
+  v_verdict.reason := case when p_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
+  v_verdict.at := p_at;
+  return v_verdict;
+end
+$$;
+
+comment on function tokenlimits.unjudged(uuid[], timestamptz) is 'The verdict while no group has been looked at.';
+
+revoke execute on function tokenlimits.unjudged(uuid[], timestamptz) from public, anon, authenticated;
+
+-- One group more in a verdict: whether it pays, or how long until it could.
+create or replace function tokenlimits.weigh(
+  p_verdict tokenlimits.verdict,
+  p_group_id uuid,
+  p_states tokenlimits.limit_state[],
+  p_cost bigint
+)
+returns tokenlimits.verdict
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  v_state tokenlimits.limit_state;
+  v_full tokenlimits.limit_state;
+begin
+  if p_states = '{}' then
+    return p_verdict;
+  end if;
+  foreach v_state in array p_states loop
+    -- a counter may be ahead of a clock that was set back; the usage belongs to the counter's period then
+    p_verdict.at := greatest(p_verdict.at, v_state.since);
+    if v_state.used + p_cost > v_state.max then
+      -- what can never fit, and a lifetime limit, wait for ever
+      if p_cost > v_state.max then
+        v_state.until := 'infinity';
+      end if;
+      if v_full is null or v_state.until > v_full.until then
+        v_full := v_state;
+      end if;
+    end if;
+  end loop;
+  p_verdict.allowed := v_full is null;
+  if p_verdict.allowed or p_verdict.reason <> 'limit_exceeded' or v_full.until < (p_verdict.denied_by).until then
+    p_verdict.reason := case when not p_verdict.allowed then 'limit_exceeded' end;
+    p_verdict.group_id := p_group_id;
+    p_verdict.states := p_states;
+    p_verdict.denied_by := v_full;
+  end if;
+  return p_verdict;
+end
+$$;
+
+comment on function tokenlimits.weigh(tokenlimits.verdict, uuid, tokenlimits.limit_state[], bigint)
+is 'A verdict with one more group looked at: it pays, or may have room before those that were looked at.';
+
+revoke execute on function tokenlimits.weigh(tokenlimits.verdict, uuid, tokenlimits.limit_state[], bigint)
+from public, anon, authenticated;
+
+create or replace function tokenlimits.judge(
+  p_user_id uuid,
+  p_kind text,
+  p_cost bigint,
+  p_group_ids uuid[],
+  p_at timestamptz
+)
+returns tokenlimits.verdict
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_verdict tokenlimits.verdict := tokenlimits.unjudged(p_group_ids, p_at);
+  v_group_id uuid;
+begin
+  foreach v_group_id in array p_group_ids loop
+    v_verdict := tokenlimits.weigh(
+      v_verdict, v_group_id, tokenlimits.limit_states(v_group_id, array[p_user_id], p_kind, p_at), p_cost
+    );
+    exit when v_verdict.allowed;
+  end loop;
+  return v_verdict;
+end
+$$;
+
+-- Says it to people: "Image generation limit exceeded: 100 of 100 used this month, resets 2026-12-01 00:00 UTC".
+create or replace function tokenlimits.denial_text(
+  p_reason text,
+  p_kind text,
+  p_cost bigint,
+  p_denied_by tokenlimits.limit_state,
+  p_timezone text
+)
+returns text
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_kind text := replace(p_kind, '_', ' ');
+begin
+  if p_reason = 'not_in_group' then
+    return 'The user is in no group that may pay for this';
+  elsif p_reason = 'no_limit_for_kind' then
+    return format('None of the user''s groups has a limit for %s generations, so none is allowed', v_kind);
+  elsif p_reason = 'busy' then
+    return 'Somebody else is changing what the group uses, or its limits, at this moment; ask again';
+  end if;
+  return upper(left(v_kind, 1)) || substr(v_kind, 2)
+    || format(' generation limit exceeded: %s of %s used ', p_denied_by.used, p_denied_by.max)
+    || case p_denied_by.scope when 'member' then 'by this user ' else '' end
+    || case p_denied_by.period
+      when 'day' then 'today'
+      when 'lifetime' then 'in total'
+      else 'this ' || p_denied_by.period
+    end
+    || case when p_cost > 1 then format(', %s more asked for', p_cost) else '' end
+    || case
+      when isfinite(p_denied_by.until)
+        then ', resets ' || to_char(p_denied_by.until at time zone p_timezone, 'YYYY-MM-DD HH24:MI ') || p_timezone
+      else ''
+    end;
+end
+$$;
+
+create or replace function tokenlimits.refuse_key(p_idempotency_key text, p_usage_id uuid)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.refuse(
+    'TL008',
+    format('idempotency_key %L was used for another request of this user', p_idempotency_key),
+    p_usage_id::text,
+    'Use one key per job: the same operation, kind, cost and group every time.'
+  );
+end
+$$;
+
+comment on function tokenlimits.refuse_key(text, uuid)
+is 'Raises TL008: an idempotency key is bound to another request.';
+
+revoke execute on function tokenlimits.refuse_key(text, uuid) from public, anon, authenticated;
+
+-- The live usage under a key, if any. A key that was used for another request is an error.
+create or replace function tokenlimits.usage_under_key(p_user_id uuid, p_idempotency_key text, p_fingerprint uuid)
+returns public.generation_usage
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_usage public.generation_usage;
+begin
+  select * into v_usage
+  from public.generation_usage as u
+  where u.idempotency_key = p_idempotency_key and u.user_id = p_user_id;
+  if not found or tokenlimits.is_dead(v_usage.status, v_usage.expires_at, tokenlimits.clock()) then
+    return null;
+  elsif v_usage.fingerprint is distinct from p_fingerprint then
+    perform tokenlimits.refuse_key(p_idempotency_key, v_usage.id);
+  end if;
+  return v_usage;
+end
+$$;
+
+-- Judges and writes, until a verdict holds. Every round but the last was overtaken by another call that got through.
+create or replace function tokenlimits.track(
+  p_user_id uuid,
+  p_kind text,
+  p_cost bigint,
+  p_idempotency_key text,
+  p_group_id uuid,
+  p_metadata jsonb,
+  p_ttl interval default null
+)
+returns jsonb
+language plpgsql
+volatile
+-- definer: counters are private, and nobody else writes the ledger
+security definer
+set search_path = ''
+as $$
+declare
+  v_group_ids uuid[];
+  v_verdict tokenlimits.verdict;
+  v_usage public.generation_usage;
+  v_live public.generation_usage;
+  v_states tokenlimits.limit_state[];
+  v_taken boolean;
+begin
+  perform tokenlimits.check_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
+  v_usage.user_id := p_user_id;
+  v_usage.kind := p_kind;
+  v_usage.cost := p_cost;
+  v_usage.reserved_cost := case when p_ttl is not null then p_cost end;
+  v_usage.status := case when p_ttl is null then 'committed' else 'reserved' end;
+  v_usage.idempotency_key := p_idempotency_key;
+  v_usage.fingerprint := md5(
+    concat_ws(' ', case when p_ttl is null then 'track' else 'reserve' end, p_kind, p_cost, p_group_id)
+  )::uuid;
+  v_usage.metadata := coalesce(p_metadata, '{}');
+  v_usage.created_at := '-infinity';
+
+  v_group_ids := tokenlimits.paying_groups(p_user_id, p_group_id);
+  perform tokenlimits.lock_groups(v_group_ids);
+  loop
+    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    v_verdict := tokenlimits.judge(
+      p_user_id, p_kind, p_cost, v_group_ids, greatest(tokenlimits.clock(), v_usage.created_at)
+    );
+    if v_verdict.allowed then
+      v_usage.id := tokenlimits.uuid_v7();
+      v_usage.group_id := v_verdict.group_id;
+      v_usage.created_at := v_verdict.at;
+      v_usage.settled_at := case when p_ttl is null then v_verdict.at end;
+      v_usage.expires_at := v_verdict.at + p_ttl;
+      v_taken := false;
+      begin
+        v_states := tokenlimits.write_usage(v_usage, v_verdict.states, p_enforce => true);
+        v_taken := v_states is null;
+        if v_taken then
+          -- lets go of the rows that it has locked: another round may lock them in another order
+          raise sqlstate 'TL099';
+        end if;
+      exception
+        when sqlstate 'TL099' then
+          continue when not v_taken;
+      end;
+      if v_states is not null then
+        return tokenlimits.answer(
+          p_kind, p_cost, null, v_usage.group_id, v_states, null, v_usage, p_replayed => false
+        );
+      end if;
+    end if;
+    if p_idempotency_key is not null then
+      v_live := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_usage.fingerprint);
+      if v_live.id is not null then
+        v_states := tokenlimits.limit_states(v_live.group_id, array[p_user_id], p_kind, tokenlimits.clock());
+        return tokenlimits.answer(
+          p_kind, v_live.cost, null, v_live.group_id, v_states, null, v_live, p_replayed => true
+        );
+      end if;
+    end if;
+    if not v_verdict.allowed then
+      if v_verdict.reason = 'not_in_group' and p_group_id is not null then
+        -- not before: a repeated call is answered also when its group is gone
+        perform tokenlimits.require_group(p_group_id);
+      end if;
+      if v_verdict.states[1].expired is not null then
+        perform tokenlimits.sweep(v_verdict.group_id, p_kind, v_verdict.at);
+      end if;
+      return tokenlimits.answer(
+        p_kind, p_cost, v_verdict.reason, v_verdict.group_id, v_verdict.states, v_verdict.denied_by, null,
+        p_replayed => false
+      );
+    end if;
+  end loop;
+end
+$$;
+
+-- Past or outside usage: it has happened, so it is never denied, and counters may pass their max.
+create or replace function tokenlimits.record(
+  p_user_id uuid,
+  p_kind text,
+  p_cost bigint,
+  p_created_at timestamptz,
+  p_idempotency_key text,
+  p_group_id uuid,
+  p_metadata jsonb
+)
+returns jsonb
+language plpgsql
+volatile
+-- definer: counters are private, and nobody else writes the ledger
+security definer
+set search_path = ''
+as $$
+declare
+  v_now timestamptz := tokenlimits.clock();
+  v_usage public.generation_usage;
+  v_live public.generation_usage;
+  v_states tokenlimits.limit_state[];
+  v_taken boolean;
+begin
+  perform tokenlimits.check_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
+  -- a minute for clocks that differ
+  if p_created_at > v_now + interval '1 minute' or not isfinite(p_created_at) then
+    perform tokenlimits.refuse(
+      'TL001',
+      'created_at: must not lie in the future',
+      'created_at',
+      'Nothing was recorded.'
+    );
+  end if;
+  v_usage.user_id := p_user_id;
+  v_usage.kind := p_kind;
+  v_usage.cost := p_cost;
+  v_usage.status := 'committed';
+  v_usage.idempotency_key := p_idempotency_key;
+  v_usage.fingerprint := md5(concat_ws(' ', 'record', p_kind, p_cost, p_group_id))::uuid;
+  v_usage.metadata := coalesce(p_metadata, '{}');
+  if p_idempotency_key is not null then
+    -- first: a repeated call is answered also when the user has left or the group is gone
+    v_live := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_usage.fingerprint);
+  end if;
+  if v_live.id is null then
+    v_usage.group_id := tokenlimits.recording_group(p_user_id, p_kind, p_group_id);
+    perform tokenlimits.lock_groups(array[v_usage.group_id]);
+  end if;
+  while v_live.id is null loop
+    v_now := greatest(tokenlimits.clock(), v_now);
+    v_states := tokenlimits.limit_states(v_usage.group_id, array[p_user_id], p_kind, v_now);
+    v_now := greatest(v_now, (select max(s.since) from unnest(v_states) as s));
+    v_usage.id := tokenlimits.uuid_v7();
+    v_usage.created_at := coalesce(least(p_created_at, v_now), v_now);
+    v_usage.settled_at := v_now;
+    v_taken := false;
+    begin
+      v_states := tokenlimits.write_usage(v_usage, v_states, p_enforce => false);
+      v_taken := v_states is null;
+      if v_taken then
+        raise sqlstate 'TL099';
+      end if;
+    exception
+      when sqlstate 'TL099' then
+        continue when not v_taken;
+    end;
+    if v_states is not null then
+      return tokenlimits.answer(p_kind, p_cost, null, v_usage.group_id, v_states, null, v_usage, p_replayed => false);
+    end if;
+    v_live := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_usage.fingerprint);
+  end loop;
+  v_states := tokenlimits.limit_states(v_live.group_id, array[p_user_id], p_kind, v_now);
+  return tokenlimits.answer(p_kind, v_live.cost, null, v_live.group_id, v_states, null, v_live, p_replayed => true);
+end
+$$;
+
+-- the first version, which locked too
+-- squawk-ignore ban-drop-function
+drop function if exists tokenlimits.lock_expired(uuid, text, timestamptz, uuid);
+
+create or replace function tokenlimits.expired_holds(p_group_id uuid, p_kind text, p_at timestamptz)
+returns uuid[]
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return array(
+    select h.usage_id
+    from tokenlimits.holds as h
+    where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_at
+  );
+end
+$$;
+
+comment on function tokenlimits.expired_holds(uuid, text, timestamptz)
+is 'The holds of a group and kind that have expired, and that nobody has swept yet.';
+
+revoke execute on function tokenlimits.expired_holds(uuid, text, timestamptz) from public, anon, authenticated;
+
+create or replace function tokenlimits.lock_usages(p_usage_ids uuid[])
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  perform
+  from public.generation_usage as u
+  where u.id = any(p_usage_ids)
+  order by u.id
+  for update;
+end
+$$;
+
+comment on function tokenlimits.lock_usages(uuid[]) is 'Locks rows of the ledger, in one order.';
+
+revoke execute on function tokenlimits.lock_usages(uuid[]) from public, anon, authenticated;
+
+-- the first versions
+-- squawk-ignore ban-drop-function
+drop function if exists tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, uuid);
+
+-- squawk-ignore ban-drop-function
+drop function if exists tokenlimits.move_counter(
+  tokenlimits.limit_state, tokenlimits.usage_move[], uuid, boolean
+);
+
+-- Moves the rollup and every counter of a group and kind by many moves at once, and answers the counters as they are
+-- then. The ledger is as it will be: a counter that is counted afresh here has the moves in it already, so it is opened
+-- without them. Raises TL099 when a counter has moved on, or has no room for what p_enforce puts into it; what is only
+-- taken back is never too much, even where a limit was lowered below what is used.
+create or replace function tokenlimits.move_usage(
+  p_group_id uuid,
+  p_kind text,
+  p_moves tokenlimits.usage_move[],
+  p_at timestamptz,
+  p_enforce boolean
+)
+returns tokenlimits.limit_state[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_slot smallint := tokenlimits.free_slot(p_group_id);
+  v_states tokenlimits.limit_state[] := tokenlimits.limit_states(
+    p_group_id, array(select distinct m.user_id from unnest(p_moves) as m), p_kind, p_at
+  );
+  v record;
+begin
+  insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
+  select
+    p_group_id, p_kind, tokenlimits.rollup_bucket(m.created_at) as bucket, v_slot, sum(m.cost), sum(m.generations)
+  from unnest(p_moves) as m
+  group by bucket
+  order by bucket
+  on conflict on constraint usage_rollup_pkey do update
+  set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
+
+  for v in
+    select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.cost > 0) as adds
+    from unnest(v_states) with ordinality as s (
+      counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place
+    )
+    inner join (
+      select n.user_id as subject, n.created_at, n.cost
+      from unnest(p_moves) as n
+      union all
+      select p_group_id as subject, n.created_at, n.cost
+      from unnest(p_moves) as n
+    ) as m on m.subject = s.subject and m.created_at >= s.since
+    group by s.place
+    order by s.place
+  loop
+    v_states[v.place].used := tokenlimits.move_counter(v_states[v.place], v.cost, v.last, p_enforce and v.adds);
+  end loop;
+  return v_states;
+end
+$$;
+
+comment on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, boolean)
+is 'Moves rollup and counters by many moves at once, or raises TL099.';
+
+revoke execute on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, boolean)
+from public, anon, authenticated;
+
+create or replace function tokenlimits.move_counter(
+  p_state tokenlimits.limit_state,
+  p_cost bigint,
+  p_last timestamptz,
+  p_enforce boolean
+)
+returns bigint
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_used bigint;
+begin
+  if p_state.is_open is null then
+    p_state.used := p_state.used - p_cost;
+  end if;
+  if p_state.is_open is not true then
+    perform tokenlimits.open_counter(p_state);
+  end if;
+  update tokenlimits.counters as c
+  set used = c.used + p_cost
+  where
+    c.subject = p_state.subject
+    and c.counter_id = p_state.counter_id
+    and p_last >= c.since
+    and p_last < c.until
+    and (not p_enforce or p_state.max is null or c.used + p_cost <= p_state.max)
+  returning c.used into v_used;
+  if not found then
+    raise sqlstate 'TL099';
+  end if;
+  return v_used;
+end
+$$;
+
+comment on function tokenlimits.move_counter(tokenlimits.limit_state, bigint, timestamptz, boolean)
+is 'Moves one counter and answers what it holds then, or raises TL099.';
+
+revoke execute on function tokenlimits.move_counter(tokenlimits.limit_state, bigint, timestamptz, boolean)
+from public, anon, authenticated;
+
+-- What write_usage does when there are expired holds: their cost is taken back in the same step.
+create or replace function tokenlimits.write_and_sweep(p_usage public.generation_usage, p_enforce boolean)
+returns tokenlimits.limit_state[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_at timestamptz := coalesce(p_usage.settled_at, p_usage.created_at);
+  v_dead public.generation_usage;
+  v_expired uuid[];
+begin
+  -- a dead usage under the same key may be of another group or kind, and is locked in one order with the rest
+  select * into v_dead
+  from public.generation_usage as u
+  where
+    u.idempotency_key = p_usage.idempotency_key
+    and u.user_id = p_usage.user_id
+    and tokenlimits.is_dead(u.status, u.expires_at, v_at);
+  v_expired := tokenlimits.expired_holds(p_usage.group_id, p_usage.kind, v_at);
+  perform tokenlimits.lock_usages(v_expired || v_dead.id);
+  if v_dead.id is not null then
+    perform tokenlimits.free_key(p_usage);
+  end if;
+  if not tokenlimits.claim(p_usage) then
+    return null;
+  end if;
+  perform tokenlimits.move_usage(
+    p_usage.group_id, p_usage.kind,
+    tokenlimits.expire(v_expired, v_at)
+    || row(p_usage.user_id, p_usage.created_at, p_usage.cost, 1)::tokenlimits.usage_move,
+    v_at, p_enforce
+  );
+  return tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], p_usage.kind, v_at);
+end
+$$;
+
+create or replace function tokenlimits.sweep(p_group_id uuid, p_kind text, p_at timestamptz)
+returns bigint
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_at timestamptz := p_at;
+  v_expired uuid[];
+  v_moves tokenlimits.usage_move[];
+begin
+  loop
+    begin
+      v_expired := tokenlimits.expired_holds(p_group_id, p_kind, v_at);
+      perform tokenlimits.lock_usages(v_expired);
+      v_moves := tokenlimits.expire(v_expired, v_at);
+      if v_moves <> '{}' then
+        perform tokenlimits.move_usage(p_group_id, p_kind, v_moves, v_at, p_enforce => false);
+      end if;
+      return cardinality(v_moves);
+    exception
+      when sqlstate 'TL099' then
+        v_at := greatest(v_at, tokenlimits.clock());
+    end;
+  end loop;
+end
+$$;
+
+-- A commit after the hold's end counts as a new usage of the old moment: only while all its periods last, and in the
+-- room that is left.
+create or replace function tokenlimits.require_room(p_usage public.generation_usage, p_cost bigint, p_at timestamptz)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_state tokenlimits.limit_state;
+begin
+  foreach v_state in array tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], p_usage.kind, p_at) loop
+    if p_usage.created_at < v_state.since or v_state.used + p_cost > v_state.max then
+      perform tokenlimits.refuse(
+        'TL007',
+        format('hold %s expired at %s, and its %s no longer fit', p_usage.id, p_usage.expires_at, p_cost),
+        p_usage.id::text,
+        'Nothing was charged. Reserve for longer, or record_generation what was used all the same.'
+      );
+    end if;
+  end loop;
+end
+$$;
+
+create or replace function tokenlimits.settle(p_usage_id uuid, p_action text, p_cost bigint default null)
+returns jsonb
+language plpgsql
+volatile
+-- definer: counters are private, and nobody else writes the ledger
+security definer
+set search_path = ''
+as $$
+declare
+  v_at timestamptz := tokenlimits.clock();
+  v_usage public.generation_usage;
+  v_expired uuid[];
+  v_moves tokenlimits.usage_move[];
+  v_cost bigint;
+  v_status text;
+  v_late boolean;
+begin
+  select * into v_usage from public.generation_usage as u where u.id = p_usage_id;
+  if not found then
+    perform tokenlimits.refuse(
+      'TL005', format('there is no usage %s', coalesce(p_usage_id::text, 'null')), p_usage_id::text,
+      'Pass the usage_id of an allowed answer.'
+    );
+  end if;
+  perform tokenlimits.lock_groups(array[v_usage.group_id]);
+  loop
+    v_late := p_action = 'commit'
+      and (v_usage.status = 'expired' or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at));
+    begin
+      v_expired := case
+        when v_late then tokenlimits.expired_holds(v_usage.group_id, v_usage.kind, v_at)
+        else '{}'
+      end;
+      perform tokenlimits.lock_usages(v_expired || p_usage_id);
+      select * into v_usage from public.generation_usage as u where u.id = p_usage_id;
+      v_cost := case p_action when 'commit' then coalesce(p_cost, v_usage.reserved_cost) else v_usage.cost end;
+      v_status := tokenlimits.settled_status(v_usage, p_action, v_cost, v_at);
+      if v_status is not null then
+        if v_late is distinct from (
+          p_action = 'commit'
+          and (v_usage.status = 'expired' or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at))
+        ) then
+          raise sqlstate 'TL099';
+        end if;
+        if v_late then
+          -- first, while what has expired is still known as such, and subtracted
+          perform tokenlimits.require_room(v_usage, v_cost, v_at);
+          v_moves := tokenlimits.expire(v_expired, v_at);
+          v_moves := v_moves || row(v_usage.user_id, v_usage.created_at, v_cost, 1)::tokenlimits.usage_move;
+        elsif v_status = 'committed' then
+          v_moves := array[row(v_usage.user_id, v_usage.created_at, v_cost - v_usage.cost, 0)::tokenlimits.usage_move];
+        else
+          v_moves := array[row(v_usage.user_id, v_usage.created_at, -v_usage.cost, -1)::tokenlimits.usage_move];
+        end if;
+        update public.generation_usage as u
+        set
+          status = v_status,
+          cost = v_cost,
+          settled_at = case v_status when 'expired' then u.expires_at else v_at end
+        where u.id = p_usage_id
+        returning * into v_usage;
+        delete from tokenlimits.holds as h where h.usage_id = p_usage_id;
+        perform tokenlimits.move_usage(
+          v_usage.group_id, v_usage.kind, v_moves, v_at, p_enforce => v_late
+        );
+      end if;
+      return tokenlimits.answer(
+        v_usage.kind, v_usage.cost, null, v_usage.group_id,
+        tokenlimits.limit_states(v_usage.group_id, array[v_usage.user_id], v_usage.kind, v_at), null, v_usage,
+        -- an expired hold was over before it was released, swept or not
+        p_replayed => v_status is null or v_status = 'expired'
+      );
+    exception
+      when sqlstate 'TL099' then
+        v_at := greatest(v_at, tokenlimits.clock());
+        select * into v_usage from public.generation_usage as u where u.id = p_usage_id;
+    end;
+  end loop;
+end
+$$;
+
+-- Many requests in one transaction: each is judged by itself, in the order given.
+--
+-- Invariants
+--   * The answers are those that single calls in that order would get. A denial or a bad request doesn't touch the
+--     others: what a single call raises is an answer here, of reason 'refused'.
+--   * Judging is in memory, and nothing is written before the last verdict. If a counter then has no room any more, all
+--     is taken back and judged again.
+--   * Locks in the order of 30_counters.sql, over the whole batch: stripes, ledger rows by id, keys in order, then by
+--     group and kind the rollup and the counters. So batches that overlap never deadlock.
+
+-- One request. It needs nothing more once it has an answer.
+do $do$
+begin
+  if to_regtype('tokenlimits.batch_item') is null then
+    create type tokenlimits.batch_item as (
+      place integer,
+      user_id uuid,
+      kind text,
+      cost bigint,
+      idempotency_key text,
+      group_id uuid,
+      metadata jsonb,
+      fingerprint uuid,
+      -- the first place with the same key
+      first_place integer,
+      -- those that may pay, in the order in which they are tried
+      group_ids uuid[],
+      -- the usage that had the key before, and counts no more
+      dead_id uuid,
+      answer jsonb
+    );
+  end if;
+end
+$do$;
+
+-- What an item is charged for, and the places of its limits among those that the batch is about. A repeated key in one
+-- batch is a charge of the same usage, replayed.
+do $do$
+begin
+  if to_regtype('tokenlimits.batch_charge') is null then
+    create type tokenlimits.batch_charge as (
+      place integer,
+      usage public.generation_usage,
+      states integer[],
+      replayed boolean
+    );
+  end if;
+end
+$do$;
+
+-- Answers what a single call would raise.
+create or replace function tokenlimits.refused(
+  p_item tokenlimits.batch_item,
+  p_code text,
+  p_message text,
+  p_detail text,
+  p_hint text
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.answer(p_item.kind, p_item.cost, 'refused', null, '{}', null, null, p_replayed => false)
+    || jsonb_build_object(
+      'error', p_message,
+      'refusal', jsonb_build_object('code', p_code, 'message', p_message, 'details', p_detail, 'hint', p_hint)
+    );
+end
+$$;
+
+comment on function tokenlimits.refused(tokenlimits.batch_item, text, text, text, text)
+is 'The answer to a request of a batch that a single call would refuse with this error.';
+
+revoke execute on function tokenlimits.refused(tokenlimits.batch_item, text, text, text, text)
+from public, anon, authenticated;
+
+create or replace function tokenlimits.read_request(p_request jsonb, p_place integer)
+returns tokenlimits.batch_item
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_item tokenlimits.batch_item;
+  v_message text;
+  v_detail text;
+  v_hint text;
+begin
+  v_item.place := p_place;
+  v_item.kind := p_request ->> 'kind';
+  v_item.user_id := p_request ->> 'user_id';
+  v_item.cost := case when p_request ? 'cost' then p_request ->> 'cost' else '1' end;
+  v_item.idempotency_key := p_request ->> 'idempotency_key';
+  v_item.group_id := p_request ->> 'group_id';
+  v_item.metadata := nullif(p_request -> 'metadata', 'null');
+  perform tokenlimits.check_request(
+    v_item.user_id, v_item.kind, v_item.cost, v_item.idempotency_key, v_item.metadata
+  );
+  v_item.fingerprint := md5(concat_ws(' ', 'track', v_item.kind, v_item.cost, v_item.group_id))::uuid;
+  v_item.group_ids := tokenlimits.paying_groups(v_item.user_id, v_item.group_id);
+  return v_item;
+exception
+  when sqlstate 'TL001' or data_exception then
+    get stacked diagnostics v_message = message_text, v_detail = pg_exception_detail, v_hint = pg_exception_hint;
+    v_item.answer := tokenlimits.refused(v_item, sqlstate, v_message, v_detail, v_hint);
+    return v_item;
+end
+$$;
+
+comment on function tokenlimits.read_request(jsonb, integer) is 'One request of a batch; a bad one is answered.';
+
+revoke execute on function tokenlimits.read_request(jsonb, integer) from public, anon, authenticated;
+
+create or replace function tokenlimits.read_requests(p_requests jsonb)
+returns tokenlimits.batch_item[]
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_items tokenlimits.batch_item[];
+  v record;
+begin
+  if jsonb_typeof(p_requests) is distinct from 'array' or jsonb_array_length(p_requests) > 1000 then
+    perform tokenlimits.refuse(
+      'TL001', 'requests: must be a JSON array of at most 1000 requests', 'requests', 'Nothing was recorded.'
+    );
+  end if;
+  select array_agg(tokenlimits.read_request(r.request, r.place::integer) order by r.place) into v_items
+  from jsonb_array_elements(p_requests) with ordinality as r (request, place);
+  for v in
+    select i.place, min(i.place) over (partition by i.user_id, i.idempotency_key) as first_place
+    from unnest(v_items) as i
+    where i.idempotency_key is not null and i.answer is null
+  loop
+    v_items[v.place].first_place := v.first_place;
+  end loop;
+  return coalesce(v_items, '{}');
+end
+$$;
+
+comment on function tokenlimits.read_requests(jsonb) is 'The requests of a batch.';
+
+revoke execute on function tokenlimits.read_requests(jsonb) from public, anon, authenticated;
+
+-- Answers the items whose keys have a live usage, and notes which keys a dead one has.
+create or replace function tokenlimits.replay(p_items tokenlimits.batch_item[])
+returns tokenlimits.batch_item[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v record;
+  v_item tokenlimits.batch_item;
+  v_live public.generation_usage;
+  v_message text;
+  v_detail text;
+  v_hint text;
+begin
+  for v in
+    select i.place, u.id
+    from unnest(p_items) as i
+    inner join public.generation_usage as u on u.idempotency_key = i.idempotency_key and u.user_id = i.user_id
+    where i.answer is null
+  loop
+    v_item := p_items[v.place];
+    begin
+      v_live := tokenlimits.usage_under_key(v_item.user_id, v_item.idempotency_key, v_item.fingerprint);
+      if v_live.id is null then
+        v_item.dead_id := v.id;
+      else
+        v_item.answer := tokenlimits.answer(
+          v_item.kind, v_live.cost, null, v_live.group_id,
+          tokenlimits.limit_states(
+            v_live.group_id, array[v_item.user_id], v_item.kind, tokenlimits.clock()
+          ),
+          null, v_live, p_replayed => true
+        );
+      end if;
+    exception
+      when sqlstate 'TL008' then
+        get stacked diagnostics v_message = message_text, v_detail = pg_exception_detail, v_hint = pg_exception_hint;
+        v_item.answer := tokenlimits.refused(v_item, sqlstate, v_message, v_detail, v_hint);
+    end;
+    p_items[v.place] := v_item;
+  end loop;
+  return p_items;
+end
+$$;
+
+comment on function tokenlimits.replay(tokenlimits.batch_item[])
+is 'A batch with the items answered whose idempotency keys are taken.';
+
+revoke execute on function tokenlimits.replay(tokenlimits.batch_item[]) from public, anon, authenticated;
+
+create or replace function tokenlimits.batch_pairs(p_items tokenlimits.batch_item[])
+returns table (group_id uuid, kind text, user_ids uuid[])
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  return query
+  select g.id, i.kind, array_agg(distinct i.user_id)
+  from unnest(p_items) as i
+  cross join lateral unnest(i.group_ids) as g (id)
+  where i.answer is null
+  group by g.id, i.kind;
+end
+$$;
+
+comment on function tokenlimits.batch_pairs(tokenlimits.batch_item[])
+is 'The groups and kinds that the open items of a batch are about, and the users of each.';
+
+revoke execute on function tokenlimits.batch_pairs(tokenlimits.batch_item[]) from public, anon, authenticated;
+
+-- Every limit that the open items are about, once, and the group that each belongs to.
+create or replace function tokenlimits.batch_states(
+  p_items tokenlimits.batch_item[],
+  p_at timestamptz,
+  out states tokenlimits.limit_state[],
+  out group_ids uuid[]
+)
+returns record
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  select
+    coalesce(array_agg(
+      row(
+        s.counter_id, s.subject, s.kind, s.period, s.scope, s.max, s.since, s.until, s.used, s.expired, s.is_open
+      )::tokenlimits.limit_state
+      order by p.group_id, p.kind, s.place
+    ), '{}'),
+    coalesce(array_agg(p.group_id order by p.group_id, p.kind, s.place), '{}')
+  into states, group_ids
+  from tokenlimits.batch_pairs(p_items) as p
+  cross join lateral unnest(
+    tokenlimits.limit_states(p.group_id, p.user_ids, p.kind, p_at)
+  ) with ordinality as s (
+    counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place
+  );
+end
+$$;
+
+comment on function tokenlimits.batch_states(tokenlimits.batch_item[], timestamptz)
+is 'The limits that a batch is about, and their groups.';
+
+revoke execute on function tokenlimits.batch_states(tokenlimits.batch_item[], timestamptz)
+from public, anon, authenticated;
+
+-- The groups that may pay for each open item, in the order in which they are tried, with the places of their limits; a
+-- row of nulls where no group may.
+create or replace function tokenlimits.batch_options(
+  p_items tokenlimits.batch_item[],
+  p_states tokenlimits.limit_state[],
+  p_group_ids uuid[]
+)
+returns table (place integer, group_id uuid, states integer[], is_first boolean, is_last boolean)
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  return query
+  select
+    i.place,
+    g.id,
+    array_agg(s.no::integer order by s.no) filter (where s.no is not null),
+    coalesce(g.rank = 1, true),
+    coalesce(g.rank = cardinality(i.group_ids), true)
+  from unnest(p_items) as i
+  left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
+  cross join lateral (values (g.id), (i.user_id)) as w (subject)
+  left join rows from (unnest(p_states), unnest(p_group_ids)) with ordinality as s (
+    counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, group_id, no
+  ) on s.group_id = g.id and s.kind = i.kind and s.subject = w.subject
+  where i.answer is null
+  group by i.place, i.group_ids, g.id, g.rank
+  order by i.place, g.rank;
+end
+$$;
+
+comment on function tokenlimits.batch_options(tokenlimits.batch_item[], tokenlimits.limit_state[], uuid[])
+is 'Who may pay for which item of a batch.';
+
+revoke execute on function tokenlimits.batch_options(tokenlimits.batch_item[], tokenlimits.limit_state[], uuid[])
+from public, anon, authenticated;
+
+create or replace function tokenlimits.states_at(p_states tokenlimits.limit_state[], p_places integer[])
+returns tokenlimits.limit_state[]
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  v_states tokenlimits.limit_state[] := '{}';
+  v_place integer;
+begin
+  foreach v_place in array coalesce(p_places, '{}') loop
+    v_states := v_states || p_states[v_place];
+  end loop;
+  return v_states;
+end
+$$;
+
+comment on function tokenlimits.states_at(tokenlimits.limit_state[], integer[]) is 'Those of some states.';
+
+revoke execute on function tokenlimits.states_at(tokenlimits.limit_state[], integer[])
+from public, anon, authenticated;
+
+create or replace function tokenlimits.batch_usage(p_item tokenlimits.batch_item, p_verdict tokenlimits.verdict)
+returns public.generation_usage
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_usage public.generation_usage;
+begin
+  v_usage.id := tokenlimits.uuid_v7();
+  v_usage.group_id := p_verdict.group_id;
+  v_usage.user_id := p_item.user_id;
+  v_usage.kind := p_item.kind;
+  v_usage.cost := p_item.cost;
+  v_usage.status := 'committed';
+  v_usage.idempotency_key := p_item.idempotency_key;
+  v_usage.fingerprint := p_item.fingerprint;
+  v_usage.metadata := coalesce(p_item.metadata, '{}');
+  v_usage.created_at := p_verdict.at;
+  v_usage.settled_at := p_verdict.at;
+  return v_usage;
+end
+$$;
+
+comment on function tokenlimits.batch_usage(tokenlimits.batch_item, tokenlimits.verdict)
+is 'What an allowed item writes into the ledger.';
+
+revoke execute on function tokenlimits.batch_usage(tokenlimits.batch_item, tokenlimits.verdict)
+from public, anon, authenticated;
+
+-- Why an item is not charged: its key is another one's, its group doesn't exist, or it is denied.
+create or replace function tokenlimits.batch_denial(
+  p_item tokenlimits.batch_item,
+  p_verdict tokenlimits.verdict,
+  p_holder_id uuid
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_message text;
+  v_detail text;
+  v_hint text;
+begin
+  if p_holder_id is not null then
+    perform tokenlimits.refuse_key(p_item.idempotency_key, p_holder_id);
+  elsif p_verdict.reason = 'not_in_group' and p_item.group_id is not null then
+    perform tokenlimits.require_group(p_item.group_id);
+  end if;
+  return tokenlimits.answer(
+    p_item.kind, p_item.cost, p_verdict.reason, p_verdict.group_id, p_verdict.states, p_verdict.denied_by, null,
+    p_replayed => false
+  );
+exception
+  when sqlstate 'TL002' or sqlstate 'TL008' then
+    get stacked diagnostics v_message = message_text, v_detail = pg_exception_detail, v_hint = pg_exception_hint;
+    return tokenlimits.refused(p_item, sqlstate, v_message, v_detail, v_hint);
+end
+$$;
+
+comment on function tokenlimits.batch_denial(tokenlimits.batch_item, tokenlimits.verdict, uuid)
+is 'The answer to an item that is not charged.';
+
+revoke execute on function tokenlimits.batch_denial(tokenlimits.batch_item, tokenlimits.verdict, uuid)
+from public, anon, authenticated;
+
+-- Judges the open items one after another, each by what those before it have left. Denied ones are answered; the others
+-- become charges. Answers also the limits that they were judged by, with all charges in them.
+create or replace function tokenlimits.judge_batch(
+  p_at timestamptz,
+  inout items tokenlimits.batch_item[],
+  out states tokenlimits.limit_state[],
+  out charges tokenlimits.batch_charge[]
+)
+returns record
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_group_ids uuid[];
+  v record;
+  v_item tokenlimits.batch_item;
+  v_verdict tokenlimits.verdict;
+  v_charge tokenlimits.batch_charge;
+  v_no integer;
+  -- by the first place of a key: which charge has it
+  v_holders integer[] := array_fill(null::integer, array[cardinality(items)]);
+  v_holder integer;
+begin
+  select b.states, b.group_ids into states, v_group_ids
+  from tokenlimits.batch_states(items, p_at) as b;
+  charges := '{}';
+  for v in
+    select *
+    from tokenlimits.batch_options(items, states, v_group_ids)
+  loop
+    if v.is_first then
+      v_item := items[v.place];
+      v_verdict := tokenlimits.unjudged(v_item.group_ids, p_at);
+    end if;
+    if not v_verdict.allowed and v.states is not null then
+      v_verdict := tokenlimits.weigh(
+        v_verdict, v.group_id, tokenlimits.states_at(states, v.states), v_item.cost
+      );
+      v_charge.states := v.states;
+    end if;
+    continue when not v.is_last;
+
+    v_holder := v_holders[v_item.first_place];
+    if v_holder is not null and (charges[v_holder].usage).fingerprint = v_item.fingerprint then
+      v_charge := charges[v_holder];
+      v_charge.place := v.place;
+      v_charge.replayed := true;
+      charges := charges || v_charge;
+    elsif v_holder is null and v_verdict.allowed then
+      v_charge.place := v.place;
+      v_charge.usage := tokenlimits.batch_usage(v_item, v_verdict);
+      v_charge.replayed := false;
+      charges := charges || v_charge;
+      foreach v_no in array v_charge.states loop
+        states[v_no].used := states[v_no].used + v_item.cost;
+      end loop;
+      if v_item.first_place is not null then
+        v_holders[v_item.first_place] := cardinality(charges);
+      end if;
+    else
+      items[v.place].answer := tokenlimits.batch_denial(v_item, v_verdict, (charges[v_holder].usage).id);
+    end if;
+  end loop;
+end
+$$;
+
+comment on function tokenlimits.judge_batch(timestamptz, tokenlimits.batch_item[])
+is 'Judges the items of a batch in their order; writes nothing.';
+
+revoke execute on function tokenlimits.judge_batch(timestamptz, tokenlimits.batch_item[])
+from public, anon, authenticated;
+
+-- Writes the usages of a batch, and sweeps the expired holds of every group and kind that it is about. Answers the
+-- counters that were moved as they are then, or raises TL099; TL098 with the group that somebody held for too long.
+create or replace function tokenlimits.write_batch(
+  p_items tokenlimits.batch_item[],
+  p_charges tokenlimits.batch_charge[],
+  p_at timestamptz
+)
+returns tokenlimits.limit_state[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_dead uuid[] := array(
+    select i.dead_id
+    from unnest(p_items) as i
+    inner join unnest(p_charges) as c on c.place = i.place
+    where i.dead_id is not null
+  );
+  v_written bigint;
+  v_states tokenlimits.limit_state[] := '{}';
+  v record;
+begin
+  perform tokenlimits.lock_usages(v_dead || array(
+    select unnest(tokenlimits.expired_holds(p.group_id, p.kind, p_at))
+    from tokenlimits.batch_pairs(p_items) as p
+  ));
+  update public.generation_usage as u
+  set idempotency_key = null
+  where u.id = any(v_dead) and tokenlimits.is_dead(u.status, u.expires_at, p_at);
+
+  insert into public.generation_usage as u (
+    id, group_id, user_id, kind, cost, status, idempotency_key, fingerprint, metadata, created_at, settled_at
+  )
+  select
+    (c.usage).id, (c.usage).group_id, (c.usage).user_id, (c.usage).kind, (c.usage).cost, (c.usage).status,
+    (c.usage).idempotency_key, (c.usage).fingerprint, (c.usage).metadata,
+    (c.usage).created_at, (c.usage).settled_at
+  from unnest(p_charges) as c
+  where not c.replayed
+  order by (c.usage).idempotency_key, (c.usage).user_id
+  on conflict on constraint generation_usage_key_key do nothing;
+  get diagnostics v_written = row_count;
+  if v_written < (select count(*) from unnest(p_charges) as c where not c.replayed) then
+    -- somebody has taken a key since it was looked at
+    raise sqlstate 'TL099';
+  end if;
+
+  for v in
+    select
+      p.group_id,
+      p.kind,
+      tokenlimits.expired_holds(p.group_id, p.kind, p_at) as expired,
+      coalesce(m.moves, '{}') as moves
+    from tokenlimits.batch_pairs(p_items) as p
+    left join (
+      select
+        (c.usage).group_id,
+        (c.usage).kind,
+        array_agg(
+          row((c.usage).user_id, (c.usage).created_at, (c.usage).cost, 1)::tokenlimits.usage_move
+        ) as moves
+      from unnest(p_charges) as c
+      where not c.replayed
+      group by (c.usage).group_id, (c.usage).kind
+    ) as m on m.group_id = p.group_id and m.kind = p.kind
+    order by p.group_id, p.kind
+  loop
+    v.moves := tokenlimits.expire(v.expired, p_at) || v.moves;
+    continue when v.moves = '{}';
+    begin
+      v_states := v_states || tokenlimits.move_usage(v.group_id, v.kind, v.moves, p_at, p_enforce => true);
+    exception
+      when lock_not_available then
+        raise sqlstate 'TL098' using detail = v.group_id;
+    end;
+  end loop;
+  return v_states;
+end
+$$;
+
+comment on function tokenlimits.write_batch(tokenlimits.batch_item[], tokenlimits.batch_charge[], timestamptz)
+is 'Writes what a batch is charged for, and sweeps.';
+
+revoke execute on function tokenlimits.write_batch(
+  tokenlimits.batch_item[], tokenlimits.batch_charge[], timestamptz
+) from public, anon, authenticated;
+
+-- Answers what was charged, from the last to the first: each sees the counters as they were right after it.
+create or replace function tokenlimits.batch_answers(
+  p_items tokenlimits.batch_item[],
+  p_charges tokenlimits.batch_charge[],
+  p_states tokenlimits.limit_state[],
+  p_moved tokenlimits.limit_state[]
+)
+returns tokenlimits.batch_item[]
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v record;
+  v_charge tokenlimits.batch_charge;
+  v_no integer;
+begin
+  for v in
+    select s.no, m.used
+    from unnest(p_states) with ordinality as s (
+      counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, no
+    )
+    inner join unnest(p_moved) as m on m.counter_id = s.counter_id and m.subject = s.subject
+  loop
+    p_states[v.no].used := v.used;
+  end loop;
+  for i in reverse cardinality(p_charges)..1 loop
+    v_charge := p_charges[i];
+    p_items[v_charge.place].answer := tokenlimits.answer(
+      (v_charge.usage).kind, (v_charge.usage).cost, null, (v_charge.usage).group_id,
+      tokenlimits.states_at(p_states, v_charge.states), null, v_charge.usage, v_charge.replayed
+    );
+    continue when v_charge.replayed;
+    foreach v_no in array v_charge.states loop
+      p_states[v_no].used := p_states[v_no].used - (v_charge.usage).cost;
+    end loop;
+  end loop;
+  return p_items;
+end
+$$;
+
+comment on function tokenlimits.batch_answers(
+  tokenlimits.batch_item[], tokenlimits.batch_charge[], tokenlimits.limit_state[], tokenlimits.limit_state[]
+) is 'A batch with its charges answered.';
+
+revoke execute on function tokenlimits.batch_answers(
+  tokenlimits.batch_item[], tokenlimits.batch_charge[], tokenlimits.limit_state[], tokenlimits.limit_state[]
+) from public, anon, authenticated;
+
+-- Answers the open items that one of these groups may pay for; without groups, all.
+create or replace function tokenlimits.answer_busy(p_items tokenlimits.batch_item[], p_group_ids uuid[])
+returns tokenlimits.batch_item[]
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_item tokenlimits.batch_item;
+begin
+  foreach v_item in array p_items loop
+    if v_item.answer is null and (p_group_ids is null or v_item.group_ids && p_group_ids) then
+      p_items[v_item.place].answer := tokenlimits.answer(
+        v_item.kind, v_item.cost, 'busy',
+        (select g.id from unnest(v_item.group_ids) as g (id) where g.id = any(p_group_ids) limit 1),
+        '{}', null, null, p_replayed => false
+      );
+    end if;
+  end loop;
+  return p_items;
+end
+$$;
+
+comment on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid[])
+is 'A batch with the items answered whose groups are held by somebody else.';
+
+revoke execute on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid[]) from public, anon, authenticated;
+
+-- Takes the stripes of all groups, and answers those that could not be had in time.
+create or replace function tokenlimits.lock_batch(p_items tokenlimits.batch_item[])
+returns uuid[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_group_ids uuid[] := array(select p.group_id from tokenlimits.batch_pairs(p_items) as p);
+  v_busy uuid[] := '{}';
+  v_group_id uuid;
+begin
+  perform tokenlimits.lock_groups(v_group_ids);
+  return v_busy;
+exception
+  when lock_not_available then
+    -- no wait is for ever now, so the order is of no account
+    foreach v_group_id in array v_group_ids loop
+      begin
+        perform tokenlimits.lock_groups(array[v_group_id]);
+      exception
+        when lock_not_available then
+          v_busy := v_busy || v_group_id;
+      end;
+    end loop;
+    return v_busy;
+end
+$$;
+
+comment on function tokenlimits.lock_batch(tokenlimits.batch_item[])
+is 'Holds the limits of a batch''s groups still; answers the groups that somebody else held for too long.';
+
+revoke execute on function tokenlimits.lock_batch(tokenlimits.batch_item[]) from public, anon, authenticated;
+
+create or replace function tokenlimits.track_many(p_requests jsonb, p_max_wait bigint)
+returns jsonb
+language plpgsql
+volatile
+-- definer: counters are private, and nobody else writes the ledger
+security definer
+set search_path = ''
+as $$
+declare
+  v_lock_timeout text := current_setting('lock_timeout');
+  v_items tokenlimits.batch_item[] := tokenlimits.read_requests(p_requests);
+  v_judged tokenlimits.batch_item[];
+  v_states tokenlimits.limit_state[];
+  v_charges tokenlimits.batch_charge[];
+  v_at timestamptz;
+  v_group_id text;
+begin
+  if p_max_wait not between 1 and 60000 then
+    perform tokenlimits.refuse(
+      'TL001', 'max_wait: must be from 1 to 60000 milliseconds, or null', 'max_wait', 'Nothing was recorded.'
+    );
+  elsif p_max_wait is not null then
+    perform set_config('lock_timeout', p_max_wait::text, true);
+  end if;
+  v_items := tokenlimits.answer_busy(v_items, tokenlimits.lock_batch(v_items));
+  loop
+    v_at := greatest(tokenlimits.clock(), v_at);
+    begin
+      v_items := tokenlimits.replay(v_items);
+      select j.items, j.states, j.charges into v_judged, v_states, v_charges
+      from tokenlimits.judge_batch(v_at, v_items) as j;
+      v_items := tokenlimits.batch_answers(
+        v_judged, v_charges, v_states, tokenlimits.write_batch(v_items, v_charges, v_at)
+      );
+      exit;
+    exception
+      when sqlstate 'TL099' then
+        null;
+      when sqlstate 'TL098' then
+        get stacked diagnostics v_group_id = pg_exception_detail;
+        v_items := tokenlimits.answer_busy(v_items, array[v_group_id::uuid]);
+      when lock_not_available then
+        v_items := tokenlimits.answer_busy(v_items, null);
+    end;
+  end loop;
+  perform set_config('lock_timeout', v_lock_timeout, true);
+  return coalesce((select jsonb_agg(i.answer order by i.place) from unnest(v_items) as i), '[]');
+end
+$$;
+
+comment on function tokenlimits.track_many(jsonb, bigint) is 'What track_generations does.';
+
+revoke execute on function tokenlimits.track_many(jsonb, bigint) from public, anon, authenticated;
+
+grant execute on function tokenlimits.track_many(jsonb, bigint) to service_role;
+
+-- Each request is an object with the arguments of track_generation (without p_), and is answered at the same place. One
+-- that track_generation would refuse with an error has the reason 'refused'. With p_max_wait, those whose group
+-- somebody else holds for more than so many milliseconds have the reason 'busy', and may be asked again.
+create or replace function public.track_generations(p_requests jsonb, p_max_wait bigint default null)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return tokenlimits.track_many(tokenlimits.json_argument(p_requests), p_max_wait);
+end
+$$;
+
+comment on function public.track_generations(jsonb, bigint)
+is 'Tracks up to 1,000 generations in one transaction: each is judged by itself, in this order.';
+
+revoke execute on function public.track_generations(jsonb, bigint) from public, anon, authenticated, service_role;
+
+grant execute on function public.track_generations(jsonb, bigint) to service_role;
+
+-- Usage for users and admins, and history.
+--
+-- Invariants
+--   * Numbers come from counters and the rollup, never from scanning the ledger, so they cost the same for ever.
+
+create or replace function tokenlimits.user_usage(p_user_id uuid)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_now timestamptz := tokenlimits.clock();
+begin
+  return coalesce((
+    select jsonb_agg(
+      tokenlimits.limit_json(s.state) || jsonb_build_object('group', jsonb_build_object('id', g.id, 'name', g.name))
+      order by p.place, s.place
+    )
+    from unnest(tokenlimits.paying_groups(p_user_id)) with ordinality as p (id, place)
+    inner join public.user_groups as g on g.id = p.id
+    cross join lateral (
+      select row(u.*)::tokenlimits.limit_state as state, row_number() over () as place
+      from unnest(tokenlimits.limit_states(p.id, array[p_user_id], null, v_now)) as u
+    ) as s
+  ), '[]');
+end
+$$;
+
+-- A member limit is shown for the group as a whole: what all members used, of max for each.
+create or replace function tokenlimits.usage_of_groups(p_group_id uuid)
+returns jsonb
+language plpgsql
+stable
+-- definer: counters are private
+security definer
+set search_path = ''
+as $$
+declare
+  v_now timestamptz := tokenlimits.clock();
+begin
+  perform tokenlimits.require_admin();
+  if p_group_id is not null then
+    perform tokenlimits.require_group(p_group_id);
+  end if;
+  return coalesce((
+    select jsonb_agg(
+      jsonb_build_object(
+        'group', jsonb_build_object('id', g.id, 'name', g.name),
+        'member_count', m.members,
+        'limits', l.limits
+      )
+      order by lower(g.name)
+    )
+    from public.user_groups as g
+    cross join lateral (
+      select count(*) as members
+      from public.group_memberships as n
+      where n.group_id = g.id
+    ) as m
+    cross join lateral (
+      select coalesce(jsonb_agg(
+        tokenlimits.limit_json(row(u.*)::tokenlimits.limit_state)
+        || jsonb_build_object(
+          'capacity', c.capacity,
+          'remaining', case when c.capacity is not null then greatest(c.capacity - u.used, 0) end,
+          'fraction', case
+            when c.capacity > 0 then round(u.used::numeric / c.capacity, 6)
+            -- a blocked limit is full; so is one of a group without members that has been used
+            when c.capacity = 0 then 1
+          end
+        )
+      ), '[]') as limits
+      from unnest(tokenlimits.limit_states(g.id, array[null]::uuid[], null, v_now)) as u
+      cross join lateral (
+        select u.max * case u.scope when 'member' then m.members else 1 end as capacity
+      ) as c
+    ) as l
+    where p_group_id is null or g.id = p_group_id
+  ), '[]');
+end
+$$;
+
+-- PostgREST serves the new functions from now on.
+notify pgrst, 'reload schema';
