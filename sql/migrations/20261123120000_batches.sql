@@ -874,8 +874,7 @@ as $$
 begin
   return tokenlimits.answer(p_item.kind, p_item.cost, 'refused', null, '{}', null, null, p_replayed => false)
     || jsonb_build_object(
-      'error', p_message,
-      'refusal', jsonb_build_object('code', p_code, 'message', p_message, 'details', p_detail, 'hint', p_hint)
+      'error', concat_ws('. ', p_message, nullif(p_hint, '')), 'code', p_code, 'detail', nullif(p_detail, '')
     );
 end
 $$;

@@ -157,9 +157,17 @@ def moment(value: datetime | None, field: str) -> str | None:
 
 def request(**fields: Any) -> dict[str, Any]:
     """Check a generation, and make the parameters of its call, with a key of its own if it has none."""
-    checked_request = checked(GenerationRequest.model_validate, fields)
-    values = checked_request.model_dump(mode="json")
-    return {"p_idempotency_key": new_key()} | {f"p_{k}": v for k, v in values.items() if v is not None}
+    return {f"p_{name}": value for name, value in _generation(fields).items()}
+
+
+def requests(values: Iterable[GenerationRequest | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Check many generations, each with a key of its own if it has none; a bad one is refused with its place."""
+    return [_generation(value, f"requests[{index}]") for index, value in enumerate(_iterable(values, "requests"))]
+
+
+def _generation(value: object, field: str = "") -> dict[str, Any]:
+    given = checked(GenerationRequest.model_validate, value, field).model_dump(mode="json", exclude_none=True)
+    return {"idempotency_key": new_key()} | given
 
 
 def limit(value: Limit) -> dict[str, Any]:

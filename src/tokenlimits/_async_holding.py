@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 from uuid import UUID
 
-from . import _arguments, _calls, _limited, _settlements
+from . import _arguments, _batches, _calls, _limited, _settlements
 from ._arguments import OnUnavailable
 from ._base import AsyncBase
 from ._calls import Call
@@ -206,6 +206,12 @@ class AsyncHolding(AsyncBase):
             return await self._transport.send(call)
         except ServiceUnavailable as error:
             return _calls.without_service(call, self._on_unavailable, error)
+
+    async def _judged_together(self, call: Call[list[TrackResult]]) -> list[TrackResult]:
+        try:
+            return await self._transport.send(call)
+        except ServiceUnavailable as error:
+            return _batches.without_service(call, self._on_unavailable, error)
 
     async def _settled(self, settlement: Settlement) -> TrackResult:
         if isinstance(settlement, TrackResult):

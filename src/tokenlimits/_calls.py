@@ -49,7 +49,7 @@ _GROUPS = parser(list[Group])
 _GROUP_USAGES = parser(list[GroupUsage])
 _HISTORY = parser(list[HistoryPoint])
 _MEMBERS = parser(list[Member])
-_RESULT = parser(TrackResult)
+RESULT = parser(TrackResult)
 _USERS = parser(list[User])
 _USER_LIMITS = parser(tuple[UserLimit, ...])
 _ADDED = parser(AddedPage)
@@ -76,11 +76,16 @@ def track(
         group_id=group_id,
         metadata=metadata,
     )
-    return Call("track_generation", params, _RESULT)
+    return Call("track_generation", params, RESULT)
 
 
 def without_service(call: Call[TrackResult], on_unavailable: OnUnavailable, error: ServiceUnavailable) -> TrackResult:
     """Make the answer for when Supabase can't be reached, or raise its error."""
+    return unavailable(call.params["p_kind"], call.params["p_cost"], on_unavailable, error)
+
+
+def unavailable(kind: str, cost: int, on_unavailable: OnUnavailable, error: ServiceUnavailable) -> TrackResult:
+    """Make the answer to a generation for when Supabase can't be reached, or raise its error."""
     if on_unavailable == "raise":
         raise error
     allowed = on_unavailable == "allow"
@@ -88,8 +93,8 @@ def without_service(call: Call[TrackResult], on_unavailable: OnUnavailable, erro
         allowed=allowed,
         reason="unavailable",
         error=None if allowed else str(error),
-        kind=call.params["p_kind"],
-        cost=call.params["p_cost"],
+        kind=kind,
+        cost=cost,
         retry_after=error.retry_after,
     )
 
@@ -98,7 +103,7 @@ def check(user_id: Id, kind: str, cost: int, group_id: Id | None) -> Call[TrackR
     """Ask what tracking would answer."""
     params = _arguments.request(user_id=user_id, kind=kind, cost=cost, group_id=group_id)
     del params["p_idempotency_key"]
-    return Call("check_generation", params, _RESULT)
+    return Call("check_generation", params, RESULT)
 
 
 def record(
@@ -119,7 +124,7 @@ def record(
         group_id=group_id,
         metadata=metadata,
     )
-    return Call("record_generation", {**params, "p_created_at": _arguments.moment(created_at, "created_at")}, _RESULT)
+    return Call("record_generation", {**params, "p_created_at": _arguments.moment(created_at, "created_at")}, RESULT)
 
 
 def usage(user_id: Id) -> Call[tuple[UserLimit, ...]]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, Self
 from uuid import UUID
 
 from supabase import Client
 
-from . import _calls, _sessions
+from . import _batches, _calls, _sessions
 from ._arguments import OnUnavailable
 from ._base import DEFAULT_TIMEOUT
 from ._holding import Holding
-from .models import TrackResult, UserLimit
+from .models import GenerationRequest, TrackResult, UserLimit
 
 
 class TokenLimits(Holding):
@@ -97,6 +97,33 @@ class TokenLimits(Holding):
             True
         """
         return self._judged(_calls.track(user_id, kind, cost, idempotency_key, group_id, metadata))
+
+    def track_many(self, requests: Iterable[GenerationRequest | Mapping[str, Any]]) -> list[TrackResult]:
+        """Track many generations at once: each is judged by itself, in the order given.
+
+        A thousand travel and are judged as one call, so it is many times faster than one after another. More are split.
+
+        Args:
+            requests: What `track` takes, as `GenerationRequest`s (or mappings with their fields). With idempotency keys
+                all may be repeated after an error: what was recorded before is answered, `replayed`.
+
+        Returns:
+            The answers, at the same places. A request that `track` would raise an error for (its key was used for
+            another request, its group doesn't exist) touches no other: it is denied, with the reason `"refused"`, and
+            `raise_if_denied` raises that error.
+
+        Raises:
+            InvalidRequest: An argument is not valid; nothing was sent. Its field is like `requests[3].cost`.
+            ServiceUnavailable: Supabase could not be reached in time (see `on_unavailable`). Of more than a thousand,
+                some may have been recorded.
+            AccessDenied, SchemaNotInstalled, SchemaOutdated, ConfigurationError: It is not set up right.
+
+        Example:
+            >>> jobs = [GenerationRequest(user_id=user_id, kind="image", cost=cost) for cost in (1, 200, 2)]
+            >>> [(result.allowed, result.remaining) for result in limits.track_many(jobs)]
+            [(True, 99), (False, 99), (True, 97)]
+        """
+        return [result for call in _batches.track_many(requests) for result in self._judged_together(call)]
 
     def check(
         self, user_id: UUID | str, kind: str, cost: int = 1, *, group_id: UUID | str | None = None

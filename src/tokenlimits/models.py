@@ -10,7 +10,7 @@ from uuid import UUID
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, StrictInt
 
-from .errors import GenerationDenied, LimitExceeded, NoLimitForKind, NotInGroup
+from .errors import GenerationDenied, LimitExceeded, NoLimitForKind, NotInGroup, TokenLimitsError, refusal
 
 Period = Literal["minute", "hour", "day", "week", "month", "lifetime"]
 """Calendar periods begin in the group's time zone; weeks on Monday; lifetime never ends."""
@@ -18,8 +18,9 @@ Period = Literal["minute", "hour", "day", "week", "month", "lifetime"]
 Scope = Literal["group", "member"]
 """`group`: one pool that the members share; `member`: each member has their own."""
 
-Reason = Literal["not_in_group", "no_limit_for_kind", "limit_exceeded", "unavailable"]
-"""Why a generation is denied; `unavailable` also when it is allowed because Supabase can't be reached."""
+Reason = Literal["not_in_group", "no_limit_for_kind", "limit_exceeded", "refused", "unavailable"]
+"""Why a generation is denied; `unavailable` also when it is allowed because Supabase can't be reached; `refused` for a
+request of `track_many` that `track` would have raised an error for."""
 
 Status = Literal["reserved", "committed", "released", "refunded", "expired"]
 """Of a usage; the first two count."""
@@ -87,7 +88,8 @@ class TrackResult(Model):
     It is true when allowed. `remaining` is the smallest of the limits' (None: unlimited). `reset_at` is when the limit
     with the least room resets, or, when denied, when the limit that denied will have room (None: never by itself);
     `retry_after` is how many seconds that is from now. `usage_id` names the usage that was recorded. `replayed` says
-    that an earlier call with the same idempotency key had recorded it.
+    that an earlier call with the same idempotency key had recorded it. `code` and `detail` are those of the error that
+    `track` would have raised, when `track_many` was refused one of its requests.
     """
 
     allowed: bool
@@ -105,6 +107,8 @@ class TrackResult(Model):
     reset_at: AwareDatetime | None = None
     retry_after: float | None = None
     replayed: bool = False
+    code: str | None = None
+    detail: str | None = None
 
     def __bool__(self) -> bool:
         """Whether the generation is allowed."""
@@ -115,6 +119,8 @@ class TrackResult(Model):
 
         Raises:
             LimitExceeded, NotInGroup, NoLimitForKind: By the reason; all are `GenerationDenied`.
+            InvalidRequest, IdempotencyConflict, GroupNotFound: What `track` would have raised for this request of
+                `track_many`.
 
         Example:
             >>> TrackResult(allowed=True, kind="image", cost=1).raise_if_denied().allowed
@@ -122,12 +128,24 @@ class TrackResult(Model):
         """
         if self.allowed:
             return self
+        if self.reason == "refused":
+            raise self.refusal()
         by_reason: Mapping[str | None, type[GenerationDenied]] = {
             "limit_exceeded": LimitExceeded,
             "not_in_group": NotInGroup,
             "no_limit_for_kind": NoLimitForKind,
         }
         raise by_reason.get(self.reason, GenerationDenied)(self)
+
+    def refusal(self) -> TokenLimitsError:
+        """Make the error that `track` would have raised for this request of `track_many`, when it was refused.
+
+        Example:
+            >>> refused = {"allowed": False, "kind": "image", "cost": 1, "reason": "refused", "code": "TL002"}
+            >>> type(TrackResult.model_validate(refused).refusal()).__name__
+            'GroupNotFound'
+        """
+        return refusal(400, {"code": self.code, "message": self.error, "details": self.detail})
 
 
 def _storable(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:

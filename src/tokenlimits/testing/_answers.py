@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from tokenlimits.errors import TokenLimitsError
+
 from ._periods import NEVER, zone
 from ._state import Group, Json, LimitState, Usage, text
 
@@ -106,6 +108,13 @@ def denied_json(kind: str, cost: int, group: Json | None, verdict: Verdict, now:
         "reset_at": text(verdict.room_at),
         "retry_after": waits,
     }
+
+
+def refused_json(kind: str, cost: int, error: TokenLimitsError) -> Json:
+    """Answer a request of many that alone would raise an error."""
+    answer = allowed_json(kind, cost, None, [])
+    refusal = {"error": str(error), "code": error.code, "detail": error.detail}
+    return {**answer, "allowed": False, "reason": "refused", **refusal}
 
 
 def _denial(kind: str, cost: int, verdict: Verdict) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from tokenlimits._arguments import new_key
+from tokenlimits.errors import TokenLimitsError
 
-from ._answers import Verdict, allowed_json, denied_json, limit_json
+from ._answers import Verdict, allowed_json, denied_json, limit_json, refused_json
 from ._periods import BEGINNING, NEVER
 from ._state import Group, Json, LimitState, State, Usage, refuse
 
@@ -27,6 +28,20 @@ class WorkerFunctions(State):
     ) -> Json:
         """Check every limit that applies and record the generation."""
         return self._track(p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, p_metadata)
+
+    def track_generations(
+        self,
+        p_requests: list[Json],
+        p_max_wait: int | None = None,  # noqa: ARG002  # nobody else holds a group here
+    ) -> list[Json]:
+        """Track many, each by itself."""
+        return [self._track_or_refuse(request) for request in p_requests]
+
+    def _track_or_refuse(self, request: Json) -> Json:
+        try:
+            return self.track_generation(**{f"p_{name}": value for name, value in request.items()})
+        except TokenLimitsError as error:
+            return refused_json(request["kind"], request["cost"], error)
 
     def reserve_generation(
         self,
