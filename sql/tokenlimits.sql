@@ -18,7 +18,6 @@
 --   TL007  the hold has expired and its cost no longer fits
 --   TL008  idempotency key used for another request
 --   TL009  the transaction is not READ COMMITTED
---   TL098  somebody else holds a group of the batch; caught inside, never leaves
 --   TL099  overtaken by another call; caught inside, never leaves
 --   42501  the caller is no admin
 
@@ -1756,6 +1755,23 @@ $$;
 comment on function tokenlimits.lock_usages(uuid[]) is 'Locks rows of the ledger, in one order.';
 revoke execute on function tokenlimits.lock_usages(uuid[]) from public, anon, authenticated;
 
+-- Takes the keys from those of the locked usages that are dead. By id: a key that has gone to another row meanwhile is
+-- that one's, which was not locked in the one order.
+create or replace function tokenlimits.free_keys(p_usage_ids uuid[], p_at timestamptz)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  update public.generation_usage as u
+  set idempotency_key = null
+  where u.id = any(p_usage_ids) and tokenlimits.is_dead(u.status, u.expires_at, p_at);
+end
+$$;
+comment on function tokenlimits.free_keys(uuid[], timestamptz) is 'Takes the keys from dead usages.';
+revoke execute on function tokenlimits.free_keys(uuid[], timestamptz) from public, anon, authenticated;
+
 -- Marks those of the locked usages that are expired holds, and answers what that takes back.
 create or replace function tokenlimits.expire(p_usage_ids uuid[], p_at timestamptz)
 returns tokenlimits.usage_move[]
@@ -1913,9 +1929,7 @@ begin
     and tokenlimits.is_dead(u.status, u.expires_at, v_at);
   v_expired := tokenlimits.expired_holds(p_usage.group_id, p_usage.kind, v_at);
   perform tokenlimits.lock_usages(v_expired || v_dead.id);
-  if v_dead.id is not null then
-    perform tokenlimits.free_key(p_usage);
-  end if;
+  perform tokenlimits.free_keys(array[v_dead.id], v_at);
   if not tokenlimits.claim(p_usage) then
     return null;
   end if;
@@ -2691,13 +2705,20 @@ revoke execute on function tokenlimits.judge_batch(timestamptz, tokenlimits.batc
 from public, anon, authenticated;
 
 -- Writes the usages of a batch, and sweeps the expired holds of every group and kind that it is about. Answers the
--- counters that were moved as they are then, or raises TL099; TL098 with the group that somebody held for too long.
+-- counters that were moved as they are then; null, with nothing written, when they have moved on meanwhile, or when
+-- somebody held a row for too long: is_held, and by which group it was, if that is known.
+--
+-- This block has no other in it: who waits for a row of an inner one that was ended waits for the whole transaction,
+-- and goes on doing so when the outer one is taken back. They would block each other.
 create or replace function tokenlimits.write_batch(
   p_items tokenlimits.batch_item[],
   p_charges tokenlimits.batch_charge[],
-  p_at timestamptz
+  p_at timestamptz,
+  out moved tokenlimits.limit_state[],
+  out is_held boolean,
+  out held_group_id uuid
 )
-returns tokenlimits.limit_state[]
+returns record
 language plpgsql
 volatile
 set search_path = ''
@@ -2710,16 +2731,15 @@ declare
     where i.dead_id is not null
   );
   v_written bigint;
-  v_states tokenlimits.limit_state[] := '{}';
   v record;
 begin
+  is_held := false;
+  moved := '{}';
   perform tokenlimits.lock_usages(v_dead || array(
     select unnest(tokenlimits.expired_holds(p.group_id, p.kind, p_at))
     from tokenlimits.batch_pairs(p_items) as p
   ));
-  update public.generation_usage as u
-  set idempotency_key = null
-  where u.id = any(v_dead) and tokenlimits.is_dead(u.status, u.expires_at, p_at);
+  perform tokenlimits.free_keys(v_dead, p_at);
 
   insert into public.generation_usage as u (
     id, group_id, user_id, kind, cost, status, idempotency_key, fingerprint, metadata, created_at, settled_at
@@ -2758,16 +2778,17 @@ begin
     ) as m on m.group_id = p.group_id and m.kind = p.kind
     order by p.group_id, p.kind
   loop
+    held_group_id := v.group_id;
     v.moves := tokenlimits.expire(v.expired, p_at) || v.moves;
     continue when v.moves = '{}';
-    begin
-      v_states := v_states || tokenlimits.move_usage(v.group_id, v.kind, v.moves, p_at, p_enforce => true);
-    exception
-      when lock_not_available then
-        raise sqlstate 'TL098' using detail = v.group_id;
-    end;
+    moved := moved || tokenlimits.move_usage(v.group_id, v.kind, v.moves, p_at, p_enforce => true);
   end loop;
-  return v_states;
+exception
+  when sqlstate 'TL099' then
+    moved := null;
+  when lock_not_available then
+    moved := null;
+    is_held := true;
 end
 $$;
 comment on function tokenlimits.write_batch(tokenlimits.batch_item[], tokenlimits.batch_charge[], timestamptz)
@@ -2823,8 +2844,8 @@ revoke execute on function tokenlimits.batch_answers(
   tokenlimits.batch_item[], tokenlimits.batch_charge[], tokenlimits.limit_state[], tokenlimits.limit_state[]
 ) from public, anon, authenticated;
 
--- Answers the open items that one of these groups may pay for; without groups, all.
-create or replace function tokenlimits.answer_busy(p_items tokenlimits.batch_item[], p_group_ids uuid[])
+-- Answers the open items that a group may pay for; all when it is null.
+create or replace function tokenlimits.answer_busy(p_items tokenlimits.batch_item[], p_group_id uuid)
 returns tokenlimits.batch_item[]
 language plpgsql
 stable
@@ -2834,35 +2855,32 @@ declare
   v_item tokenlimits.batch_item;
 begin
   foreach v_item in array p_items loop
-    if v_item.answer is null and (p_group_ids is null or v_item.group_ids && p_group_ids) then
+    if v_item.answer is null and (p_group_id is null or p_group_id = any(v_item.group_ids)) then
       p_items[v_item.place].answer := tokenlimits.answer(
-        v_item.kind, v_item.cost, 'busy',
-        (select g.id from unnest(v_item.group_ids) as g (id) where g.id = any(p_group_ids) limit 1),
-        '{}', null, null, p_replayed => false
+        v_item.kind, v_item.cost, 'busy', p_group_id, '{}', null, null, p_replayed => false
       );
     end if;
   end loop;
   return p_items;
 end
 $$;
-comment on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid[])
-is 'A batch with the items answered whose groups are held by somebody else.';
-revoke execute on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid[]) from public, anon, authenticated;
+comment on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid)
+is 'A batch with the items answered whose group is held by somebody else.';
+revoke execute on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid) from public, anon, authenticated;
 
--- Takes the stripes of all groups, and answers those that could not be had in time.
+-- Takes the stripes of all groups; answers the items of those that could not be had in time.
 create or replace function tokenlimits.lock_batch(p_items tokenlimits.batch_item[])
-returns uuid[]
+returns tokenlimits.batch_item[]
 language plpgsql
 volatile
 set search_path = ''
 as $$
 declare
-  v_group_ids uuid[] := array(select p.group_id from tokenlimits.batch_pairs(p_items) as p);
-  v_busy uuid[] := '{}';
+  v_group_ids uuid[] := array(select distinct p.group_id from tokenlimits.batch_pairs(p_items) as p);
   v_group_id uuid;
 begin
   perform tokenlimits.lock_groups(v_group_ids);
-  return v_busy;
+  return p_items;
 exception
   when lock_not_available then
     -- no wait is for ever now, so the order is of no account
@@ -2871,14 +2889,14 @@ exception
         perform tokenlimits.lock_groups(array[v_group_id]);
       exception
         when lock_not_available then
-          v_busy := v_busy || v_group_id;
+          p_items := tokenlimits.answer_busy(p_items, v_group_id);
       end;
     end loop;
-    return v_busy;
+    return p_items;
 end
 $$;
 comment on function tokenlimits.lock_batch(tokenlimits.batch_item[])
-is 'Holds the limits of a batch''s groups still; answers the groups that somebody else held for too long.';
+is 'Holds the limits of a batch''s groups still.';
 revoke execute on function tokenlimits.lock_batch(tokenlimits.batch_item[]) from public, anon, authenticated;
 
 create or replace function tokenlimits.track_many(p_requests jsonb, p_max_wait bigint)
@@ -2896,7 +2914,7 @@ declare
   v_states tokenlimits.limit_state[];
   v_charges tokenlimits.batch_charge[];
   v_at timestamptz;
-  v_group_id text;
+  v record;
 begin
   if p_max_wait not between 1 and 60000 then
     perform tokenlimits.refuse(
@@ -2905,27 +2923,20 @@ begin
   elsif p_max_wait is not null then
     perform set_config('lock_timeout', p_max_wait::text, true);
   end if;
-  v_items := tokenlimits.answer_busy(v_items, tokenlimits.lock_batch(v_items));
+  v_items := tokenlimits.lock_batch(v_items);
   loop
     v_at := greatest(tokenlimits.clock(), v_at);
-    begin
-      v_items := tokenlimits.replay(v_items);
-      select j.items, j.states, j.charges into v_judged, v_states, v_charges
-      from tokenlimits.judge_batch(v_at, v_items) as j;
-      v_items := tokenlimits.batch_answers(
-        v_judged, v_charges, v_states, tokenlimits.write_batch(v_items, v_charges, v_at)
-      );
-      exit;
-    exception
-      when sqlstate 'TL099' then
-        null;
-      when sqlstate 'TL098' then
-        get stacked diagnostics v_group_id = pg_exception_detail;
-        v_items := tokenlimits.answer_busy(v_items, array[v_group_id::uuid]);
-      when lock_not_available then
-        v_items := tokenlimits.answer_busy(v_items, null);
-    end;
+    v_items := tokenlimits.replay(v_items);
+    select j.items, j.states, j.charges into v_judged, v_states, v_charges
+    from tokenlimits.judge_batch(v_at, v_items) as j;
+    select w.moved, w.is_held, w.held_group_id into v
+    from tokenlimits.write_batch(v_items, v_charges, v_at) as w;
+    exit when v.moved is not null;
+    if v.is_held then
+      v_items := tokenlimits.answer_busy(v_items, v.held_group_id);
+    end if;
   end loop;
+  v_items := tokenlimits.batch_answers(v_judged, v_charges, v_states, v.moved);
   perform set_config('lock_timeout', v_lock_timeout, true);
   return coalesce((select jsonb_agg(i.answer order by i.place) from unnest(v_items) as i), '[]');
 end

@@ -14,7 +14,6 @@
 --   TL007  the hold has expired and its cost no longer fits
 --   TL008  idempotency key used for another request
 --   TL009  the transaction is not READ COMMITTED
---   TL098  somebody else holds a group of the batch; caught inside, never leaves
 --   TL099  overtaken by another call; caught inside, never leaves
 --   42501  the caller is no admin
 

@@ -59,6 +59,23 @@ $$;
 comment on function tokenlimits.lock_usages(uuid[]) is 'Locks rows of the ledger, in one order.';
 revoke execute on function tokenlimits.lock_usages(uuid[]) from public, anon, authenticated;
 
+-- Takes the keys from those of the locked usages that are dead. By id: a key that has gone to another row meanwhile is
+-- that one's, which was not locked in the one order.
+create or replace function tokenlimits.free_keys(p_usage_ids uuid[], p_at timestamptz)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  update public.generation_usage as u
+  set idempotency_key = null
+  where u.id = any(p_usage_ids) and tokenlimits.is_dead(u.status, u.expires_at, p_at);
+end
+$$;
+comment on function tokenlimits.free_keys(uuid[], timestamptz) is 'Takes the keys from dead usages.';
+revoke execute on function tokenlimits.free_keys(uuid[], timestamptz) from public, anon, authenticated;
+
 -- Marks those of the locked usages that are expired holds, and answers what that takes back.
 create or replace function tokenlimits.expire(p_usage_ids uuid[], p_at timestamptz)
 returns tokenlimits.usage_move[]
@@ -216,9 +233,7 @@ begin
     and tokenlimits.is_dead(u.status, u.expires_at, v_at);
   v_expired := tokenlimits.expired_holds(p_usage.group_id, p_usage.kind, v_at);
   perform tokenlimits.lock_usages(v_expired || v_dead.id);
-  if v_dead.id is not null then
-    perform tokenlimits.free_key(p_usage);
-  end if;
+  perform tokenlimits.free_keys(array[v_dead.id], v_at);
   if not tokenlimits.claim(p_usage) then
     return null;
   end if;

@@ -10,6 +10,8 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import psycopg
     from tests.support.model import Json
 
@@ -73,6 +75,18 @@ class Api:
             idempotency_key=idempotency_key,
             group_id=group_id,
         )
+
+    def track_many(self, requests: Sequence[Sequence[Any]], max_wait: int | None = None) -> list[Json]:
+        """Track what are arguments of `track`, all in one call."""
+        names = ("user_id", "kind", "cost", "idempotency_key", "group_id")
+        given = [
+            {
+                name: str(value) if isinstance(value, UUID) else value
+                for name, value in zip(names, request, strict=False)
+            }
+            for request in requests
+        ]
+        return self.call("track_generations", requests=given, max_wait=max_wait)
 
     def check(self, user_id: UUID, kind: str, cost: int = 1, group_id: UUID | None = None) -> Json:
         return self.call("check_generation", user_id=user_id, kind=kind, cost=cost, group_id=group_id)

@@ -19,6 +19,7 @@ from uuid import UUID
 
 import psycopg
 from psycopg import sql
+from psycopg.types.json import Jsonb
 
 PROCESSES = 8
 CONNECTIONS = 32
@@ -52,6 +53,13 @@ class Settle:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Calls of `track_generation` that travel together."""
+
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True)
 class Answer:
     """What one call came to; `error` is an SQLSTATE."""
 
@@ -68,7 +76,7 @@ class Answer:
     settled: Answer | None = None
 
 
-Script = Sequence[Call | Settle]
+Script = Sequence[Call | Settle | Batch]
 
 
 class Crowd:
@@ -143,13 +151,25 @@ def _cycle(
 ) -> Iterator[Answer]:
     if cycles is not None:
         for call in script * cycles:
-            yield _ask(connection, call)
+            yield from _ask_all(connection, call)
         return
     while True:
         for call in script:
             if stopped():
                 return
-            yield _ask(connection, call)
+            yield from _ask_all(connection, call)
+
+
+def _ask_all(connection: psycopg.Connection[Any], call: Call | Settle | Batch) -> list[Answer]:
+    if not isinstance(call, Batch):
+        return [_ask(connection, call)]
+    requests = [{name: value and str(value) for name, value in _request(one)[1].items()} for one in call.calls]
+    try:
+        row = connection.execute("select public.track_generations(%s)", [Jsonb(requests)]).fetchone()
+    except psycopg.Error as error:
+        return [Answer(one, error=error.sqlstate or repr(error)) for one in call.calls]
+    assert row is not None
+    return [_answer(one, answer) for one, answer in zip(call.calls, row[0], strict=True)]
 
 
 def _ask(connection: psycopg.Connection[Any], call: Call | Settle) -> Answer:
@@ -163,14 +183,18 @@ def _ask(connection: psycopg.Connection[Any], call: Call | Settle) -> Answer:
     except psycopg.Error as error:
         return Answer(call, error=error.sqlstate or repr(error))
     assert row is not None
-    answer = row[0]
-    denied_by = answer["denied_by"]
     settled = None
-    if isinstance(call, Call) and call.then and answer["allowed"]:
+    if isinstance(call, Call) and call.then and row[0]["allowed"]:
         time.sleep(call.pause)
-        settled = _ask(connection, Settle(call.then, answer["usage_id"]))
+        settled = _ask(connection, Settle(call.then, row[0]["usage_id"]))
+    return _answer(call, row[0], settled)
+
+
+def _answer(call: Call | Settle, answer: Any, settled: Answer | None = None) -> Answer:
+    denied_by = answer["denied_by"]
     return Answer(
         call,
+        error=answer.get("code"),
         allowed=answer["allowed"],
         replayed=answer["replayed"],
         reason=answer["reason"],

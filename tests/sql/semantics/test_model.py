@@ -125,6 +125,23 @@ class Machine(RuleBasedStateMachine):
         group = data.draw(self.pins())
         self.ask(lambda x: x.track(user, kind, cost, key, group))
 
+    @rule(data=st.data(), size=st.integers(1, 8))
+    def track_many(self, data: st.DataObject, size: int) -> None:
+        """One batch answers what single calls in that order answer."""
+        request = st.tuples(users, kinds, costs, keys, self.pins())
+        requests = data.draw(st.lists(request, min_size=size, max_size=size))
+        before = {usage.id for usage in self.model.usages}
+        answers = self.api.track_many(requests)
+        for one, actual in zip(requests, answers, strict=True):
+            expected = self.outcome(lambda one=one: self.model.track(*one))
+            if isinstance(expected, str):
+                assert (actual["reason"], actual["code"]) == ("refused", expected)
+            else:
+                counters = {"limits", "remaining", "reset_at"} if expected["usage_id"] in before else set()
+                assert set(differences(expected, actual)) <= counters
+                self.same_usage(expected, actual)
+        self.tick()
+
     @rule(user=users, cost=costs, times=st.integers(2, 6), data=st.data())
     def track_until_full(self, user: UUID, cost: int, times: int, data: st.DataObject) -> None:
         kind = data.draw(kinds)
@@ -379,10 +396,13 @@ class Machine(RuleBasedStateMachine):
             assert actual == expected
         else:
             assert differences(expected, actual) == {}
-            if expected["usage_id"] is not None:
-                known = self.usage_ids.setdefault(expected["usage_id"], actual["usage_id"])
-                assert actual["usage_id"] == known
+            self.same_usage(expected, actual)
         self.tick()
+
+    def same_usage(self, expected: Any, actual: Any) -> None:
+        """Compare which usage an answer names: the one that the same answer named before."""
+        if expected["usage_id"] is not None:
+            assert actual["usage_id"] == self.usage_ids.setdefault(expected["usage_id"], actual["usage_id"])
 
     def both(self, action: Callable[[Either], Any]) -> Any:
         """Do it to both; they must answer the same, or refuse it for the same reason."""
