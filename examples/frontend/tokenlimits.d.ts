@@ -83,6 +83,39 @@ export type Denied = TrackAnswer & {
 
 export type TrackResult = Allowed | Denied
 
+/** A request of many that track_generation would have answered with an error; it touches no other. */
+export type Refused = Omit<TrackAnswer, 'kind' | 'cost'> & {
+  allowed: false
+  reason: 'refused'
+  error: string
+  /** That error's: TL001 not valid, TL002 no such group, TL008 the key is of another request, 22… not readable. */
+  code: string
+  detail: string | null
+  /** Null when it could not be read. */
+  kind: string | null
+  cost: number | null
+  denied_by: null
+  retry_after: null
+}
+
+/** Of p_max_wait: somebody else held the group for so long; nothing was recorded, ask again. */
+export type Busy = TrackAnswer & {
+  allowed: false
+  reason: 'busy'
+  error: string
+  denied_by: null
+  retry_after: null
+}
+
+export type GenerationRequest = {
+  user_id: Uuid
+  kind: string
+  cost?: number
+  idempotency_key?: string | null
+  group_id?: Uuid | null
+  metadata?: Json | null
+}
+
 export type Group = {
   id: Uuid
   name: string
@@ -147,6 +180,11 @@ export type Functions = {
       p_metadata?: Json
     }
     Returns: TrackResult
+  }
+  track_generations: {
+    /** Up to 1,000 requests, answered at the same places; p_max_wait in milliseconds. */
+    Args: { p_requests: GenerationRequest[]; p_max_wait?: number }
+    Returns: (TrackResult | Refused | Busy)[]
   }
   check_generation: {
     Args: { p_user_id: Uuid; p_kind: string; p_cost?: number; p_group_id?: Uuid }

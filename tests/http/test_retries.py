@@ -150,6 +150,26 @@ def test_giving_up_is_logged_once_each_try_too(shell: Shell, server: Server, cap
     levels = [record.levelno for record in caplog.records if record.name == "tokenlimits"]
     assert levels == [logging.WARNING] * (len(server.requests) - 1) + [logging.ERROR]
 
+    def test_of_many_each_is_sent_again_with_its_key(self, shell: Shell, server: Server) -> None:
+        results = [USUAL["track_generation"]] * 3
+        server.then(httpx.ReadError("connection reset by peer"), httpx.Response(200, json=results))
+        requests = [{"user_id": ANN, "kind": "image", "idempotency_key": key} for key in ("a", None, "b")]
+        assert [result.allowed for result in shell.limits("track_many", requests)] == [True] * 3
+        first, again = server.params
+        assert first == again
+        keys = [request.get("idempotency_key") for request in first["p_requests"]]
+        assert (keys[0], keys[2]) == ("a", "b")
+        assert UUID(keys[1]).version == 7
+
+    @pytest.mark.parametrize("policy", ["allow", "deny"])
+    def test_of_many_each_is_answered_when_there_is_no_service(self, shell: Shell, server: Server, policy: str) -> None:
+        server.then(*[httpx.ConnectError("connection refused")] * 100)
+        requests = [{"user_id": ANN, "kind": kind} for kind in ("image", "video")]
+        results = shell.limits("track_many", requests, on_unavailable=policy, timeout=5)
+        assert [(x.allowed, x.reason, x.kind) for x in results] == [
+            (policy == "allow", "unavailable", kind) for kind in ("image", "video")
+        ]
+
 
 class TestRetryAfter:
     ANSWER = httpx.Response(429, json={"message": "slow down"}, headers={"Retry-After": "3"})

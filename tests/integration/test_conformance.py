@@ -27,6 +27,7 @@ from tests.support.postgres import PostgresServer, servers
 from tokenlimits import (
     AlreadySettled,
     GenerationDenied,
+    GenerationRequest,
     GroupExists,
     GroupNotFound,
     Hold,
@@ -127,6 +128,40 @@ def allowed_until_the_limit_then_denied(world: World) -> None:
     assert (denied.denied_by, denied.remaining, denied.reset_at) == (denied.limits[0], 0, None)
     assert used(world) == [2]
     assert refused(LimitExceeded, denied.raise_if_denied).result == denied
+
+
+@scenario
+def many_at_once(world: World) -> None:
+    group = world.groups.create("Pro", limits=[Limit(kind="image", max=5), Limit(kind="image", max=3, scope="member")])
+    for user in (ANN, BOB):
+        world.groups.add_member(group.id, user)
+    assert world.limits.track_many([]) == []
+    world.limits.track(ANN, "image", idempotency_key="before")
+    requests = [
+        GenerationRequest(user_id=ANN, kind="image", cost=2, metadata={"job": 1}),
+        GenerationRequest(user_id=ANN, kind="image"),
+        GenerationRequest(user_id=ANN, kind="image", cost=2, idempotency_key="before"),
+        GenerationRequest(user_id=ANN, kind="image", group_id=NOBODY),
+        {"user_id": str(BOB), "kind": "image", "idempotency_key": "mine"},
+        GenerationRequest(user_id=BOB, kind="image", idempotency_key="mine"),
+        GenerationRequest(user_id=BOB, kind="audio"),
+        GenerationRequest(user_id=NOBODY, kind="image"),
+        GenerationRequest(user_id=BOB, kind="image", cost=2),
+    ]
+    results = world.limits.track_many(requests)
+    refused = ["refused"] * 2
+    denied = ["no_limit_for_kind", "not_in_group", "limit_exceeded"]
+    assert [result.reason for result in results] == [None, "limit_exceeded", *refused, None, None, *denied]
+    assert [result.replayed for result in results[4:6]] == [False, True]
+    assert results[5].remaining == 1
+    for result, error in zip(results[2:4], (IdempotencyConflict, GroupNotFound), strict=True):
+        assert not result
+        with pytest.raises(error):
+            result.raise_if_denied()
+    with pytest.raises(InvalidRequest) as bad:
+        world.limits.track_many([*requests, {"user_id": ANN, "kind": "image", "cost": 0}])
+    assert bad.value.field == "requests[9].cost"
+    assert [limit.used for limit in world.groups.usage(group.id).limits] == [4, 4]
 
 
 @scenario

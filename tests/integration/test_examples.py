@@ -425,6 +425,7 @@ def answers(stack: LocalStack, groups: GroupManager) -> str:
         ("add_group_members", {**one, "p_user_ids": [str(user.id), str(uuid4())]}),
         ("track_generation", image),
         ("track_generation", {**image, "p_cost": 2}),  # denied
+        ("track_generations", {"p_requests": [{"user_id": str(user.id), "kind": "video"}, {"kind": "image"}, {}]}),
         ("check_generation", {**mine, "p_kind": "audio"}),  # no limit
         ("record_generation", {**mine, "p_kind": "video", "p_metadata": {"job": 1}}),
         ("reserve_generation", {**mine, "p_kind": "video", "p_ttl": 60}),

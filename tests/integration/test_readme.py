@@ -37,6 +37,7 @@ names = {
     "user_ids": users,
     "jobs": [SimpleNamespace(id=id, user_id=users[0], prompt="a cat") for id in ("1", "2", "2", "3")],
     "make_image": lambda prompt: f"an image of {prompt}",
+    "start": lambda job: None,
     "render": lambda: [SimpleNamespace(seconds=3), SimpleNamespace(seconds=5)],
 }
 for line, code in given["blocks"]:

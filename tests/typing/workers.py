@@ -69,7 +69,9 @@ def result(result: TrackResult) -> str | None:
     assert_type(result.retry_after, float | None)
     assert_type(result.limits, tuple[LimitStatus, ...])
     assert_type(result.denied_by, LimitStatus | None)
-    assert_type(result.reason, Literal["not_in_group", "no_limit_for_kind", "limit_exceeded", "unavailable"] | None)
+    assert_type(
+        result.reason, Literal["not_in_group", "no_limit_for_kind", "limit_exceeded", "refused", "unavailable"] | None
+    )
     assert_type(result.status, Literal["reserved", "committed", "released", "refunded", "expired"] | None)
     if result.reason == "to_expensive":  # pyright: ignore[reportUnnecessaryComparison]
         return None
@@ -81,6 +83,8 @@ def client(client: Client, aclient: AsyncClient, user_id: UUID, now: datetime, m
     with TokenLimits(client, timeout=5, on_unavailable="deny") as limits:
         assert_type(limits, TokenLimits)
         assert_type(limits.track(user_id, "video", cost=8, metadata=more).raise_if_denied(), TrackResult)
+        assert_type(limits.track_many([GenerationRequest(user_id=user_id, kind="image")]), list[TrackResult])
+        limits.track_many(GenerationRequest(user_id=user_id, kind="image"))  # pyright: ignore[reportArgumentType]
         assert_type(limits.check(user_id, "image"), TrackResult)
         assert_type(limits.record(user_id, "image", created_at=now), TrackResult)
         assert_type(limits.usage(user_id), tuple[UserLimit, ...])

@@ -106,7 +106,7 @@ class LimitState:
 
 def refuse(code: str, message: str, *, detail: str | None = None, hint: str | None = None) -> NoReturn:
     """Raise what a client raises when the server answers with this error."""
-    raise refusal(400, {"code": code, "message": message, "details": detail, "hint": hint})
+    raise refusal(400, {"code": code, "message": f"{message} ({code})", "details": detail, "hint": hint})
 
 
 class State:
