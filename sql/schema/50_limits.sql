@@ -8,8 +8,7 @@
 -- squawk-ignore ban-drop-function
 drop function if exists tokenlimits.limit_states(uuid, uuid, text, timestamptz);
 
--- Hot path: one index scan for limits, one look-up per counter. Only a counter that is missing (a limit or a member
--- that is new) or past costs more, once.
+-- Hot path: one query, and nothing else where all counters are open and no hold has expired.
 create or replace function tokenlimits.limit_states(
   p_group_id uuid,
   p_user_ids uuid[],
@@ -22,28 +21,73 @@ stable
 set search_path = ''
 as $$
 declare
-  v record;
-  v_period tstzrange;
-  v_any_expired boolean := exists (
-    select
-    from tokenlimits.holds as h
-    where h.group_id = p_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= p_at
-  );
-  v_states tokenlimits.limit_state[] := '{}';
+  v_states tokenlimits.limit_state[];
+  v_are_open boolean;
+  v_any_expired boolean;
+  v_timezone text;
 begin
-  for v in
+  select
+    array_agg(
+      row(
+        l.counter_id, l.subject, l.kind, l.period, l.scope, l.max, c.since, c.until, c.used, null, c.until > p_at
+      )::tokenlimits.limit_state
+      order by l.kind, l.scope = 'group', l.subject, l.counter_id
+    ),
+    bool_and(coalesce(c.until > p_at, false)),
+    exists (
+      select
+      from tokenlimits.holds as h
+      where h.group_id = p_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= p_at
+    ),
+    min(l.timezone)
+  into v_states, v_are_open, v_any_expired, v_timezone
+  from (
     select
-      l.counter_id, s.subject, l.kind, l.period, l.scope, l.max,
-      c.since, c.until, c.used, null::bigint as expired, c.until > p_at as is_open, g.timezone
-    from public.group_limits as l
-    inner join public.user_groups as g on g.id = l.group_id
-    cross join lateral unnest(case l.scope when 'group' then array[p_group_id] else p_user_ids end) as s (subject)
-    left join tokenlimits.counters as c on c.subject = s.subject and c.counter_id = l.counter_id
-    where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind)
-    order by l.kind, l.scope = 'group', s.subject, l.counter_id
-  loop
+      i.counter_id, i.kind, i.period, i.scope, i.max, g.timezone,
+      -- here and not in "from", where it costs more than all the rest
+      unnest(case i.scope when 'group' then array[p_group_id] else p_user_ids end) as subject
+    from public.group_limits as i
+    inner join public.user_groups as g on g.id = i.group_id
+    where i.group_id = p_group_id and (p_kind is null or i.kind = p_kind)
+  ) as l
+  left join lateral (
+    select k.since, k.until, k.used
+    from tokenlimits.counters as k
+    where k.subject = l.subject and k.counter_id = l.counter_id
+    -- a look-up for each, whatever the planner thinks of the size of an array
+    offset 0
+  ) as c on true;
+  if v_are_open and not v_any_expired then
+    return v_states;
+  end if;
+  return tokenlimits.present_states(coalesce(v_states, '{}'), p_group_id, v_timezone, p_at, v_any_expired);
+end
+$$;
+comment on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz)
+is 'A group''s limits for users, of a kind or of all. Of a user that is null, a member limit counts all members.';
+revoke execute on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz) from public, anon, authenticated;
+
+-- What costs more: a counter that is missing (a limit or a member that is new) or past, and holds that have expired.
+create or replace function tokenlimits.present_states(
+  p_states tokenlimits.limit_state[],
+  p_group_id uuid,
+  p_timezone text,
+  p_at timestamptz,
+  p_any_expired boolean
+)
+returns tokenlimits.limit_state[]
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_states tokenlimits.limit_state[] := '{}';
+  v tokenlimits.limit_state;
+  v_period tstzrange;
+begin
+  foreach v in array p_states loop
     if v.is_open is not true then
-      v_period := tokenlimits.period_of(v.period, v.timezone, p_at);
+      v_period := tokenlimits.period_of(v.period, p_timezone, p_at);
       -- never before the past counter's end: when the server gets new rules of a time zone, it may lie in this period
       v.since := greatest(lower(v_period), v.until, (
         select max(r.reset_at)
@@ -58,7 +102,7 @@ begin
       end;
       v.until := upper(v_period);
     end if;
-    if v_any_expired then
+    if p_any_expired then
       v.expired := coalesce((
         select sum(h.cost)
         from tokenlimits.holds as h
@@ -71,16 +115,16 @@ begin
       ), 0);
       v.used := v.used - v.expired;
     end if;
-    v_states := v_states || row(
-      v.counter_id, v.subject, v.kind, v.period, v.scope, v.max, v.since, v.until, v.used, v.expired, v.is_open
-    )::tokenlimits.limit_state;
+    v_states := v_states || v;
   end loop;
   return v_states;
 end
 $$;
-comment on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz)
-is 'A group''s limits for users, of a kind or of all. Of a user that is null, a member limit counts all members.';
-revoke execute on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz) from public, anon, authenticated;
+comment on function tokenlimits.present_states(tokenlimits.limit_state[], uuid, text, timestamptz, boolean)
+is 'Limits with what their counters would hold at this moment.';
+revoke execute on function tokenlimits.present_states(
+  tokenlimits.limit_state[], uuid, text, timestamptz, boolean
+) from public, anon, authenticated;
 
 -- A limit that is another one from now on gets another counter.
 create or replace function tokenlimits.renew_counter()
