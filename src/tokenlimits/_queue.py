@@ -13,32 +13,22 @@ Pure: no lock, no clock, no I/O. Whoever drives it (`_coalescing`) tells it what
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from itertools import count, islice
 from typing import Any, Generic, TypeVar
 
+from ._batches import LARGEST, Busy, track_together
 from ._calls import Call
-from .errors import TokenLimitsError, refusal
+from .errors import TokenLimitsError
 from .models import TrackResult
 
 Caller = TypeVar("Caller")
-
-MOST = 1000
-"""Tickets in one flight."""
 
 MAX_WAIT = 250
 """Milliseconds that the main lane waits for a group that somebody else holds locked."""
 
 
-@dataclass(frozen=True, slots=True)
-class Busy:
-    """The answer to a call whose group was locked for too long; nothing was recorded."""
-
-    group_id: str | None
-
-
-Answer = TrackResult | TokenLimitsError | Busy
+Answer = TrackResult | Busy
 
 
 class Ticket(Generic[Caller]):
@@ -77,7 +67,7 @@ class Lane(Generic[Caller]):
     @property
     def next(self) -> list[Ticket[Caller]]:
         """The tickets of the next flight."""
-        return list(islice(self.waiting, MOST))
+        return list(islice(self.waiting, LARGEST))
 
 
 class Flight(Generic[Caller]):
@@ -103,7 +93,7 @@ class Flight(Generic[Caller]):
         calls = [ticket.call for ticket in self.tickets]
         if len(calls) == 1:
             return Call(calls[0].function, calls[0].params, lambda answer: [calls[0].parse(answer)])
-        return _batch(calls, MAX_WAIT if self.lane.key is None else None)
+        return track_together(calls, MAX_WAIT if self.lane.key is None else None)
 
 
 class Queue(Generic[Caller]):
@@ -146,7 +136,7 @@ class Queue(Generic[Caller]):
         """Give each ticket of a flight its answer; what is busy goes on a detour, if anybody still wants it."""
         for ticket, answer in zip(flight.tickets, answers, strict=True):
             if not isinstance(answer, Busy):
-                _settle(ticket, answer)
+                _settle(ticket, answer.refusal() if answer.reason == "refused" else answer)
             elif ticket.wanted:
                 self._wait(self._detour(ticket, answer), [ticket])
 
@@ -216,25 +206,3 @@ def _copy(error: TokenLimitsError) -> TokenLimitsError:
     own = copy.copy(error)
     own.__cause__ = error.__cause__
     return own
-
-
-def _batch(calls: list[Call[TrackResult]], max_wait: int | None) -> Call[list[Answer]]:
-    requests = [{name.removeprefix("p_"): value for name, value in call.params.items()} for call in calls]
-    params = {"p_requests": requests, "p_max_wait": max_wait}
-
-    def parse(answer: Any) -> list[Answer]:
-        items = zip(calls, answer, strict=True)
-        return [_read(call, item, may_be_busy=max_wait is not None) for call, item in items]
-
-    return Call("track_generations", params, parse)
-
-
-def _read(call: Call[TrackResult], item: Mapping[str, Any], *, may_be_busy: bool) -> Answer:
-    reason = item.get("reason")
-    if reason == "refused":
-        return refusal(400, item["refusal"])
-    if reason != "busy":
-        return call.parse(item)
-    if not may_be_busy:
-        raise ValueError("busy, where it should have waited")
-    return Busy(item["group"]["id"] if item.get("group") else None)

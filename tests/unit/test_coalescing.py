@@ -96,8 +96,7 @@ class Server:
         if kind in self.locked and max_wait is not None:
             return {**answer, "allowed": False, "reason": "busy", "group": self.locked[kind]}
         if kind == "used":
-            refusal = {"code": "TL008", "message": "the key was used", "details": None, "hint": None}
-            return {**answer, "allowed": False, "reason": "refused", "refusal": refusal}
+            return {**answer, "allowed": False, "reason": "refused", "error": "the key was used", "code": "TL008"}
         replayed = key in self.charged
         self.charged[key] = item["cost"]
         return {**answer, "replayed": replayed}

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tokenlimits import IdempotencyConflict, ServiceUnavailable, TrackResult, _calls
-from tokenlimits._queue import MAX_WAIT, MOST, Busy, Flight, Lane, Queue, Ticket
+from tokenlimits._batches import LARGEST, Busy
+from tokenlimits._queue import MAX_WAIT, Flight, Lane, Queue, Ticket
 
 ANN, BOB = ("0197f0a0-0000-7000-8000-00000000000a", "0197f0a0-0000-7000-8000-00000000000b")
 TEAM = "0197f0a0-0000-7000-8000-000000000001"
@@ -64,11 +65,11 @@ class TestFlights:
         assert list(take_off(queue).tickets) == others
 
     def test_of_a_thousand_at_most(self, queue: Queue[None]) -> None:
-        tickets = joined(queue, *(ticket(str(n)) for n in range(MOST + 1)))
+        tickets = joined(queue, *(ticket(str(n)) for n in range(LARGEST + 1)))
         flight = take_off(queue)
-        assert list(flight.tickets) == tickets[:MOST]
-        land(queue, flight, *[yes()] * MOST)
-        assert list(take_off(queue).tickets) == tickets[MOST:]
+        assert list(flight.tickets) == tickets[:LARGEST]
+        land(queue, flight, *[yes()] * LARGEST)
+        assert list(take_off(queue).tickets) == tickets[LARGEST:]
 
     def test_of_one_is_the_plain_call(self, queue: Queue[None]) -> None:
         [only] = joined(queue, ticket("1"))
@@ -96,36 +97,26 @@ class TestFlights:
         ]
 
     def test_are_led_by_the_last_to_join_of_those_aboard(self, queue: Queue[None]) -> None:
-        tickets = joined(queue, *(ticket(str(n)) for n in range(MOST + 5)))
+        tickets = joined(queue, *(ticket(str(n)) for n in range(LARGEST + 5)))
         [lane] = queue.ready()
-        assert queue.leader(lane) is tickets[MOST - 1]
+        assert queue.leader(lane) is tickets[LARGEST - 1]
         flight = queue.take_off(lane)
         assert flight.leader.leads is flight
-        assert [each for each in tickets if each.leads] == [tickets[MOST - 1]]
+        assert [each for each in tickets if each.leads] == [tickets[LARGEST - 1]]
         queue.end(flight)
         assert flight.leader.leads is None
 
 
-class TestAnswers:
-    def parse(self, queue: Queue[None], *items: Any) -> Any:
-        joined(queue, ticket("1", ANN), ticket("2", BOB))
-        return take_off(queue).call.parse(list(items))
-
-    def test_in_the_order_of_the_requests(self, queue: Queue[None]) -> None:
-        assert self.parse(queue, item(cost=1), item(cost=2)) == [yes(1), yes(2)]
-
-    def test_of_one_that_is_refused(self, queue: Queue[None]) -> None:
-        refusal = {"code": "TL008", "message": "the key was used", "details": "usage", "hint": "Use another."}
-        refused = item(allowed=False, reason="refused", error="the key was used", refusal=refusal)
-        one, two = self.parse(queue, refused, item())
-        assert isinstance(one, IdempotencyConflict)
-        assert (str(one), one.code, one.detail) == ("the key was used. Use another.", "TL008", "usage")
-        assert two == yes()
-
-    @pytest.mark.parametrize("items", [[item()], [item()] * 3, [item(), {"reason": None}], [item(), "?"]])
-    def test_that_are_none_are_not_believed(self, queue: Queue[None], items: list[Any]) -> None:
-        with pytest.raises((ValueError, KeyError, TypeError, AttributeError)):
-            self.parse(queue, *items)
+class TestRefusals:
+    def test_are_the_error_of_a_single_call(self, queue: Queue[None]) -> None:
+        one, two = joined(queue, ticket("1", ANN), ticket("2", BOB))
+        flight = take_off(queue)
+        refused = item(allowed=False, reason="refused", error="The key was used", code="TL008", detail="usage")
+        land(queue, flight, *flight.call.parse([refused, item()]))
+        with pytest.raises(IdempotencyConflict, match="The key was used") as raised:
+            one.result()
+        assert (raised.value.code, raised.value.detail) == ("TL008", "usage")
+        assert two.result() == yes()
 
 
 class TestDetours:
@@ -175,10 +166,12 @@ class TestDetours:
         land(queue, detour, yes())
         assert list(take_off(queue).tickets) == [two]
 
-    def test_never_come_back_busy(self, queue: Queue[None]) -> None:
-        self.busy(queue, {"id": TEAM}, ticket("1"), ticket("2"))
-        with pytest.raises(ValueError, match="busy"):
-            take_off(queue).call.parse([item(allowed=False, reason="busy", group=None)] * 2)
+    def test_are_tried_again_where_the_database_gave_up_waiting(self, queue: Queue[None]) -> None:
+        one, two = ticket("1"), ticket("2")
+        self.busy(queue, {"id": TEAM}, one, two)
+        land(queue, take_off(queue), yes(), Busy(TEAM))
+        assert one.result() == yes()
+        assert list(take_off(queue).tickets) == [two]
 
     def test_are_not_for_those_who_gave_up(self, queue: Queue[None]) -> None:
         one, two = joined(queue, ticket("1"), ticket("2"))
@@ -339,7 +332,7 @@ class Machine(RuleBasedStateMachine):
     def _answer(self, kind: str, n: int) -> Any:
         if kind == "busy":
             return Busy([None, TEAM][n % 2])
-        return yes() if kind == "yes" else IdempotencyConflict("used")
+        return yes() if kind == "yes" else yes().model_copy(update={"reason": "refused", "code": "TL008"})
 
     @precondition(lambda self: self.under_way)
     @rule(data=st.data(), error=st.sampled_from([DOWN, ZeroDivisionError()]))
