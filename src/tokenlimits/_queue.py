@@ -13,6 +13,7 @@ Pure: no lock, no clock, no I/O. Whoever drives it (`_coalescing`) tells it what
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import count, islice
 from typing import Any, Generic, TypeVar
@@ -44,11 +45,10 @@ class Ticket(Generic[Caller]):
         self.outcome: TrackResult | Exception | None = None
 
     def result(self) -> TrackResult:
-        """Answer, or raise, what came of it."""
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
-        assert self.outcome is not None, "it has no outcome yet"  # noqa: S101
-        return self.outcome
+        """Answer, or raise, what came of it, once it has come."""
+        if isinstance(self.outcome, TrackResult):
+            return self.outcome
+        raise self.outcome or RuntimeError("it has no outcome yet")
 
 
 class Lane(Generic[Caller]):
@@ -79,7 +79,7 @@ class Flight(Generic[Caller]):
 
     @property
     def leader(self) -> Ticket[Caller]:
-        """Whose caller sends it: the last to join, who has the most time left."""
+        """Whose caller sends it: the last of them to join, who has the most time left."""
         return self.tickets[-1]
 
     @property
@@ -99,7 +99,8 @@ class Flight(Generic[Caller]):
 class Queue(Generic[Caller]):
     """All lanes of one client.
 
-    A driver's thread may be struck by an exception anywhere, also in here: whatever was half done, `end` mends it.
+    A driver's thread may be struck by an exception in the middle of a flight, even while the answers are given: `end`
+    lets those go again who have none, and does no harm when repeated.
     """
 
     def __init__(self) -> None:
@@ -119,7 +120,7 @@ class Queue(Generic[Caller]):
 
     def leader(self, lane: Lane[Caller]) -> Ticket[Caller]:
         """Say whose caller sends the next flight of a lane that is ready."""
-        return Flight(lane, lane.next).leader
+        return lane.next[-1]
 
     def take_off(self, lane: Lane[Caller]) -> Flight[Caller]:
         """Begin the next flight of a lane that is ready."""
@@ -134,11 +135,14 @@ class Queue(Generic[Caller]):
 
     def deliver(self, flight: Flight[Caller], answers: Iterable[Answer]) -> None:
         """Give each ticket of a flight its answer; what is busy goes on a detour, if anybody still wants it."""
+        busy: defaultdict[tuple[str, str], list[Ticket[Caller]]] = defaultdict(list)
         for ticket, answer in zip(flight.tickets, answers, strict=True):
             if not isinstance(answer, Busy):
                 _settle(ticket, answer.refusal() if answer.reason == "refused" else answer)
             elif ticket.wanted:
-                self._wait(self._detour(ticket, answer), [ticket])
+                busy[_detour(ticket, answer)].append(ticket)
+        for key, tickets in busy.items():
+            self._wait(self._lanes.setdefault(key, Lane(key)), tickets)
 
     def fail(self, flight: Flight[Caller], error: Exception) -> None:
         """Give each ticket of a flight an error of its own.
@@ -155,7 +159,8 @@ class Queue(Generic[Caller]):
     def end(self, flight: Flight[Caller]) -> None:
         """Free the lane of a flight, whatever became of it: who is still aboard waits again, in their old order."""
         aboard = [ticket for ticket in flight.tickets if ticket.place is flight]
-        self._wait(flight.lane, [ticket for ticket in aboard if ticket.wanted])
+        if again := [ticket for ticket in aboard if ticket.wanted]:
+            self._wait(flight.lane, again)
         for ticket in flight.tickets:
             if ticket.place is flight:
                 ticket.place = None
@@ -183,10 +188,6 @@ class Queue(Generic[Caller]):
         waiting = [ticket for lane in self._lanes.values() for ticket in lane.waiting]
         return waiting + [ticket for flight in self._flights for ticket in flight.tickets if ticket.place is flight]
 
-    def _detour(self, ticket: Ticket[Caller], busy: Busy) -> Lane[Caller]:
-        key = ("user", ticket.call.params["p_user_id"]) if busy.group_id is None else ("group", busy.group_id)
-        return self._lanes.setdefault(key, Lane(key))
-
     def _wait(self, lane: Lane[Caller], tickets: list[Ticket[Caller]]) -> None:
         for ticket in tickets:
             ticket.place = lane
@@ -195,6 +196,11 @@ class Queue(Generic[Caller]):
     def _forget_if_empty(self, lane: Lane[Caller]) -> None:
         if lane.key is not None and not lane.waiting and lane.flight is None:
             self._lanes.pop(lane.key, None)
+
+
+def _detour(ticket: Ticket[Any], busy: Busy) -> tuple[str, str]:
+    """Name the detour of a group, or of a user where nobody knows which group it was."""
+    return ("user", ticket.call.params["p_user_id"]) if busy.group_id is None else ("group", busy.group_id)
 
 
 def _settle(ticket: Ticket[Any], outcome: TrackResult | Exception) -> None:
