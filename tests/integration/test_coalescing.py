@@ -298,8 +298,11 @@ SCRIPTS = {
         from tokenlimits import AsyncTokenLimits
         limits = AsyncTokenLimits.from_env(coalesce=True)
         async def main():
+            assert await limits.track(sys.argv[1], "image")
             calls = [asyncio.create_task(limits.track(sys.argv[1], "image")) for _ in range(16)]
-            await asyncio.wait(calls, timeout=0.005)
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert not any(call.done() for call in calls)
         for _ in range(2):
             asyncio.run(main())
     """,
