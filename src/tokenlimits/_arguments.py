@@ -138,6 +138,11 @@ def policy(value: OnUnavailable) -> OnUnavailable:
     return checked(_ON_UNAVAILABLE, value, "on_unavailable")
 
 
+def flag(value: bool, field: str) -> bool:
+    """Check what is true or false."""
+    return checked(_FLAG, value, field)
+
+
 def callback(value: Callable[..., object] | None, field: str) -> None:
     """Check a function that is to be called, or None."""
     if value is not None and not callable(value):

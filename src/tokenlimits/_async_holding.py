@@ -11,10 +11,12 @@ from . import _arguments, _batches, _calls, _limited, _settlements
 from ._arguments import OnUnavailable
 from ._base import AsyncBase
 from ._calls import Call
+from ._coalescing import AsyncCoalescer
 from ._generations import AsyncGeneration
 from ._hold import Hold
 from ._limited import AsyncFunction
 from ._settlements import DEFAULT_TTL, Settlement
+from ._transport import AsyncTransport
 from .errors import ServiceUnavailable
 from .models import TrackResult
 
@@ -22,9 +24,11 @@ from .models import TrackResult
 class AsyncHolding(AsyncBase):
     """Reserves and settles, in single steps or around a body of work."""
 
-    def __init__(self, client: object, timeout: float, on_unavailable: OnUnavailable) -> None:
+    def __init__(self, client: object, timeout: float, on_unavailable: OnUnavailable, *, coalesce: bool) -> None:
         super().__init__(client, timeout)
         self._on_unavailable: OnUnavailable = _arguments.policy(on_unavailable)
+        self._coalesce = _arguments.flag(coalesce, "coalesce")
+        self._travel_by(self._transport)
 
     async def reserve(
         self,
@@ -198,12 +202,27 @@ class AsyncHolding(AsyncBase):
             self._open,
         )
 
+    async def aclose(self) -> None:
+        """Close the connections that were made here; a client that you passed in stays open.
+
+        Calls that travel together have their answers first.
+        """
+        try:
+            if self._coalescer is not None:
+                await self._coalescer.drain()
+        finally:
+            await super().aclose()
+
+    def _travel_by(self, transport: AsyncTransport) -> None:
+        self._transport = transport
+        self._coalescer = AsyncCoalescer(transport.send, transport.timeout) if self._coalesce else None
+
     def _open(self, call: Call[TrackResult]) -> AsyncGeneration:
         return AsyncGeneration(call, self._judged, self._settled)
 
-    async def _judged(self, call: Call[TrackResult]) -> TrackResult:
+    async def _judged(self, call: Call[TrackResult], by: AsyncCoalescer | AsyncTransport | None = None) -> TrackResult:
         try:
-            return await self._transport.send(call)
+            return await (by or self._transport).send(call)
         except ServiceUnavailable as error:
             return _calls.without_service(call, self._on_unavailable, error)
 

@@ -28,6 +28,10 @@ class Deadline:
         """Seconds since it began."""
         return monotonic() - self._began
 
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return monotonic() >= self._ends
+
     def left(self) -> float:
         """Seconds until it ends; never 0, which would mean not to wait at all."""
         return max(self._ends - monotonic(), 0.001)

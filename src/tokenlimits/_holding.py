@@ -11,10 +11,12 @@ from . import _arguments, _batches, _calls, _limited, _settlements
 from ._arguments import OnUnavailable
 from ._base import Base
 from ._calls import Call
+from ._coalescing import Coalescer
 from ._generations import Generation
 from ._hold import Hold
 from ._limited import Function
 from ._settlements import DEFAULT_TTL, Settlement
+from ._transport import Transport
 from .errors import ServiceUnavailable
 from .models import TrackResult
 
@@ -22,9 +24,11 @@ from .models import TrackResult
 class Holding(Base):
     """Reserves and settles, in single steps or around a body of work."""
 
-    def __init__(self, client: object, timeout: float, on_unavailable: OnUnavailable) -> None:
+    def __init__(self, client: object, timeout: float, on_unavailable: OnUnavailable, *, coalesce: bool) -> None:
         super().__init__(client, timeout)
         self._on_unavailable: OnUnavailable = _arguments.policy(on_unavailable)
+        self._coalesce = _arguments.flag(coalesce, "coalesce")
+        self._travel_by(self._transport)
 
     def reserve(
         self,
@@ -235,12 +239,30 @@ class Holding(Base):
             self._open,
         )
 
+    def close(self) -> None:
+        """Close the connections that were made here; a client that you passed in stays open.
+
+        Calls that travel together have their answers first.
+
+        Example:
+            >>> limits.close()
+        """
+        try:
+            if self._coalescer is not None:
+                self._coalescer.drain()
+        finally:
+            super().close()
+
+    def _travel_by(self, transport: Transport) -> None:
+        self._transport = transport
+        self._coalescer = Coalescer(transport.send, transport.timeout) if self._coalesce else None
+
     def _open(self, call: Call[TrackResult]) -> Generation:
         return Generation(call, self._judged, self._settled)
 
-    def _judged(self, call: Call[TrackResult]) -> TrackResult:
+    def _judged(self, call: Call[TrackResult], by: Coalescer | Transport | None = None) -> TrackResult:
         try:
-            return self._transport.send(call)
+            return (by or self._transport).send(call)
         except ServiceUnavailable as error:
             return _calls.without_service(call, self._on_unavailable, error)
 

@@ -62,9 +62,9 @@ class Transport:
         # by fork: what the parent made must neither be used nor closed by the child, so it just stays
         self._own: dict[int, tuple[Client, weakref.finalize[..., Transport]]] = {}
 
-    def send(self, call: Call[T]) -> T:
+    def send(self, call: Call[T], timeout: float | None = None) -> T:
         """Send one call, retrying as its deadline allows."""
-        deadline = Deadline(self.timeout)
+        deadline = Deadline(self.timeout if timeout is None else timeout)
         try:
             return self._send(call, deadline)
         except SchemaNotInstalled as error:

@@ -28,6 +28,8 @@ class AsyncTokenLimits(AsyncHolding):
         on_unavailable: What `track`, `check` and `reserve` do when Supabase can't be reached: `"raise"`
             ServiceUnavailable, `"allow"` the generation (it is not recorded), or `"deny"` it. With `"allow"` no
             `commit` or `release` raises it either. A wrong key or a missing schema always raises.
+        coalesce: Let calls of `track` that wait at once travel together: while one request is under way, others queue,
+            and go as one. Each still has its own answer, error and timeout. A call that is alone goes at once.
     """
 
     def __init__(
@@ -36,21 +38,29 @@ class AsyncTokenLimits(AsyncHolding):
         *,
         timeout: float = DEFAULT_TIMEOUT,
         on_unavailable: OnUnavailable = "raise",
+        coalesce: bool = False,
     ) -> None:
-        super().__init__(client, timeout, on_unavailable)
+        super().__init__(client, timeout, on_unavailable, coalesce=coalesce)
 
     @classmethod
-    def from_env(cls, *, timeout: float = DEFAULT_TIMEOUT, on_unavailable: OnUnavailable = "raise") -> Self:
+    def from_env(
+        cls,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        on_unavailable: OnUnavailable = "raise",
+        coalesce: bool = False,
+    ) -> Self:
         """Make one for `SUPABASE_URL` and `SUPABASE_SECRET_KEY` (or `SUPABASE_SERVICE_ROLE_KEY`), read on first use.
 
         Args:
             timeout: Seconds for one call, with all its retries.
             on_unavailable: See the class.
+            coalesce: See the class.
 
         Raises:
             ConfigurationError: On first use, when a variable is missing.
         """
-        return cls(timeout=timeout, on_unavailable=on_unavailable)
+        return cls(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce)
 
     async def track(
         self,
@@ -85,7 +95,8 @@ class AsyncTokenLimits(AsyncHolding):
             ServiceUnavailable: Supabase could not be reached in time (see `on_unavailable`).
             AccessDenied, SchemaNotInstalled, SchemaOutdated, ConfigurationError: It is not set up right.
         """
-        return await self._judged(_calls.track(user_id, kind, cost, idempotency_key, group_id, metadata))
+        call = _calls.track(user_id, kind, cost, idempotency_key, group_id, metadata)
+        return await self._judged(call, by=self._coalescer)
 
     async def track_many(self, requests: Iterable[GenerationRequest | Mapping[str, Any]]) -> list[TrackResult]:
         """Track many generations at once: each is judged by itself, in the order given.

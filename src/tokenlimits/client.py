@@ -28,6 +28,8 @@ class TokenLimits(Holding):
         on_unavailable: What `track`, `check` and `reserve` do when Supabase can't be reached: `"raise"`
             ServiceUnavailable, `"allow"` the generation (it is not recorded), or `"deny"` it. With `"allow"` no
             `commit` or `release` raises it either. A wrong key or a missing schema always raises.
+        coalesce: Let calls of `track` that wait at once travel together: while one request is under way, others queue,
+            and go as one. Each still has its own answer, error and timeout. A call that is alone goes at once.
 
     Example:
         >>> with TokenLimits.from_env() as limits:
@@ -36,17 +38,29 @@ class TokenLimits(Holding):
     """
 
     def __init__(
-        self, client: Client | None = None, *, timeout: float = DEFAULT_TIMEOUT, on_unavailable: OnUnavailable = "raise"
+        self,
+        client: Client | None = None,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        on_unavailable: OnUnavailable = "raise",
+        coalesce: bool = False,
     ) -> None:
-        super().__init__(client, timeout, on_unavailable)
+        super().__init__(client, timeout, on_unavailable, coalesce=coalesce)
 
     @classmethod
-    def from_env(cls, *, timeout: float = DEFAULT_TIMEOUT, on_unavailable: OnUnavailable = "raise") -> Self:
+    def from_env(
+        cls,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        on_unavailable: OnUnavailable = "raise",
+        coalesce: bool = False,
+    ) -> Self:
         """Make one for `SUPABASE_URL` and `SUPABASE_SECRET_KEY` (or `SUPABASE_SERVICE_ROLE_KEY`), read on first use.
 
         Args:
             timeout: Seconds for one call, with all its retries.
             on_unavailable: See the class.
+            coalesce: See the class.
 
         Raises:
             ConfigurationError: On first use, when a variable is missing.
@@ -54,7 +68,7 @@ class TokenLimits(Holding):
         Example:
             >>> limits = TokenLimits.from_env(timeout=5, on_unavailable="allow")
         """
-        return cls(timeout=timeout, on_unavailable=on_unavailable)
+        return cls(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce)
 
     def track(
         self,
@@ -96,7 +110,8 @@ class TokenLimits(Holding):
             >>> limits.track(user_id, "image", idempotency_key="job-1").replayed
             True
         """
-        return self._judged(_calls.track(user_id, kind, cost, idempotency_key, group_id, metadata))
+        call = _calls.track(user_id, kind, cost, idempotency_key, group_id, metadata)
+        return self._judged(call, by=self._coalescer)
 
     def track_many(self, requests: Iterable[GenerationRequest | Mapping[str, Any]]) -> list[TrackResult]:
         """Track many generations at once: each is judged by itself, in the order given.

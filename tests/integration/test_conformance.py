@@ -47,7 +47,7 @@ from tokenlimits.local import LocalStack
 TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
 
 SCENARIOS: list[Any] = []
-COLOURS = ("sync", "async")
+COLOURS = ("sync", "async", "batches")
 
 
 def scenario(play: Scenario) -> Scenario:

@@ -1,5 +1,7 @@
 """Worlds in which one and the same scenario is played: of the fake, and of the real thing, in both colours.
 
+In a third colour every call of `track` is a batch, as if it had met others on its way.
+
 A scenario uses `world.limits` and `world.groups` as plain, synchronous clients, whatever they are. All that they answer
 and raise is written down, with ids by the order in which they were first seen, so that two worlds can be compared.
 """
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
+from unittest.mock import patch
 from uuid import UUID
 
 import httpx
@@ -30,10 +33,12 @@ from tokenlimits import (
     TokenLimitsError,
     TrackResult,
 )
+from tokenlimits._batches import track_together
+from tokenlimits._queue import MAX_WAIT, Flight
 from tokenlimits.local import LocalStack
 from tokenlimits.testing import FakeAsyncTokenLimits, FakeTokenLimits
 
-Colour = Literal["sync", "async"]
+Colour = Literal["sync", "async", "batches"]
 Scenario = Callable[["World"], None]
 
 ANN, BOB, CYD, NOBODY = (UUID(int=number) for number in (1, 2, 3, 99))
@@ -154,7 +159,9 @@ async def _all(items: Any) -> list[Any]:
 @contextmanager
 def fake_world(colour: Colour, users: dict[UUID, str] = EMAILS) -> Iterator[World]:
     """Make a world of the fake, without its group."""
-    fake = (FakeTokenLimits if colour == "sync" else FakeAsyncTokenLimits)(users=users)
+    fake: Any = FakeAsyncTokenLimits(users=users)
+    if colour != "async":
+        fake = FakeTokenLimits(users=users, coalesce=colour == "batches")
     sync = FakeTokenLimits.groups.fget(fake)  # type: ignore[attr-defined]
     sync.delete(sync.get_by_name("fake").id)
 
@@ -162,10 +169,21 @@ def fake_world(colour: Colour, users: dict[UUID, str] = EMAILS) -> Iterator[Worl
         fake.now = moment
 
     world = World(fake, fake.groups, set_clock)
-    try:
-        yield world
-    finally:
-        world.close()
+    with _flights_of(colour):
+        try:
+            yield world
+        finally:
+            world.close()
+
+
+@contextmanager
+def _flights_of(colour: Colour) -> Iterator[None]:
+    if colour != "batches":
+        yield
+        return
+    batch = property(lambda flight: track_together([ticket.call for ticket in flight.tickets], MAX_WAIT))
+    with patch.object(Flight, "call", batch):
+        yield
 
 
 @contextmanager
@@ -177,14 +195,14 @@ def real_world(
     # without TLS, whose certificates take longer to load than a scenario to play
     sync_http = httpx.Client(trust_env=False, verify=False)
     async_http = httpx.AsyncClient(trust_env=False, verify=False)
-    if colour == "sync":
+    if colour != "async":
         client = Client(stack.url, stack.secret_key, ClientOptions(httpx_client=sync_http))
-        clients: Any = TokenLimits(client), GroupManager(client)
+        clients: Any = TokenLimits(client, coalesce=colour == "batches"), GroupManager(client)
     else:
         aclient = AsyncClient(stack.url, stack.secret_key, AsyncClientOptions(httpx_client=async_http))
         clients = AsyncTokenLimits(aclient), AsyncGroupManager(aclient)
     world = World(*clients, lambda moment: clock.freeze(owner, moment))
-    with sync_http:
+    with sync_http, _flights_of(colour):
         try:
             yield world
         finally:

@@ -397,6 +397,23 @@ class TestClients:
 
         assert asyncio.run(enter()).remaining == 1
 
+    def test_let_calls_travel_together(self) -> None:
+        fake = FakeAsyncTokenLimits({"image": 2}, coalesce=True)
+
+        async def several() -> list[Any]:
+            calls = (fake.track(ANN, "image"), fake.track(BOB, "image"), fake.track(ANN, "image"))
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        assert [bool(result) for result in asyncio.run(several())] == [True, True, False]
+        fake.fail(DOWN)
+        errors = asyncio.run(several())
+        assert [(type(error), str(error)) for error in errors] == [(ServiceUnavailable, "Supabase is down")] * 3
+
+    def test_let_threads_travel_together(self) -> None:
+        fake = FakeTokenLimits({"image": 25}, coalesce=True)
+        with fake, ThreadPoolExecutor(8) as threads:
+            assert sum(threads.map(lambda _: fake.track(ANN, "image").allowed, range(40))) == 25
+
     def test_wait_a_turn_when_async(self) -> None:
         """As with a real call, others get on meanwhile."""
         turns: list[str] = []
@@ -466,6 +483,16 @@ class TestOverride:
 
         with override(FakeTokenLimits({"image": 25})), ThreadPoolExecutor(4) as threads:
             assert sum(threads.map(track, range(40))) == 25
+
+    def test_lets_calls_travel_together_if_the_fake_does(self) -> None:
+        async def several() -> list[Any]:
+            return await asyncio.gather(*(atrack_generation(ANN, "image") for _ in range(3)), return_exceptions=True)
+
+        for coalesce in (False, True):
+            with override(FakeTokenLimits(coalesce=coalesce)) as fake:
+                fake.fail(DOWN)
+                failed = [isinstance(each, ServiceUnavailable) for each in asyncio.run(several())]
+            assert sum(failed) == (3 if coalesce else 1)
 
     def test_decorates(self) -> None:
         fake = FakeTokenLimits()

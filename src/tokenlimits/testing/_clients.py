@@ -49,7 +49,7 @@ class _FakeTransport(Transport):
         super().__init__(None, DEFAULT_TIMEOUT)
         self._engine = engine
 
-    def send(self, call: Call[T]) -> T:
+    def send(self, call: Call[T], timeout: float | None = None) -> T:  # noqa: ARG002  # nothing takes any time here
         return call.parse(self._engine.answer(call.function, call.params))
 
     def close(self) -> None:
@@ -154,6 +154,8 @@ class FakeTokenLimits(_Controls, TokenLimits):
             user's.
         timeout: As of the real one; nothing takes any time here.
         on_unavailable: As of the real one: what `track`, `check` and `reserve` do after `fail(ServiceUnavailable(…))`.
+        coalesce: As of the real one: calls that wait at once are one call of `track_generations`, which may `fail` as
+            a whole.
 
     Example:
         >>> fake = FakeTokenLimits(limits={"image": 2})
@@ -171,8 +173,9 @@ class FakeTokenLimits(_Controls, TokenLimits):
         users: Users | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         on_unavailable: OnUnavailable = "raise",
+        coalesce: bool = False,
     ) -> None:
-        super().__init__(timeout=timeout, on_unavailable=on_unavailable)
+        super().__init__(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce)
         self._use(_make_engine(limits, users))
 
     @property
@@ -189,7 +192,7 @@ class FakeTokenLimits(_Controls, TokenLimits):
 
     def _use(self, engine: Engine) -> None:
         self._engine = engine
-        self._transport = _FakeTransport(engine)
+        self._travel_by(_FakeTransport(engine))
 
 
 class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
@@ -202,6 +205,8 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
             user's.
         timeout: As of the real one; nothing takes any time here.
         on_unavailable: As of the real one: what `track`, `check` and `reserve` do after `fail(ServiceUnavailable(…))`.
+        coalesce: As of the real one: calls that wait at once are one call of `track_generations`, which may `fail` as
+            a whole.
 
     Example:
         >>> fake = FakeAsyncTokenLimits(limits={"image": 2})
@@ -216,8 +221,9 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
         users: Users | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         on_unavailable: OnUnavailable = "raise",
+        coalesce: bool = False,
     ) -> None:
-        super().__init__(timeout=timeout, on_unavailable=on_unavailable)
+        super().__init__(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce)
         self._use(_make_engine(limits, users))
 
     @property
@@ -233,7 +239,7 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
 
     def _use(self, engine: Engine) -> None:
         self._engine = engine
-        self._transport = _AsyncFakeTransport(engine)
+        self._travel_by(_AsyncFakeTransport(engine))
 
 
 AnyFake = FakeTokenLimits | FakeAsyncTokenLimits
@@ -287,7 +293,7 @@ def override(fake: F) -> Generator[F]:
         >>> len(fake.tracked)
         1
     """
-    sync, asynchronous = FakeTokenLimits(), FakeAsyncTokenLimits()
+    sync, asynchronous = FakeTokenLimits(coalesce=fake._coalesce), FakeAsyncTokenLimits(coalesce=fake._coalesce)
     for twin in (sync, asynchronous):
         twin._use(fake._engine)
         twin._on_unavailable = fake._on_unavailable
