@@ -50,6 +50,11 @@ def _closed(error: RuntimeError, session: httpx.Client | httpx.AsyncClient, *, f
     return _retry.Transient("the connections were closed meanwhile", harmless=True, cause=error)
 
 
+def _forgotten(response: httpx.Response, session: httpx.Client | httpx.AsyncClient) -> Any | None:
+    """Return the connection of an answer, if it was still being made when httpx was closed, which then forgets it."""
+    return response.extensions.get("network_stream") if session.is_closed else None
+
+
 class Transport:
     """Sends calls from any thread; notices forks; closes what it made."""
 
@@ -131,6 +136,8 @@ class Transport:
         except RuntimeError as error:
             failure = _closed(error, request.session, foreign=self._foreign is not None)
         else:
+            if (connection := _forgotten(response, request.session)) is not None:
+                connection.close()
             return _answers.read(call, response.status_code, response.headers, response.content)
         raise failure  # out here, so that no context of it holds the key
 
@@ -242,6 +249,8 @@ class AsyncTransport:
         except RuntimeError as error:
             failure = _closed(error, request.session, foreign=self._foreign is not None)
         else:
+            if (connection := _forgotten(response, request.session)) is not None:
+                await connection.aclose()
             return _answers.read(call, response.status_code, response.headers, response.content)
         raise failure  # out here, so that no context of it holds the key
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 import supabase
+from anyio.abc import SocketStream
 from postgrest import SyncPostgrestClient
 from supabase import ClientOptions, create_client
 
@@ -117,3 +120,40 @@ def test_of_both_colours_at_once(group: tuple[Group, list[str]]) -> None:
         for future in asynchronous:
             results += future.result()
     assert sorted(result.remaining or 0 for result in results) == list(range(LIMIT - THREADS * 4, LIMIT))
+
+
+@pytest.mark.usefixtures("from_env")
+def test_leaves_no_connection_that_was_being_made_when_it_was_closed(
+    group: tuple[Group, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits, connect, made = TokenLimits.from_env(), socket.create_connection, list[socket.socket]()
+
+    def connect_and_close(*args: Any, **kwargs: Any) -> socket.socket:
+        made.append(connect(*args, **kwargs))
+        limits.close()
+        return made[-1]
+
+    monkeypatch.setattr(socket, "create_connection", connect_and_close)
+    assert limits.track(group[1][0], "image")
+    assert [connection.fileno() for connection in made] == [-1]
+
+
+@pytest.mark.usefixtures("from_env")
+def test_leaves_no_connection_that_was_being_made_when_it_was_closed_in_asyncio(
+    group: tuple[Group, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits, connect, made = AsyncTokenLimits.from_env(), anyio.connect_tcp, list[SocketStream]()
+
+    async def connect_and_close(*args: Any, **kwargs: Any) -> SocketStream:
+        made.append(await connect(*args, **kwargs))
+        await limits.aclose()
+        return made[-1]
+
+    async def track() -> None:
+        assert await limits.track(group[1][0], "image")
+        [connection] = made
+        with pytest.raises(anyio.ClosedResourceError):
+            await connection.send(b"")
+
+    monkeypatch.setattr(anyio, "connect_tcp", connect_and_close)
+    asyncio.run(track())
