@@ -12,10 +12,18 @@ from pathlib import Path
 
 from tests.support.postgres import PostgresServer, servers
 
-from . import in_sql, over_http
+from . import exactness, in_sql, over_http
 from .in_sql import Row
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
+EXACTNESS = f"""
+## Who is right
+
+{exactness.THREADS} threads, each with a connection of its own, call at once: first with room for all, then for half.
+
+| limiter | calls | room | admitted | denied though there was room | admitted though there was none | speed |
+|---|---|---|---|---|---|---|
+"""
 SETTINGS = ("shared_buffers=1GB", "max_wal_size=8GB", "checkpoint_timeout=60min")
 
 
@@ -32,10 +40,12 @@ def _arguments() -> argparse.Namespace:
 def _measure(server: PostgresServer, programs: Path, options: argparse.Namespace) -> Iterator[Row]:
     turns = {"rounds": options.rounds, "seconds": options.seconds}
     yield from in_sql.hot_group(server, programs, **turns)
+    yield from in_sql.batches(server, programs, **turns)
     yield from in_sql.count_then_insert(server, programs, **turns)
     if options.pgledger:
         yield from in_sql.ledger(server, programs, options.pgledger, **turns)
     yield from over_http.single_call(server, rounds=options.rounds, calls=200)
+    yield from over_http.together(server, rounds=options.rounds, seconds=options.seconds)
     yield from in_sql.history(server, programs, rows=options.rows, **turns)
 
 
@@ -69,6 +79,8 @@ def main() -> int:
         for row in _measure(server, programs, options):
             rows.append(row)
             print(_line(row), flush=True)
+        verdicts = [verdict.line for verdict in exactness.compare(server)]
+        print("\n".join(verdicts), flush=True)
     head = f"""# Results
 
 Measured {datetime.now(UTC):%Y-%m-%d} by `make bench` on {_machine()},
@@ -79,7 +91,7 @@ median over rounds of ours to theirs.
 | what | ours | theirs | ratio | bar | met |
 |---|---|---|---|---|---|
 """
-    RESULTS.write_text(head + "".join(f"{_line(row)}\n" for row in rows))
+    RESULTS.write_text(head + "".join(f"{_line(row)}\n" for row in rows) + EXACTNESS + "\n".join([*verdicts, ""]))
     return 0 if all(row.met for row in rows) else 1
 
 

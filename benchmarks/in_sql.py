@@ -25,6 +25,17 @@ insert into public.counted (group_id, user_id, kind) select 1, :user, 'image' fr
 """
 
 
+BATCH_SIZE = 1_000
+BATCH = f"""select jsonb_array_length(public.track_generations((
+  select jsonb_agg(jsonb_build_object(
+    'user_id', '00000000-0000-4000-8000-' || lpad((1 + i * 7919 % {databases.USERS})::text, 12, '0'),
+    'kind', 'image', 'idempotency_key', {ORDERED_KEY}
+  ))
+  from generate_series(1, {BATCH_SIZE}) as i
+)));
+"""
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the results: what was measured, the rates per second, the ratio, and the bar for it."""
@@ -85,6 +96,32 @@ def hot_group(server: PostgresServer, programs: Path, *, rounds: int, seconds: f
         ratio,
         "≥ 3",
         ratio >= 3,
+    )
+
+
+def batches(server: PostgresServer, programs: Path, *, rounds: int, seconds: float) -> Iterator[Row]:
+    """Compare batches of 1,000 for one group with single calls, in admitted generations."""
+    databases.make(server, "batches")
+    databases.one_group(server, "batches", databases.LIMITS)
+    databases.settle(server, "batches")
+    url = server.url("batches", "postgres")
+    rates = in_turns(
+        programs,
+        {
+            "single": Load(url, track(ORDERED_KEY), seconds=seconds),
+            "batch": Load(url, BATCH, clients=4, seconds=seconds),
+        },
+        rounds,
+    )
+    together = [rate * BATCH_SIZE for rate in rates["batch"]]
+    ratio, rate = median_ratio(together, rates["single"]), median(together)
+    yield Row(
+        "`track_generations` with 1,000 each on one hot group, 4 clients, against `track_generation`, 16 clients",
+        _per_second(together),
+        _per_second(rates["single"]),
+        ratio,
+        "≥ 8, or 20,000 /s",
+        ratio >= 8 or rate >= 20_000,
     )
 
 

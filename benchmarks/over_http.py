@@ -1,17 +1,18 @@
-"""The row that is measured through HTTP: one call at a time, with the real Supabase client."""
+"""What is measured through HTTP with the real Supabase client: one call at a time, and many at once."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from statistics import median
 from time import perf_counter
 from uuid import UUID
 
 import httpx
-from supabase import Client, ClientOptions
+from supabase import AsyncClient, AsyncClientOptions, Client, ClientOptions
 from tests.support.postgres import PostgresServer
 
-from tokenlimits import GroupManager, Limit, TokenLimits
+from tokenlimits import AsyncTokenLimits, GroupManager, Limit, TokenLimits
 from tokenlimits.local import LocalStack
 
 from .in_sql import Row
@@ -59,11 +60,12 @@ def single_call(server: PostgresServer, *, rounds: int, calls: int) -> Iterator[
     with LocalStack(database_url=server.url("http")) as stack, httpx.Client(http2=False) as http:
         _, user_id = _set_up(stack)
         client = Client(stack.url, stack.secret_key, ClientOptions(httpx_client=http))
-        limits = TokenLimits(client)
+        limits, coalescing = TokenLimits(client), TokenLimits(client, coalesce=True)
         rivals: dict[str, Callable[[], object]] = {
             "nothing": lambda: client.rpc("nothing", {}).execute(),
             "note": lambda: client.rpc("note", {}).execute(),
             "track": lambda: limits.track(user_id, "image"),
+            "coalescing": lambda: coalescing.track(user_id, "image"),
         }
         taken: dict[str, list[float]] = {name: [] for name in rivals}
         for call in rivals.values():
@@ -81,3 +83,55 @@ def single_call(server: PostgresServer, *, rounds: int, calls: int) -> Iterator[
             f"≤ {bar}" if bar else "—",
             bar is None or ratio <= bar,
         )
+    ratio = median(a / b for a, b in zip(taken["coalescing"], taken["track"], strict=True))
+    yield Row(
+        "p50 of a lone `track` with `coalesce=True`, against one without",
+        f"{median(taken['coalescing']):.2f} ms",
+        f"{median(taken['track']):.2f} ms",
+        ratio,
+        "≤ 1.05",
+        ratio <= 1.05,
+    )
+
+
+async def _rate(limits: AsyncTokenLimits, user_id: UUID, callers: int, seconds: float) -> float:
+    """Let so many tasks call one after the other, and count the calls per second."""
+    ends = perf_counter() + seconds
+
+    async def call() -> int:
+        done = 0
+        while perf_counter() < ends:
+            await limits.track(user_id, "image")
+            done += 1
+        return done
+
+    begun = perf_counter()
+    done = sum(await asyncio.gather(*[call() for _ in range(callers)]))
+    return done / (perf_counter() - begun)
+
+
+async def _rates(stack: LocalStack, user_id: UUID, callers: int, rounds: int, seconds: float) -> list[list[float]]:
+    async with httpx.AsyncClient(http2=False) as http:
+        options = AsyncClientOptions(httpx_client=http)
+        client = await AsyncClient.create(stack.url, stack.secret_key, options)
+        alone = AsyncTokenLimits(client, timeout=60)
+        together = AsyncTokenLimits(client, timeout=60, coalesce=True)
+        return [[await _rate(limits, user_id, callers, seconds) for limits in (together, alone)] for _ in range(rounds)]
+
+
+def together(server: PostgresServer, *, rounds: int, seconds: float) -> Iterator[Row]:
+    """Compare calls of many tasks that travel together with the same, each by itself."""
+    server.create_database("together")
+    with LocalStack(database_url=server.url("together")) as stack:
+        _, user_id = _set_up(stack)
+        for callers, bar in ((1, None), (32, None), (256, 10)):
+            rates = asyncio.run(_rates(stack, user_id, callers, rounds, seconds))
+            ratio = median(ours / theirs for ours, theirs in rates)
+            yield Row(
+                f"`track` with `coalesce=True`, {callers} asyncio caller{'s' * (callers > 1)} at once through HTTP, against without",
+                f"{median(ours for ours, _ in rates):,.0f} /s",
+                f"{median(theirs for _, theirs in rates):,.0f} /s",
+                ratio,
+                f"≥ {bar}" if bar else "—",
+                bar is None or ratio >= bar,
+            )
