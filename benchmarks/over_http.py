@@ -128,7 +128,7 @@ def together(server: PostgresServer, *, rounds: int, seconds: float) -> Iterator
             rates = asyncio.run(_rates(stack, user_id, callers, rounds, seconds))
             ratio = median(ours / theirs for ours, theirs in rates)
             yield Row(
-                f"`track` with `coalesce=True`, {callers} asyncio caller{'s' * (callers > 1)} at once through HTTP, against without",
+                f"`track` with `coalesce=True`, {callers} asyncio caller(s), through HTTP, against without",
                 f"{median(ours for ours, _ in rates):,.0f} /s",
                 f"{median(theirs for _, theirs in rates):,.0f} /s",
                 ratio,
