@@ -306,6 +306,33 @@ class TestPostgres:
             with client(stack, stack.secret_key) as supabase:
                 assert supabase.rpc("tokenlimits_version").execute().data
 
+    def test_that_loses_connections_or_starts_again_is_served_on(self, sql_dir: Path) -> None:
+        asleep = "select pid from pg_stat_activity where wait_event = 'PgSleep'"
+        with (
+            PostgresServer(next(iter(servers().values()))) as server,
+            LocalStack(server.url(), sql_dir=sql_dir) as stack,
+            httpx.Client(base_url=stack.url, headers={"apikey": stack.secret_key}, trust_env=False) as http,
+            ThreadPoolExecutor(8) as threads,
+        ):
+
+            def nap() -> httpx.Response:
+                return http.post("/rest/v1/rpc/nap", json={})
+
+            for strike in ("one connection", "the server"):
+                naps = [threads.submit(nap) for _ in range(8)]
+                with server.connect() as owner:
+                    assert eventually(lambda owner=owner: len(owner.execute(asleep).fetchall()) == 8)
+                    if strike == "one connection":
+                        owner.execute(f"select pg_terminate_backend(pid) from ({asleep} limit 1) as one")
+                if strike == "the server":
+                    server.kill()
+                    server.restart()
+                answers = [nap.result() for nap in naps]
+                assert {answer.status_code for answer in answers} <= {200, 503}, strike
+                assert any(answer.status_code == 503 for answer in answers), strike
+                assert eventually(lambda nap=nap: nap().text == "1"), strike
+                assert stack.sql("select 1 as n") == [{"n": 1}]
+
     def test_says_what_is_wrong_with_the_database(self) -> None:
         with (
             pytest.raises(LocalStackError, match="ECONNREFUSED") as failed,

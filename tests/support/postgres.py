@@ -54,6 +54,7 @@ class PostgresServer:
             f"fsync={'on' if durable else 'off'}",
             *settings,
         )
+        self._reachable = bin_dir
         self._process: subprocess.Popen[bytes] | None = None
         self._directory: Path | None = None
         self.port = 0
@@ -68,11 +69,11 @@ class PostgresServer:
         self._directory = Path(tempfile.mkdtemp(prefix="tokenlimits-postgres-"))
         atexit.register(self.stop)
         try:
-            programs = self._programs()
+            self._reachable = self._programs()
             if os.geteuid() == 0:
                 shutil.chown(self._directory, self._account().pw_uid, self._account().pw_gid)
-            self._initdb(programs)
-            self._serve(programs)
+            self._initdb(self._reachable)
+            self._serve()
         except BaseException:
             self.stop()
             raise
@@ -89,6 +90,18 @@ class PostgresServer:
                     break
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
+
+    def kill(self) -> None:
+        """End its first process as `kill -9` does; what it had started notices, and ends too."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def restart(self) -> None:
+        """Start again after `kill`, on the same data and port; PostgreSQL recovers by itself."""
+        deadline = time.monotonic() + 30
+        while not self._launch():  # refused while a process of before is still there
+            assert time.monotonic() < deadline, self.log()
 
     def url(self, dbname: str = "postgres", user: str = SUPERUSER) -> str:
         return f"postgresql://{user}@127.0.0.1:{self.port}/{dbname}"
@@ -154,24 +167,27 @@ class PostgresServer:
         )
         assert made.returncode == 0, made.stdout + made.stderr
 
-    def _serve(self, programs: Path, attempts: int = 5) -> None:
-        directory = self._made()
-        parameters = [f"-c{setting}" for setting in (*self._settings, f"unix_socket_directories={directory}")]
+    def _serve(self, attempts: int = 5) -> None:
         for _ in range(attempts):
             self.port = _free_port()
-            with (directory / "log").open("wb") as log:
-                self._process = subprocess.Popen(
-                    [programs / "postgres", "-D", directory / "data", f"-p{self.port}", *parameters],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd=directory,
-                    start_new_session=True,
-                    **self._as_account(),
-                )
-            if self._ready():
+            if self._launch():
                 return
         raise AssertionError(self.log())
+
+    def _launch(self) -> bool:
+        directory = self._made()
+        parameters = [f"-c{setting}" for setting in (*self._settings, f"unix_socket_directories={directory}")]
+        with (directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [self._reachable / "postgres", "-D", directory / "data", f"-p{self.port}", *parameters],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=directory,
+                start_new_session=True,
+                **self._as_account(),
+            )
+        return self._ready()
 
     def _ready(self, seconds: float = 30) -> bool:
         """Whether it answers; false when it ended, as when another process took the port in between."""

@@ -15,6 +15,7 @@
 //   5. Lite gives the API roles no usage on schema auth, so functions that call auth.uid() fail.
 //   6. Lite writes timestamps as PostgreSQL does, not as JSON does; supabase-py can't read those of a session.
 //   7. On a PostgreSQL, Lite wraps json arguments of functions in one more string.
+//   8. Lite answers 500 when it can't reach the PostgreSQL, or loses it.  PostgREST answers 503.
 import { createHmac } from "node:crypto";
 import { createInterface } from "node:readline";
 import { existsSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
@@ -41,9 +42,15 @@ const HTTP_STATUS = {
 };
 // Lite maps these itself, and as PostgREST does.
 const MAPPED_BY_LITE = /^(21|22|42|PT|PGRST|55)|^(23502|23503|23505|25006)$/;
+// Of Node, of postgres.js, and of a PostgreSQL that starts (57P03).
+const NO_CONNECTION = /^(E[A-Z]{4,}|CONNECT(ION)?_[A-Z]+|57P03)$/;
 
 function withSqlState(error) {
    const code = error?.code;
+   if (NO_CONNECTION.test(code)) {
+      const body = { code: "PGRST001", message: "Database connection error", details: error.message, hint: null };
+      return { code: "PGRST", message: JSON.stringify(body), detail: JSON.stringify({ status: 503, headers: {} }) };
+   }
    if (typeof code !== "string" || !/^[0-9A-Z]{5}$/.test(code) || MAPPED_BY_LITE.test(code)) return error;
    const status = HTTP_STATUS[code] ?? HTTP_STATUS[code.slice(0, 2)] ?? 400;
    const body = { code, message: error.message, details: error.detail ?? null, hint: error.hint ?? null };
@@ -143,20 +150,57 @@ async function connect(config) {
    if (!config.database_url) {
       const { PgliteConnection } = await import("@supabase/lite/pglite");
       const only = await connectPglite(adapted(PgliteConnection), config, config.like_hosted ? PGLITE_OPTIONS : {});
-      return { migrating: only, serving: () => only };
+      return { migrating: only, close: () => {}, serving: () => only };
    }
    const { PostgresConnection } = await import("@supabase/lite/postgres");
    const Connection = adapted(PostgresConnection);
    const types = config.like_hosted ? POSTGRES_TYPES : {};
-   const open = (max) =>
-      new Connection({ url: config.database_url, postgresOptions: { max, types, onnotice: () => {} } });
-   const migrating = open(1);
-   const serving = async () => {
-      await migrating.close();
-      return open(config.pool_size);
-   };
-   return { migrating, serving };
+   const open = (options) =>
+      new Connection({ url: config.database_url, postgresOptions: { types, onnotice: () => {}, ...options } });
+   const migrating = open({ max: 1 });
+   const serving = (onclose) => open({ max: config.pool_size, onclose });
+   return { migrating, close: () => migrating.close(), serving };
 }
+
+// postgres.js (3.4.9) writes to a connection that it has lost, from where nobody can catch the error.
+process.on("uncaughtException", (error) => {
+   console.error(error);
+   if (!/postgres.src.connection/.test(error.stack)) process.exit(1);
+});
+
+// And it takes that connection into use again as if it were a good one, or lets its caller wait for ever: whoever loses
+// one begins anew with all.
+async function lasting(make) {
+   const held = { current: null };
+   const begin = async () => {
+      let lose;
+      const lost = new Promise((resolve) => (lose = resolve));
+      const made = { ...(await make(lose)), waiting: new Set() };
+      held.current = made;
+      lost.then(() => {
+         held.current = null;
+         abandon(made.connection);
+         for (const stopWaiting of made.waiting) stopWaiting(null);
+         beginAgain();
+      });
+   };
+   const beginAgain = () => begin().catch(() => setTimeout(beginAgain, 100));
+   await begin();
+   return held;
+}
+
+// The answer, or null when the connections are lost before it comes.
+const unlessLost = ({ waiting }, answer) =>
+   new Promise((resolve, reject) => {
+      waiting.add(resolve);
+      answer.then(resolve, reject).finally(() => waiting.delete(resolve));
+   });
+
+const abandon = (connection) => connection.driver.end?.({ timeout: 0 }).catch(() => {});
+
+const RECONNECTING = "Could not query the database for the schema cache. Retrying.";
+const unavailable = () =>
+   Response.json({ code: "PGRST002", message: RECONNECTING, details: null, hint: null }, { status: 503 });
 
 async function start(config) {
    const [{ App }, { applyPendingMigrations }, { serve }] = await Promise.all([
@@ -164,7 +208,7 @@ async function start(config) {
       import("@supabase/lite/cli"),
       import("@hono/node-server"),
    ]);
-   const { migrating, serving } = await connect(config);
+   const { migrating, close, serving } = await connect(config);
    const settings = {
       auth: {
          enabled: true,
@@ -181,15 +225,29 @@ async function start(config) {
    if (config.like_hosted) await migrating.exec(ROLES_SQL);
    await applyPendingMigrations(migrator);
    if (config.like_hosted) await migrating.exec(`grant usage on schema auth to ${ROLES}`);
-   const connection = await serving();
-   const app = await new App({ ...settings, connection }).init();
+   await close();
+   const held = await lasting(async (onclose) => {
+      const connection = serving(onclose);
+      try {
+         const app = await new App({ ...settings, connection }).init();
+         await connection.introspect({ useCache: true });
+         return { connection, app };
+      } catch (error) {
+         abandon(connection);
+         throw error;
+      }
+   });
    const answer = async (request, env) => {
-      const response = await app.fetch(request, { peerAddress: env.incoming.socket.remoteAddress ?? null });
+      const { current } = held;
+      if (!current) return unavailable();
+      const peerAddress = env.incoming.socket.remoteAddress ?? null;
+      const response = await unlessLost(current, current.app.fetch(request, { peerAddress }));
+      if (!response) return unavailable();
       return config.like_hosted ? withMetadata(request, response, config.jwt_secret) : response;
    };
    return new Promise((resolve, reject) => {
       const server = serve({ fetch: answer, hostname: "127.0.0.1", port: config.port }, ({ port }) =>
-         resolve({ server, connection, port }),
+         resolve({ server, held, port }),
       );
       server.on("error", reject);
    });
@@ -199,8 +257,10 @@ const send = (message) => process.stdout.write(`${JSON.stringify(message)}\n`);
 const sendError = (error) =>
    send({ error: { code: error?.code ?? null, message: String(error?.message ?? error), detail: error?.detail ?? null } });
 
-async function answerQuery({ driver }, { sql, parameters }) {
+async function answerQuery({ current }, { sql, parameters }) {
    try {
+      if (!current) throw new Error(RECONNECTING);
+      const { driver } = current.connection;
       const rows = driver.unsafe ? await driver.unsafe(sql, parameters) : (await driver.query(sql, parameters)).rows;
       send({ rows: [...rows] });
    } catch (error) {
@@ -230,5 +290,5 @@ try {
    process.exit(1);
 }
 send({ port: running.port });
-for await (const line of lines) await answerQuery(running.connection, JSON.parse(line));
+for await (const line of lines) await answerQuery(running.held, JSON.parse(line));
 process.exit(0);
