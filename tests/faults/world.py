@@ -1,0 +1,95 @@
+"""Where the runs take place, and what is checked there after each."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from uuid import UUID
+
+import psycopg
+from tests.faults import verdict
+from tests.faults.journal import Account
+from tests.faults.plan import TTL
+from tests.faults.worker import Colour, Orders
+from tests.support import clock
+from tests.support.invariants import drift
+from tests.support.postgres import PostgresServer
+
+from tokenlimits import Group, GroupManager, TokenLimits
+from tokenlimits.local import LocalStack
+
+TIMEOUT = 2.0
+"""Of the workers' clients, in seconds; a single try has four fifths of it."""
+
+# transactions that are open, and locks that are ours: advisory ones
+LEFT_OPEN = """
+select a.state, a.query, l.locktype
+from pg_stat_activity as a
+left join pg_locks as l on l.pid = a.pid and l.locktype = 'advisory'
+where
+  a.datname = current_database()
+  and a.pid <> pg_backend_pid()
+  and a.backend_type = 'client backend'
+  and (a.state <> 'idle' or l.pid is not null)
+"""
+
+
+@dataclass(frozen=True)
+class Site:
+    server: PostgresServer
+    stack: LocalStack
+
+    def owner(self) -> psycopg.Connection[tuple[object, ...]]:
+        return self.server.connect("app")
+
+
+@dataclass(frozen=True)
+class World:
+    site: Site
+    groups: GroupManager
+    made: tuple[Group, ...]
+    users: list[str]
+
+    def orders(self, seed: str, worker: str, colour: Colour, jobs: int, lanes: int = 8) -> Orders:
+        return Orders(seed, worker, colour, jobs, lanes, self.users, TIMEOUT, "", [])
+
+    def check(self, account: Account, seed: str) -> None:
+        """Find nothing wrong with what was done."""
+        again = f"TOKENLIMITS_FAULTS_SEED={seed}"
+        with self.site.owner() as owner:
+            self._nothing_hangs(owner)
+            assert drift(owner) == [], again
+            clock.run_from(owner, clock.read(owner) + timedelta(seconds=TTL + 1))
+            assert verdict.problems(account, verdict.ledger(owner, account.begun)) == [], again
+            for kind in ("image", "video"):
+                for group in self.made:
+                    self._room_is_what_the_ledger_leaves(owner, group.id, kind)
+            for group in self.made:
+                assert not self.groups.reconcile(group.id).drifted, again
+            assert drift(owner) == [], again
+
+    def _nothing_hangs(self, owner: psycopg.Connection[tuple[object, ...]], seconds: float = 30) -> None:
+        """Whatever the dead had begun is over soon."""
+        deadline = time.monotonic() + seconds
+        while left := owner.execute(LEFT_OPEN).fetchall():
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+
+    def _room_is_what_the_ledger_leaves(
+        self, owner: psycopg.Connection[tuple[object, ...]], group_id: UUID, kind: str
+    ) -> None:
+        """Each member takes all that the ledger leaves them, to the unit: what the dead held was given back."""
+        with TokenLimits.from_env(timeout=60) as limits:
+            for user in self.groups.members(group_id):
+                left = [
+                    room.max - room.live
+                    for room in verdict.rooms(owner, group_id, kind)
+                    if room.subject in (group_id, user.user_id)
+                ]
+                if not left:
+                    return
+                assert min(left) >= 0, left
+                if min(left):
+                    assert limits.track(user.user_id, kind, min(left), group_id=group_id), left
+                assert limits.track(user.user_id, kind, group_id=group_id).reason == "limit_exceeded", left
