@@ -90,7 +90,8 @@ def rooms(connection: psycopg.Connection[Any], group_id: UUID, kind: str) -> lis
 
 def problems(account: Account, usages: Iterable[Usage]) -> list[str]:
     """Tell what the ledger has that it shouldn't, or lacks; nothing should be."""
-    calls, rows = defaultdict(list), defaultdict(list)
+    calls: defaultdict[str, list[Called]] = defaultdict(list)
+    rows: defaultdict[str, list[Usage]] = defaultdict(list)
     for called in account.calls:
         calls[called.job].append(called)
     for usage in usages:

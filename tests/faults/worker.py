@@ -87,7 +87,7 @@ class Work:
                 if not isinstance(error, ServiceUnavailable):
                     return None
             else:
-                answers = answer if isinstance(answer, list) else [answer]
+                answers: list[TrackResult] = answer if isinstance(answer, list) else [answer]
                 for number, each in zip(numbers, answers, strict=True):
                     self.journal.end(number, each)
                 return answers[0]
