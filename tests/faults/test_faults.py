@@ -58,10 +58,10 @@ def test_faults_between_client_and_server(world: World, seed: str, tmp_path: Pat
         crew.hire(world.orders(seed, "tasks", "async", THROUGH_FAULTS, lanes=16))
         account = crew.finish()
 
+    world.check(account, seed)
     assert all(proxy.counts[fault] for fault in Fault), proxy.counts
     noticed = "\n".join(account.logged)
     assert [sign for sign in WHAT_CLIENTS_NOTICE if sign not in noticed] == []
-    world.check(account, seed)
     assert_all_kinds_of_ends(account, FAULTY_OPERATIONS)
 
 
@@ -79,15 +79,15 @@ def test_workers_that_are_killed(world: World, seed: str, tmp_path: Path) -> Non
                 killed += crew.kill(random.choice(crew.working))
         account = crew.finish()
 
+    world.check(account, seed)
     assert killed >= 6
     assert any(called.answer is None and called.error is None for called in account.calls), "nobody died in a call"
-    world.check(account, seed)
     assert len(account.calls) >= MORTAL_OPERATIONS
 
 
 @pytest.mark.parametrize("world", [6], indirect=True)
 def test_a_postgres_that_is_killed(world: World, seed: str, tmp_path: Path) -> None:
-    """Its first process three times, one that serves a connection twice, and one connection ended in good order."""
+    """Its first process three times, one that serves a connection twice; and one connection ends in good order."""
     random = Random(f"{seed}/crashes")
     blows = ["server", "backend", "connection", "server", "backend", "server"]
     with Crew(tmp_path, world.site.stack.environment()) as crew:
