@@ -39,10 +39,11 @@ def limits(size: int) -> tuple[list[Limit], ...]:
 
 
 @pytest.fixture
-def seed() -> str:
+def seed(request: pytest.FixtureRequest) -> str:
+    """What everything that is drawn depends on; with the test's name, since keys begin with it and share a ledger."""
     chosen = os.environ.get("TOKENLIMITS_FAULTS_SEED") or secrets.token_hex(4)
-    print(f"to run it with the same plan: TOKENLIMITS_FAULTS_SEED={chosen}")  # noqa: T201  # pytest shows it with a failure
-    return chosen
+    print(f"to run it with the same plan: TOKENLIMITS_FAULTS_SEED={chosen}")  # noqa: T201  # shown when a test fails
+    return f"{chosen}.{request.node.originalname}"
 
 
 @pytest.fixture(scope="session")

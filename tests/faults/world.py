@@ -94,4 +94,6 @@ class World:
 def none(found: Iterable[object], seed: str) -> None:
     """Fail with the first of what was found, and how to find it again."""
     lines = [str(each)[:1000] for each in found]
-    assert not lines, "\n".join([f"{len(lines)} problems; TOKENLIMITS_FAULTS_SEED={seed}", *lines[:10]])
+    assert not lines, "\n".join(
+        [f"{len(lines)} problems; TOKENLIMITS_FAULTS_SEED={seed.partition('.')[0]}", *lines[:10]]
+    )
