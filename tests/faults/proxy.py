@@ -13,7 +13,7 @@ import re
 import socket
 import threading
 from collections import Counter
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from enum import StrEnum
 from hashlib import sha256
@@ -97,25 +97,26 @@ class FaultyProxy:
         self._loop.close()
 
     async def _listen(self) -> None:
-        listening = socket.create_server(("127.0.0.1", self._port))
-        listening.setblocking(False)
-        self._port = listening.getsockname()[1]
-        self._accepting = self._start(self._accept(listening))
+        # not asyncio.start_server, nor sock_accept: ended while they accept, they forget a connection that is open
+        self._listening = socket.create_server(("127.0.0.1", self._port))
+        self._listening.setblocking(False)
+        self._port = self._listening.getsockname()[1]
+        self._loop.add_reader(self._listening, self._accept)
 
-    async def _accept(self, listening: socket.socket) -> None:
-        # not asyncio.start_server: closed while it accepts, it forgets the connection, open
-        with listening:
-            while True:
-                connection, _ = await self._loop.sock_accept(listening)
-                self._start(self._serve(connection))
+    def _accept(self) -> None:
+        with suppress(BlockingIOError):
+            connection, _ = self._listening.accept()
+            task = self._loop.create_task(self._serve(connection))
+            self._tasks.add(task)  # the loop itself holds it but weakly
+            task.add_done_callback(self._tasks.discard)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)  # the loop itself holds it but weakly
-        task.add_done_callback(self._tasks.discard)
-        return task
+    def _stop_listening(self) -> None:
+        self._loop.remove_reader(self._listening)
+        self._listening.close()
 
     async def _end(self) -> None:
+        if self._is_listening:
+            self._stop_listening()
         ending = list(self._tasks)
         for task in ending:
             task.cancel()
@@ -221,14 +222,17 @@ class FaultyProxy:
 
     async def _refuse(self) -> None:
         """Take no connection for a while, and end those that are not in use."""
-        if self._accepting.done():
+        if not self._is_listening:
             return
-        self._accepting.cancel()
-        await asyncio.wait([self._accepting])
+        self._stop_listening()
         for writer in self._idle:
             writer.transport.abort()
         await asyncio.sleep(REFUSING)
         await self._listen()
+
+    @property
+    def _is_listening(self) -> bool:
+        return self._listening.fileno() != -1
 
 
 async def read_message(reader: asyncio.StreamReader) -> bytes:
