@@ -74,6 +74,8 @@ class Answer:
     wrongly_denied: bool = False
     status: str | None = None
     settled: Answer | None = None
+    used: int | None = None
+    """Of the group's limit, if there is one."""
 
 
 Script = Sequence[Call | Settle | Batch]
@@ -204,6 +206,7 @@ def _answer(call: Call | Settle, answer: Any, settled: Answer | None = None) -> 
         wrongly_denied=denied_by is not None and denied_by["used"] + answer["cost"] <= denied_by["max"],
         status=answer["status"],
         settled=settled,
+        used=next((x["used"] for x in answer["limits"] if x["scope"] == "group"), None),
     )
 
 
