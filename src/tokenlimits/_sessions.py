@@ -43,6 +43,33 @@ def lock() -> threading.Lock:
     return _lock
 
 
+class Use:
+    """Counts the calls on a client: sockets that are closed under a call that reads from them let it hang.
+
+    `leave` and `retire` answer whether it is time to close: when it was retired, and the last call has left.
+    """
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._retired = False
+
+    def enter(self) -> None:
+        """Count one more call; the lock is held, or nobody else could come between."""
+        self._calls += 1
+
+    def leave(self) -> bool:
+        """Count one call less."""
+        with lock():
+            self._calls -= 1
+            return self._retired and not self._calls
+
+    def retire(self) -> bool:
+        """Let it be closed; whoever begins a call later uses another."""
+        with lock():
+            self._retired = True
+            return not self._calls
+
+
 def notice(client: Client | AsyncClient) -> None:
     """Remember in which process a client was first seen."""
     _seen_at.setdefault(client, _forks)

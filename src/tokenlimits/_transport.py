@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import httpx
@@ -50,9 +51,10 @@ def _closed(error: RuntimeError, session: httpx.Client | httpx.AsyncClient, *, f
     return _retry.Transient("the connections were closed meanwhile", harmless=True, cause=error)
 
 
-def _forgotten(response: httpx.Response, session: httpx.Client | httpx.AsyncClient) -> Any | None:
-    """Return the connection of an answer, if it was still being made when httpx was closed, which then forgets it."""
-    return response.extensions.get("network_stream") if session.is_closed else None
+class _Own(NamedTuple):
+    client: Client
+    close: Callable[[], object]
+    use: _sessions.Use
 
 
 class Transport:
@@ -65,7 +67,7 @@ class Transport:
         if client is not None:
             _sessions.notice(client)
         # by fork: what the parent made must neither be used nor closed by the child, so it just stays
-        self._own: dict[int, tuple[Client, weakref.finalize[..., Transport]]] = {}
+        self._own: dict[int, _Own] = {}
 
     def send(self, call: Call[T], timeout: float | None = None) -> T:
         """Send one call, retrying as its deadline allows."""
@@ -99,10 +101,10 @@ class Transport:
             return
 
     def close(self) -> None:
-        """Close the connections, if this made them."""
+        """Close the connections, if this made them, as soon as no call is on them."""
         own = self._own.pop(_sessions.forks(), None)
-        if own is not None:
-            own[1]()
+        if own is not None and own.use.retire():
+            own.close()
 
     def _is_installed(self, deadline: Deadline) -> bool:
         try:
@@ -121,47 +123,56 @@ class Transport:
             _log(call.function, deadline)
 
     def _attempt(self, call: Call[T], deadline: Deadline) -> T:
-        request = _sessions.request(self._client(), call)
-        try:
-            response = request.session.request(
-                request.http_method,
-                str(request.path),
-                json=request.json,
-                headers=request.headers,
-                auth=request.auth,
-                extensions=extensions(deadline.attempt(retry_safe=call.retry_safe)),
-            )
-        except httpx.HTTPError as error:
-            failure = _failure(error)
-        except RuntimeError as error:
-            failure = _closed(error, request.session, foreign=self._foreign is not None)
-        else:
-            if (connection := _forgotten(response, request.session)) is not None:
-                connection.close()
-            return _answers.read(call, response.status_code, response.headers, response.content)
+        with self._client() as client:
+            request = _sessions.request(client, call)
+            try:
+                response = request.session.request(
+                    request.http_method,
+                    str(request.path),
+                    json=request.json,
+                    headers=request.headers,
+                    auth=request.auth,
+                    extensions=extensions(deadline.attempt(retry_safe=call.retry_safe)),
+                )
+            except httpx.HTTPError as error:
+                failure = _failure(error)
+            except RuntimeError as error:
+                failure = _closed(error, request.session, foreign=self._foreign is not None)
+            else:
+                return _answers.read(call, response.status_code, response.headers, response.content)
         raise failure  # out here, so that no context of it holds the key
 
-    def _client(self) -> Client:
+    @contextmanager
+    def _client(self) -> Generator[Client]:
         if self._foreign is not None:
             _sessions.check_fork(self._foreign)
-            return self._foreign
+            yield self._foreign
+            return
         with _sessions.lock():
-            own = self._own.get(_sessions.forks())
-            if own is None:
-                settings = self._settings()
-                # HTTP/2 loses calls when the server says GOAWAY to many threads
-                http = httpx.Client(http2=False, timeout=self.timeout)
-                options = ClientOptions(httpx_client=http, **_OPTIONS)
-                client = Client(settings.url, settings.key.get_secret_value(), options)
-                # also at the interpreter's end, or it warns about open sockets
-                own = self._own[_sessions.forks()] = (client, weakref.finalize(self, http.close))
-            return own[0]
+            own = self._own.get(_sessions.forks()) or self._make()
+            own.use.enter()
+        try:
+            yield own.client
+        finally:
+            if own.use.leave():
+                own.close()
+
+    def _make(self) -> _Own:
+        settings = self._settings()
+        # HTTP/2 loses calls when the server says GOAWAY to many threads
+        http = httpx.Client(http2=False, timeout=self.timeout)
+        options = ClientOptions(httpx_client=http, **_OPTIONS)
+        client = Client(settings.url, settings.key.get_secret_value(), options)
+        # also at the interpreter's end, or it warns about open sockets
+        own = self._own[_sessions.forks()] = _Own(client, weakref.finalize(self, http.close), _sessions.Use())
+        return own
 
 
 class _OfLoop(NamedTuple):
     client: AsyncClient
     http: httpx.AsyncClient
     until_loop_ends: AsyncGenerator[None]
+    use: _sessions.Use
 
 
 class AsyncTransport:
@@ -208,9 +219,9 @@ class AsyncTransport:
             return
 
     async def aclose(self) -> None:
-        """Close this loop's connections, if this made them."""
+        """Close this loop's connections, if this made them, as soon as no call is on them."""
         own = self._own.pop((_sessions.forks(), asyncio.get_running_loop()), None)
-        if own is not None:
+        if own is not None and own.use.retire():
             await own.until_loop_ends.aclose()
 
     async def _is_installed(self, deadline: Deadline) -> bool:
@@ -230,41 +241,47 @@ class AsyncTransport:
             _log(call.function, deadline)
 
     async def _attempt(self, call: Call[T], deadline: Deadline) -> T:
-        request = _sessions.request(await self._client(), call)
-        attempt = deadline.attempt(retry_safe=call.retry_safe)
-        try:
-            async with asyncio.timeout(attempt.left()):
-                response = await request.session.request(
-                    request.http_method,
-                    str(request.path),
-                    json=request.json,
-                    headers=request.headers,
-                    auth=request.auth,
-                    extensions={"timeout": Timeouts(attempt)},
-                )
-        except TimeoutError as error:
-            failure = _retry.Transient("no answer in time", cause=error)
-        except httpx.HTTPError as error:
-            failure = _failure(error)
-        except RuntimeError as error:
-            failure = _closed(error, request.session, foreign=self._foreign is not None)
-        else:
-            if (connection := _forgotten(response, request.session)) is not None:
-                await connection.aclose()
-            return _answers.read(call, response.status_code, response.headers, response.content)
+        async with self._client() as client:
+            request = _sessions.request(client, call)
+            attempt = deadline.attempt(retry_safe=call.retry_safe)
+            try:
+                async with asyncio.timeout(attempt.left()):
+                    response = await request.session.request(
+                        request.http_method,
+                        str(request.path),
+                        json=request.json,
+                        headers=request.headers,
+                        auth=request.auth,
+                        extensions={"timeout": Timeouts(attempt)},
+                    )
+            except TimeoutError as error:
+                failure = _retry.Transient("no answer in time", cause=error)
+            except httpx.HTTPError as error:
+                failure = _failure(error)
+            except RuntimeError as error:
+                failure = _closed(error, request.session, foreign=self._foreign is not None)
+            else:
+                return _answers.read(call, response.status_code, response.headers, response.content)
         raise failure  # out here, so that no context of it holds the key
 
-    async def _client(self) -> AsyncClient:
+    @asynccontextmanager
+    async def _client(self) -> AsyncGenerator[AsyncClient]:
         loop = asyncio.get_running_loop()
         if self._foreign is not None:
             _sessions.check_fork(self._foreign)
             _sessions.check_loop(self._foreign, loop)
-            return self._foreign
+            yield self._foreign
+            return
         own = self._own.get((_sessions.forks(), loop))
         if own is None or own.http.is_closed:
             own = self._make(loop)
             await anext(own.until_loop_ends)
-        return own.client
+        own.use.enter()
+        try:
+            yield own.client
+        finally:
+            if own.use.leave():
+                await own.until_loop_ends.aclose()
 
     def _make(self, loop: asyncio.AbstractEventLoop) -> _OfLoop:
         settings = self._settings()
@@ -274,7 +291,7 @@ class AsyncTransport:
         with _sessions.lock():
             for key in [key for key in self._own if key[1].is_closed()]:
                 del self._own[key]
-            own = self._own[_sessions.forks(), loop] = _OfLoop(client, http, _until_loop_ends(http))
+            own = self._own[_sessions.forks(), loop] = _OfLoop(client, http, _until_loop_ends(http), _sessions.Use())
         return own
 
 

@@ -195,6 +195,16 @@ class TestChangeOfSession:
         assert server.requests[-1].headers["authorization"] == "Bearer token-299"
 
 
+def session_of(limits: TokenLimits) -> Any:
+    with limits._transport._client() as client:
+        return client.postgrest.session
+
+
+async def asession_of(limits: AsyncTokenLimits) -> Any:
+    async with limits._transport._client() as client:
+        return client.postgrest.session
+
+
 class TestClosing:
     def test_a_foreign_client_stays_open(self, client: Client, server: Server) -> None:
         with TokenLimits(client) as limits, GroupManager(client) as groups:
@@ -225,7 +235,7 @@ class TestClosing:
         for _ in range(2):
             with limits:
                 limits.track(ANN, "image")
-                sessions.append(limits._transport._client().postgrest.session)
+                sessions.append(session_of(limits))
                 assert not sessions[-1].is_closed
             assert sessions[-1].is_closed
         assert sessions[0] is not sessions[1]
@@ -239,7 +249,7 @@ class TestClosing:
             for _ in range(2):
                 async with limits:
                     await limits.track(ANN, "image")
-                    sessions.append((await limits._transport._client()).postgrest.session)
+                    sessions.append(await asession_of(limits))
                 assert sessions[-1].is_closed
             await limits.aclose()
             assert sessions[0] is not sessions[1]
@@ -247,10 +257,51 @@ class TestClosing:
         asyncio.run(run())
         assert len(server.requests) == 2
 
+    def test_a_call_that_is_under_way_has_its_answer_first(self, server: Server) -> None:
+        limits, arrived, go = TokenLimits.from_env(), threading.Event(), threading.Event()
+        session = session_of(limits)
+
+        def slow(request: httpx.Request) -> httpx.Response:
+            arrived.set()
+            assert go.wait(10)
+            return Server.usual(request)
+
+        server.then(slow)
+        with ThreadPoolExecutor(1) as threads:
+            call = threads.submit(limits.track, ANN, "image")
+            assert arrived.wait(10)
+            limits.close()
+            assert not session.is_closed
+            go.set()
+            assert call.result().allowed
+        assert session.is_closed
+        assert len(server.requests) == 1
+
+    def test_a_call_that_is_under_way_has_its_answer_first_in_asyncio(self, server: Server) -> None:
+        async def run() -> None:
+            limits = AsyncTokenLimits.from_env()
+            session = await asession_of(limits)
+
+            def close(request: httpx.Request) -> httpx.Response:
+                closing.append(asyncio.ensure_future(limits.aclose()))
+                return Server.usual(request)
+
+            closing: list[asyncio.Future[None]] = []
+            server.then(close)
+            call = asyncio.create_task(limits.track(ANN, "image"))
+            while not closing:
+                await asyncio.sleep(0)
+            assert (await call).allowed
+            await closing[0]
+            assert session.is_closed
+
+        asyncio.run(run())
+        assert len(server.requests) == 1
+
     def test_when_it_is_forgotten(self, server: Server) -> None:
         limits = TokenLimits.from_env()
         limits.track(ANN, "image")
-        session: Any = limits._transport._client().postgrest.session
+        session: Any = session_of(limits)
         forgotten = weakref.ref(limits)
         del limits
         gc.collect()
@@ -263,7 +314,7 @@ class TestClosing:
 
         async def run() -> Any:
             await limits.track(ANN, "image")
-            return (await limits._transport._client()).postgrest.session
+            return await asession_of(limits)
 
         sessions = [asyncio.run(run()) for _ in range(3)]
         assert all(session.is_closed for session in sessions)
@@ -369,7 +420,7 @@ class TestOneCall:
 def test_http_2_is_off_whatever_supabase_would_do(server: Server) -> None:
     with TokenLimits.from_env() as limits:
         limits.track(ANN, "image")
-        session: Any = limits._transport._client().postgrest.session
+        session: Any = session_of(limits)
         assert not session._transport._pool._http2
     assert server.requests
 
