@@ -277,26 +277,15 @@ class TestClosing:
         assert session.is_closed
         assert len(server.requests) == 1
 
-    def test_a_call_that_is_under_way_has_its_answer_first_in_asyncio(self, server: Server) -> None:
+    def test_a_call_that_is_under_way_has_its_answer_first_in_asyncio(self) -> None:
         async def run() -> None:
             limits = AsyncTokenLimits.from_env()
-            session = await asession_of(limits)
-
-            def close(request: httpx.Request) -> httpx.Response:
-                closing.append(asyncio.ensure_future(limits.aclose()))
-                return Server.usual(request)
-
-            closing: list[asyncio.Future[None]] = []
-            server.then(close)
-            call = asyncio.create_task(limits.track(ANN, "image"))
-            while not closing:
-                await asyncio.sleep(0)
-            assert (await call).allowed
-            await closing[0]
-            assert session.is_closed
+            async with limits._transport._client() as client:  # as a call does
+                await limits.aclose()
+                assert not client.postgrest.session.is_closed
+            assert client.postgrest.session.is_closed
 
         asyncio.run(run())
-        assert len(server.requests) == 1
 
     def test_when_it_is_forgotten(self, server: Server) -> None:
         limits = TokenLimits.from_env()
