@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from supabase import Client, ClientOptions, create_client
+from tests.cli.terminal import Terminal
 from tests.support.postgres import PostgresServer, create_hosted_database, servers
 
 from tokenlimits import GroupManager, TokenLimits
@@ -49,6 +50,9 @@ class Program:
         assert "Traceback" not in done.stderr or "--debug" in arguments, done.stderr
         assert status in (None, done.returncode), done.stdout + done.stderr
         return done
+
+    def on_terminal(self, *arguments: object, **environment: str) -> Terminal:
+        return Terminal(self.command(*arguments), self.directory, self.environment | environment)
 
     def json(self, *arguments: object, status: int | None = 0) -> Any:
         return json.loads(self(*arguments, "--json", status=status).stdout)
@@ -104,6 +108,12 @@ def service(stack: LocalStack) -> Iterator[Client]:
 @pytest.fixture(scope="session")
 def groups(service: Client) -> GroupManager:
     return GroupManager(service, timeout=60)
+
+
+@pytest.fixture
+def name() -> str:
+    """A name for a group that no other test has; part of it looks like markup."""
+    return f"Té[red]am {next(NUMBERS)}"
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import typer.main
 import tokenlimits
 from tokenlimits.errors import TokenLimitsError
 
-from . import _migrate, _setup
+from . import _groups, _history, _limits, _migrate, _setup, _try, _usage
 from ._terminal import Problem, note
 
 _HELP = """Exact limits on AI generations for users and groups, on Supabase.
@@ -26,19 +26,25 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (_setup, _migrate):
+for commands in (_setup, _migrate, _groups, _limits, _usage, _history, _try):
     commands.register(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"tokenlimits {tokenlimits.__version__}")  # noqa: T201
+        raise typer.Exit
 
 
 @app.callback()
 def _options_of_all(
     *,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback.")] = False,  # noqa: ARG001 - see run
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, help="Print the version.", is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback.")] = False,
 ) -> None:
-    if version:
-        print(f"tokenlimits {tokenlimits.__version__}")  # noqa: T201
-        raise typer.Exit
+    pass
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -62,12 +62,22 @@ def table(*columns: str, rows: Iterable[Sequence[object]], right: Sequence[str] 
     return made
 
 
+def facts(rows: Iterable[tuple[str, object]]) -> Table:
+    """Make a table of names and values."""
+    made = Table.grid(padding=(0, 2))
+    made.add_column(style="dim")
+    made.add_column(overflow="fold")
+    for name, value in rows:
+        made.add_row(name, _cell(value))
+    return made
+
+
 def _cell(value: object) -> RenderableType:
     if value is None:
         return ""
     if isinstance(value, datetime):
         return moment(value)
-    return plain(value) if isinstance(value, str) or not hasattr(value, "__rich_console__") else cast("Any", value)
+    return cast("RenderableType", value) if isinstance(value, Text | Table) else plain(value)
 
 
 def show(thing: RenderableType) -> None:
@@ -148,9 +158,9 @@ def colour(fraction: float | None) -> str:
     return "green" if used < 0.7 else "yellow" if used < 0.9 else "red"
 
 
-def bar(fraction: float, width: int = 20) -> Text:
-    """Draw a bar by characters, so that it also says something without colours."""
-    eighths = round(min(max(fraction, 0), 1) * width * 8)
-    full, part = divmod(eighths, 8)
+def bar(fraction: float, *, style: str | None = None) -> Text:
+    """Draw a bar of characters, which says something without colours too."""
+    width = 20
+    full, part = divmod(round(min(max(fraction, 0), 1) * width * 8), 8)
     drawn = "█" * full + (" ▏▎▍▌▋▊▉"[part] if part else "")
-    return Text(drawn.ljust(width, "░"), style=colour(fraction))
+    return Text(drawn.ljust(width, "░"), style=style or colour(fraction))
