@@ -1179,6 +1179,10 @@ def users_are_found_by_email(world: World) -> None:
     assert [user.user_id for user in world.groups.find_users("EXAMPLE.com")] == [ANN, BOB]
     assert world.groups.find_users(" ann@ ")[0].email == EMAILS[ANN]
     assert world.groups.find_users("nobody") == []
+    found = world.groups.find_users_by_email(
+        [" ann@EXAMPLE.com ", "nobody@nowhere", "CYD@elsewhere.org", "example.com"]
+    )
+    assert [user.user_id for user in found] == [ANN, CYD]
 
 
 # Reports
@@ -1281,6 +1285,65 @@ def the_history_of_the_last_thirty_days(world: World) -> None:
     world.limits.record(ANN, "image", 1, created_at=world.now - timedelta(days=32))
     world.limits.record(ANN, "image", 2, created_at=world.now - timedelta(days=29))
     assert sum(point.used for point in world.groups.history(group)) == 2
+
+
+@scenario
+def the_ledger_is_exported(world: World) -> None:
+    one = team(world, {"image": None, "video": None}, ANN, BOB, name="One")
+    two = team(world, {"image": None}, CYD, name="Two")
+    past = world.now - timedelta(days=3)
+    world.limits.record(ANN, "image", 5, created_at=past, idempotency_key="k", metadata={"a": [1, None]})
+    hold = world.limits.reserve(BOB, "video", 2, ttl=60)
+    tracked = world.limits.track(CYD, "image", 3)
+    world.groups.refund(tracked.usage_id)
+    export = world.groups.export_usage
+    (first, second) = list(export(one))
+    assert (first.kind, first.cost, first.status, first.created_at, first.email) == (
+        "image",
+        5,
+        "committed",
+        past,
+        EMAILS[ANN],
+    )
+    assert (first.idempotency_key, first.metadata, first.group.name) == ("k", {"a": [1, None]}, "One")
+    assert (second.id, second.status, second.expires_at) == (hold.usage_id, "reserved", hold.expires_at)
+    assert [(each.id, each.status) for each in export(two)] == [(tracked.usage_id, "refunded")]
+    assert [each.user_id for each in export(user_id=BOB)] == [BOB]
+    assert list(export(two, user_id=BOB)) == []
+    assert [each.kind for each in export(kind="video")] == ["video"]
+    assert [each.cost for each in export(since=past, until=past + timedelta(seconds=1))] == [5]
+    assert list(export(until=past)) == []
+    world.groups.delete(one)
+    assert [each.group.name for each in export(one)] == [None, None]
+
+
+@scenario
+def members_are_ranked(world: World) -> None:
+    group = team(world, {"image": None, "video": None}, ANN, BOB, CYD)
+    world.limits.record(ANN, "image", 50, created_at=world.now - timedelta(days=31))
+    world.limits.track(ANN, "image", 2)
+    world.limits.track(ANN, "video", 2)
+    world.limits.track(BOB, "video", 3)
+    world.groups.refund(world.limits.track(CYD, "image", 9).usage_id)
+    world.groups.remove_member(group, ANN)
+
+    def top(**arguments: Any) -> list[tuple[Any, ...]]:
+        return [(each.user_id, each.used, each.generations) for each in world.groups.top_members(group, **arguments)]
+
+    assert top() == [(ANN, 4, 2), (BOB, 3, 1)]
+    assert top(count=1) == [(ANN, 4, 2)]
+    assert top(kind="video") == [(BOB, 3, 1), (ANN, 2, 1)]
+    assert top(since=world.now - timedelta(days=40), until=world.now) == [(ANN, 50, 1)]
+    assert world.groups.top_members(group)[0].email == EMAILS[ANN]
+
+
+@scenario
+def nothing_drifts(world: World) -> None:
+    group = team(world, [Limit(kind="image", max=9), day(5, "member")], ANN, BOB)
+    world.limits.track(ANN, "image", 2)
+    world.limits.reserve(BOB, "image", 2)
+    assert not world.groups.drift(group).drifted
+    refused(GroupNotFound, world.groups.drift, NOBODY)
 
 
 # Playing them
