@@ -20,6 +20,7 @@ from ._terminal import Problem, note, plain, progress, say
 R = TypeVar("R")
 T = TypeVar("T")
 
+_BYTE_ORDER_MARK = "\ufeff"
 _SHOWN = 10
 _THREADS = 8
 
@@ -84,7 +85,7 @@ def source(words: Sequence[str], file: Path | None, columns: Sequence[str], star
         if str(file) == "-":
             yield Source(_read(sys.stdin, columns, start), None)
         else:
-            with file.open(encoding="utf-8-sig", newline="") as text:
+            with file.open(encoding="utf-8", newline="") as text:
                 yield Source(_read(text, columns, start), _count(file) - start + 1)
     except UnicodeDecodeError:
         raise Problem(f"{file} isn't UTF-8 text. Save it as CSV UTF-8.") from None
@@ -94,14 +95,14 @@ def source(words: Sequence[str], file: Path | None, columns: Sequence[str], star
 
 def _count(file: Path) -> int:
     with file.open("rb") as data:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: data.read(1 << 20), b"")) + 1
+        return sum(1 for _ in data)
 
 
 def _read(text: IO[str], columns: Sequence[str], start: int) -> Iterator[Line]:
     reader = csv.reader(text)
     names: Sequence[str] = columns[:1]
     for row in reader:
-        cells = [cell.strip() for cell in row]
+        cells = [cell.strip().removeprefix(_BYTE_ORDER_MARK) for cell in row]
         if reader.line_num == 1 and (found := [cell.lower() for cell in cells]) and set(found) & set(columns):
             names = found
         elif reader.line_num >= start and any(cells):
@@ -120,7 +121,8 @@ def in_parts(lines: Source, what: str, size: int, work: Callable[[list[Line]], o
                 bar.advance(task, len(part))
         except BaseException:
             bar.stop()
-            note(f"Stopped: everything up to line {last:,} is done. Go on with --start-line {last + 1}.", "yellow")
+            if last:
+                note(f"Stopped: everything up to line {last:,} is done. Go on with --start-line {last + 1}.", "yellow")
             raise
         bar.update(task, total=bar.tasks[0].completed)
 

@@ -87,7 +87,10 @@ def remove(
     report_to: Report = None,
     yes: Yes = False,
 ) -> None:
-    """Remove users from a group; their usage stays, and is found again if they return."""
+    """Remove users from a group.
+
+    Their usage stays, and is found again if they return.
+    """
     outcome = Outcome()
     with manager() as groups, source(users or [], file, _COLUMNS, start_line) as lines:
         found = find_group(groups, group)
