@@ -44,16 +44,21 @@ def migrate(
     the SQL editor has applied is not in it, and is applied again, without harm.
     """
     with connect(db_url) as connection:
-        applied = _applied(connection)
-        pending = [migration for migration in migrations() if _version(migration) not in applied]
-        for migration in pending:
+        todo = pending(connection)
+        for migration in todo:
             if not check:
                 _apply(connection, migration)
             say(f"{'pending' if check else 'applied'}  {migration.name}")
-    if not pending:
+    if not todo:
         say("Nothing is pending.", style="green")
     elif check:
         raise typer.Exit(1)
+
+
+def pending(connection: Connection) -> list[Traversable]:
+    """List the migrations that are not in the database's history."""
+    applied = _applied(connection)
+    return [migration for migration in migrations() if _version(migration) not in applied]
 
 
 def _version(migration: Traversable) -> str:
