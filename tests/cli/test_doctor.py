@@ -78,16 +78,6 @@ def planted(url: str, fault: str, remedy: str) -> Iterator[None]:
             connection.execute(remedy.encode())
 
 
-def test_all_is_well(patient: Program, clinic: tuple[LocalStack, str]) -> None:
-    done = patient("doctor", "--db-url", clinic[1])
-    assert "All is well" in done.stdout
-    assert {"✗", "!"}.isdisjoint(done.stdout)
-    report = json.loads(patient("doctor", "--json").stdout)
-    assert [each["level"] for each in report["findings"]] == ["ok"] * len(report["findings"])
-    assert len(report["findings"]) >= 13
-    assert report["host"] == "127.0.0.1"
-
-
 def token(**claims: object) -> str:
     parts = ({"alg": "HS256"}, claims)
     return ".".join(base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts) + ".xx"
@@ -118,8 +108,8 @@ def token(**claims: object) -> str:
 def test_what_is_configured_wrongly(patient: Program, environment: dict[str, str], check: str, says: str) -> None:
     publishable = patient.environment["SUPABASE_PUBLISHABLE_KEY"]
     given = {name: value.format(publishable=publishable) for name, value in environment.items()}
-    # for the one that would leave this machine: nothing listens there
-    level, said = findings(patient, **given, http_proxy="http://127.0.0.1:1")[check]
+    # what would leave this machine meets a proxy where nothing listens
+    level, said = findings(patient, **given, http_proxy="http://127.0.0.1:1", no_proxy="127.0.0.1,invalid")[check]
     assert says in said
     assert level in ("error", "warning")
     assert "hush" not in said
@@ -201,7 +191,7 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
         "user_metadata",
     ),
     "the admin rule fails": (
-        IS_ADMIN.format("(1 / 0) = 1"),
+        IS_ADMIN.format("(auth.jwt() ->> 'role')::integer = 1"),
         "drop function tokenlimits.is_admin cascade",
         "admins",
         "fails",
@@ -254,7 +244,6 @@ def test_what_is_wrong_in_the_database(patient: Program, clinic: tuple[LocalStac
     assert says in found[check][1], found
     if fault == "not installed":
         restore(clinic)
-    assert findings(patient) == {}
 
 
 def restore(clinic: tuple[LocalStack, str]) -> None:
@@ -285,3 +274,13 @@ def test_what_is_expected_is_read_from_the_sql() -> None:
     assert {"generation_usage_user_id_idx", "counters_pkey", "generation_usage_key_key"} <= expected().indexes
     assert expected().version >= 3
     assert len(TABLES) == 4
+
+
+def test_all_is_well_again(patient: Program, clinic: tuple[LocalStack, str]) -> None:
+    done = patient("doctor", "--db-url", clinic[1])
+    assert "All is well" in done.stdout
+    assert {"✗", "!"}.isdisjoint(done.stdout)
+    report = json.loads(patient("doctor", "--json").stdout)
+    assert [each["level"] for each in report["findings"]] == ["ok"] * len(report["findings"])
+    assert len(report["findings"]) >= 13
+    assert report["host"] == "127.0.0.1"

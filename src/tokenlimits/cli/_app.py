@@ -12,7 +12,21 @@ import typer.main
 import tokenlimits
 from tokenlimits.errors import TokenLimitsError
 
-from . import _admin, _dev, _doctor, _groups, _history, _limits, _members, _migrate, _setup, _try, _usage
+from . import (
+    _admin,
+    _dev,
+    _doctor,
+    _export,
+    _groups,
+    _history,
+    _import,
+    _limits,
+    _members,
+    _migrate,
+    _setup,
+    _track,
+    _usage,
+)
 from ._terminal import Problem, note
 
 _HELP = """Exact limits on AI generations for users and groups, on Supabase.
@@ -26,7 +40,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (_setup, _migrate, _groups, _members, _limits, _usage, _history, _try, _admin, _doctor, _dev):
+_IN_ORDER = (
+    *(_setup, _migrate, _doctor, _dev),
+    *(_groups, _members, _limits, _admin),
+    *(_usage, _history, _export, _import, _track),
+)
+for commands in _IN_ORDER:
     commands.register(app)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from uuid import UUID
 
 from tokenlimits import Group, GroupManager, GroupNotFound, TokenLimits
@@ -51,11 +53,25 @@ def find_user(groups: GroupManager, text: str) -> UUID:
     Raises:
         Problem: Nobody has the address, or several have.
     """
-    id_ = as_id(text)
-    if id_ is not None:
-        return id_
-    found = [user for user in groups.find_users(text) if (user.email or "").lower() == text.strip().lower()]
-    if len(found) != 1:
-        many = "Several users have" if found else "No user has"
-        raise Problem(f"{many} the e-mail address {text}. Name the user by id, from Supabase's Authentication page.")
-    return found[0].user_id
+    user = resolve(groups, [text])[text]
+    if isinstance(user, UUID):
+        return user
+    raise Problem(f"{text}: {user}. Name the user by id, from Supabase's Authentication page.")
+
+
+def resolve(groups: GroupManager, names: Iterable[str]) -> dict[str, UUID | str]:
+    """Find users by ids or whole e-mail addresses: the id of each, or a text that says why there is none."""
+    distinct = list(dict.fromkeys(names))
+    by_email: dict[str, list[UUID]] = defaultdict(list)
+    emails = [name for name in distinct if "@" in name]
+    for user in groups.find_users_by_email(emails) if emails else []:
+        by_email[(user.email or "").lower()].append(user.user_id)
+    return {name: _user_id(name, by_email[name.strip().lower()]) for name in distinct}
+
+
+def _user_id(name: str, of_email: Sequence[UUID]) -> UUID | str:
+    if "@" not in name:
+        return as_id(name) or "is neither a user's id nor an e-mail address"
+    if len(of_email) == 1:
+        return of_email[0]
+    return "several users have this e-mail address: use the id" if of_email else "no user has this e-mail address"

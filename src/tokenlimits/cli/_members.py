@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Annotated
 from uuid import UUID
@@ -12,7 +11,7 @@ import typer
 from tokenlimits import Group, GroupManager
 
 from ._bulk import File, Line, Outcome, Report, StartLine, at_once, in_parts, report, source
-from ._find import as_id, find_group, manager
+from ._find import find_group, manager, resolve
 from ._options import AsJson, GroupArgument, Yes
 from ._terminal import confirm, moment, out, plain, print_json_list
 
@@ -136,23 +135,12 @@ def _move(groups: GroupManager, left: Group, joined: Group, part: Sequence[Line]
 def _ids(groups: GroupManager, part: Sequence[Line], outcome: Outcome) -> dict[Line, UUID]:
     """Read or look up the users of some lines; refuse the lines that name none."""
     names = {line: next((line.cells[column] for column in _COLUMNS if line.cells.get(column)), "") for line in part}
-    emails = [name for name in names.values() if "@" in name]
-    by_email: dict[str, list[UUID]] = defaultdict(list)
-    for user in groups.find_users_by_email(emails) if emails else []:
-        by_email[(user.email or "").lower()].append(user.user_id)
+    users = resolve(groups, names.values())
     found: dict[Line, UUID] = {}
     for line, name in names.items():
-        user_id, reason = _choose(name, by_email[name.lower()])
-        if user_id is not None:
-            found[line] = user_id
+        user = users[name]
+        if isinstance(user, UUID):
+            found[line] = user
         else:
-            outcome.refuse(line, reason)
+            outcome.refuse(line, user)
     return found
-
-
-def _choose(name: str, of_email: Sequence[UUID]) -> tuple[UUID | None, str]:
-    if "@" not in name:
-        return as_id(name), "is neither a user's id nor an e-mail address"
-    if len(of_email) == 1:
-        return of_email[0], ""
-    return None, "several users have this e-mail address: use the id" if of_email else "no user has this e-mail address"
