@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tokenlimits import Group, GroupManager
+from tokenlimits import Group, GroupManager, TokenLimits
 
 if TYPE_CHECKING:
     from tokenlimits.local import LocalStack
@@ -59,6 +59,19 @@ def test_nobody(tl: Program, team: Group) -> None:
     assert "nowhere.csv" in tl.fails("members", "add", team.name, "--file", "nowhere.csv")
     tl.directory.joinpath("binary").write_bytes(b"\xff\xfe\x00")
     assert "UTF-8" in tl.fails("members", "add", team.name, "--file", "binary")
+
+
+def test_the_top(
+    tl: Program, groups: GroupManager, limits: TokenLimits, team: Group, users: list[tuple[UUID, str]]
+) -> None:
+    assert "Nothing was used" in tl("members", "top", team.name).stdout
+    groups.add_members(team.id, [id_ for id_, _ in users])
+    for cost, (id_, _) in enumerate(users[:3], 1):
+        limits.track(id_, "image", cost)
+    top = tl.json("members", "top", team.name, "-n", 2, "--kind", "image")
+    assert [(each["email"], each["used"]) for each in top] == [(users[2][1], 3), (users[1][1], 2)]
+    assert users[0][1] in tl("members", "top", team.name).stdout
+    assert "count" in tl.fails("members", "top", team.name, "-n", 0)
 
 
 def test_moving(tl: Program, groups: GroupManager, team: Group, users: list[tuple[UUID, str]], name: str) -> None:

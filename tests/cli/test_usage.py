@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -98,13 +99,15 @@ def past(team: Group, user: UUID, limits: TokenLimits) -> Callable[[int], dateti
     return lambda days: now - timedelta(days=days)
 
 
-def test_history(tl: Program, team: Group, past: Callable[[int], datetime]) -> None:
+def test_history(tl: Program, groups: GroupManager, team: Group, past: Callable[[int], datetime]) -> None:
     points: list[dict[str, Any]] = tl.json("history", team.name)
     assert [point["used"] for point in points] == [3, 2, 1]
     assert datetime.fromisoformat(points[0]["bucket"]).astimezone(UTC).hour == 10  # midnight on Kiritimati
     shown = tl("history", team.name).stdout
     assert "day (Pacific/Kiritimati)" in shown
     assert shown.count("image") == 3
+    groups.set_limit(team.id, Limit(kind="image", max=4, period="day"))
+    assert re.search(r"image +[█░▎▌▊]+ +3 +4 +1\n", tl("history", team.name).stdout)
     assert len(tl.json("history", team.name, "--by", "hour", "--since", past(1).isoformat())) == 2
     since = f"{past(1).astimezone(UTC):%Y-%m-%d}"
     assert tl.json("history", team.id, "--kind", "video", "--since", since) == []

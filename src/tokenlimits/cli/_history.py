@@ -8,8 +8,9 @@ from typing import Annotated
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import typer
+from rich.table import Table
 
-from tokenlimits import Bucket, HistoryPoint
+from tokenlimits import Bucket, Group, HistoryPoint
 
 from ._find import find_group, manager
 from ._options import AsJson, KindOption, Since, Until
@@ -35,7 +36,8 @@ def history(
 ) -> None:
     """Show what was used over time.
 
-    By hour, day, week or month in the group's time zone; of the last 30 days, if you don't say.
+    By hour, day, week or month in the group's time zone, against its limit where it has one of that step; of the last
+    30 days, if you don't say.
     """
     with manager() as groups:
         found = find_group(groups, group) if group is not None else None
@@ -44,7 +46,7 @@ def history(
     if as_json:
         print_json(points)
     elif points:
-        _show(points, by, _zone(found.timezone if found is not None else "UTC"))
+        show(_table(points, by, found))
     else:
         say("Nothing was used in that time.")
 
@@ -56,7 +58,14 @@ def _zone(name: str) -> tzinfo:
         return UTC
 
 
-def _show(points: Sequence[HistoryPoint], by: Bucket, zone: tzinfo) -> None:
+def _table(points: Sequence[HistoryPoint], by: Bucket, group: Group | None) -> Table:
+    """Draw the points: against the group's present limit of that step where it has one, else against the most."""
+    zone = _zone(group.timezone if group is not None else "UTC")
+    limits = {
+        limit.kind: limit.max
+        for limit in (group.limits if group is not None else ())
+        if limit.period == by and limit.scope == "group" and limit.max
+    }
     most: dict[str, int] = {}
     for point in points:
         most[point.kind] = max(point.used, most.get(point.kind, 1))
@@ -64,13 +73,17 @@ def _show(points: Sequence[HistoryPoint], by: Bucket, zone: tzinfo) -> None:
         (
             _when(point.bucket.astimezone(zone), by),
             point.kind,
-            bar(point.used / most[point.kind], style="cyan"),
+            bar(point.used / limits[point.kind])
+            if point.kind in limits
+            else bar(point.used / most[point.kind], style="cyan"),
             f"{point.used:,}",
+            f"{limits[point.kind]:,}" if point.kind in limits else "",
             f"{point.generations:,}",
         )
         for point in points
     ]
-    show(table(f"{by} ({zone})", "kind", "", "used", "generations", rows=rows, right=["used", "generations"]))
+    columns = ("kind", "", "used", "of", "generations")
+    return table(f"{by} ({zone})", *columns, rows=rows, right=["used", "of", "generations"])
 
 
 def _when(at: datetime, by: Bucket) -> str:

@@ -51,11 +51,11 @@ def import_(
     start_line: StartLine = 1,
     report_to: Report = None,
 ) -> None:
-    """Record past usage from CSV; it moves counters, and is never denied.
+    """Record past usage from CSV.
 
-    The first line names the columns: kind, created_at, and user_id or email; if you like cost, group (its name) or
-    group_id, idempotency_key, metadata (JSON). Importing the same file again records nothing twice: a line without a
-    key gets one of the batch, its number and what it says.
+    It moves counters, and is never denied. The first line names the columns: kind, created_at, and user_id or email;
+    if you like cost, group (its name) or group_id, idempotency_key, metadata (JSON). Importing the same file again
+    records nothing twice: a line without a key gets one of the batch, its number and what it says.
     """
     if batch is None and str(file) == "-":
         raise Problem("What comes from stdin has no name: give it one with --batch, so that it is never counted twice.")

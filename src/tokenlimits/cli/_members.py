@@ -12,8 +12,8 @@ from tokenlimits import Group, GroupManager
 
 from ._bulk import File, Line, Outcome, Report, StartLine, at_once, in_parts, report, source
 from ._find import find_group, manager, resolve
-from ._options import AsJson, GroupArgument, Yes
-from ._terminal import confirm, moment, out, plain, print_json_list
+from ._options import AsJson, GroupArgument, KindOption, Since, Until, Yes
+from ._terminal import bar, confirm, moment, out, plain, print_json, print_json_list, say, show, table
 
 commands = typer.Typer(help="Who is in a group.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -43,6 +43,40 @@ def list_(group: GroupArgument, *, as_json: AsJson = False) -> None:
         for member in members:
             email = "" if member.email is None else plain(member.email)
             out.print(f"{member.user_id}  {moment(member.joined_at)}  {email}", soft_wrap=True)
+
+
+@commands.command()
+def top(
+    group: GroupArgument,
+    *,
+    count: Annotated[int, typer.Option("--count", "-n", help="How many.")] = 10,
+    kind: KindOption = None,
+    since: Since = None,
+    until: Until = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show who used most, also of those who left.
+
+    In the last 30 days, if you don't say otherwise.
+    """
+    with manager() as groups:
+        found = find_group(groups, group)
+        members = groups.top_members(found.id, kind=kind, since=since, until=until, count=count)
+    if as_json:
+        print_json(members)
+    elif members:
+        rows = [
+            (
+                member.email or member.user_id,
+                bar(member.used / max(1, members[0].used), style="cyan"),
+                f"{member.used:,}",
+                f"{member.generations:,}",
+            )
+            for member in members
+        ]
+        show(table("user", "", "used", "generations", rows=rows, right=["used", "generations"]))
+    else:
+        say("Nothing was used in that time.")
 
 
 @commands.command()
