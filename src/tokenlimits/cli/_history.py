@@ -14,7 +14,7 @@ from tokenlimits import Bucket, Group, HistoryPoint
 
 from ._find import find_group, manager
 from ._options import AsJson, KindOption, Since, Until
-from ._terminal import bar, print_json, say, show, table
+from ._terminal import Bar, print_json, say, show, table
 
 
 def register(app: typer.Typer) -> None:
@@ -73,9 +73,9 @@ def _table(points: Sequence[HistoryPoint], by: Bucket, group: Group | None) -> T
         (
             _when(point.bucket.astimezone(zone), by),
             point.kind,
-            bar(point.used / limits[point.kind])
+            Bar(point.used / limits[point.kind])
             if point.kind in limits
-            else bar(point.used / most[point.kind], style="cyan"),
+            else Bar(point.used / most[point.kind], style="cyan"),
             f"{point.used:,}",
             f"{limits[point.kind]:,}" if point.kind in limits else "",
             f"{point.generations:,}",

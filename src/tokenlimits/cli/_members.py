@@ -13,7 +13,7 @@ from tokenlimits import Group, GroupManager
 from ._bulk import File, Line, Outcome, Report, StartLine, at_once, in_parts, report, source
 from ._find import find_group, manager, resolve
 from ._options import AsJson, GroupArgument, KindOption, Since, Until, Yes
-from ._terminal import bar, confirm, moment, out, plain, print_json, print_json_list, say, show, table
+from ._terminal import Bar, confirm, moment, out, plain, print_json, print_json_list, say, show, table
 
 commands = typer.Typer(help="Who is in a group.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -68,7 +68,7 @@ def top(
         rows = [
             (
                 member.email or member.user_id,
-                bar(member.used / max(1, members[0].used), style="cyan"),
+                Bar(member.used / max(1, members[0].used), style="cyan"),
                 f"{member.used:,}",
                 f"{member.generations:,}",
             )

@@ -11,13 +11,16 @@ from typing import Any, cast
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 # wide enough that no table is folded in a pipe or a file
 _WIDE = 240
+_BAR = 20
+_NARROW_BAR = 4
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -77,7 +80,7 @@ def _cell(value: object) -> RenderableType:
         return ""
     if isinstance(value, datetime):
         return moment(value)
-    return cast("RenderableType", value) if isinstance(value, Text | Table) else plain(value)
+    return cast("RenderableType", value) if isinstance(value, Bar | Text) else plain(value)
 
 
 def show(thing: RenderableType) -> None:
@@ -158,9 +161,20 @@ def colour(fraction: float | None) -> str:
     return "green" if used < 0.7 else "yellow" if used < 0.9 else "red"
 
 
-def bar(fraction: float, *, style: str | None = None) -> Text:
-    """Draw a bar of characters, which says something without colours too."""
-    width = 20
-    full, part = divmod(round(min(max(fraction, 0), 1) * width * 8), 8)
-    drawn = "█" * full + (" ▏▎▍▌▋▊▉"[part] if part else "")
-    return Text(drawn.ljust(width, "░"), style=style or colour(fraction))
+class Bar:
+    """A bar of characters, as wide as there is room, which says something without colours too."""
+
+    def __init__(self, fraction: float, *, style: str | None = None) -> None:
+        self._fraction = min(max(fraction, 0), 1)
+        self._style = style or colour(fraction)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw it."""
+        width = min(options.max_width, _BAR)
+        full, part = divmod(round(self._fraction * width * 8), 8)
+        drawn = "█" * full + (" ▏▎▍▌▋▊▉"[part] if part else "")
+        yield Text(drawn.ljust(width, "░"), style=self._style)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        """Say how much room it needs, and how much it would like."""
+        return Measurement(min(_NARROW_BAR, options.max_width), min(_BAR, options.max_width))

@@ -17,7 +17,7 @@ from tokenlimits import GroupLimitUsage, GroupManager, GroupUsage, ServiceUnavai
 
 from ._find import find_group, find_user, manager, worker
 from ._options import AsJson
-from ._terminal import Problem, bar, colour, countdown, out, plain, print_json, say, show, table
+from ._terminal import Bar, Problem, colour, countdown, out, plain, print_json, say, show, table
 
 Answer = Sequence[GroupUsage] | Sequence[UserLimit]
 
@@ -99,13 +99,13 @@ def _rows(answer: GroupUsage | UserLimit, now: datetime) -> Iterable[Sequence[ob
 def _cells(
     limit: GroupLimitUsage | UserLimit, capacity: int | None, fraction: float | None, now: datetime
 ) -> Sequence[object]:
-    per = "in total" if limit.period == "lifetime" else f"a {limit.period}"
+    per = "in total" if limit.period == "lifetime" else "an hour" if limit.period == "hour" else f"a {limit.period}"
     most = "unlimited" if limit.max is None else "blocked" if limit.max == 0 else f"{limit.max:,}"
     each = " each" if limit.scope == "member" else ""
     return (
         limit.kind,
         f"{most} {per}{each}",
-        "" if fraction is None else bar(fraction),
+        "" if fraction is None else Bar(fraction),
         Text(f"{limit.used:,}", style=colour(fraction)),
         "" if capacity is None else f"{capacity:,}",
         "" if limit.remaining is None else f"{limit.remaining:,}",
