@@ -1228,6 +1228,38 @@ def usage_of_all_groups(world: World) -> None:
 
 
 @scenario
+def usage_of_groups_in_every_state(world: World) -> None:
+    minute = Limit(kind="image", max=9, period="minute", scope="member")
+    both = [Limit(kind="image", max=50, period="month"), Limit(kind="image", max=20, period="month", scope="member")]
+    one = team(world, [minute, *both, Limit(kind="video", max=5)], ANN, BOB, name="One", timezone="Asia/Kathmandu")
+    two = team(world, [Limit(kind="image", max=None, period="week", scope="member")], CYD, name="Two")
+
+    def used() -> list[list[int]]:
+        together = world.groups.usage_all()
+        assert together == [world.groups.usage(one), world.groups.usage(two)]
+        return [[limit.used for limit in usage.limits] for usage in together]
+
+    world.limits.track(ANN, "image", 2)
+    world.limits.reserve(BOB, "image", 3, ttl=30)
+    world.limits.reserve(BOB, "video", 4, ttl=30)
+    world.limits.track(CYD, "image", 7)
+    assert used() == [[5, 5, 5, 4], [7]]
+    world.at(world.now + timedelta(seconds=31))  # the holds have expired, and nobody has swept them
+    assert used() == [[2, 2, 2, 0], [7]]
+    world.at(world.now + timedelta(seconds=60))
+    assert used() == [[0, 2, 2, 0], [7]]
+    world.groups.reset_usage(one, kind="image")
+    world.at(world.now + timedelta(seconds=1))
+    world.limits.track(ANN, "image", 4)
+    assert used() == [[4, 4, 4, 0], [7]]
+    world.groups.set_limit(one, Limit(kind="image", max=99, period="lifetime", scope="member"))
+    world.groups.remove_limit(one, "image", period="month")
+    assert used() == [[4, 4, 4, 0], [7]]
+    world.at(world.now + timedelta(seconds=40 * 86_400))  # every counter's period is past
+    assert used() == [[0, 0, 4, 0], [0]]
+
+
+@scenario
 def usage_of_a_user(world: World) -> None:
     team(world, [Limit(kind="video", max=1), day(2), day(3, "member")], ANN, BOB)
     world.limits.track(BOB, "image")
