@@ -119,6 +119,7 @@ def test_fifty_thousand_and_on_where_it_stopped(
         assert "━" in terminal.text
         (line,) = map(int, re.findall(r"--start-line (\d+)", terminal.text))
     assert 1_000 < line <= groups.usage(team.id).member_count + 1 < 50_000
+    assert line % 1_000 == 1  # where a part begins
     done = tl("members", "add", team.name, "-f", "users.txt", "--start-line", line)
     assert sum(int(each.replace(",", "")) for each in re.findall(r"\d[\d,]*", done.stdout)) == 50_001 - line
     assert groups.usage(team.id).member_count == 50_000
