@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import _arguments
 from ._arguments import Id, parser
@@ -17,10 +17,8 @@ _TOP = parser(list[TopMember])
 _USERS = parser(list[User])
 
 
-class Wanted(NamedTuple):
-    """Which part of the ledger, as parameters that were checked."""
-
-    params: dict[str, Any]
+Wanted = Mapping[str, Any]
+"""Which part of the ledger, as parameters that were checked."""
 
 
 class UsagePage(list[UsageRecord]):
@@ -36,21 +34,19 @@ def wanted_usage(
     group_id: Id | None, user_id: Id | None, kind: str | None, since: datetime | None, until: datetime | None
 ) -> Wanted:
     """Check what is to be exported."""
-    return Wanted(
-        {
-            "p_group_id": _arguments.optional_id(group_id, "group_id"),
-            "p_user_id": _arguments.optional_id(user_id, "user_id"),
-            "p_kind": _arguments.optional_kind(kind),
-            "p_since": _arguments.moment(since, "since"),
-            "p_until": _arguments.moment(until, "until"),
-        }
-    )
+    return {
+        "p_group_id": _arguments.optional_id(group_id, "group_id"),
+        "p_user_id": _arguments.optional_id(user_id, "user_id"),
+        "p_kind": _arguments.optional_kind(kind),
+        "p_since": _arguments.moment(since, "since"),
+        "p_until": _arguments.moment(until, "until"),
+    }
 
 
 def usage_page(wanted: Wanted, before: UsagePage | None, size: int) -> Call[list[UsageRecord]]:
     """Read the page of the ledger after another."""
     place = {} if before is None else {"p_after": before.next, "p_until": before.until}
-    return Call("export_usage", {**wanted.params, **place, "p_page_size": size}, UsagePage)
+    return Call("export_usage", {**wanted, **place, "p_page_size": size}, UsagePage)
 
 
 def top_members(

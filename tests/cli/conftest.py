@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from itertools import count
 from os import environ
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
 import pytest
 from supabase import Client, ClientOptions, create_client
+from tests.cli import processes
 from tests.cli.terminal import Terminal
 from tests.support.postgres import PostgresServer, create_hosted_database, servers
 
@@ -37,16 +39,13 @@ class Program:
         return [sys.executable, "-W", "error", "-m", "tokenlimits", *map(str, arguments)]
 
     def __call__(self, *arguments: object, stdin: str = "", status: int | None = 0, **environment: str) -> Done:
-        done = subprocess.run(
-            self.command(*arguments),
-            cwd=self.directory,
-            env=self.environment | environment,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        with TemporaryDirectory() as streams:
+            paths = [Path(streams, name) for name in ("stdin", "stdout", "stderr")]
+            for path, text in zip(paths, (stdin, "", ""), strict=True):
+                path.write_text(text, encoding="utf-8", newline="")
+            words = [str(argument) for argument in arguments]
+            status_ = processes.run(words, self.directory, self.environment | environment, paths)
+            done = Done(words, status_, *(path.read_text(encoding="utf-8") for path in paths[1:]))
         assert "Traceback" not in done.stderr or "--debug" in arguments, done.stderr
         assert status in (None, done.returncode), done.stdout + done.stderr
         return done

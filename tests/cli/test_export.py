@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -70,6 +71,16 @@ def test_the_ledger(tl: Program, team: Group, user: UUID, limits: TokenLimits) -
     assert done.stdout == ""
     assert "1 rows in out.csv" in done.stderr
     assert [row["kind"] for row in rows(tl.directory.joinpath("out.csv").read_text())] == ["video"]
+
+
+def test_a_file_appears_when_it_is_whole(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:
+    limits.track(user, "image")
+    tl.directory.joinpath("out.csv").write_text("what was there")
+    tl.fails("export", "-o", "out.csv", "--kind", "Image")
+    assert [path.name for path in tl.directory.iterdir()] == ["out.csv"]
+    assert tl.directory.joinpath("out.csv").read_text() == "what was there"
+    assert "rows in /dev/null" in tl("export", "--group", team.name, "-o", "/dev/null").stderr
+    assert not Path("/dev/null").is_file()
 
 
 def test_sums(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:

@@ -97,13 +97,14 @@ def test_from_a_file(
 
 def test_refused_lines_are_reported(tl: Program, team: Group, users: list[tuple[UUID, str]]) -> None:
     unknown = uuid4()
-    lines = ["user_id,note", f'{users[0][0]},"a, b"', "x,y", f"{unknown},"]
+    lines = ["user_id,note", f'{users[0][0]},"a, b"', "x,y", f"{unknown},", "=1+1,"]
     done = tl("members", "add", team.name, "-f", "-", "--report", "r.csv", stdin="\n".join(lines), status=1)
     assert "r.csv" in done.stderr
     with tl.directory.joinpath("r.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == [
             {"line": "3", "what": "x,y", "reason": "is neither a user's id nor an e-mail address"},
             {"line": "4", "what": f"{unknown},", "reason": "there is no such user"},
+            {"line": "5", "what": "'=1+1,", "reason": "is neither a user's id nor an e-mail address"},
         ]
 
 

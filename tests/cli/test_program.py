@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -52,6 +53,8 @@ def test_without_a_command_it_explains_itself(nowhere: Program) -> None:
 
 def test_version(nowhere: Program) -> None:
     assert nowhere("--version").stdout == "tokenlimits 0.1.0\n"
+    script = Path(sys.executable).with_name("tokenlimits")
+    assert subprocess.run([script, "--version"], capture_output=True, check=True).stdout == b"tokenlimits 0.1.0\n"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.conftest import ROOT
@@ -13,8 +16,6 @@ from tokenlimits.local import LocalStack
 from .conftest import Program
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.support.postgres import PostgresServer
 
 
@@ -30,5 +31,8 @@ def test_the_commands_of_the_readme(server: PostgresServer, tmp_path: Path) -> N
         (tmp_path / "users.csv").write_text("user_id\n" + "\n".join(map(str, stack.create_users(10))))
         (tmp_path / "past.csv").write_text(f"user_id,kind,created_at\n{ann.id},image,2026-01-02\n")
         for command in commands:
-            run(*shlex.split(command, comments=True)[1:])
+            # as people do it: with the installed program, from the beginning
+            words = [str(Path(sys.executable).with_name("tokenlimits")), *shlex.split(command, comments=True)[1:]]
+            done = subprocess.run(words, cwd=tmp_path, env=run.environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
         assert (tmp_path / "usage.csv").read_text().count("\n") == 3

@@ -15,6 +15,7 @@ from typing import IO, Annotated, TypeVar
 
 import typer
 
+from ._csv import guarded
 from ._terminal import Problem, note, plain, progress, say
 
 R = TypeVar("R")
@@ -86,7 +87,7 @@ def source(words: Sequence[str], file: Path | None, columns: Sequence[str], star
             yield Source(_read(sys.stdin, columns, start), None)
         else:
             with file.open(encoding="utf-8", newline="") as text:
-                yield Source(_read(text, columns, start), _count(file) - start + 1)
+                yield Source(_read(text, columns, start), max(0, _count(file) - start + 1))
     except UnicodeDecodeError:
         raise Problem(f"{file} isn't UTF-8 text. Save it as CSV UTF-8.") from None
     except csv.Error as error:
@@ -156,6 +157,6 @@ def report(outcome: Outcome, file: Path | None) -> None:
     raise typer.Exit(1)
 
 
-def _report_rows(outcome: Outcome) -> Iterator[tuple[int, str, str]]:
+def _report_rows(outcome: Outcome) -> Iterator[tuple[int, object, str]]:
     for line, reason in outcome.refused:
-        yield line.number, str(line), reason
+        yield line.number, guarded(str(line)), reason

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
@@ -14,6 +14,7 @@ import typer
 
 from tokenlimits import Bucket, UsageRecord
 
+from ._csv import guarded
 from ._find import find_group, find_user, manager
 from ._options import GroupOption, KindOption, Since, Until
 from ._terminal import err, note, progress
@@ -37,8 +38,6 @@ _LEDGER = (
     "expires_at",
 )
 _HISTORY = ("group_id", "group", "bucket", "kind", "used", "generations")
-# what a spreadsheet takes for the beginning of a formula, or skips to find one
-FORMULA = tuple("=+-@\t\r\n\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}\N{FULLWIDTH HYPHEN-MINUS}\uff20")
 
 
 def register(app: typer.Typer) -> None:
@@ -92,12 +91,24 @@ def export(
 
 @contextmanager
 def _opened(output: Path | None) -> Generator[IO[str]]:
+    """Open stdout as UTF-8, or a file, which appears when all of it is there."""
     if output is None:
+        reconfigure: Callable[..., None] | None = getattr(sys.stdout, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(encoding="utf-8", newline="")
         yield sys.stdout
         sys.stdout.flush()
         return
-    with output.open("w", encoding="utf-8", newline="") as file:
-        yield file
+    # a device is written to, never replaced
+    unfinished = output.with_name(f"{output.name}.unfinished") if output.is_file() or not output.exists() else output
+    try:
+        with unfinished.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        if unfinished != output:
+            unfinished.replace(output)
+    finally:
+        if unfinished != output:
+            unfinished.unlink(missing_ok=True)
 
 
 def _ledger_row(usage: UsageRecord) -> Row:
@@ -106,15 +117,16 @@ def _ledger_row(usage: UsageRecord) -> Row:
 
 
 def _write(file: IO[str], format_: Format, columns: tuple[str, ...], rows: Iterator[Row]) -> int:
-    bar, task = progress("Exporting", None)
+    # a bar between the rows would spoil both
+    bar, task = progress("Exporting", None, hidden=file.isatty())
+    write = csv.writer(file, lineterminator="\n").writerow
     count = 0
     with bar:
-        write = csv.writer(file, lineterminator="\n").writerow
         if format_ == "csv":
             write(columns)
         for count, row in enumerate(rows, 1):
             if format_ == "csv":
-                write([_csv_cell(row[column]) for column in columns])
+                write([_cell(row[column]) for column in columns])
             else:
                 file.write(json.dumps({column: row[column] for column in columns}) + "\n")
             if count % 1000 == 0:
@@ -122,9 +134,7 @@ def _write(file: IO[str], format_: Format, columns: tuple[str, ...], rows: Itera
     return count
 
 
-def _csv_cell(value: object) -> object:
+def _cell(value: object) -> object:
     if isinstance(value, dict):
         return json.dumps(value) if value else ""
-    if isinstance(value, str) and value.startswith(FORMULA):
-        return f"'{value}"
-    return value
+    return guarded(value)

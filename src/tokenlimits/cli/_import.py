@@ -22,7 +22,7 @@ from tokenlimits import (
 )
 
 from ._bulk import Line, Outcome, Report, StartLine, at_once, in_parts, report, source
-from ._export import FORMULA
+from ._csv import unguarded
 from ._find import find_group, manager, resolve, worker
 from ._options import moment
 from ._terminal import Problem
@@ -127,10 +127,7 @@ def _checked(cells: Mapping[str, str]) -> Mapping[str, str]:
     missing = [name for name in _NEEDED if not cells.get(name)]
     if missing:
         raise Problem(f"has no {' and no '.join(missing)}: does the first line of the file name the columns?")
-    # the apostrophe that export puts before what looks like a formula
-    return {
-        name: cell[1:] if cell[:1] == "'" and cell[1:].startswith(FORMULA) else cell for name, cell in cells.items()
-    }
+    return {name: unguarded(cell) for name, cell in cells.items()}
 
 
 def _number(text: str) -> int:

@@ -124,7 +124,7 @@ def confirm(question: str, *, yes: bool) -> None:
         raise Problem("Nothing was changed.")
 
 
-def progress(what: str, total: int | None) -> tuple[Progress, Any]:
+def progress(what: str, total: int | None, *, hidden: bool = False) -> tuple[Progress, Any]:
     """Make a progress bar on stderr, which shows nothing where that is no terminal; use it in a with statement."""
     bar = Progress(
         TextColumn("{task.description}"),
@@ -132,7 +132,7 @@ def progress(what: str, total: int | None) -> tuple[Progress, Any]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=err,
-        disable=not err.is_terminal,
+        disable=hidden or not err.is_terminal,
     )
     return bar, bar.add_task(what, total=total)
 
