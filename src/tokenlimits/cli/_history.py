@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 def history(
     group: Annotated[
         str | None,
-        typer.Argument(metavar="[GROUP]", help="A group's name or id; else all, in UTC.", show_default=False),
+        typer.Argument(metavar="GROUP", help="A group's name or id; else all, in UTC.", show_default=False),
     ] = None,
     *,
     by: Annotated[Bucket, typer.Option("--by", help="The step.")] = "day",

@@ -17,9 +17,9 @@ from ._terminal import Problem, confirm, print_json, say, show, table
 
 _EXAMPLE = "write it like image=100/month, image=10/day/member or audio=unlimited"
 Limits = Annotated[
-    list[str], typer.Argument(metavar="LIMIT...", help="Like image=100/month image=10/day/member audio=unlimited.")
+    list[str], typer.Argument(metavar="LIMIT", help="Like image=100/month image=10/day/member audio=unlimited.")
 ]
-Identities = Annotated[list[str], typer.Argument(metavar="LIMIT...", help="Like image/month image/day/member.")]
+Identities = Annotated[list[str], typer.Argument(metavar="LIMIT", help="Like image/month image/day/member.")]
 
 commands = typer.Typer(help="The limits of a group.", no_args_is_help=True, rich_markup_mode=None)
 

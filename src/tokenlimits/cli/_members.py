@@ -17,9 +17,7 @@ from ._terminal import Bar, confirm, moment, out, plain, print_json, print_json_
 
 commands = typer.Typer(help="Who is in a group.", no_args_is_help=True, rich_markup_mode=None)
 
-Users = Annotated[
-    list[str] | None, typer.Argument(metavar="[USER...]", help="Ids or e-mail addresses.", show_default=False)
-]
+Users = Annotated[list[str] | None, typer.Argument(metavar="USER", help="Ids or e-mail addresses.", show_default=False)]
 
 # a line names its user in the first of these columns that it has
 _COLUMNS = ("user_id", "id", "user", "email", "e-mail")

@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
 
 def usage(
     group: Annotated[
-        str | None, typer.Argument(metavar="[GROUP]", help="A group's name or id; else all.", show_default=False)
+        str | None, typer.Argument(metavar="GROUP", help="A group's name or id; else all.", show_default=False)
     ] = None,
     *,
     user: Annotated[
