@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.support.postgres import PostgresServer, servers
 
-from . import exactness, in_sql, over_http
+from . import exactness, in_sql, over_http, reports
 from .in_sql import Row
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
@@ -47,6 +47,8 @@ def _measure(server: PostgresServer, programs: Path, options: argparse.Namespace
     yield from over_http.single_call(server, rounds=options.rounds, calls=200)
     yield from over_http.together(server, rounds=options.rounds, seconds=options.seconds)
     yield from in_sql.history(server, programs, rows=options.rows, **turns)
+    yield from reports.export(server)
+    yield from reports.dashboard(server, rows=options.rows, rounds=options.rounds)
 
 
 def _machine() -> str:

@@ -161,6 +161,22 @@ export type Reconciliation = {
   rollup: { kind: string; bucket: Timestamp; was: number; used: number }[]
 }
 
+/** A row of the ledger. */
+export type UsageRecord = {
+  id: Uuid
+  group: GroupRef
+  user_id: Uuid
+  email: string | null
+  kind: string
+  cost: number
+  status: Status
+  idempotency_key: string | null
+  metadata: Json
+  created_at: Timestamp
+  settled_at: Timestamp | null
+  expires_at: Timestamp | null
+}
+
 type Json = { [key: string]: unknown }
 
 /** Arguments and answers of every function. */
@@ -250,6 +266,27 @@ export type Functions = {
   move_group_member: { Args: { p_user_id: Uuid; p_from: Uuid; p_to: Uuid }; Returns: { moved: boolean } }
   group_members: { Args: { p_group_id: Uuid; p_after?: Uuid; p_page_size?: number }; Returns: Member[] }
   find_users: { Args: { p_email: string; p_page_size?: number }; Returns: User[] }
+  find_users_by_email: { Args: { p_emails: string[] }; Returns: User[] }
+  export_usage: {
+    Args: {
+      p_group_id?: Uuid
+      p_user_id?: Uuid
+      p_kind?: string
+      p_since?: Timestamp
+      p_until?: Timestamp
+      /** The `next` of the page before. */
+      p_after?: Json
+      p_page_size?: number
+    }
+    /** Without `next` it is the last page. */
+    Returns: { rows: UsageRecord[]; until: Timestamp; next: Json | null }
+  }
+  top_members: {
+    Args: { p_group_id: Uuid; p_kind?: string; p_since?: Timestamp; p_until?: Timestamp; p_count?: number }
+    Returns: (User & { used: number; generations: number })[]
+  }
+  usage_drift: { Args: { p_group_id: Uuid; p_since?: Timestamp }; Returns: Reconciliation }
+  tokenlimits_diagnosis: { Args: never; Returns: Json }
   group_usage: { Args: { p_group_id?: Uuid }; Returns: GroupUsage[] }
   generation_history: {
     Args: {

@@ -100,7 +100,8 @@ is 'Every limit that binds the signed-in user: group, kind, period, scope, max, 
 revoke execute on function public.my_generation_usage() from public, anon, authenticated, service_role;
 grant execute on function public.my_generation_usage() to authenticated;
 
--- A member limit is shown for the group as a whole: what all members used, of max for each.
+-- A member limit is shown for the group as a whole: what all members used, of max for each. All groups at once, since a
+-- dashboard asks for a thousand: what limit_states works out for one group, this does for all of them in one query.
 create or replace function tokenlimits.usage_of_groups(p_group_id uuid)
 returns jsonb
 language plpgsql
@@ -111,46 +112,122 @@ set search_path = ''
 as $$
 declare
   v_now timestamptz := tokenlimits.clock();
+  v_group_ids uuid[];
+  v_any_expired boolean := exists (select from tokenlimits.holds as h where h.expires_at <= v_now);
 begin
   perform tokenlimits.require_admin();
   if p_group_id is not null then
-    perform tokenlimits.require_group(p_group_id);
+    v_group_ids := array[(tokenlimits.require_group(p_group_id)).id];
+  else
+    v_group_ids := array(select g.id from public.user_groups as g);
   end if;
   return coalesce((
-    select jsonb_agg(
-      jsonb_build_object(
-        'group', jsonb_build_object('id', g.id, 'name', g.name),
-        'member_count', m.members,
-        'limits', l.limits
+    with periods as materialized (
+      select d.period, d.timezone, lower(d.range) as since, upper(d.range) as until
+      from (
+        select k.period, k.timezone, tokenlimits.period_of(k.period, k.timezone, v_now) as range
+        from (
+          select distinct l.period, g.timezone
+          from public.group_limits as l
+          inner join public.user_groups as g on g.id = l.group_id
+          where l.group_id = any(v_group_ids)
+        ) as k
+      ) as d
+    ),
+
+    -- as limit_states: an open counter says what is used, and nothing is when a period has begun since; where used
+    -- is null there is no counter
+    states as materialized (
+      select
+        l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id,
+        case when c.until > v_now then c.since else greatest(p.since, c.until, r.reset_at) end as since,
+        case when c.until > v_now then c.until else p.until end as until,
+        case when c.until > v_now then c.used when c.until is not null then 0 end as used
+      from public.group_limits as l
+      inner join public.user_groups as g on g.id = l.group_id
+      inner join periods as p on p.period = l.period and p.timezone = g.timezone
+      left join tokenlimits.counters as c
+        on l.scope = 'group' and c.subject = l.group_id and c.counter_id = l.counter_id
+      left join lateral (
+        select max(u.reset_at) as reset_at
+        from tokenlimits.usage_resets as u
+        where u.group_id = l.group_id and u.kind in (l.kind, '*')
+      ) as r on true
+      where l.group_id = any(v_group_ids)
+    ),
+
+    members as materialized (
+      select m.group_id, count(*) as members
+      from public.group_memberships as m
+      where m.group_id = any(v_group_ids)
+      group by m.group_id
+    ),
+
+    -- what all members used together the group's own counter of that period knows, if there is one; else it is added
+    -- up from the rollup, as count_usage does
+    counted as materialized (
+      select
+        s.group_id, s.kind, s.period, s.scope, s.max, s.counter_id, s.until,
+        coalesce(s.used, o.used, case when s.since = (
+          case when isfinite(s.since) then tokenlimits.rollup_bucket(s.since) else s.since end
+        ) then coalesce((
+          select sum(r.cost)
+          from tokenlimits.usage_rollup as r
+          where r.group_id = s.group_id and r.kind = s.kind and r.bucket >= s.since
+        ), 0) else tokenlimits.count_usage(s.group_id, null, s.kind, s.since) end)
+        - case when v_any_expired then coalesce((
+          select sum(h.cost)
+          from tokenlimits.holds as h
+          where h.group_id = s.group_id and h.kind = s.kind and h.expires_at <= v_now and h.created_at >= s.since
+        ), 0) else 0 end as used,
+        s.max * case s.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
+      from states as s
+      left join states as o
+        on
+          s.scope = 'member' and o.scope = 'group'
+          and (o.group_id, o.kind, o.period, o.since) = (s.group_id, s.kind, s.period, s.since)
+      left join members as m on m.group_id = s.group_id
+    ),
+
+    -- json is only put together; jsonb would be built anew at every level
+    shown as (
+      select
+        c.group_id,
+        json_agg(
+          json_build_object(
+            'kind', c.kind,
+            'period', c.period,
+            'scope', c.scope,
+            'max', c.max,
+            'used', c.used,
+            'reset_at', nullif(c.until, 'infinity'),
+            'capacity', c.capacity,
+            'remaining', case when c.capacity is not null then greatest(c.capacity - c.used, 0) end,
+            'fraction', case
+              when c.capacity > 0 then round(c.used::numeric / c.capacity, 6)
+              -- a blocked limit is full; so is one of a group without members that has been used
+              when c.capacity = 0 then 1
+            end
+          )
+          order by c.kind, c.scope = 'group', c.counter_id
+        ) as limits
+      from counted as c
+      group by c.group_id
+    )
+
+    select json_agg(
+      json_build_object(
+        'group', json_build_object('id', g.id, 'name', g.name),
+        'member_count', coalesce(m.members, 0),
+        'limits', coalesce(s.limits, '[]')
       )
       order by lower(g.name)
     )
     from public.user_groups as g
-    cross join lateral (
-      select count(*) as members
-      from public.group_memberships as n
-      where n.group_id = g.id
-    ) as m
-    cross join lateral (
-      select coalesce(jsonb_agg(
-        tokenlimits.limit_json(row(u.*)::tokenlimits.limit_state)
-        || jsonb_build_object(
-          'capacity', c.capacity,
-          'remaining', case when c.capacity is not null then greatest(c.capacity - u.used, 0) end,
-          'fraction', case
-            when c.capacity > 0 then round(u.used::numeric / c.capacity, 6)
-            -- a blocked limit is full; so is one of a group without members that has been used
-            when c.capacity = 0 then 1
-          end
-        )
-      ), '[]') as limits
-      from unnest(tokenlimits.limit_states(g.id, array[null]::uuid[], null, v_now)) as u
-      cross join lateral (
-        select u.max * case u.scope when 'member' then m.members else 1 end as capacity
-      ) as c
-    ) as l
-    where p_group_id is null or g.id = p_group_id
-  ), '[]');
+    left join members as m on m.group_id = g.id
+    left join shown as s on s.group_id = g.id
+    where g.id = any(v_group_ids)
+  )::jsonb, '[]');
 end
 $$;
 comment on function tokenlimits.usage_of_groups(uuid) is 'What group_usage does.';

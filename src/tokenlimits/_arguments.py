@@ -29,6 +29,7 @@ def parser(type_: Any) -> Callable[[Any], Any]:
 
 
 _BUCKET = parser(Bucket)
+_COUNT = parser(Annotated[StrictInt, Field(ge=1, le=1000)])
 _DESCRIPTION = parser(Annotated[Text, Field(max_length=2000)])
 _FLAG = parser(StrictBool)
 _KIND = parser(Kind)
@@ -116,6 +117,16 @@ def name(value: str) -> str:
 def email(value: str) -> str:
     """Check a part of an e-mail address."""
     return checked(_TEXT, value, "email")
+
+
+def emails(values: Iterable[str]) -> list[str]:
+    """Check e-mail addresses; a bad one is refused with its place."""
+    return [checked(_TEXT, value, f"emails[{index}]") for index, value in enumerate(_iterable(values, "emails"))]
+
+
+def count(value: int) -> int:
+    """Check how many are asked for."""
+    return checked(_COUNT, value, "count")
 
 
 def search(value: str | None) -> str | None:

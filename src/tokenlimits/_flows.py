@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from . import _arguments, _calls
+from . import _arguments, _calls, _reports
 from ._arguments import Id
 from ._calls import Call
-from .models import AddedPage, BulkResult, Group, Member, Refused
+from ._reports import UsagePage, Wanted
+from .models import AddedPage, BulkResult, Group, Member, Refused, UsageRecord, User
 
 T = TypeVar("T")
 
@@ -25,6 +26,7 @@ OnProgress = Callable[[int, int], object]
 CHUNK = 5_000
 GROUPS_PAGE = 200
 MEMBERS_PAGE = 500
+USAGE_PAGE = 2_000
 
 
 def all_groups(search: str | None) -> Flow[list[Group]]:
@@ -43,6 +45,23 @@ def all_members(group_id: Id) -> Pages[Member]:
     after = None
     while page := (yield _calls.members_page(group_id, after, MEMBERS_PAGE)):
         after = page[-1].user_id
+
+
+def all_usage(wanted: Wanted) -> Pages[UsageRecord]:
+    """Read the ledger, page by page."""
+    page: UsagePage | None = None
+    # a page may be empty before the end, when nothing in it is wanted
+    while page is None or page.next is not None:
+        answer = yield _reports.usage_page(wanted, page, USAGE_PAGE)
+        page = cast("UsagePage", answer)
+
+
+def users_by_email(emails: Iterable[str]) -> Flow[list[User]]:
+    """Find the users of any number of addresses."""
+    users: list[User] = []
+    for chunk in _chunks(_reports.emails(emails)):
+        users += yield _reports.users_by_email(chunk)
+    return users
 
 
 def _distinct(user_ids: Iterable[Id]) -> list[str]:

@@ -9,12 +9,24 @@ from uuid import UUID
 
 from supabase import AsyncClient
 
-from . import _calls, _flows, _settlements
+from . import _calls, _flows, _reports, _settlements
 from ._arguments import Limits
 from ._base import DEFAULT_TIMEOUT, AsyncBase
 from ._flows import OnProgress
-from .groups import Groups, GroupUsages, HistoryPoints, Users
-from .models import Bucket, BulkResult, Group, GroupUsage, Limit, Member, Period, Reconciliation, Scope, TrackResult
+from .groups import Groups, GroupUsages, HistoryPoints, TopMembers, Users
+from .models import (
+    Bucket,
+    BulkResult,
+    Group,
+    GroupUsage,
+    Limit,
+    Member,
+    Period,
+    Reconciliation,
+    Scope,
+    TrackResult,
+    UsageRecord,
+)
 
 
 class AsyncGroupManager(AsyncBase):
@@ -267,6 +279,14 @@ class AsyncGroupManager(AsyncBase):
         """
         return await self._transport.send(_calls.find_users(email))
 
+    async def find_users_by_email(self, emails: Iterable[str]) -> Users:
+        """Find the users of any number of whole e-mail addresses, whatever their case, in parts of 5,000.
+
+        Args:
+            emails: The addresses; one that nobody has is left out.
+        """
+        return await self._transport.run(_flows.users_by_email(emails))
+
     async def usage(self, group_id: UUID | str) -> GroupUsage:
         """Read a group's member count, and of each limit used, remaining, fraction and reset_at.
 
@@ -298,6 +318,51 @@ class AsyncGroupManager(AsyncBase):
             until: Before this moment, to the quarter of an hour; up to now when None.
         """
         return await self._transport.send(_calls.history(group_id, kind, bucket, since, until))
+
+    def export_usage(
+        self,
+        group_id: UUID | str | None = None,
+        *,
+        user_id: UUID | str | None = None,
+        kind: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> AsyncIterator[UsageRecord]:
+        """Iterate over the ledger, reading page by page: any number of rows in little memory.
+
+        Rows come by group, or by user when one is named, and then by `created_at`. What was recorded before you began
+        comes exactly once, whatever is recorded meanwhile; a group that was deleted has no name.
+
+        Args:
+            group_id: Of this group alone; of all, also deleted ones, when None.
+            user_id: Of this user alone.
+            kind: Of this kind alone.
+            since: From this moment on, with a time zone; from the beginning when None.
+            until: Before this moment; up to now when None.
+        """
+        return self._transport.iterate(_flows.all_usage(_reports.wanted_usage(group_id, user_id, kind, since, until)))
+
+    async def top_members(
+        self,
+        group_id: UUID | str,
+        *,
+        kind: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        count: int = 10,
+    ) -> TopMembers:
+        """Read who used most in a group, also of those who left it.
+
+        It reads the ledger of that time, and takes as long as that is large.
+
+        Args:
+            group_id: Which group.
+            kind: Of this kind alone; of all kinds together when None.
+            since: From this moment on, with a time zone; 30 days ago when None.
+            until: Before this moment; up to now when None.
+            count: How many users, at most 1,000.
+        """
+        return await self._transport.send(_reports.top_members(group_id, kind, since, until, count))
 
     async def reset_usage(self, group_id: UUID | str, *, kind: str | None = None) -> datetime:
         """Give a group a fresh start in its current periods; the ledger keeps everything.
@@ -340,3 +405,17 @@ class AsyncGroupManager(AsyncBase):
             What differed, as it was and as it is now.
         """
         return await self._transport.send(_settlements.reconcile(group_id, since))
+
+    async def drift(self, group_id: UUID | str, *, since: datetime | None = None) -> Reconciliation:
+        """Say where a group's counters and history differ from the ledger; nothing is changed, and nobody waits.
+
+        `reconcile` mends what it finds. Of a very large group it looks at some of the members.
+
+        Args:
+            group_id: Which group.
+            since: From when on the history is compared; the last day when None.
+
+        Returns:
+            What differs, as it is and as it should be.
+        """
+        return await self._transport.send(_reports.drift(group_id, since))

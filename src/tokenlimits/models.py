@@ -257,6 +257,34 @@ class User(Model):
     email: str | None
 
 
+class TopMember(User):
+    """What a user used in a group; `email` is None when the user was deleted since."""
+
+    used: int
+    generations: int
+
+
+class UsageRecord(Model):
+    """A row of the ledger.
+
+    `created_at` decides the period that it belongs to. `expires_at` is set when it is a hold, or was one. `email` is
+    None when the user was deleted since.
+    """
+
+    id: UUID
+    group: GroupRef
+    user_id: UUID
+    email: str | None
+    kind: str
+    cost: int
+    status: Status
+    idempotency_key: str | None
+    metadata: dict[str, JsonValue]
+    created_at: AwareDatetime
+    settled_at: AwareDatetime | None
+    expires_at: AwareDatetime | None
+
+
 class Member(User):
     """A user in a group."""
 

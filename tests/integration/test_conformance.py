@@ -1179,6 +1179,10 @@ def users_are_found_by_email(world: World) -> None:
     assert [user.user_id for user in world.groups.find_users("EXAMPLE.com")] == [ANN, BOB]
     assert world.groups.find_users(" ann@ ")[0].email == EMAILS[ANN]
     assert world.groups.find_users("nobody") == []
+    found = world.groups.find_users_by_email(
+        [" ann@EXAMPLE.com ", "nobody@nowhere", "CYD@elsewhere.org", "example.com"]
+    )
+    assert [user.user_id for user in found] == [ANN, CYD]
 
 
 # Reports
@@ -1221,6 +1225,38 @@ def usage_of_all_groups(world: World) -> None:
     world.limits.track(ANN, "image")
     shown = [(usage.group.name, usage.member_count, len(usage.limits)) for usage in world.groups.usage_all()]
     assert shown == [("Alpha", 2, 0), ("beta", 1, 1)]
+
+
+@scenario
+def usage_of_groups_in_every_state(world: World) -> None:
+    minute = Limit(kind="image", max=9, period="minute", scope="member")
+    both = [Limit(kind="image", max=50, period="month"), Limit(kind="image", max=20, period="month", scope="member")]
+    one = team(world, [minute, *both, Limit(kind="video", max=5)], ANN, BOB, name="One", timezone="Asia/Kathmandu")
+    two = team(world, [Limit(kind="image", max=None, period="week", scope="member")], CYD, name="Two")
+
+    def used() -> list[list[int]]:
+        together = world.groups.usage_all()
+        assert together == [world.groups.usage(one), world.groups.usage(two)]
+        return [[limit.used for limit in usage.limits] for usage in together]
+
+    world.limits.track(ANN, "image", 2)
+    world.limits.reserve(BOB, "image", 3, ttl=30)
+    world.limits.reserve(BOB, "video", 4, ttl=30)
+    world.limits.track(CYD, "image", 7)
+    assert used() == [[5, 5, 5, 4], [7]]
+    world.at(world.now + timedelta(seconds=31))  # the holds have expired, and nobody has swept them
+    assert used() == [[2, 2, 2, 0], [7]]
+    world.at(world.now + timedelta(seconds=60))
+    assert used() == [[0, 2, 2, 0], [7]]
+    world.groups.reset_usage(one, kind="image")
+    world.at(world.now + timedelta(seconds=1))
+    world.limits.track(ANN, "image", 4)
+    assert used() == [[4, 4, 4, 0], [7]]
+    world.groups.set_limit(one, Limit(kind="image", max=99, period="lifetime", scope="member"))
+    world.groups.remove_limit(one, "image", period="month")
+    assert used() == [[4, 4, 4, 0], [7]]
+    world.at(world.now + timedelta(seconds=40 * 86_400))  # every counter's period is past
+    assert used() == [[0, 0, 4, 0], [0]]
 
 
 @scenario
@@ -1281,6 +1317,65 @@ def the_history_of_the_last_thirty_days(world: World) -> None:
     world.limits.record(ANN, "image", 1, created_at=world.now - timedelta(days=32))
     world.limits.record(ANN, "image", 2, created_at=world.now - timedelta(days=29))
     assert sum(point.used for point in world.groups.history(group)) == 2
+
+
+@scenario
+def the_ledger_is_exported(world: World) -> None:
+    one = team(world, {"image": None, "video": None}, ANN, BOB, name="One")
+    two = team(world, {"image": None}, CYD, name="Two")
+    past = world.now - timedelta(days=3)
+    world.limits.record(ANN, "image", 5, created_at=past, idempotency_key="k", metadata={"a": [1, None]})
+    hold = world.limits.reserve(BOB, "video", 2, ttl=60)
+    tracked = world.limits.track(CYD, "image", 3)
+    world.groups.refund(tracked.usage_id)
+    export = world.groups.export_usage
+    (first, second) = list(export(one))
+    assert (first.kind, first.cost, first.status, first.created_at, first.email) == (
+        "image",
+        5,
+        "committed",
+        past,
+        EMAILS[ANN],
+    )
+    assert (first.idempotency_key, first.metadata, first.group.name) == ("k", {"a": [1, None]}, "One")
+    assert (second.id, second.status, second.expires_at) == (hold.usage_id, "reserved", hold.expires_at)
+    assert [(each.id, each.status) for each in export(two)] == [(tracked.usage_id, "refunded")]
+    assert [each.user_id for each in export(user_id=BOB)] == [BOB]
+    assert list(export(two, user_id=BOB)) == []
+    assert [each.kind for each in export(kind="video")] == ["video"]
+    assert [each.cost for each in export(since=past, until=past + timedelta(seconds=1))] == [5]
+    assert list(export(until=past)) == []
+    world.groups.delete(one)
+    assert [each.group.name for each in export(one)] == [None, None]
+
+
+@scenario
+def members_are_ranked(world: World) -> None:
+    group = team(world, {"image": None, "video": None}, ANN, BOB, CYD)
+    world.limits.record(ANN, "image", 50, created_at=world.now - timedelta(days=31))
+    world.limits.track(ANN, "image", 2)
+    world.limits.track(ANN, "video", 2)
+    world.limits.track(BOB, "video", 3)
+    world.groups.refund(world.limits.track(CYD, "image", 9).usage_id)
+    world.groups.remove_member(group, ANN)
+
+    def top(**arguments: Any) -> list[tuple[Any, ...]]:
+        return [(each.user_id, each.used, each.generations) for each in world.groups.top_members(group, **arguments)]
+
+    assert top() == [(ANN, 4, 2), (BOB, 3, 1)]
+    assert top(count=1) == [(ANN, 4, 2)]
+    assert top(kind="video") == [(BOB, 3, 1), (ANN, 2, 1)]
+    assert top(since=world.now - timedelta(days=40), until=world.now) == [(ANN, 50, 1)]
+    assert world.groups.top_members(group)[0].email == EMAILS[ANN]
+
+
+@scenario
+def nothing_drifts(world: World) -> None:
+    group = team(world, [Limit(kind="image", max=9), day(5, "member")], ANN, BOB)
+    world.limits.track(ANN, "image", 2)
+    world.limits.reserve(BOB, "image", 2)
+    assert not world.groups.drift(group).drifted
+    refused(GroupNotFound, world.groups.drift, NOBODY)
 
 
 # Playing them

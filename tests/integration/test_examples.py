@@ -435,6 +435,12 @@ def answers(stack: LocalStack, groups: GroupManager) -> str:
         ("generation_history", one),
         ("group_members", one),
         ("find_users", {"p_email": user.email}),
+        ("find_users_by_email", {"p_emails": [user.email]}),
+        ("export_usage", one),
+        ("export_usage", {**one, "p_page_size": 1}),  # more follow
+        ("top_members", one),
+        ("usage_drift", one),
+        ("tokenlimits_diagnosis", {}),
         ("find_groups", {"p_name": group.name}),
         ("save_group", {**one, "p_description": "…"}),
         ("set_group_limit", {**one, "p_limit": {"kind": "image", "period": "day", "scope": "group", "max": 1}}),

@@ -19,7 +19,10 @@ from tokenlimits import (
     HistoryPoint,
     Limit,
     Member,
+    Reconciliation,
     Refused,
+    TopMember,
+    UsageRecord,
     User,
 )
 
@@ -47,6 +50,10 @@ def manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], te
         assert_type(groups.members(id_), Iterator[Member])
         assert_type([member.email for member in groups.members(id_)], list[str | None])
         assert_type(groups.find_users("ann@"), list[User])
+        assert_type(groups.find_users_by_email(["ann@example.com"]), list[User])
+        assert_type(groups.export_usage(id_, kind="image", since=now), Iterator[UsageRecord])
+        assert_type(groups.top_members(id_, count=3), list[TopMember])
+        assert_type(groups.drift(id_), Reconciliation)
         assert_type(groups.usage(id_), GroupUsage)
         assert_type(groups.usage(id_).limits, tuple[GroupLimitUsage, ...])
         assert_type(groups.usage_all(), list[GroupUsage])
@@ -86,6 +93,8 @@ async def async_manager(client: Client, aclient: AsyncClient, id_: UUID, ids: li
         assert_type(groups.members(id_), AsyncIterator[Member])
         assert_type([member.joined_at async for member in groups.members(id_)], list[datetime])
         assert_type(await groups.find_users("ann@"), list[User])
+        assert_type(groups.export_usage(user_id=id_), AsyncIterator[UsageRecord])
+        assert_type(await groups.top_members(id_, count=3), list[TopMember])
         assert_type(await groups.usage(id_), GroupUsage)
         assert_type(await groups.usage_all(), list[GroupUsage])
         assert_type(await groups.history(since=now), list[HistoryPoint])

@@ -36,9 +36,11 @@ TWICE = [Limit(kind="image", max=1), Limit(kind="image", max=2)]
 GOOD: dict[str, Any] = {
     "bucket": "day",
     "cost": 2,
+    "count": 3,
     "created_at": NOW,
     "description": "For teams",
     "email": "ann@",
+    "emails": ["ann@example.com"],
     "from_": ID,
     "group_id": UUID(ID),
     "idempotency_key": "job-1",
@@ -71,9 +73,11 @@ BAD_MOMENTS = [NAIVE, "2026-03-01T12:00:00Z", NOW.date(), 1_700_000_000, float("
 BAD: dict[str, list[Any]] = {
     "bucket": ["fortnight", "minute", "Day", "", None, 7],
     "cost": [0, -1, 1_000_000_001, 1.0, "1", True, None],
+    "count": [0, 1001, 1.0, "1", True, None],
     "created_at": BAD_MOMENTS,
     "description": ["x" * 2001, None, *BAD_TEXTS],
     "email": [None, *BAD_TEXTS],
+    "emails": [None, 7, "ann@example.com", b"abc", [None], ["a@b.c", "a\0b"], [["a@b.c"]]],
     "from_": BAD_IDS,
     "group_id": BAD_IDS,
     "idempotency_key": ["", "x" * 256, *BAD_TEXTS],

@@ -20,6 +20,7 @@ from tokenlimits import (
     TrackResult,
     UnknownUser,
     _calls,
+    _reports,
     _settlements,
 )
 from tokenlimits._arguments import new_key
@@ -268,6 +269,38 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         True,
         [{"user_id": ANN, "email": "ann@example.com"}],
         lambda users: users[0].email == "ann@example.com",
+    ),
+    "users_by_email": (
+        _reports.users_by_email(["ann@example.com"]),
+        "find_users_by_email",
+        {"p_emails": ["ann@example.com"]},
+        True,
+        [{"user_id": ANN, "email": "ann@example.com"}],
+        lambda users: users[0].email == "ann@example.com",
+    ),
+    "usage_page": (
+        _reports.usage_page(_reports.wanted_usage(PRO, ANN, "image", NOW, NOW), None, 7),
+        "export_usage",
+        {"p_group_id": PRO, "p_user_id": ANN, "p_kind": "image", "p_since": WHEN, "p_until": WHEN, "p_page_size": 7},
+        True,
+        {"rows": [], "until": WHEN, "next": {"id": ANN}},
+        lambda page: (list(page), page.until, page.next) == ([], WHEN, {"id": ANN}),
+    ),
+    "top_members": (
+        _reports.top_members(PRO, "image", NOW, None, 3),
+        "top_members",
+        {"p_group_id": PRO, "p_kind": "image", "p_since": WHEN, "p_until": None, "p_count": 3},
+        True,
+        [{"user_id": ANN, "email": None, "used": 3, "generations": 2}],
+        lambda top: (top[0].used, top[0].generations) == (3, 2),
+    ),
+    "drift": (
+        _reports.drift(PRO, NOW),
+        "usage_drift",
+        {"p_group_id": PRO, "p_since": WHEN},
+        True,
+        {"counters": [], "rollup": []},
+        lambda drift: not drift.drifted,
     ),
     "group_usage": (
         _calls.group_usage(PRO),

@@ -9,8 +9,9 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tokenlimits import BulkResult, Group, Member, Refused, _flows
+from tokenlimits import BulkResult, Group, Member, Refused, UsageRecord, User, _flows, _reports
 from tokenlimits._calls import Call
+from tokenlimits._reports import UsagePage
 from tokenlimits.models import AddedPage
 
 T = TypeVar("T")
@@ -34,6 +35,12 @@ def drive(flow: Generator[Call[Any], Any, T], server: Callable[[Call[Any]], Any]
 def group(name: str) -> Group:
     fields: dict[str, Any] = {"description": "", "priority": 0, "timezone": "UTC", "is_default": False, "limits": ()}
     return Group(id=uuid4(), name=name, created_at=NOW, updated_at=NOW, **fields)
+
+
+def record(number: int) -> UsageRecord:
+    fields: dict[str, Any] = {"group": {"id": PRO}, "user_id": PRO, "email": None, "kind": "image", "cost": 1}
+    rest: dict[str, Any] = {"idempotency_key": None, "metadata": {}, "settled_at": None, "expires_at": None}
+    return UsageRecord(id=UUID(int=number), status="committed", created_at=NOW, **fields, **rest)
 
 
 class Pages:
@@ -159,3 +166,32 @@ class TestRemoveMembers:
         assert removed == 5_001
         assert [call.function for call in calls] == ["remove_group_members"] * 2
         assert progress == [(5_000, 5_001), (5_001, 5_001)]
+
+
+def test_the_ledger_is_read_to_its_end_also_through_empty_pages() -> None:
+    begin = {"group_id": str(PRO), "kind": "image"}
+    pages = [([record(1), record(2)], {"id": "a"}), ([], {"id": "b"}), ([record(3)], None)]
+    answers = iter(pages)
+
+    def server(_: Call[Any]) -> UsagePage:
+        rows, after = next(answers)
+        return UsagePage({"rows": [row.model_dump() for row in rows], "until": "then", "next": after})
+
+    wanted = _reports.wanted_usage(PRO, None, "image", None, None)
+    _, calls = drive(_flows.all_usage(wanted), server)
+    assert all(call.params.items() >= {f"p_{k}": v for k, v in begin.items()}.items() for call in calls)
+    assert [(call.params.get("p_after"), call.params["p_until"]) for call in calls] == [
+        (None, None),
+        ({"id": "a"}, "then"),
+        ({"id": "b"}, "then"),
+    ]
+
+
+def test_addresses_go_in_parts_and_count_once() -> None:
+    asked = [f"user{number}@example.com" for number in range(_flows.CHUNK + 1)]
+    users, calls = drive(
+        _flows.users_by_email([*asked, *asked]),
+        lambda call: [User(user_id=uuid4(), email=email) for email in call.params["p_emails"]],
+    )
+    assert [len(call.params["p_emails"]) for call in calls] == [_flows.CHUNK, 1]
+    assert [user.email for user in users] == asked

@@ -11,12 +11,13 @@ from tokenlimits._calls import SCHEMA_VERSION
 
 from ._admin import AdminFunctions
 from ._holds import HoldFunctions
+from ._reports import ReportFunctions
 from ._state import Json
 
 GROUP_NAME = "fake"
 
 
-class Engine(HoldFunctions, AdminFunctions):
+class Engine(HoldFunctions, AdminFunctions, ReportFunctions):
     """Its methods with parameters `p_…` are the SQL functions; `lock` is held while one runs.
 
     It begins with a default group that has these limits, or, without any, allows every kind.

@@ -173,6 +173,7 @@ class WorkerFunctions(State):
             metadata=metadata or {},
             created_at=created_at,
             reserved_cost=None if ttl is None else cost,
+            settled_at=self.now if ttl is None else None,
             expires_at=None if ttl is None else created_at + ttl,
         )
         self._write(usage)

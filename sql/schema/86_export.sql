@@ -1,0 +1,217 @@
+-- Reading much of the ledger: page by page, and who used most.
+--
+-- Invariants
+--   * A page reads a bounded number of rows, by an index, however rare what it looks for is: a short page is not the
+--     end, a page without "next" is.
+--   * Pages follow each other by columns of the ledger that never change. What was committed before the first page, and
+--     created before "until", is in exactly one of them.
+
+create or replace function tokenlimits.usage_json(p_usage public.generation_usage)
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_object(
+    'id', p_usage.id,
+    'group', jsonb_build_object(
+      'id', p_usage.group_id,
+      'name', (select g.name from public.user_groups as g where g.id = p_usage.group_id)
+    ),
+    'user_id', p_usage.user_id,
+    'email', (select u.email from auth.users as u where u.id = p_usage.user_id),
+    'kind', p_usage.kind,
+    'cost', p_usage.cost,
+    'status', p_usage.status,
+    'idempotency_key', p_usage.idempotency_key,
+    'metadata', p_usage.metadata,
+    'created_at', p_usage.created_at,
+    'settled_at', p_usage.settled_at,
+    'expires_at', p_usage.expires_at
+  )
+$$;
+comment on function tokenlimits.usage_json(public.generation_usage) is 'A row of the ledger, as an export shows it.';
+revoke execute on function tokenlimits.usage_json(public.generation_usage) from public, anon, authenticated;
+
+-- Of one user by their own index, else of one group after the other by theirs: no index of its own, which every call
+-- would have to keep. p_after is the "next" of the page before.
+create or replace function tokenlimits.export_page(
+  p_group_id uuid,
+  p_user_id uuid,
+  p_kind text,
+  p_since timestamptz,
+  p_until timestamptz,
+  p_after jsonb,
+  p_page_size integer
+)
+returns jsonb
+language plpgsql
+stable
+-- definer: e-mail addresses are in auth.users, which is not open to admins
+security definer
+set search_path = ''
+as $$
+declare
+  c_groups constant integer := 1000;
+  v_after jsonb := tokenlimits.json_argument(p_after);
+  v_since timestamptz := coalesce(p_since, '-infinity');
+  -- also what was recorded at this very moment
+  v_until timestamptz := least(p_until, tokenlimits.clock() + interval '1 microsecond');
+  v_left integer := least(greatest(p_page_size, 1), 5000);
+  v_group_id uuid := coalesce(p_group_id, (v_after ->> 'group_id')::uuid);
+  v_at timestamptz := coalesce((v_after ->> 'created_at')::timestamptz, v_since);
+  v_id uuid := coalesce((v_after ->> 'id')::uuid, '00000000-0000-0000-0000-000000000000');
+  v_page public.generation_usage[];
+  v_rows jsonb := '[]';
+begin
+  perform tokenlimits.require_admin();
+  for i in 1..c_groups loop
+    if p_user_id is not null then
+      v_page := array(
+        select u
+        from public.generation_usage as u
+        where u.user_id = p_user_id and (u.created_at, u.id) > (v_at, v_id) and u.created_at < v_until
+        order by u.created_at, u.id
+        limit v_left
+      );
+    else
+      v_group_id := coalesce(v_group_id, (
+        select u.group_id from public.generation_usage as u order by u.group_id limit 1
+      ));
+      v_page := array(
+        select u
+        from public.generation_usage as u
+        where u.group_id = v_group_id and (u.created_at, u.id) > (v_at, v_id) and u.created_at < v_until
+        order by u.created_at, u.id
+        limit v_left
+      );
+    end if;
+    v_rows := v_rows || coalesce((
+      select jsonb_agg(tokenlimits.usage_json(row(p.*)::public.generation_usage) order by p.created_at, p.id)
+      from unnest(v_page) as p
+      where (p_kind is null or p.kind = p_kind) and (p_group_id is null or p.group_id = p_group_id)
+    ), '[]');
+    v_left := v_left - cardinality(v_page);
+    if v_left = 0 then
+      v_at := v_page[cardinality(v_page)].created_at;
+      v_id := v_page[cardinality(v_page)].id;
+      exit;
+    end if;
+    v_at := v_since;
+    v_id := '00000000-0000-0000-0000-000000000000';
+    v_group_id := case when p_group_id is null and p_user_id is null then (
+      select u.group_id from public.generation_usage as u where u.group_id > v_group_id order by u.group_id limit 1
+    ) end;
+    exit when v_group_id is null;
+  end loop;
+  return jsonb_build_object(
+    'rows', v_rows,
+    'until', v_until,
+    'next', case when v_left = 0 or v_group_id is not null then jsonb_build_object(
+      'group_id', v_group_id, 'created_at', v_at, 'id', v_id
+    ) end
+  );
+end
+$$;
+comment on function tokenlimits.export_page(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
+is 'What export_usage does.';
+revoke execute on function tokenlimits.export_page(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
+from public, anon, authenticated;
+grant execute on function tokenlimits.export_page(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
+to authenticated, service_role;
+
+create or replace function public.export_usage(
+  p_group_id uuid default null,
+  p_user_id uuid default null,
+  p_kind text default null,
+  p_since timestamptz default null,
+  p_until timestamptz default null,
+  p_after jsonb default null,
+  p_page_size integer default 1000
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.export_page(p_group_id, p_user_id, p_kind, p_since, p_until, p_after, p_page_size);
+end
+$$;
+comment on function public.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
+is 'The ledger, page by page: ask again with p_after and p_until as the "next" and "until" of the page before.';
+revoke execute on function public.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
+from public, anon, authenticated, service_role;
+grant execute on function public.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
+to authenticated, service_role;
+
+-- Counters forget past periods, so this reads the ledger: as long as the time is, not as the history is.
+create or replace function tokenlimits.rank_members(
+  p_group_id uuid,
+  p_kind text,
+  p_since timestamptz,
+  p_until timestamptz,
+  p_count integer
+)
+returns jsonb
+language plpgsql
+stable
+-- definer: e-mail addresses are in auth.users, which is not open to admins
+security definer
+set search_path = ''
+as $$
+declare
+  v_now timestamptz := tokenlimits.clock();
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  return coalesce((
+    select jsonb_agg(
+      to_jsonb(top) || jsonb_build_object('email', (select a.email from auth.users as a where a.id = top.user_id))
+      order by top.used desc, top.user_id
+    )
+    from (
+      select u.user_id, sum(u.cost) as used, count(*) as generations
+      from public.generation_usage as u
+      where
+        u.group_id = p_group_id
+        and u.created_at >= coalesce(p_since, coalesce(p_until, v_now) - interval '30 days')
+        and u.created_at < coalesce(p_until, 'infinity')
+        and (p_kind is null or u.kind = p_kind)
+        and (u.status = 'committed' or (u.status = 'reserved' and u.expires_at > v_now))
+      group by u.user_id
+      order by used desc, u.user_id
+      limit least(greatest(p_count, 1), 1000)
+    ) as top
+  ), '[]');
+end
+$$;
+comment on function tokenlimits.rank_members(uuid, text, timestamptz, timestamptz, integer)
+is 'What top_members does.';
+revoke execute on function tokenlimits.rank_members(uuid, text, timestamptz, timestamptz, integer)
+from public, anon, authenticated;
+grant execute on function tokenlimits.rank_members(uuid, text, timestamptz, timestamptz, integer)
+to authenticated, service_role;
+
+create or replace function public.top_members(
+  p_group_id uuid,
+  p_kind text default null,
+  p_since timestamptz default null,
+  p_until timestamptz default null,
+  p_count integer default 10
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.rank_members(p_group_id, p_kind, p_since, p_until, p_count);
+end
+$$;
+comment on function public.top_members(uuid, text, timestamptz, timestamptz, integer)
+is 'Who used most in a group, also those who left; in the last 30 days by default.';
+revoke execute on function public.top_members(uuid, text, timestamptz, timestamptz, integer)
+from public, anon, authenticated, service_role;
+grant execute on function public.top_members(uuid, text, timestamptz, timestamptz, integer)
+to authenticated, service_role;

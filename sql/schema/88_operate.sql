@@ -1,0 +1,268 @@
+-- For those who run it: users by their addresses, and whether everything is as it should be.
+--
+-- Invariants
+--   * Nothing here changes anything.
+--   * tokenlimits_diagnosis answers facts; what they mean is said by `tokenlimits doctor`.
+
+create or replace function tokenlimits.users_of_emails(p_emails text[])
+returns jsonb
+language plpgsql
+stable
+-- definer: auth.users is not open to admins
+security definer
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.require_admin();
+  if cardinality(p_emails) > 5000 then
+    perform tokenlimits.refuse('TL001', 'emails: are at most 5000 in one call', 'emails');
+  end if;
+  return coalesce((
+    select jsonb_agg(jsonb_build_object('user_id', u.id, 'email', u.email) order by u.email, u.id)
+    from auth.users as u
+    where lower(u.email) in (select lower(btrim(e.email)) from unnest(p_emails) as e (email))
+  ), '[]');
+end
+$$;
+comment on function tokenlimits.users_of_emails(text[]) is 'What find_users_by_email does.';
+revoke execute on function tokenlimits.users_of_emails(text[]) from public, anon, authenticated;
+grant execute on function tokenlimits.users_of_emails(text[]) to authenticated, service_role;
+
+create or replace function public.find_users_by_email(p_emails text[])
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.users_of_emails(p_emails);
+end
+$$;
+comment on function public.find_users_by_email(text[])
+is 'The users who have one of up to 5,000 e-mail addresses, whatever its case.';
+revoke execute on function public.find_users_by_email(text[]) from public, anon, authenticated, service_role;
+grant execute on function public.find_users_by_email(text[]) to authenticated, service_role;
+
+-- As reconcile, but it waits for nobody: a stable function sees one moment, at which counters and ledger agree. It
+-- takes the rollup's word for what is older than p_since, and looks at no more members than a statement has time for.
+create or replace function tokenlimits.drift(p_group_id uuid, p_since timestamptz)
+returns jsonb
+language plpgsql
+stable
+-- definer: counters and rollup are private
+security definer
+set search_path = ''
+as $$
+declare
+  c_counters constant integer := 2000;
+  v_now timestamptz := tokenlimits.clock();
+  v_since timestamptz := tokenlimits.rollup_bucket(coalesce(p_since, v_now - interval '1 day'));
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  return jsonb_build_object(
+    'counters', coalesce((
+      select jsonb_agg(to_jsonb(d) order by d.kind, d.period, d.subject)
+      from (
+        select
+          l.kind, l.period, l.scope, c.subject, c.used as was,
+          tokenlimits.count_usage(
+            p_group_id, case l.scope when 'member' then c.subject end, l.kind, c.since
+          ) as used
+        from (
+          select m.subject, m.counter_id, m.since, m.used
+          from public.group_limits as l
+          inner join tokenlimits.counters as m on m.counter_id = l.counter_id
+          where l.group_id = p_group_id and m.until > v_now
+          order by l.scope, m.subject
+          limit c_counters
+        ) as c
+        inner join public.group_limits as l on l.counter_id = c.counter_id
+      ) as d
+      where d.was <> d.used
+    ), '[]'),
+    'rollup', coalesce((
+      select jsonb_agg(to_jsonb(d) order by d.kind, d.bucket)
+      from (
+        select
+          coalesce(r.kind, u.kind) as kind, coalesce(r.bucket, u.bucket) as bucket,
+          coalesce(r.cost, 0) as was, coalesce(u.cost, 0) as used
+        from (
+          select s.kind, s.bucket, sum(s.cost) as cost
+          from tokenlimits.usage_rollup as s
+          where s.group_id = p_group_id and s.bucket >= v_since
+          group by s.kind, s.bucket
+        ) as r
+        full join (
+          select s.kind, tokenlimits.rollup_bucket(s.created_at) as bucket, sum(s.cost) as cost
+          from public.generation_usage as s
+          where s.group_id = p_group_id and s.created_at >= v_since and s.status in ('reserved', 'committed')
+          group by s.kind, bucket
+        ) as u on u.kind = r.kind and u.bucket = r.bucket
+      ) as d
+      where d.was <> d.used
+    ), '[]')
+  );
+end
+$$;
+comment on function tokenlimits.drift(uuid, timestamptz) is 'What usage_drift does.';
+revoke execute on function tokenlimits.drift(uuid, timestamptz) from public, anon, authenticated;
+grant execute on function tokenlimits.drift(uuid, timestamptz) to authenticated, service_role;
+
+create or replace function public.usage_drift(p_group_id uuid, p_since timestamptz default null)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.drift(p_group_id, p_since);
+end
+$$;
+comment on function public.usage_drift(uuid, timestamptz)
+is 'Where a group''s counters and history differ from the ledger; changes nothing. The history of a day by default.';
+revoke execute on function public.usage_drift(uuid, timestamptz) from public, anon, authenticated, service_role;
+grant execute on function public.usage_drift(uuid, timestamptz) to authenticated, service_role;
+
+-- Asks the project's rule about a caller who is made up, and puts the real one back.
+create or replace function tokenlimits.would_be_admin(p_claims jsonb)
+returns boolean
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_claims text := current_setting('request.jwt.claims', true);
+  v_answer boolean;
+begin
+  perform set_config('request.jwt.claims', p_claims::text, true);
+  begin
+    v_answer := tokenlimits.is_admin();
+  exception when others then
+    v_answer := null;
+  end;
+  perform set_config('request.jwt.claims', coalesce(v_claims, ''), true);
+  return v_answer;
+end
+$$;
+comment on function tokenlimits.would_be_admin(jsonb)
+is 'Would a caller with these claims be an admin? Null: it failed.';
+revoke execute on function tokenlimits.would_be_admin(jsonb) from public, anon, authenticated;
+
+create or replace function tokenlimits.diagnosis()
+returns jsonb
+language plpgsql
+volatile
+-- definer: auth.users is not open to admins
+security definer
+set search_path = ''
+as $$
+declare
+  c_tables constant text[] := array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'];
+  c_user constant jsonb := '{"role": "authenticated", "sub": "00000000-0000-4000-8000-000000000000"}';
+begin
+  perform tokenlimits.require_admin();
+  return jsonb_build_object(
+    'version', (public.tokenlimits_version() ->> 'version')::integer,
+    'postgres', current_setting('server_version'),
+    'at', tokenlimits.clock(),
+    'tables', (
+      select jsonb_object_agg(t.relname, jsonb_build_object(
+        'rls', t.relrowsecurity,
+        'anon', has_table_privilege('anon', t.oid, 'select, insert, update, delete'),
+        'authenticated', (
+          select coalesce(jsonb_agg(a.name order by a.name), '[]')
+          from unnest(array['select', 'insert', 'update', 'delete']) as a (name)
+          where has_table_privilege('authenticated', t.oid, a.name)
+        )
+      ))
+      from pg_catalog.pg_class as t
+      where t.relnamespace = 'public'::regnamespace and t.relname = any(c_tables)
+    ),
+    'policies', (
+      select coalesce(jsonb_agg(jsonb_build_object(
+        'table', p.tablename, 'name', p.policyname, 'action', lower(p.cmd),
+        'asks_is_admin', concat(p.qual, p.with_check) like '%is_admin()%'
+      ) order by p.tablename, p.policyname), '[]')
+      from pg_catalog.pg_policies as p
+      where p.schemaname = 'public' and p.tablename = any(c_tables)
+    ),
+    'functions', (
+      select jsonb_object_agg(f.proname, (
+        select coalesce(jsonb_agg(r.name order by r.name), '[]')
+        from unnest(array['anon', 'authenticated', 'service_role']) as r (name)
+        where has_function_privilege(r.name, f.oid, 'execute')
+      ))
+      from pg_catalog.pg_proc as f
+      where
+        f.pronamespace = 'public'::regnamespace
+        and (f.prosrc like '%tokenlimits.%' or f.proname = 'tokenlimits_version')
+    ),
+    'private_schema_open', has_schema_privilege('anon', 'tokenlimits', 'usage'),
+    'triggers', (
+      select coalesce(jsonb_agg(t.tgname order by t.tgname), '[]')
+      from pg_catalog.pg_trigger as t
+      inner join pg_catalog.pg_class as c on c.oid = t.tgrelid
+      where
+        c.relnamespace = 'public'::regnamespace
+        and c.relname = any(c_tables) and not t.tgisinternal and t.tgenabled <> 'D'
+    ),
+    'indexes', (
+      select coalesce(jsonb_agg(c.relname order by c.relname), '[]')
+      from pg_catalog.pg_index as i
+      inner join pg_catalog.pg_class as c on c.oid = i.indexrelid
+      inner join pg_catalog.pg_class as t on t.oid = i.indrelid
+      where
+        i.indisvalid
+        and (t.relnamespace = 'tokenlimits'::regnamespace or (
+          t.relnamespace = 'public'::regnamespace and t.relname = any(c_tables)
+        ))
+    ),
+    'is_admin', jsonb_build_object(
+      'nobody', tokenlimits.would_be_admin(c_user),
+      'user_metadata', tokenlimits.would_be_admin(c_user || '{"user_metadata": {"role": "admin"}}'),
+      'app_metadata', tokenlimits.would_be_admin(c_user || '{"app_metadata": {"role": "admin"}}')
+    ),
+    'groups', (select count(*) from public.user_groups),
+    'default_group', (select g.name from public.user_groups as g where g.is_default),
+    'groups_without_limits', (
+      select count(*)
+      from public.user_groups as g
+      where not exists (select from public.group_limits as l where l.group_id = g.id)
+    ),
+    -- of many it is enough to know that they are many
+    'users_in_no_group', (
+      select count(*)
+      from (
+        select
+        from auth.users as u
+        where not exists (select from public.group_memberships as m where m.user_id = u.id)
+        limit 1001
+      ) as n
+    ),
+    'ledger_rows', (
+      select greatest(c.reltuples, 0)::bigint
+      from pg_catalog.pg_class as c
+      where c.oid = 'public.generation_usage'::regclass
+    )
+  );
+end
+$$;
+comment on function tokenlimits.diagnosis() is 'What tokenlimits_diagnosis does.';
+revoke execute on function tokenlimits.diagnosis() from public, anon, authenticated;
+grant execute on function tokenlimits.diagnosis() to authenticated, service_role;
+
+create or replace function public.tokenlimits_diagnosis()
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return tokenlimits.diagnosis();
+end
+$$;
+comment on function public.tokenlimits_diagnosis()
+is 'How tokenlimits is installed here: tables, policies, functions, triggers, indexes, who is an admin, users.';
+revoke execute on function public.tokenlimits_diagnosis() from public, anon, authenticated, service_role;
+grant execute on function public.tokenlimits_diagnosis() to authenticated, service_role;

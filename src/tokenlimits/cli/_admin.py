@@ -1,0 +1,88 @@
+"""`admin`: who manages groups with a session of their own."""
+
+from __future__ import annotations
+
+import httpx
+import typer
+
+from tokenlimits.settings import load
+
+from ._database import Connection, connect, find_url
+from ._find import find_user, manager
+from ._options import DatabaseUrl, UserArgument
+from ._terminal import Problem, say
+
+commands = typer.Typer(help="Who may manage groups when signed in.", no_args_is_help=True, rich_markup_mode=None)
+
+_FIND = "select id from auth.users where id::text = lower(%(user)s) or lower(email) = lower(%(user)s)"
+_GRANT = """
+update auth.users
+set raw_app_meta_data = coalesce(raw_app_meta_data, '{}') || '{"role": "admin"}'
+where id = %s
+"""
+# another role is none of our business
+_REVOKE = """
+update auth.users
+set raw_app_meta_data = raw_app_meta_data - 'role'
+where id = %s and raw_app_meta_data ->> 'role' = 'admin'
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.add_typer(commands, name="admin")
+
+
+@commands.command()
+def grant(user: UserArgument, *, db_url: DatabaseUrl = None) -> None:
+    """Make a user an admin, from their next sign-in on.
+
+    With a database's URL in its table of users; else through the project's auth API, with the secret key.
+    """
+    _change(user, db_url, admin=True)
+    say(f"{user} is an admin from the next sign-in on.", style="green")
+
+
+@commands.command()
+def revoke(user: UserArgument, *, db_url: DatabaseUrl = None) -> None:
+    """Make an admin an ordinary user.
+
+    From their next sign-in on: a session that is open keeps its role until its token ends, mostly within an hour.
+    """
+    _change(user, db_url, admin=False)
+    say(f"{user} is no admin from the next sign-in on.", style="green")
+
+
+def _change(user: str, db_url: str | None, *, admin: bool) -> None:
+    if find_url(db_url) is None:
+        _change_by_api(user, admin=admin)
+        return
+    with connect(db_url) as connection:
+        _change_in_table(connection, user, admin=admin)
+
+
+def _change_in_table(connection: Connection, user: str, *, admin: bool) -> None:
+    found = connection.execute(_FIND, {"user": user.strip()}).fetchall()
+    if len(found) != 1:
+        raise Problem(f"{'Several users have' if found else 'No user has'} the id or e-mail address {user}.")
+    connection.execute(_GRANT if admin else _REVOKE, found[0])
+
+
+def _change_by_api(user: str, *, admin: bool) -> None:
+    settings = load()
+    with manager() as groups:
+        user_id = find_user(groups, user)
+    key = settings.key.get_secret_value()
+    url = f"{settings.url.rstrip('/')}/auth/v1/admin/users/{user_id}"
+    # null takes the key away
+    body = {"app_metadata": {"role": "admin" if admin else None}}
+    try:
+        answer = httpx.put(url, json=body, headers={"apikey": key, "Authorization": f"Bearer {key}"}, timeout=20)
+    except httpx.HTTPError as error:
+        problem = f"The auth API can't be reached: {type(error).__name__}."
+    else:
+        if answer.is_success:
+            return
+        problem = f"The auth API answered with status {answer.status_code}."
+    # out here, so that no context of it holds the key
+    raise Problem(f"{problem} Pass --db-url, or set DATABASE_URL, to change the database itself.")

@@ -1,0 +1,98 @@
+"""The program: its commands, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+import typer.main
+
+import tokenlimits
+from tokenlimits.errors import TokenLimitsError
+
+from . import (
+    _admin,
+    _dev,
+    _doctor,
+    _export,
+    _groups,
+    _history,
+    _import,
+    _limits,
+    _members,
+    _migrate,
+    _setup,
+    _track,
+    _usage,
+)
+from ._terminal import Problem, note
+
+_HELP = """Exact limits on AI generations for users and groups, on Supabase.
+
+Most commands read SUPABASE_URL and SUPABASE_SECRET_KEY from the environment or .env.
+"""
+
+app = typer.Typer(
+    help=_HELP,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_IN_ORDER = (
+    *(_setup, _migrate, _doctor, _dev),
+    *(_groups, _members, _limits, _admin),
+    *(_usage, _history, _export, _import, _track),
+)
+for commands in _IN_ORDER:
+    commands.register(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"tokenlimits {tokenlimits.__version__}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def _options_of_all(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, help="Print the version.", is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback.")] = False,
+) -> None:
+    pass
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command, and return its exit status. An error is one line on stderr that says what to do."""
+    # also where people add it when a command has failed: at its end
+    debug = "--debug" in arguments
+    rest = [argument for argument in arguments if argument != "--debug"]
+    try:
+        command: Any = typer.main.get_command(app)
+        return command.main(rest, prog_name="tokenlimits", standalone_mode=False) or 0
+    except Exception as error:  # noqa: BLE001 - the last who can
+        if str(error).startswith("Usage: "):  # a command that has only subcommands
+            print(error)  # noqa: T201
+            return 2
+        if debug:
+            traceback.print_exception(error)
+        note(f"Error: {_message(error)}", style="red")
+        return getattr(error, "exit_code", 1)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, typer.Abort):
+        return "Nothing was changed."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, typer.TyperException):
+        context: typer.Context | None = getattr(error, "ctx", None)
+        hint = f" See: {context.command_path} --help" if context is not None else ""
+        return f"{error.format_message()}{hint}"
+    if isinstance(error, Problem | TokenLimitsError):
+        return str(error)
+    return f"{type(error).__name__}: {error}. This is a bug: run it again with --debug, and report what it says."

@@ -1,0 +1,162 @@
+"""Many lines at once: read from arguments, files or stdin, done part by part, the refused ones reported."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import IO, Annotated, TypeVar
+
+import typer
+
+from ._csv import guarded
+from ._terminal import Problem, note, plain, progress, say
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+_BYTE_ORDER_MARK = "\ufeff"
+_SHOWN = 10
+_THREADS = 8
+
+File = Annotated[
+    Path | None,
+    typer.Option("--file", "-f", help="A CSV file, or one with one per line; - is stdin.", show_default=False),
+]
+StartLine = Annotated[int, typer.Option("--start-line", min=1, help="Go on at this line of the file.")]
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", help="Write the refused lines, and why, into this CSV file.", show_default=False),
+]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Line:
+    """A line of the input: its number, and its cells by column."""
+
+    number: int
+    cells: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return ",".join(self.cells.values())
+
+
+@dataclass
+class Outcome:
+    """How many lines came to what, and which were refused."""
+
+    counts: Counter[str] = field(default_factory=Counter[str])
+    refused: list[tuple[Line, str]] = field(default_factory=list[tuple[Line, str]])
+
+    def refuse(self, line: Line, reason: str) -> None:
+        """Note a line that can't be done."""
+        self.refused.append((line, reason))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where lines come from, and how many there are (None: nobody knows)."""
+
+    lines: Iterator[Line]
+    total: int | None
+
+
+@contextmanager
+def source(words: Sequence[str], file: Path | None, columns: Sequence[str], start: int = 1) -> Generator[Source]:
+    """Open the words of the command line, or a file, as lines.
+
+    A file's first line may name its columns; without names it has one column, the first of `columns`.
+
+    Raises:
+        Problem: There is neither, or both, or the file isn't text.
+    """
+    if (file is None) == (not words):
+        raise Problem("Name users, or a file with --file (- is stdin), and not both.")
+    if file is None:
+        lines = (Line(number, {columns[0]: word}) for number, word in enumerate(words, 1))
+        yield Source(lines, len(words))
+        return
+    try:
+        if str(file) == "-":
+            yield Source(_read(sys.stdin, columns, start), None)
+        else:
+            with file.open(encoding="utf-8", newline="") as text:
+                yield Source(_read(text, columns, start), max(0, _count(file) - start + 1))
+    except UnicodeDecodeError:
+        raise Problem(f"{file} isn't UTF-8 text. Save it as CSV UTF-8.") from None
+    except csv.Error as error:
+        raise Problem(f"{file} is no CSV file: {error}") from None
+
+
+def _count(file: Path) -> int:
+    with file.open("rb") as data:
+        return sum(1 for _ in data)
+
+
+def _read(text: IO[str], columns: Sequence[str], start: int) -> Iterator[Line]:
+    reader = csv.reader(text)
+    names: Sequence[str] = columns[:1]
+    for row in reader:
+        cells = [cell.strip().removeprefix(_BYTE_ORDER_MARK) for cell in row]
+        if reader.line_num == 1 and (found := [cell.lower() for cell in cells]) and set(found) & set(columns):
+            names = found
+        elif reader.line_num >= start and any(cells):
+            yield Line(reader.line_num, dict(zip(names, cells, strict=False)))
+
+
+def in_parts(lines: Source, what: str, size: int, work: Callable[[list[Line]], object]) -> None:
+    """Work on part after part, with a progress bar; when it ends early, say where to go on."""
+    bar, task = progress(what, lines.total)
+    last = 0
+    with bar:
+        try:
+            while part := list(islice(lines.lines, size)):
+                work(part)
+                last = part[-1].number
+                bar.advance(task, len(part))
+        except BaseException:
+            bar.stop()
+            if last:
+                note(f"Stopped: everything up to line {last:,} is done. Go on with --start-line {last + 1}.", "yellow")
+            raise
+        bar.update(task, total=bar.tasks[0].completed)
+
+
+def at_once(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Work on several at once, and return the results in order; the first error stops it."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(work, items))
+
+
+def report(outcome: Outcome, file: Path | None) -> None:
+    """Say what came of it.
+
+    Raises:
+        typer.Exit: Some lines were refused.
+    """
+    counts = [f"{count:,} {what}" for what, count in outcome.counts.items()]
+    say(", ".join([*counts, f"{len(outcome.refused):,} refused"]) + ".", style="yellow" if outcome.refused else "green")
+    if not outcome.refused:
+        return
+    outcome.refused.sort(key=lambda each: each[0].number)
+    if file is not None:
+        with file.open("w", encoding="utf-8", newline="") as text:
+            csv.writer(text).writerows([("line", "what", "reason"), *_report_rows(outcome)])
+        note(f"The refused lines are in {file}.")
+    else:
+        for line, reason in outcome.refused[:_SHOWN]:
+            note(f"line {line.number}: {plain(line)}: {reason}")
+        if len(outcome.refused) > _SHOWN:
+            note(f"and {len(outcome.refused) - _SHOWN:,} more: name a file with --report to have them all")
+    raise typer.Exit(1)
+
+
+def _report_rows(outcome: Outcome) -> Iterator[tuple[int, object, str]]:
+    for line, reason in outcome.refused:
+        yield line.number, guarded(str(line)), reason

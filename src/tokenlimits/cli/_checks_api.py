@@ -1,0 +1,202 @@
+"""What the doctor asks the API: is it there, does it take the key, does it serve our functions."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import httpx
+from pydantic import AliasChoices, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from ._expected import REAPPLY
+from ._findings import Finding, Findings, error, listed, ok, warning
+
+_KEY_NAMES = ("SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY")
+_SLOW = 1.0
+_WHERE = "Copy both from your project's API settings into the environment or .env."
+_SECRET = "Set SUPABASE_SECRET_KEY to the project's secret key (sb_secret_…), and keep it on the server."  # noqa: S105
+# refused before they do anything, which shows that they are there
+_PROBES: Mapping[str, Mapping[str, object]] = {
+    "track_generation": {"p_user_id": None, "p_kind": ""},
+    "check_generation": {"p_user_id": None, "p_kind": ""},
+    "reserve_generation": {"p_user_id": None, "p_kind": ""},
+    "record_generation": {"p_user_id": None, "p_kind": ""},
+    "user_generation_usage": {"p_user_id": None},
+    "find_groups": {"p_page_size": 1},
+}
+
+
+class Configuration(BaseSettings):
+    """The settings as they are, also wrong ones."""
+
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
+
+    url: str = Field("", validation_alias="SUPABASE_URL")
+    key: SecretStr = Field(SecretStr(""), validation_alias=AliasChoices(*_KEY_NAMES))
+
+    @property
+    def text_of_key(self) -> str:
+        """The key itself."""
+        return self.key.get_secret_value().strip()
+
+    @property
+    def usable(self) -> bool:
+        """Whether a request can be made of it."""
+        return urlsplit(self.url).scheme in ("http", "https") and bool(self.host) and _can_be_sent(self.text_of_key)
+
+    @property
+    def host(self) -> str:
+        """The URL's host, without a password that might be in it."""
+        return urlsplit(self.url).hostname or ""
+
+
+def _can_be_sent(key: str) -> bool:
+    return re.fullmatch(r"[!-~]+", key) is not None
+
+
+class Answer:
+    """What the API answered: a status, and JSON if it was some."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self.status = response.status_code
+        try:
+            answer: Any = response.json()
+        except ValueError:
+            answer = None
+        self.json = answer
+        problem: dict[str, Any] = cast("Any", answer) if isinstance(answer, dict) else {}
+        self.code = str(problem.get("code") or "")
+        self.message = str(problem.get("message") or "")
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether there is no such function."""
+        return self.code in ("PGRST202", "42883")
+
+
+class Api:
+    """The project's API; `call` answers None when it can't be reached."""
+
+    def __init__(self, configuration: Configuration, http: httpx.Client) -> None:
+        self._base = configuration.url.rstrip("/")
+        self._key = configuration.text_of_key
+        self._http = http
+
+    def call(self, function: str, params: Mapping[str, object] | None = None) -> Answer:
+        """Call a function.
+
+        Raises:
+            httpx.HTTPError: There was no answer.
+        """
+        headers = {"apikey": self._key, "Authorization": f"Bearer {self._key}"}
+        url = f"{self._base}/rest/v1/rpc/{function}"
+        return Answer(self._http.post(url, json=params or {}, headers=headers))
+
+
+def check_configuration(configuration: Configuration) -> Findings:
+    """Look at the settings without using them."""
+    if not configuration.url:
+        yield error("configuration", "SUPABASE_URL is not set.", _WHERE)
+    elif urlsplit(configuration.url).scheme not in ("http", "https") or not configuration.host:
+        yield error("configuration", "SUPABASE_URL is no URL like https://abc.supabase.co.", _WHERE)
+    yield _key_finding(configuration.text_of_key, configuration.host)
+
+
+def _key_finding(key: str, host: str) -> Finding:
+    if not key:
+        return error("key", "There is none.", _SECRET)
+    if not _can_be_sent(key):
+        return error("key", "The key has characters that no key has: was something else copied?", _SECRET)
+    if key.startswith("sb_secret_"):
+        return ok("key", "It is a secret key.")
+    if key.startswith("sb_publishable_"):
+        return error("key", "It is the publishable key, which may do nothing here.", _SECRET)
+    claims = _claims(key)
+    if claims is None:
+        return warning("key", "It looks like no key of Supabase's.", _SECRET)
+    return _token_finding(claims, host)
+
+
+def _token_finding(claims: Mapping[str, Any], host: str) -> Finding:
+    role, project, expires = claims.get("role"), claims.get("ref"), claims.get("exp")
+    if role != "service_role":
+        return error("key", f"It is a token of the role {role}, not of service_role.", _SECRET)
+    if isinstance(expires, int | float) and expires < datetime.now(UTC).timestamp():
+        return error("key", "It is a service_role key that has expired.", _SECRET)
+    if host.endswith(".supabase.co") and project and not host.startswith(f"{project}."):
+        return error("key", f"It belongs to the project {project}, and SUPABASE_URL to another.", _WHERE)
+    return ok("key", "It is a service_role key. (The newer secret keys can be revoked one by one.)")
+
+
+def _claims(key: str) -> dict[str, Any] | None:
+    """Read what a JWT says, if the key is one; who signed it does not matter here."""
+    parts = key.split(".")
+    try:
+        read: Any = json.loads(base64.urlsafe_b64decode(parts[1] + "=="))
+    except (IndexError, ValueError):
+        return None
+    return cast("dict[str, Any]", read) if len(parts) == 3 and isinstance(read, dict) else None
+
+
+def unreachable(host: str, reason: httpx.HTTPError) -> Finding:
+    """Explain why there was no answer."""
+    if isinstance(reason, httpx.TimeoutException):
+        why = "it did not answer in time"
+    elif "name" in str(reason).lower() and isinstance(reason, httpx.ConnectError):
+        why = "there is no such host"
+    else:
+        why = str(reason) or type(reason).__name__
+    remedy = "Is SUPABASE_URL right, the project not paused, and does a proxy or firewall stand between?"
+    return error("url", f"{host} can't be reached: {why}.", remedy)
+
+
+def check_answer(answer: Answer, took: float, host: str) -> Findings:
+    """Judge the answer to a first call."""
+    if answer.status == 401:
+        yield ok("url", f"{host} answers.")
+        yield error("api", "It does not know the key: it was revoked, or belongs to another project.", _WHERE)
+    elif answer.json is None or (answer.status == 404 and not answer.is_missing):
+        yield error("url", f"{host} answers with status {answer.status}, but not as Supabase does.", _WHERE)
+    elif answer.status >= 500:
+        remedy = "Look at the project's status and its logs; try again."
+        yield error("url", f"{host} answers with status {answer.status}. {answer.message}", remedy)
+    else:
+        yield ok("url", f"{host} answers.")
+        yield _speed(took)
+
+
+def _speed(took: float) -> Finding:
+    if took < _SLOW:
+        return ok("speed", f"A call takes {took * 1000:.0f} ms.")
+    remedy = "Is the project in another region, its instance too small, or something locking its tables?"
+    return warning("speed", f"A call takes {took:.1f} s.", remedy)
+
+
+def timed_call(api: Api, function: str) -> tuple[Answer, float]:
+    """Call a function, the second time on a connection that is open: how long does it take?"""
+    answer = api.call(function)
+    started = time.monotonic()
+    if answer.status < 400:
+        answer = api.call(function)
+    return answer, time.monotonic() - started
+
+
+def check_functions(api: Api) -> Findings:
+    """Call functions that workers and scripts need, in a way that does nothing."""
+    answers = {name: api.call(name, params) for name, params in _PROBES.items()}
+    missing = [name for name, answer in answers.items() if answer.is_missing]
+    closed = [name for name, answer in answers.items() if answer.code == "42501"]
+    if missing:
+        remedy = f"{REAPPLY} If it is applied: notify pgrst, 'reload schema'."
+        yield error("functions", f"The API has no {listed(missing)}.", remedy)
+    if closed:
+        yield error("functions", f"This key may not call {listed(closed)}.", f"{_SECRET} {REAPPLY}")
+    if not missing and not closed:
+        yield ok("functions", "The API serves them.")

@@ -1,0 +1,66 @@
+"""`dev`: a Supabase on this machine until Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from tokenlimits.local import LocalStack
+
+from ._terminal import err, note
+
+_EMAIL = "admin@example.com"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("dev")(dev)
+
+
+def dev(
+    *,
+    port: Annotated[int | None, typer.Option("--port", help="Else a free one.", show_default=False)] = None,
+    db_url: Annotated[
+        str | None,
+        typer.Option("--db-url", help="A PostgreSQL to serve; else one in memory.", show_default=False),
+    ] = None,
+) -> None:
+    """Run a Supabase on this machine until Ctrl-C.
+
+    It has the migrations applied and an admin, who can sign in. What it prints on stdout is a .env file. It needs
+    pip install 'tokenlimits[local]'.
+    """
+    ended = threading.Event()
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        ended.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    stack = LocalStack(db_url, port, timeout=120)
+    with err.status("Starting a local Supabase (the first time, it is fetched)"):
+        stack.start()
+    try:
+        _print(stack)
+        note("Ready. Ctrl-C ends it.", style="green")
+        while not ended.wait(3600):
+            pass
+    finally:
+        stack.stop()
+    note("Stopped.")
+
+
+def _print(stack: LocalStack) -> None:
+    """Print the .env; with an admin when there was none of that name in the database."""
+    taken = stack.sql("select from auth.users where email = $1", _EMAIL)
+    lines = dict(stack.environment())
+    if not taken:
+        admin = stack.create_user(_EMAIL, admin=True)
+        lines |= {"TOKENLIMITS_ADMIN_EMAIL": admin.email, "TOKENLIMITS_ADMIN_PASSWORD": admin.password}
+    for name, value in lines.items():
+        print(f"{name}={value}")  # noqa: T201
+    print(end="", flush=True)  # noqa: T201

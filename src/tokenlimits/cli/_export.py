@@ -1,0 +1,140 @@
+"""`export`: the ledger or the history as CSV or JSON lines, in little memory however long it is."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+
+import typer
+
+from tokenlimits import Bucket, UsageRecord
+
+from ._csv import guarded
+from ._find import find_group, find_user, manager
+from ._options import GroupOption, KindOption, Since, Until
+from ._terminal import err, note, progress
+
+Format = Literal["csv", "jsonl"]
+Row = dict[str, Any]
+
+_LEDGER = (
+    "id",
+    "created_at",
+    "group_id",
+    "group",
+    "user_id",
+    "email",
+    "kind",
+    "cost",
+    "status",
+    "idempotency_key",
+    "metadata",
+    "settled_at",
+    "expires_at",
+)
+_HISTORY = ("group_id", "group", "bucket", "kind", "used", "generations")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("export")(export)
+
+
+def export(
+    *,
+    format_: Annotated[Format, typer.Option("--format", help="How it is written.")] = "csv",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A file; else stdout.", dir_okay=False, show_default=False)
+    ] = None,
+    by: Annotated[
+        Bucket | None,
+        typer.Option("--by", help="Sums per group, kind and this step, in place of single rows.", show_default=False),
+    ] = None,
+    group: GroupOption = None,
+    user: Annotated[
+        str | None, typer.Option("--user", help="A user's id or e-mail address.", show_default=False)
+    ] = None,
+    kind: KindOption = None,
+    since: Since = None,
+    until: Until = None,
+) -> None:
+    """Write the ledger, or with --by its sums.
+
+    All groups, users and kinds, from the beginning (--by: of 30 days), if you don't say otherwise. What was recorded
+    before you begin comes exactly once, whatever is recorded meanwhile. In CSV, text that a spreadsheet would take for
+    a formula has an apostrophe before it.
+    """
+    if by is not None and user is not None:
+        raise typer.BadParameter("--by has no sums per user: leave out --user")
+    with manager() as groups, _opened(output) as file:
+        group_id = find_group(groups, group).id if group is not None else None
+        if by is None:
+            user_id = find_user(groups, user) if user is not None else None
+            found = groups.export_usage(group_id, user_id=user_id, kind=kind, since=since, until=until)
+            written = _write(file, format_, _LEDGER, map(_ledger_row, found))
+        else:
+            wanted = [groups.get(group_id)] if group_id is not None else groups.list()
+            sums = (
+                {"group_id": str(each.id), "group": each.name, **point.model_dump(mode="json")}
+                for each in wanted
+                for point in groups.history(each.id, kind=kind, bucket=by, since=since, until=until)
+            )
+            written = _write(file, format_, _HISTORY, sums)
+    if output is not None or err.is_terminal:
+        note(f"{written:,} rows" + (f" in {output}." if output is not None else "."))
+
+
+@contextmanager
+def _opened(output: Path | None) -> Generator[IO[str]]:
+    """Open stdout as UTF-8, or a file, which appears when all of it is there."""
+    if output is None:
+        reconfigure: Callable[..., None] | None = getattr(sys.stdout, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(encoding="utf-8", newline="")
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    # a device is written to, never replaced
+    unfinished = output.with_name(f"{output.name}.unfinished") if output.is_file() or not output.exists() else output
+    try:
+        with unfinished.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        if unfinished != output:
+            unfinished.replace(output)
+    finally:
+        if unfinished != output:
+            unfinished.unlink(missing_ok=True)
+
+
+def _ledger_row(usage: UsageRecord) -> Row:
+    row = usage.model_dump(mode="json")
+    return {**row, "group_id": row["group"]["id"], "group": row["group"]["name"]}
+
+
+def _write(file: IO[str], format_: Format, columns: tuple[str, ...], rows: Iterator[Row]) -> int:
+    # a bar between the rows would spoil both
+    bar, task = progress("Exporting", None, hidden=file.isatty())
+    write = csv.writer(file, lineterminator="\n").writerow
+    count = 0
+    with bar:
+        if format_ == "csv":
+            write(columns)
+        for count, row in enumerate(rows, 1):
+            if format_ == "csv":
+                write([_cell(row[column]) for column in columns])
+            else:
+                file.write(json.dumps({column: row[column] for column in columns}) + "\n")
+            if count % 1000 == 0:
+                bar.update(task, completed=count)
+    return count
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, dict):
+        return json.dumps(value) if value else ""
+    return guarded(value)

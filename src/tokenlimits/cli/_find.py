@@ -1,0 +1,77 @@
+"""The clients of the commands, and groups and users by what people call them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from uuid import UUID
+
+from tokenlimits import Group, GroupManager, GroupNotFound, TokenLimits
+
+from ._terminal import Problem
+
+# a command may take what Supabase allows a statement, twice
+_TIMEOUT = 20
+
+
+def manager() -> GroupManager:
+    """Make the client for groups."""
+    return GroupManager.from_env(timeout=_TIMEOUT)
+
+
+def worker() -> TokenLimits:
+    """Make the client for generations."""
+    return TokenLimits.from_env(timeout=_TIMEOUT)
+
+
+def as_id(text: str) -> UUID | None:
+    """Read an id; None when it is something else."""
+    try:
+        return UUID(text.strip())
+    except ValueError:
+        return None
+
+
+def find_group(groups: GroupManager, text: str) -> Group:
+    """Find a group by its id or name.
+
+    Raises:
+        GroupNotFound: There is none.
+    """
+    id_ = as_id(text)
+    if id_ is None:
+        return groups.get_by_name(text)
+    try:
+        return groups.get(id_)
+    except GroupNotFound:
+        return groups.get_by_name(text)
+
+
+def find_user(groups: GroupManager, text: str) -> UUID:
+    """Find a user by their id or whole e-mail address.
+
+    Raises:
+        Problem: Nobody has the address, or several have.
+    """
+    user = resolve(groups, [text])[text]
+    if isinstance(user, UUID):
+        return user
+    raise Problem(f"{text}: {user}. Name the user by id, from Supabase's Authentication page.")
+
+
+def resolve(groups: GroupManager, names: Iterable[str]) -> dict[str, UUID | str]:
+    """Find users by ids or whole e-mail addresses: the id of each, or a text that says why there is none."""
+    distinct = list(dict.fromkeys(names))
+    by_email: dict[str, list[UUID]] = defaultdict(list)
+    emails = [name for name in distinct if "@" in name]
+    for user in groups.find_users_by_email(emails) if emails else []:
+        by_email[(user.email or "").lower()].append(user.user_id)
+    return {name: _user_id(name, by_email[name.strip().lower()]) for name in distinct}
+
+
+def _user_id(name: str, of_email: Sequence[UUID]) -> UUID | str:
+    if "@" not in name:
+        return as_id(name) or "is neither a user's id nor an e-mail address"
+    if len(of_email) == 1:
+        return of_email[0]
+    return "several users have this e-mail address: use the id" if of_email else "no user has this e-mail address"

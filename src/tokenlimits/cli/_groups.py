@@ -1,0 +1,174 @@
+"""`groups`: list, show, create, edit, delete, reset."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tokenlimits import Group, GroupUsage
+
+from . import _limits
+from ._find import find_group, manager
+from ._options import AsJson, GroupArgument, KindOption, Yes
+from ._terminal import confirm, facts, moment, print_json, say, show, table
+from ._usage import usage_table
+
+commands = typer.Typer(help="The groups of users.", no_args_is_help=True, rich_markup_mode=None)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Unique whatever its case.", show_default=False)]
+NewName = Annotated[str | None, typer.Option("--name", help="Another name.", show_default=False)]
+Description = Annotated[str | None, typer.Option("--description", help="For people.", show_default=False)]
+Priority = Annotated[
+    int | None, typer.Option("--priority", help="A user's groups pay from high to low.", show_default=False)
+]
+Timezone = Annotated[
+    str | None, typer.Option("--timezone", help="In which periods begin, like Europe/Paris.", show_default=False)
+]
+Default = Annotated[
+    bool | None, typer.Option("--default/--no-default", help="Judges users who are in no group.", show_default=False)
+]
+Limits = Annotated[
+    list[str] | None, typer.Option("--limit", "-l", help="Like image=100/month; may be repeated.", show_default=False)
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.add_typer(commands, name="groups")
+
+
+@commands.command("list")
+def list_(
+    *,
+    search: Annotated[
+        str | None, typer.Option("--search", help="Those whose name contains this.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List groups with their limits."""
+    with manager() as groups:
+        found = groups.list(search=search)
+    if as_json:
+        print_json(found)
+    elif found:
+        show(table("name", "id", "priority", "time zone", "limits", rows=map(_row, found), right=["priority"]))
+    else:
+        say("No groups. Make one with: tokenlimits groups create Pro --limit image=100/month")
+
+
+def _row(group: Group) -> tuple[object, ...]:
+    name = f"{group.name} (default)" if group.is_default else group.name
+    limits = " ".join(map(_limits.write, group.limits)) or "none"
+    return name, group.id, group.priority, group.timezone, limits
+
+
+@commands.command("show")
+def show_(group: GroupArgument, *, as_json: AsJson = False) -> None:
+    """Show a group: its settings, limits, members and usage."""
+    with manager() as groups:
+        found = find_group(groups, group)
+        usage = groups.usage(found.id)
+    if as_json:
+        print_json({**found.model_dump(mode="json"), "usage": usage.model_dump(mode="json")})
+    else:
+        _show(found, usage)
+
+
+def _show(group: Group, usage: GroupUsage) -> None:
+    say(group.name, style="bold")
+    rows = [
+        ("id", group.id),
+        ("description", group.description),
+        ("priority", group.priority),
+        ("time zone", group.timezone),
+        ("default", "yes" if group.is_default else "no"),
+        ("members", f"{usage.member_count:,}"),
+        ("created", moment(group.created_at)),
+    ]
+    show(facts(rows))
+    say("")
+    if usage.limits:
+        show(usage_table([usage], name_groups=False))
+    else:
+        _limits.show_limits(group)
+
+
+@commands.command()
+def create(
+    name: Name,
+    *,
+    limit: Limits = None,
+    description: Description = "",
+    priority: Priority = 0,
+    timezone: Timezone = "UTC",
+    default: Default = False,
+    as_json: AsJson = False,
+) -> None:
+    """Create a group with its limits."""
+    limits = [_limits.parse(text) for text in limit or []]
+    with manager() as groups:
+        made = groups.create(
+            name,
+            limits=limits,
+            description=description or "",
+            priority=priority or 0,
+            timezone=timezone or "UTC",
+            is_default=bool(default),
+        )
+    if as_json:
+        print_json(made)
+    else:
+        say(f"Created {made.name}, {made.id}.", style="green")
+        _limits.show_limits(made)
+
+
+@commands.command()
+def edit(
+    group: GroupArgument,
+    *,
+    name: NewName = None,
+    description: Description = None,
+    priority: Priority = None,
+    timezone: Timezone = None,
+    default: Default = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change a group's settings; `limits set` changes its limits."""
+    with manager() as groups:
+        changed = groups.update(
+            find_group(groups, group).id,
+            name=name,
+            description=description,
+            priority=priority,
+            timezone=timezone,
+            is_default=default,
+        )
+    if as_json:
+        print_json(changed)
+    else:
+        say(f"Changed {changed.name}.", style="green")
+
+
+@commands.command()
+def delete(group: GroupArgument, *, yes: Yes = False) -> None:
+    """Delete a group; the ledger of what was used stays."""
+    with manager() as groups:
+        found = find_group(groups, group)
+        members = groups.usage(found.id).member_count
+        confirm(f"Delete {found.name}, its {len(found.limits)} limits and {members:,} memberships?", yes=yes)
+        groups.delete(found.id)
+    say(f"Deleted {found.name}.", style="green")
+
+
+@commands.command()
+def reset(group: GroupArgument, *, kind: KindOption = None, yes: Yes = False) -> None:
+    """Give a group a fresh start in its current periods.
+
+    The ledger and the history stay.
+    """
+    with manager() as groups:
+        found = find_group(groups, group)
+        confirm(f"Forget what {found.name} has used of {kind or 'everything'} in its current periods?", yes=yes)
+        at = groups.reset_usage(found.id, kind=kind)
+    say(f"{found.name} counts from {at.isoformat()} on.", style="green")

@@ -1,0 +1,90 @@
+"""`history`: what was used over time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, tzinfo
+from typing import Annotated
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import typer
+from rich.table import Table
+
+from tokenlimits import Bucket, Group, HistoryPoint
+
+from ._find import find_group, manager
+from ._options import AsJson, KindOption, Since, Until
+from ._terminal import Bar, print_json, say, show, table
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("history")(history)
+
+
+def history(
+    group: Annotated[
+        str | None,
+        typer.Argument(metavar="GROUP", help="A group's name or id; else all, in UTC.", show_default=False),
+    ] = None,
+    *,
+    by: Annotated[Bucket, typer.Option("--by", help="The step.")] = "day",
+    kind: KindOption = None,
+    since: Since = None,
+    until: Until = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what was used over time.
+
+    By hour, day, week or month in the group's time zone, against its limit where it has one of that step; of the last
+    30 days, if you don't say.
+    """
+    with manager() as groups:
+        found = find_group(groups, group) if group is not None else None
+        group_id = found.id if found is not None else None
+        points = groups.history(group_id, kind=kind, bucket=by, since=since, until=until)
+    if as_json:
+        print_json(points)
+    elif points:
+        show(_table(points, by, found))
+    else:
+        say("Nothing was used in that time.")
+
+
+def _zone(name: str) -> tzinfo:
+    try:
+        return ZoneInfo(name)
+    except ZoneInfoNotFoundError:  # a system without time zones, or with older ones than the database
+        return UTC
+
+
+def _table(points: Sequence[HistoryPoint], by: Bucket, group: Group | None) -> Table:
+    """Draw the points: against the group's present limit of that step where it has one, else against the most."""
+    zone = _zone(group.timezone if group is not None else "UTC")
+    limits = {
+        limit.kind: limit.max
+        for limit in (group.limits if group is not None else ())
+        if limit.period == by and limit.scope == "group" and limit.max
+    }
+    most: dict[str, int] = {}
+    for point in points:
+        most[point.kind] = max(point.used, most.get(point.kind, 1))
+    rows = [
+        (
+            _when(point.bucket.astimezone(zone), by),
+            point.kind,
+            Bar(point.used / limits[point.kind])
+            if point.kind in limits
+            else Bar(point.used / most[point.kind], style="cyan"),
+            f"{point.used:,}",
+            f"{limits[point.kind]:,}" if point.kind in limits else "",
+            f"{point.generations:,}",
+        )
+        for point in points
+    ]
+    columns = ("kind", "", "used", "of", "generations")
+    return table(f"{by} ({zone})", *columns, rows=rows, right=["used", "of", "generations"])
+
+
+def _when(at: datetime, by: Bucket) -> str:
+    return f"{at:%Y-%m-%d %H:%M}" if by == "hour" else f"{at:%Y-%m}" if by == "month" else f"{at:%Y-%m-%d}"

@@ -1,0 +1,160 @@
+"""`limits`, and how a limit is written: image=100/month, image=10/day/member, audio=unlimited."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, get_args
+
+import typer
+
+from tokenlimits import Group, GroupManager, Limit
+from tokenlimits.models import Period, Scope
+
+from ._find import find_group, manager
+from ._options import AsJson, GroupArgument, Yes
+from ._terminal import Problem, confirm, print_json, say, show, table
+
+_EXAMPLE = "write it like image=100/month, image=10/day/member or audio=unlimited"
+Limits = Annotated[
+    list[str], typer.Argument(metavar="LIMIT", help="Like image=100/month image=10/day/member audio=unlimited.")
+]
+Identities = Annotated[list[str], typer.Argument(metavar="LIMIT", help="Like image/month image/day/member.")]
+
+commands = typer.Typer(help="The limits of a group.", no_args_is_help=True, rich_markup_mode=None)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.add_typer(commands, name="limits")
+
+
+def parse(text: str) -> Limit:
+    """Read a limit.
+
+    Raises:
+        Problem: It can't be read.
+    """
+    identity, equals, maximum = text.partition("=")
+    amount, _, rest = maximum.partition("/")
+    if not equals or "/" in identity:
+        raise Problem(f"{text}: {_EXAMPLE}")
+    return _limit(text, identity, _maximum(text, amount), rest.split("/") if rest else [])
+
+
+def parse_identity(text: str) -> Limit:
+    """Read which limit is meant, without its max.
+
+    Raises:
+        Problem: It can't be read.
+    """
+    kind, *rest = text.split("/")
+    return _limit(text, kind, 0, rest)
+
+
+def _maximum(text: str, amount: str) -> int | None:
+    if amount == "unlimited":
+        return None
+    if not re.fullmatch(r"[0-9][0-9_]*", amount):
+        raise Problem(f"{text}: {amount!r} is neither a whole number nor unlimited; {_EXAMPLE}")
+    return int(amount.replace("_", ""))
+
+
+def _limit(text: str, kind: str, maximum: int | None, words: Sequence[str]) -> Limit:
+    periods = [word for word in words if word in get_args(Period)]
+    scopes = [word for word in words if word in get_args(Scope)]
+    if unknown := [word for word in words if word not in [*periods, *scopes]]:
+        known = ", ".join([*get_args(Period), *get_args(Scope)])
+        raise Problem(f"{text}: {unknown[0]!r} is none of {known}")
+    if len(periods) > 1 or len(scopes) > 1:
+        raise Problem(f"{text}: has one period and one scope at most; {_EXAMPLE}")
+    try:
+        return Limit.model_validate(
+            {"kind": kind, "max": maximum, "period": (periods or ["lifetime"])[0], "scope": (scopes or ["group"])[0]}
+        )
+    except ValueError:
+        raise Problem(
+            f"{text}: a kind is lower-case letters, digits and _, at most 32; a max is at most 10^15"
+        ) from None
+
+
+def write(limit: Limit) -> str:
+    """Write a limit as it is read."""
+    maximum = "unlimited" if limit.max is None else limit.max
+    return f"{limit.kind}={maximum}{_suffix(limit)}"
+
+
+def _suffix(limit: Limit) -> str:
+    return f"/{limit.period}" + ("/member" if limit.scope == "member" else "")
+
+
+def show_limits(group: Group) -> None:
+    """Print a group's limits."""
+    if not group.limits:
+        say("No limits: nobody may generate anything in this group.", style="yellow")
+        return
+    rows = [
+        (limit.kind, "unlimited" if limit.max is None else f"{limit.max:,}", limit.period, limit.scope)
+        for limit in group.limits
+    ]
+    show(table("kind", "max", "period", "scope", rows=rows, right=["max"]))
+
+
+@commands.command("list")
+def list_(group: GroupArgument, *, as_json: AsJson = False) -> None:
+    """List a group's limits."""
+    with manager() as groups:
+        found = find_group(groups, group)
+    if as_json:
+        print_json(found.limits)
+    else:
+        show_limits(found)
+
+
+@commands.command("set")
+def set_(
+    group: GroupArgument,
+    limits: Limits,
+    *,
+    replace: Annotated[bool, typer.Option("--replace", help="Remove the limits that are not named.")] = False,
+    yes: Yes = False,
+) -> None:
+    """Add limits, or change their max; what is used stays.
+
+    LIMIT is KIND=MAX[/PERIOD][/member]: MAX is a number or unlimited; PERIOD is minute, hour, day, week, month or
+    lifetime (the default); a member limit is for each member.
+    """
+    wanted = [parse(text) for text in limits]
+    with manager() as groups:
+        found = find_group(groups, group)
+        show_limits(_replace(groups, found, wanted, yes=yes) if replace else _change(groups, found, wanted))
+
+
+def _change(groups: GroupManager, group: Group, limits: Sequence[Limit]) -> Group:
+    for limit in limits:
+        group = groups.set_limit(group.id, limit)
+    return group
+
+
+def _replace(groups: GroupManager, group: Group, limits: Sequence[Limit], *, yes: bool) -> Group:
+    kept = {(limit.kind, limit.period, limit.scope) for limit in limits}
+    gone = [write(limit) for limit in group.limits if (limit.kind, limit.period, limit.scope) not in kept]
+    if gone:
+        confirm(f"Remove {', '.join(gone)} from {group.name}?", yes=yes)
+    return groups.set_limits(group.id, limits)
+
+
+@commands.command()
+def remove(group: GroupArgument, limits: Identities, *, yes: Yes = False) -> None:
+    """Remove limits; the ledger keeps what was used."""
+    wanted = [parse_identity(text) for text in limits]
+    with manager() as groups:
+        found = find_group(groups, group)
+        there = {(limit.kind, limit.period, limit.scope) for limit in found.limits}
+        for limit in wanted:
+            if (limit.kind, limit.period, limit.scope) not in there:
+                raise Problem(f"{found.name} has no limit {limit.kind}{_suffix(limit)}. See: tokenlimits groups show")
+        confirm(f"Remove {', '.join(limits)} from {found.name}?", yes=yes)
+        for limit in wanted:
+            found = groups.remove_limit(found.id, limit.kind, period=limit.period, scope=limit.scope)
+    show_limits(found)

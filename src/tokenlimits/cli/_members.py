@@ -1,0 +1,178 @@
+"""`members`: list, add, remove, move; one user or fifty thousand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+from uuid import UUID
+
+import typer
+
+from tokenlimits import Group, GroupManager
+
+from ._bulk import File, Line, Outcome, Report, StartLine, at_once, in_parts, report, source
+from ._find import find_group, manager, resolve
+from ._options import AsJson, GroupArgument, KindOption, Since, Until, Yes
+from ._terminal import Bar, confirm, moment, out, plain, print_json, print_json_list, say, show, table
+
+commands = typer.Typer(help="Who is in a group.", no_args_is_help=True, rich_markup_mode=None)
+
+Users = Annotated[list[str] | None, typer.Argument(metavar="USER", help="Ids or e-mail addresses.", show_default=False)]
+
+# a line names its user in the first of these columns that it has
+_COLUMNS = ("user_id", "id", "user", "email", "e-mail")
+_PART = 1_000
+_MOVES = 100
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.add_typer(commands, name="members")
+
+
+@commands.command("list")
+def list_(group: GroupArgument, *, as_json: AsJson = False) -> None:
+    """List a group's members."""
+    with manager() as groups:
+        members = groups.members(find_group(groups, group).id)
+        if as_json:
+            print_json_list(members)
+            return
+        for member in members:
+            email = "" if member.email is None else plain(member.email)
+            out.print(f"{member.user_id}  {moment(member.joined_at)}  {email}", soft_wrap=True)
+
+
+@commands.command()
+def top(
+    group: GroupArgument,
+    *,
+    count: Annotated[int, typer.Option("--count", "-n", help="How many.")] = 10,
+    kind: KindOption = None,
+    since: Since = None,
+    until: Until = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show who used most, also of those who left.
+
+    In the last 30 days, if you don't say otherwise.
+    """
+    with manager() as groups:
+        found = find_group(groups, group)
+        members = groups.top_members(found.id, kind=kind, since=since, until=until, count=count)
+    if as_json:
+        print_json(members)
+    elif members:
+        rows = [
+            (
+                member.email or member.user_id,
+                Bar(member.used / max(1, members[0].used), style="cyan"),
+                f"{member.used:,}",
+                f"{member.generations:,}",
+            )
+            for member in members
+        ]
+        show(table("user", "", "used", "generations", rows=rows, right=["used", "generations"]))
+    else:
+        say("Nothing was used in that time.")
+
+
+@commands.command()
+def add(
+    group: GroupArgument,
+    users: Users = None,
+    *,
+    file: File = None,
+    start_line: StartLine = 1,
+    report_to: Report = None,
+) -> None:
+    """Add users to a group, by id or e-mail address.
+
+    A file has one user per line, or is CSV with a column user_id or email. Adding somebody again does no harm.
+    """
+    outcome = Outcome()
+    with manager() as groups, source(users or [], file, _COLUMNS, start_line) as lines:
+        found = find_group(groups, group)
+        in_parts(lines, "Adding", _PART, lambda part: _add(groups, found, part, outcome))
+    report(outcome, report_to)
+
+
+def _add(groups: GroupManager, group: Group, part: Sequence[Line], outcome: Outcome) -> None:
+    ids = _ids(groups, part, outcome)
+    result = groups.add_members(group.id, ids.values())
+    reasons = {each.user_id: each.reason for each in result.refused}
+    unknown = [line for line, user_id in ids.items() if user_id in reasons]
+    for line in unknown:
+        outcome.refuse(line, reasons[ids[line]])
+    already = len(ids) - len(unknown) - result.added
+    outcome.counts.update({"added": result.added, "members already": already})
+
+
+@commands.command()
+def remove(
+    group: GroupArgument,
+    users: Users = None,
+    *,
+    file: File = None,
+    start_line: StartLine = 1,
+    report_to: Report = None,
+    yes: Yes = False,
+) -> None:
+    """Remove users from a group.
+
+    Their usage stays, and is found again if they return.
+    """
+    outcome = Outcome()
+    with manager() as groups, source(users or [], file, _COLUMNS, start_line) as lines:
+        found = find_group(groups, group)
+        whom = f"{len(users):,} users" if users else f"the users in {file}"
+        confirm(f"Remove {whom} from {found.name}?", yes=yes)
+        in_parts(lines, "Removing", _PART, lambda part: _remove(groups, found, part, outcome))
+    report(outcome, report_to)
+
+
+def _remove(groups: GroupManager, group: Group, part: Sequence[Line], outcome: Outcome) -> None:
+    ids = _ids(groups, part, outcome)
+    removed = groups.remove_members(group.id, ids.values())
+    outcome.counts.update({"removed": removed, "no members": len(ids) - removed})
+
+
+@commands.command()
+def move(
+    users: Users = None,
+    *,
+    from_: Annotated[str, typer.Option("--from", metavar="GROUP", help="Which they leave.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", metavar="GROUP", help="Which they join.", show_default=False)],
+    file: File = None,
+    start_line: StartLine = 1,
+    report_to: Report = None,
+) -> None:
+    """Move users from one group to another, each in one step."""
+    outcome = Outcome()
+    with manager() as groups, source(users or [], file, _COLUMNS, start_line) as lines:
+        left, joined = find_group(groups, from_), find_group(groups, to)
+        in_parts(lines, "Moving", _MOVES, lambda part: _move(groups, left, joined, part, outcome))
+    report(outcome, report_to)
+
+
+def _move(groups: GroupManager, left: Group, joined: Group, part: Sequence[Line], outcome: Outcome) -> None:
+    ids = _ids(groups, part, outcome)
+    moved = at_once(lambda user_id: groups.move_member(user_id, from_=left.id, to=joined.id), ids.values())
+    for line, done in zip(ids, moved, strict=True):
+        if not done:
+            outcome.refuse(line, f"was not in {left.name}")
+    outcome.counts.update({"moved": sum(moved)})
+
+
+def _ids(groups: GroupManager, part: Sequence[Line], outcome: Outcome) -> dict[Line, UUID]:
+    """Read or look up the users of some lines; refuse the lines that name none."""
+    names = {line: next((line.cells[column] for column in _COLUMNS if line.cells.get(column)), "") for line in part}
+    users = resolve(groups, names.values())
+    found: dict[Line, UUID] = {}
+    for line, name in names.items():
+        user = users[name]
+        if isinstance(user, UUID):
+            found[line] = user
+        else:
+            outcome.refuse(line, user)
+    return found

@@ -1,0 +1,180 @@
+"""What people see: tables, colours where they can be shown, progress bars, questions; and JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any, cast
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+# wide enough that no table is folded in a pipe or a file
+_WIDE = 240
+_BAR = 20
+_NARROW_BAR = 4
+
+
+def _console(*, stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDE
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=width, soft_wrap=False)
+
+
+out = _console()
+"""For results."""
+
+err = _console(stderr=True)
+"""For errors, progress and questions, so that results can be piped."""
+
+
+class Problem(Exception):
+    """What ends a command with one line that says what to do."""
+
+
+def plain(text: object) -> str:
+    """Make text of others safe to show: no character of it moves the cursor or changes colours."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+
+
+def say(text: object, style: str = "") -> None:
+    """Print a line for people, which may have names in it that others chose."""
+    out.print(Text("\n".join(map(plain, str(text).split("\n"))), style=style), soft_wrap=True)
+
+
+def note(text: object, style: str = "") -> None:
+    """Print a line for people beside the results, on stderr."""
+    err.print(Text("\n".join(map(plain, str(text).split("\n"))), style=style), soft_wrap=True)
+
+
+def table(*columns: str, rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> Table:
+    """Make a table; cells are text, or what rich can draw."""
+    made = Table(box=None, header_style="dim", pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*map(_cell, row))
+    return made
+
+
+def facts(rows: Iterable[tuple[str, object]]) -> Table:
+    """Make a table of names and values."""
+    made = Table.grid(padding=(0, 2))
+    made.add_column(style="dim")
+    made.add_column(overflow="fold")
+    for name, value in rows:
+        made.add_row(name, _cell(value))
+    return made
+
+
+def _cell(value: object) -> RenderableType:
+    if value is None:
+        return ""
+    if isinstance(value, datetime):
+        return moment(value)
+    return cast("RenderableType", value) if isinstance(value, Bar | Text) else plain(value)
+
+
+def show(thing: RenderableType) -> None:
+    """Print a table, or whatever rich can draw."""
+    out.print(thing)
+
+
+def print_json(value: object) -> None:
+    """Print models, or lists and objects of them, for programs."""
+    print(json.dumps(value, default=_jsonable, indent=2), flush=True)  # noqa: T201
+
+
+def print_json_list(values: Iterable[BaseModel]) -> None:
+    """Print a list as it comes, however long it is."""
+    separator = "[\n  "
+    for value in values:
+        print(f"{separator}{value.model_dump_json()}", end="")  # noqa: T201
+        separator = ",\n  "
+    print("\n]" if separator.startswith(",") else "[]", flush=True)  # noqa: T201
+
+
+def _jsonable(value: object) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value)
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before something is destroyed.
+
+    Raises:
+        Problem: The answer is no, or nobody can be asked.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise Problem(f"{question} Nobody is there to be asked: say --yes if you mean it.")
+    if not typer.confirm(plain(question), err=True):
+        raise Problem("Nothing was changed.")
+
+
+def progress(what: str, total: int | None, *, hidden: bool = False) -> tuple[Progress, Any]:
+    """Make a progress bar on stderr, which shows nothing where that is no terminal; use it in a with statement."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        disable=hidden or not err.is_terminal,
+    )
+    return bar, bar.add_task(what, total=total)
+
+
+def moment(at: datetime | None) -> str:
+    """Write a moment, to the minute; nothing for None."""
+    return "" if at is None else f"{at.astimezone(UTC):%Y-%m-%d %H:%M}"
+
+
+def countdown(until: datetime | None, now: datetime) -> str:
+    """Write how long it is until a moment."""
+    if until is None:
+        return "never"
+    seconds = max(0, int((until - now).total_seconds()))
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02}h"
+    return f"{hours}h {minutes:02}m {seconds:02}s" if hours else f"{minutes}m {seconds:02}s"
+
+
+def colour(fraction: float | None) -> str:
+    """Choose green, yellow or red for what is used of a limit."""
+    used = fraction or 0
+    return "green" if used < 0.7 else "yellow" if used < 0.9 else "red"
+
+
+class Bar:
+    """A bar of characters, as wide as there is room, which says something without colours too."""
+
+    def __init__(self, fraction: float, *, style: str | None = None) -> None:
+        self._fraction = min(max(fraction, 0), 1)
+        self._style = style or colour(fraction)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw it."""
+        width = min(options.max_width, _BAR)
+        full, part = divmod(round(self._fraction * width * 8), 8)
+        drawn = "█" * full + (" ▏▎▍▌▋▊▉"[part] if part else "")
+        yield Text(drawn.ljust(width, "░"), style=self._style)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        """Say how much room it needs, and how much it would like."""
+        return Measurement(min(_NARROW_BAR, options.max_width), min(_BAR, options.max_width))

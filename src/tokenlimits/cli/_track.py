@@ -1,0 +1,76 @@
+"""`track` and `check`, for a try."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+from uuid import UUID
+
+import typer
+
+from tokenlimits import TrackResult
+
+from ._find import find_group, find_user, manager, worker
+from ._options import AsJson, GroupOption, KindArgument, UserArgument
+from ._terminal import countdown, facts, print_json, say, show
+
+Cost = Annotated[int, typer.Option("--cost", help="How much it takes from the limits.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("track")(track)
+    app.command("check")(check)
+
+
+def track(
+    user: UserArgument,
+    kind: KindArgument,
+    *,
+    cost: Cost = 1,
+    group: GroupOption = None,
+    key: Annotated[
+        str | None, typer.Option("--key", help="An idempotency key: again, it charges nothing.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Track one generation; the exit status is 1 when it is denied."""
+    user_id, group_id = _who(user, group)
+    with worker() as limits:
+        _answer(limits.track(user_id, kind, cost, idempotency_key=key, group_id=group_id), as_json=as_json)
+
+
+def check(
+    user: UserArgument, kind: KindArgument, *, cost: Cost = 1, group: GroupOption = None, as_json: AsJson = False
+) -> None:
+    """Say what track would answer; record nothing."""
+    user_id, group_id = _who(user, group)
+    with worker() as limits:
+        _answer(limits.check(user_id, kind, cost, group_id=group_id), as_json=as_json)
+
+
+def _who(user: str, group: str | None) -> tuple[UUID, UUID | None]:
+    with manager() as groups:
+        return find_user(groups, user), find_group(groups, group).id if group is not None else None
+
+
+def _answer(result: TrackResult, *, as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+    elif result.allowed:
+        _show(result)
+    else:
+        say(f"Denied ({result.reason}): {result.error}", style="red")
+    if not result.allowed:
+        raise typer.Exit(1)
+
+
+def _show(result: TrackResult) -> None:
+    say("Allowed." if not result.replayed else "Allowed; an earlier call with this key had recorded it.", style="green")
+    rows = [
+        ("usage", result.usage_id or "none was recorded"),
+        ("paid by", result.group.name if result.group is not None else ""),
+        ("left", "unlimited" if result.remaining is None else f"{result.remaining:,}"),
+        ("resets in", countdown(result.reset_at, datetime.now(UTC))),
+    ]
+    show(facts(rows))

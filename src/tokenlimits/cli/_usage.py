@@ -1,0 +1,150 @@
+"""`usage`: what is used of every limit, once or live."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+from rich.console import Group as Stack
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from tokenlimits import GroupLimitUsage, GroupManager, GroupUsage, ServiceUnavailable, TokenLimits, UserLimit
+
+from ._find import find_group, find_user, manager, worker
+from ._options import AsJson
+from ._terminal import Bar, Problem, colour, countdown, out, plain, print_json, say, show, table
+
+Answer = Sequence[GroupUsage] | Sequence[UserLimit]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("usage")(usage)
+
+
+def usage(
+    group: Annotated[
+        str | None, typer.Argument(metavar="GROUP", help="A group's name or id; else all.", show_default=False)
+    ] = None,
+    *,
+    user: Annotated[
+        str | None, typer.Option("--user", help="Of this user, by id or e-mail address.", show_default=False)
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it live until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option("--interval", min=0.5, help="Seconds between two looks.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is used of every limit.
+
+    A member limit is shown for all members together, unless you name a user.
+    """
+    if group is not None and user is not None:
+        raise Problem("Name a group, or a user with --user, not both.")
+    if watch and (as_json or not out.is_terminal):
+        raise Problem("--watch needs a terminal, and no --json. Without it, usage answers once.")
+    with manager() as groups, worker() as limits:
+        read = _reader(groups, limits, group, user)
+        if watch:
+            _watch(read, interval)
+        elif as_json:
+            print_json(read())
+        else:
+            _show(read())
+
+
+def _reader(groups: GroupManager, limits: TokenLimits, group: str | None, user: str | None) -> Callable[[], Answer]:
+    if user is not None:
+        user_id = find_user(groups, user)
+        return lambda: limits.usage(user_id)
+    if group is not None:
+        group_id = find_group(groups, group).id
+        return lambda: [groups.usage(group_id)]
+    return groups.usage_all
+
+
+def _show(answer: Answer) -> None:
+    drawn = usage_table(answer)
+    if drawn.row_count:
+        show(drawn)
+    else:
+        say("There are no limits. Set some with: tokenlimits limits set GROUP image=100/month")
+
+
+def usage_table(answer: Answer, *, name_groups: bool = True) -> Table:
+    """Draw usage: one line per limit, with a bar in green, yellow or red."""
+    now = datetime.now(UTC)
+    columns = ["kind", "limit", "", "used", "of", "left", "resets in"]
+    rows = [row for each in answer for row in _rows(each, now)]
+    if name_groups:
+        return table("group", *columns, rows=rows, right=["used", "of", "left", "resets in"])
+    return table(*columns, rows=[row[1:] for row in rows], right=["used", "of", "left", "resets in"])
+
+
+def _rows(answer: GroupUsage | UserLimit, now: datetime) -> Iterable[Sequence[object]]:
+    if isinstance(answer, UserLimit):
+        fraction = None if answer.max is None else answer.used / answer.max if answer.max else 1.0
+        yield plain(answer.group.name), *_cells(answer, answer.max, fraction, now)
+        return
+    for limit in answer.limits:
+        # nothing of nothing is no alarm: there are no members yet
+        fraction = 0.0 if limit.capacity == limit.used == 0 and limit.max else limit.fraction
+        yield plain(answer.group.name), *_cells(limit, limit.capacity, fraction, now)
+
+
+def _cells(
+    limit: GroupLimitUsage | UserLimit, capacity: int | None, fraction: float | None, now: datetime
+) -> Sequence[object]:
+    per = "in total" if limit.period == "lifetime" else "an hour" if limit.period == "hour" else f"a {limit.period}"
+    most = "unlimited" if limit.max is None else "blocked" if limit.max == 0 else f"{limit.max:,}"
+    each = " each" if limit.scope == "member" else ""
+    return (
+        limit.kind,
+        f"{most} {per}{each}",
+        "" if fraction is None else Bar(fraction),
+        Text(f"{limit.used:,}", style=colour(fraction)),
+        "" if capacity is None else f"{capacity:,}",
+        "" if limit.remaining is None else f"{limit.remaining:,}",
+        countdown(limit.reset_at, now),
+    )
+
+
+def _watch(read: Callable[[], Answer], interval: float) -> None:
+    """Look every few seconds, and count down every second between."""
+    answer = read()
+    problem = ""
+    looked = time.monotonic()
+    with Live(_screen(answer, problem), console=out, screen=True, auto_refresh=False) as live:
+        try:
+            while True:
+                live.update(_screen(answer, problem), refresh=True)
+                time.sleep(min(1, interval))
+                if time.monotonic() - looked >= interval:
+                    try:
+                        answer, problem = read(), ""
+                    except ServiceUnavailable as error:
+                        problem = str(error)
+                    looked = time.monotonic()
+        except KeyboardInterrupt:
+            return
+
+
+def _screen(answer: Answer, problem: str) -> Stack:
+    clock = Text(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC   Ctrl-C ends", style="dim")
+    shown = _fitting(answer, out.height - 5)
+    left = len(answer) - len(shown)
+    more = Text(f"and {left:,} more: make the window higher, or name a group" if left else "", style="dim")
+    return Stack(clock, usage_table(shown), more, Text(plain(problem), style="red"))
+
+
+def _fitting(answer: Answer, lines: int) -> Answer:
+    """Take what fits on the screen: the rest would push the beginning off it."""
+    for place, each in enumerate(answer):
+        lines -= len(each.limits) if isinstance(each, GroupUsage) else 1
+        if lines < 0:
+            return answer[: max(1, place)]
+    return answer

@@ -1,0 +1,110 @@
+"""The SQL functions for reports and for those who run it, by their names and parameters (sql/schema/86 and 88)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import datetime, timedelta
+
+from ._periods import BEGINNING, NEVER
+from ._state import MOMENT, Json, State, Usage
+
+
+class ReportFunctions(State):
+    """Exports, rankings, drift, users by their addresses."""
+
+    def find_users_by_email(self, p_emails: list[str]) -> list[Json]:
+        """Find the users of whole e-mail addresses."""
+        asked = {email.strip(" ").lower() for email in p_emails}
+        users = [(email, user_id) for user_id, email in (self._users or {}).items() if email is not None]
+        return [{"user_id": user_id, "email": email} for email, user_id in sorted(users) if email.lower() in asked]
+
+    def export_usage(
+        self,
+        p_group_id: str | None = None,
+        p_user_id: str | None = None,
+        p_kind: str | None = None,
+        p_since: str | None = None,
+        p_until: str | None = None,
+        p_after: Json | None = None,
+        p_page_size: int = 1000,
+    ) -> Json:
+        """Read the ledger by group or, of one user, by time; the page after a row."""
+        until = self.now + MOMENT if p_until is None else min(self.now + MOMENT, datetime.fromisoformat(p_until))
+        after = ("", BEGINNING, "") if p_after is None else _place(p_after)
+        usages = [
+            usage
+            for usage in self._between(p_group_id, p_kind, p_since, until)
+            if p_user_id in (None, usage.user_id) and _key(usage, p_user_id) > after
+        ]
+        page = sorted(usages, key=lambda usage: _key(usage, p_user_id))[: min(max(p_page_size, 1), 5000)]
+        last = _key(page[-1], p_user_id) if len(page) < len(usages) else None
+        return {
+            "rows": [self._row(usage) for usage in page],
+            "until": until.isoformat(),
+            "next": None if last is None else {"group_id": last[0], "created_at": last[1].isoformat(), "id": last[2]},
+        }
+
+    def top_members(
+        self,
+        p_group_id: str,
+        p_kind: str | None = None,
+        p_since: str | None = None,
+        p_until: str | None = None,
+        p_count: int = 10,
+    ) -> list[Json]:
+        """Rank users by what they used in a group."""
+        self._group(p_group_id)
+        until = None if p_until is None else datetime.fromisoformat(p_until)
+        since = p_since or ((until or self.now) - timedelta(days=30)).isoformat()
+        used: Counter[str] = Counter()
+        generations: Counter[str] = Counter()
+        for usage in self._between(p_group_id, p_kind, since, until or NEVER):
+            if usage.live:
+                used[usage.user_id] += usage.cost
+                generations[usage.user_id] += 1
+        ranked = sorted(generations, key=lambda user_id: (-used[user_id], user_id))
+        return [
+            {"user_id": each, "used": used[each], "generations": generations[each], "email": self._email(each)}
+            for each in ranked[: min(max(p_count, 1), 1000)]
+        ]
+
+    def usage_drift(self, p_group_id: str, p_since: str | None = None) -> Json:  # noqa: ARG002  # as the SQL's
+        """Compare counters with the ledger; here nobody can write past the functions, so nothing ever differs."""
+        self._group(p_group_id)
+        return {"counters": [], "rollup": []}
+
+    def _between(self, group_id: str | None, kind: str | None, since: str | None, until: datetime) -> list[Usage]:
+        first = BEGINNING if since is None else datetime.fromisoformat(since)
+        return [
+            usage
+            for usage in self.ledger
+            if group_id in (None, usage.group_id) and kind in (None, usage.kind) and first <= usage.created_at < until
+        ]
+
+    def _email(self, user_id: str) -> str | None:
+        return (self._users or {}).get(user_id)
+
+    def _row(self, usage: Usage) -> Json:
+        return {
+            "id": usage.id,
+            "group": self.reference(usage.group_id),
+            "user_id": usage.user_id,
+            "email": self._email(usage.user_id),
+            "kind": usage.kind,
+            "cost": usage.cost,
+            "status": usage.status,
+            "idempotency_key": usage.idempotency_key,
+            "metadata": usage.metadata,
+            "created_at": usage.created_at.isoformat(),
+            "settled_at": usage.settled_at and usage.settled_at.isoformat(),
+            "expires_at": usage.expires_at and usage.expires_at.isoformat(),
+        }
+
+
+def _key(usage: Usage, user_id: str | None) -> tuple[str, datetime, str]:
+    """Order usages by group, or those of one user by time alone."""
+    return (usage.group_id if user_id is None else "", usage.created_at, usage.id)
+
+
+def _place(after: Json) -> tuple[str, datetime, str]:
+    return (after["group_id"], datetime.fromisoformat(after["created_at"]), after["id"])

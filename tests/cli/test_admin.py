@@ -1,0 +1,120 @@
+"""`admin` and `dev`."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import psycopg
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.support.postgres import PostgresServer
+
+    from tokenlimits.local import LocalStack
+
+    from .conftest import Program
+
+
+def role(stack: LocalStack, email: str) -> object:
+    return stack.sql("select raw_app_meta_data ->> 'role' as role from auth.users where email = $1", email)[0]["role"]
+
+
+def test_in_the_database(tl: Program, stack: LocalStack, server: PostgresServer) -> None:
+    user = stack.create_user("granted@example.com")
+    url = server.url("cli")
+    assert "next sign-in" in tl("admin", "grant", "Granted@example.com", "--db-url", url).stdout
+    assert role(stack, user.email) == "admin"
+    tl("admin", "revoke", user.id, DATABASE_URL=url)
+    assert role(stack, user.email) is None
+    stack.sql('update auth.users set raw_app_meta_data = \'{"role": "editor"}\' where id = $1::uuid', str(user.id))
+    tl("admin", "revoke", user.id, DATABASE_URL=url)
+    assert role(stack, user.email) == "editor"
+    assert "nobody" in tl.fails("admin", "grant", "nobody@example.com", "--db-url", url)
+
+
+class AuthApi(BaseHTTPRequestHandler):
+    """Answers as Supabase's auth API does, and passes everything else on to the stack."""
+
+    stack: LocalStack
+    changes: list[tuple[str, Any]]
+
+    def do_PUT(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        authorized = self.headers["apikey"] == self.stack.secret_key
+        self.changes.append((self.path, body))
+        self._answer(200 if authorized else 401, b"{}")
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        headers = {"apikey": self.headers["apikey"], "Content-Type": "application/json"}
+        answer = httpx.post(f"{self.stack.url}{self.path}", content=body, headers=headers, trust_env=False)
+        self._answer(answer.status_code, answer.content)
+
+    def _answer(self, status: int, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def auth_api(stack: LocalStack) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+    AuthApi.stack, AuthApi.changes = stack, []
+    with ThreadingHTTPServer(("127.0.0.1", 0), AuthApi) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", AuthApi.changes
+        server.shutdown()
+
+
+def test_through_the_auth_api(tl: Program, stack: LocalStack, auth_api: tuple[str, list[tuple[str, Any]]]) -> None:
+    url, changes = auth_api
+    user = stack.create_user("through@example.com")
+    tl("admin", "grant", user.email, SUPABASE_URL=url)
+    tl("admin", "revoke", user.id, SUPABASE_URL=url)
+    path = f"/auth/v1/admin/users/{user.id}"
+    assert changes == [(path, {"app_metadata": {"role": "admin"}}), (path, {"app_metadata": {"role": None}})]
+    # the local stack has none
+    assert "--db-url" in tl.fails("admin", "grant", user.id)
+
+
+def test_dev_is_a_stack_with_an_admin_until_ctrl_c(tl: Program, server: PostgresServer) -> None:
+    server.create_database("dev")
+    with tl.on_terminal("dev", "--db-url", server.url("dev")) as terminal:
+        terminal.wait_for("Ready")
+        env = dict(line.split("=", 1) for line in terminal.text.split() if "=" in line)
+        key = env["SUPABASE_PUBLISHABLE_KEY"]
+        answer = httpx.post(
+            f"{env['SUPABASE_URL']}/auth/v1/token?grant_type=password",
+            headers={"apikey": key},
+            json={"email": env["TOKENLIMITS_ADMIN_EMAIL"], "password": env["TOKENLIMITS_ADMIN_PASSWORD"]},
+            trust_env=False,
+        )
+        listed = httpx.post(
+            f"{env['SUPABASE_URL']}/rest/v1/rpc/find_groups",
+            headers={"apikey": key, "Authorization": f"Bearer {answer.json()['access_token']}"},
+            json={},
+            trust_env=False,
+        )
+        assert (listed.status_code, listed.json()) == (200, [])
+        terminal.interrupt()
+        assert terminal.status() == 0
+        assert "Stopped" in terminal.text
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(env["SUPABASE_URL"], trust_env=False)
+    with psycopg.connect(server.url("dev")) as connection:
+        assert connection.execute("select count(*) from auth.users").fetchone() == (1,)
+    assert "taken" in tl.fails("dev", "--port", env_port(tl), "--db-url", server.url("dev"))
+
+
+def env_port(tl: Program) -> str:
+    """The port of the shared stack."""
+    return tl.environment["SUPABASE_URL"].rpartition(":")[2]

@@ -1,0 +1,286 @@
+"""`doctor` finds each of many faults that are planted one by one, and nothing where nothing is wrong."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
+
+import httpx
+import psycopg
+import pytest
+from supabase import ClientOptions, create_client
+from tests.conftest import ROOT
+from tests.sql.test_security import FUNCTIONS
+
+from tokenlimits import GroupManager, Limit, TokenLimits
+from tokenlimits.cli._expected import TABLES, expected
+from tokenlimits.local import LocalStack
+
+from .conftest import Program
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.support.postgres import PostgresServer
+
+INSTALL = (ROOT / "sql" / "tokenlimits.sql").read_text(encoding="utf-8")
+UNINSTALL = (ROOT / "sql" / "uninstall.sql").read_text(encoding="utf-8")
+IS_ADMIN = "create or replace function tokenlimits.is_admin() returns boolean language sql stable as $$ select {} $$"
+CLOCK = """
+create or replace function tokenlimits.clock() returns timestamptz language plpgsql volatile set search_path = ''
+as $$ begin return clock_timestamp(){}; end $$
+"""
+
+
+@pytest.fixture(scope="module")
+def clinic(server: PostgresServer) -> Iterator[tuple[LocalStack, str]]:
+    """A healthy installation: two users in two groups, one of which has used something."""
+    server.create_database("clinic")
+    url = server.url("clinic")
+    with LocalStack(url) as stack, httpx.Client(trust_env=False) as http:
+        client = create_client(stack.url, stack.secret_key, ClientOptions(httpx_client=http))
+        groups, users = GroupManager(client, timeout=60), stack.create_users(2)
+        image = [Limit(kind="image", max=9), Limit(kind="image", max=5, period="day", scope="member")]
+        groups.add_members(groups.create("Pro", limits=image).id, users)
+        groups.create("Team", limits={"video": None})
+        TokenLimits(client).track(users[0], "image", 3)
+        yield stack, url
+
+
+@pytest.fixture
+def patient(clinic: tuple[LocalStack, str], tmp_path: Path) -> Program:
+    return Program(tmp_path, {**clinic[0].environment(), "no_proxy": "127.0.0.1"})
+
+
+def findings(program: Program, *arguments: object, **environment: str) -> dict[str, tuple[str, str]]:
+    """The first finding of each check that is not green; every one has a remedy, and none shows the key."""
+    done = program("doctor", "--json", *arguments, status=None, **environment)
+    key = {**program.environment, **environment}.get("SUPABASE_SECRET_KEY")
+    assert not key or key not in done.stdout + done.stderr
+    found = json.loads(done.stdout)["findings"]
+    assert done.returncode == any(each["level"] == "error" for each in found)
+    assert all(bool(each["remedy"]) == (each["level"] != "ok") for each in found)
+    return {each["check"]: (each["level"], each["says"]) for each in reversed(found) if each["level"] != "ok"}
+
+
+@contextmanager
+def planted(url: str, fault: str, remedy: str) -> Iterator[None]:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(fault.encode())
+        try:
+            yield
+        finally:
+            connection.execute(remedy.encode())
+
+
+def token(**claims: object) -> str:
+    parts = ({"alg": "HS256"}, claims)
+    return ".".join(base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts) + ".xx"
+
+
+@pytest.mark.parametrize(
+    ("environment", "check", "says"),
+    [
+        ({"SUPABASE_URL": ""}, "configuration", "not set"),
+        ({"SUPABASE_URL": "abc.supabase.co"}, "configuration", "no URL"),
+        ({"SUPABASE_URL": "http://127.0.0.1:1"}, "url", "can't be reached"),
+        ({"SUPABASE_URL": "http://no-such-host.invalid"}, "url", "no such host"),
+        ({"SUPABASE_SECRET_KEY": ""}, "key", "none"),
+        ({"SUPABASE_SECRET_KEY": "sb_secret_\u2026"}, "key", "characters"),
+        ({"SUPABASE_SECRET_KEY": "{publishable}"}, "key", "publishable"),
+        ({"SUPABASE_SECRET_KEY": "sb_secret_of_another_project"}, "api", "does not know the key"),
+        ({"SUPABASE_SECRET_KEY": token(role="anon")}, "key", "role anon"),
+        ({"SUPABASE_SECRET_KEY": token(role="service_role", exp=1)}, "key", "expired"),
+        (
+            {"SUPABASE_URL": "http://abc.supabase.co", "SUPABASE_SECRET_KEY": token(role="service_role", ref="xyz")},
+            "key",
+            "project xyz",
+        ),
+        ({"SUPABASE_SECRET_KEY": "postgres"}, "key", "no key of Supabase's"),
+        ({"DATABASE_URL": "postgresql://a:hush@127.0.0.1:1/x"}, "migrations", "can't be reached"),
+    ],
+)
+def test_what_is_configured_wrongly(patient: Program, environment: dict[str, str], check: str, says: str) -> None:
+    publishable = patient.environment["SUPABASE_PUBLISHABLE_KEY"]
+    given = {name: value.format(publishable=publishable) for name, value in environment.items()}
+    # what would leave this machine meets a proxy where nothing listens
+    level, said = findings(patient, **given, http_proxy="http://127.0.0.1:1", no_proxy="127.0.0.1,invalid")[check]
+    assert says in said
+    assert level in ("error", "warning")
+    assert "hush" not in said
+
+
+def test_a_server_that_is_no_supabase(patient: Program) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        found = findings(patient, SUPABASE_URL=f"http://127.0.0.1:{other.server_address[1]}")
+        other.shutdown()
+        thread.join()
+    assert "not as Supabase does" in found["url"][1]
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+GROUP = "(select id from public.user_groups where name = 'Pro')"
+FAULTS: dict[str, tuple[str, str, str, str]] = {
+    "not installed": (UNINSTALL, "", "version", "not installed"),
+    "outdated": (
+        """create or replace function public.tokenlimits_version() returns jsonb language sql immutable
+        set search_path = '' as $$ select '{"version": 0}'::jsonb $$""",
+        "",
+        "version",
+        "version 0",
+    ),
+    "a function is gone": ("drop function public.check_generation", "", "functions", "check_generation"),
+    "a function is closed": (
+        "revoke execute on function public.track_generation from service_role",
+        "",
+        "rights",
+        "track_generation to service_role",
+    ),
+    "a function is open": (
+        "grant execute on function public.track_generation to anon",
+        "",
+        "rights",
+        "track_generation to anon",
+    ),
+    "row-level security is off": (
+        "alter table public.generation_usage disable row level security",
+        "",
+        "tables",
+        "generation_usage",
+    ),
+    "anon may read a table": ("grant select on public.user_groups to anon", "", "rights", "table user_groups to anon"),
+    "users may write the ledger": (
+        "grant insert on public.generation_usage to authenticated",
+        "",
+        "rights",
+        "insert on generation_usage",
+    ),
+    "a policy lets everybody in": (
+        "create policy everybody on public.group_limits for select to authenticated using (true)",
+        "drop policy everybody on public.group_limits",
+        "policies",
+        "everybody",
+    ),
+    "a policy is gone": (
+        'drop policy "admins may update" on public.user_groups',
+        "",
+        "policies",
+        "admins may update",
+    ),
+    "users make themselves admins": (
+        IS_ADMIN.format("auth.jwt() -> 'user_metadata' ->> 'role' = 'admin'"),
+        "drop function tokenlimits.is_admin cascade",
+        "admins",
+        "user_metadata",
+    ),
+    "everybody is an admin": (
+        IS_ADMIN.format("true"),
+        "drop function tokenlimits.is_admin cascade",
+        "admins",
+        "user_metadata",
+    ),
+    "the admin rule fails": (
+        IS_ADMIN.format("(auth.jwt() ->> 'role')::integer = 1"),
+        "drop function tokenlimits.is_admin cascade",
+        "admins",
+        "fails",
+    ),
+    "the clock is wrong": (CLOCK.format(" + interval '1 hour'"), CLOCK.format(""), "clocks", "3600 s"),
+    "a counter is wrong": (
+        "update tokenlimits.counters set used = used + 1",
+        "update tokenlimits.counters set used = used - 1",
+        "counters",
+        "Pro",
+    ),
+    "the history is wrong": (
+        "update tokenlimits.usage_rollup set cost = cost + 1",
+        "update tokenlimits.usage_rollup set cost = cost - 1",
+        "counters",
+        "Pro",
+    ),
+    "an index is gone": (
+        "drop index public.generation_usage_user_id_idx",
+        "",
+        "indexes",
+        "generation_usage_user_id_idx",
+    ),
+    "a trigger is disabled": (
+        "alter table public.group_limits disable trigger group_limits_apply_insert",
+        "alter table public.group_limits enable trigger group_limits_apply_insert",
+        "triggers",
+        "group_limits_apply_insert",
+    ),
+    "a user is in no group": (
+        "insert into auth.users (id, email) values ('00000000-0000-4000-8000-000000000001', 'lost@example.com')",
+        "delete from auth.users where email = 'lost@example.com'",
+        "users",
+        "In no group",
+    ),
+    "a group has no limits": (
+        "insert into public.user_groups (name) values ('Empty')",
+        "delete from public.user_groups where name = 'Empty'",
+        "groups",
+        "1 of 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_in_the_database(patient: Program, clinic: tuple[LocalStack, str], fault: str) -> None:
+    plant, remedy, check, says = FAULTS[fault]
+    with planted(clinic[1], plant, f"{remedy};\n{INSTALL}"):
+        found = findings(patient)
+    assert says in found[check][1], found
+    if fault == "not installed":
+        restore(clinic)
+
+
+def restore(clinic: tuple[LocalStack, str]) -> None:
+    """Make the groups again that went with the tables."""
+    with httpx.Client(trust_env=False) as http:
+        client = create_client(clinic[0].url, clinic[0].secret_key, ClientOptions(httpx_client=http))
+        groups = GroupManager(client, timeout=60)
+        users = [row["id"] for row in clinic[0].sql("select id from auth.users")]
+        groups.add_members(groups.create("Pro", limits={"image": 9}).id, users)
+        groups.create("Team", limits={"video": None})
+        TokenLimits(client).track(users[0], "image", 3)
+
+
+def test_pending_migrations(patient: Program, clinic: tuple[LocalStack, str]) -> None:
+    newest = "(select max(version) from supabase_migrations.schema_migrations)"
+    with psycopg.connect(clinic[1], autocommit=True) as connection:
+        (version,) = connection.execute(f"select {newest}".encode()).fetchone() or (None,)
+        connection.execute("delete from supabase_migrations.schema_migrations where version = %s", [version])
+        assert str(version) in findings(patient, "--db-url", clinic[1])["migrations"][1]
+        connection.execute("insert into supabase_migrations.schema_migrations (version) values (%s)", [version])
+
+
+def test_what_is_expected_is_read_from_the_sql() -> None:
+    roles: dict[str, set[str]] = {"admin": {"authenticated"}, "user": {"authenticated"}, "service": {"service_role"}}
+    wanted = {name: set().union(*(roles.get(each, set()) for each in who)) for name, who in FUNCTIONS.items()}
+    assert {name: set(who) for name, who in expected().functions.items()} == wanted
+    assert "group_limits_apply_insert" in expected().triggers
+    assert {"generation_usage_user_id_idx", "counters_pkey", "generation_usage_key_key"} <= expected().indexes
+    assert expected().version >= 3
+    assert len(TABLES) == 4
+
+
+def test_all_is_well_again(patient: Program, clinic: tuple[LocalStack, str]) -> None:
+    done = patient("doctor", "--db-url", clinic[1])
+    assert "All is well" in done.stdout
+    assert {"✗", "!"}.isdisjoint(done.stdout)
+    report = json.loads(patient("doctor", "--json").stdout)
+    assert [each["level"] for each in report["findings"]] == ["ok"] * len(report["findings"])
+    assert len(report["findings"]) >= 13
+    assert report["host"] == "127.0.0.1"

@@ -1,0 +1,200 @@
+"""`export` and `import`: what goes out comes in again, in little memory, and is never counted twice."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import pytest
+
+from tokenlimits import Group, GroupManager, TokenLimits
+
+if TYPE_CHECKING:
+    from tokenlimits.local import LocalStack
+
+    from .conftest import Program
+
+NOW = datetime.now(UTC).replace(microsecond=0)
+LEDGER = """
+insert into public.generation_usage (id, group_id, user_id, kind, cost, status, metadata, created_at)
+select gen_random_uuid(), '{group}', '{user}', 'image', 1, 'committed', '{{"n": 1}}',
+  now() - make_interval(secs => (n / 3) + 10)
+from generate_series(1, {count}) as n
+"""
+
+
+@pytest.fixture
+def team(groups: GroupManager, name: str) -> Group:
+    return groups.create(name, limits={"image": None, "video": None}, timezone="Asia/Tokyo")
+
+
+@pytest.fixture
+def user(groups: GroupManager, team: Group, stack: LocalStack) -> UUID:
+    user = stack.create_user(f"{team.id}@example.com")
+    groups.add_member(team.id, user.id)
+    return user.id
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_the_ledger(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:
+    for days, kind in ((3, "image"), (2, "video"), (1, "image")):
+        key = f'=HYPERLINK("{days}")'
+        limits.record(user, kind, days, created_at=NOW - timedelta(days=days), idempotency_key=key, metadata={"a": 1})
+    lines = [json.loads(line) for line in tl("export", "--format", "jsonl", "--group", team.name).stdout.splitlines()]
+    assert [(line["kind"], line["cost"], line["group"], line["email"]) for line in lines] == [
+        ("image", 3, team.name, f"{team.id}@example.com"),
+        ("video", 2, team.name, f"{team.id}@example.com"),
+        ("image", 1, team.name, f"{team.id}@example.com"),
+    ]
+    assert [datetime.fromisoformat(line["created_at"]) for line in lines] == [
+        NOW - timedelta(days=n) for n in (3, 2, 1)
+    ]
+    assert lines[0]["idempotency_key"] == '=HYPERLINK("3")'
+    assert lines[0]["metadata"] == {"a": 1}
+
+    found = rows(tl("export", "--group", team.id).stdout)
+    assert [row["idempotency_key"] for row in found] == [f'\'=HYPERLINK("{days}")' for days in (3, 2, 1)]
+    assert [row["metadata"] for row in found] == ['{"a": 1}'] * 3
+    assert len(rows(tl("export", "--user", user, "--kind", "image").stdout)) == 2
+    since, until = NOW - timedelta(days=2), NOW - timedelta(days=1)
+    done = tl("export", "--user", user, "--since", since.isoformat(), "--until", until.isoformat(), "-o", "out.csv")
+    assert done.stdout == ""
+    assert "1 rows in out.csv" in done.stderr
+    assert [row["kind"] for row in rows(tl.directory.joinpath("out.csv").read_text())] == ["video"]
+
+
+def test_a_file_appears_when_it_is_whole(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:
+    limits.track(user, "image")
+    tl.directory.joinpath("out.csv").write_text("what was there")
+    tl.fails("export", "-o", "out.csv", "--kind", "Image")
+    assert [path.name for path in tl.directory.iterdir()] == ["out.csv"]
+    assert tl.directory.joinpath("out.csv").read_text() == "what was there"
+    assert "rows in /dev/null" in tl("export", "--group", team.name, "-o", "/dev/null").stderr
+    assert not Path("/dev/null").is_file()
+
+
+def test_sums(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:
+    for hours in (0, 1, 30):
+        limits.record(user, "image", 2, created_at=NOW - timedelta(hours=hours))
+    found = rows(tl("export", "--by", "month", "--group", team.name, "--since", "2020-01-01").stdout)
+    assert sum(int(row["used"]) for row in found) == 6
+    assert {(row["group"], row["kind"]) for row in found} == {(team.name, "image")}
+    everything = tl("export", "--by", "day", "--format", "jsonl").stdout.splitlines()
+    assert sum(json.loads(line)["used"] for line in everything if json.loads(line)["group_id"] == str(team.id)) == 6
+    assert "--user" in tl.fails("export", "--by", "day", "--user", user, status=2)
+
+
+def test_stable_while_others_write(
+    groups: GroupManager, limits: TokenLimits, stack: LocalStack, team: Group, user: UUID
+) -> None:
+    """Every row of before comes once, whatever happens between two pages; no row comes twice."""
+    stack.sql(LEDGER.format(group=team.id, user=user, count=5_000))
+    before = {
+        row["id"] for row in stack.sql("select id from public.generation_usage where group_id = $1::uuid", str(team.id))
+    }
+    seen: list[str] = []
+    for number, usage in enumerate(groups.export_usage(team.id)):
+        seen.append(str(usage.id))
+        if number % 1_000 == 0:
+            limits.record(user, "image", created_at=NOW - timedelta(minutes=number))
+            limits.track(user, "image")
+    assert len(seen) == len(set(seen))
+    assert before <= set(seen)
+    assert len(seen) < len(before) + 10
+
+
+def test_all_groups_also_those_that_are_gone(
+    groups: GroupManager, limits: TokenLimits, stack: LocalStack, name: str
+) -> None:
+    (user,) = stack.create_users(1)
+    made = [groups.create(f"{name} {number}", limits={"image": None}) for number in range(5)]
+    for group in made:
+        groups.add_member(group.id, user)
+        stack.sql(LEDGER.format(group=group.id, user=user, count=900))
+    groups.delete(made[0].id)
+    counted: dict[UUID, int] = dict.fromkeys([group.id for group in made], 0)
+    for usage in groups.export_usage():
+        if usage.group.id in counted:
+            counted[usage.group.id] += 1
+            assert (usage.group.name is None) is (usage.group.id == made[0].id)
+    assert set(counted.values()) == {900}
+
+
+def test_little_memory_for_many_rows(tl: Program, stack: LocalStack, team: Group, user: UUID) -> None:
+    """200,000 rows are 80 MB of JSON; what it takes beyond 10 rows must not be a part of that."""
+    stack.sql(LEDGER.format(group=team.id, user=user, count=10))
+    script = """
+import resource, sys
+from tokenlimits.cli import main
+status = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+sys.exit(status)
+"""
+
+    def peak() -> int:
+        command = [sys.executable, "-c", script, "export", "--group", str(team.id), "--format", "jsonl"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=tl.environment)
+        lines.append(done.stdout.count("\n"))
+        return int(done.stderr.split()[-1])
+
+    lines: list[int] = []
+    few = peak()
+    stack.sql(LEDGER.format(group=team.id, user=user, count=100_000))
+    many = peak()
+    assert lines == [10, 100_010]
+    assert many < few + 40_000  # kB
+    assert many < 200_000
+
+
+class TestImport:
+    def test_what_was_exported(self, tl: Program, groups: GroupManager, team: Group, user: UUID, name: str) -> None:
+        other = groups.create(f"{name} other", limits={"image": 5})
+        text = (
+            "user_id,email,kind,cost,created_at,group,idempotency_key,metadata\r\n"
+            f'{user},,image,3,2026-01-02 03:04:05+00:00,{team.name},\'=1,"{{""a"": 1}}"\r\n'
+            f",{team.id}@EXAMPLE.com,video,,2026-01-03,,,\r\n"
+            f"{user},,image,9,2026-01-04T00:00:00Z,{other.name.upper()},,\r\n"
+        )
+        tl.directory.joinpath("past.csv").write_text(text)
+        assert tl("import", "past.csv").stdout == "3 recorded, 0 there already, 0 refused.\n"
+        assert tl("import", "past.csv").stdout == "0 recorded, 3 there already, 0 refused.\n"
+        found = [(u.kind, u.cost, u.group.id, u.idempotency_key) for u in groups.export_usage(user_id=user)]
+        assert [each[:3] for each in found] == [("image", 3, team.id), ("video", 1, team.id), ("image", 9, other.id)]
+        assert found[0][3] == "=1"
+        assert groups.usage(other.id).limits[0].used == 9
+
+    def test_what_is_refused(self, tl: Program, team: Group, user: UUID) -> None:
+        lines: list[tuple[str, Any]] = [
+            (f"{user},image,1,2026-01-02", None),
+            (f"{user},Image,1,2026-01-02", "kind"),
+            (f"{user},image,x,2026-01-02", "cost: 'x'"),
+            (f"{user},image,1,soon", "created_at"),
+            (f"{user},image,1,2999-01-01", "created_at"),
+            (f"{user},,1,2026-01-02", "kind"),
+            ("ann,image,1,2026-01-02", "neither"),
+            (f"{user},image,1,2026-01-02,no such group", "no such group"),
+            (f"{user},image,1,2026-01-02,,[1]", "no JSON object"),
+        ]
+        text = "user_id,kind,cost,created_at,group,metadata\n" + "\n".join(line for line, _ in lines)
+        done = tl("import", "-", "--batch", "b", "--group", team.name, "--report", "r.csv", stdin=text, status=1)
+        assert done.stdout == f"1 recorded, 0 there already, {len(lines) - 1} refused.\n"
+        refused = rows(tl.directory.joinpath("r.csv").read_text())
+        assert [int(row["line"]) for row in refused] == list(range(3, len(lines) + 2))
+        for row, (line, says) in zip(refused, lines[1:], strict=True):
+            assert says in row["reason"], line
+
+    def test_a_file_without_names(self, tl: Program, user: UUID) -> None:
+        done = tl("import", "-", "--batch", "b", stdin=f"{user}\n", status=1)
+        assert "first line" in done.stderr
+        assert "--batch" in tl.fails("import", "-")
+        assert "nowhere" in tl.fails("import", "nowhere.csv")

@@ -1,0 +1,94 @@
+"""`groups` and `limits`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tokenlimits import GroupManager
+
+    from .conftest import Program
+
+
+def test_a_groups_life(tl: Program, groups: GroupManager, name: str) -> None:
+    made = tl.json(
+        *("groups", "create", name, "--limit", "image=1_000/month", "-l", "image=10/member/day", "-l", "x=unlimited"),
+        *("--timezone", "Europe/Paris", "--priority", "-3", "--description", "d"),
+    )
+    assert (made["name"], made["priority"], made["timezone"], made["description"]) == (name, -3, "Europe/Paris", "d")
+    assert [(each["kind"], each["max"], each["period"], each["scope"]) for each in made["limits"]] == [
+        ("image", 1000, "month", "group"),
+        ("image", 10, "day", "member"),
+        ("x", None, "lifetime", "group"),
+    ]
+    assert made in tl.json("groups", "list", "--search", name)
+    assert name in tl("groups", "list").stdout
+
+    tl("groups", "edit", name.upper(), "--name", f"{name}!", "--priority", "4", "--default")
+    shown = tl.json("groups", "show", made["id"])
+    assert (shown["name"], shown["priority"], shown["timezone"], shown["is_default"]) == (
+        f"{name}!",
+        4,
+        "Europe/Paris",
+        True,
+    )
+    assert shown["usage"]["member_count"] == 0
+    assert f"{name}!" in tl("groups", "show", made["id"]).stdout
+
+    assert "counts from" in tl("groups", "reset", made["id"], "--kind", "image", "--yes").stdout
+    assert "--yes" in tl.fails("groups", "delete", made["id"])
+    assert groups.get(made["id"])
+    tl("groups", "delete", made["id"], "--yes")
+    assert "no group" in tl.fails("groups", "show", made["id"])
+
+
+def test_names_may_hold_anything(tl: Program, name: str) -> None:
+    tl("groups", "create", f"{name}\x1b[31m")
+    for command in ("list", "show"):
+        shown = tl("groups", command, *([f"{name}\x1b[31m"] if command == "show" else [])).stdout
+        assert name in shown
+        assert "\x1b" not in shown
+
+
+def test_limits_of_a_group(tl: Program, groups: GroupManager, name: str) -> None:
+    group = groups.create(name, limits={"image": 5, "video": 5})
+    tl("limits", "set", name, "image=7", "image=1/minute", "audio=0/week/member")
+    kept = [("audio", 0, "week"), ("image", 1, "minute"), ("image", 7, "lifetime"), ("video", 5, "lifetime")]
+    assert [(each["kind"], each["max"], each["period"]) for each in tl.json("limits", "list", name)] == kept
+    assert "7" in tl("limits", "list", name).stdout
+
+    assert "video=5/lifetime" in tl.fails("limits", "set", name, "image=8", "--replace")
+    tl("limits", "set", name, "image=8", "--replace", "--yes")
+    assert [(each.kind, each.max) for each in groups.get(group.id).limits] == [("image", 8)]
+
+    assert "has no limit video/lifetime" in tl.fails("limits", "remove", name, "video", "--yes")
+    tl("limits", "remove", name, "image/lifetime", "--yes")
+    assert groups.get(group.id).limits == ()
+    assert "nobody may generate" in tl("limits", "list", name).stdout
+
+
+@pytest.mark.parametrize(
+    "limit",
+    ["image", "image=", "image=-1", "image=1/year", "image=1/day/week", "Image=1", "image=1/day/member/group", "=1"],
+)
+def test_a_limit_that_is_none(tl: Program, limit: str) -> None:
+    assert tl.fails("groups", "create", "nobody makes this", "--limit", limit).startswith(f"{limit}:")
+
+
+def test_what_the_server_refuses_is_one_line(tl: Program, groups: GroupManager, name: str) -> None:
+    groups.create(name)
+    assert "there is a group named" in tl.fails("groups", "create", name.lower())
+    assert "time zone" in tl.fails("groups", "create", f"{name} 2", "--timezone", "Mars/Base")
+
+
+def test_asks_before_it_deletes(tl: Program, groups: GroupManager, name: str) -> None:
+    for answer, left in (("n\n", [name]), ("y\n", [])):
+        if answer == "n\n":
+            groups.create(name)
+        with tl.on_terminal("groups", "delete", name) as terminal:
+            terminal.wait_for(r"\[y/N\]")
+            terminal.type(answer)
+            assert terminal.status() == (0 if answer == "y\n" else 1)
+        assert [group.name for group in groups.list(search=name)] == left

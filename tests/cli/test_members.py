@@ -1,0 +1,126 @@
+"""`members`: one user or many, by id and e-mail address, from arguments, files and stdin."""
+
+from __future__ import annotations
+
+import csv
+import re
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import pytest
+
+from tokenlimits import Group, GroupManager, TokenLimits
+
+if TYPE_CHECKING:
+    from tokenlimits.local import LocalStack
+
+    from .conftest import Program
+
+
+@pytest.fixture
+def team(groups: GroupManager, name: str) -> Group:
+    return groups.create(name, limits={"image": 10})
+
+
+@pytest.fixture
+def users(stack: LocalStack) -> list[tuple[UUID, str]]:
+    ids = stack.create_users(4)
+    rows = stack.sql("select id, email from auth.users where id::text in (select jsonb_array_elements_text($1::jsonb))",
+                     [str(id_) for id_ in ids])  # fmt: skip
+    return [(UUID(row["id"]), row["email"]) for row in rows]
+
+
+def members(groups: GroupManager, group: Group) -> set[UUID]:
+    return {member.user_id for member in groups.members(group.id)}
+
+
+def test_by_id_and_by_address(tl: Program, groups: GroupManager, team: Group, users: list[tuple[UUID, str]]) -> None:
+    (ann, _), (bob, bobs), (cyd, _), _ = users
+    done = tl("members", "add", team.name, ann, bobs.upper(), str(ann).upper(), "nobody@example.com", "x", status=1)
+    assert done.stdout == "2 added, 1 members already, 2 refused.\n"
+    assert done.stderr.splitlines() == [
+        "line 4: nobody@example.com: no user has this e-mail address",
+        "line 5: x: is neither a user's id nor an e-mail address",
+    ]
+    assert members(groups, team) == {ann, bob}
+    listed = tl.json("members", "list", team.id)
+    assert {member["email"] for member in listed} == {email for id_, email in users if id_ in (ann, bob)}
+    assert bobs in tl("members", "list", team.name).stdout
+
+    assert "--yes" in tl.fails("members", "remove", team.name, ann)
+    assert tl("members", "remove", team.name, ann, cyd, "--yes").stdout == "1 removed, 1 no members, 0 refused.\n"
+    assert members(groups, team) == {bob}
+
+
+def test_nobody(tl: Program, team: Group) -> None:
+    assert tl.json("members", "list", team.name) == []
+    assert "Name users" in tl.fails("members", "add", team.name)
+    assert "Name users" in tl.fails("members", "add", team.name, "x", "--file", "y")
+    assert "nowhere.csv" in tl.fails("members", "add", team.name, "--file", "nowhere.csv")
+    tl.directory.joinpath("binary").write_bytes(b"\xff\xfe\x00")
+    assert "UTF-8" in tl.fails("members", "add", team.name, "--file", "binary")
+
+
+def test_the_top(
+    tl: Program, groups: GroupManager, limits: TokenLimits, team: Group, users: list[tuple[UUID, str]]
+) -> None:
+    assert "Nothing was used" in tl("members", "top", team.name).stdout
+    groups.add_members(team.id, [id_ for id_, _ in users])
+    for cost, (id_, _) in enumerate(users[:3], 1):
+        limits.track(id_, "image", cost)
+    top = tl.json("members", "top", team.name, "-n", 2, "--kind", "image")
+    assert [(each["email"], each["used"]) for each in top] == [(users[2][1], 3), (users[1][1], 2)]
+    assert users[0][1] in tl("members", "top", team.name).stdout
+    assert "count" in tl.fails("members", "top", team.name, "-n", 0)
+
+
+def test_moving(tl: Program, groups: GroupManager, team: Group, users: list[tuple[UUID, str]], name: str) -> None:
+    other = groups.create(f"{name} other")
+    groups.add_members(team.id, [users[0][0], users[1][0]])
+    done = tl("members", "move", "--from", team.name, "--to", other.name, *(email for _, email in users[:3]), status=1)
+    assert done.stdout == "2 moved, 1 refused.\n"
+    assert f"line 3: {users[2][1]}: was not in {team.name}" in done.stderr
+    assert members(groups, other) == {users[0][0], users[1][0]}
+
+
+@pytest.mark.parametrize("header", ["email", "name,Email", "\ufeffemail", ""])
+def test_from_a_file(
+    tl: Program, groups: GroupManager, team: Group, users: list[tuple[UUID, str]], header: str
+) -> None:
+    lines = [f"Ann,{email}" if "name" in header else email for _, email in users]
+    text = "\r\n".join([*([header] if header else []), *lines[:2], "", *lines[2:]])
+    tl.directory.joinpath("users.csv").write_text(text, encoding="utf-8", newline="")
+    assert tl("members", "add", team.name, "--file", "users.csv").stdout.startswith("4 added")
+    assert members(groups, team) == {id_ for id_, _ in users}
+    assert tl("members", "remove", team.name, "-f", "-", "--yes", stdin=text).stdout.startswith("4 removed")
+
+
+def test_refused_lines_are_reported(tl: Program, team: Group, users: list[tuple[UUID, str]]) -> None:
+    unknown = uuid4()
+    lines = ["user_id,note", f'{users[0][0]},"a, b"', "x,y", f"{unknown},", "=1+1,"]
+    done = tl("members", "add", team.name, "-f", "-", "--report", "r.csv", stdin="\n".join(lines), status=1)
+    assert "r.csv" in done.stderr
+    with tl.directory.joinpath("r.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == [
+            {"line": "3", "what": "x,y", "reason": "is neither a user's id nor an e-mail address"},
+            {"line": "4", "what": f"{unknown},", "reason": "there is no such user"},
+            {"line": "5", "what": "'=1+1,", "reason": "is neither a user's id nor an e-mail address"},
+        ]
+
+
+def test_fifty_thousand_and_on_where_it_stopped(
+    tl: Program, groups: GroupManager, team: Group, stack: LocalStack
+) -> None:
+    ids = stack.create_users(50_000)
+    tl.directory.joinpath("users.txt").write_text("".join(f"{id_}\n" for id_ in ids))
+    with tl.on_terminal("members", "add", team.name, "-f", "users.txt") as terminal:
+        terminal.wait_for(r"Adding .* [1-4]?\d000/50000")
+        terminal.interrupt()
+        assert terminal.status() == 130
+        assert "━" in terminal.text
+        (line,) = map(int, re.findall(r"--start-line (\d+)", terminal.text))
+    assert 1_000 < line <= groups.usage(team.id).member_count + 1 < 50_000
+    assert line % 1_000 == 1  # where a part begins
+    done = tl("members", "add", team.name, "-f", "users.txt", "--start-line", line)
+    assert sum(int(each.replace(",", "")) for each in re.findall(r"\d[\d,]*", done.stdout)) == 50_001 - line
+    assert groups.usage(team.id).member_count == 50_000

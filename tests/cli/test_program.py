@@ -1,0 +1,125 @@
+"""What holds for every command: help, colours, errors in one line, Ctrl-C, completion."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import typer.main
+from tests.integration.servers import raw_server, silent
+
+from tokenlimits.cli._app import app
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .conftest import Program
+
+
+def all_commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, each in getattr(command, "commands", {}).items():
+        yield from all_commands(each, (*path, name))
+
+
+COMMANDS = list(all_commands(typer.main.get_command(app)))
+
+
+def test_every_command_explains_itself() -> None:
+    """In one process: what differs between them is the text."""
+    script = f"""
+from tokenlimits.cli import main
+for path in {COMMANDS!r}:
+    print("==", *path)
+    assert main([*path, "--help"]) == 0
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
+    texts = done.stdout.split("==")[1:]
+    assert len(texts) == len(COMMANDS) > 15
+    for path, text in zip(COMMANDS, texts, strict=True):
+        assert f"Usage: {' '.join(('tokenlimits', *path))} " in text
+        _, _, listed = text.partition("Commands:")
+        assert "..." not in listed, listed
+
+
+def test_without_a_command_it_explains_itself(nowhere: Program) -> None:
+    assert nowhere(status=2).stdout.startswith("Usage: tokenlimits")
+    assert "create" in nowhere("groups", status=2).stdout
+
+
+def test_version(nowhere: Program) -> None:
+    assert nowhere("--version").stdout == "tokenlimits 0.1.0\n"
+    script = Path(sys.executable).with_name("tokenlimits")
+    assert subprocess.run([script, "--version"], capture_output=True, check=True).stdout == b"tokenlimits 0.1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["gruops"], "Did you mean 'groups'? See: tokenlimits --help"),
+        (["groups", "show"], "GROUP"),
+        (["groups", "create", "x", "--priority", "high"], "--priority"),
+        (["usage", "--nope"], "--nope"),
+    ],
+)
+def test_what_is_not_understood(nowhere: Program, arguments: list[str], says: str) -> None:
+    assert says in nowhere.fails(*arguments, status=2)
+
+
+def test_what_is_not_configured(nowhere: Program) -> None:
+    assert "SUPABASE_URL" in nowhere.fails("groups", "list")
+
+
+def test_a_traceback_only_with_debug(nowhere: Program) -> None:
+    for arguments in (["--debug", "groups", "list"], ["groups", "list", "--debug"]):
+        done = nowhere(*arguments, status=1)
+        assert done.stderr.startswith("Traceback")
+        assert done.stderr.splitlines()[-1].startswith("Error: SUPABASE_")
+
+
+def test_without_the_extra() -> None:
+    script = """
+import sys
+sys.modules["typer"] = None
+from tokenlimits.cli import main
+sys.exit(main(["groups", "list"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "The command line needs more packages: pip install 'tokenlimits[cli]'\n"
+
+
+def test_colours_only_where_they_can_be_seen(nowhere: Program) -> None:
+    assert "\x1b" not in nowhere("groups", "list", status=1).stderr
+    for environment, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+        with nowhere.on_terminal("groups", "list", **environment) as terminal:
+            assert terminal.status() == 1
+            assert ("\x1b[31m" in terminal.raw) is coloured
+            assert "SUPABASE_URL" in terminal.text
+
+
+def test_the_key_is_never_shown(tl: Program) -> None:
+    key = tl.environment["SUPABASE_SECRET_KEY"]
+    for arguments in (["groups", "list"], ["usage", "nope"], ["track", "x@y.z", "image"]):
+        for url in (tl.environment["SUPABASE_URL"], "nonsense"):
+            done = tl(*arguments, "--debug", status=None, SUPABASE_URL=url)
+            assert key not in done.stdout + done.stderr
+
+
+def test_ctrl_c_ends_a_command_that_waits(tl: Program) -> None:
+    with raw_server(silent) as server, tl.on_terminal("groups", "list", SUPABASE_URL=server.url) as terminal:
+        while not server.accepted:
+            time.sleep(0.01)
+        terminal.interrupt()
+        assert terminal.status() == 130
+        assert "Traceback" not in terminal.text
+
+
+def test_completion(nowhere: Program) -> None:
+    done = nowhere(_TOKENLIMITS_COMPLETE="complete_bash", COMP_WORDS="tokenlimits groups cr", COMP_CWORD="2")
+    assert done.stdout.split() == ["create"]
+    assert "complete" in nowhere("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1").stdout

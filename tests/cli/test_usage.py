@@ -1,0 +1,117 @@
+"""`usage`, `history`, `track` and `check`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import pytest
+
+from tokenlimits import Group, GroupManager, Limit, TokenLimits
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from tokenlimits.local import LocalStack
+
+    from .conftest import Program
+
+
+@pytest.fixture
+def user(stack: LocalStack) -> UUID:
+    return stack.create_users(1)[0]
+
+
+@pytest.fixture
+def team(groups: GroupManager, user: UUID, name: str) -> Group:
+    made = groups.create(
+        name,
+        limits=[Limit(kind="image", max=10), Limit(kind="image", max=4, period="day", scope="member")],
+        timezone="Pacific/Kiritimati",
+    )
+    groups.add_member(made.id, user)
+    return made
+
+
+def test_track_and_check(tl: Program, team: Group, user: UUID, stack: LocalStack) -> None:
+    email = stack.sql("select email from auth.users where id = $1", str(user))[0]["email"]
+    tracked = tl.json("track", user, "image", "--cost", 3, "--key", "job")
+    assert (tracked["allowed"], tracked["remaining"]) == (True, 1)
+    assert "earlier call" in tl("track", email.upper(), "image", "--cost", 3, "--key", "job").stdout
+    assert "job" in tl.fails("track", user, "image", "--cost", 2, "--key", "job")
+    assert tl.json("check", email, "image")["allowed"] is True
+    denied = tl.json("check", user, "image", "--cost", 2, status=1)
+    assert denied["reason"] == "limit_exceeded"
+    assert "3 of 4 used" in tl("track", user, "image", "--cost", 2, status=1).stdout
+    assert "Allowed" in tl("track", user, "image", "--group", team.id).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["track", "nobody@example.com", "image"], "nobody@example.com"),
+        (["track", uuid4(), "Image"], "kind"),
+        (["check", uuid4(), "image", "--cost", "0"], "cost"),
+        (["check", uuid4(), "image", "--group", "no such group"], "no such group"),
+        (["usage", "no such group"], "no such group"),
+        (["usage", "a", "--user", "b"], "not both"),
+        (["usage", "--watch"], "terminal"),
+        (["history", "--kind", "Image"], "kind"),
+    ],
+)
+def test_what_is_wrong_is_said(tl: Program, arguments: list[object], says: str) -> None:
+    assert says in tl.fails(*arguments)
+
+
+def test_usage(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:
+    limits.track(user, "image", 3)
+    (usage,) = tl.json("usage", team.name)
+    assert [(each["scope"], each["used"]) for each in usage["limits"]] == [("member", 3), ("group", 3)]
+    assert team.name in {each["group"]["name"] for each in tl.json("usage")}
+    assert [each["remaining"] for each in tl.json("usage", "--user", user)] == [1, 7]
+    shown = tl("usage", team.id).stdout
+    assert f"{team.name}  image  4 a day each" in shown
+    assert "███" in shown
+    assert team.name in tl("usage", "--user", user).stdout
+
+
+def test_usage_live(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:
+    with tl.on_terminal("usage", team.name, "--watch", "--interval", "0.5") as terminal:
+        terminal.wait_for("10 in total .* 0 ")
+        limits.track(user, "image", 4)
+        terminal.wait_for("10 in total .* 4 ")
+        assert "\x1b[31m" in terminal.raw  # the member's limit is full
+        assert "\x1b[32m" in terminal.raw
+        terminal.interrupt()
+        assert terminal.status() == 0
+        assert "Traceback" not in terminal.text
+
+
+@pytest.fixture
+def past(team: Group, user: UUID, limits: TokenLimits) -> Callable[[int], datetime]:
+    """Usage of each of the last three days."""
+    now = datetime.now(UTC)
+    for days in range(3):
+        limits.record(user, "image", days + 1, created_at=now - timedelta(days=days), group_id=team.id)
+    return lambda days: now - timedelta(days=days)
+
+
+def test_history(tl: Program, groups: GroupManager, team: Group, past: Callable[[int], datetime]) -> None:
+    points: list[dict[str, Any]] = tl.json("history", team.name)
+    assert [point["used"] for point in points] == [3, 2, 1]
+    assert datetime.fromisoformat(points[0]["bucket"]).astimezone(UTC).hour == 10  # midnight on Kiritimati
+    shown = tl("history", team.name).stdout
+    assert "day (Pacific/Kiritimati)" in shown
+    assert shown.count("image") == 3
+    groups.set_limit(team.id, Limit(kind="image", max=4, period="day"))
+    assert re.search(r"image +[█░▎▌▊]+ +3 +4 +1\n", tl("history", team.name).stdout)
+    assert len(tl.json("history", team.name, "--by", "hour", "--since", past(1).isoformat())) == 2
+    since = f"{past(1).astimezone(UTC):%Y-%m-%d}"
+    assert tl.json("history", team.id, "--kind", "video", "--since", since) == []
+    assert "Nothing was used" in tl("history", team.id, "--kind", "video").stdout
+    assert "image" in tl("history", "--by", "month").stdout
+    assert "no date" in tl.fails("history", "--since", "yesterdays", status=2)
+    assert "year" in tl.fails("history", "--by", "year", status=2)
