@@ -10,7 +10,7 @@ help:
 	@echo 'make test        all tests, on real servers'
 	@echo 'make check       all linters and type checkers'
 	@echo 'make format      format Python and SQL'
-	@echo 'make sql         rebuild sql/tokenlimits.sql and the first migration from sql/schema/'
+	@echo 'make sql         rebuild sql/tokenlimits.sql and the newest migration from sql/schema/'
 	@echo 'make bench       measure, and write benchmarks/RESULTS.md'
 	@echo 'make postgres15  (Debian 12, as root) install PostgreSQL 15, which the tests then use too'
 
