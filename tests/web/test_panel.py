@@ -1,0 +1,272 @@
+"""The panel without a browser: sessions, CSRF, headers, who sees what."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from pydantic import SecretStr
+from starlette.requests import Request
+from starlette.responses import Response
+from tests.web.conftest import served, settings_for
+
+from tokenlimits import ConfigurationError, GroupManager
+from tokenlimits.local import LocalStack, LocalUser
+from tokenlimits.web import WebSettings, create_app
+from tokenlimits.web._backend import Backend
+from tokenlimits.web._sessions import Session, Sessions
+
+
+@contextmanager
+def browsing(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, trust_env=False, follow_redirects=True, timeout=30) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(url: str) -> Iterator[httpx.Client]:
+    with browsing(url) as browser:
+        yield browser
+
+
+def csrf_of(page: httpx.Response) -> str:
+    """Find the token in a page."""
+    found = re.search(r'name="csrf" value="([0-9a-f]{64})"', page.text)
+    assert found is not None, page.text
+    return found[1]
+
+
+def sign_in(browser: httpx.Client, user: LocalUser, **more: str) -> httpx.Response:
+    """Sign in as a browser does."""
+    csrf = csrf_of(browser.get("sign-in"))
+    return browser.post("sign-in", data={"csrf": csrf, "email": user.email, "password": user.password, **more})
+
+
+class TestSigningIn:
+    def test_an_admin_sees_the_groups(self, browser: httpx.Client, admin: LocalUser, groups: GroupManager) -> None:
+        groups.create("Pro", limits={"image": 1})
+        first = browser.get("/")
+        assert first.url.path == "/sign-in"
+        page = sign_in(browser, admin, next="/")
+        assert (page.status_code, page.url.path) == (200, "/")
+        assert "Pro" in page.text
+        assert admin.email in page.text
+
+    def test_nobody_else_sees_anything(self, browser: httpx.Client, user: LocalUser, groups: GroupManager) -> None:
+        pro = groups.create("Pro", limits={"image": 1})
+        page = sign_in(browser, user)
+        assert page.status_code == 403
+        assert "You are not an admin" in page.text
+        for path in ("/", "/live"):
+            answer = browser.get(path)
+            assert answer.status_code == 403
+            assert "Pro" not in answer.text
+            assert str(pro.id) not in answer.text
+
+    def test_a_wrong_password_is_said_beside_the_fields(self, browser: httpx.Client, admin: LocalUser) -> None:
+        csrf = csrf_of(browser.get("/sign-in"))
+        page = browser.post("/sign-in", data={"csrf": csrf, "email": admin.email, "password": "wrong"})
+        assert page.status_code == 401
+        assert 'role="alert"' in page.text
+        assert admin.email in page.text
+        assert "wrong" not in page.text.replace("belong", "")
+        assert browser.get("/").url.path == "/sign-in"
+
+    @pytest.mark.parametrize("there", ["https://evil.example/", "//evil.example", "/\\evil.example", "/\tx", "x"])
+    def test_leads_nowhere_else(self, url: str, admin: LocalUser, there: str) -> None:
+        with httpx.Client(base_url=url, trust_env=False) as browser:
+            answer = sign_in(browser, admin, next=there)
+        assert (answer.status_code, answer.headers["location"]) == (303, "/")
+
+    def test_attempts_are_limited(self, stack: LocalStack, admin: LocalUser) -> None:
+        with served(create_app(settings_for(stack, sign_ins_per_minute=3))) as url, browsing(url) as browser:
+            csrf = csrf_of(browser.get("/sign-in"))
+            wrong = {"csrf": csrf, "email": admin.email, "password": "x"}
+            assert [browser.post("/sign-in", data=wrong).status_code for _ in range(4)] == [401, 401, 401, 429]
+            assert sign_in(browser, admin).status_code == 429
+
+    def test_signing_out_ends_it(self, browser: httpx.Client, admin: LocalUser) -> None:
+        page = sign_in(browser, admin)
+        old = dict(browser.cookies)
+        assert browser.post("/sign-out", data={"csrf": csrf_of(page)}).url.path == "/sign-in"
+        assert browser.cookies["tokenlimits"] != old["tokenlimits"]
+        assert browser.get("/").url.path == "/sign-in"
+
+
+class TestTheCookie:
+    def test_is_sealed_and_out_of_reach(self, url: str, admin: LocalUser) -> None:
+        with httpx.Client(base_url=url, trust_env=False) as browser:
+            cookie = sign_in(browser, admin).headers["set-cookie"]
+        assert "HttpOnly" in cookie
+        assert "SameSite=lax" in cookie
+        assert "eyJ" not in cookie
+        assert "Secure" not in cookie  # http, on loopback
+
+    def test_behind_tls_it_is_secure_and_of_this_host_alone(self, settings: WebSettings) -> None:
+        sessions = Sessions(Backend(settings), SecretStr("x" * 32))
+        request = Request(
+            {"type": "http", "scheme": "https", "server": ("limits.example", 443), "path": "/", "headers": []}
+        )
+        response = Response()
+        sessions.write(request, response, Session("id"))
+        assert response.headers["set-cookie"].startswith("__Host-tokenlimits=")
+        assert "Secure" in response.headers["set-cookie"]
+
+    @pytest.mark.parametrize("cookie", ["", "garbage", "gAAAAABn"])
+    def test_one_that_was_changed_is_nobody(self, browser: httpx.Client, cookie: str) -> None:
+        assert browser.get("/", headers={"Cookie": f"tokenlimits={cookie}"}).url.path == "/sign-in"
+
+    def test_one_of_another_secret_is_nobody(self, stack: LocalStack, browser: httpx.Client, admin: LocalUser) -> None:
+        sign_in(browser, admin)
+        with served(create_app(settings_for(stack, web_secret="another secret, just as long as it must be"))) as other:
+            answer = browser.get(f"{other}/")
+        assert answer.url.path == "/sign-in"
+
+    async def _soon_ending(self, settings: WebSettings, admin: LocalUser, ends: float) -> tuple[Sessions, Session]:
+        assert settings.web_secret is not None
+        backend = Backend(settings)
+        tokens = await backend.sign_in(admin.email, admin.password)
+        sessions = Sessions(backend, settings.web_secret)
+        return sessions, Session("id", tokens._replace(expires_at=time.time() + ends))
+
+    @pytest.mark.parametrize(("ends", "is_new"), [(3600.0, False), (30.0, True), (-30.0, True)])
+    def test_is_refreshed_before_it_ends(
+        self, browser: httpx.Client, settings: WebSettings, admin: LocalUser, ends: float, is_new: bool
+    ) -> None:
+        sessions, session = asyncio.run(self._soon_ending(settings, admin, ends))
+        browser.cookies.set("tokenlimits", sessions._close(session), domain="127.0.0.1")
+        page = browser.get("/")
+        assert page.status_code == 200
+        assert ("set-cookie" in page.headers) is is_new
+        if is_new:
+            written = sessions._open(browser.cookies.get("tokenlimits", domain="127.0.0.1") or "")
+            assert written is not None
+            assert written.tokens is not None
+            assert written.tokens.expires_at > time.time() + 3000
+
+    def test_a_session_that_can_not_be_refreshed_has_ended(
+        self, browser: httpx.Client, settings: WebSettings, admin: LocalUser
+    ) -> None:
+        sessions, session = asyncio.run(self._soon_ending(settings, admin, 30))
+        assert session.tokens is not None
+        ended = session.tokens._replace(refresh=SecretStr("spent"))
+        browser.cookies.set("tokenlimits", sessions._close(Session("id", ended)), domain="127.0.0.1")
+        assert browser.get("/").url.path == "/sign-in"
+        assert browser.get("/live", headers={"HX-Request": "true"}).status_code == 401
+
+
+class TestCsrf:
+    @pytest.mark.parametrize("token", [None, "", "0" * 64, "ü"])
+    def test_without_the_token_nothing_is_done(
+        self, browser: httpx.Client, admin: LocalUser, token: str | None
+    ) -> None:
+        sign_in(browser, admin)
+        data = {} if token is None else {"csrf": token}
+        assert browser.post("/sign-out", data=data).status_code == 403
+        assert browser.get("/").url.path == "/"
+
+    def test_the_token_of_another_session_is_none(self, url: str, browser: httpx.Client, admin: LocalUser) -> None:
+        with browsing(url) as other:
+            theirs = csrf_of(sign_in(other, admin))
+        sign_in(browser, admin)
+        assert browser.post("/sign-out", data={"csrf": theirs}).status_code == 403
+
+    def test_nor_may_another_site_send_it(self, browser: httpx.Client, admin: LocalUser) -> None:
+        csrf = csrf_of(sign_in(browser, admin))
+        headers = {"Origin": "https://evil.example"}
+        assert browser.post("/sign-out", data={"csrf": csrf}, headers=headers).status_code == 403
+        headers = {"Origin": str(browser.base_url).rstrip("/")}
+        assert browser.post("/sign-out", data={"csrf": csrf}, headers=headers).url.path == "/sign-in"
+
+
+class TestHeaders:
+    @pytest.mark.parametrize("path", ["/sign-in", "/", "/api/groups", "/static/panel.css", "/nowhere"])
+    def test_are_on_every_answer(self, browser: httpx.Client, path: str) -> None:
+        headers = browser.get(path).headers
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        assert headers["x-frame-options"] == "DENY"
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "same-origin"
+        assert "strict-transport-security" not in headers
+
+    def test_behind_tls_browsers_are_told_to_stay_there(self, settings: WebSettings) -> None:
+        async def ask() -> httpx.Response:
+            transport = httpx.ASGITransport(create_app(settings))
+            async with httpx.AsyncClient(transport=transport, base_url="https://limits.example") as client:
+                return await client.get("/sign-in")
+
+        answer = asyncio.run(ask())
+        assert answer.headers["strict-transport-security"].startswith("max-age=31536000")
+        assert answer.headers["set-cookie"].startswith("__Host-tokenlimits=")
+
+    def test_pages_are_not_kept_and_files_are(self, browser: httpx.Client, admin: LocalUser) -> None:
+        page = sign_in(browser, admin)
+        assert page.headers["cache-control"] == "no-store"
+        for file in set(re.findall(r'/static/[^"]+', page.text)):
+            answer = browser.get(file)
+            assert answer.status_code == 200
+            assert "immutable" in answer.headers["cache-control"]
+
+    def test_no_page_needs_what_the_policy_forbids(self, browser: httpx.Client, admin: LocalUser) -> None:
+        for page in (browser.get("/sign-in"), sign_in(browser, admin)):
+            assert not re.search(r"<script(?![^>]* src=)|<style| style=| on\w+=|https?://", page.text)
+
+
+class TestLive:
+    def test_answers_nothing_when_nothing_has_changed(
+        self, browser: httpx.Client, admin: LocalUser, groups: GroupManager
+    ) -> None:
+        sign_in(browser, admin)
+        pro = groups.create("Pro", limits={"image": 4})
+        first = browser.get("/live").json()
+        assert first["groups"][str(pro.id)] == [0, [[0, 4, 0.0, None, 4]]]
+        assert browser.get("/live", params={"version": first["version"]}).status_code == 204
+        groups.set_limits(pro.id, {"image": 5})
+        second = browser.get("/live", params={"version": first["version"]}).json()
+        assert second["shape"] != first["shape"]
+
+
+class TestMounted:
+    def test_works_below_a_path(self, settings: WebSettings, admin: LocalUser) -> None:
+        app = FastAPI()
+        app.mount("/limits", create_app(settings))
+        with served(app) as url, browsing(f"{url}/limits") as browser:
+            page = sign_in(browser, admin, next="/limits/")
+            assert (page.status_code, page.url.path) == (200, "/limits/")
+            assert browser.get("live").status_code == 200
+            for address in set(re.findall(r'(?:href|src|action|hx-get)="([^"#]*)"', page.text)):
+                assert address.startswith("/limits/")
+
+
+class TestStarting:
+    def test_refuses_to_start_half_configured(self, settings: WebSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(ConfigurationError, match="TOKENLIMITS_WEB_SECRET"):
+            create_app(settings.model_copy(update={"web_secret": None}))
+        for name in ("URL", "PUBLISHABLE_KEY", "ANON_KEY", "SECRET_KEY", "SERVICE_ROLE_KEY"):
+            monkeypatch.delenv(f"SUPABASE_{name}", raising=False)
+        with pytest.raises(ConfigurationError, match="SUPABASE_URL"):
+            create_app()
+        monkeypatch.setenv("SUPABASE_URL", "https://abc.supabase.co")
+        monkeypatch.setenv("SUPABASE_PUBLISHABLE_KEY", "sb_secret_abcdefgh")
+        with pytest.raises(ConfigurationError, match="must be the publishable one") as refused:
+            create_app()
+        assert "abcdefgh" not in str(refused.value)
+
+
+class TestWithoutSupabase:
+    def test_says_so(self, settings: WebSettings, admin: LocalUser) -> None:
+        away = settings.model_copy(update={"url": "http://127.0.0.1:9", "timeout": 0.5})
+        with served(create_app(away)) as url, browsing(url) as browser:
+            page = sign_in(browser, admin)
+        assert page.status_code == 503
+        assert "Supabase can&#39;t be reached" in page.text
+        assert "Traceback" not in page.text
