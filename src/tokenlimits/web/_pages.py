@@ -42,7 +42,7 @@ def _version() -> str:
     return hashlib.sha256(b"".join(contents)).hexdigest()[:12]
 
 
-templates.globals.update(version=_version())
+_VERSION: Final = _version()
 
 
 class Panel:
@@ -109,6 +109,7 @@ def render(request: Request, template: str, status: int = 200, **more: Any) -> R
     content = templates.get_template(template).render(
         root=request.scope.get("root_path", ""),
         csrf=panel.sessions.csrf(session),
+        version=_VERSION,
         person=session.tokens.person if session.tokens else None,
         path=request.url.path,
         **more,
@@ -118,8 +119,18 @@ def render(request: Request, template: str, status: int = 200, **more: Any) -> R
 
 def done(message: str, **events: Any) -> Response:
     """Answer that something was done: the browser closes the dialog, says so, and looks again."""
-    happened = {"done": {"message": message}, **events}
-    return Response(status_code=204, headers={"HX-Trigger": json.dumps(happened)})
+    return Response(status_code=204, headers=_event(done={"message": message}, **events))
+
+
+def stay(response: Response, message: str) -> Response:
+    """Let the browser say that something was done, with the dialog open."""
+    response.headers.update(_event(done={"message": message, "stay": True}))
+    return response
+
+
+def _event(**events: Any) -> dict[str, str]:
+    # json.dumps writes ASCII alone, as a header needs
+    return {"HX-Trigger": json.dumps(events)}
 
 
 def is_fragment(request: Request) -> bool:

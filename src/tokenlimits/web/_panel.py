@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends
 
 from tokenlimits import ConfigurationError
 
-from . import _panel_sign_in, _panel_tokens
+from . import _panel_groups, _panel_members, _panel_sign_in, _panel_tokens
 from ._backend import Backend
 from ._pages import PageRoute, Panel
 
@@ -26,4 +26,6 @@ def panel_of(backend: Backend) -> APIRouter:
     panel = APIRouter(route_class=PageRoute, dependencies=[Depends(Panel(backend, secret))], include_in_schema=False)
     panel.include_router(_panel_sign_in.routes)
     panel.include_router(_panel_tokens.routes)
+    panel.include_router(_panel_groups.routes)
+    panel.include_router(_panel_members.routes)
     return panel

@@ -32,6 +32,21 @@ dialog.addEventListener("close", () => {
   if (opener?.isConnected) opener.focus();
 });
 
+// questions, before something is done
+const confirmation = document.getElementById("confirm");
+document.body.addEventListener("htmx:confirm", (event) => {
+  if (!event.detail.question) return;
+  event.preventDefault();
+  document.getElementById("confirm-question").textContent = event.detail.question;
+  confirmation.returnValue = "no";
+  confirmation.showModal();
+  confirmation.addEventListener(
+    "close",
+    () => confirmation.returnValue === "yes" && event.detail.issueRequest(true),
+    { once: true },
+  );
+});
+
 // what the server says: done, or why not
 document.body.addEventListener("done", (event) => {
   if (!event.detail.stay) dialog.close();
@@ -54,6 +69,11 @@ document.body.addEventListener("htmx:afterSettle", (event) => {
     dialog.querySelector("[aria-invalid=true]")?.focus();
   }
   tick();
+});
+
+// Enter in the search of users searches; it doesn't send what is chosen
+document.body.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && event.target.matches("dialog input[type=search]")) event.preventDefault();
 });
 
 // the limits editor
