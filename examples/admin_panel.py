@@ -23,7 +23,7 @@ from tokenlimits.web import WebSettings, create_app
 
 # name, description, time zone, members, how much of each limit is used, limits
 GROUPS = [
-    ("Free", "Everybody begins here", "UTC", 240, 0.42, ["image 10 day member", "video 60 week"]),
+    ("Free", "Everybody begins here", "UTC", 240, 0.42, ["image 10 day member", "video 600 week"]),
     ("Pro", "Paying customers", "Europe/Paris", 64, 0.61, ["image 5000 month", "video 900 month", "audio - month"]),
     ("Studio", "Agencies with shared credits", "America/New_York", 18, 0.81, ["image 2000 day", "video 1200 week"]),
     ("Northwind", "Contract until the end of next year", "Europe/Berlin", 120, 0.35, ["image 50000 month"]),
@@ -61,19 +61,18 @@ def make_groups(groups: GroupManager, stack: LocalStack) -> list[tuple[Group, li
 
 
 def make_history(limits: TokenLimits, made: list[tuple[Group, list[UUID], float]], chance: random.Random) -> None:
-    """Record a month of generations, and then of each limit as much as its group is to have used."""
+    """Record two months of generations, and then of each limit as much as its group is to have used."""
     now = datetime.now(UTC)
+    days_of = {"day": 1, "week": 7, "month": now.day}
     for group, users, share in made:
-        if not share:
-            continue
-        for day in range(31, 0, -1):
-            for limit in group.limits:
-                units = {"minute": 1, "hour": 1, "day": 1, "week": 7, "month": 30}.get(limit.period, 30)
-                usual = max((limit.max or 900) / units * share * (len(users) if limit.scope == "member" else 1), 1)
-                weekend = 0.45 if (now - timedelta(days=day)).weekday() >= 5 else 1
-                cost = round(usual * weekend * chance.uniform(0.6, 1.3) * (1.3 - day / 60))
-                at = now - timedelta(days=day, minutes=chance.randrange(600))
-                limits.record(chance.choice(users[:12]), limit.kind, max(cost, 1), created_at=at, group_id=group.id)
+        for limit_ in group.limits if share else ():
+            members = len(users) // 2 if limit_.scope == "member" else 1
+            usual = (limit_.max or 900) * share * members / days_of.get(limit_.period, 30)
+            for day in range(60, 0, -1):
+                at = (now - timedelta(days=day)).replace(hour=chance.randrange(8, 20))
+                weekend = 0.5 if at.weekday() >= 5 else 1
+                cost = round(usual * weekend * chance.uniform(0.7, 1.2) * (1.1 - day / 180))
+                limits.record(chance.choice(users[:12]), limit_.kind, max(cost, 1), created_at=at, group_id=group.id)
     for group, users, share in made:
         limits.track_many(up_to(limits, group, users, share, chance) if share else [])
 

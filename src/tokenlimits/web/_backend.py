@@ -6,11 +6,13 @@ import asyncio
 import hmac
 import time
 from collections.abc import AsyncGenerator
+from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlencode
 from uuid import UUID
 
 import httpx
-from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic import AwareDatetime, BaseModel, RootModel, SecretStr, ValidationError
 from supabase import AsyncClient, AsyncClientOptions
 
 from tokenlimits import (
@@ -21,9 +23,11 @@ from tokenlimits import (
     Group,
     Member,
     ServiceUnavailable,
+    UsageRecord,
     UserLimit,
 )
 from tokenlimits import _calls as calls
+from tokenlimits import _reports as reports
 from tokenlimits._arguments import parser
 
 from ._problems import SignInRequired
@@ -33,6 +37,7 @@ T = TypeVar("T", bound=BaseModel)
 
 _MY_USAGE = parser(tuple[UserLimit, ...])
 _MARGIN = 60.0
+_LEDGER_PAGE = 1000
 
 
 class Groups(AsyncGroupManager):
@@ -51,6 +56,11 @@ class Groups(AsyncGroupManager):
     async def page(self, search: str | None, after: str | None, size: int) -> list[Group]:
         """Read the page of groups after a name."""
         return await self._transport.send(calls.groups_page(search, after, size))
+
+    async def usage_since(self, group_id: UUID, since: datetime | None) -> list[UsageRecord]:
+        """Read the first page of a group's ledger from a moment on, oldest first."""
+        wanted = reports.wanted_usage(group_id, None, None, since, None)
+        return await self._transport.send(reports.usage_page(wanted, None, _LEDGER_PAGE))
 
     async def members_page(self, group_id: UUID, after: UUID | None, size: int) -> list[Member]:
         """Read the page of members after a user's id."""
@@ -171,17 +181,39 @@ class Backend:
     async def _auth(
         self, method: str, path: str, *, token: str | None = None, json: dict[str, str] | None = None
     ) -> httpx.Response:
+        return await self._send(method, f"auth/v1/{path}", token=token, json=json)
+
+    async def _send(
+        self, method: str, path: str, *, token: str | None = None, json: dict[str, str] | None = None
+    ) -> httpx.Response:
         headers = {"apikey": self.settings.publishable_key}
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
-        url = f"{self.settings.url.rstrip('/')}/auth/v1/{path}"
+        url = f"{self.settings.url.rstrip('/')}/{path}"
         http = await self._http()
         try:
             return await http.request(method, url, headers=headers, json=json)
         except httpx.HTTPError as error:
             reason = type(error).__name__
         # out here, so that no context of it holds a token or a password
-        raise ServiceUnavailable(f"Supabase Auth could not be reached ({reason})")
+        raise ServiceUnavailable(f"Supabase could not be reached ({reason})")
+
+    async def moment_of(self, token: str, group_id: UUID, place: int) -> datetime | None:
+        """Read when the newest but so many usages of a group were recorded, as an admin; None: there are fewer.
+
+        Raises:
+            AccessDenied: The token is no admin's, or not valid any more.
+            ServiceUnavailable: Supabase gave no answer.
+        """
+        query = {"select": "created_at", "group_id": f"eq.{group_id}", "order": "created_at.desc"}
+        path = f"rest/v1/generation_usage?{urlencode({**query, 'limit': 1, 'offset': place})}"
+        answer = await self._send("GET", path, token=token)
+        if answer.status_code in (401, 403):
+            raise AccessDenied(
+                "Only an admin may read the ledger.", code="PGRST301" if answer.status_code == 401 else None
+            )
+        rows = _read(answer, _Moments).root
+        return rows[0].created_at if rows else None
 
     async def _client(self, key: str, token: str) -> AsyncClient:
         options = AsyncClientOptions(
@@ -207,6 +239,14 @@ class Backend:
             await self._of_loop.until_loop_ends.aclose()
 
 
+class _Moment(BaseModel):
+    created_at: AwareDatetime
+
+
+class _Moments(RootModel[list[_Moment]]):
+    pass
+
+
 class _Session(BaseModel):
     access_token: SecretStr
     refresh_token: SecretStr
@@ -220,7 +260,7 @@ def _read(answer: httpx.Response, model: type[T]) -> T:
             return model.model_validate_json(answer.content)
         except ValidationError:
             pass  # not as Supabase answers: below, where no context of the error holds a token
-    raise ServiceUnavailable(f"Supabase Auth answered with status {answer.status_code}, and no session")
+    raise ServiceUnavailable(f"Supabase answered with status {answer.status_code}, and not as expected")
 
 
 async def _until_loop_ends(http: httpx.AsyncClient) -> AsyncGenerator[None]:

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends
 
 from tokenlimits import ConfigurationError
 
-from . import _panel_groups, _panel_members, _panel_sign_in, _panel_tokens
+from . import _panel_group, _panel_groups, _panel_members, _panel_overview, _panel_sign_in, _panel_tokens
 from ._backend import Backend
 from ._pages import PageRoute, Panel
 
@@ -28,4 +28,6 @@ def panel_of(backend: Backend) -> APIRouter:
     panel.include_router(_panel_tokens.routes)
     panel.include_router(_panel_groups.routes)
     panel.include_router(_panel_members.routes)
+    panel.include_router(_panel_group.routes)
+    panel.include_router(_panel_overview.routes)
     return panel

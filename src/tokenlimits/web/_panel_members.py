@@ -19,7 +19,6 @@ from ._pages import PageRoute, Signed, Visit, stay
 routes = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 _PAGE = 50
-_AT_ONCE = 8
 
 
 @routes.get("/groups/{group_id}/members")
@@ -89,16 +88,9 @@ async def _dialog(visit: Visit, group_id: UUID, missing: Iterable[str] = ()) -> 
 
 async def _by_email(groups: Groups, emails: list[str]) -> tuple[list[UUID], list[str]]:
     """Find the users of whole addresses, and the addresses that nobody has."""
-    waiting = asyncio.Semaphore(_AT_ONCE)
-
-    async def find(email: str) -> UUID | None:
-        async with waiting:
-            users = await groups.find_users(email)
-        return next((user.user_id for user in users if (user.email or "").lower() == email.lower()), None)
-
-    found = await asyncio.gather(*map(find, emails))
-    unknown = [email for email, user_id in zip(emails, found, strict=True) if user_id is None]
-    return [user_id for user_id in found if user_id is not None], unknown
+    users = await groups.find_users_by_email(emails) if emails else []
+    known = {(user.email or "").lower() for user in users}
+    return [user.user_id for user in users], [email for email in emails if email.lower() not in known]
 
 
 def _added(result: BulkResult, missing: list[str]) -> str:
