@@ -46,7 +46,10 @@ function showLimit(row, [used, remaining, fraction, resetAt, capacity]) {
 
 function showGroup(card, [members, limits]) {
   const count = card.querySelector("[data-members]");
-  if (count) write(count, numbers.format(members));
+  if (count) {
+    write(count, numbers.format(members));
+    card.querySelector("[data-word]").textContent = members === 1 ? "member" : "members";
+  }
   const rows = card.querySelectorAll("[data-limit]");
   limits.forEach((limit, index) => rows[index] && showLimit(rows[index], limit));
   const fullest = limits.map((limit) => limit[2]).filter((fraction) => fraction !== null);
