@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -270,3 +273,102 @@ class TestWithoutSupabase:
         assert page.status_code == 503
         assert "Supabase can&#39;t be reached" in page.text
         assert "Traceback" not in page.text
+
+
+class TestDialogs:
+    def post(self, browser: httpx.Client, path: str, data: dict[str, object]) -> httpx.Response:
+        csrf = csrf_of(browser.get("/"))
+        return browser.post(path, data=data, headers={"HX-Request": "true", "X-CSRF-Token": csrf})
+
+    def test_what_the_database_refuses_is_said_beside_the_field(
+        self, browser: httpx.Client, admin: LocalUser, groups: GroupManager
+    ) -> None:
+        sign_in(browser, admin)
+        groups.create("Pro")
+        form = {"name": "PRO", "description": "", "priority": "0", "timezone": "UTC"}
+        answer = self.post(browser, "/groups/new", form)
+        assert answer.status_code == 422
+        assert "Another group has this name." in answer.text
+        answer = self.post(browser, "/groups/new", {**form, "name": "Other", "timezone": "Mars/Base"})
+        assert "There is no such time zone." in answer.text
+        assert [group.name for group in groups.list()] == ["Pro"]
+
+    def test_fifty_thousand_members_can_be_pasted_and_paged(
+        self, browser: httpx.Client, admin: LocalUser, groups: GroupManager, stack: LocalStack
+    ) -> None:
+        pro = groups.create("Pro")
+        users = stack.create_users(50_000)
+        sign_in(browser, admin)
+        listed = "\n".join([*map(str, users), "nobody@example.com"])
+        answer = self.post(browser, f"/groups/{pro.id}/members", {"list": listed})
+        assert answer.status_code == 200, answer.text
+        assert "50,000 members added, 1 not found." in answer.headers["hx-trigger"]
+        assert "nobody@example.com" in answer.text
+        assert groups.usage(pro.id).member_count == 50_000
+        more = re.search(r'hx-get="([^"]*after=[^"]*)"', answer.text)
+        assert more is not None
+        rows = browser.get(more[1])
+        assert rows.text.count('name="member"') == 50
+
+    def test_members_move_to_another_group(
+        self, browser: httpx.Client, admin: LocalUser, groups: GroupManager, stack: LocalStack
+    ) -> None:
+        pro, free = groups.create("Pro"), groups.create("Free")
+        users = stack.create_users(3)
+        groups.add_members(free.id, users)
+        sign_in(browser, admin)
+        chosen = {"member": [str(user) for user in users[:2]], "to": str(pro.id)}
+        answer = self.post(browser, f"/groups/{free.id}/members/move", chosen)
+        assert "2 members moved." in answer.headers["hx-trigger"]
+        assert (groups.usage(free.id).member_count, groups.usage(pro.id).member_count) == (1, 2)
+
+    def test_a_group_that_is_gone_is_said_in_words(self, browser: httpx.Client, admin: LocalUser) -> None:
+        sign_in(browser, admin)
+        for path in (f"/groups/{uuid4()}", "/groups/x"):
+            assert browser.get(path).status_code == 404
+            assert "<html" in browser.get(path).text
+        answer = browser.get(f"/groups/{uuid4()}/edit", headers={"HX-Request": "true"})
+        assert (answer.status_code, answer.headers["content-type"]) == (404, "text/plain; charset=utf-8")
+
+    def test_nobody_else_may_use_any_of_it(self, browser: httpx.Client, user: LocalUser, groups: GroupManager) -> None:
+        pro = groups.create("Pro", limits={"image": 1})
+        csrf = csrf_of(sign_in(browser, user))
+        headers = {"HX-Request": "true", "X-CSRF-Token": csrf}
+        group = f"/groups/{pro.id}"
+        for path in ("/groups/new", group, f"{group}/edit", f"{group}/delete", f"{group}/members", f"{group}/live",
+                     f"{group}/history", f"{group}/export", "/overview", "/overview/history",
+                     f"{group}/members/search?email=example", f"{group}/members?after={uuid4()}"):  # fmt: skip
+            answer = browser.get(path, headers=headers)
+            assert answer.status_code == 403, path
+            assert "example.com" not in answer.text
+        form = {"name": "Mine", "priority": "0", "timezone": "UTC", "member": str(user.id), "user_id": str(user.id)}
+        for path in ("/groups/new", f"{group}/edit", f"{group}/delete", f"{group}/members", f"{group}/members/remove",
+                     f"{group}/reset", f"/usages/{uuid4()}/refund"):  # fmt: skip
+            assert browser.post(path, data=form, headers=headers).status_code == 403, path
+        assert groups.list() == [pro]
+
+
+class TestCommand:
+    def run(self, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tokenlimits.web", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+    def test_refuses_to_start_half_configured(self, stack: LocalStack) -> None:
+        done = self.run({})
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "SUPABASE_URL" in done.stderr
+        assert "Traceback" not in done.stderr
+        done = self.run(stack.environment(), "--host", "0.0.0.0")
+        assert done.returncode == 1
+        assert "TOKENLIMITS_WEB_SECRET" in done.stderr
+
+    def test_serves_this_machine_alone(self, stack: LocalStack) -> None:
+        command = [sys.executable, "-m", "tokenlimits.web", "--port", "0"]
+        server = subprocess.Popen(command, env=stack.environment(), stderr=subprocess.PIPE, text=True)
+        try:
+            assert server.stderr is not None
+            url = next(found[0] for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
+            assert httpx.get(f"{url}/sign-in", trust_env=False).status_code == 200
+        finally:
+            server.terminate()
+            server.communicate(timeout=30)

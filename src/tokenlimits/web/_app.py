@@ -33,7 +33,7 @@ def create_app(settings: WebSettings | None = None) -> FastAPI:
         ConfigurationError: A variable is missing or can't be right.
 
     Example:
-        >>> create_app().title
+        >>> create_app(WebSettings(web_secret="any 32 characters, or more of them")).title
         'tokenlimits'
     """
     backend = Backend(settings or load())

@@ -67,7 +67,7 @@ class Panel:
         request.state.panel = self
         request.state.session = session = self.sessions.read(request)
         if request.method not in _SAFE:
-            token = request.headers.get("x-csrf-token") or (await request.form()).get("csrf")
+            token = request.headers.get("x-csrf-token") or (await read_form(request)).get("csrf")
             self.sessions.check_csrf(request, session, token)
 
 
@@ -85,7 +85,7 @@ class Visit:
 
     async def form(self) -> FormData:
         """Return what was sent."""
-        return await self.request.form()
+        return await read_form(self.request)
 
 
 async def _visit(request: Request) -> Visit:
@@ -131,6 +131,11 @@ def stay(response: Response, message: str) -> Response:
 def _event(**events: Any) -> dict[str, str]:
     # json.dumps writes ASCII alone, as a header needs
     return {"HX-Trigger": json.dumps(events)}
+
+
+async def read_form(request: Request) -> FormData:
+    """Read what was sent, up to a list of a hundred thousand users."""
+    return await request.form(max_fields=5_000, max_part_size=8_000_000)
 
 
 def is_fragment(request: Request) -> bool:

@@ -11,7 +11,7 @@ from starlette.responses import RedirectResponse, Response
 from tokenlimits import AccessDenied, ServiceUnavailable
 
 from ._limiter import address
-from ._pages import PageRoute, Panel, render
+from ._pages import PageRoute, Panel, read_form, render
 from ._problems import TooManyRequests
 from ._sessions import Session
 
@@ -29,7 +29,7 @@ async def sign_in_page(request: Request, next_: Annotated[str, Query(alias="next
 async def sign_in(request: Request) -> Response:
     """Begin a session."""
     panel: Panel = request.state.panel
-    form = await request.form()
+    form = await read_form(request)
     email, password, next_ = (str(form.get(name, "")) for name in ("email", "password", "next"))
     try:
         for who in (address(request), email.strip().lower()):
