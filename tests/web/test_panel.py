@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from uuid import uuid4
+from pathlib import Path
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
@@ -24,6 +26,8 @@ from tokenlimits.local import LocalStack, LocalUser
 from tokenlimits.web import WebSettings, create_app
 from tokenlimits.web._backend import Backend
 from tokenlimits.web._sessions import Session, Sessions
+
+ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
@@ -372,3 +376,35 @@ class TestCommand:
         finally:
             server.terminate()
             server.communicate(timeout=30)
+
+
+class TestDemo:
+    def test_starts_with_groups_that_are_in_use(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [sys.executable, "examples/admin_panel.py", "--port", str(port)]
+        demo = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        try:
+            assert demo.stdout is not None
+            said = [line.strip() for line in iter(demo.stdout.readline, "  Ctrl-C ends it.\n")]
+            email, password = said[-2].split(", ")
+            with browsing(f"http://127.0.0.1:{port}") as browser:
+                wait_for(browser)
+                page = sign_in(browser, LocalUser(UUID(int=0), email, password))
+                assert page.text.count("<article") == 9
+                for level in ("ok", "warn", "full"):
+                    assert f'class="card is-{level}"' in page.text
+        finally:
+            demo.terminate()
+            demo.communicate(timeout=30)
+
+
+def wait_for(browser: httpx.Client) -> None:
+    until = time.monotonic() + 60
+    while True:
+        try:
+            browser.get("/sign-in")
+        except httpx.ConnectError:
+            assert time.monotonic() < until
+        else:
+            return
