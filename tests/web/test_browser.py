@@ -246,8 +246,9 @@ class TestHostileNames:
 
 
 def fits(page: Page) -> None:
-    """Check that nothing reaches out of the window."""
-    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    """Check that nothing reaches out of the window, or out of an open dialog."""
+    places = "[document.documentElement, ...document.querySelectorAll('dialog[open], dialog[open] .dialog-body')]"
+    assert page.evaluate(f"{places}.every(place => place.scrollWidth <= place.clientWidth)")
 
 
 def visit_all(page: Page, group: Group) -> Iterator[str]:

@@ -167,6 +167,15 @@ class TestTheCookie:
         assert browser.get("/").url.path == "/sign-in"
         assert browser.get("/live", headers={"HX-Request": "true"}).status_code == 401
 
+    def test_one_that_is_too_large_is_said_in_words(
+        self, url: str, admin: LocalUser, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("tokenlimits.web._sessions._MOST", 500)
+        with browsing(url) as browser:
+            page = sign_in(browser, admin)
+        assert page.status_code == 422
+        assert "too large for a cookie" in page.text
+
 
 class TestCsrf:
     @pytest.mark.parametrize("token", [None, "", "0" * 64, "ü"])

@@ -172,6 +172,7 @@ class PageRoute(APIRoute):
 def _keep(request: Request, response: Response) -> None:
     session: Session | None = getattr(request.state, "written", None)
     if session is not None:
+        request.state.written = None  # one that can't be written is not tried again for the page that says so
         request.state.panel.sessions.write(request, response, session)
 
 

@@ -51,7 +51,7 @@ class SecurityHeaders:
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
                 if scope["scheme"] == "https":
-                    headers.setdefault("Strict-Transport-Security", f"max-age={_A_YEAR}; includeSubDomains")
+                    headers.setdefault("Strict-Transport-Security", f"max-age={_A_YEAR}")
             await send(message)
 
         await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)

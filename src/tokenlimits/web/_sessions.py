@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tokenlimits import AccessDenied
+from tokenlimits import AccessDenied, InvalidRequest
 
 from ._backend import Backend, Person, Tokens
 from ._problems import SignInRequired
@@ -62,11 +62,11 @@ class Sessions:
         """Give the browser its session.
 
         Raises:
-            AccessDenied: It is too large for a cookie.
+            InvalidRequest: It is too large for a cookie.
         """
         sealed = self._close(session)
         if len(sealed) > _MOST:
-            raise AccessDenied("This account's access token is too large for a cookie: its claims must be fewer.")
+            raise InvalidRequest("This account's access token is too large for a cookie: give it fewer claims.")
         response.set_cookie(
             cookie_name(request), sealed, path="/", httponly=True, samesite="lax", secure=request.url.scheme == "https"
         )
@@ -109,9 +109,15 @@ class Sessions:
         task = self._refreshing.get(key)
         if task is None:
             task = self._refreshing[key] = asyncio.create_task(self._backend.refresh(tokens))
-            # late requests may still have the old cookie
-            task.add_done_callback(lambda _: asyncio.get_running_loop().call_later(30, self._refreshing.pop, key, None))
+            task.add_done_callback(lambda done: self._forget(key, done))
         return await asyncio.shield(task)
+
+    def _forget(self, key: str, task: asyncio.Task[Tokens]) -> None:
+        if task.cancelled() or task.exception() is not None:
+            del self._refreshing[key]
+        else:
+            # late requests may still have the old cookie
+            task.get_loop().call_later(30, self._refreshing.pop, key, None)
 
     def _close(self, session: Session) -> str:
         content: dict[str, object] = {"id": session.id}
