@@ -361,22 +361,23 @@ class TestDialogs:
         assert groups.list() == [pro]
 
 
+@pytest.mark.parametrize("program", [["tokenlimits.web"], ["tokenlimits", "admin"]], ids=["module", "command"])
 class TestCommand:
     def run(self, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tokenlimits.web", *arguments]
+        command = [sys.executable, "-m", *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
 
-    def test_refuses_to_start_half_configured(self, stack: LocalStack) -> None:
-        done = self.run({})
+    def test_refuses_to_start_half_configured(self, stack: LocalStack, program: list[str]) -> None:
+        done = self.run({}, *program)
         assert (done.returncode, done.stdout) == (1, "")
         assert "SUPABASE_URL" in done.stderr
         assert "Traceback" not in done.stderr
-        done = self.run(stack.environment(), "--host", "0.0.0.0")
+        done = self.run(stack.environment(), *program, "--host", "0.0.0.0")
         assert done.returncode == 1
         assert "TOKENLIMITS_WEB_SECRET" in done.stderr
 
-    def test_serves_this_machine_alone(self, stack: LocalStack) -> None:
-        command = [sys.executable, "-m", "tokenlimits.web", "--port", "0"]
+    def test_serves_this_machine_alone(self, stack: LocalStack, program: list[str]) -> None:
+        command = [sys.executable, "-m", *program, "--port", "0"]
         server = subprocess.Popen(command, env=stack.environment(), stderr=subprocess.PIPE, text=True)
         try:
             assert server.stderr is not None

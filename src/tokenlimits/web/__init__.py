@@ -17,6 +17,7 @@ Example:
 from ._api import router
 from ._app import create_app
 from ._generation import require_generation
+from ._serve import serve
 from ._settings import WebSettings
 
-__all__ = ["WebSettings", "create_app", "require_generation", "router"]
+__all__ = ["WebSettings", "create_app", "require_generation", "router", "serve"]
