@@ -3,10 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test check format sql bench postgres15 clean
+.PHONY: help demo admin test check format sql bench postgres15 clean
 
 help:
 	@echo 'make demo        run examples/quickstart.py on an embedded Supabase'
+	@echo 'make admin       the admin panel with made-up groups, on an embedded Supabase'
 	@echo 'make test        all tests, on real servers'
 	@echo 'make check       all linters and type checkers'
 	@echo 'make format      format Python and SQL'
@@ -21,6 +22,9 @@ help:
 
 demo: .venv/.ready
 	$(BIN)/python -W error examples/quickstart.py
+
+admin: .venv/.ready
+	$(BIN)/python examples/admin_panel.py
 
 test: .venv/.ready
 	$(BIN)/python -m pytest

@@ -13,12 +13,14 @@ from .errors import ConfigurationError
 _URL = TypeAdapter(AnyHttpUrl)
 
 
-def _url(value: str) -> str:
+def checked_url(value: str) -> str:
+    """Check the address of a project."""
     _URL.validate_python(value.strip())
     return value.strip()
 
 
-def _key(value: SecretStr) -> SecretStr:
+def checked_key(value: SecretStr) -> SecretStr:
+    """Check a key."""
     key = value.get_secret_value().strip()
     if not re.fullmatch(r"[!-~]+", key):
         raise ValueError("a header can't hold it")
@@ -30,8 +32,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
 
-    url: Annotated[str, AfterValidator(_url)] = Field(validation_alias="SUPABASE_URL")
-    key: Annotated[SecretStr, AfterValidator(_key)] = Field(
+    url: Annotated[str, AfterValidator(checked_url)] = Field(validation_alias="SUPABASE_URL")
+    key: Annotated[SecretStr, AfterValidator(checked_key)] = Field(
         validation_alias=AliasChoices("SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY")
     )
 

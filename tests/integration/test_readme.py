@@ -64,7 +64,7 @@ def output(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> str:
     """What the README's Python prints, run from the top to the bottom."""
     directory = tmp_path_factory.mktemp("readme")
     (directory / "supabase" / "migrations").mkdir(parents=True)
-    env = {**os.environ, **stack.environment(), "no_proxy": "127.0.0.1"}
+    env = {**os.environ, **stack.environment(), "no_proxy": "127.0.0.1", "TOKENLIMITS_WEB_SECRET": "x" * 32}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in env.items():
             patch.setenv(name, value)

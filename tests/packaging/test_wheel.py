@@ -26,6 +26,10 @@ MUST_HAVE = {
     "tokenlimits/local/server.mjs",
     "tokenlimits/sql/tokenlimits.sql",
     "tokenlimits/sql/uninstall.sql",
+    "tokenlimits/web/static/LICENSES.txt",
+    "tokenlimits/web/static/VENDORED.md",
+    "tokenlimits/web/static/htmx.min.js",
+    "tokenlimits/web/templates/base.html",
 }
 
 

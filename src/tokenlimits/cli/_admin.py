@@ -1,6 +1,8 @@
-"""`admin`: who manages groups with a session of their own."""
+"""`admin`: the panel, and who manages groups with a session of their own."""
 
 from __future__ import annotations
+
+from typing import Annotated
 
 import httpx
 import typer
@@ -12,7 +14,7 @@ from ._find import find_user, manager
 from ._options import DatabaseUrl, UserArgument
 from ._terminal import Problem, say
 
-commands = typer.Typer(help="Who may manage groups when signed in.", no_args_is_help=True, rich_markup_mode=None)
+commands = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
 _FIND = "select id from auth.users where id::text = lower(%(user)s) or lower(email) = lower(%(user)s)"
 _GRANT = """
@@ -31,6 +33,30 @@ where id = %s and raw_app_meta_data ->> 'role' = 'admin'
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.add_typer(commands, name="admin")
+
+
+@commands.callback()
+def panel(
+    context: typer.Context,
+    *,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port; 0 is a free one.")] = 8321,
+    forwarded_allow_ips: Annotated[
+        str | None, typer.Option(help="Proxies whose X-Forwarded-… headers are believed.")
+    ] = None,
+) -> None:
+    """Serve the admin panel, until Ctrl-C; or say who is an admin.
+
+    The panel reads SUPABASE_URL, SUPABASE_PUBLISHABLE_KEY and TOKENLIMITS_WEB_SECRET, and needs
+    pip install 'tokenlimits[web]'. It listens on this machine alone, unless told otherwise.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    try:
+        from tokenlimits.web import serve  # noqa: PLC0415  # it may not be installed
+    except ModuleNotFoundError as error:
+        raise Problem("The admin panel needs more packages: pip install 'tokenlimits[web]'") from error
+    serve(host, port, forwarded_allow_ips=forwarded_allow_ips)
 
 
 @commands.command()

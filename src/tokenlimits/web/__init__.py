@@ -1,0 +1,23 @@
+"""The admin panel, the API, and a dependency for FastAPI apps: `pip install 'tokenlimits[web]'`.
+
+The panel and the API act with the access token of whoever asks, so that the database decides what they may do.
+
+Example:
+    from fastapi import Depends, FastAPI
+    from tokenlimits.web import create_app, require_generation, router
+
+    app = FastAPI()
+    app.include_router(router())         # /api/groups, /api/usage/me, …
+    app.mount("/limits", create_app())   # the panel
+
+    @app.post("/images", dependencies=[Depends(require_generation("image"))])
+    async def image(prompt: str) -> str: ...
+"""
+
+from ._api import router
+from ._app import create_app
+from ._generation import require_generation
+from ._serve import serve
+from ._settings import WebSettings
+
+__all__ = ["WebSettings", "create_app", "require_generation", "router", "serve"]

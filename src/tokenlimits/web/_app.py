@@ -1,0 +1,77 @@
+"""The app: the API, and what every answer has."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+import tokenlimits
+
+from . import _problems
+from ._api import api_of
+from ._backend import Backend
+from ._panel import panel_of
+from ._security import SecurityHeaders
+from ._settings import WebSettings, load
+
+
+def create_app(settings: WebSettings | None = None) -> FastAPI:
+    """Make the app, to be served by itself or mounted in another, as in `app.mount("/limits", …)`.
+
+    Args:
+        settings: Where Supabase is; from the environment when None.
+
+    Raises:
+        ConfigurationError: A variable is missing or can't be right.
+
+    Example:
+        >>> create_app(WebSettings(web_secret="any 32 characters, or more of them")).title
+        'tokenlimits'
+    """
+    backend = Backend(settings or load())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        yield
+        await backend.aclose()
+
+    app = FastAPI(
+        title="tokenlimits",
+        version=tokenlimits.__version__,
+        summary="Limits on AI generations for groups of users",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/api/openapi.json",
+    )
+    app.include_router(api_of(backend))
+    app.include_router(panel_of(backend))
+    app.mount("/static", _Static(packages=[("tokenlimits.web", "static")]))
+    app.add_middleware(GZipMiddleware)
+    app.add_middleware(SecurityHeaders)
+    app.add_exception_handler(HTTPException, _http_error)
+    return app
+
+
+class _Static(StaticFiles):
+    """Files whose address names their version, so that browsers may keep them."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
+        return response
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101  # what it is registered for
+    if request.url.path.startswith(f"{request.scope.get('root_path', '')}/api/"):
+        return _problems.of_status(error.status_code, error.detail, error.headers)
+    return PlainTextResponse(error.detail, error.status_code, error.headers)

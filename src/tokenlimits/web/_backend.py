@@ -1,0 +1,271 @@
+"""Supabase, as the panel and the API see it: always with the key or the token of whoever asks."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncGenerator
+from datetime import datetime
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlencode
+from uuid import UUID
+
+import httpx
+from pydantic import AwareDatetime, BaseModel, RootModel, SecretStr, ValidationError
+from supabase import AsyncClient, AsyncClientOptions
+
+from tokenlimits import (
+    AccessDenied,
+    AsyncGroupManager,
+    AsyncTokenLimits,
+    ConfigurationError,
+    Group,
+    Member,
+    ServiceUnavailable,
+    UsageRecord,
+    UserLimit,
+)
+from tokenlimits import _calls as calls
+from tokenlimits import _reports as reports
+from tokenlimits._arguments import parser
+
+from ._problems import SignInRequired
+from ._settings import WebSettings
+
+T = TypeVar("T", bound=BaseModel)
+
+_MY_USAGE = parser(tuple[UserLimit, ...])
+_MARGIN = 60.0
+_LEDGER_PAGE = 1000
+
+
+class Groups(AsyncGroupManager):
+    """Everything that one caller may do; the database decides what that is."""
+
+    async def my_usage(self) -> tuple[UserLimit, ...]:
+        """List every limit that binds the caller."""
+        return await self._transport.send(calls.Call("my_generation_usage", {}, _MY_USAGE))
+
+    async def save(self, group_id: UUID | None, fields: dict[str, Any]) -> Group:
+        """Create a group, or change what is named of one, with its limits: in one step."""
+        if group_id is None:
+            return await self._transport.send(calls.create_group(**fields))
+        return await self._transport.send(calls.update_group(group_id, **fields))
+
+    async def page(self, search: str | None, after: str | None, size: int) -> list[Group]:
+        """Read the page of groups after a name."""
+        return await self._transport.send(calls.groups_page(search, after, size))
+
+    async def usage_since(self, group_id: UUID, since: datetime | None) -> list[UsageRecord]:
+        """Read the first page of a group's ledger from a moment on, oldest first."""
+        wanted = reports.wanted_usage(group_id, None, None, since, None)
+        return await self._transport.send(reports.usage_page(wanted, None, _LEDGER_PAGE))
+
+    async def members_page(self, group_id: UUID, after: UUID | None, size: int) -> list[Member]:
+        """Read the page of members after a user's id."""
+        return await self._transport.send(calls.members_page(group_id, after, size))
+
+
+class Person(BaseModel):
+    """Who Supabase Auth says that a token belongs to."""
+
+    id: UUID
+    email: str | None = None
+
+
+class Tokens(NamedTuple):
+    """A session of Supabase Auth; `expires_at` is by this machine's clock."""
+
+    access: SecretStr
+    refresh: SecretStr
+    expires_at: float
+    person: Person
+
+    def is_ending(self) -> bool:
+        """Whether it ends within a minute."""
+        return time.time() > self.expires_at - _MARGIN
+
+
+class _OfLoop(NamedTuple):
+    loop: asyncio.AbstractEventLoop
+    http: httpx.AsyncClient
+    until_loop_ends: AsyncGenerator[None]
+
+
+class Backend:
+    """Makes clients that share connections, and asks Supabase Auth.
+
+    Args:
+        settings: Where Supabase is.
+        limits: What tracks for `/api/track-generation`; by default a client with the secret key of the settings.
+    """
+
+    def __init__(self, settings: WebSettings, limits: AsyncTokenLimits | None = None) -> None:
+        self.settings = settings
+        self._limits = limits
+        self._of_loop: _OfLoop | None = None
+
+    @property
+    def can_track(self) -> bool:
+        """Whether there is a key to track with."""
+        return self._limits is not None or self.settings.secret_key is not None
+
+    async def groups(self, token: str) -> Groups:
+        """Make a group manager that acts as the bearer of a token: an access token, or a secret key of their own."""
+        key = token if token.startswith("sb_secret_") else self.settings.publishable_key
+        return Groups(await self._client(key, token), timeout=self.settings.timeout)
+
+    async def limits(self) -> AsyncTokenLimits:
+        """Make the client that tracks, with the server's secret key.
+
+        Raises:
+            ConfigurationError: There is none.
+        """
+        if self._limits is not None:
+            return self._limits
+        if self.settings.secret_key is None:
+            raise ConfigurationError("Set SUPABASE_SECRET_KEY to track generations.")
+        key = self.settings.secret_key.get_secret_value()
+        return AsyncTokenLimits(await self._client(key, key), timeout=self.settings.timeout)
+
+    def is_worker(self, token: str) -> bool:
+        """Whether a token is the server's own secret key."""
+        key = self.settings.secret_key
+        return key is not None and hmac.compare_digest(token.encode(), key.get_secret_value().encode())
+
+    async def person(self, token: str) -> Person:
+        """Let Supabase Auth say whose access token it is.
+
+        Raises:
+            SignInRequired: Nobody's.
+            ServiceUnavailable: It gave no answer.
+        """
+        answer = await self._auth("GET", "user", token=token)
+        if answer.status_code in (400, 401, 403, 404):
+            raise SignInRequired("The access token is not valid, or not valid any more.")
+        return _read(answer, Person)
+
+    async def sign_in(self, email: str, password: str) -> Tokens:
+        """Begin a session.
+
+        Raises:
+            AccessDenied: The address or the password is wrong.
+            ServiceUnavailable: It gave no answer.
+        """
+        return await self._session("password", {"email": email, "password": password})
+
+    async def refresh(self, tokens: Tokens) -> Tokens:
+        """Go on with a session.
+
+        Raises:
+            AccessDenied: It has ended.
+            ServiceUnavailable: It gave no answer.
+        """
+        return await self._session("refresh_token", {"refresh_token": tokens.refresh.get_secret_value()})
+
+    async def sign_out(self, tokens: Tokens) -> None:
+        """End a session. What Supabase answers changes nothing: the cookie goes in any case."""
+        try:
+            await self._auth("POST", "logout?scope=local", token=tokens.access.get_secret_value())
+        except ServiceUnavailable:
+            return
+
+    async def _session(self, grant: str, body: dict[str, str]) -> Tokens:
+        answer = await self._auth("POST", f"token?grant_type={grant}", json=body)
+        if 400 <= answer.status_code < 500 and answer.status_code != 429:
+            raise AccessDenied("The e-mail address or the password is wrong, or the session has ended.")
+        found = _read(answer, _Session)
+        return Tokens(found.access_token, found.refresh_token, time.time() + found.expires_in, found.user)
+
+    async def _auth(
+        self, method: str, path: str, *, token: str | None = None, json: dict[str, str] | None = None
+    ) -> httpx.Response:
+        return await self._send(method, f"auth/v1/{path}", token=token, json=json)
+
+    async def _send(
+        self, method: str, path: str, *, token: str | None = None, json: dict[str, str] | None = None
+    ) -> httpx.Response:
+        headers = {"apikey": self.settings.publishable_key}
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        url = f"{self.settings.url.rstrip('/')}/{path}"
+        http = await self._http()
+        try:
+            return await http.request(method, url, headers=headers, json=json)
+        except httpx.HTTPError as error:
+            reason = type(error).__name__
+        # out here, so that no context of it holds a token or a password
+        raise ServiceUnavailable(f"Supabase could not be reached ({reason})")
+
+    async def moment_of(self, token: str, group_id: UUID, place: int) -> datetime | None:
+        """Read when the newest but so many usages of a group were recorded, as an admin; None: there are fewer.
+
+        Raises:
+            AccessDenied: The token is no admin's, or not valid any more.
+            ServiceUnavailable: Supabase gave no answer.
+        """
+        query = {"select": "created_at", "group_id": f"eq.{group_id}", "order": "created_at.desc"}
+        path = f"rest/v1/generation_usage?{urlencode({**query, 'limit': 1, 'offset': place})}"
+        answer = await self._send("GET", path, token=token)
+        if answer.status_code in (401, 403):
+            raise AccessDenied(
+                "Only an admin may read the ledger.", code="PGRST301" if answer.status_code == 401 else None
+            )
+        rows = _read(answer, _Moments).root
+        return rows[0].created_at if rows else None
+
+    async def _client(self, key: str, token: str) -> AsyncClient:
+        options = AsyncClientOptions(
+            httpx_client=await self._http(),
+            headers={"Authorization": f"Bearer {token}"},
+            auto_refresh_token=False,
+            persist_session=False,
+        )
+        return AsyncClient(self.settings.url, key, options)
+
+    async def _http(self) -> httpx.AsyncClient:
+        """Share one pool per event loop: mounted in another app, nobody tells us when that begins or ends."""
+        loop = asyncio.get_running_loop()
+        if self._of_loop is None or self._of_loop.loop is not loop or self._of_loop.http.is_closed:
+            http = httpx.AsyncClient(http2=False, timeout=self.settings.timeout)
+            self._of_loop = _OfLoop(loop, http, _until_loop_ends(http))
+            await anext(self._of_loop.until_loop_ends)
+        return self._of_loop.http
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        if self._of_loop is not None:
+            await self._of_loop.until_loop_ends.aclose()
+
+
+class _Moment(BaseModel):
+    created_at: AwareDatetime
+
+
+class _Moments(RootModel[list[_Moment]]):
+    pass
+
+
+class _Session(BaseModel):
+    access_token: SecretStr
+    refresh_token: SecretStr
+    expires_in: float
+    user: Person
+
+
+def _read(answer: httpx.Response, model: type[T]) -> T:
+    if answer.is_success:
+        try:
+            return model.model_validate_json(answer.content)
+        except ValidationError:
+            pass  # not as Supabase answers: below, where no context of the error holds a token
+    raise ServiceUnavailable(f"Supabase answered with status {answer.status_code}, and not as expected")
+
+
+async def _until_loop_ends(http: httpx.AsyncClient) -> AsyncGenerator[None]:
+    """Close when asked, or with the loop: asyncio.run() closes the generators that are still open."""
+    try:
+        yield
+    finally:
+        await http.aclose()

@@ -1,0 +1,92 @@
+"""History as a chart shows it: a row of buckets without gaps, and for each kind a number in each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from tokenlimits import HistoryPoint
+
+Step = Literal["hour", "day", "month"]
+
+_SHOWN: Mapping[Step, int] = {"hour": 48, "day": 30, "month": 12}
+_WRITTEN: Mapping[Step, str] = {"hour": "%b %d, %H:%M", "day": "%b %d", "month": "%b %Y"}
+
+
+@dataclass(frozen=True, slots=True)
+class Trend:
+    """What was used of a kind in the last 30 days; `change` is in per cent of the 30 days before (None: nothing)."""
+
+    kind: str
+    used: int
+    generations: int
+    change: int | None
+
+
+def first(step: Step, timezone: str, now: datetime) -> datetime:
+    """Say where a chart that ends now begins."""
+    return buckets(step, timezone, now)[0]
+
+
+def buckets(step: Step, timezone: str, now: datetime) -> list[datetime]:
+    """List the beginnings of the buckets that a chart shows, in a group's time zone.
+
+    Example:
+        >>> [b.isoformat() for b in buckets("month", "UTC", datetime(2026, 3, 9, tzinfo=UTC))][-2:]
+        ['2026-02-01T00:00:00+00:00', '2026-03-01T00:00:00+00:00']
+    """
+    zone = _zone(timezone)
+    here = now.astimezone(zone)
+    places = range(_SHOWN[step] - 1, -1, -1)
+    if step == "hour":
+        hour = now.astimezone(UTC) - timedelta(minutes=here.minute, seconds=here.second, microseconds=here.microsecond)
+        return [(hour - timedelta(hours=n)).astimezone(zone) for n in places]
+    midnight = here.replace(hour=0, minute=0, second=0, microsecond=0)
+    if step == "day":
+        return [midnight - timedelta(days=n) for n in places]
+    months = here.year * 12 + here.month - 1
+    return [midnight.replace(year=(months - n) // 12, month=(months - n) % 12 + 1, day=1) for n in places]
+
+
+def chart(points: Iterable[HistoryPoint], step: Step, timezone: str, now: datetime) -> dict[str, Any]:
+    """Write a history for the chart library, with the kinds that were used most first."""
+    zone = _zone(timezone)
+    used: dict[str, dict[str, int]] = {}
+    for point in points:
+        label = point.bucket.astimezone(zone).strftime(_WRITTEN[step])
+        of_kind = used.setdefault(point.kind, {})
+        of_kind[label] = of_kind.get(label, 0) + point.used
+    labels = list(dict.fromkeys(bucket.strftime(_WRITTEN[step]) for bucket in buckets(step, timezone, now)))
+    kinds = sorted(used, key=lambda kind: (-sum(used[kind].values()), kind))
+    return {
+        "labels": labels,
+        "kinds": [{"kind": kind, "used": [used[kind].get(label, 0) for label in labels]} for kind in kinds],
+    }
+
+
+def trends(points: Iterable[HistoryPoint], now: datetime) -> list[Trend]:
+    """Compare the last 30 days with the 30 before, per kind."""
+    border = now - timedelta(days=30)
+    found: dict[str, list[int]] = {}
+    for point in points:
+        numbers = found.setdefault(point.kind, [0, 0, 0])
+        if point.bucket >= border:
+            numbers[0] += point.used
+            numbers[1] += point.generations
+        else:
+            numbers[2] += point.used
+    trends_ = [
+        Trend(kind, used, generations, round((used - before) * 100 / before) if before else None)
+        for kind, (used, generations, before) in found.items()
+    ]
+    return sorted(trends_, key=lambda trend: (-trend.generations, trend.kind))
+
+
+def _zone(name: str) -> ZoneInfo:
+    try:
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError):  # the database knows zones that this machine doesn't
+        return ZoneInfo("UTC")

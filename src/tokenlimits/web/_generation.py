@@ -1,0 +1,121 @@
+"""`require_generation`: a FastAPI dependency that reserves before an endpoint, and settles after it."""
+
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import Depends, HTTPException, Request, Response
+
+from tokenlimits import (
+    AsyncTokenLimits,
+    GenerationDenied,
+    Hold,
+    InvalidRequest,
+    LimitExceeded,
+    ServiceUnavailable,
+    _arguments,
+)
+
+from . import _ratelimit
+from ._backend import Backend
+from ._problems import SignInRequired
+from ._settings import WebSettings, load
+
+
+def require_generation(
+    kind: str,
+    cost: int | Callable[..., int | Awaitable[int]] = 1,
+    *,
+    user: Callable[..., UUID | Awaitable[UUID]] | None = None,
+    ttl: int = 3600,
+    limits: AsyncTokenLimits | None = None,
+    settings: WebSettings | None = None,
+) -> Callable[..., AsyncIterator[Hold]]:
+    """Make a FastAPI dependency that reserves before the endpoint runs, commits after it, and releases if it raises.
+
+    With FastAPI's default scope it commits when the response has been sent, so that a stream that breaks isn't charged;
+    with `Depends(…, scope="function")` before it is sent. The endpoint may take the `Hold`, and commit less.
+
+    A request that is denied gets 403 (in no group, or in none that entitles to the kind) or 429, with `Retry-After`,
+    `RateLimit` and `RateLimit-Policy`. There is no idempotency key: a request's sender could choose it.
+
+    Args:
+        kind: What is generated.
+        cost: How much it takes from the limits; or a dependency that says so.
+        user: A dependency that returns the id of the user who pays, and has checked who that is. By default the bearer
+            of a Supabase access token, whom Supabase Auth is asked about.
+        ttl: For how many seconds it holds: longer than the endpoint takes at worst.
+        limits: What reserves; by default a client made from the environment.
+        settings: Where Supabase Auth is, for the default `user`; from the environment when None, on first use.
+
+    Raises:
+        ConfigurationError: On first use: a variable is missing or can't be right.
+
+    Example:
+        >>> from fastapi import FastAPI
+        >>> app = FastAPI()
+        >>> @app.post("/images", dependencies=[Depends(require_generation("image", cost=2))])
+        ... async def image(prompt: str) -> str:
+        ...     return f"an image of {prompt}"
+    """
+    _arguments.kind(kind)
+    client = limits if limits is not None else AsyncTokenLimits.from_env()
+    payer = user if user is not None else _Bearer(settings)
+    price = cost if callable(cost) else _Constant(cost)
+
+    async def reserved(
+        response: Response,
+        user_id: Annotated[UUID, Depends(payer)],
+        price_: Annotated[int, Depends(price)],
+    ) -> AsyncIterator[Hold]:
+        async with AsyncExitStack() as stack:
+            hold = await _enter(stack, lambda: client.generation(user_id, kind, price_, ttl=ttl))
+            response.headers.update(_ratelimit.of_limits(hold.result.limits))
+            yield hold
+
+    return reserved
+
+
+async def _enter(stack: AsyncExitStack, generation: Callable[[], AbstractAsyncContextManager[Hold]]) -> Hold:
+    try:
+        return await stack.enter_async_context(generation())
+    except GenerationDenied as denied:
+        status = 429 if isinstance(denied, LimitExceeded) else 403
+        raise HTTPException(status, str(denied), _ratelimit.of_denial(denied.result)) from denied
+    except InvalidRequest as error:
+        raise HTTPException(422, str(error)) from error
+    except ServiceUnavailable as error:
+        headers = {"Retry-After": str(math.ceil(error.retry_after or 5))}
+        raise HTTPException(503, "Generations can't be counted now. Please try again soon.", headers) from error
+
+
+class _Constant:
+    """A dependency that returns what is known already."""
+
+    def __init__(self, cost: int) -> None:
+        self._cost = cost
+
+    def __call__(self) -> int:
+        return self._cost
+
+
+class _Bearer:
+    """A dependency that returns whose access token a request carries."""
+
+    def __init__(self, settings: WebSettings | None) -> None:
+        self._backend = None if settings is None else Backend(settings)
+
+    async def __call__(self, request: Request) -> UUID:
+        if self._backend is None:
+            self._backend = Backend(load())
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and token.strip():
+            try:
+                return (await self._backend.person(token.strip())).id
+            except SignInRequired:
+                pass
+            except ServiceUnavailable as error:
+                raise HTTPException(503, "Please try again soon", {"Retry-After": "5"}) from error
+        raise HTTPException(401, "Send a valid access token", {"WWW-Authenticate": "Bearer"})

@@ -1,0 +1,102 @@
+"""A group's page: history, limits, top members, recent usage, export; and a fresh start."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Query
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from tokenlimits.models import UsageRecord
+
+from . import _charts, _views
+from ._export import as_csv
+from ._pages import PageRoute, Panel, Signed, Visit, done
+
+routes = APIRouter(route_class=PageRoute, include_in_schema=False)
+
+_RECENT = 25
+_TOP = 8
+
+
+@routes.get("/groups/{group_id}")
+async def group_page(visit: Signed, group_id: UUID) -> Response:
+    """Show the group; the chart asks for its history by itself."""
+    group, usage, top, recent = await asyncio.gather(
+        visit.groups.get(group_id),
+        visit.groups.usage(group_id),
+        visit.groups.top_members(group_id, count=_TOP),
+        _recent(visit, group_id),
+    )
+    most = max((member.used for member in top), default=1)
+    return visit.page(
+        "group.html",
+        group=group,
+        usage=usage,
+        top=top,
+        most=most,
+        recent=recent,
+        shape=_views.shape([usage]),
+        level=_views.level,
+    )
+
+
+@routes.get("/groups/{group_id}/live")
+async def live(visit: Signed, group_id: UUID, version: Annotated[str, Query(max_length=16)] = "") -> Response:
+    """Answer what changes on the page; nothing when nothing has."""
+    content = _views.live([await visit.groups.usage(group_id)])
+    return Response(status_code=204) if content["version"] == version else JSONResponse(content)
+
+
+@routes.get("/groups/{group_id}/history")
+async def history(visit: Signed, group_id: UUID, step: Annotated[_charts.Step, Query()] = "day") -> Response:
+    """Answer the chart's numbers."""
+    group = await visit.groups.get(group_id)
+    now = datetime.now(UTC)
+    since = _charts.first(step, group.timezone, now)
+    points = await visit.groups.history(group_id, bucket=step, since=since)
+    return JSONResponse(_charts.chart(points, step, group.timezone, now))
+
+
+@routes.get("/groups/{group_id}/export")
+async def export(visit: Signed, group_id: UUID) -> Response:
+    """Send the group's ledger as CSV, while it is read."""
+    group = await visit.groups.get(group_id)
+    name = re.sub(r"[^A-Za-z0-9]+", "-", group.name).strip("-")[:60] or "group"
+    headers = {"Content-Disposition": f'attachment; filename="{name}-usage.csv"'}
+    lines = as_csv(visit.groups.export_usage(group_id))
+    first = [await anext(lines), await anext(lines, "")]  # here, where an error can still be a page
+    return StreamingResponse(_chain(first, lines), headers=headers, media_type="text/csv")
+
+
+@routes.post("/usages/{usage_id}/refund")
+async def refund(visit: Signed, usage_id: UUID) -> Response:
+    """Give back what a usage cost."""
+    result = await visit.groups.refund(usage_id)
+    return done(f"{result.cost:,} {result.kind} given back.")
+
+
+@routes.post("/groups/{group_id}/reset")
+async def reset(visit: Signed, group_id: UUID) -> Response:
+    """Give the group a fresh start in its current periods."""
+    await visit.groups.reset_usage(group_id)
+    return done("A fresh start: usage counts from now on. The ledger keeps everything.")
+
+
+async def _recent(visit: Visit, group_id: UUID) -> list[UsageRecord]:
+    panel: Panel = visit.request.state.panel
+    token = visit.tokens.access.get_secret_value()
+    since = await panel.backend.moment_of(token, group_id, _RECENT - 1)
+    return (await visit.groups.usage_since(group_id, since))[::-1][:_RECENT]
+
+
+async def _chain(first: list[str], rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    for line in first:
+        yield line
+    async for line in rest:
+        yield line

@@ -1,0 +1,78 @@
+"""Dialogs that create, edit and delete a group."""
+
+from __future__ import annotations
+
+from uuid import UUID
+from zoneinfo import available_timezones
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from tokenlimits import GroupExists, InvalidRequest
+
+from ._forms import GroupForm, LimitRow
+from ._pages import PageRoute, Signed, Visit, done
+
+routes = APIRouter(route_class=PageRoute, include_in_schema=False)
+
+_ZONES = ["UTC", *sorted(name for name in available_timezones() if "/" in name and not name.startswith("Etc/"))]
+
+
+@routes.get("/groups/new")
+async def new_dialog(visit: Signed) -> Response:
+    """Show an empty form, to those who may fill it in."""
+    await visit.groups.page(None, None, 1)
+    return _dialog(visit, None, GroupForm(rows=[LimitRow(kind="image")]))
+
+
+@routes.post("/groups/new")
+async def create(visit: Signed) -> Response:
+    """Create a group, or say what is wrong."""
+    return await _save(visit, None)
+
+
+@routes.get("/groups/{group_id}/edit")
+async def edit_dialog(visit: Signed, group_id: UUID) -> Response:
+    """Show a group's form."""
+    return _dialog(visit, group_id, GroupForm.of_group(await visit.groups.get(group_id)))
+
+
+@routes.post("/groups/{group_id}/edit")
+async def edit(visit: Signed, group_id: UUID) -> Response:
+    """Change a group, or say what is wrong."""
+    return await _save(visit, group_id)
+
+
+@routes.get("/groups/{group_id}/delete")
+async def delete_dialog(visit: Signed, group_id: UUID) -> Response:
+    """Ask, and say what goes and what stays."""
+    return visit.page("delete.html", usage=await visit.groups.usage(group_id))
+
+
+@routes.post("/groups/{group_id}/delete")
+async def delete(visit: Signed, group_id: UUID) -> Response:
+    """Delete a group."""
+    group = await visit.groups.delete(group_id)
+    return _deleted(visit, f"{group.name} was deleted. What was recorded stays.")
+
+
+def _deleted(visit: Visit, message: str) -> Response:
+    # its own page is gone too
+    if "/groups/" in visit.request.headers.get("hx-current-url", ""):
+        return done(message, go={"to": f"{visit.request.scope.get('root_path', '')}/"})
+    return done(message)
+
+
+async def _save(visit: Visit, group_id: UUID | None) -> Response:
+    form, fields = GroupForm.of_typed(await visit.form()).checked()
+    if not form.is_good():
+        return _dialog(visit, group_id, form, 422)
+    try:
+        group = await visit.groups.save(group_id, fields)
+    except (GroupExists, InvalidRequest) as error:
+        return _dialog(visit, group_id, form.refused(error), 422)
+    return done(f"{group.name} was saved." if group_id else f"{group.name} was created.")
+
+
+def _dialog(visit: Visit, group_id: UUID | None, form: GroupForm, status: int = 200) -> Response:
+    return visit.page("group_form.html", status, group_id=group_id, form=form, empty=LimitRow(), zones=_ZONES)

@@ -1,0 +1,43 @@
+"""The page over all groups: totals and trends."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from starlette.responses import JSONResponse, Response
+
+from . import _charts, _views
+from ._pages import PageRoute, Signed
+
+routes = APIRouter(route_class=PageRoute, include_in_schema=False)
+
+_FULLEST = 10
+
+
+@routes.get("/overview")
+async def overview_page(visit: Signed) -> Response:
+    """Show totals, trends, and the groups that are fullest; the chart asks for its history by itself."""
+    now = datetime.now(UTC)
+    usages, groups, points = await asyncio.gather(
+        visit.groups.usage_all(),
+        visit.groups.list(),
+        visit.groups.history(bucket="day", since=now - timedelta(days=60)),
+    )
+    cards = _views.cards(groups, usages, "", "usage")
+    return visit.page(
+        "overview.html",
+        summary=_views.summary(usages),
+        trends=_charts.trends(points, now),
+        fullest=[card for card in cards if card.fraction is not None][:_FULLEST],
+    )
+
+
+@routes.get("/overview/history")
+async def history(visit: Signed, step: Annotated[_charts.Step, Query()] = "day") -> Response:
+    """Answer the chart's numbers."""
+    now = datetime.now(UTC)
+    points = await visit.groups.history(bucket=step, since=_charts.first(step, "UTC", now))
+    return JSONResponse(_charts.chart(points, step, "UTC", now))

@@ -1,0 +1,41 @@
+"""The Tokens page: a card for each group, live."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from starlette.responses import JSONResponse, Response
+
+from . import _views
+from ._pages import PageRoute, Signed
+
+routes = APIRouter(route_class=PageRoute, include_in_schema=False)
+
+
+@routes.get("/")
+async def tokens_page(
+    visit: Signed,
+    search: Annotated[str, Query(max_length=200)] = "",
+    sort: Annotated[_views.Sort, Query()] = "name",
+) -> Response:
+    """Show the cards."""
+    usages, groups = await asyncio.gather(visit.groups.usage_all(), visit.groups.list())
+    cards = _views.cards(groups, usages, search, sort)
+    return visit.page(
+        "tokens.html",
+        cards=cards,
+        summary=_views.summary(usages),
+        shape=_views.shape(usages),
+        search=search,
+        sort=sort,
+        level=_views.level,
+    )
+
+
+@routes.get("/live")
+async def live(visit: Signed, version: Annotated[str, Query(max_length=16)] = "") -> Response:
+    """Answer what changes on the cards; nothing when nothing has."""
+    content = _views.live(await visit.groups.usage_all())
+    return Response(status_code=204) if content["version"] == version else JSONResponse(content)

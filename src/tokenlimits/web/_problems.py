@@ -1,0 +1,166 @@
+"""Errors as RFC 9457 problem details."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
+
+from tokenlimits import TrackResult, errors
+
+from . import _ratelimit
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class FieldProblem(BaseModel):
+    """What is wrong with one field of a request."""
+
+    field: str = Field(examples=["limits[0].max"])
+    message: str = Field(examples=["Input should be greater than or equal to 0"])
+
+
+class Problem(BaseModel):
+    """Problem details, as RFC 9457 defines them; `errors` and `result` are there where they say something."""
+
+    model_config = ConfigDict(title="Problem")
+
+    type: str = Field(examples=["urn:tokenlimits:problem:group-not-found"])
+    title: str = Field(examples=["There is no such group"])
+    status: int = Field(examples=[404])
+    detail: str | None = Field(None, examples=["There is no group 6b1b…"])
+    errors: list[FieldProblem] | None = None
+    result: TrackResult | None = None
+
+
+class SignInRequired(Exception):
+    """The caller did not say who they are, or not in a way that can be believed."""
+
+
+class TooManyRequests(Exception):
+    """The caller sent more requests than they may."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__("too many requests")
+        self.retry_after = retry_after
+
+
+_KINDS: Sequence[tuple[type[Exception], int, str, str]] = (
+    (SignInRequired, 401, "sign-in-required", "Send a valid access token"),
+    (TooManyRequests, 429, "too-many-requests", "Too many requests"),
+    (errors.InvalidRequest, 422, "invalid-request", "The request is not valid"),
+    (errors.AccessDenied, 403, "access-denied", "The caller may not do this"),
+    (errors.GroupNotFound, 404, "group-not-found", "There is no such group"),
+    (errors.UnknownUser, 404, "unknown-user", "There is no such user"),
+    (errors.UsageNotFound, 404, "usage-not-found", "There is no such usage"),
+    (errors.GroupExists, 409, "group-exists", "Another group has this name"),
+    (errors.AlreadySettled, 409, "already-settled", "The usage was settled in another way"),
+    (errors.IdempotencyConflict, 409, "idempotency-conflict", "The key was used for another request"),
+    (errors.LimitExceeded, 429, "limit-exceeded", "A limit has no room"),
+    (errors.NotInGroup, 403, "not-in-group", "The user is in no group that may pay"),
+    (errors.NoLimitForKind, 403, "no-limit-for-kind", "No group of the user entitles to this kind"),
+    (errors.ServiceUnavailable, 503, "unavailable", "Supabase can't be reached"),
+    (errors.SchemaNotInstalled, 503, "not-installed", "The database has no tokenlimits"),
+    (errors.SchemaOutdated, 503, "not-installed", "The database has an older tokenlimits"),
+    (errors.TokenLimitsError, 500, "internal", "The server is not set up right"),
+)
+# PostgREST's codes for a token that is not valid, or not valid any more
+_BAD_TOKEN = ("PGRST301", "PGRST302", "PGRST303")
+
+
+def is_sign_in_required(error: Exception) -> bool:
+    """Whether the caller's token was not believed, here or by the database."""
+    return isinstance(error, SignInRequired) or (isinstance(error, errors.AccessDenied) and error.code in _BAD_TOKEN)
+
+
+def of_error(error: Exception) -> JSONResponse:
+    """Make the answer for an error that an endpoint raised."""
+    if is_sign_in_required(error):
+        error = SignInRequired("The access token is not valid, or not valid any more.")
+    status, name, title = next(kind[1:] for kind in _KINDS if isinstance(error, kind[0]))
+    # what is wrong with the server is for its log
+    detail = None if status >= 500 else str(error) or None
+    headers: dict[str, str] = {}
+    fields: list[FieldProblem] | None = None
+    result = None
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, errors.GenerationDenied):
+        result = error.result
+        headers |= _ratelimit.of_denial(result)
+    if isinstance(error, errors.InvalidRequest) and error.field:
+        fields = [FieldProblem(field=error.field, message=str(error))]
+    retry_after = 5 if status == 503 else None
+    if isinstance(error, errors.ServiceUnavailable | TooManyRequests):
+        retry_after = error.retry_after or retry_after
+    if retry_after is not None:
+        headers["Retry-After"] = str(math.ceil(retry_after))
+    return _answer(status, name, title, detail, headers, errors=fields, result=result)
+
+
+def of_validation(found: Sequence[Any]) -> JSONResponse:
+    """Make the answer for a request that FastAPI refused, from what pydantic found."""
+    fields = [FieldProblem(field=_path(each["loc"]), message=str(each["msg"])) for each in found]
+    return _answer(422, "invalid-request", "The request is not valid", None, {}, errors=fields)
+
+
+def of_status(status: int, title: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Make the answer for an HTTP error that has no more to say than its status."""
+    return _answer(status, None, title, None, dict(headers or {}))
+
+
+def _path(place: Sequence[object]) -> str:
+    path = ""
+    for part in place[1:] if len(place) > 1 else place:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path
+
+
+def _answer(
+    status: int, name: str | None, title: str, detail: str | None, headers: dict[str, str], **more: Any
+) -> JSONResponse:
+    type_ = f"urn:tokenlimits:problem:{name}" if name else "about:blank"
+    problem = Problem(type=type_, title=title, status=status, detail=detail, **more)
+    content = problem.model_dump(mode="json", exclude_none=True)
+    return JSONResponse(content, status, headers, media_type=MEDIA_TYPE)
+
+
+_EXAMPLES: Mapping[int, tuple[str, str, str]] = {
+    400: ("bad-request", "The body is not JSON", ""),
+    401: ("sign-in-required", "Send a valid access token", "The access token is not valid, or not valid any more."),
+    403: ("access-denied", "The caller may not do this", "only an admin may do this"),
+    404: ("group-not-found", "There is no such group", "There is no group of this id."),
+    409: ("group-exists", "Another group has this name", "there is a group named 'Pro' already"),
+    422: ("invalid-request", "The request is not valid", "name: must have 1 to 200 characters"),
+    429: ("too-many-requests", "Too many requests", "too many requests"),
+    503: ("unavailable", "Supabase can't be reached", ""),
+}
+_HEADERS: Mapping[int, tuple[str, ...]] = {401: ("WWW-Authenticate",), 429: ("Retry-After",), 503: ("Retry-After",)}
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Describe the problems that an endpoint may answer with, for OpenAPI."""
+    return {status: _documented(status) for status in (400, 401, 403, 422, 429, 503, *statuses)}
+
+
+def _documented(status: int) -> dict[str, Any]:
+    name, title, detail = _EXAMPLES[status]
+    example = {"type": f"urn:tokenlimits:problem:{name}", "title": title, "status": status, "detail": detail}
+    described: dict[str, Any] = {
+        "description": title,
+        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}, "example": example}},
+    }
+    if headers := _HEADERS.get(status):
+        described["headers"] = {name: {"schema": {"type": "string"}} for name in headers}
+    return described
+
+
+def with_headers(response: Response, headers: Mapping[str, str]) -> Response:
+    """Add headers that the response doesn't have yet."""
+    for name, value in headers.items():
+        response.headers.setdefault(name, value)
+    return response

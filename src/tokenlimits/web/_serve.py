@@ -1,0 +1,41 @@
+"""Serve the panel by itself, until Ctrl-C."""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+
+import uvicorn
+from pydantic import SecretStr
+
+from ._app import create_app
+from ._settings import WebSettings, load
+
+
+def serve(host: str = "127.0.0.1", port: int = 8321, *, forwarded_allow_ips: str | None = None) -> None:
+    """Serve the panel and the API with the settings of the environment, until Ctrl-C.
+
+    Args:
+        host: The address to listen on; by default of this machine alone.
+        port: The port; 0 is a free one.
+        forwarded_allow_ips: Proxies whose `X-Forwarded-…` headers are believed.
+
+    Raises:
+        ConfigurationError: A variable is missing or can't be right; nothing was started.
+    """
+    app = create_app(_sealed(load(), host))
+    uvicorn.run(app, host=host, port=port, forwarded_allow_ips=forwarded_allow_ips)
+
+
+def _sealed(settings: WebSettings, host: str) -> WebSettings:
+    """On this machine alone a secret may be made up: when it ends, people sign in again."""
+    if settings.web_secret is None and _is_loopback(host):
+        return settings.model_copy(update={"web_secret": SecretStr(secrets.token_urlsafe(32))})
+    return settings
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

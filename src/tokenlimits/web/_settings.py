@@ -1,0 +1,81 @@
+"""What the panel and the API need to know, from the environment, `.env` or code."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, AliasChoices, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tokenlimits.errors import ConfigurationError
+from tokenlimits.settings import checked_key, checked_url
+
+
+def _long_enough(value: SecretStr) -> SecretStr:
+    if len(value.get_secret_value()) < 32:
+        raise ValueError("must have at least 32 characters")
+    return value
+
+
+def _not_secret(value: str) -> str:
+    key = checked_key(SecretStr(value)).get_secret_value()
+    if key.startswith("sb_secret_"):
+        raise ValueError("is the project's secret key, and must be the publishable one")
+    return key
+
+
+class WebSettings(BaseSettings):
+    """Settings of the admin panel and of the API; the environment wins over `.env`.
+
+    Args:
+        url: The project, `SUPABASE_URL`.
+        publishable_key: `SUPABASE_PUBLISHABLE_KEY` or `SUPABASE_ANON_KEY`: administration needs no other.
+        secret_key: `SUPABASE_SECRET_KEY` or `SUPABASE_SERVICE_ROLE_KEY`: for `/api/track-generation` alone, which
+            isn't there without it.
+        web_secret: `TOKENLIMITS_WEB_SECRET`, any 32 characters or more, the same in all processes: seals the panel's
+            session cookies. The API needs none.
+        requests_per_minute: `TOKENLIMITS_WEB_REQUESTS_PER_MINUTE`, for each caller of the API.
+        sign_ins_per_minute: `TOKENLIMITS_WEB_SIGN_INS_PER_MINUTE`, for each address, and for each account.
+        timeout: Seconds that Supabase may take for one call.
+    """
+
+    model_config = SettingsConfigDict(
+        env_file=".env", extra="ignore", env_ignore_empty=True, populate_by_name=True, frozen=True
+    )
+
+    url: Annotated[str, AfterValidator(checked_url)] = Field(validation_alias=AliasChoices("url", "SUPABASE_URL"))
+    publishable_key: Annotated[str, AfterValidator(_not_secret)] = Field(
+        validation_alias=AliasChoices("publishable_key", "SUPABASE_PUBLISHABLE_KEY", "SUPABASE_ANON_KEY"), repr=False
+    )
+    secret_key: Annotated[SecretStr, AfterValidator(checked_key)] | None = Field(
+        None, validation_alias=AliasChoices("secret_key", "SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY")
+    )
+    web_secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = Field(
+        None, validation_alias=AliasChoices("web_secret", "TOKENLIMITS_WEB_SECRET")
+    )
+    requests_per_minute: int = Field(
+        600, ge=1, validation_alias=AliasChoices("requests_per_minute", "TOKENLIMITS_WEB_REQUESTS_PER_MINUTE")
+    )
+    sign_ins_per_minute: int = Field(
+        10, ge=1, validation_alias=AliasChoices("sign_ins_per_minute", "TOKENLIMITS_WEB_SIGN_INS_PER_MINUTE")
+    )
+    timeout: float = Field(5, gt=0, le=60)
+
+
+def load() -> WebSettings:
+    """Read the settings from the environment or `.env`.
+
+    Raises:
+        ConfigurationError: A variable is missing or can't be right; the message says which, and never its value.
+    """
+    try:
+        return WebSettings()  # pyright: ignore[reportCallIssue]  # the fields come from the environment
+    except ValidationError as error:
+        problems = "; ".join(sorted({f"{e['loc'][0]}: {e['msg']}" for e in error.errors(include_input=False)}))
+    except UnicodeDecodeError:
+        problems = "the file .env is not UTF-8 text"
+    # out here, so that no context of the error holds the values
+    raise ConfigurationError(
+        f"The panel is not configured. {problems}. Set SUPABASE_URL, SUPABASE_PUBLISHABLE_KEY and "
+        "TOKENLIMITS_WEB_SECRET in the environment or in .env."
+    )

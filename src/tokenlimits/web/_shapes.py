@@ -1,0 +1,223 @@
+"""What the API takes and answers, where it isn't a model of the library."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Generic, TypeVar, cast
+from uuid import UUID
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    WithJsonSchema,
+    model_validator,
+)
+
+from tokenlimits import Group, HistoryPoint, Limit, Member, UserLimit
+from tokenlimits.models import Cost, Kind, Max, Metadata, Text
+
+T = TypeVar("T")
+
+GROUP_ID = "0b5e1f6c-7a39-4d52-9c0e-2f6a1b3c4d5e"
+USER_ID = "3f2b8c1a-94d7-4e6b-8a5f-7c9d0e1f2a3b"
+_LIMIT: dict[str, Any] = {"kind": "image", "max": 50, "period": "day", "scope": "member"}
+GROUP: dict[str, Any] = {
+    "id": GROUP_ID,
+    "name": "Pro",
+    "description": "For paying customers",
+    "priority": 10,
+    "timezone": "Europe/Paris",
+    "is_default": False,
+    "created_at": "2026-01-01T00:00:00Z",
+    "updated_at": "2026-01-01T00:00:00Z",
+    "limits": [_LIMIT],
+}
+_STATUS: dict[str, Any] = {**_LIMIT, "used": 12, "remaining": 38, "reset_at": "2026-01-01T23:00:00Z"}
+USAGE: dict[str, Any] = {
+    "group": {"id": GROUP_ID, "name": "Pro"},
+    "member_count": 1,
+    "limits": [{**_STATUS, "capacity": 50, "fraction": 0.24}],
+}
+RESULT: dict[str, Any] = {
+    "allowed": True,
+    "usage_id": "0190d7c5-6b1e-7c3a-9f54-0d2e4b6a8c10",
+    "status": "committed",
+    "group": {"id": GROUP_ID, "name": "Pro"},
+    "kind": "image",
+    "cost": 1,
+    "limits": [_STATUS],
+    "remaining": 38,
+    "reset_at": "2026-01-01T23:00:00Z",
+    "replayed": False,
+}
+
+_KIND = r"^[a-z][a-z0-9_]{0,31}$"
+
+
+def _whole(value: Any) -> Any:
+    """Take 5.0 for 5: JSON has one type of number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _written_out(value: Any) -> Any:
+    """Write out `{"image": 100}`."""
+    if isinstance(value, dict):
+        shorthand = cast("dict[object, object]", value)
+        return [{"kind": kind, "max": _whole(max_)} for kind, max_ in shorthand.items()]
+    if isinstance(value, list):
+        return [_with_whole_max(each) for each in cast("list[object]", value)]
+    return value
+
+
+def _with_whole_max(limit: object) -> object:
+    if isinstance(limit, dict) and "max" in limit:
+        return {**cast("dict[str, object]", limit), "max": _whole(limit["max"])}
+    return limit  # pyright: ignore[reportUnknownVariableType]
+
+
+_Whole = BeforeValidator(_whole)
+
+
+def _in_utc(value: datetime) -> datetime:
+    """Write a moment in UTC: PostgreSQL doesn't know every offset that ISO 8601 has."""
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:  # within a day of the calendar's ends
+        return value.replace(tzinfo=UTC)
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
+Name = Annotated[Text, Field(min_length=1, max_length=200, pattern=r"^[^\x00]*[^\x00\s][^\x00]*$")]
+Priority = Annotated[StrictInt, Field(ge=-(2**31), lt=2**31), _Whole]
+TimeZone = Annotated[Text, Field(min_length=1, max_length=64, json_schema_extra={"format": "timezone"})]
+_Maxima = Annotated[
+    dict[Kind, Max | None],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "title": "Lifetime pools",
+            "propertyNames": {"pattern": _KIND},
+            "additionalProperties": {
+                "anyOf": [{"type": "integer", "minimum": 0, "maximum": 1_000_000_000_000_000}, {"type": "null"}]
+            },
+            "maxProperties": 500,
+        }
+    ),
+]
+Limits = Annotated[
+    list[Limit],
+    Field(max_length=500),
+    BeforeValidator(_written_out, json_schema_input_type=Annotated[list[Limit], Field(max_length=500)] | _Maxima),
+]
+
+
+class Page(BaseModel, Generic[T]):
+    """A page of a list; `next` is the `after` of the next page, and null on the last one."""
+
+    items: list[T]
+    next: str | None = None
+
+
+class Groups(Page[Group]):
+    """A page of groups, by name."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"items": [GROUP], "next": None}]})
+
+
+class Members(Page[Member]):
+    """A page of members, in the order of their ids."""
+
+
+class History(BaseModel):
+    """What was used, oldest first."""
+
+    items: list[HistoryPoint]
+
+
+class MyUsage(BaseModel):
+    """Every limit that binds the caller, in the order in which their groups pay."""
+
+    items: tuple[UserLimit, ...]
+
+
+class GroupIn(BaseModel):
+    """A group to create: its limits as a list, or as a shorthand like `{"image": 100}` for lifetime pools."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"name": "Pro", "timezone": "Europe/Paris", "limits": [_LIMIT]}]},
+    )
+
+    name: Name
+    description: Annotated[Text, Field(max_length=2000)] = ""
+    priority: Priority = 0
+    timezone: TimeZone = "UTC"
+    is_default: StrictBool = False
+    limits: Limits = Field(default_factory=list[Limit])
+
+
+class GroupChanges(BaseModel):
+    """What to change of a group; what is left out or null stays. Limits are replaced as a whole."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"limits": {"image": 100}}]})
+
+    name: Name | None = None
+    description: Annotated[Text, Field(max_length=2000)] | None = None
+    priority: Priority | None = None
+    timezone: TimeZone | None = None
+    is_default: StrictBool | None = None
+    limits: Limits | None = None
+
+
+class NewMembers(BaseModel):
+    """One user, as `user_id`, or many, as `user_ids`."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [{"group_id": GROUP_ID, "user_ids": [USER_ID]}],
+            "oneOf": [{"required": ["user_id"]}, {"required": ["user_ids"]}],
+        },
+    )
+
+    group_id: UUID
+    user_id: UUID = Field(default=None, validate_default=False)  # pyright: ignore[reportAssignmentType]
+    user_ids: list[UUID] = Field(default=None, validate_default=False, max_length=50_000)  # pyright: ignore[reportAssignmentType]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_them(cls, value: Any) -> Any:
+        if isinstance(value, dict) and ("user_id" in value) == ("user_ids" in value):
+            raise ValueError("name either user_id or user_ids")
+        return value  # pyright: ignore[reportUnknownVariableType]
+
+    def ids(self) -> list[UUID]:
+        """Return the users."""
+        return self.user_ids if "user_ids" in self.model_fields_set else [self.user_id]
+
+
+class Removed(BaseModel):
+    """How many of the users were members."""
+
+    removed: int = Field(examples=[1])
+
+
+class Generation(BaseModel):
+    """A generation to track. A signed-in user can charge nobody else, and choose no idempotency key."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"user_id": USER_ID, "kind": "image", "cost": 1}]}
+    )
+
+    kind: Kind
+    cost: Annotated[Cost, _Whole] = 1
+    user_id: UUID | None = None
+    idempotency_key: Annotated[Text, Field(min_length=1, max_length=255)] | None = None
+    group_id: UUID | None = None
+    metadata: Metadata | None = None

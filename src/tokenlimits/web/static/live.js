@@ -1,0 +1,110 @@
+// Asks every second what has changed, while somebody looks; writes only what differs.
+const root = document.querySelector("meta[name=root]").content;
+const EVERY = 1000;
+const numbers = new Intl.NumberFormat("en-US");
+let version = "";
+let timer = 0;
+
+const level = (fraction) => (fraction === null ? "none" : fraction < 0.7 ? "ok" : fraction < 0.9 ? "warn" : "full");
+
+// as `short` in _format.py
+function short(value) {
+  for (const [size, name] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e4, "k"]]) {
+    if (value >= size) return `${(value / (name === "k" ? 1e3 : size)).toFixed(1).replace(/\.0$/, "")}${name}`;
+  }
+  return numbers.format(value);
+}
+
+function write(element, text) {
+  if (!element || element.textContent === text) return;
+  element.textContent = text;
+  element.classList.remove("flash");
+  void element.offsetWidth; // so that the animation begins again
+  element.classList.add("flash");
+}
+
+function setLevel(element, name) {
+  element.classList.remove("is-none", "is-ok", "is-warn", "is-full");
+  element.classList.add(`is-${name}`);
+}
+
+function showLimit(row, [used, remaining, fraction, resetAt, capacity]) {
+  setLevel(row, level(fraction));
+  write(row.querySelector("[data-used]"), numbers.format(used));
+  const meter = row.querySelector("progress");
+  if (meter) {
+    meter.max = capacity || 1;
+    meter.value = capacity ? Math.min(used, capacity) : 1;
+    meter.textContent = `${used} of ${capacity}`;
+    write(row.querySelector("[data-capacity]"), short(capacity));
+    const left = row.querySelector("[data-left]");
+    if (left.textContent !== "blocked") write(left, `${short(remaining)} left`);
+  }
+  const time = row.querySelector("time");
+  if (time && resetAt) time.dateTime = resetAt;
+}
+
+function showGroup(card, [members, limits]) {
+  const count = card.querySelector("[data-members]");
+  if (count) {
+    write(count, numbers.format(members));
+    card.querySelector("[data-word]").textContent = members === 1 ? "member" : "members";
+  }
+  const rows = card.querySelectorAll("[data-limit]");
+  limits.forEach((limit, index) => rows[index] && showLimit(rows[index], limit));
+  const fullest = limits.map((limit) => limit[2]).filter((fraction) => fraction !== null);
+  if (card.classList.contains("card")) setLevel(card, level(fullest.length ? Math.max(...fullest) : null));
+}
+
+function show(answer, place) {
+  for (const [name, value] of Object.entries(answer.summary)) {
+    write(document.querySelector(`[data-stat=${name}]`), numbers.format(value));
+  }
+  if (answer.shape !== place.dataset.shape) return htmx.trigger(place, "refresh");
+  for (const card of place.querySelectorAll("[data-group]")) {
+    const group = answer.groups[card.dataset.group];
+    if (group) showGroup(card, group);
+  }
+}
+
+function say(state) {
+  document.getElementById("away").hidden = state !== "away";
+  document.getElementById("live-dot")?.classList.toggle("paused", state !== "live");
+  const text = document.getElementById("live-text");
+  if (text) text.textContent = { live: "Live", away: "Trying again…", paused: "Paused" }[state];
+}
+
+async function ask(place) {
+  const address = `${root}${place.dataset.live || "/live"}?version=${version}`;
+  const answer = await fetch(address, { headers: { "HX-Request": "true" } });
+  if (answer.status === 401 || answer.status === 403) return location.reload();
+  if (answer.status === 204) return say("live");
+  if (!answer.ok) return say("away");
+  const content = await answer.json();
+  version = content.version;
+  show(content, place);
+  say("live");
+}
+
+async function look() {
+  clearTimeout(timer);
+  const place = document.querySelector("[data-live]");
+  if (!place || document.hidden) return;
+  try {
+    await ask(place);
+  } catch {
+    say("away");
+  }
+  clearTimeout(timer);
+  timer = setTimeout(look, EVERY);
+}
+
+export function startLive() {
+  if (!document.querySelector("[data-live]")) return;
+  document.addEventListener("visibilitychange", () => (document.hidden ? say("paused") : look()));
+  // after the cards were loaded again, all of them are to be compared
+  document.body.addEventListener("htmx:afterSwap", (event) => {
+    if (event.detail.target.matches?.("[data-live]")) version = "";
+  });
+  look();
+}

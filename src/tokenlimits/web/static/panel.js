@@ -1,0 +1,145 @@
+// Dialogs, toasts, countdowns, the theme. What a page shows comes from the server, by htmx.
+import { startLive } from "./live.js";
+
+const dialog = document.getElementById("dialog");
+let opener = null;
+
+export function toast(message, bad = false) {
+  const element = document.createElement("div");
+  element.className = bad ? "toast bad" : "toast";
+  if (bad) element.setAttribute("role", "alert");
+  element.textContent = message;
+  const toasts = document.getElementById("toasts");
+  toasts.append(element);
+  // shown anew, it lies over a dialog that was opened meanwhile
+  toasts.hidePopover();
+  toasts.showPopover();
+  setTimeout(() => element.remove(), bad ? 8000 : 4000);
+}
+
+// dialogs: open while they load, close by the button, Escape or a click beside them
+document.body.addEventListener("htmx:beforeRequest", (event) => {
+  if (event.detail.target !== dialog || dialog.contains(event.detail.elt)) return;
+  opener = event.detail.elt;
+  dialog.innerHTML = '<div class="loading" aria-label="Loading"><i></i><i></i><i></i></div>';
+  if (!dialog.open) dialog.showModal();
+});
+document.body.addEventListener("click", (event) => {
+  if (event.target === dialog || event.target.closest("[data-close]")) dialog.close();
+});
+dialog.addEventListener("close", () => {
+  dialog.replaceChildren();
+  if (opener?.isConnected) opener.focus();
+});
+
+// questions, before something is done
+const confirmation = document.getElementById("confirm");
+document.body.addEventListener("htmx:confirm", (event) => {
+  if (!event.detail.question) return;
+  event.preventDefault();
+  document.getElementById("confirm-question").textContent = event.detail.question;
+  confirmation.returnValue = "no";
+  confirmation.showModal();
+  confirmation.addEventListener(
+    "close",
+    () => confirmation.returnValue === "yes" && event.detail.issueRequest(true),
+    { once: true },
+  );
+});
+
+// what the server says: done, or why not
+document.body.addEventListener("done", (event) => {
+  if (!event.detail.stay) dialog.close();
+  toast(event.detail.message);
+  document.querySelectorAll("[data-live], [data-refresh]").forEach((element) => htmx.trigger(element, "refresh"));
+});
+document.body.addEventListener("go", (event) => location.assign(event.detail.to));
+document.body.addEventListener("htmx:responseError", (event) => {
+  const { status, responseText } = event.detail.xhr;
+  if (status === 401) return location.reload();
+  if (dialog.open && !dialog.querySelector("form, [data-close]")) dialog.close();
+  toast(responseText.length < 500 ? responseText : "Something went wrong.", true);
+});
+document.body.addEventListener("htmx:sendError", () => {
+  if (dialog.open && !dialog.querySelector("form, [data-close]")) dialog.close();
+  toast("The server can't be reached. Nothing was changed.", true);
+});
+document.body.addEventListener("htmx:afterSettle", (event) => {
+  if (event.detail.target === dialog || dialog.contains(event.detail.target)) {
+    dialog.querySelector("[aria-invalid=true]")?.focus();
+  }
+  tick();
+});
+
+// Enter in the search of users searches; it doesn't send what is chosen
+document.body.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && event.target.matches("dialog input[type=search]")) event.preventDefault();
+});
+
+// the limits editor
+document.body.addEventListener("click", (event) => {
+  const add = event.target.closest("[data-add-limit]");
+  if (add) {
+    const row = document.getElementById("limit-row").content.cloneNode(true);
+    const kind = row.querySelector("input");
+    document.querySelector(".limit-rows").append(row);
+    kind.focus();
+  }
+  const remove = event.target.closest("[data-remove-limit]");
+  if (remove) {
+    remove.closest(".limit-row").remove();
+    document.querySelector("[data-add-limit]").focus();
+  }
+});
+document.body.addEventListener("change", (event) => {
+  if (!event.target.matches("[data-unlimited]")) return;
+  const row = event.target.closest(".limit-row");
+  const max = row.querySelector("[name=max]");
+  max.readOnly = event.target.checked;
+  if (event.target.checked) max.value = "";
+  row.querySelector("[name=unlimited]").value = event.target.checked ? "yes" : "no";
+});
+
+// the theme
+document.querySelector("[data-theme-switch]")?.addEventListener("click", () => {
+  const root = document.documentElement;
+  root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
+  localStorage.setItem("tokenlimits-theme", root.dataset.theme);
+  document.dispatchEvent(new Event("theme"));
+});
+
+// countdowns, and moments in the reader's own time zone
+function inWords(milliseconds) {
+  const seconds = Math.max(0, Math.ceil(milliseconds / 1000));
+  const [days, hours, minutes] = [Math.floor(seconds / 86400), Math.floor(seconds / 3600) % 24, Math.floor(seconds / 60) % 60];
+  const two = (number) => String(number).padStart(2, "0");
+  if (days) return `resets in ${days}d ${hours}h`;
+  if (hours) return `resets in ${hours}h ${two(minutes)}m ${two(seconds % 60)}s`;
+  return minutes ? `resets in ${minutes}m ${two(seconds % 60)}s` : `resets in ${seconds}s`;
+}
+function tick() {
+  const now = Date.now();
+  for (const element of document.querySelectorAll("time[data-countdown]")) {
+    const words = inWords(Date.parse(element.dateTime) - now);
+    if (element.textContent !== words) element.textContent = words;
+  }
+  for (const element of document.querySelectorAll("time[data-moment]:not([title])")) {
+    const moment = new Date(element.dateTime);
+    element.title = moment.toISOString();
+    element.textContent = moment.toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
+  }
+}
+tick();
+setInterval(() => document.hidden || tick(), 1000);
+
+// a page that could not be shown tries again
+const reload = document.querySelector("[data-reload]");
+if (reload) {
+  let left = Number(reload.dataset.reload);
+  setInterval(() => {
+    if (--left === 0) location.reload();
+    else if (left > 0) reload.querySelector("[data-seconds]").textContent = left;
+  }, 1000);
+}
+
+startLive();

@@ -1,0 +1,134 @@
+"""A stack, people on it, and the app served on it by uvicorn."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from uuid import uuid4
+
+import httpx
+import pytest
+import uvicorn
+from starlette.types import ASGIApp
+from supabase import Client, ClientOptions
+
+from tokenlimits import GroupManager, TokenLimits
+from tokenlimits.local import LocalStack, LocalUser
+from tokenlimits.web import WebSettings, create_app
+
+Serve = Callable[[ASGIApp], str]
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[LocalStack]:
+    with LocalStack() as stack:
+        yield stack
+
+
+def settings_for(stack: LocalStack, **more: object) -> WebSettings:
+    """Settings of which no limit on requests gets into a test's way, unless it says so."""
+    given = {
+        "url": stack.url,
+        "publishable_key": stack.publishable_key,
+        "secret_key": stack.secret_key,
+        "web_secret": "0123456789" * 4,
+        "requests_per_minute": 1_000_000,
+        "sign_ins_per_minute": 1_000,
+    }
+    return WebSettings.model_validate(given | more)
+
+
+@contextmanager
+def served(app: ASGIApp) -> Iterator[str]:
+    """Serve an app on a free port, in a thread."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
+    started = threading.Event()
+    startup = server.startup
+
+    async def started_up(*arguments: object, **more: object) -> None:
+        try:
+            await startup(*arguments, **more)
+        finally:
+            started.set()
+
+    server.startup = started_up
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert started.wait(60)
+        assert server.started
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def settings(stack: LocalStack) -> WebSettings:
+    return settings_for(stack)
+
+
+@pytest.fixture(scope="session")
+def url(settings: WebSettings) -> Iterator[str]:
+    """The whole app."""
+    with served(create_app(settings)) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def service(stack: LocalStack) -> Iterator[Client]:
+    with httpx.Client(trust_env=False, timeout=30) as http:
+        yield Client(stack.url, stack.secret_key, ClientOptions(httpx_client=http))
+
+
+@pytest.fixture
+def groups(service: Client) -> Iterator[GroupManager]:
+    """A manager with the secret key; what groups there are in the end, go."""
+    groups = GroupManager(service, timeout=30)
+    yield groups
+    for group in groups.list():
+        groups.delete(group.id)
+
+
+@pytest.fixture(scope="session")
+def limits(service: Client) -> TokenLimits:
+    return TokenLimits(service, timeout=30)
+
+
+@pytest.fixture(scope="session")
+def admin(stack: LocalStack) -> LocalUser:
+    return stack.create_user("ada@example.com", admin=True)
+
+
+@pytest.fixture(scope="session")
+def user(stack: LocalStack) -> LocalUser:
+    return stack.create_user("bob@example.com")
+
+
+@pytest.fixture
+def newcomer(stack: LocalStack) -> LocalUser:
+    return stack.create_user(f"{uuid4()}@example.com")
+
+
+@pytest.fixture(scope="session")
+def tokens(stack: LocalStack, admin: LocalUser, user: LocalUser) -> dict[str, str]:
+    """A token of each role; what a worker has is the secret key."""
+    return {
+        "anon": stack.publishable_key,
+        "user": stack.access_token(user),
+        "admin": stack.access_token(admin),
+        "service": stack.secret_key,
+    }
+
+
+@pytest.fixture
+def api(url: str, tokens: dict[str, str]) -> Iterator[Callable[..., httpx.Response]]:
+    """Ask the API with the token of a role."""
+    with httpx.Client(base_url=f"{url}/api", trust_env=False, timeout=30) as client:
+
+        def ask(role: str | None, method: str, path: str, **more: object) -> httpx.Response:
+            headers = {} if role is None else {"Authorization": f"Bearer {tokens.get(role, role)}"}
+            return client.request(method, path, headers=headers, **more)
+
+        yield ask

@@ -1,0 +1,256 @@
+"""What the API answers, and to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from uuid import uuid4
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from tests.web.conftest import served, settings_for
+
+from tokenlimits import GroupManager, Limit, TokenLimits
+from tokenlimits.local import LocalStack, LocalUser
+from tokenlimits.web import WebSettings, create_app, router
+
+Ask = Callable[..., httpx.Response]
+
+PROBLEM = "application/problem+json"
+
+
+def problem(answer: httpx.Response, status: int, name: str) -> dict[str, object]:
+    """Check that an answer is a problem, and return it."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == PROBLEM
+    body = answer.json()
+    assert body["type"] == f"urn:tokenlimits:problem:{name}"
+    assert body["status"] == status
+    return body
+
+
+class TestGroups:
+    def test_are_created_read_edited_and_deleted(self, api: Ask, groups: GroupManager) -> None:
+        limits = [{"kind": "image", "max": 50, "period": "day", "scope": "member"}]
+        made = api("admin", "POST", "/groups", json={"name": "Pro", "timezone": "Europe/Paris", "limits": limits})
+        assert made.status_code == 201
+        path = f"/groups/{made.json()['id']}"
+        assert made.json()["limits"] == limits
+        assert api("admin", "GET", path).json() == made.json()
+        edited = api("admin", "PATCH", path, json={"description": "…", "limits": {"video": 3, "image": None}})
+        assert edited.json()["name"] == "Pro"
+        assert [(limit["kind"], limit["max"]) for limit in edited.json()["limits"]] == [("image", None), ("video", 3)]
+        assert api("admin", "DELETE", path).json()["id"] == made.json()["id"]
+        problem(api("admin", "GET", path), 404, "group-not-found")
+        assert groups.list() == []
+
+    def test_an_error_names_the_field_and_changes_nothing(self, api: Ask, groups: GroupManager) -> None:
+        pro = groups.create("Pro", limits={"image": 1})
+        path = f"/groups/{pro.id}"
+        body = {"name": "New", "limits": [{"kind": "image", "max": 2}, {"kind": "image", "max": -1}]}
+        found = problem(api("admin", "PATCH", path, json=body), 422, "invalid-request")
+        assert [each["field"] for each in found["errors"]] == ["limits[1].max"]
+        body = {"name": "New", "limits": [{"kind": "image", "max": 2}] * 2}
+        found = problem(api("admin", "PATCH", path, json=body), 422, "invalid-request")
+        assert [each["field"] for each in found["errors"]] == ["limits[1]"]
+        body = {"name": "New", "timezone": "Mars/Base"}
+        found = problem(api("admin", "PATCH", path, json=body), 422, "invalid-request")
+        assert [each["field"] for each in found["errors"]] == ["timezone"]
+        problem(api("admin", "POST", "/groups", json={"name": "PRO"}), 409, "group-exists")
+        assert groups.list() == [pro]
+
+    def test_are_searched_and_paged(self, api: Ask, groups: GroupManager) -> None:
+        for name in ("Team A", "team b", "Team C", "Other"):
+            groups.create(name)
+        names, after = [], None
+        for _ in range(3):
+            params = {"search": "EAM", "limit": 2} | ({"after": after} if after else {})
+            page = api("admin", "GET", "/groups", params=params).json()
+            names.append([group["name"] for group in page["items"]])
+            after = page["next"]
+            if after is None:
+                break
+        assert names == [["Team A", "team b"], ["Team C"]]
+
+    def test_a_name_that_is_misspelt_is_refused(self, api: Ask) -> None:
+        found = problem(api("admin", "GET", "/groups?serach=x"), 422, "invalid-request")
+        assert found["errors"][0]["field"] == "serach"
+
+    def test_usage_and_history(self, api: Ask, groups: GroupManager, limits: TokenLimits, user: LocalUser) -> None:
+        pro = groups.create("Pro", limits={"image": 10})
+        groups.add_member(pro.id, user.id)
+        limits.track(user.id, "image", 4)
+        usage = api("admin", "GET", f"/groups/{pro.id}/usage").json()
+        assert usage["member_count"] == 1
+        assert [(limit["used"], limit["remaining"], limit["fraction"]) for limit in usage["limits"]] == [(4, 6, 0.4)]
+        history = api("admin", "GET", f"/groups/{pro.id}/history", params={"bucket": "hour"}).json()["items"]
+        assert [(point["kind"], point["used"], point["generations"]) for point in history] == [("image", 4, 1)]
+        problem(api("admin", "GET", f"/groups/{uuid4()}/history"), 404, "group-not-found")
+
+
+class TestMembers:
+    def test_are_added_listed_and_removed(self, api: Ask, groups: GroupManager, stack: LocalStack) -> None:
+        pro = groups.create("Pro")
+        users, nobody = stack.create_users(5), uuid4()
+        one = {"group_id": str(pro.id), "user_id": str(users[0])}
+        assert api("admin", "POST", "/group-members", json=one).json()["added"] == 1
+        many = {"group_id": str(pro.id), "user_ids": [str(user) for user in [*users, nobody]]}
+        added = api("admin", "POST", "/group-members", json=many).json()
+        assert (added["added"], added["already"]) == (4, 1)
+        assert [refused["user_id"] for refused in added["refused"]] == [str(nobody)]
+        listed, after = [], {}
+        while True:
+            page = api("admin", "GET", "/group-members", params={"group_id": str(pro.id), "limit": 2, **after}).json()
+            listed += [member["user_id"] for member in page["items"]]
+            if page["next"] is None:
+                break
+            after = {"after": page["next"]}
+        assert listed == sorted(str(user) for user in users)
+        two = {"group_id": str(pro.id), "user_id": listed[:2]}
+        assert api("admin", "DELETE", "/group-members", params=two).json() == {"removed": 2}
+        assert groups.usage(pro.id).member_count == 3
+
+    def test_one_way_of_naming_users_at_a_time(self, api: Ask) -> None:
+        body = {"group_id": str(uuid4()), "user_id": str(uuid4()), "user_ids": []}
+        problem(api("admin", "POST", "/group-members", json=body), 422, "invalid-request")
+
+
+class TestWhoMay:
+    @pytest.mark.parametrize("role", [None, "anon", "garbage", "e30.e30.AA"])
+    def test_without_a_valid_token_nothing(self, api: Ask, role: str | None) -> None:
+        for path in ("/groups", f"/groups/{uuid4()}", "/usage/me"):
+            answer = api(role, "GET", path)
+            problem(answer, 401, "sign-in-required")
+            assert answer.headers["www-authenticate"] == "Bearer"
+        problem(api(role, "POST", "/track-generation", json={"kind": "image"}), 401, "sign-in-required")
+
+    def test_a_user_manages_nothing_and_sees_their_own(
+        self, api: Ask, groups: GroupManager, limits: TokenLimits, user: LocalUser
+    ) -> None:
+        pro = groups.create("Pro", limits={"image": 10})
+        groups.add_member(pro.id, user.id)
+        limits.track(user.id, "image", 3)
+        refused = [
+            api("user", "GET", "/groups"),
+            api("user", "POST", "/groups", json={"name": "Mine"}),
+            api("user", "PATCH", f"/groups/{pro.id}", json={"limits": {"image": 1000}}),
+            api("user", "DELETE", f"/groups/{pro.id}"),
+            api("user", "GET", f"/groups/{pro.id}/usage"),
+            api("user", "GET", "/group-members", params={"group_id": str(pro.id)}),
+            api("user", "POST", "/group-members", json={"group_id": str(pro.id), "user_id": str(user.id)}),
+        ]
+        for answer in refused:
+            problem(answer, 403, "access-denied")
+            assert "Pro" not in answer.text
+        assert groups.list() == [pro]
+        (mine,) = api("user", "GET", "/usage/me").json()["items"]
+        assert (mine["group"]["name"], mine["used"], mine["remaining"]) == ("Pro", 3, 7)
+        assert api("admin", "GET", "/usage/me").json() == {"items": []}
+
+    def test_an_admin_needs_no_service_key_in_the_process(
+        self, stack: LocalStack, tokens: dict[str, str], groups: GroupManager
+    ) -> None:
+        with served(create_app(settings_for(stack, secret_key=None))) as url:
+            headers = {"Authorization": f"Bearer {tokens['admin']}"}
+            made = httpx.post(f"{url}/api/groups", headers=headers, json={"name": "Pro"}, trust_env=False)
+            assert made.status_code == 201
+            path = f"{url}/api/track-generation"
+            assert httpx.post(path, headers=headers, json={"kind": "image"}, trust_env=False).status_code == 404
+
+
+class TestTrackGeneration:
+    def test_a_worker_names_the_user(self, api: Ask, groups: GroupManager, user: LocalUser) -> None:
+        pro = groups.create("Pro", limits=[Limit(kind="image", max=2, period="day")])
+        groups.add_member(pro.id, user.id)
+        body = {"user_id": str(user.id), "kind": "image", "idempotency_key": "job-1"}
+        first = api("service", "POST", "/track-generation", json=body)
+        assert first.json()["allowed"]
+        assert first.headers["ratelimit-policy"] == '"image-day-group";q=2;w=86400'
+        assert first.headers["ratelimit"].startswith('"image-day-group";r=1;t=')
+        assert api("service", "POST", "/track-generation", json=body).json()["replayed"]
+        assert groups.usage(pro.id).limits[0].used == 1
+        found = problem(api("service", "POST", "/track-generation", json={"kind": "image"}), 422, "invalid-request")
+        assert found["errors"][0]["field"] == "user_id"
+
+    def test_a_user_charges_nobody_else(
+        self, api: Ask, groups: GroupManager, user: LocalUser, stack: LocalStack
+    ) -> None:
+        pro = groups.create("Pro", limits={"image": 2})
+        (other,) = stack.create_users(1)
+        groups.add_members(pro.id, [user.id, other])
+        assert api("user", "POST", "/track-generation", json={"kind": "image"}).json()["allowed"]
+        body = {"kind": "image", "user_id": str(other)}
+        problem(api("user", "POST", "/track-generation", json=body), 403, "access-denied")
+        body = {"kind": "image", "user_id": str(user.id), "idempotency_key": "mine"}
+        problem(api("user", "POST", "/track-generation", json=body), 403, "access-denied")
+        assert groups.usage(pro.id).limits[0].used == 1
+
+    def test_a_denial_says_why_and_until_when(self, api: Ask, groups: GroupManager, newcomer: LocalUser) -> None:
+        body = {"kind": "image", "user_id": str(newcomer.id)}
+        problem(api("service", "POST", "/track-generation", json=body), 403, "not-in-group")
+        pro = groups.create("Pro", limits=[Limit(kind="image", max=0, period="hour")])
+        groups.add_member(pro.id, newcomer.id)
+        denied = api("service", "POST", "/track-generation", json=body)
+        found = problem(denied, 429, "limit-exceeded")
+        assert found["result"]["reason"] == "limit_exceeded"
+        assert denied.headers["ratelimit"].startswith('"image-hour-group";r=0;t=')
+        video = {"kind": "video", "user_id": str(newcomer.id)}
+        problem(api("service", "POST", "/track-generation", json=video), 403, "no-limit-for-kind")
+        groups.set_limit(pro.id, Limit(kind="image", max=1, period="hour"))
+        assert api("service", "POST", "/track-generation", json=body).status_code == 200
+        assert 0 < int(api("service", "POST", "/track-generation", json=body).headers["retry-after"]) <= 3600
+
+
+class TestTooManyRequests:
+    def test_each_caller_has_their_own(self, stack: LocalStack, tokens: dict[str, str]) -> None:
+        with served(create_app(settings_for(stack, requests_per_minute=20))) as url:
+
+            def ask(role: str) -> httpx.Response:
+                headers = {"Authorization": f"Bearer {tokens.get(role, role)}"}
+                return httpx.get(f"{url}/api/usage/me", headers=headers, trust_env=False)
+
+            answers = [ask("user") for _ in range(21)]
+            assert [answer.status_code for answer in answers] == [200] * 20 + [429]
+            assert answers[0].headers["ratelimit"].startswith('"requests";r=19;t=')
+            problem(answers[-1], 429, "too-many-requests")
+            assert 0 < int(answers[-1].headers["retry-after"]) <= 60
+            assert ask("admin").status_code == 200
+
+    def test_nor_may_tokens_be_guessed(self, stack: LocalStack, tokens: dict[str, str]) -> None:
+        with served(create_app(settings_for(stack, requests_per_minute=30))) as url:
+            guesses = [
+                httpx.get(f"{url}/api/groups", headers={"Authorization": f"Bearer a.b.{n}"}, trust_env=False)
+                for n in range(4)
+            ]
+            assert [answer.status_code for answer in guesses] == [401, 401, 401, 429]
+
+
+class TestInAnotherApp:
+    def test_its_errors_and_descriptions_are_the_same(self, settings: WebSettings, tokens: dict[str, str]) -> None:
+        app = FastAPI()
+        app.include_router(router(settings), prefix="/limits")
+        with served(app) as url:
+            answer = httpx.get(f"{url}/limits/api/groups", trust_env=False)
+            problem(answer, 401, "sign-in-required")
+            headers = {"Authorization": f"Bearer {tokens['admin']}"}
+            assert httpx.get(f"{url}/limits/api/groups", headers=headers, trust_env=False).status_code == 200
+            described = httpx.get(f"{url}/openapi.json", trust_env=False).json()
+        assert described["openapi"].startswith("3.1")
+        assert set(described["components"]["schemas"]) >= {"Problem", "Group", "TrackResult"}
+        for operations in described["paths"].values():
+            for operation in operations.values():
+                assert {"401", "403", "422", "429", "503"} <= set(operation["responses"])
+                assert PROBLEM in operation["responses"]["422"]["content"]
+                assert operation["security"] == [{"token": []}]
+
+
+class TestWithoutSupabase:
+    def test_says_so_and_no_more(self, settings: WebSettings, tokens: dict[str, str]) -> None:
+        away = settings.model_copy(update={"url": "http://127.0.0.1:9", "timeout": 0.5})
+        with served(create_app(away)) as url:
+            headers = {"Authorization": f"Bearer {tokens['admin']}"}
+            for path in ("groups", "usage/me"):
+                answer = httpx.get(f"{url}/api/{path}", headers=headers, trust_env=False)
+                found = problem(answer, 503, "unavailable")
+                assert "detail" not in found
+                assert "retry-after" in answer.headers

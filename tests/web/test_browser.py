@@ -1,0 +1,361 @@
+"""The panel as people use it, in a browser."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+from tests.integration.servers import raw_server, relay_to
+from tests.web.chromium import axe, chromium
+from tests.web.conftest import served, settings_for
+
+from tokenlimits import Group, GroupManager, Limit, TokenLimits
+from tokenlimits.local import LocalStack, LocalUser
+from tokenlimits.web import create_app
+
+SignIn = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def sign_in(browser: Browser, url: str, admin: LocalUser) -> Iterator[SignIn]:
+    """Sign in, in a browser of one's own; nothing may fail or be refused by the policy meanwhile."""
+    pages: list[Page] = []
+    problems: list[str] = []
+
+    def listen(page: Page) -> None:
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
+
+    def do(
+        user: LocalUser = admin, *, width: int = 1280, height: int = 900, theme: str = "dark", at: str = url
+    ) -> Page:
+        page = browser.new_context(viewport={"width": width, "height": height}, locale="en-US").new_page()
+        pages.append(page)
+        listen(page)
+        page.add_init_script(
+            f"localStorage.getItem('tokenlimits-theme') || localStorage.setItem('tokenlimits-theme', '{theme}')"
+        )
+        page.goto(f"{at}/")
+        page.get_by_label("E-mail").fill(user.email)
+        page.get_by_label("Password").fill(user.password)
+        page.get_by_role("button", name="Sign in").click()
+        return page
+
+    yield do
+    for page in pages:
+        page.context.close()
+    # the browser and htmx say so too when an answer is no 200
+    expected = re.compile("the server responded with a status of|^Response Status Error Code")
+    assert [problem for problem in problems if not expected.search(problem)] == []
+
+
+@pytest.fixture
+def group(groups: GroupManager, limits: TokenLimits, user: LocalUser) -> Group:
+    """One with everything that a page can show."""
+    group = groups.create(
+        "Studio",
+        description="Agencies",
+        limits=[
+            Limit(kind="image", max=100, period="day"),
+            Limit(kind="video", max=4, period="hour", scope="member"),
+            Limit(kind="audio", max=None),
+            Limit(kind="text", max=0),
+        ],
+    )
+    groups.add_member(group.id, user.id)
+    for kind, cost in (("image", 80), ("video", 4), ("audio", 12_345)):
+        limits.track(user.id, kind, cost)
+    return group
+
+
+def generate(stack: LocalStack, user: LocalUser, kind: str, times: int) -> str:
+    """Generate in another process, as a worker does; returns how often it was allowed."""
+    script = (
+        "import sys\nfrom tokenlimits import track_generation\nuser, kind, times = sys.argv[1:]\n"
+        "print(sum(track_generation(user, kind).allowed for _ in range(int(times))))"
+    )
+    command = [sys.executable, "-c", script, str(user.id), kind, str(times)]
+    return subprocess.run(
+        command, env=stack.environment(), capture_output=True, text=True, check=True, timeout=60
+    ).stdout.strip()
+
+
+class TestAnAdminsDay:
+    def test_create_add_watch_block_raise_delete(
+        self, sign_in: SignIn, stack: LocalStack, groups: GroupManager, newcomer: LocalUser
+    ) -> None:
+        page = sign_in()
+        expect(page.get_by_role("heading", name="No groups yet")).to_be_visible()
+
+        page.get_by_role("button", name="New group").first.click()
+        dialog = page.get_by_role("dialog", name="New group")
+        dialog.get_by_label("Name").fill("Pro")
+        dialog.get_by_label("Kind").fill("image")
+        dialog.get_by_role("button", name="Create the group").click()
+        expect(dialog.get_by_text("A maximum is a whole number")).to_be_visible()
+        dialog.get_by_label("Maximum").fill("10")
+        dialog.get_by_role("button", name="Create the group").click()
+        expect(page.get_by_text("Pro was created.")).to_be_visible()
+        pro = page.get_by_role("article", name="Pro")
+        expect(pro).to_contain_text("10 left")
+        assert groups.get_by_name("Pro").limits == (Limit(kind="image", max=10, period="month"),)
+
+        pro.get_by_role("button", name="0 members of Pro").click()
+        dialog = page.get_by_role("dialog", name="Members of Pro")
+        dialog.get_by_placeholder("Search users").fill(newcomer.email[:8])
+        dialog.get_by_role("checkbox", name=newcomer.email).check()
+        dialog.get_by_role("button", name="Add the chosen ones").click()
+        expect(page.get_by_text("1 member added.")).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(pro).to_contain_text("1 member of Pro")
+
+        meter = pro.get_by_role("progressbar")
+        assert generate(stack, newcomer, "image", 5) == "5"
+        expect(meter).to_have_js_property("value", 5)
+        expect(pro).to_have_class(re.compile("is-ok"))
+        assert generate(stack, newcomer, "image", 4) == "4"
+        expect(pro).to_have_class(re.compile("is-full"))
+        expect(pro).to_contain_text("1 left")
+        assert generate(stack, newcomer, "image", 5) == "1"
+        expect(pro).to_contain_text("0 left")
+
+        pro.get_by_role("button", name="Edit Pro").click()
+        dialog = page.get_by_role("dialog", name="Edit the group")
+        dialog.get_by_label("Maximum").fill("1,000")
+        dialog.get_by_role("button", name="Save").click()
+        expect(pro).to_contain_text("990 left")
+        expect(pro).to_have_class(re.compile("is-ok"))
+        assert generate(stack, newcomer, "image", 2) == "2"
+        expect(pro).to_contain_text("988 left")
+
+        pro.get_by_role("button", name="Delete Pro").click()
+        dialog = page.get_by_role("dialog", name="Delete Pro?")
+        expect(dialog).to_contain_text("the ledger keeps each generation")
+        dialog.get_by_role("button", name="Delete the group").click()
+        expect(pro).to_have_count(0)
+        assert groups.list() == []
+
+    def test_of_five_hundred_groups_each_is_live(
+        self, sign_in: SignIn, stack: LocalStack, groups: GroupManager, limits: TokenLimits, newcomer: LocalUser
+    ) -> None:
+        stack.sql(
+            "insert into public.user_groups (name) select 'Group ' || lpad(n::text, 3, '0')"
+            " from generate_series(1, 500) as n returning id"
+        )
+        last = groups.get_by_name("Group 500")
+        groups.set_limits(last.id, {"image": 10})
+        groups.add_member(last.id, newcomer.id)
+        page = sign_in()
+        expect(page.get_by_role("article")).to_have_count(500)
+        limits.track(newcomer.id, "image", 9)
+        expect(page.get_by_role("article", name="Group 500")).to_contain_text("1 left")
+        page.get_by_placeholder("Search groups").fill("499")
+        expect(page.get_by_role("article")).to_have_count(1)
+        stack.sql("delete from public.user_groups where name like 'Group %' returning id")
+
+    def test_a_hidden_tab_asks_nothing(self, sign_in: SignIn, group: Group) -> None:
+        page = sign_in()
+        asked: list[str] = []
+        hide = (
+            "value => { Object.defineProperty(document, 'hidden', { value, configurable: true });"
+            " document.dispatchEvent(new Event('visibilitychange')) }"
+        )
+        with page.expect_request("**/live*"):
+            expect(page.locator("#live-text")).to_have_text("Live")
+        page.evaluate(hide, True)
+        expect(page.locator("#live-text")).to_have_text("Paused")
+        page.on("request", lambda request: asked.append(request.url))
+        page.evaluate("new Promise(done => setTimeout(done, 2500))")
+        assert asked == []
+        with page.expect_request("**/live*"):
+            page.evaluate(hide, False)
+
+
+class TestGroupPage:
+    def test_shows_history_members_and_usage_and_refunds(
+        self, sign_in: SignIn, group: Group, groups: GroupManager, user: LocalUser
+    ) -> None:
+        page = sign_in()
+        page.get_by_role("link", name="Studio").click()
+        page.get_by_text("As a table").click()
+        expect(page.get_by_role("region", name="Usage over time, as a table")).to_contain_text("12,345")
+        expect(page.get_by_role("region", name="Top members")).to_contain_text(user.email)
+        expect(page.get_by_label("Limits and what is used")).to_contain_text("20 left")
+        page.get_by_role("button", name=f"Refund 80 image of {user.email}").click()
+        page.get_by_role("button", name="Go on").click()
+        expect(page.get_by_text("80 image given back.")).to_be_visible()
+        expect(page.get_by_label("Limits and what is used")).to_contain_text("100 left")
+        expect(page.get_by_role("row", name=re.compile("refunded"))).to_have_count(1)
+        assert {limit.kind: limit.used for limit in groups.usage(group.id).limits}["image"] == 0
+        with page.expect_download() as download:
+            page.get_by_role("link", name="Export").click()
+        lines = Path(download.value.path()).read_text(encoding="utf-8").splitlines()
+        assert download.value.suggested_filename == "Studio-usage.csv"
+        assert len(lines) == 4
+        assert lines[0].startswith("id,created_at,user_id,email,kind,cost,status")
+
+    def test_overview_counts_everything(self, sign_in: SignIn, group: Group) -> None:
+        page = sign_in()
+        page.get_by_role("link", name="Overview").click()
+        expect(page.get_by_role("region", name="Fullest groups")).to_contain_text("Studio")
+        expect(page.get_by_role("region", name="Kinds")).to_contain_text("audio")
+
+
+class TestSomebodyElse:
+    def test_a_user_gets_a_clear_page_and_no_more(self, sign_in: SignIn, group: Group, user: LocalUser) -> None:
+        page = sign_in(user)
+        expect(page.get_by_role("heading", name="You are not an admin")).to_be_visible()
+        assert "Studio" not in page.content()
+        page.goto(f"{page.url}groups/{group.id}")
+        expect(page.get_by_role("heading", name="You are not an admin")).to_be_visible()
+        page.get_by_role("button", name="Sign out").last.click()
+        expect(page.get_by_role("heading", name="Sign in to tokenlimits")).to_be_visible()
+
+
+HOSTILE = ["<script>document.title = 'owned'</script>", "x" * 200, "\"'><img src=x onerror=alert(1)>"]
+
+
+class TestHostileNames:
+    def test_are_shown_as_they_are(self, sign_in: SignIn, groups: GroupManager) -> None:
+        made = [groups.create(name, description=name, limits={"image": 1}) for name in HOSTILE]
+        page = sign_in(width=360)
+        for group in made:
+            expect(page.get_by_role("article", name=group.name, exact=True)).to_be_visible()
+            page.get_by_role("button", name=f"Delete {group.name}", exact=True).click()
+            expect(page.locator("#dialog-title")).to_have_text(f"Delete {group.name}?")
+            page.keyboard.press("Escape")
+            expect(page.locator("#dialog")).to_be_hidden()
+        fits(page)
+        page.get_by_role("link", name=made[0].name).click()
+        expect(page.get_by_role("heading", level=1)).to_have_text(made[0].name)
+        page.get_by_role("button", name="Members").click()
+        expect(page.locator("#dialog-title")).to_have_text(f"Members of {made[0].name}")
+        assert "owned" not in page.title() or page.title().startswith("<script>")
+
+
+def fits(page: Page) -> None:
+    """Check that nothing reaches out of the window, or out of an open dialog."""
+    places = "[document.documentElement, ...document.querySelectorAll('dialog[open], dialog[open] .dialog-body')]"
+    assert page.evaluate(f"{places}.every(place => place.scrollWidth <= place.clientWidth)")
+
+
+def visit_all(page: Page, group: Group) -> Iterator[str]:
+    """Go to each page, and open each dialog."""
+    base = page.url
+    expect(page.get_by_role("article", name="Studio")).to_be_visible()
+    yield "tokens"
+    for name in ("New group", "Edit Studio", "member of Studio", "Delete Studio"):
+        page.get_by_role("button", name=name).first.click()
+        expect(page.locator("#dialog-title")).to_be_visible()
+        yield name
+        page.keyboard.press("Escape")
+        expect(page.locator("#dialog")).to_be_hidden()
+    for path in (f"groups/{group.id}", "overview"):
+        page.goto(f"{base}{path}")
+        expect(page.locator(".chart:not([aria-busy])")).to_be_visible()
+        yield path
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_role("heading", name="Sign in to tokenlimits")).to_be_visible()
+    yield "sign-in"
+
+
+class TestForEverybody:
+    @pytest.mark.parametrize("theme", ["dark", "light"])
+    def test_axe_finds_nothing_serious(self, sign_in: SignIn, group: Group, theme: str) -> None:
+        page = sign_in(theme=theme)
+        script, found = axe(), {}
+        for place in visit_all(page, group):
+            # by the protocol, which the page's policy doesn't bind; after all has been faded in
+            page.evaluate("Promise.all(document.getAnimations().map(animation => animation.finished.catch(() => 0)))")
+            page.evaluate(script)
+            result = page.evaluate("axe.run()")
+            found[place] = [
+                (each["id"], node["target"], node["any"][:1] and node["any"][0]["message"])
+                for each in result["violations"]
+                if each["impact"] in ("serious", "critical")
+                for node in each["nodes"]
+            ]
+        assert {place: problems for place, problems in found.items() if problems} == {}
+
+    @pytest.mark.parametrize("width", [360, 1600])
+    def test_fits_any_window(self, sign_in: SignIn, group: Group, width: int) -> None:
+        page = sign_in(width=width, height=740)
+        for _ in visit_all(page, group):
+            fits(page)
+
+    def test_by_keyboard(self, sign_in: SignIn, group: Group) -> None:
+        page = sign_in()
+        expect(page.get_by_role("article", name="Studio")).to_be_visible()
+        page.keyboard.press("Tab")
+        expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+        edit = page.get_by_role("button", name="Edit Studio")
+        edit.focus()
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("dialog", name="Edit the group")).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(page.locator("#dialog")).to_be_hidden()
+        expect(edit).to_be_focused()
+
+    def test_the_theme_is_remembered(self, sign_in: SignIn, group: Group) -> None:
+        page = sign_in()
+        expect(page.locator("html")).to_have_attribute("data-theme", "dark")
+        page.get_by_role("button", name="Switch between dark and light").click()
+        page.reload()
+        expect(page.locator("html")).to_have_attribute("data-theme", "light")
+
+
+class Either:
+    """An event that is set when one of two is."""
+
+    def __init__(self, *events: threading.Event) -> None:
+        self._events = events
+
+    def is_set(self) -> bool:
+        return any(event.is_set() for event in self._events)
+
+
+class TestWithoutSupabase:
+    def test_says_so_tries_again_and_goes_on(
+        self, sign_in: SignIn, stack: LocalStack, group: Group, limits: TokenLimits, user: LocalUser
+    ) -> None:
+        away = threading.Event()
+        relay = relay_to(stack.url)
+
+        def handle(connection: object, over: threading.Event) -> None:
+            if not away.is_set():
+                relay(connection, Either(away, over))
+
+        with raw_server(handle) as between:
+            settings = settings_for(stack, url=between.url.replace("localhost", "127.0.0.1"), timeout=1)
+            with served(create_app(settings)) as url:
+                page = sign_in(at=url)
+                studio = page.get_by_role("article", name="Studio")
+                expect(studio).to_contain_text("20 left")
+                away.set()
+                expect(page.get_by_text("Supabase can't be reached. What you see may be old")).to_be_visible()
+                page.get_by_role("button", name="Edit Studio").click()
+                expect(page.get_by_text("Nothing was changed.")).to_be_visible()
+                expect(studio).to_contain_text("20 left")
+                limits.track(user.id, "image", 1)
+                away.clear()
+                expect(studio).to_contain_text("19 left")
+                expect(page.get_by_text("What you see may be old")).to_be_hidden()
+                away.set()
+                page.reload()
+                expect(page.get_by_role("heading", name="Supabase can't be reached")).to_be_visible()
+                assert "Traceback" not in page.content()
+                away.clear()
+                expect(page.get_by_role("heading", name="Tokens")).to_be_visible(timeout=20_000)
+                page.context.close()

@@ -1,0 +1,133 @@
+"""What is typed, what a chart shows, and what is exported: pure functions."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from uuid import UUID, uuid4
+
+import pytest
+from starlette.datastructures import FormData
+
+from tokenlimits import GroupExists, GroupRef, HistoryPoint, InvalidRequest
+from tokenlimits.models import UsageRecord
+from tokenlimits.web import _charts
+from tokenlimits.web._export import as_csv
+from tokenlimits.web._forms import GroupForm, LimitRow, ids, pasted
+
+
+def typed(**fields: str) -> FormData:
+    given = {"name": "Pro", "description": "", "priority": "0", "timezone": "UTC"}
+    limit = {"kind": "image", "max": "10", "period": "day", "scope": "group", "unlimited": "no"}
+    return FormData(list((given | limit | fields).items()))
+
+
+class TestGroupForm:
+    def test_is_read_as_the_library_takes_it(self) -> None:
+        form, fields = GroupForm.of_typed(typed(max="1,000", is_default="on", priority="-3")).checked()
+        assert form.is_good()
+        assert fields == {
+            "name": "Pro",
+            "description": "",
+            "priority": -3,
+            "timezone": "UTC",
+            "is_default": True,
+            "limits": [{"kind": "image", "max": 1000, "period": "day", "scope": "group"}],
+        }
+
+    def test_unlimited_needs_no_maximum(self) -> None:
+        _, fields = GroupForm.of_typed(typed(max="", unlimited="yes")).checked()
+        assert fields["limits"][0]["max"] is None
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("name", ""), ("name", "x" * 201), ("description", "x" * 2001), ("priority", "high"), ("timezone", "")],
+    )
+    def test_says_what_is_wrong_beside_the_field(self, field: str, value: str) -> None:
+        form, fields = GroupForm.of_typed(typed(**{field: value})).checked()
+        assert list(form.errors) == [field]
+        assert fields == {}
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("kind", "Image"), ("kind", ""), ("max", ""), ("max", "-1"), ("max", "1.5"), ("max", "²"), ("period", "year")],
+    )
+    def test_says_what_is_wrong_below_the_limit(self, field: str, value: str) -> None:
+        form, _ = GroupForm.of_typed(typed(**{field: value})).checked()
+        assert [bool(row.error) for row in form.rows] == [True]
+
+    def test_says_what_the_database_said(self) -> None:
+        form = GroupForm(rows=[LimitRow("a"), LimitRow("a")])
+        assert form.refused(GroupExists("…")).errors == {"name": "Another group has this name."}
+        assert form.refused(InvalidRequest("…", detail="timezone")).errors == {
+            "timezone": "There is no such time zone."
+        }
+        twice = form.refused(InvalidRequest("…", detail="limits[1]"))
+        assert [row.error for row in twice.rows] == ["", "This limit is there twice."]
+        assert form.refused(InvalidRequest("something else")).errors == {"": "something else"}
+
+
+class TestPasted:
+    def test_is_taken_apart(self) -> None:
+        one, two = uuid4(), uuid4()
+        found = pasted(f'id,email\n"{one}","ann@example.com"\n{two}; {two}\tBOB@example.com')
+        assert found.ids == [one, two]
+        assert found.emails == ["ann@example.com", "BOB@example.com"]
+        assert found.unknown == ["id", "email"]
+
+    def test_nothing_is_nothing(self) -> None:
+        assert pasted(" \n,") == pasted("")
+
+    def test_what_was_ticked_must_be_ids(self) -> None:
+        with pytest.raises(InvalidRequest, match="member"):
+            ids(FormData([("member", "x")]), "member")
+
+
+class TestCharts:
+    NOW = datetime(2026, 3, 29, 12, 34, 56, tzinfo=UTC)
+
+    @pytest.mark.parametrize(("step", "count"), [("hour", 48), ("day", 30), ("month", 12)])
+    @pytest.mark.parametrize("zone", ["UTC", "Europe/Paris", "Asia/Kolkata", "America/Havana", "Nowhere/Land"])
+    def test_has_no_gaps(self, step: _charts.Step, count: int, zone: str) -> None:
+        found = _charts.buckets(step, zone, self.NOW)
+        assert len(found) == count
+        assert found == sorted(set(found))
+        assert found[-1] <= self.NOW
+
+    def test_days_are_of_the_groups_time_zone(self) -> None:
+        # the night in which Paris set its clocks forward
+        midnight = datetime(2026, 3, 28, 23, tzinfo=UTC)
+        point = HistoryPoint(bucket=midnight, kind="image", used=5, generations=1)
+        shown = _charts.chart([point], "day", "Europe/Paris", self.NOW)
+        assert shown["labels"][-1] == "Mar 29"
+        assert shown["kinds"] == [{"kind": "image", "used": [0] * 29 + [5]}]
+
+    def test_trends_compare_with_the_month_before(self) -> None:
+        points = [
+            HistoryPoint(bucket=self.NOW - timedelta(days=days), kind=kind, used=used, generations=1)
+            for days, kind, used in [(40, "image", 10), (3, "image", 15), (2, "video", 1)]
+        ]
+        found = {trend.kind: (trend.used, trend.change) for trend in _charts.trends(points, self.NOW)}
+        assert found == {"image": (15, 50), "video": (1, None)}
+
+
+class TestExport:
+    def test_is_csv_that_starts_no_formula(self) -> None:
+        record = UsageRecord(
+            id=UUID(int=1), group=GroupRef(id=UUID(int=2)), user_id=UUID(int=3), email="=cmd()", kind="image", cost=2,
+            status="committed", idempotency_key="a,b", metadata={"name": "ü"}, created_at=datetime.now(UTC),
+            settled_at=None, expires_at=None,
+        )  # fmt: skip
+
+        async def records() -> AsyncIterator[UsageRecord]:
+            yield record
+
+        async def lines() -> list[str]:
+            return [line async for line in as_csv(records())]
+
+        (row,) = csv.DictReader(asyncio.run(lines()))
+        assert row["email"] == "'=cmd()"
+        assert row["idempotency_key"] == "a,b"
+        assert row["metadata"] == '{"name": "ü"}'

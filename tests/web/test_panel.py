@@ -1,0 +1,420 @@
+"""The panel without a browser: sessions, CSRF, headers, who sees what."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from pydantic import SecretStr
+from starlette.requests import Request
+from starlette.responses import Response
+from tests.web.conftest import served, settings_for
+
+from tokenlimits import ConfigurationError, GroupManager
+from tokenlimits.local import LocalStack, LocalUser
+from tokenlimits.web import WebSettings, create_app
+from tokenlimits.web._backend import Backend
+from tokenlimits.web._sessions import Session, Sessions
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def browsing(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, trust_env=False, follow_redirects=True, timeout=30) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(url: str) -> Iterator[httpx.Client]:
+    with browsing(url) as browser:
+        yield browser
+
+
+def csrf_of(page: httpx.Response) -> str:
+    """Find the token in a page."""
+    found = re.search(r'name="csrf" value="([0-9a-f]{64})"', page.text)
+    assert found is not None, page.text
+    return found[1]
+
+
+def sign_in(browser: httpx.Client, user: LocalUser, **more: str) -> httpx.Response:
+    """Sign in as a browser does."""
+    csrf = csrf_of(browser.get("sign-in"))
+    return browser.post("sign-in", data={"csrf": csrf, "email": user.email, "password": user.password, **more})
+
+
+class TestSigningIn:
+    def test_an_admin_sees_the_groups(self, browser: httpx.Client, admin: LocalUser, groups: GroupManager) -> None:
+        groups.create("Pro", limits={"image": 1})
+        first = browser.get("/")
+        assert first.url.path == "/sign-in"
+        page = sign_in(browser, admin, next="/")
+        assert (page.status_code, page.url.path) == (200, "/")
+        assert "Pro" in page.text
+        assert admin.email in page.text
+
+    def test_nobody_else_sees_anything(self, browser: httpx.Client, user: LocalUser, groups: GroupManager) -> None:
+        pro = groups.create("Pro", limits={"image": 1})
+        page = sign_in(browser, user)
+        assert page.status_code == 403
+        assert "You are not an admin" in page.text
+        for path in ("/", "/live"):
+            answer = browser.get(path)
+            assert answer.status_code == 403
+            assert "Pro" not in answer.text
+            assert str(pro.id) not in answer.text
+
+    def test_a_wrong_password_is_said_beside_the_fields(self, browser: httpx.Client, admin: LocalUser) -> None:
+        csrf = csrf_of(browser.get("/sign-in"))
+        page = browser.post("/sign-in", data={"csrf": csrf, "email": admin.email, "password": "wrong"})
+        assert page.status_code == 401
+        assert 'role="alert"' in page.text
+        assert admin.email in page.text
+        assert "wrong" not in page.text.replace("belong", "")
+        assert browser.get("/").url.path == "/sign-in"
+
+    @pytest.mark.parametrize("there", ["https://evil.example/", "//evil.example", "/\\evil.example", "/\tx", "x"])
+    def test_leads_nowhere_else(self, url: str, admin: LocalUser, there: str) -> None:
+        with httpx.Client(base_url=url, trust_env=False) as browser:
+            answer = sign_in(browser, admin, next=there)
+        assert (answer.status_code, answer.headers["location"]) == (303, "/")
+
+    def test_attempts_are_limited(self, stack: LocalStack, admin: LocalUser) -> None:
+        with served(create_app(settings_for(stack, sign_ins_per_minute=3))) as url, browsing(url) as browser:
+            csrf = csrf_of(browser.get("/sign-in"))
+            wrong = {"csrf": csrf, "email": admin.email, "password": "x"}
+            assert [browser.post("/sign-in", data=wrong).status_code for _ in range(4)] == [401, 401, 401, 429]
+            assert sign_in(browser, admin).status_code == 429
+
+    def test_signing_out_ends_it(self, browser: httpx.Client, admin: LocalUser) -> None:
+        page = sign_in(browser, admin)
+        old = dict(browser.cookies)
+        assert browser.post("/sign-out", data={"csrf": csrf_of(page)}).url.path == "/sign-in"
+        assert browser.cookies["tokenlimits"] != old["tokenlimits"]
+        assert browser.get("/").url.path == "/sign-in"
+
+
+class TestTheCookie:
+    def test_is_sealed_and_out_of_reach(self, url: str, admin: LocalUser) -> None:
+        with httpx.Client(base_url=url, trust_env=False) as browser:
+            cookie = sign_in(browser, admin).headers["set-cookie"]
+        assert "HttpOnly" in cookie
+        assert "SameSite=lax" in cookie
+        assert "eyJ" not in cookie
+        assert "Secure" not in cookie  # http, on loopback
+
+    def test_behind_tls_it_is_secure_and_of_this_host_alone(self, settings: WebSettings) -> None:
+        sessions = Sessions(Backend(settings), SecretStr("x" * 32))
+        request = Request(
+            {"type": "http", "scheme": "https", "server": ("limits.example", 443), "path": "/", "headers": []}
+        )
+        response = Response()
+        sessions.write(request, response, Session("id"))
+        assert response.headers["set-cookie"].startswith("__Host-tokenlimits=")
+        assert "Secure" in response.headers["set-cookie"]
+
+    @pytest.mark.parametrize("cookie", ["", "garbage", "gAAAAABn"])
+    def test_one_that_was_changed_is_nobody(self, browser: httpx.Client, cookie: str) -> None:
+        assert browser.get("/", headers={"Cookie": f"tokenlimits={cookie}"}).url.path == "/sign-in"
+
+    def test_one_of_another_secret_is_nobody(self, stack: LocalStack, browser: httpx.Client, admin: LocalUser) -> None:
+        sign_in(browser, admin)
+        with served(create_app(settings_for(stack, web_secret="another secret, just as long as it must be"))) as other:
+            answer = browser.get(f"{other}/")
+        assert answer.url.path == "/sign-in"
+
+    async def _soon_ending(self, settings: WebSettings, admin: LocalUser, ends: float) -> tuple[Sessions, Session]:
+        assert settings.web_secret is not None
+        backend = Backend(settings)
+        tokens = await backend.sign_in(admin.email, admin.password)
+        sessions = Sessions(backend, settings.web_secret)
+        return sessions, Session("id", tokens._replace(expires_at=time.time() + ends))
+
+    @pytest.mark.parametrize(("ends", "is_new"), [(3600.0, False), (30.0, True), (-30.0, True)])
+    def test_is_refreshed_before_it_ends(
+        self, browser: httpx.Client, settings: WebSettings, admin: LocalUser, ends: float, is_new: bool
+    ) -> None:
+        sessions, session = asyncio.run(self._soon_ending(settings, admin, ends))
+        browser.cookies.set("tokenlimits", sessions._close(session), domain="127.0.0.1")
+        page = browser.get("/")
+        assert page.status_code == 200
+        assert ("set-cookie" in page.headers) is is_new
+        if is_new:
+            written = sessions._open(browser.cookies.get("tokenlimits", domain="127.0.0.1") or "")
+            assert written is not None
+            assert written.tokens is not None
+            assert written.tokens.expires_at > time.time() + 3000
+
+    def test_a_session_that_can_not_be_refreshed_has_ended(
+        self, browser: httpx.Client, settings: WebSettings, admin: LocalUser
+    ) -> None:
+        sessions, session = asyncio.run(self._soon_ending(settings, admin, 30))
+        assert session.tokens is not None
+        ended = session.tokens._replace(refresh=SecretStr("spent"))
+        browser.cookies.set("tokenlimits", sessions._close(Session("id", ended)), domain="127.0.0.1")
+        assert browser.get("/").url.path == "/sign-in"
+        assert browser.get("/live", headers={"HX-Request": "true"}).status_code == 401
+
+    def test_one_that_is_too_large_is_said_in_words(
+        self, url: str, admin: LocalUser, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("tokenlimits.web._sessions._MOST", 500)
+        with browsing(url) as browser:
+            page = sign_in(browser, admin)
+        assert page.status_code == 422
+        assert "too large for a cookie" in page.text
+
+
+class TestCsrf:
+    @pytest.mark.parametrize("token", [None, "", "0" * 64, "ü"])
+    def test_without_the_token_nothing_is_done(
+        self, browser: httpx.Client, admin: LocalUser, token: str | None
+    ) -> None:
+        sign_in(browser, admin)
+        data = {} if token is None else {"csrf": token}
+        assert browser.post("/sign-out", data=data).status_code == 403
+        assert browser.get("/").url.path == "/"
+
+    def test_the_token_of_another_session_is_none(self, url: str, browser: httpx.Client, admin: LocalUser) -> None:
+        with browsing(url) as other:
+            theirs = csrf_of(sign_in(other, admin))
+        sign_in(browser, admin)
+        assert browser.post("/sign-out", data={"csrf": theirs}).status_code == 403
+
+    def test_nor_may_another_site_send_it(self, browser: httpx.Client, admin: LocalUser) -> None:
+        csrf = csrf_of(sign_in(browser, admin))
+        headers = {"Origin": "https://evil.example"}
+        assert browser.post("/sign-out", data={"csrf": csrf}, headers=headers).status_code == 403
+        headers = {"Origin": str(browser.base_url).rstrip("/")}
+        assert browser.post("/sign-out", data={"csrf": csrf}, headers=headers).url.path == "/sign-in"
+
+
+class TestHeaders:
+    @pytest.mark.parametrize("path", ["/sign-in", "/", "/api/groups", "/static/panel.css", "/nowhere"])
+    def test_are_on_every_answer(self, browser: httpx.Client, path: str) -> None:
+        headers = browser.get(path).headers
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        assert headers["x-frame-options"] == "DENY"
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "same-origin"
+        assert "strict-transport-security" not in headers
+
+    def test_behind_tls_browsers_are_told_to_stay_there(self, settings: WebSettings) -> None:
+        async def ask() -> httpx.Response:
+            transport = httpx.ASGITransport(create_app(settings))
+            async with httpx.AsyncClient(transport=transport, base_url="https://limits.example") as client:
+                return await client.get("/sign-in")
+
+        answer = asyncio.run(ask())
+        assert answer.headers["strict-transport-security"].startswith("max-age=31536000")
+        assert answer.headers["set-cookie"].startswith("__Host-tokenlimits=")
+
+    def test_pages_are_not_kept_and_files_are(self, browser: httpx.Client, admin: LocalUser) -> None:
+        page = sign_in(browser, admin)
+        assert page.headers["cache-control"] == "no-store"
+        for file in set(re.findall(r'/static/[^"]+', page.text)):
+            answer = browser.get(file)
+            assert answer.status_code == 200
+            assert "immutable" in answer.headers["cache-control"]
+
+    def test_no_page_needs_what_the_policy_forbids(self, browser: httpx.Client, admin: LocalUser) -> None:
+        for page in (browser.get("/sign-in"), sign_in(browser, admin)):
+            assert not re.search(r"<script(?![^>]* src=)|<style| style=| on\w+=|https?://", page.text)
+
+
+class TestLive:
+    def test_answers_nothing_when_nothing_has_changed(
+        self, browser: httpx.Client, admin: LocalUser, groups: GroupManager
+    ) -> None:
+        sign_in(browser, admin)
+        pro = groups.create("Pro", limits={"image": 4})
+        first = browser.get("/live").json()
+        assert first["groups"][str(pro.id)] == [0, [[0, 4, 0.0, None, 4]]]
+        assert browser.get("/live", params={"version": first["version"]}).status_code == 204
+        groups.set_limits(pro.id, {"image": 5})
+        second = browser.get("/live", params={"version": first["version"]}).json()
+        assert second["shape"] != first["shape"]
+
+
+class TestMounted:
+    def test_works_below_a_path(self, settings: WebSettings, admin: LocalUser) -> None:
+        app = FastAPI()
+        app.mount("/limits", create_app(settings))
+        with served(app) as url, browsing(f"{url}/limits") as browser:
+            page = sign_in(browser, admin, next="/limits/")
+            assert (page.status_code, page.url.path) == (200, "/limits/")
+            assert browser.get("live").status_code == 200
+            for address in set(re.findall(r'(?:href|src|action|hx-get)="([^"#]*)"', page.text)):
+                assert address.startswith("/limits/")
+
+
+class TestStarting:
+    def test_refuses_to_start_half_configured(self, settings: WebSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(ConfigurationError, match="TOKENLIMITS_WEB_SECRET"):
+            create_app(settings.model_copy(update={"web_secret": None}))
+        for name in ("URL", "PUBLISHABLE_KEY", "ANON_KEY", "SECRET_KEY", "SERVICE_ROLE_KEY"):
+            monkeypatch.delenv(f"SUPABASE_{name}", raising=False)
+        with pytest.raises(ConfigurationError, match="SUPABASE_URL"):
+            create_app()
+        monkeypatch.setenv("SUPABASE_URL", "https://abc.supabase.co")
+        monkeypatch.setenv("SUPABASE_PUBLISHABLE_KEY", "sb_secret_abcdefgh")
+        with pytest.raises(ConfigurationError, match="must be the publishable one") as refused:
+            create_app()
+        assert "abcdefgh" not in str(refused.value)
+
+
+class TestWithoutSupabase:
+    def test_says_so(self, settings: WebSettings, admin: LocalUser) -> None:
+        away = settings.model_copy(update={"url": "http://127.0.0.1:9", "timeout": 0.5})
+        with served(create_app(away)) as url, browsing(url) as browser:
+            page = sign_in(browser, admin)
+        assert page.status_code == 503
+        assert "Supabase can&#39;t be reached" in page.text
+        assert "Traceback" not in page.text
+
+
+class TestDialogs:
+    def post(self, browser: httpx.Client, path: str, data: dict[str, object]) -> httpx.Response:
+        csrf = csrf_of(browser.get("/"))
+        return browser.post(path, data=data, headers={"HX-Request": "true", "X-CSRF-Token": csrf})
+
+    def test_what_the_database_refuses_is_said_beside_the_field(
+        self, browser: httpx.Client, admin: LocalUser, groups: GroupManager
+    ) -> None:
+        sign_in(browser, admin)
+        groups.create("Pro")
+        form = {"name": "PRO", "description": "", "priority": "0", "timezone": "UTC"}
+        answer = self.post(browser, "/groups/new", form)
+        assert answer.status_code == 422
+        assert "Another group has this name." in answer.text
+        answer = self.post(browser, "/groups/new", {**form, "name": "Other", "timezone": "Mars/Base"})
+        assert "There is no such time zone." in answer.text
+        assert [group.name for group in groups.list()] == ["Pro"]
+
+    def test_fifty_thousand_members_can_be_pasted_and_paged(
+        self, browser: httpx.Client, admin: LocalUser, groups: GroupManager, stack: LocalStack
+    ) -> None:
+        pro = groups.create("Pro")
+        users = stack.create_users(50_000)
+        sign_in(browser, admin)
+        listed = "\n".join([*map(str, users), "nobody@example.com"])
+        answer = self.post(browser, f"/groups/{pro.id}/members", {"list": listed})
+        assert answer.status_code == 200, answer.text
+        assert "50,000 members added, 1 not found." in answer.headers["hx-trigger"]
+        assert "nobody@example.com" in answer.text
+        assert groups.usage(pro.id).member_count == 50_000
+        more = re.search(r'hx-get="([^"]*after=[^"]*)"', answer.text)
+        assert more is not None
+        rows = browser.get(more[1])
+        assert rows.text.count('name="member"') == 50
+
+    def test_members_move_to_another_group(
+        self, browser: httpx.Client, admin: LocalUser, groups: GroupManager, stack: LocalStack
+    ) -> None:
+        pro, free = groups.create("Pro"), groups.create("Free")
+        users = stack.create_users(3)
+        groups.add_members(free.id, users)
+        sign_in(browser, admin)
+        chosen = {"member": [str(user) for user in users[:2]], "to": str(pro.id)}
+        answer = self.post(browser, f"/groups/{free.id}/members/move", chosen)
+        assert "2 members moved." in answer.headers["hx-trigger"]
+        assert (groups.usage(free.id).member_count, groups.usage(pro.id).member_count) == (1, 2)
+
+    def test_a_group_that_is_gone_is_said_in_words(self, browser: httpx.Client, admin: LocalUser) -> None:
+        sign_in(browser, admin)
+        for path in (f"/groups/{uuid4()}", "/groups/x"):
+            assert browser.get(path).status_code == 404
+            assert "<html" in browser.get(path).text
+        answer = browser.get(f"/groups/{uuid4()}/edit", headers={"HX-Request": "true"})
+        assert (answer.status_code, answer.headers["content-type"]) == (404, "text/plain; charset=utf-8")
+
+    def test_nobody_else_may_use_any_of_it(self, browser: httpx.Client, user: LocalUser, groups: GroupManager) -> None:
+        pro = groups.create("Pro", limits={"image": 1})
+        csrf = csrf_of(sign_in(browser, user))
+        headers = {"HX-Request": "true", "X-CSRF-Token": csrf}
+        group = f"/groups/{pro.id}"
+        for path in ("/groups/new", group, f"{group}/edit", f"{group}/delete", f"{group}/members", f"{group}/live",
+                     f"{group}/history", f"{group}/export", "/overview", "/overview/history",
+                     f"{group}/members/search?email=example", f"{group}/members?after={uuid4()}"):  # fmt: skip
+            answer = browser.get(path, headers=headers)
+            assert answer.status_code == 403, path
+            assert "example.com" not in answer.text
+        form = {"name": "Mine", "priority": "0", "timezone": "UTC", "member": str(user.id), "user_id": str(user.id)}
+        for path in ("/groups/new", f"{group}/edit", f"{group}/delete", f"{group}/members", f"{group}/members/remove",
+                     f"{group}/reset", f"/usages/{uuid4()}/refund"):  # fmt: skip
+            assert browser.post(path, data=form, headers=headers).status_code == 403, path
+        assert groups.list() == [pro]
+
+
+@pytest.mark.parametrize("program", [["tokenlimits.web"], ["tokenlimits", "admin"]], ids=["module", "command"])
+class TestCommand:
+    def run(self, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+    def test_refuses_to_start_half_configured(self, stack: LocalStack, program: list[str]) -> None:
+        done = self.run({}, *program)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "SUPABASE_URL" in done.stderr
+        assert "Traceback" not in done.stderr
+        done = self.run(stack.environment(), *program, "--host", "0.0.0.0")
+        assert done.returncode == 1
+        assert "TOKENLIMITS_WEB_SECRET" in done.stderr
+
+    def test_serves_this_machine_alone(self, stack: LocalStack, program: list[str]) -> None:
+        command = [sys.executable, "-m", *program, "--port", "0"]
+        server = subprocess.Popen(command, env=stack.environment(), stderr=subprocess.PIPE, text=True)
+        try:
+            assert server.stderr is not None
+            url = next(found[0] for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
+            assert httpx.get(f"{url}/sign-in", trust_env=False).status_code == 200
+        finally:
+            server.terminate()
+            server.communicate(timeout=30)
+
+
+class TestDemo:
+    def test_starts_with_groups_that_are_in_use(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [sys.executable, "examples/admin_panel.py", "--port", str(port)]
+        demo = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        try:
+            assert demo.stdout is not None
+            said = [line.strip() for line in iter(demo.stdout.readline, "  Ctrl-C ends it.\n")]
+            email, password = said[-2].split(", ")
+            with browsing(f"http://127.0.0.1:{port}") as browser:
+                wait_for(browser)
+                page = sign_in(browser, LocalUser(UUID(int=0), email, password))
+                assert page.text.count("<article") == 9
+                for level in ("ok", "warn", "full"):
+                    assert f'class="card is-{level}"' in page.text
+        finally:
+            demo.terminate()
+            demo.communicate(timeout=30)
+
+
+def wait_for(browser: httpx.Client) -> None:
+    until = time.monotonic() + 60
+    while True:
+        try:
+            browser.get("/sign-in")
+        except httpx.ConnectError:
+            assert time.monotonic() < until
+        else:
+            return
