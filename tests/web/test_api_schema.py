@@ -43,6 +43,7 @@ def operations(url: str) -> list[Any]:
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
 @pytest.mark.parametrize("role", ["anon", "user", "admin", "service"])
+@pytest.mark.usefixtures("groups")  # which go with it
 def test_keeps_its_promises(operations: list[Any], mode: GenerationMode, role: str, tokens: dict[str, str]) -> None:
     headers = {"Authorization": f"Bearer {tokens[role]}"}
     for operation in operations:

@@ -306,6 +306,7 @@ class TestDialogs:
         assert "There is no such time zone." in answer.text
         assert [group.name for group in groups.list()] == ["Pro"]
 
+    @pytest.mark.slow
     def test_fifty_thousand_members_can_be_pasted_and_paged(
         self, browser: httpx.Client, admin: LocalUser, groups: GroupManager, stack: LocalStack
     ) -> None:
@@ -389,6 +390,7 @@ class TestCommand:
 
 
 class TestDemo:
+    @pytest.mark.slow
     def test_starts_with_groups_that_are_in_use(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
