@@ -50,6 +50,7 @@ def test_keeps_its_promises(operations: list[Any], mode: GenerationMode, role: s
 
         @hypothesis_settings(
             max_examples=8,
+            derandomize=True,
             deadline=None,
             database=None,
             phases=[Phase.explicit, Phase.generate],

@@ -23,12 +23,12 @@ _ONE = {200: _GROUP_EXAMPLE, **documented(404)}
 @routes.get("/groups", responses=documented())
 async def list_groups(
     groups: CallersGroups,
-    search: Annotated[Text | None, Query(max_length=200, description="A part of the name, whatever its case")] = None,
-    after: Annotated[Text | None, Query(max_length=200, description="`next` of the page before")] = None,
+    search: Annotated[Text, Query(max_length=200, description="A part of the name, whatever its case")] = "",
+    after: Annotated[Text, Query(max_length=200, description="`next` of the page before")] = "",
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> Groups:
     """List groups with their limits, by name."""
-    page = await groups.page(search, after, limit)
+    page = await groups.page(search or None, after or None, limit)
     return Groups(items=page, next=page[-1].name if len(page) == limit else None)
 
 
