@@ -237,6 +237,15 @@ class TestHeaders:
             assert not re.search(r"<script(?![^>]* src=)|<style| style=| on\w+=|https?://", page.text)
 
 
+class TestVendoredFiles:
+    def test_are_named_with_their_licences(self) -> None:
+        static = ROOT / "src" / "tokenlimits" / "web" / "static"
+        named = set(re.findall(r"^\| `([^`]+)`", (static / "VENDORED.md").read_text(), re.MULTILINE))
+        assert named == {file.name for file in static.iterdir() if ".min." in file.name or file.suffix == ".woff2"}
+        licences = (static / "LICENSES.txt").read_text()
+        assert all(f"(static/{name})" in licences for name in named)
+
+
 class TestLive:
     def test_answers_nothing_when_nothing_has_changed(
         self, browser: httpx.Client, admin: LocalUser, groups: GroupManager
