@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,25 @@ def test_the_commands_of_the_readme(server: PostgresServer, tmp_path: Path) -> N
         for command in commands:
             # as people do it: with the installed program, from the beginning
             words = [str(Path(sys.executable).with_name("tokenlimits")), *shlex.split(command, comments=True)[1:]]
-            done = subprocess.run(words, cwd=tmp_path, env=run.environment, capture_output=True, text=True, check=False)
+            if words[1:] == ["admin"]:
+                serve_and_interrupt([*words, "--port", "0"], tmp_path, run.environment)
+                continue
+            done = subprocess.run(
+                words, cwd=tmp_path, env=run.environment, capture_output=True, text=True, check=False, timeout=120
+            )
             assert done.returncode == 0, done.stdout + done.stderr
         assert (tmp_path / "usage.csv").read_text().count("\n") == 3
+
+
+def serve_and_interrupt(command: list[str], directory: Path, environment: dict[str, str]) -> None:
+    """Run what serves until Ctrl-C, until it does, and end it."""
+    with subprocess.Popen(
+        command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "http://127.0.0.1:" in line:
+                process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0, lines
