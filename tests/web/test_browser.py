@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import select
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
-from tests.integration.servers import raw_server, relay_to
+from tests.integration.servers import Handler, raw_server
 from tests.web.chromium import axe, chromium
 from tests.web.conftest import served, settings_for
 
@@ -316,14 +319,22 @@ class TestForEverybody:
         expect(page.locator("html")).to_have_attribute("data-theme", "light")
 
 
-class Either:
-    """An event that is set when one of two is."""
+def relay_unless(away: threading.Event, url: str) -> Handler:
+    """Pass everything on to a server, and nothing any more, either way, from the moment that it is away."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
 
-    def __init__(self, *events: threading.Event) -> None:
-        self._events = events
+    def relay(connection: socket.socket, over: threading.Event) -> None:
+        if away.is_set():
+            return
+        with closing(socket.create_connection((host, int(port)))) as real:
+            while not (away.is_set() or over.is_set()):
+                for source in select.select([connection, real], [], [], 0.05)[0]:
+                    data = source.recv(65536)
+                    if not data:
+                        return
+                    (real if source is connection else connection).sendall(data)
 
-    def is_set(self) -> bool:
-        return any(event.is_set() for event in self._events)
+    return relay
 
 
 class TestWithoutSupabase:
@@ -331,13 +342,7 @@ class TestWithoutSupabase:
         self, sign_in: SignIn, stack: LocalStack, group: Group, limits: TokenLimits, user: LocalUser
     ) -> None:
         away = threading.Event()
-        relay = relay_to(stack.url)
-
-        def handle(connection: object, over: threading.Event) -> None:
-            if not away.is_set():
-                relay(connection, Either(away, over))
-
-        with raw_server(handle) as between:
+        with raw_server(relay_unless(away, stack.url)) as between:
             settings = settings_for(stack, url=between.url.replace("localhost", "127.0.0.1"), timeout=1)
             with served(create_app(settings)) as url:
                 page = sign_in(at=url)

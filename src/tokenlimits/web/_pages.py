@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from importlib.resources import files
@@ -28,6 +29,8 @@ from ._sessions import BadOrigin, Session, Sessions
 
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 _SAFE: Final = frozenset({"GET", "HEAD"})
+
+logger = logging.getLogger("tokenlimits")
 
 templates: Final = Environment(
     loader=PackageLoader("tokenlimits.web"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -201,6 +204,8 @@ _WORDS: Final = (
 
 def _failed(request: Request, error: Exception) -> Response:
     status, title, advice = next(words[1:] for words in _WORDS if isinstance(error, words[0]))
+    if status == 500:
+        logger.error("%s: %s", type(error).__name__, error)
     if isinstance(error, errors.AccessDenied) and not is_fragment(request):
         return render(request, "not_admin.html", status)
     if isinstance(error, errors.InvalidRequest):

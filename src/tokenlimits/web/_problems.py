@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from starlette.responses import Response
 from tokenlimits import TrackResult, errors
 
 from . import _ratelimit
+
+logger = logging.getLogger("tokenlimits")
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -82,6 +85,8 @@ def of_error(error: Exception) -> JSONResponse:
     if is_sign_in_required(error):
         error = SignInRequired("The access token is not valid, or not valid any more.")
     status, name, title = next(kind[1:] for kind in _KINDS if isinstance(error, kind[0]))
+    if status == 500:
+        logger.error("%s: %s", type(error).__name__, error)
     # what is wrong with the server is for its log
     detail = None if status >= 500 else str(error) or None
     headers: dict[str, str] = {}
