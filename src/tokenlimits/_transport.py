@@ -291,11 +291,11 @@ class AsyncTransport:
         with _sessions.lock():
             for key in [key for key in self._own if key[1].is_closed()]:
                 del self._own[key]
-            own = self._own[_sessions.forks(), loop] = _OfLoop(client, http, _until_loop_ends(http), _sessions.Use())
+            own = self._own[_sessions.forks(), loop] = _OfLoop(client, http, until_loop_ends(http), _sessions.Use())
         return own
 
 
-async def _until_loop_ends(http: httpx.AsyncClient) -> AsyncGenerator[None]:
+async def until_loop_ends(http: httpx.AsyncClient) -> AsyncGenerator[None]:
     """Close when asked, or with the loop: asyncio.run() closes the generators that are still open."""
     try:
         yield

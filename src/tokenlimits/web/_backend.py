@@ -29,6 +29,7 @@ from tokenlimits import (
 from tokenlimits import _calls as calls
 from tokenlimits import _reports as reports
 from tokenlimits._arguments import parser
+from tokenlimits._transport import until_loop_ends
 
 from ._problems import SignInRequired
 from ._settings import WebSettings
@@ -229,7 +230,7 @@ class Backend:
         loop = asyncio.get_running_loop()
         if self._of_loop is None or self._of_loop.loop is not loop or self._of_loop.http.is_closed:
             http = httpx.AsyncClient(http2=False, timeout=self.settings.timeout)
-            self._of_loop = _OfLoop(loop, http, _until_loop_ends(http))
+            self._of_loop = _OfLoop(loop, http, until_loop_ends(http))
             await anext(self._of_loop.until_loop_ends)
         return self._of_loop.http
 
@@ -261,11 +262,3 @@ def _read(answer: httpx.Response, model: type[T]) -> T:
         except ValidationError:
             pass  # not as Supabase answers: below, where no context of the error holds a token
     raise ServiceUnavailable(f"Supabase answered with status {answer.status_code}, and not as expected")
-
-
-async def _until_loop_ends(http: httpx.AsyncClient) -> AsyncGenerator[None]:
-    """Close when asked, or with the loop: asyncio.run() closes the generators that are still open."""
-    try:
-        yield
-    finally:
-        await http.aclose()

@@ -9,6 +9,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from tests.sql.semantics.api import Api
 from tests.sql.semantics.database import Database
+from tests.sql.semantics.hammer import Crowd, Hammer
 from tests.sql.semantics.world import World
 from tests.support import clock, invariants
 from tests.support.postgres import PostgresServer, create_hosted_database
@@ -64,6 +65,17 @@ def owner(database: Database) -> Api:
 @pytest.fixture
 def world(owner: Api, api: Api) -> World:
     return World(owner, api)
+
+
+@pytest.fixture(scope="session")
+def crowd() -> Iterator[Crowd]:
+    with Crowd() as made:
+        yield made
+
+
+@pytest.fixture
+def hammer(crowd: Crowd, database: Database) -> Hammer:
+    return lambda scripts: crowd.call(database.url, scripts)
 
 
 @pytest.fixture(scope="session")

@@ -81,6 +81,21 @@ class Answer:
 Script = Sequence[Call | Settle | Batch]
 
 
+Hammer = Callable[[Sequence[Script]], list[Answer]]
+"""Lets every connection go through its script, all at once."""
+
+
+def assert_right(answers: list[Answer], *expected_errors: str) -> None:
+    """No call failed, none passed a max, and none was denied by a limit that has room."""
+    assert {a.error for a in answers if a.error} <= set(expected_errors)
+    assert [a for a in answers if a.overfull and a.allowed and not a.replayed] == []
+    assert [a for a in answers if a.wrongly_denied] == []
+
+
+def allowed(answers: list[Answer]) -> int:
+    return sum(a.allowed and not a.replayed for a in answers)
+
+
 class Crowd:
     """The processes; they are started once and used by many tests."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -12,21 +12,8 @@ import psycopg
 import pytest
 from tests.sql.semantics.api import Api
 from tests.sql.semantics.database import Database
-from tests.sql.semantics.hammer import CONNECTIONS, Answer, Batch, Call, Crowd, Script
+from tests.sql.semantics.hammer import CONNECTIONS, Batch, Call, Crowd, Hammer, Script, allowed, assert_right
 from tests.sql.semantics.world import World, limit
-
-Hammer = Callable[[Sequence[Script]], list[Answer]]
-
-
-@pytest.fixture(scope="module")
-def crowd() -> Iterator[Crowd]:
-    with Crowd() as made:
-        yield made
-
-
-@pytest.fixture
-def hammer(crowd: Crowd, database: Database) -> Hammer:
-    return lambda scripts: crowd.call(database.url, scripts)
 
 
 def told(answers: list[Any]) -> list[tuple[bool, str | None, int | None]]:
@@ -281,17 +268,6 @@ def shuffled(calls: Sequence[Call], size: int) -> list[Script]:
         mine = random.Random(number).sample(calls, len(calls))
         scripts.append([Batch(tuple(mine[start : start + size])) for start in range(0, len(mine), size)])
     return scripts
-
-
-def allowed(answers: list[Answer]) -> int:
-    return sum(answer.allowed and not answer.replayed for answer in answers)
-
-
-def assert_right(answers: list[Answer], *expected_errors: str) -> None:
-    """No call failed, none passed a max, and none was denied by a limit that has room."""
-    assert {a.error for a in answers if a.error} <= set(expected_errors)
-    assert [a for a in answers if a.overfull and a.allowed and not a.replayed] == []
-    assert [a for a in answers if a.wrongly_denied] == []
 
 
 class TestAtOnce:

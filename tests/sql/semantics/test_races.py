@@ -19,22 +19,9 @@ import psycopg
 import pytest
 from tests.sql.semantics.api import Api
 from tests.sql.semantics.database import Database
-from tests.sql.semantics.hammer import CONNECTIONS, Answer, Call, Crowd, Script, Settle
+from tests.sql.semantics.hammer import CONNECTIONS, Call, Crowd, Hammer, Script, Settle, allowed, assert_right
 from tests.sql.semantics.world import World, limit
 from tests.support import clock
-
-Hammer = Callable[[Sequence[Script]], list[Answer]]
-
-
-@pytest.fixture(scope="session")
-def crowd() -> Iterator[Crowd]:
-    with Crowd() as made:
-        yield made
-
-
-@pytest.fixture
-def hammer(crowd: Crowd, database: Database) -> Hammer:
-    return lambda scripts: crowd.call(database.url, scripts)
 
 
 def everybody(calls: list[Call], times: int = 1) -> list[list[Call]]:
@@ -50,17 +37,6 @@ def shuffled(calls: Sequence[Call | Settle], times: int) -> list[Script]:
         random.Random(number).shuffle(script)
         scripts.append(script)
     return scripts
-
-
-def assert_right(answers: list[Answer], *expected_errors: str) -> None:
-    """No call failed, none passed a max, and none was denied by a limit that has room."""
-    assert {a.error for a in answers if a.error} <= set(expected_errors)
-    assert [a for a in answers if a.overfull and a.allowed and not a.replayed] == []
-    assert [a for a in answers if a.wrongly_denied] == []
-
-
-def allowed(answers: list[Answer]) -> int:
-    return sum(a.allowed and not a.replayed for a in answers)
 
 
 def recorded(world: World) -> int:
