@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 from tests.integration.servers import Handler, raw_server
 from tests.web.chromium import axe, chromium
 from tests.web.conftest import served, settings_for
@@ -175,13 +175,24 @@ class TestAnAdminsDay:
             "value => { Object.defineProperty(document, 'hidden', { value, configurable: true });"
             " document.dispatchEvent(new Event('visibilitychange')) }"
         )
+        expect(page.locator("#live-text")).to_have_text("Live")
+        on_its_way: list[Route] = []
+
+        def keep(route: Route) -> None:
+            on_its_way.append(route)
+
+        page.route("**/live*", keep)
         with page.expect_request("**/live*"):
-            expect(page.locator("#live-text")).to_have_text("Live")
+            pass
         page.evaluate(hide, True)
         expect(page.locator("#live-text")).to_have_text("Paused")
+        with page.expect_response("**/live*"):
+            on_its_way.pop().continue_()
+        page.unroute("**/live*", keep)
         page.on("request", lambda request: asked.append(request.url))
         page.evaluate("new Promise(done => setTimeout(done, 2500))")
         assert asked == []
+        expect(page.locator("#live-text")).to_have_text("Paused")
         with page.expect_request("**/live*"):
             page.evaluate(hide, False)
 

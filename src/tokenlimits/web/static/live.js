@@ -67,7 +67,9 @@ function show(answer, place) {
   }
 }
 
-function say(state) {
+function say(answered) {
+  // an answer may arrive after the tab was hidden
+  const state = document.hidden ? "paused" : answered;
   document.getElementById("away").hidden = state !== "away";
   document.getElementById("live-dot")?.classList.toggle("paused", state !== "live");
   const text = document.getElementById("live-text");
