@@ -1,0 +1,174 @@
+-- tokenlimits: what is new since the migration before this one.
+-- Generated from sql/schema/ by `make sql`; edit it there.
+
+-- Counting everything again, for the day on which somebody doubts the numbers.
+--
+-- Invariants
+--   * The ledger is right by definition: counters and rollup are made to agree with it, never the other way round.
+--   * What is older than p_since is not looked at again: there the rollup's word is taken.
+--   * Nobody tracks for the group while it is mended: its limits are held exclusively.
+
+-- Whole buckets, or the first one's beginning would be missed.
+create or replace function tokenlimits.rollup_differences(p_group_id uuid, p_since timestamptz)
+returns table (kind text, bucket timestamptz, was numeric, used numeric, generations numeric)
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_since timestamptz := tokenlimits.rollup_bucket(p_since);
+begin
+  return query
+  select d.kind, d.bucket, d.was, d.used, d.generations
+  from (
+    select
+      coalesce(r.kind, u.kind) as kind, coalesce(r.bucket, u.bucket) as bucket,
+      coalesce(r.cost, 0) as was, coalesce(u.cost, 0) as used,
+      coalesce(u.generations, 0) - coalesce(r.generations, 0) as generations
+    from (
+      select s.kind, s.bucket, sum(s.cost) as cost, sum(s.generations) as generations
+      from tokenlimits.usage_rollup as s
+      where s.group_id = p_group_id and s.bucket >= v_since
+      group by s.kind, s.bucket
+    ) as r
+    full join (
+      select s.kind, s.bucket, sum(s.cost) as cost, count(*) as generations
+      from (
+        select l.kind, tokenlimits.rollup_bucket(l.created_at) as bucket, l.cost
+        from public.generation_usage as l
+        where l.group_id = p_group_id and l.created_at >= v_since and l.status in ('reserved', 'committed')
+      ) as s
+      group by s.kind, s.bucket
+    ) as u on u.kind = r.kind and u.bucket = r.bucket
+  ) as d
+  where d.was <> d.used or d.generations <> 0;
+end
+$$;
+
+comment on function tokenlimits.rollup_differences(uuid, timestamptz)
+is 'Where the history since a moment differs from the ledger, and by how many generations.';
+
+revoke execute on function tokenlimits.rollup_differences(uuid, timestamptz) from public, anon, authenticated;
+
+-- The group's own counters come first, so that p_most leaves out members.
+create or replace function tokenlimits.counter_differences(
+  p_group_id uuid,
+  p_at timestamptz,
+  p_most integer default null
+)
+returns table (subject uuid, counter_id bigint, kind text, period text, scope text, was bigint, used bigint)
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return query
+  select d.*
+  from (
+    select
+      c.subject, c.counter_id, c.kind, c.period, c.scope, c.used as was,
+      tokenlimits.count_usage(p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.since) as used
+    from (
+      select m.subject, m.counter_id, l.kind, l.period, l.scope, m.used, m.since
+      from public.group_limits as l
+      inner join tokenlimits.counters as m on m.counter_id = l.counter_id
+      where l.group_id = p_group_id and m.until > p_at
+      order by l.scope, m.subject
+      limit p_most
+    ) as c
+  ) as d
+  where d.was <> d.used;
+end
+$$;
+
+comment on function tokenlimits.counter_differences(uuid, timestamptz, integer)
+is 'Where a group''s counters differ from the ledger.';
+
+revoke execute on function tokenlimits.counter_differences(uuid, timestamptz, integer)
+from public, anon, authenticated;
+
+-- One group at a time, and since a moment, for a statement ends after 8 s. Answers what differed, as it was and as it
+-- is now.
+create or replace function tokenlimits.reconcile(p_group_id uuid, p_since timestamptz)
+returns jsonb
+language plpgsql
+volatile
+-- definer: counters and rollup are private
+security definer
+set search_path = ''
+as $$
+declare
+  v_counters jsonb;
+  v_rollup jsonb;
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  perform tokenlimits.lock_groups(array[p_group_id], true);
+
+  -- first, for the group's counters are counted from it
+  with differences as (
+    select d.kind, d.bucket, d.was, d.used, d.generations
+    from tokenlimits.rollup_differences(p_group_id, coalesce(p_since, '-infinity')) as d
+  ),
+
+  repaired as (
+    insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
+    select p_group_id, d.kind, d.bucket, 0, d.used - d.was, d.generations
+    from differences as d
+    on conflict on constraint usage_rollup_pkey do update
+    set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations
+  )
+
+  select jsonb_agg(to_jsonb(d) - 'generations' order by d.kind, d.bucket) into v_rollup
+  from differences as d;
+
+  with differences as (
+    select d.subject, d.counter_id, d.kind, d.period, d.scope, d.was, d.used
+    from tokenlimits.counter_differences(p_group_id, tokenlimits.clock()) as d
+  ),
+
+  repaired as (
+    update tokenlimits.counters as c
+    set used = d.used
+    from differences as d
+    where c.subject = d.subject and c.counter_id = d.counter_id
+  )
+
+  select jsonb_agg(to_jsonb(d) - 'counter_id' order by d.kind, d.period, d.subject) into v_counters
+  from differences as d;
+
+  return jsonb_build_object('counters', coalesce(v_counters, '[]'), 'rollup', coalesce(v_rollup, '[]'));
+end
+$$;
+
+-- As reconcile, but it waits for nobody: a stable function sees one moment, at which counters and ledger agree. It
+-- looks at no more members than a statement has time for.
+create or replace function tokenlimits.drift(p_group_id uuid, p_since timestamptz)
+returns jsonb
+language plpgsql
+stable
+-- definer: counters and rollup are private
+security definer
+set search_path = ''
+as $$
+declare
+  c_counters constant integer := 2000;
+  v_now timestamptz := tokenlimits.clock();
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  return jsonb_build_object(
+    'counters', coalesce((
+      select jsonb_agg(to_jsonb(d) - 'counter_id' order by d.kind, d.period, d.subject)
+      from tokenlimits.counter_differences(p_group_id, v_now, c_counters) as d
+    ), '[]'),
+    'rollup', coalesce((
+      select jsonb_agg(to_jsonb(d) - 'generations' order by d.kind, d.bucket)
+      from tokenlimits.rollup_differences(p_group_id, coalesce(p_since, v_now - interval '1 day')) as d
+    ), '[]')
+  );
+end
+$$;
+
+-- PostgREST serves the new functions from now on.
+notify pgrst, 'reload schema';
