@@ -2306,15 +2306,12 @@ comment on function tokenlimits.tidy()
 is 'Sweeps the expired holds of the group and kind with the oldest one, and says how many there were.';
 revoke execute on function tokenlimits.tidy() from public, anon, authenticated;
 
--- Many requests in one transaction: each is judged by itself, in the order given.
+-- Many requests in one transaction, first step: reading them.
 --
 -- Invariants
---   * The answers are those that single calls in that order would get. A denial or a bad request doesn't touch the
---     others: what a single call raises is an answer here, of reason 'refused'.
---   * Judging is in memory, and nothing is written before the last verdict. If a counter then has no room any more, all
---     is taken back and judged again.
---   * Locks in the order of 30_counters.sql, over the whole batch: stripes, ledger rows by id, keys in order, then by
---     group and kind the rollup and the counters. So batches that overlap never deadlock.
+--   * A bad request doesn't touch the others: what a single call raises is an answer here, of reason 'refused'.
+--   * An item is open until it has an answer; what was answered is never judged, and writes nothing.
+--   * The first place of a key stands for all the places that have it.
 
 -- One request. It needs nothing more once it has an answer.
 do $do$
@@ -2336,21 +2333,6 @@ begin
       -- the usage that had the key before, and counts no more
       dead_id uuid,
       answer jsonb
-    );
-  end if;
-end
-$do$;
-
--- What an item is charged for, and the places of its limits among those that the batch is about. A repeated key in one
--- batch is a charge of the same usage, replayed.
-do $do$
-begin
-  if to_regtype('tokenlimits.batch_charge') is null then
-    create type tokenlimits.batch_charge as (
-      place integer,
-      usage public.generation_usage,
-      states integer[],
-      replayed boolean
     );
   end if;
 end
@@ -2513,6 +2495,27 @@ $$;
 comment on function tokenlimits.batch_pairs(tokenlimits.batch_item[])
 is 'The groups and kinds that the open items of a batch are about, and the users of each.';
 revoke execute on function tokenlimits.batch_pairs(tokenlimits.batch_item[]) from public, anon, authenticated;
+
+-- Many requests in one transaction, second step: judging them, in memory.
+--
+-- Invariants
+--   * Each is judged by what those before it have left, as if it had come alone.
+--   * Nothing is written here, and no counter is waited for. Each limit is read once, however many items it binds.
+
+-- What an item is charged for, and the places of its limits among those that the batch is about. A repeated key in one
+-- batch is a charge of the same usage, replayed.
+do $do$
+begin
+  if to_regtype('tokenlimits.batch_charge') is null then
+    create type tokenlimits.batch_charge as (
+      place integer,
+      usage public.generation_usage,
+      states integer[],
+      replayed boolean
+    );
+  end if;
+end
+$do$;
 
 -- Every limit that the open items are about, once, and the group that each belongs to.
 create or replace function tokenlimits.batch_states(
@@ -2740,6 +2743,13 @@ is 'Judges the items of a batch in their order; writes nothing.';
 revoke execute on function tokenlimits.judge_batch(timestamptz, tokenlimits.batch_item[])
 from public, anon, authenticated;
 
+-- Many requests in one transaction, third step: writing what they are charged for.
+--
+-- Invariants
+--   * All is written or nothing: if a counter has no room any more, all is taken back, to be judged again.
+--   * Locks in the order of 30_counters.sql, over the whole batch: ledger rows by id, keys in order, then by group and
+--     kind the rollup and the counters. So batches that overlap never deadlock.
+
 -- Writes the usages of a batch, and sweeps the expired holds of every group and kind that it is about. Answers the
 -- counters that were moved as they are then; null, with nothing written, when they have moved on meanwhile, or when
 -- somebody held a row for too long: is_held, and by which group it was, if that is known.
@@ -2879,6 +2889,13 @@ comment on function tokenlimits.batch_answers(
 revoke execute on function tokenlimits.batch_answers(
   tokenlimits.batch_item[], tokenlimits.batch_charge[], tokenlimits.limit_state[], tokenlimits.limit_state[]
 ) from public, anon, authenticated;
+
+-- Many requests in one transaction: read (76), judged (77) and written (78), until a verdict holds.
+--
+-- Invariants
+--   * The answers are those that single calls in that order would get, and a denial doesn't touch the others.
+--   * The stripes of all groups are held, shared, before any limit is read.
+--   * With p_max_wait, no lock is waited for longer: what somebody holds is answered 'busy', and the rest goes on.
 
 -- Answers the open items that a group may pay for; all when it is null.
 create or replace function tokenlimits.answer_busy(p_items tokenlimits.batch_item[], p_group_id uuid)
