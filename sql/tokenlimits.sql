@@ -1808,21 +1808,24 @@ $$;
 comment on function tokenlimits.free_keys(uuid[], timestamptz) is 'Takes the keys from dead usages.';
 revoke execute on function tokenlimits.free_keys(uuid[], timestamptz) from public, anon, authenticated;
 
+-- the first version, which was for one group and kind
+-- squawk-ignore ban-drop-function
+drop function if exists tokenlimits.expire(uuid[], timestamptz);
+
 -- Marks those of the locked usages that are expired holds, and answers what that takes back.
-create or replace function tokenlimits.expire(p_usage_ids uuid[], p_at timestamptz)
-returns tokenlimits.usage_move[]
+create or replace function tokenlimits.expire_holds(p_usage_ids uuid[], p_at timestamptz)
+returns table (group_id uuid, kind text, move tokenlimits.usage_move)
 language plpgsql
 volatile
 set search_path = ''
 as $$
-declare
-  v_moves tokenlimits.usage_move[];
 begin
+  return query
   with expired as (
     update public.generation_usage as u
     set status = 'expired', settled_at = u.expires_at
     where u.id = any(p_usage_ids) and u.status = 'reserved' and u.expires_at <= p_at
-    returning u.id, u.user_id, u.created_at, u.cost
+    returning u.id, u.group_id, u.kind, u.user_id, u.created_at, u.cost
   ),
 
   forgotten as (
@@ -1830,14 +1833,13 @@ begin
     where h.usage_id in (select e.id from expired as e)
   )
 
-  select array_agg(row(e.user_id, e.created_at, -e.cost, -1)::tokenlimits.usage_move) into v_moves
+  select e.group_id, e.kind, row(e.user_id, e.created_at, -e.cost, -1)::tokenlimits.usage_move
   from expired as e;
-  return coalesce(v_moves, '{}');
 end
 $$;
-comment on function tokenlimits.expire(uuid[], timestamptz)
+comment on function tokenlimits.expire_holds(uuid[], timestamptz)
 is 'Marks holds as expired; answers what is to be taken back.';
-revoke execute on function tokenlimits.expire(uuid[], timestamptz) from public, anon, authenticated;
+revoke execute on function tokenlimits.expire_holds(uuid[], timestamptz) from public, anon, authenticated;
 
 -- the first versions
 -- squawk-ignore ban-drop-function
@@ -1971,7 +1973,7 @@ begin
   end if;
   perform tokenlimits.move_usage(
     p_usage.group_id, p_usage.kind,
-    tokenlimits.expire(v_expired, v_at)
+    array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e)
     || row(p_usage.user_id, p_usage.created_at, p_usage.cost, 1)::tokenlimits.usage_move,
     v_at, p_enforce
   );
@@ -1998,7 +2000,7 @@ begin
     begin
       v_expired := tokenlimits.expired_holds(p_group_id, p_kind, v_at);
       perform tokenlimits.lock_usages(v_expired);
-      v_moves := tokenlimits.expire(v_expired, v_at);
+      v_moves := array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e);
       if v_moves <> '{}' then
         perform tokenlimits.move_usage(p_group_id, p_kind, v_moves, v_at, p_enforce => false);
       end if;
@@ -2177,7 +2179,7 @@ begin
         if v_late then
           -- first, while what has expired is still known as such, and subtracted
           perform tokenlimits.require_room(v_usage, v_cost, v_at);
-          v_moves := tokenlimits.expire(v_expired, v_at);
+          v_moves := array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e);
           v_moves := v_moves || row(v_usage.user_id, v_usage.created_at, v_cost, 1)::tokenlimits.usage_move;
         elsif v_status = 'committed' then
           v_moves := array[row(v_usage.user_id, v_usage.created_at, v_cost - v_usage.cost, 0)::tokenlimits.usage_move];
@@ -2386,7 +2388,6 @@ begin
     v_item.user_id, v_item.kind, v_item.cost, v_item.idempotency_key, v_item.metadata
   );
   v_item.fingerprint := md5(concat_ws(' ', 'track', v_item.kind, v_item.cost, v_item.group_id))::uuid;
-  v_item.group_ids := tokenlimits.paying_groups(v_item.user_id, v_item.group_id);
   return v_item;
 exception
   when sqlstate 'TL001' or data_exception then
@@ -2406,6 +2407,8 @@ set search_path = ''
 as $$
 declare
   v_items tokenlimits.batch_item[];
+  v_group_ids uuid[];
+  v_place integer;
   v record;
 begin
   if jsonb_typeof(p_requests) is distinct from 'array' or jsonb_array_length(p_requests) > 1000 then
@@ -2421,6 +2424,17 @@ begin
     where i.idempotency_key is not null and i.answer is null
   loop
     v_items[v.place].first_place := v.first_place;
+  end loop;
+  for v in
+    select i.user_id, i.group_id, array_agg(i.place) as places
+    from unnest(v_items) as i
+    where i.answer is null
+    group by i.user_id, i.group_id
+  loop
+    v_group_ids := tokenlimits.paying_groups(v.user_id, v.group_id);
+    foreach v_place in array v.places loop
+      v_items[v_place].group_ids := v_group_ids;
+    end loop;
   end loop;
   return coalesce(v_items, '{}');
 end
@@ -2776,15 +2790,16 @@ declare
     inner join unnest(p_charges) as c on c.place = i.place
     where i.dead_id is not null
   );
+  v_expired uuid[] := array(
+    select unnest(tokenlimits.expired_holds(p.group_id, p.kind, p_at))
+    from tokenlimits.batch_pairs(p_items) as p
+  );
   v_written bigint;
   v record;
 begin
   is_held := false;
   moved := '{}';
-  perform tokenlimits.lock_usages(v_dead || array(
-    select unnest(tokenlimits.expired_holds(p.group_id, p.kind, p_at))
-    from tokenlimits.batch_pairs(p_items) as p
-  ));
+  perform tokenlimits.lock_usages(v_dead || v_expired);
   perform tokenlimits.free_keys(v_dead, p_at);
 
   insert into public.generation_usage as u (
@@ -2805,28 +2820,22 @@ begin
   end if;
 
   for v in
-    select
-      p.group_id,
-      p.kind,
-      tokenlimits.expired_holds(p.group_id, p.kind, p_at) as expired,
-      coalesce(m.moves, '{}') as moves
-    from tokenlimits.batch_pairs(p_items) as p
-    left join (
+    select m.group_id, m.kind, array_agg(m.move) as moves
+    from (
+      select e.group_id, e.kind, e.move
+      from tokenlimits.expire_holds(v_expired, p_at) as e
+      union all
       select
         (c.usage).group_id,
         (c.usage).kind,
-        array_agg(
-          row((c.usage).user_id, (c.usage).created_at, (c.usage).cost, 1)::tokenlimits.usage_move
-        ) as moves
+        row((c.usage).user_id, (c.usage).created_at, (c.usage).cost, 1)::tokenlimits.usage_move as move
       from unnest(p_charges) as c
       where not c.replayed
-      group by (c.usage).group_id, (c.usage).kind
-    ) as m on m.group_id = p.group_id and m.kind = p.kind
-    order by p.group_id, p.kind
+    ) as m
+    group by m.group_id, m.kind
+    order by m.group_id, m.kind
   loop
     held_group_id := v.group_id;
-    v.moves := tokenlimits.expire(v.expired, p_at) || v.moves;
-    continue when v.moves = '{}';
     moved := moved || tokenlimits.move_usage(v.group_id, v.kind, v.moves, p_at, p_enforce => true);
   end loop;
 exception

@@ -1,6 +1,348 @@
 -- tokenlimits: what is new since the migration before this one.
 -- Generated from sql/schema/ by `make sql`; edit it there.
 
+-- the first version, which was for one group and kind
+-- squawk-ignore ban-drop-function
+drop function if exists tokenlimits.expire(uuid[], timestamptz);
+
+-- Marks those of the locked usages that are expired holds, and answers what that takes back.
+create or replace function tokenlimits.expire_holds(p_usage_ids uuid[], p_at timestamptz)
+returns table (group_id uuid, kind text, move tokenlimits.usage_move)
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return query
+  with expired as (
+    update public.generation_usage as u
+    set status = 'expired', settled_at = u.expires_at
+    where u.id = any(p_usage_ids) and u.status = 'reserved' and u.expires_at <= p_at
+    returning u.id, u.group_id, u.kind, u.user_id, u.created_at, u.cost
+  ),
+
+  forgotten as (
+    delete from tokenlimits.holds as h
+    where h.usage_id in (select e.id from expired as e)
+  )
+
+  select e.group_id, e.kind, row(e.user_id, e.created_at, -e.cost, -1)::tokenlimits.usage_move
+  from expired as e;
+end
+$$;
+
+comment on function tokenlimits.expire_holds(uuid[], timestamptz)
+is 'Marks holds as expired; answers what is to be taken back.';
+
+revoke execute on function tokenlimits.expire_holds(uuid[], timestamptz) from public, anon, authenticated;
+
+-- What write_usage does when there are expired holds: their cost is taken back in the same step.
+create or replace function tokenlimits.write_and_sweep(p_usage public.generation_usage, p_enforce boolean)
+returns tokenlimits.limit_state[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_at timestamptz := coalesce(p_usage.settled_at, p_usage.created_at);
+  v_dead public.generation_usage;
+  v_expired uuid[];
+begin
+  -- a dead usage under the same key may be of another group or kind, and is locked in one order with the rest
+  select * into v_dead
+  from public.generation_usage as u
+  where
+    u.idempotency_key = p_usage.idempotency_key
+    and u.user_id = p_usage.user_id
+    and tokenlimits.is_dead(u.status, u.expires_at, v_at);
+  v_expired := tokenlimits.expired_holds(p_usage.group_id, p_usage.kind, v_at);
+  perform tokenlimits.lock_usages(v_expired || v_dead.id);
+  perform tokenlimits.free_keys(array[v_dead.id], v_at);
+  if not tokenlimits.claim(p_usage) then
+    return null;
+  end if;
+  perform tokenlimits.move_usage(
+    p_usage.group_id, p_usage.kind,
+    array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e)
+    || row(p_usage.user_id, p_usage.created_at, p_usage.cost, 1)::tokenlimits.usage_move,
+    v_at, p_enforce
+  );
+  return tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], p_usage.kind, v_at);
+end
+$$;
+
+create or replace function tokenlimits.sweep(p_group_id uuid, p_kind text, p_at timestamptz)
+returns bigint
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_at timestamptz := p_at;
+  v_expired uuid[];
+  v_moves tokenlimits.usage_move[];
+begin
+  loop
+    begin
+      v_expired := tokenlimits.expired_holds(p_group_id, p_kind, v_at);
+      perform tokenlimits.lock_usages(v_expired);
+      v_moves := array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e);
+      if v_moves <> '{}' then
+        perform tokenlimits.move_usage(p_group_id, p_kind, v_moves, v_at, p_enforce => false);
+      end if;
+      return cardinality(v_moves);
+    exception
+      when sqlstate 'TL099' then
+        v_at := greatest(v_at, tokenlimits.clock());
+    end;
+  end loop;
+end
+$$;
+
+create or replace function tokenlimits.settle(p_usage_id uuid, p_action text, p_cost bigint default null)
+returns jsonb
+language plpgsql
+volatile
+-- definer: counters are private, and nobody else writes the ledger
+security definer
+set search_path = ''
+as $$
+declare
+  v_at timestamptz := tokenlimits.clock();
+  v_usage public.generation_usage;
+  v_expired uuid[];
+  v_moves tokenlimits.usage_move[];
+  v_cost bigint;
+  v_status text;
+  v_late boolean;
+begin
+  select * into v_usage from public.generation_usage as u where u.id = p_usage_id;
+  if not found then
+    perform tokenlimits.refuse(
+      'TL005', format('there is no usage %s', coalesce(p_usage_id::text, 'null')), p_usage_id::text,
+      'Pass the usage_id of an allowed answer.'
+    );
+  end if;
+  perform tokenlimits.lock_groups(array[v_usage.group_id]);
+  loop
+    v_late := p_action = 'commit'
+      and (v_usage.status = 'expired' or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at));
+    begin
+      v_expired := case
+        when v_late then tokenlimits.expired_holds(v_usage.group_id, v_usage.kind, v_at)
+        else '{}'
+      end;
+      perform tokenlimits.lock_usages(v_expired || p_usage_id);
+      select * into v_usage from public.generation_usage as u where u.id = p_usage_id;
+      v_cost := case p_action when 'commit' then coalesce(p_cost, v_usage.reserved_cost) else v_usage.cost end;
+      v_status := tokenlimits.settled_status(v_usage, p_action, v_cost, v_at);
+      if v_status is not null then
+        if v_late is distinct from (
+          p_action = 'commit'
+          and (v_usage.status = 'expired' or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at))
+        ) then
+          raise sqlstate 'TL099';
+        end if;
+        if v_late then
+          -- first, while what has expired is still known as such, and subtracted
+          perform tokenlimits.require_room(v_usage, v_cost, v_at);
+          v_moves := array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e);
+          v_moves := v_moves || row(v_usage.user_id, v_usage.created_at, v_cost, 1)::tokenlimits.usage_move;
+        elsif v_status = 'committed' then
+          v_moves := array[row(v_usage.user_id, v_usage.created_at, v_cost - v_usage.cost, 0)::tokenlimits.usage_move];
+        else
+          v_moves := array[row(v_usage.user_id, v_usage.created_at, -v_usage.cost, -1)::tokenlimits.usage_move];
+        end if;
+        update public.generation_usage as u
+        set
+          status = v_status,
+          cost = v_cost,
+          settled_at = case v_status when 'expired' then u.expires_at else v_at end
+        where u.id = p_usage_id
+        returning * into v_usage;
+        delete from tokenlimits.holds as h where h.usage_id = p_usage_id;
+        perform tokenlimits.move_usage(
+          v_usage.group_id, v_usage.kind, v_moves, v_at, p_enforce => v_late
+        );
+      end if;
+      return tokenlimits.answer(
+        v_usage.kind, v_usage.cost, null, v_usage.group_id,
+        tokenlimits.limit_states(v_usage.group_id, array[v_usage.user_id], v_usage.kind, v_at), null, v_usage,
+        -- an expired hold was over before it was released, swept or not
+        p_replayed => v_status is null or v_status = 'expired'
+      );
+    exception
+      when sqlstate 'TL099' then
+        v_at := greatest(v_at, tokenlimits.clock());
+        select * into v_usage from public.generation_usage as u where u.id = p_usage_id;
+    end;
+  end loop;
+end
+$$;
+
+create or replace function tokenlimits.read_request(p_request jsonb, p_place integer)
+returns tokenlimits.batch_item
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_item tokenlimits.batch_item;
+  v_message text;
+  v_detail text;
+  v_hint text;
+begin
+  v_item.place := p_place;
+  v_item.kind := p_request ->> 'kind';
+  v_item.user_id := p_request ->> 'user_id';
+  v_item.cost := case when p_request ? 'cost' then p_request ->> 'cost' else '1' end;
+  v_item.idempotency_key := p_request ->> 'idempotency_key';
+  v_item.group_id := p_request ->> 'group_id';
+  v_item.metadata := nullif(p_request -> 'metadata', 'null');
+  perform tokenlimits.check_request(
+    v_item.user_id, v_item.kind, v_item.cost, v_item.idempotency_key, v_item.metadata
+  );
+  v_item.fingerprint := md5(concat_ws(' ', 'track', v_item.kind, v_item.cost, v_item.group_id))::uuid;
+  return v_item;
+exception
+  when sqlstate 'TL001' or data_exception then
+    get stacked diagnostics v_message = message_text, v_detail = pg_exception_detail, v_hint = pg_exception_hint;
+    v_item.answer := tokenlimits.refused(v_item, sqlstate, v_message, v_detail, v_hint);
+    return v_item;
+end
+$$;
+
+create or replace function tokenlimits.read_requests(p_requests jsonb)
+returns tokenlimits.batch_item[]
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_items tokenlimits.batch_item[];
+  v_group_ids uuid[];
+  v_place integer;
+  v record;
+begin
+  if jsonb_typeof(p_requests) is distinct from 'array' or jsonb_array_length(p_requests) > 1000 then
+    perform tokenlimits.refuse(
+      'TL001', 'requests: must be a JSON array of at most 1000 requests', 'requests', 'Nothing was recorded.'
+    );
+  end if;
+  select array_agg(tokenlimits.read_request(r.request, r.place::integer) order by r.place) into v_items
+  from jsonb_array_elements(p_requests) with ordinality as r (request, place);
+  for v in
+    select i.place, min(i.place) over (partition by i.user_id, i.idempotency_key) as first_place
+    from unnest(v_items) as i
+    where i.idempotency_key is not null and i.answer is null
+  loop
+    v_items[v.place].first_place := v.first_place;
+  end loop;
+  for v in
+    select i.user_id, i.group_id, array_agg(i.place) as places
+    from unnest(v_items) as i
+    where i.answer is null
+    group by i.user_id, i.group_id
+  loop
+    v_group_ids := tokenlimits.paying_groups(v.user_id, v.group_id);
+    foreach v_place in array v.places loop
+      v_items[v_place].group_ids := v_group_ids;
+    end loop;
+  end loop;
+  return coalesce(v_items, '{}');
+end
+$$;
+
+-- Many requests in one transaction, third step: writing what they are charged for.
+--
+-- Invariants
+--   * All is written or nothing: if a counter has no room any more, all is taken back, to be judged again.
+--   * Locks in the order of 30_counters.sql, over the whole batch: ledger rows by id, keys in order, then by group and
+--     kind the rollup and the counters. So batches that overlap never deadlock.
+
+-- Writes the usages of a batch, and sweeps the expired holds of every group and kind that it is about. Answers the
+-- counters that were moved as they are then; null, with nothing written, when they have moved on meanwhile, or when
+-- somebody held a row for too long: is_held, and by which group it was, if that is known.
+--
+-- This block has no other in it: who waits for a row of an inner one that was ended waits for the whole transaction,
+-- and goes on doing so when the outer one is taken back. They would block each other.
+create or replace function tokenlimits.write_batch(
+  p_items tokenlimits.batch_item[],
+  p_charges tokenlimits.batch_charge[],
+  p_at timestamptz,
+  out moved tokenlimits.limit_state[],
+  out is_held boolean,
+  out held_group_id uuid
+)
+returns record
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_dead uuid[] := array(
+    select i.dead_id
+    from unnest(p_items) as i
+    inner join unnest(p_charges) as c on c.place = i.place
+    where i.dead_id is not null
+  );
+  v_expired uuid[] := array(
+    select unnest(tokenlimits.expired_holds(p.group_id, p.kind, p_at))
+    from tokenlimits.batch_pairs(p_items) as p
+  );
+  v_written bigint;
+  v record;
+begin
+  is_held := false;
+  moved := '{}';
+  perform tokenlimits.lock_usages(v_dead || v_expired);
+  perform tokenlimits.free_keys(v_dead, p_at);
+
+  insert into public.generation_usage as u (
+    id, group_id, user_id, kind, cost, status, idempotency_key, fingerprint, metadata, created_at, settled_at
+  )
+  select
+    (c.usage).id, (c.usage).group_id, (c.usage).user_id, (c.usage).kind, (c.usage).cost, (c.usage).status,
+    (c.usage).idempotency_key, (c.usage).fingerprint, (c.usage).metadata,
+    (c.usage).created_at, (c.usage).settled_at
+  from unnest(p_charges) as c
+  where not c.replayed
+  order by (c.usage).idempotency_key, (c.usage).user_id
+  on conflict on constraint generation_usage_key_key do nothing;
+  get diagnostics v_written = row_count;
+  if v_written < (select count(*) from unnest(p_charges) as c where not c.replayed) then
+    -- somebody has taken a key since it was looked at
+    raise sqlstate 'TL099';
+  end if;
+
+  for v in
+    select m.group_id, m.kind, array_agg(m.move) as moves
+    from (
+      select e.group_id, e.kind, e.move
+      from tokenlimits.expire_holds(v_expired, p_at) as e
+      union all
+      select
+        (c.usage).group_id,
+        (c.usage).kind,
+        row((c.usage).user_id, (c.usage).created_at, (c.usage).cost, 1)::tokenlimits.usage_move as move
+      from unnest(p_charges) as c
+      where not c.replayed
+    ) as m
+    group by m.group_id, m.kind
+    order by m.group_id, m.kind
+  loop
+    held_group_id := v.group_id;
+    moved := moved || tokenlimits.move_usage(v.group_id, v.kind, v.moves, p_at, p_enforce => true);
+  end loop;
+exception
+  when sqlstate 'TL099' then
+    moved := null;
+  when lock_not_available then
+    moved := null;
+    is_held := true;
+end
+$$;
+
 -- Counting everything again, for the day on which somebody doubts the numbers.
 --
 -- Invariants

@@ -76,21 +76,24 @@ $$;
 comment on function tokenlimits.free_keys(uuid[], timestamptz) is 'Takes the keys from dead usages.';
 revoke execute on function tokenlimits.free_keys(uuid[], timestamptz) from public, anon, authenticated;
 
+-- the first version, which was for one group and kind
+-- squawk-ignore ban-drop-function
+drop function if exists tokenlimits.expire(uuid[], timestamptz);
+
 -- Marks those of the locked usages that are expired holds, and answers what that takes back.
-create or replace function tokenlimits.expire(p_usage_ids uuid[], p_at timestamptz)
-returns tokenlimits.usage_move[]
+create or replace function tokenlimits.expire_holds(p_usage_ids uuid[], p_at timestamptz)
+returns table (group_id uuid, kind text, move tokenlimits.usage_move)
 language plpgsql
 volatile
 set search_path = ''
 as $$
-declare
-  v_moves tokenlimits.usage_move[];
 begin
+  return query
   with expired as (
     update public.generation_usage as u
     set status = 'expired', settled_at = u.expires_at
     where u.id = any(p_usage_ids) and u.status = 'reserved' and u.expires_at <= p_at
-    returning u.id, u.user_id, u.created_at, u.cost
+    returning u.id, u.group_id, u.kind, u.user_id, u.created_at, u.cost
   ),
 
   forgotten as (
@@ -98,14 +101,13 @@ begin
     where h.usage_id in (select e.id from expired as e)
   )
 
-  select array_agg(row(e.user_id, e.created_at, -e.cost, -1)::tokenlimits.usage_move) into v_moves
+  select e.group_id, e.kind, row(e.user_id, e.created_at, -e.cost, -1)::tokenlimits.usage_move
   from expired as e;
-  return coalesce(v_moves, '{}');
 end
 $$;
-comment on function tokenlimits.expire(uuid[], timestamptz)
+comment on function tokenlimits.expire_holds(uuid[], timestamptz)
 is 'Marks holds as expired; answers what is to be taken back.';
-revoke execute on function tokenlimits.expire(uuid[], timestamptz) from public, anon, authenticated;
+revoke execute on function tokenlimits.expire_holds(uuid[], timestamptz) from public, anon, authenticated;
 
 -- the first versions
 -- squawk-ignore ban-drop-function
@@ -239,7 +241,7 @@ begin
   end if;
   perform tokenlimits.move_usage(
     p_usage.group_id, p_usage.kind,
-    tokenlimits.expire(v_expired, v_at)
+    array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e)
     || row(p_usage.user_id, p_usage.created_at, p_usage.cost, 1)::tokenlimits.usage_move,
     v_at, p_enforce
   );
@@ -266,7 +268,7 @@ begin
     begin
       v_expired := tokenlimits.expired_holds(p_group_id, p_kind, v_at);
       perform tokenlimits.lock_usages(v_expired);
-      v_moves := tokenlimits.expire(v_expired, v_at);
+      v_moves := array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e);
       if v_moves <> '{}' then
         perform tokenlimits.move_usage(p_group_id, p_kind, v_moves, v_at, p_enforce => false);
       end if;
@@ -445,7 +447,7 @@ begin
         if v_late then
           -- first, while what has expired is still known as such, and subtracted
           perform tokenlimits.require_room(v_usage, v_cost, v_at);
-          v_moves := tokenlimits.expire(v_expired, v_at);
+          v_moves := array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e);
           v_moves := v_moves || row(v_usage.user_id, v_usage.created_at, v_cost, 1)::tokenlimits.usage_move;
         elsif v_status = 'committed' then
           v_moves := array[row(v_usage.user_id, v_usage.created_at, v_cost - v_usage.cost, 0)::tokenlimits.usage_move];

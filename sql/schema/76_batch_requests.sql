@@ -78,7 +78,6 @@ begin
     v_item.user_id, v_item.kind, v_item.cost, v_item.idempotency_key, v_item.metadata
   );
   v_item.fingerprint := md5(concat_ws(' ', 'track', v_item.kind, v_item.cost, v_item.group_id))::uuid;
-  v_item.group_ids := tokenlimits.paying_groups(v_item.user_id, v_item.group_id);
   return v_item;
 exception
   when sqlstate 'TL001' or data_exception then
@@ -98,6 +97,8 @@ set search_path = ''
 as $$
 declare
   v_items tokenlimits.batch_item[];
+  v_group_ids uuid[];
+  v_place integer;
   v record;
 begin
   if jsonb_typeof(p_requests) is distinct from 'array' or jsonb_array_length(p_requests) > 1000 then
@@ -113,6 +114,17 @@ begin
     where i.idempotency_key is not null and i.answer is null
   loop
     v_items[v.place].first_place := v.first_place;
+  end loop;
+  for v in
+    select i.user_id, i.group_id, array_agg(i.place) as places
+    from unnest(v_items) as i
+    where i.answer is null
+    group by i.user_id, i.group_id
+  loop
+    v_group_ids := tokenlimits.paying_groups(v.user_id, v.group_id);
+    foreach v_place in array v.places loop
+      v_items[v_place].group_ids := v_group_ids;
+    end loop;
   end loop;
   return coalesce(v_items, '{}');
 end

@@ -31,15 +31,16 @@ declare
     inner join unnest(p_charges) as c on c.place = i.place
     where i.dead_id is not null
   );
+  v_expired uuid[] := array(
+    select unnest(tokenlimits.expired_holds(p.group_id, p.kind, p_at))
+    from tokenlimits.batch_pairs(p_items) as p
+  );
   v_written bigint;
   v record;
 begin
   is_held := false;
   moved := '{}';
-  perform tokenlimits.lock_usages(v_dead || array(
-    select unnest(tokenlimits.expired_holds(p.group_id, p.kind, p_at))
-    from tokenlimits.batch_pairs(p_items) as p
-  ));
+  perform tokenlimits.lock_usages(v_dead || v_expired);
   perform tokenlimits.free_keys(v_dead, p_at);
 
   insert into public.generation_usage as u (
@@ -60,28 +61,22 @@ begin
   end if;
 
   for v in
-    select
-      p.group_id,
-      p.kind,
-      tokenlimits.expired_holds(p.group_id, p.kind, p_at) as expired,
-      coalesce(m.moves, '{}') as moves
-    from tokenlimits.batch_pairs(p_items) as p
-    left join (
+    select m.group_id, m.kind, array_agg(m.move) as moves
+    from (
+      select e.group_id, e.kind, e.move
+      from tokenlimits.expire_holds(v_expired, p_at) as e
+      union all
       select
         (c.usage).group_id,
         (c.usage).kind,
-        array_agg(
-          row((c.usage).user_id, (c.usage).created_at, (c.usage).cost, 1)::tokenlimits.usage_move
-        ) as moves
+        row((c.usage).user_id, (c.usage).created_at, (c.usage).cost, 1)::tokenlimits.usage_move as move
       from unnest(p_charges) as c
       where not c.replayed
-      group by (c.usage).group_id, (c.usage).kind
-    ) as m on m.group_id = p.group_id and m.kind = p.kind
-    order by p.group_id, p.kind
+    ) as m
+    group by m.group_id, m.kind
+    order by m.group_id, m.kind
   loop
     held_group_id := v.group_id;
-    v.moves := tokenlimits.expire(v.expired, p_at) || v.moves;
-    continue when v.moves = '{}';
     moved := moved || tokenlimits.move_usage(v.group_id, v.kind, v.moves, p_at, p_enforce => true);
   end loop;
 exception
