@@ -1730,13 +1730,12 @@ revoke execute on function public.record_generation(uuid, text, bigint, timestam
 from public, anon, authenticated, service_role;
 grant execute on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb) to service_role;
 
--- Two steps, where the work can fail: reserve, then commit, release or refund.
+-- What has expired is taken back: many usages at once move rollup and counters.
 --
 -- Invariants
 --   * A hold that has expired counts as released from that moment on. Nobody has to sweep it for that: readers subtract
 --     it, and whoever writes for its group and kind sweeps it on the way.
---   * Each usage settles at most once; the same settlement again changes nothing and answers the same.
---   * Settling needs nothing but the usage's id: not the member, not the group, not the limit.
+--   * The ledger is written first: a counter that is counted afresh afterwards has all that is about to be moved.
 --   * Locks in the order of 30_counters.sql: ledger rows by id before the own key, then rollup, members by id, group.
 
 do $do$
@@ -1808,21 +1807,24 @@ $$;
 comment on function tokenlimits.free_keys(uuid[], timestamptz) is 'Takes the keys from dead usages.';
 revoke execute on function tokenlimits.free_keys(uuid[], timestamptz) from public, anon, authenticated;
 
+-- the first version, which was for one group and kind
+-- squawk-ignore ban-drop-function
+drop function if exists tokenlimits.expire(uuid[], timestamptz);
+
 -- Marks those of the locked usages that are expired holds, and answers what that takes back.
-create or replace function tokenlimits.expire(p_usage_ids uuid[], p_at timestamptz)
-returns tokenlimits.usage_move[]
+create or replace function tokenlimits.expire_holds(p_usage_ids uuid[], p_at timestamptz)
+returns table (group_id uuid, kind text, move tokenlimits.usage_move)
 language plpgsql
 volatile
 set search_path = ''
 as $$
-declare
-  v_moves tokenlimits.usage_move[];
 begin
+  return query
   with expired as (
     update public.generation_usage as u
     set status = 'expired', settled_at = u.expires_at
     where u.id = any(p_usage_ids) and u.status = 'reserved' and u.expires_at <= p_at
-    returning u.id, u.user_id, u.created_at, u.cost
+    returning u.id, u.group_id, u.kind, u.user_id, u.created_at, u.cost
   ),
 
   forgotten as (
@@ -1830,14 +1832,13 @@ begin
     where h.usage_id in (select e.id from expired as e)
   )
 
-  select array_agg(row(e.user_id, e.created_at, -e.cost, -1)::tokenlimits.usage_move) into v_moves
+  select e.group_id, e.kind, row(e.user_id, e.created_at, -e.cost, -1)::tokenlimits.usage_move
   from expired as e;
-  return coalesce(v_moves, '{}');
 end
 $$;
-comment on function tokenlimits.expire(uuid[], timestamptz)
+comment on function tokenlimits.expire_holds(uuid[], timestamptz)
 is 'Marks holds as expired; answers what is to be taken back.';
-revoke execute on function tokenlimits.expire(uuid[], timestamptz) from public, anon, authenticated;
+revoke execute on function tokenlimits.expire_holds(uuid[], timestamptz) from public, anon, authenticated;
 
 -- the first versions
 -- squawk-ignore ban-drop-function
@@ -1885,12 +1886,12 @@ begin
       counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place
     )
     inner join (
-      select n.user_id as subject, n.created_at, n.cost
+      select 'member' as scope, n.user_id as subject, n.created_at, n.cost
       from unnest(p_moves) as n
       union all
-      select p_group_id as subject, n.created_at, n.cost
+      select 'group' as scope, p_group_id as subject, n.created_at, n.cost
       from unnest(p_moves) as n
-    ) as m on m.subject = s.subject and m.created_at >= s.since
+    ) as m on m.scope = s.scope and m.subject = s.subject and m.created_at >= s.since
     group by s.place
     order by s.place
   loop
@@ -1971,7 +1972,7 @@ begin
   end if;
   perform tokenlimits.move_usage(
     p_usage.group_id, p_usage.kind,
-    tokenlimits.expire(v_expired, v_at)
+    array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e)
     || row(p_usage.user_id, p_usage.created_at, p_usage.cost, 1)::tokenlimits.usage_move,
     v_at, p_enforce
   );
@@ -1998,7 +1999,7 @@ begin
     begin
       v_expired := tokenlimits.expired_holds(p_group_id, p_kind, v_at);
       perform tokenlimits.lock_usages(v_expired);
-      v_moves := tokenlimits.expire(v_expired, v_at);
+      v_moves := array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e);
       if v_moves <> '{}' then
         perform tokenlimits.move_usage(p_group_id, p_kind, v_moves, v_at, p_enforce => false);
       end if;
@@ -2013,6 +2014,41 @@ $$;
 comment on function tokenlimits.sweep(uuid, text, timestamptz)
 is 'Takes back what expired holds of a group and kind held, and says how many there were.';
 revoke execute on function tokenlimits.sweep(uuid, text, timestamptz) from public, anon, authenticated;
+
+-- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it. One group and kind in one
+-- transaction, since the rows of two would be locked in an order that nobody else follows.
+create or replace function tokenlimits.tidy()
+returns bigint
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_at timestamptz := tokenlimits.clock();
+  v_oldest tokenlimits.holds;
+begin
+  select * into v_oldest
+  from tokenlimits.holds as h
+  where h.expires_at <= v_at
+  order by h.expires_at
+  limit 1;
+  if not found then
+    return 0;
+  end if;
+  perform tokenlimits.lock_groups(array[v_oldest.group_id]);
+  return tokenlimits.sweep(v_oldest.group_id, v_oldest.kind, v_at);
+end
+$$;
+comment on function tokenlimits.tidy()
+is 'Sweeps the expired holds of the group and kind with the oldest one, and says how many there were.';
+revoke execute on function tokenlimits.tidy() from public, anon, authenticated;
+
+-- Two steps, where the work can fail: reserve, then commit, release or refund.
+--
+-- Invariants
+--   * Each usage settles at most once; the same settlement again changes nothing and answers the same.
+--   * Settling needs nothing but the usage's id: not the member, not the group, not the limit.
+--   * An expired hold may be committed while its periods last, in the room that is left, and then sweeps the others.
 
 create or replace function public.reserve_generation(
   p_user_id uuid,
@@ -2154,6 +2190,8 @@ begin
       'Pass the usage_id of an allowed answer.'
     );
   end if;
+  -- never before it was recorded, or a clock that was set back would go round for ever
+  v_at := greatest(v_at, v_usage.created_at);
   perform tokenlimits.lock_groups(array[v_usage.group_id]);
   loop
     v_late := p_action = 'commit'
@@ -2177,7 +2215,7 @@ begin
         if v_late then
           -- first, while what has expired is still known as such, and subtracted
           perform tokenlimits.require_room(v_usage, v_cost, v_at);
-          v_moves := tokenlimits.expire(v_expired, v_at);
+          v_moves := array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e);
           v_moves := v_moves || row(v_usage.user_id, v_usage.created_at, v_cost, 1)::tokenlimits.usage_move;
         elsif v_status = 'committed' then
           v_moves := array[row(v_usage.user_id, v_usage.created_at, v_cost - v_usage.cost, 0)::tokenlimits.usage_move];
@@ -2278,43 +2316,12 @@ is 'Gives back what a committed usage cost.';
 revoke execute on function public.refund_generation(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.refund_generation(uuid) to authenticated, service_role;
 
--- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it. One group and kind in one
--- transaction, since the rows of two would be locked in an order that nobody else follows.
-create or replace function tokenlimits.tidy()
-returns bigint
-language plpgsql
-volatile
-set search_path = ''
-as $$
-declare
-  v_at timestamptz := tokenlimits.clock();
-  v_oldest tokenlimits.holds;
-begin
-  select * into v_oldest
-  from tokenlimits.holds as h
-  where h.expires_at <= v_at
-  order by h.expires_at
-  limit 1;
-  if not found then
-    return 0;
-  end if;
-  perform tokenlimits.lock_groups(array[v_oldest.group_id]);
-  return tokenlimits.sweep(v_oldest.group_id, v_oldest.kind, v_at);
-end
-$$;
-comment on function tokenlimits.tidy()
-is 'Sweeps the expired holds of the group and kind with the oldest one, and says how many there were.';
-revoke execute on function tokenlimits.tidy() from public, anon, authenticated;
-
--- Many requests in one transaction: each is judged by itself, in the order given.
+-- Many requests in one transaction, first step: reading them.
 --
 -- Invariants
---   * The answers are those that single calls in that order would get. A denial or a bad request doesn't touch the
---     others: what a single call raises is an answer here, of reason 'refused'.
---   * Judging is in memory, and nothing is written before the last verdict. If a counter then has no room any more, all
---     is taken back and judged again.
---   * Locks in the order of 30_counters.sql, over the whole batch: stripes, ledger rows by id, keys in order, then by
---     group and kind the rollup and the counters. So batches that overlap never deadlock.
+--   * A bad request doesn't touch the others: what a single call raises is an answer here, of reason 'refused'.
+--   * An item is open until it has an answer; what was answered is never judged, and writes nothing.
+--   * The first place of a key stands for all the places that have it.
 
 -- One request. It needs nothing more once it has an answer.
 do $do$
@@ -2336,21 +2343,6 @@ begin
       -- the usage that had the key before, and counts no more
       dead_id uuid,
       answer jsonb
-    );
-  end if;
-end
-$do$;
-
--- What an item is charged for, and the places of its limits among those that the batch is about. A repeated key in one
--- batch is a charge of the same usage, replayed.
-do $do$
-begin
-  if to_regtype('tokenlimits.batch_charge') is null then
-    create type tokenlimits.batch_charge as (
-      place integer,
-      usage public.generation_usage,
-      states integer[],
-      replayed boolean
     );
   end if;
 end
@@ -2404,7 +2396,6 @@ begin
     v_item.user_id, v_item.kind, v_item.cost, v_item.idempotency_key, v_item.metadata
   );
   v_item.fingerprint := md5(concat_ws(' ', 'track', v_item.kind, v_item.cost, v_item.group_id))::uuid;
-  v_item.group_ids := tokenlimits.paying_groups(v_item.user_id, v_item.group_id);
   return v_item;
 exception
   when sqlstate 'TL001' or data_exception then
@@ -2424,6 +2415,8 @@ set search_path = ''
 as $$
 declare
   v_items tokenlimits.batch_item[];
+  v_group_ids uuid[];
+  v_place integer;
   v record;
 begin
   if jsonb_typeof(p_requests) is distinct from 'array' or jsonb_array_length(p_requests) > 1000 then
@@ -2440,11 +2433,41 @@ begin
   loop
     v_items[v.place].first_place := v.first_place;
   end loop;
+  for v in
+    select i.user_id, i.group_id, array_agg(i.place) as places
+    from unnest(v_items) as i
+    where i.answer is null
+    group by i.user_id, i.group_id
+  loop
+    v_group_ids := tokenlimits.paying_groups(v.user_id, v.group_id);
+    foreach v_place in array v.places loop
+      v_items[v_place].group_ids := v_group_ids;
+    end loop;
+  end loop;
   return coalesce(v_items, '{}');
 end
 $$;
 comment on function tokenlimits.read_requests(jsonb) is 'The requests of a batch.';
 revoke execute on function tokenlimits.read_requests(jsonb) from public, anon, authenticated;
+
+create or replace function tokenlimits.replayed(p_item tokenlimits.batch_item, p_usage public.generation_usage)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.answer(
+    p_item.kind, p_usage.cost, null, p_usage.group_id,
+    tokenlimits.limit_states(p_usage.group_id, array[p_item.user_id], p_item.kind, tokenlimits.clock()),
+    null, p_usage, p_replayed => true
+  );
+end
+$$;
+comment on function tokenlimits.replayed(tokenlimits.batch_item, public.generation_usage)
+is 'The answer to an item whose key has a live usage.';
+revoke execute on function tokenlimits.replayed(tokenlimits.batch_item, public.generation_usage)
+from public, anon, authenticated;
 
 -- Answers the items whose keys have a live usage, and notes which keys a dead one has.
 create or replace function tokenlimits.replay(p_items tokenlimits.batch_item[])
@@ -2473,13 +2496,7 @@ begin
       if v_live.id is null then
         v_item.dead_id := v.id;
       else
-        v_item.answer := tokenlimits.answer(
-          v_item.kind, v_live.cost, null, v_live.group_id,
-          tokenlimits.limit_states(
-            v_live.group_id, array[v_item.user_id], v_item.kind, tokenlimits.clock()
-          ),
-          null, v_live, p_replayed => true
-        );
+        v_item.answer := tokenlimits.replayed(v_item, v_live);
       end if;
     exception
       when sqlstate 'TL008' then
@@ -2513,6 +2530,27 @@ $$;
 comment on function tokenlimits.batch_pairs(tokenlimits.batch_item[])
 is 'The groups and kinds that the open items of a batch are about, and the users of each.';
 revoke execute on function tokenlimits.batch_pairs(tokenlimits.batch_item[]) from public, anon, authenticated;
+
+-- Many requests in one transaction, second step: judging them, in memory.
+--
+-- Invariants
+--   * Each is judged by what those before it have left, as if it had come alone.
+--   * Nothing is written here, and no counter is waited for. Each limit is read once, however many items it binds.
+
+-- What an item is charged for, and the places of its limits among those that the batch is about. A repeated key in one
+-- batch is a charge of the same usage, replayed.
+do $do$
+begin
+  if to_regtype('tokenlimits.batch_charge') is null then
+    create type tokenlimits.batch_charge as (
+      place integer,
+      usage public.generation_usage,
+      states integer[],
+      replayed boolean
+    );
+  end if;
+end
+$do$;
 
 -- Every limit that the open items are about, once, and the group that each belongs to.
 create or replace function tokenlimits.batch_states(
@@ -2571,10 +2609,10 @@ begin
     coalesce(g.rank = cardinality(i.group_ids), true)
   from unnest(p_items) as i
   left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
-  cross join lateral (values (g.id), (i.user_id)) as w (subject)
+  cross join lateral (values ('group', g.id), ('member', i.user_id)) as w (scope, subject)
   left join rows from (unnest(p_states), unnest(p_group_ids)) with ordinality as s (
     counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, group_id, no
-  ) on s.group_id = g.id and s.kind = i.kind and s.subject = w.subject
+  ) on s.group_id = g.id and s.kind = i.kind and s.scope = w.scope and s.subject = w.subject
   where i.answer is null
   group by i.place, i.group_ids, g.id, g.rank
   order by i.place, g.rank;
@@ -2633,7 +2671,8 @@ is 'What an allowed item writes into the ledger.';
 revoke execute on function tokenlimits.batch_usage(tokenlimits.batch_item, tokenlimits.verdict)
 from public, anon, authenticated;
 
--- Why an item is not charged: its key is another one's, its group doesn't exist, or it is denied.
+-- Why an item is not charged: its key is another one's, its group doesn't exist, or it is denied. Before that its key
+-- is looked at again, as track does: who took the last room since replay may have done so under this very key.
 create or replace function tokenlimits.batch_denial(
   p_item tokenlimits.batch_item,
   p_verdict tokenlimits.verdict,
@@ -2641,17 +2680,24 @@ create or replace function tokenlimits.batch_denial(
 )
 returns jsonb
 language plpgsql
-stable
+volatile
 set search_path = ''
 as $$
 declare
+  v_live public.generation_usage;
   v_message text;
   v_detail text;
   v_hint text;
 begin
   if p_holder_id is not null then
     perform tokenlimits.refuse_key(p_item.idempotency_key, p_holder_id);
-  elsif p_verdict.reason = 'not_in_group' and p_item.group_id is not null then
+  elsif p_item.idempotency_key is not null then
+    v_live := tokenlimits.usage_under_key(p_item.user_id, p_item.idempotency_key, p_item.fingerprint);
+    if v_live.id is not null then
+      return tokenlimits.replayed(p_item, v_live);
+    end if;
+  end if;
+  if p_verdict.reason = 'not_in_group' and p_item.group_id is not null then
     perform tokenlimits.require_group(p_item.group_id);
   end if;
   return tokenlimits.answer(
@@ -2740,6 +2786,54 @@ is 'Judges the items of a batch in their order; writes nothing.';
 revoke execute on function tokenlimits.judge_batch(timestamptz, tokenlimits.batch_item[])
 from public, anon, authenticated;
 
+-- Many requests in one transaction, third step: writing what they are charged for.
+--
+-- Invariants
+--   * All is written or nothing: if a counter has no room any more, all is taken back, to be judged again.
+--   * Locks in the order of 30_counters.sql, over the whole batch: ledger rows by id, keys in order (those of dead
+--     usages last), then by group and kind the rollup and the counters. So batches that overlap never deadlock.
+
+-- Puts those of the charges into the ledger that are at these places, or those that are not, by the order of their
+-- keys.
+create or replace function tokenlimits.claim_batch(
+  p_charges tokenlimits.batch_charge[],
+  p_places integer[],
+  p_at_places boolean
+)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_usages public.generation_usage[] := array(
+    select c.usage
+    from unnest(p_charges) as c
+    where not c.replayed and (c.place = any(p_places)) = p_at_places
+  );
+  v_written bigint;
+begin
+  insert into public.generation_usage as u (
+    id, group_id, user_id, kind, cost, status, idempotency_key, fingerprint, metadata, created_at, settled_at
+  )
+  select
+    n.id, n.group_id, n.user_id, n.kind, n.cost, n.status,
+    n.idempotency_key, n.fingerprint, n.metadata, n.created_at, n.settled_at
+  from unnest(v_usages) as n
+  order by n.idempotency_key, n.user_id
+  on conflict on constraint generation_usage_key_key do nothing;
+  get diagnostics v_written = row_count;
+  if v_written < cardinality(v_usages) then
+    -- somebody has taken a key since it was looked at
+    raise sqlstate 'TL099';
+  end if;
+end
+$$;
+comment on function tokenlimits.claim_batch(tokenlimits.batch_charge[], integer[], boolean)
+is 'Puts charges into the ledger, or raises TL099 when one''s key is taken.';
+revoke execute on function tokenlimits.claim_batch(tokenlimits.batch_charge[], integer[], boolean)
+from public, anon, authenticated;
+
 -- Writes the usages of a batch, and sweeps the expired holds of every group and kind that it is about. Answers the
 -- counters that were moved as they are then; null, with nothing written, when they have moved on meanwhile, or when
 -- somebody held a row for too long: is_held, and by which group it was, if that is known.
@@ -2760,63 +2854,46 @@ volatile
 set search_path = ''
 as $$
 declare
-  v_dead uuid[] := array(
-    select i.dead_id
-    from unnest(p_items) as i
-    inner join unnest(p_charges) as c on c.place = i.place
-    where i.dead_id is not null
+  v_dead uuid[];
+  v_dead_places integer[];
+  v_expired uuid[] := array(
+    select unnest(tokenlimits.expired_holds(p.group_id, p.kind, p_at))
+    from tokenlimits.batch_pairs(p_items) as p
   );
-  v_written bigint;
   v record;
 begin
   is_held := false;
   moved := '{}';
-  perform tokenlimits.lock_usages(v_dead || array(
-    select unnest(tokenlimits.expired_holds(p.group_id, p.kind, p_at))
-    from tokenlimits.batch_pairs(p_items) as p
-  ));
-  perform tokenlimits.free_keys(v_dead, p_at);
-
-  insert into public.generation_usage as u (
-    id, group_id, user_id, kind, cost, status, idempotency_key, fingerprint, metadata, created_at, settled_at
-  )
-  select
-    (c.usage).id, (c.usage).group_id, (c.usage).user_id, (c.usage).kind, (c.usage).cost, (c.usage).status,
-    (c.usage).idempotency_key, (c.usage).fingerprint, (c.usage).metadata,
-    (c.usage).created_at, (c.usage).settled_at
-  from unnest(p_charges) as c
-  where not c.replayed
-  order by (c.usage).idempotency_key, (c.usage).user_id
-  on conflict on constraint generation_usage_key_key do nothing;
-  get diagnostics v_written = row_count;
-  if v_written < (select count(*) from unnest(p_charges) as c where not c.replayed) then
-    -- somebody has taken a key since it was looked at
-    raise sqlstate 'TL099';
+  select array_agg(i.dead_id), array_agg(i.place) into v_dead, v_dead_places
+  from unnest(p_items) as i
+  inner join unnest(p_charges) as c on c.place = i.place
+  where i.dead_id is not null;
+  perform tokenlimits.lock_usages(v_dead || v_expired);
+  -- the keys of dead usages last: until they are freed, whoever wants one finds it taken and does not wait, and nobody
+  -- can have taken it
+  perform tokenlimits.claim_batch(p_charges, coalesce(v_dead_places, '{}'), false);
+  if v_dead is not null then
+    perform tokenlimits.free_keys(v_dead, p_at);
+    perform tokenlimits.claim_batch(p_charges, v_dead_places, true);
   end if;
 
   for v in
-    select
-      p.group_id,
-      p.kind,
-      tokenlimits.expired_holds(p.group_id, p.kind, p_at) as expired,
-      coalesce(m.moves, '{}') as moves
-    from tokenlimits.batch_pairs(p_items) as p
-    left join (
+    select m.group_id, m.kind, array_agg(m.move) as moves
+    from (
+      select e.group_id, e.kind, e.move
+      from tokenlimits.expire_holds(v_expired, p_at) as e
+      union all
       select
         (c.usage).group_id,
         (c.usage).kind,
-        array_agg(
-          row((c.usage).user_id, (c.usage).created_at, (c.usage).cost, 1)::tokenlimits.usage_move
-        ) as moves
+        row((c.usage).user_id, (c.usage).created_at, (c.usage).cost, 1)::tokenlimits.usage_move as move
       from unnest(p_charges) as c
       where not c.replayed
-      group by (c.usage).group_id, (c.usage).kind
-    ) as m on m.group_id = p.group_id and m.kind = p.kind
-    order by p.group_id, p.kind
+    ) as m
+    group by m.group_id, m.kind
+    order by m.group_id, m.kind
   loop
     held_group_id := v.group_id;
-    v.moves := tokenlimits.expire(v.expired, p_at) || v.moves;
-    continue when v.moves = '{}';
     moved := moved || tokenlimits.move_usage(v.group_id, v.kind, v.moves, p_at, p_enforce => true);
   end loop;
 exception
@@ -2880,6 +2957,13 @@ revoke execute on function tokenlimits.batch_answers(
   tokenlimits.batch_item[], tokenlimits.batch_charge[], tokenlimits.limit_state[], tokenlimits.limit_state[]
 ) from public, anon, authenticated;
 
+-- Many requests in one transaction: read (76), judged (77) and written (78), until a verdict holds.
+--
+-- Invariants
+--   * The answers are those that single calls in that order would get, and a denial doesn't touch the others.
+--   * The stripes of all groups are held, shared, before any limit is read.
+--   * With p_max_wait, no lock is waited for longer: what somebody holds is answered 'busy', and the rest goes on.
+
 -- Answers the open items that a group may pay for; all when it is null.
 create or replace function tokenlimits.answer_busy(p_items tokenlimits.batch_item[], p_group_id uuid)
 returns tokenlimits.batch_item[]
@@ -2912,14 +2996,19 @@ volatile
 set search_path = ''
 as $$
 declare
-  v_group_ids uuid[] := array(select distinct p.group_id from tokenlimits.batch_pairs(p_items) as p);
+  -- in the order of their stripes, which are the last bytes of the ids
+  v_group_ids uuid[] := array(
+    select p.group_id
+    from tokenlimits.batch_pairs(p_items) as p
+    group by p.group_id
+    order by right(p.group_id::text, 2), p.group_id
+  );
   v_group_id uuid;
 begin
   perform tokenlimits.lock_groups(v_group_ids);
   return p_items;
 exception
   when lock_not_available then
-    -- no wait is for ever now, so the order is of no account
     foreach v_group_id in array v_group_ids loop
       begin
         perform tokenlimits.lock_groups(array[v_group_id]);
@@ -2961,7 +3050,8 @@ begin
   end if;
   v_items := tokenlimits.lock_batch(v_items);
   loop
-    v_at := greatest(tokenlimits.clock(), v_at);
+    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    v_at := greatest(tokenlimits.clock(), v_at, (select max((c.usage).created_at) from unnest(v_charges) as c));
     v_items := tokenlimits.replay(v_items);
     select j.items, j.states, j.charges into v_judged, v_states, v_charges
     from tokenlimits.judge_batch(v_at, v_items) as j;
@@ -4114,9 +4204,86 @@ to authenticated, service_role;
 --
 -- Invariants
 --   * The ledger is right by definition: counters and rollup are made to agree with it, never the other way round.
---   * Nobody tracks for the group meanwhile: its limits are held exclusively.
+--   * What is older than p_since is not looked at again: there the rollup's word is taken.
+--   * Nobody tracks for the group while it is mended: its limits are held exclusively.
 
--- One group at a time, since a statement ends after 8 s. Answers what differed, as it was and as it is now.
+-- Whole buckets, or the first one's beginning would be missed.
+create or replace function tokenlimits.rollup_differences(p_group_id uuid, p_since timestamptz)
+returns table (kind text, bucket timestamptz, was numeric, used numeric, generations numeric)
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_since timestamptz := tokenlimits.rollup_bucket(p_since);
+begin
+  return query
+  select d.kind, d.bucket, d.was, d.used, d.generations
+  from (
+    select
+      coalesce(r.kind, u.kind) as kind, coalesce(r.bucket, u.bucket) as bucket,
+      coalesce(r.cost, 0) as was, coalesce(u.cost, 0) as used,
+      coalesce(u.generations, 0) - coalesce(r.generations, 0) as generations
+    from (
+      select s.kind, s.bucket, sum(s.cost) as cost, sum(s.generations) as generations
+      from tokenlimits.usage_rollup as s
+      where s.group_id = p_group_id and s.bucket >= v_since
+      group by s.kind, s.bucket
+    ) as r
+    full join (
+      select s.kind, s.bucket, sum(s.cost) as cost, count(*) as generations
+      from (
+        select l.kind, tokenlimits.rollup_bucket(l.created_at) as bucket, l.cost
+        from public.generation_usage as l
+        where l.group_id = p_group_id and l.created_at >= v_since and l.status in ('reserved', 'committed')
+      ) as s
+      group by s.kind, s.bucket
+    ) as u on u.kind = r.kind and u.bucket = r.bucket
+  ) as d
+  where d.was <> d.used or d.generations <> 0;
+end
+$$;
+comment on function tokenlimits.rollup_differences(uuid, timestamptz)
+is 'Where the history since a moment differs from the ledger, and by how many generations.';
+revoke execute on function tokenlimits.rollup_differences(uuid, timestamptz) from public, anon, authenticated;
+
+-- The group's own counters come first, so that p_most leaves out members.
+create or replace function tokenlimits.counter_differences(
+  p_group_id uuid,
+  p_at timestamptz,
+  p_most integer default null
+)
+returns table (subject uuid, counter_id bigint, kind text, period text, scope text, was bigint, used bigint)
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return query
+  select d.*
+  from (
+    select
+      c.subject, c.counter_id, c.kind, c.period, c.scope, c.used as was,
+      tokenlimits.count_usage(p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.since) as used
+    from (
+      select m.subject, m.counter_id, l.kind, l.period, l.scope, m.used, m.since
+      from public.group_limits as l
+      inner join tokenlimits.counters as m on m.counter_id = l.counter_id
+      where l.group_id = p_group_id and m.until > p_at
+      order by l.scope, m.subject
+      limit p_most
+    ) as c
+  ) as d
+  where d.was <> d.used;
+end
+$$;
+comment on function tokenlimits.counter_differences(uuid, timestamptz, integer)
+is 'Where a group''s counters differ from the ledger.';
+revoke execute on function tokenlimits.counter_differences(uuid, timestamptz, integer)
+from public, anon, authenticated;
+
+-- One group at a time, and since a moment, for a statement ends after 8 s. Answers what differed, as it was and as it
+-- is now.
 create or replace function tokenlimits.reconcile(p_group_id uuid, p_since timestamptz)
 returns jsonb
 language plpgsql
@@ -4126,86 +4293,44 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_at timestamptz;
   v_counters jsonb;
   v_rollup jsonb;
-  -- whole buckets, or the first one's beginning would be missed
-  v_since timestamptz := case
-    when isfinite(p_since) then tokenlimits.rollup_bucket(p_since)
-    else coalesce(p_since, '-infinity')
-  end;
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
   perform tokenlimits.lock_groups(array[p_group_id], true);
-  v_at := tokenlimits.clock();
 
-  with counted as (
-    select
-      c.subject, c.counter_id, l.kind, l.period, l.scope, c.used as was,
-      coalesce((
-        select sum(u.cost)
-        from public.generation_usage as u
-        where
-          (case l.scope when 'member' then u.user_id = c.subject else u.group_id = c.subject end)
-          and u.group_id = p_group_id
-          and u.created_at >= c.since
-          and u.created_at < c.until
-          and u.kind = l.kind
-          and u.status in ('reserved', 'committed')
-      ), 0) as used
-    from public.group_limits as l
-    inner join tokenlimits.counters as c on c.counter_id = l.counter_id
-    where l.group_id = p_group_id and c.until > v_at
+  -- first, for the group's counters are counted from it
+  with differences as (
+    select d.kind, d.bucket, d.was, d.used, d.generations
+    from tokenlimits.rollup_differences(p_group_id, coalesce(p_since, '-infinity')) as d
+  ),
+
+  repaired as (
+    insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
+    select p_group_id, d.kind, d.bucket, 0, d.used - d.was, d.generations
+    from differences as d
+    on conflict on constraint usage_rollup_pkey do update
+    set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations
+  )
+
+  select jsonb_agg(to_jsonb(d) - 'generations' order by d.kind, d.bucket) into v_rollup
+  from differences as d;
+
+  with differences as (
+    select d.subject, d.counter_id, d.kind, d.period, d.scope, d.was, d.used
+    from tokenlimits.counter_differences(p_group_id, tokenlimits.clock()) as d
   ),
 
   repaired as (
     update tokenlimits.counters as c
-    set used = n.used
-    from counted as n
-    where c.subject = n.subject and c.counter_id = n.counter_id and n.used <> n.was
-    returning n.subject, n.kind, n.period, n.scope, n.was, n.used
+    set used = d.used
+    from differences as d
+    where c.subject = d.subject and c.counter_id = d.counter_id
   )
 
-  select jsonb_agg(to_jsonb(r) order by r.kind, r.period, r.subject) into v_counters
-  from repaired as r;
-
-  with counted as (
-    select
-      coalesce(r.kind, u.kind) as kind, coalesce(r.bucket, u.bucket) as bucket,
-      coalesce(r.cost, 0) as was, coalesce(u.cost, 0) as used,
-      coalesce(u.cost, 0) - coalesce(r.cost, 0) as cost,
-      coalesce(u.generations, 0) - coalesce(r.generations, 0) as generations
-    from (
-      select s.kind, s.bucket, sum(s.cost) as cost, sum(s.generations) as generations
-      from tokenlimits.usage_rollup as s
-      where s.group_id = p_group_id and s.bucket >= v_since
-      group by s.kind, s.bucket
-    ) as r
-    full join (
-      select s.kind, tokenlimits.rollup_bucket(s.created_at) as bucket, sum(s.cost) as cost, count(*) as generations
-      from public.generation_usage as s
-      where s.group_id = p_group_id and s.created_at >= v_since and s.status in ('reserved', 'committed')
-      group by s.kind, bucket
-    ) as u on u.kind = r.kind and u.bucket = r.bucket
-  ),
-
-  repaired as (
-    insert into tokenlimits.usage_rollup as s (group_id, kind, bucket, slot, cost, generations)
-    select p_group_id, c.kind, c.bucket, 0, c.cost, c.generations
-    from counted as c
-    where c.cost <> 0 or c.generations <> 0
-    on conflict on constraint usage_rollup_pkey do update
-    set cost = s.cost + excluded.cost, generations = s.generations + excluded.generations
-    returning s.kind, s.bucket
-  )
-
-  select jsonb_agg(
-    jsonb_build_object('kind', c.kind, 'bucket', c.bucket, 'was', c.was, 'used', c.used)
-    order by c.kind, c.bucket
-  ) into v_rollup
-  from repaired as r
-  inner join counted as c on c.kind = r.kind and c.bucket = r.bucket;
+  select jsonb_agg(to_jsonb(d) - 'counter_id' order by d.kind, d.period, d.subject) into v_counters
+  from differences as d;
 
   return jsonb_build_object('counters', coalesce(v_counters, '[]'), 'rollup', coalesce(v_rollup, '[]'));
 end
@@ -4276,7 +4401,7 @@ revoke execute on function public.find_users_by_email(text[]) from public, anon,
 grant execute on function public.find_users_by_email(text[]) to authenticated, service_role;
 
 -- As reconcile, but it waits for nobody: a stable function sees one moment, at which counters and ledger agree. It
--- takes the rollup's word for what is older than p_since, and looks at no more members than a statement has time for.
+-- looks at no more members than a statement has time for.
 create or replace function tokenlimits.drift(p_group_id uuid, p_since timestamptz)
 returns jsonb
 language plpgsql
@@ -4288,51 +4413,17 @@ as $$
 declare
   c_counters constant integer := 2000;
   v_now timestamptz := tokenlimits.clock();
-  v_since timestamptz := tokenlimits.rollup_bucket(coalesce(p_since, v_now - interval '1 day'));
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
   return jsonb_build_object(
     'counters', coalesce((
-      select jsonb_agg(to_jsonb(d) order by d.kind, d.period, d.subject)
-      from (
-        select
-          l.kind, l.period, l.scope, c.subject, c.used as was,
-          tokenlimits.count_usage(
-            p_group_id, case l.scope when 'member' then c.subject end, l.kind, c.since
-          ) as used
-        from (
-          select m.subject, m.counter_id, m.since, m.used
-          from public.group_limits as l
-          inner join tokenlimits.counters as m on m.counter_id = l.counter_id
-          where l.group_id = p_group_id and m.until > v_now
-          order by l.scope, m.subject
-          limit c_counters
-        ) as c
-        inner join public.group_limits as l on l.counter_id = c.counter_id
-      ) as d
-      where d.was <> d.used
+      select jsonb_agg(to_jsonb(d) - 'counter_id' order by d.kind, d.period, d.subject)
+      from tokenlimits.counter_differences(p_group_id, v_now, c_counters) as d
     ), '[]'),
     'rollup', coalesce((
-      select jsonb_agg(to_jsonb(d) order by d.kind, d.bucket)
-      from (
-        select
-          coalesce(r.kind, u.kind) as kind, coalesce(r.bucket, u.bucket) as bucket,
-          coalesce(r.cost, 0) as was, coalesce(u.cost, 0) as used
-        from (
-          select s.kind, s.bucket, sum(s.cost) as cost
-          from tokenlimits.usage_rollup as s
-          where s.group_id = p_group_id and s.bucket >= v_since
-          group by s.kind, s.bucket
-        ) as r
-        full join (
-          select s.kind, tokenlimits.rollup_bucket(s.created_at) as bucket, sum(s.cost) as cost
-          from public.generation_usage as s
-          where s.group_id = p_group_id and s.created_at >= v_since and s.status in ('reserved', 'committed')
-          group by s.kind, bucket
-        ) as u on u.kind = r.kind and u.bucket = r.bucket
-      ) as d
-      where d.was <> d.used
+      select jsonb_agg(to_jsonb(d) - 'generations' order by d.kind, d.bucket)
+      from tokenlimits.rollup_differences(p_group_id, coalesce(p_since, v_now - interval '1 day')) as d
     ), '[]')
   );
 end

@@ -2,9 +2,86 @@
 --
 -- Invariants
 --   * The ledger is right by definition: counters and rollup are made to agree with it, never the other way round.
---   * Nobody tracks for the group meanwhile: its limits are held exclusively.
+--   * What is older than p_since is not looked at again: there the rollup's word is taken.
+--   * Nobody tracks for the group while it is mended: its limits are held exclusively.
 
--- One group at a time, since a statement ends after 8 s. Answers what differed, as it was and as it is now.
+-- Whole buckets, or the first one's beginning would be missed.
+create or replace function tokenlimits.rollup_differences(p_group_id uuid, p_since timestamptz)
+returns table (kind text, bucket timestamptz, was numeric, used numeric, generations numeric)
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_since timestamptz := tokenlimits.rollup_bucket(p_since);
+begin
+  return query
+  select d.kind, d.bucket, d.was, d.used, d.generations
+  from (
+    select
+      coalesce(r.kind, u.kind) as kind, coalesce(r.bucket, u.bucket) as bucket,
+      coalesce(r.cost, 0) as was, coalesce(u.cost, 0) as used,
+      coalesce(u.generations, 0) - coalesce(r.generations, 0) as generations
+    from (
+      select s.kind, s.bucket, sum(s.cost) as cost, sum(s.generations) as generations
+      from tokenlimits.usage_rollup as s
+      where s.group_id = p_group_id and s.bucket >= v_since
+      group by s.kind, s.bucket
+    ) as r
+    full join (
+      select s.kind, s.bucket, sum(s.cost) as cost, count(*) as generations
+      from (
+        select l.kind, tokenlimits.rollup_bucket(l.created_at) as bucket, l.cost
+        from public.generation_usage as l
+        where l.group_id = p_group_id and l.created_at >= v_since and l.status in ('reserved', 'committed')
+      ) as s
+      group by s.kind, s.bucket
+    ) as u on u.kind = r.kind and u.bucket = r.bucket
+  ) as d
+  where d.was <> d.used or d.generations <> 0;
+end
+$$;
+comment on function tokenlimits.rollup_differences(uuid, timestamptz)
+is 'Where the history since a moment differs from the ledger, and by how many generations.';
+revoke execute on function tokenlimits.rollup_differences(uuid, timestamptz) from public, anon, authenticated;
+
+-- The group's own counters come first, so that p_most leaves out members.
+create or replace function tokenlimits.counter_differences(
+  p_group_id uuid,
+  p_at timestamptz,
+  p_most integer default null
+)
+returns table (subject uuid, counter_id bigint, kind text, period text, scope text, was bigint, used bigint)
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return query
+  select d.*
+  from (
+    select
+      c.subject, c.counter_id, c.kind, c.period, c.scope, c.used as was,
+      tokenlimits.count_usage(p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.since) as used
+    from (
+      select m.subject, m.counter_id, l.kind, l.period, l.scope, m.used, m.since
+      from public.group_limits as l
+      inner join tokenlimits.counters as m on m.counter_id = l.counter_id
+      where l.group_id = p_group_id and m.until > p_at
+      order by l.scope, m.subject
+      limit p_most
+    ) as c
+  ) as d
+  where d.was <> d.used;
+end
+$$;
+comment on function tokenlimits.counter_differences(uuid, timestamptz, integer)
+is 'Where a group''s counters differ from the ledger.';
+revoke execute on function tokenlimits.counter_differences(uuid, timestamptz, integer)
+from public, anon, authenticated;
+
+-- One group at a time, and since a moment, for a statement ends after 8 s. Answers what differed, as it was and as it
+-- is now.
 create or replace function tokenlimits.reconcile(p_group_id uuid, p_since timestamptz)
 returns jsonb
 language plpgsql
@@ -14,86 +91,44 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_at timestamptz;
   v_counters jsonb;
   v_rollup jsonb;
-  -- whole buckets, or the first one's beginning would be missed
-  v_since timestamptz := case
-    when isfinite(p_since) then tokenlimits.rollup_bucket(p_since)
-    else coalesce(p_since, '-infinity')
-  end;
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
   perform tokenlimits.lock_groups(array[p_group_id], true);
-  v_at := tokenlimits.clock();
 
-  with counted as (
-    select
-      c.subject, c.counter_id, l.kind, l.period, l.scope, c.used as was,
-      coalesce((
-        select sum(u.cost)
-        from public.generation_usage as u
-        where
-          (case l.scope when 'member' then u.user_id = c.subject else u.group_id = c.subject end)
-          and u.group_id = p_group_id
-          and u.created_at >= c.since
-          and u.created_at < c.until
-          and u.kind = l.kind
-          and u.status in ('reserved', 'committed')
-      ), 0) as used
-    from public.group_limits as l
-    inner join tokenlimits.counters as c on c.counter_id = l.counter_id
-    where l.group_id = p_group_id and c.until > v_at
+  -- first, for the group's counters are counted from it
+  with differences as (
+    select d.kind, d.bucket, d.was, d.used, d.generations
+    from tokenlimits.rollup_differences(p_group_id, coalesce(p_since, '-infinity')) as d
+  ),
+
+  repaired as (
+    insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
+    select p_group_id, d.kind, d.bucket, 0, d.used - d.was, d.generations
+    from differences as d
+    on conflict on constraint usage_rollup_pkey do update
+    set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations
+  )
+
+  select jsonb_agg(to_jsonb(d) - 'generations' order by d.kind, d.bucket) into v_rollup
+  from differences as d;
+
+  with differences as (
+    select d.subject, d.counter_id, d.kind, d.period, d.scope, d.was, d.used
+    from tokenlimits.counter_differences(p_group_id, tokenlimits.clock()) as d
   ),
 
   repaired as (
     update tokenlimits.counters as c
-    set used = n.used
-    from counted as n
-    where c.subject = n.subject and c.counter_id = n.counter_id and n.used <> n.was
-    returning n.subject, n.kind, n.period, n.scope, n.was, n.used
+    set used = d.used
+    from differences as d
+    where c.subject = d.subject and c.counter_id = d.counter_id
   )
 
-  select jsonb_agg(to_jsonb(r) order by r.kind, r.period, r.subject) into v_counters
-  from repaired as r;
-
-  with counted as (
-    select
-      coalesce(r.kind, u.kind) as kind, coalesce(r.bucket, u.bucket) as bucket,
-      coalesce(r.cost, 0) as was, coalesce(u.cost, 0) as used,
-      coalesce(u.cost, 0) - coalesce(r.cost, 0) as cost,
-      coalesce(u.generations, 0) - coalesce(r.generations, 0) as generations
-    from (
-      select s.kind, s.bucket, sum(s.cost) as cost, sum(s.generations) as generations
-      from tokenlimits.usage_rollup as s
-      where s.group_id = p_group_id and s.bucket >= v_since
-      group by s.kind, s.bucket
-    ) as r
-    full join (
-      select s.kind, tokenlimits.rollup_bucket(s.created_at) as bucket, sum(s.cost) as cost, count(*) as generations
-      from public.generation_usage as s
-      where s.group_id = p_group_id and s.created_at >= v_since and s.status in ('reserved', 'committed')
-      group by s.kind, bucket
-    ) as u on u.kind = r.kind and u.bucket = r.bucket
-  ),
-
-  repaired as (
-    insert into tokenlimits.usage_rollup as s (group_id, kind, bucket, slot, cost, generations)
-    select p_group_id, c.kind, c.bucket, 0, c.cost, c.generations
-    from counted as c
-    where c.cost <> 0 or c.generations <> 0
-    on conflict on constraint usage_rollup_pkey do update
-    set cost = s.cost + excluded.cost, generations = s.generations + excluded.generations
-    returning s.kind, s.bucket
-  )
-
-  select jsonb_agg(
-    jsonb_build_object('kind', c.kind, 'bucket', c.bucket, 'was', c.was, 'used', c.used)
-    order by c.kind, c.bucket
-  ) into v_rollup
-  from repaired as r
-  inner join counted as c on c.kind = r.kind and c.bucket = r.bucket;
+  select jsonb_agg(to_jsonb(d) - 'counter_id' order by d.kind, d.period, d.subject) into v_counters
+  from differences as d;
 
   return jsonb_build_object('counters', coalesce(v_counters, '[]'), 'rollup', coalesce(v_rollup, '[]'));
 end

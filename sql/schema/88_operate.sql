@@ -44,7 +44,7 @@ revoke execute on function public.find_users_by_email(text[]) from public, anon,
 grant execute on function public.find_users_by_email(text[]) to authenticated, service_role;
 
 -- As reconcile, but it waits for nobody: a stable function sees one moment, at which counters and ledger agree. It
--- takes the rollup's word for what is older than p_since, and looks at no more members than a statement has time for.
+-- looks at no more members than a statement has time for.
 create or replace function tokenlimits.drift(p_group_id uuid, p_since timestamptz)
 returns jsonb
 language plpgsql
@@ -56,51 +56,17 @@ as $$
 declare
   c_counters constant integer := 2000;
   v_now timestamptz := tokenlimits.clock();
-  v_since timestamptz := tokenlimits.rollup_bucket(coalesce(p_since, v_now - interval '1 day'));
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
   return jsonb_build_object(
     'counters', coalesce((
-      select jsonb_agg(to_jsonb(d) order by d.kind, d.period, d.subject)
-      from (
-        select
-          l.kind, l.period, l.scope, c.subject, c.used as was,
-          tokenlimits.count_usage(
-            p_group_id, case l.scope when 'member' then c.subject end, l.kind, c.since
-          ) as used
-        from (
-          select m.subject, m.counter_id, m.since, m.used
-          from public.group_limits as l
-          inner join tokenlimits.counters as m on m.counter_id = l.counter_id
-          where l.group_id = p_group_id and m.until > v_now
-          order by l.scope, m.subject
-          limit c_counters
-        ) as c
-        inner join public.group_limits as l on l.counter_id = c.counter_id
-      ) as d
-      where d.was <> d.used
+      select jsonb_agg(to_jsonb(d) - 'counter_id' order by d.kind, d.period, d.subject)
+      from tokenlimits.counter_differences(p_group_id, v_now, c_counters) as d
     ), '[]'),
     'rollup', coalesce((
-      select jsonb_agg(to_jsonb(d) order by d.kind, d.bucket)
-      from (
-        select
-          coalesce(r.kind, u.kind) as kind, coalesce(r.bucket, u.bucket) as bucket,
-          coalesce(r.cost, 0) as was, coalesce(u.cost, 0) as used
-        from (
-          select s.kind, s.bucket, sum(s.cost) as cost
-          from tokenlimits.usage_rollup as s
-          where s.group_id = p_group_id and s.bucket >= v_since
-          group by s.kind, s.bucket
-        ) as r
-        full join (
-          select s.kind, tokenlimits.rollup_bucket(s.created_at) as bucket, sum(s.cost) as cost
-          from public.generation_usage as s
-          where s.group_id = p_group_id and s.created_at >= v_since and s.status in ('reserved', 'committed')
-          group by s.kind, bucket
-        ) as u on u.kind = r.kind and u.bucket = r.bucket
-      ) as d
-      where d.was <> d.used
+      select jsonb_agg(to_jsonb(d) - 'generations' order by d.kind, d.bucket)
+      from tokenlimits.rollup_differences(p_group_id, coalesce(p_since, v_now - interval '1 day')) as d
     ), '[]')
   );
 end

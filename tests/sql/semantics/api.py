@@ -169,8 +169,8 @@ class Api:
     def reset(self, group_id: UUID, kind: str | None = None) -> None:
         self.call("reset_group_usage", group_id=group_id, kind=kind)
 
-    def reconcile(self, group_id: UUID) -> Json:
-        return self.call("reconcile_usage", group_id=group_id)
+    def reconcile(self, group_id: UUID, since: datetime | None = None) -> Json:
+        return self.call("reconcile_usage", group_id=group_id, since=since)
 
     def tidy(self) -> int:
         """Sweep, as a job does, which runs as the owner."""

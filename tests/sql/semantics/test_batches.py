@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from tests.sql.semantics.api import Api
 from tests.sql.semantics.database import Database
 from tests.sql.semantics.hammer import CONNECTIONS, Batch, Call, Crowd, Hammer, Script, allowed, assert_right
+from tests.sql.semantics.test_races import is_blocked, wait_until
 from tests.sql.semantics.world import World, limit
 
 
@@ -182,6 +185,31 @@ class TestAnswers:
         assert told(world.api.track_many([(user, "image", 2)] * 3)) == [(False, "limit_exceeded", 1)] * 3
         assert world.owner.one(count) == before
 
+    def test_a_clock_that_is_set_back_over_midnight_does_not_go_round_for_ever(self, world: World) -> None:
+        world.at("2026-11-23 23:59:59Z")
+        group = world.group(limit(10, period="day"), limit(5, period="day", scope="member"))
+        early, late = world.user(group), world.user(group)
+        world.api.track(early, "image")
+        world.at("2026-11-24 00:00:01Z")
+        world.api.track(late, "image")
+        world.at("2026-11-23 23:59:59Z")
+        world.api.execute("set statement_timeout = '5s'")
+        [answer] = world.api.track_many([(early, "image")])
+        assert {x["scope"]: x["used"] for x in answer["limits"]} == {"group": 2, "member": 1}
+
+    def test_a_group_may_have_the_id_of_its_member(self, world: World) -> None:
+        user = world.user()
+        world.owner.execute("insert into public.user_groups (id, name) values (%s, 'Mine')", [user])
+        world.api.save_group(user, limits=[limit(10), limit(8, scope="member")])
+        world.api.add_member(user, user)
+        world.at("2026-11-23 12:00Z")
+        world.api.reserve(user, "image", 4, 60)
+        world.at("2026-11-23 12:01Z")
+        answers = world.api.track_many([(user, "image", 3)] * 3)
+        assert [answer["remaining"] for answer in answers] == [5, 2, 2]
+        assert world.api.reconcile(user) == {"counters": [], "rollup": []}
+        world.api.delete_group(user)
+
     def test_only_in_read_committed(self, world: World) -> None:
         user = world.user(world.group(limit(1)))
         world.api.connection.execute("begin isolation level repeatable read")
@@ -228,6 +256,33 @@ class TestBusy:
         answers = world.api.track_many([(user, "image") for user in users], 50)
         assert [answer["reason"] for answer in answers] == ["busy", None]
 
+    def test_what_can_be_had_is_taken_in_the_order_that_others_take_it(self, world: World, database: Database) -> None:
+        """An edit of all groups waits for the first; a batch that holds the others would wait for it in a circle."""
+        made = [UUID(int=number) for number in range(1, 9)]
+        for group in made:
+            world.owner.execute("insert into public.user_groups (id, name) values (%s, %s)", [group, str(group)])
+            world.api.save_group(group, limits=[limit(10)])
+        users = [world.user(group) for group in made]
+        holder, admin, batch = (Api(database.connect("postgres")) for _ in range(3))
+        answers: list[Any] = []
+
+        def track_many() -> None:
+            answers.extend(batch.track_many([(user, "image") for user in users], 1500))
+
+        threads = [
+            threading.Thread(target=admin.execute, args=["update public.group_limits set max = 9"]),
+            threading.Thread(target=track_many),
+        ]
+        with holder.connection.transaction():
+            holder.execute("select pg_advisory_xact_lock(1953459052, 1)")
+            for thread, api in zip(threads, (admin, batch), strict=True):
+                thread.start()
+                wait_until(lambda api=api: is_blocked(world, api))
+            time.sleep(1.7)
+        for thread in threads:
+            thread.join(20)
+        assert [answer["reason"] for answer in answers] == [None] * 8
+
     def test_while_a_key_is_in_somebodys_hands_all_are_asked_to_come_again(self, world: World, other: Api) -> None:
         held, free = self.groups(world)
         users = [world.user(held), world.user(free)]
@@ -271,6 +326,59 @@ def shuffled(calls: Sequence[Call], size: int) -> list[Script]:
 
 
 class TestAtOnce:
+    def test_the_last_room_may_have_gone_under_the_very_same_key(self, world: World, database: Database) -> None:
+        """The key is free when it is looked at first, and the room is gone when the request is judged."""
+        user = world.user(world.group(limit(2)))
+        world.api.track(user, "image", 1, "replayed")
+        other, batch = Api(database.connect("postgres")), Api(database.connect())
+        answers: list[Any] = []
+
+        def track_many() -> None:
+            requests = [(user, "image", 1, "replayed"), (user, "image", 1, "job"), (user, "image", 2, "job")]
+            answers.extend(batch.track_many(requests))
+
+        with other.connection.transaction():
+            # the replayed one is answered with its counter, after the keys were looked at
+            other.execute("lock table tokenlimits.counters in access exclusive mode")
+            waiting = threading.Thread(target=track_many)
+            waiting.start()
+            wait_until(lambda: is_blocked(world, batch))
+            taken = other.track(user, "image", 1, "job")
+        waiting.join(10)
+        assert [answer["reason"] for answer in answers] == [None, None, "refused"]
+        assert (answers[1]["usage_id"], answers[1]["replayed"]) == (taken["usage_id"], True)
+        assert answers[2]["code"] == "TL008"
+
+    def test_a_key_that_dies_between_two_batches_makes_no_circle(self, world: World, database: Database) -> None:
+        user = world.user(world.group(limit(10), limit(10, kind="video")))
+        other, first, second = (Api(database.connect()) for _ in range(3))
+        answers: dict[Api, list[Any]] = {}
+
+        def track_many(api: Api, keys: str) -> threading.Thread:
+            requests = [(user, "image", 1, key) for key in keys]
+            thread = threading.Thread(target=lambda: answers.update({api: api.track_many(requests)}))
+            thread.start()
+            wait_until(lambda: is_blocked(world, api))
+            return thread
+
+        other.execute("begin")
+        other.track(user, "video", 1, "b")
+        threads = [track_many(first, "abc")]  # has a, and waits for b
+        world.api.refund(world.api.track(user, "image", 1, "c")["usage_id"])
+        threads += [track_many(second, "ac")]  # may have c, of a dead usage, and waits for a
+        other.execute("rollback")
+        for thread in threads:
+            thread.join(20)
+        assert [[answer["allowed"] for answer in answers[api]] for api in (first, second)] == [[True] * 3, [True] * 2]
+        assert world.used(user) == 3
+
+    def test_where_not_all_fit_a_key_is_allowed_for_all_or_for_none(self, world: World, hammer: Hammer) -> None:
+        user = world.user(world.group(limit(10)))
+        answers = hammer(shuffled([Call(user, idempotency_key=f"job-{n}") for n in range(25)], size=5))
+        assert_right(answers)
+        per_key = Counter(a.call.idempotency_key for a in answers if a.allowed)
+        assert sorted(per_key.values()) == [CONNECTIONS] * 10
+
     def test_on_one_hot_group_the_limit_is_met_exactly(self, world: World, hammer: Hammer) -> None:
         group = world.group(limit(3000), limit(400, scope="member"))
         users = [world.user(group) for _ in range(10)]
