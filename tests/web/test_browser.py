@@ -227,6 +227,53 @@ class TestGroupPage:
         expect(page.get_by_role("region", name="Kinds")).to_contain_text("audio")
 
 
+class TestMembers:
+    def test_are_searched_moved_and_removed(
+        self, sign_in: SignIn, stack: LocalStack, groups: GroupManager, newcomer: LocalUser
+    ) -> None:
+        pro, free = groups.create("Pro"), groups.create("Free")
+        groups.add_members(pro.id, [*stack.create_users(120, "many-"), newcomer.id])
+        page = sign_in()
+        page.get_by_role("button", name="121 members of Pro").click()
+        dialog = page.get_by_role("dialog", name="Members of Pro")
+        rows = dialog.locator(".members-list").get_by_role("checkbox")
+        search = dialog.get_by_role("searchbox", name="Search members")
+        expect(rows).to_have_count(50)
+        search.fill("MANY-")
+        # the newcomer's row may have been among the first
+        expect(dialog.locator(".members-list")).not_to_contain_text(newcomer.email)
+        dialog.get_by_role("button", name="Show more").click()
+        expect(rows).to_have_count(100)
+        dialog.get_by_role("button", name="Show more").click()
+        expect(rows).to_have_count(120)
+        search.fill("no%body")
+        expect(dialog.get_by_text("No member has such an address.")).to_be_visible()
+        search.fill(newcomer.email[3:20].upper())
+        expect(rows).to_have_count(1)
+        dialog.get_by_role("checkbox", name=newcomer.email).check()
+        dialog.get_by_role("combobox", name="Move to the group").select_option(label="Free")
+        dialog.get_by_role("button", name="Move", exact=True).click()
+        expect(page.get_by_text("1 member moved.")).to_be_visible()
+        expect(search).to_have_value(newcomer.email[3:20].upper())
+        expect(dialog.get_by_text("No member has such an address.")).to_be_visible()
+        assert [member.user_id for member in groups.members(free.id)] == [newcomer.id]
+        search.fill("")
+        expect(rows).to_have_count(50)
+        page.keyboard.press("Escape")
+        page.get_by_role("button", name="1 member of Free").click()
+        dialog = page.get_by_role("dialog", name="Members of Free")
+        with page.expect_response("**/rows?search=*"):
+            dialog.get_by_role("searchbox", name="Search members").fill(newcomer.email)
+            # before the answer, which takes no tick away
+            dialog.get_by_role("checkbox", name=newcomer.email).check()
+        page.evaluate("new Promise(requestAnimationFrame)")
+        dialog.get_by_role("button", name="Remove").click()
+        page.get_by_role("button", name="Go on").click()
+        expect(page.get_by_text("1 member removed. Their usage stays.")).to_be_visible()
+        expect(dialog.get_by_text("Nobody is in this group yet.")).to_be_visible()
+        assert list(groups.members(free.id)) == []
+
+
 class TestSomebodyElse:
     def test_a_user_gets_a_clear_page_and_no_more(self, sign_in: SignIn, group: Group, user: LocalUser) -> None:
         page = sign_in(user)

@@ -332,6 +332,9 @@ class TestDialogs:
         assert more is not None
         rows = browser.get(more[1])
         assert rows.text.count('name="member"') == 50
+        last = list(groups.members(pro.id))[-1]
+        rows = browser.get(f"/groups/{pro.id}/members/rows", params={"search": last.email})
+        assert [str(last.user_id)] == re.findall(r'name="member" value="([^"]+)"', rows.text)
 
     def test_members_move_to_another_group(
         self, browser: httpx.Client, admin: LocalUser, groups: GroupManager, stack: LocalStack
@@ -360,7 +363,8 @@ class TestDialogs:
         group = f"/groups/{pro.id}"
         for path in ("/groups/new", group, f"{group}/edit", f"{group}/delete", f"{group}/members", f"{group}/live",
                      f"{group}/history", f"{group}/export", "/overview", "/overview/history",
-                     f"{group}/members/search?email=example", f"{group}/members?after={uuid4()}"):  # fmt: skip
+                     f"{group}/members/search?email=example", f"{group}/members/rows?search=example",
+                     f"{group}/members/rows?after={uuid4()}"):  # fmt: skip
             answer = browser.get(path, headers=headers)
             assert answer.status_code == 403, path
             assert "example.com" not in answer.text
