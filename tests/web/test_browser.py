@@ -150,6 +150,30 @@ class TestAnAdminsDay:
         expect(pro).to_have_count(0)
         assert groups.list() == []
 
+    def test_a_generation_is_shown_within_two_seconds_of_the_pages_time(
+        self, sign_in: SignIn, stack: LocalStack, group: Group, limits: TokenLimits, user: LocalUser
+    ) -> None:
+        page = sign_in()
+        studio = page.get_by_role("article", name="Studio")
+        expect(studio).to_contain_text("20 left")
+        page.clock.install(time="2026-01-01T12:00:00Z")
+        page.clock.pause_at("2026-01-01T12:00:01Z")
+
+        def generate_first(route: Route) -> None:
+            limits.track(user.id, "image", 1)
+            route.continue_()
+
+        # the page asks when it is loaded: when it shows that answer, its next question waits for the clock
+        page.route("**/live*", generate_first, times=1)
+        page.reload()
+        expect(studio).to_contain_text("19 left")
+        page.evaluate("window.isStillThisPage = true")
+        assert generate(stack, user, "image", 2) == "2"
+        expect(studio).to_contain_text("19 left")
+        page.clock.run_for(2000)
+        expect(studio).to_contain_text("17 left")
+        assert page.evaluate("window.isStillThisPage")
+
     def test_of_five_hundred_groups_each_is_live(
         self, sign_in: SignIn, stack: LocalStack, groups: GroupManager, limits: TokenLimits, newcomer: LocalUser
     ) -> None:
