@@ -298,6 +298,51 @@ class TestMembers:
         assert list(groups.members(free.id)) == []
 
 
+class TestToasts:
+    @pytest.fixture
+    def page(self, sign_in: SignIn, group: Group) -> Page:
+        page = sign_in()
+        page.clock.install()
+        page.reload()
+        expect(page.get_by_role("article", name="Studio")).to_be_visible()
+        return page
+
+    def test_what_was_done_is_said_and_goes_away_by_itself(self, page: Page) -> None:
+        page.get_by_role("button", name="Edit Studio").click()
+        page.get_by_role("dialog").get_by_role("button", name="Save").click()
+        toast = page.get_by_role("status").get_by_text("Studio was saved.")
+        expect(toast).to_be_visible()
+        page.clock.run_for(5000)
+        expect(toast).to_have_count(0)
+
+    def test_what_failed_is_an_alert_over_the_dialog_and_stays_longer(self, page: Page) -> None:
+        page.get_by_role("button", name="member of Studio").click()
+        dialog = page.get_by_role("dialog", name="Members of Studio")
+        page.route("**/members/rows?*", lambda route: route.fulfill(status=503, body="Supabase can't be reached."))
+        dialog.get_by_role("searchbox", name="Search members").fill("bob")
+        page.clock.run_for(250)
+        alert = page.get_by_role("alert")
+        expect(alert).to_have_text("Supabase can't be reached.")
+        expect(dialog).to_be_visible()
+        # what is inert under a dialog can't be hit, and screen readers don't say it
+        assert alert.evaluate(IS_ON_TOP)
+        dialog.get_by_role("button", name="Close").click()
+        expect(dialog).to_be_hidden()
+        page.get_by_role("button", name="Delete Studio").click()
+        expect(page.get_by_role("dialog", name="Delete Studio?")).to_be_visible()
+        assert alert.evaluate(IS_ON_TOP)
+        page.clock.run_for(5000)
+        expect(alert).to_be_visible()
+        page.clock.run_for(5000)
+        expect(alert).to_have_count(0)
+
+
+IS_ON_TOP = """element => {
+  const { left, top, width, height } = element.getBoundingClientRect()
+  return element.contains(document.elementFromPoint(left + width / 2, top + height / 2))
+}"""
+
+
 class TestSomebodyElse:
     def test_a_user_gets_a_clear_page_and_no_more(self, sign_in: SignIn, group: Group, user: LocalUser) -> None:
         page = sign_in(user)
