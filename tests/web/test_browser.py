@@ -230,11 +230,11 @@ class TestGroupPage:
         page.get_by_text("As a table").click()
         expect(page.get_by_role("region", name="Usage over time, as a table")).to_contain_text("12,345")
         expect(page.get_by_role("region", name="Top members")).to_contain_text(user.email)
-        expect(page.get_by_label("Limits and what is used")).to_contain_text("20 left")
+        expect(page.get_by_role("region", name="Limits")).to_contain_text("20 left")
         page.get_by_role("button", name=f"Refund 80 image of {user.email}").click()
-        page.get_by_role("button", name="Go on").click()
+        page.get_by_role("dialog", name="Refund 80 image?").get_by_role("button", name="Refund").click()
         expect(page.get_by_text("80 image given back.")).to_be_visible()
-        expect(page.get_by_label("Limits and what is used")).to_contain_text("100 left")
+        expect(page.get_by_role("region", name="Limits")).to_contain_text("100 left")
         expect(page.get_by_role("row", name=re.compile("refunded"))).to_have_count(1)
         assert {limit.kind: limit.used for limit in groups.usage(group.id).limits}["image"] == 0
         with page.expect_download() as download:
@@ -274,7 +274,10 @@ class TestMembers:
         expect(dialog.get_by_text("No member has such an address.")).to_be_visible()
         search.fill(newcomer.email[3:20].upper())
         expect(rows).to_have_count(1)
+        expect(dialog.get_by_role("button", name="Remove")).to_be_disabled()
         dialog.get_by_role("checkbox", name=newcomer.email).check()
+        expect(dialog.get_by_role("button", name="Remove")).to_be_enabled()
+        expect(dialog.get_by_role("button", name="Move", exact=True)).to_be_disabled()
         dialog.get_by_role("combobox", name="Move to the group").select_option(label="Free")
         dialog.get_by_role("button", name="Move", exact=True).click()
         expect(page.get_by_text("1 member moved.")).to_be_visible()
@@ -292,7 +295,7 @@ class TestMembers:
             dialog.get_by_role("checkbox", name=newcomer.email).check()
         page.evaluate("new Promise(requestAnimationFrame)")
         dialog.get_by_role("button", name="Remove").click()
-        page.get_by_role("button", name="Go on").click()
+        page.get_by_role("dialog", name="Remove from Free?").get_by_role("button", name="Remove").click()
         expect(page.get_by_text("1 member removed. Their usage stays.")).to_be_visible()
         expect(dialog.get_by_text("Nobody is in this group yet.")).to_be_visible()
         assert list(groups.members(free.id)) == []
@@ -381,6 +384,25 @@ def fits(page: Page) -> None:
     assert page.evaluate(f"{places}.every(place => place.scrollWidth <= place.clientWidth)")
 
 
+def fill_in_nothing(page: Page) -> None:
+    page.get_by_role("button", name="Add a limit").click()
+    page.get_by_role("button", name="Create the group").click()
+    expect(page.get_by_text("A name has 1 to 200 characters.")).to_be_visible()
+
+
+def paste_strangers(page: Page) -> None:
+    page.get_by_text("Paste a list").click()
+    page.get_by_label("E-mail addresses or ids").fill("\n".join(f"nobody{n}@example.com" for n in range(201)))
+    page.get_by_role("button", name="Add the list").click()
+    expect(page.get_by_text("201 could not be found")).to_be_visible()
+    expect(page.get_by_text("and 1 more")).to_be_visible()
+    page.get_by_role("searchbox", name="Search users").fill("bob@")
+    page.get_by_role("checkbox", name="bob@").first.check()
+
+
+MISTAKES: dict[str, Callable[[Page], None]] = {"New group": fill_in_nothing, "member of Studio": paste_strangers}
+
+
 def visit_all(page: Page, group: Group) -> Iterator[str]:
     """Go to each page, and open each dialog."""
     base = page.url
@@ -390,12 +412,25 @@ def visit_all(page: Page, group: Group) -> Iterator[str]:
         page.get_by_role("button", name=name).first.click()
         expect(page.locator("#dialog-title")).to_be_visible()
         yield name
+        if make_mistakes := MISTAKES.get(name):
+            make_mistakes(page)
+            yield f"{name}, with mistakes"
         page.keyboard.press("Escape")
         expect(page.locator("#dialog")).to_be_hidden()
+    page.get_by_role("searchbox", name="Search groups").fill("no such group")
+    expect(page.get_by_role("heading", name="No group matches")).to_be_visible()
+    yield "no match"
     for path in (f"groups/{group.id}", "overview"):
         page.goto(f"{base}{path}")
         expect(page.locator(".chart:not([aria-busy])")).to_be_visible()
         yield path
+    page.go_back()
+    page.get_by_role("button", name="Reset usage").click()
+    expect(page.get_by_role("dialog", name="Reset the usage of Studio?")).to_be_visible()
+    yield "a question"
+    page.keyboard.press("Escape")
+    page.goto(f"{base}nowhere")
+    yield "nowhere"
     page.get_by_role("button", name="Sign out").click()
     expect(page.get_by_role("heading", name="Sign in to tokenlimits")).to_be_visible()
     yield "sign-in"

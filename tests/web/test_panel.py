@@ -356,6 +356,16 @@ class TestDialogs:
         answer = browser.get(f"/groups/{uuid4()}/edit", headers={"HX-Request": "true"})
         assert (answer.status_code, answer.headers["content-type"]) == (404, "text/plain; charset=utf-8")
 
+    @pytest.mark.parametrize("path", ["/nowhere", "/groups/x/y", "/static/nothing.css"])
+    def test_a_mistyped_address_is_said_in_words(self, browser: httpx.Client, admin: LocalUser, path: str) -> None:
+        for _ in range(2):
+            answer = browser.get(path, headers={"Accept": "text/html,*/*;q=0.8"})
+            assert answer.status_code == 404
+            assert "There is nothing here" in answer.text
+            assert answer.headers["cache-control"] == "no-store"
+            sign_in(browser, admin)
+        assert browser.get(path).text == "Not Found"
+
     def test_nobody_else_may_use_any_of_it(self, browser: httpx.Client, user: LocalUser, groups: GroupManager) -> None:
         pro = groups.create("Pro", limits={"image": 1})
         csrf = csrf_of(sign_in(browser, user))

@@ -43,7 +43,7 @@ async def member_rows(
 async def find_users(visit: Signed, group_id: UUID, email: Annotated[str, Query(max_length=320)] = "") -> Response:
     """Show users whose address has a part."""
     users = await visit.groups.find_users(email.strip()) if len(email.strip()) > 1 else None
-    return visit.page("found_users.html", group_id=group_id, users=users)
+    return visit.page("found_users.html", group_id=group_id, email=email.strip(), users=users)
 
 
 @routes.post("/groups/{group_id}/members")

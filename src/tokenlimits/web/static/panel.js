@@ -45,7 +45,10 @@ const confirmation = document.getElementById("confirm");
 document.body.addEventListener("htmx:confirm", (event) => {
   if (!event.detail.question) return;
   event.preventDefault();
-  document.getElementById("confirm-question").textContent = event.detail.question;
+  const { title, yes } = event.detail.elt.dataset;
+  document.getElementById("confirm-title").textContent = title;
+  document.getElementById("confirm-words").textContent = event.detail.question;
+  document.getElementById("confirm-yes").textContent = yes;
   confirmation.returnValue = "no";
   confirmation.showModal();
   raiseToasts();
@@ -79,9 +82,19 @@ document.body.addEventListener("htmx:sendError", () => {
 document.body.addEventListener("htmx:afterSettle", (event) => {
   if (event.detail.target === dialog || dialog.contains(event.detail.target)) {
     dialog.querySelector("[aria-invalid=true]")?.focus();
+    showWhatCanBeDone();
   }
   tick();
 });
+
+// a button waits until what it needs is chosen or typed
+function showWhatCanBeDone() {
+  for (const button of dialog.querySelectorAll("[data-needs]")) {
+    const given = new FormData(button.form);
+    button.disabled = !button.dataset.needs.split(" ").every((name) => given.get(name));
+  }
+}
+dialog.addEventListener("input", showWhatCanBeDone);
 
 // Enter in the search of users searches; it doesn't send what is chosen
 document.body.addEventListener("keydown", (event) => {
@@ -138,7 +151,8 @@ function tick() {
   for (const element of document.querySelectorAll("time[data-moment]:not([title])")) {
     const moment = new Date(element.dateTime);
     element.title = moment.toISOString();
-    element.textContent = moment.toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
+    const year = moment.getFullYear() === new Date(now).getFullYear() ? undefined : "numeric";
+    element.textContent = moment.toLocaleString(undefined, { year, month: "short", day: "numeric", hour: "numeric", minute: "2-digit" });
   }
 }
 tick();
