@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import io
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
@@ -116,9 +117,13 @@ class TestCharts:
 
 
 class TestExport:
-    def test_is_csv_that_starts_no_formula(self) -> None:
+    @pytest.mark.parametrize(
+        "begin", ["=", "+", "-", "@", "\t=", "\r=", "\n=", " =", "\uff1d", "\uff0b", "\uff0d", "\uff20"]
+    )
+    def test_is_csv_that_starts_no_formula(self, begin: str) -> None:
         record = UsageRecord(
-            id=UUID(int=1), group=GroupRef(id=UUID(int=2)), user_id=UUID(int=3), email="=cmd()", kind="image", cost=2,
+            id=UUID(int=1), group=GroupRef(id=UUID(int=2)), user_id=UUID(int=3), email=f"{begin}cmd()",
+            kind="image", cost=2,
             status="committed", idempotency_key="a,b", metadata={"name": "ü"}, created_at=datetime.now(UTC),
             settled_at=None, expires_at=None,
         )  # fmt: skip
@@ -129,7 +134,7 @@ class TestExport:
         async def lines() -> list[str]:
             return [line async for line in as_csv(records())]
 
-        (row,) = csv.DictReader(asyncio.run(lines()))
-        assert row["email"] == "'=cmd()"
+        (row,) = csv.DictReader(io.StringIO("".join(asyncio.run(lines())), newline=""))
+        assert row["email"] == f"'{begin}cmd()"
         assert row["idempotency_key"] == "a,b"
         assert row["metadata"] == '{"name": "ü"}'

@@ -197,8 +197,25 @@ class TestCsrf:
         csrf = csrf_of(sign_in(browser, admin))
         headers = {"Origin": "https://evil.example"}
         assert browser.post("/sign-out", data={"csrf": csrf}, headers=headers).status_code == 403
+        for origin in ("null", "http://[", "http://evil.example/@127.0.0.1", "x" * 1000):
+            headers = {"Origin": origin}
+            assert browser.post("/sign-out", data={"csrf": csrf}, headers=headers).status_code == 403
         headers = {"Origin": str(browser.base_url).rstrip("/")}
         assert browser.post("/sign-out", data={"csrf": csrf}, headers=headers).url.path == "/sign-in"
+
+
+class TestSizes:
+    @pytest.mark.parametrize("path", ["/sign-in", "/api/track-generation"])
+    @pytest.mark.parametrize("is_said", [True, False], ids=["said", "streamed"])
+    def test_nobody_fills_the_memory(self, browser: httpx.Client, path: str, is_said: bool) -> None:
+        def parts() -> Iterator[bytes]:
+            for _ in range(40):
+                yield b"a=" + b"a" * 499_997 + b"&"
+
+        headers = {"Content-Type": "application/json" if "api" in path else "application/x-www-form-urlencoded"}
+        if is_said:
+            headers["Content-Length"] = str(40 * 500_000)
+        assert browser.post(path, content=parts(), headers=headers).status_code == 413
 
 
 class TestHeaders:

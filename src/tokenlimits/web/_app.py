@@ -19,7 +19,7 @@ from . import _problems
 from ._api import api_of
 from ._backend import Backend
 from ._panel import nothing_here, panel_for, routes_of
-from ._security import SecurityHeaders
+from ._security import BodyLimit, SecurityHeaders
 from ._settings import WebSettings, load
 
 
@@ -58,6 +58,7 @@ def create_app(settings: WebSettings | None = None) -> FastAPI:
     app.mount("/static", _Static(packages=[("tokenlimits.web", "static")]))
     app.add_middleware(GZipMiddleware)
     app.add_middleware(SecurityHeaders)
+    app.add_middleware(BodyLimit)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101  # what it is registered for
