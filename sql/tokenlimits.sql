@@ -152,7 +152,7 @@ language sql
 immutable
 set search_path = ''
 as $$
-  select jsonb_build_object('version', 3)
+  select jsonb_build_object('version', 4)
 $$;
 comment on function public.tokenlimits_version()
 is 'The version of the installed schema. Clients compare it with the least that they need.';
@@ -3551,7 +3551,11 @@ is 'A fresh start for a group''s current periods, of a kind or of all; the ledge
 revoke execute on function public.reset_group_usage(uuid, text) from public, anon, authenticated, service_role;
 grant execute on function public.reset_group_usage(uuid, text) to authenticated, service_role;
 
-create or replace function tokenlimits.list_members(p_group_id uuid, p_after uuid, p_page_size integer)
+-- the one before had no search
+-- squawk-ignore ban-drop-function
+drop function if exists tokenlimits.list_members(uuid, uuid, integer);
+
+create or replace function tokenlimits.list_members(p_group_id uuid, p_after uuid, p_page_size integer, p_search text)
 returns jsonb
 language plpgsql
 stable
@@ -3559,6 +3563,8 @@ stable
 security definer
 set search_path = ''
 as $$
+declare
+  v_search text := nullif(lower(btrim(p_search)), '');
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
@@ -3567,22 +3573,31 @@ begin
     from (
       select m.user_id, u.email, m.joined_at
       from public.group_memberships as m
-      inner join auth.users as u on u.id = m.user_id
-      where m.group_id = p_group_id and (p_after is null or m.user_id > p_after)
+      -- the offset: member by member, or a search may read all users of the project
+      cross join lateral (select u.email from auth.users as u where u.id = m.user_id offset 0) as u
+      where
+        m.group_id = p_group_id
+        and (p_after is null or m.user_id > p_after)
+        and (v_search is null or strpos(lower(u.email), v_search) > 0)
       order by m.user_id
       limit least(greatest(p_page_size, 1), 1000)
     ) as page
   ), '[]');
 end
 $$;
-comment on function tokenlimits.list_members(uuid, uuid, integer) is 'What group_members does.';
-revoke execute on function tokenlimits.list_members(uuid, uuid, integer) from public, anon, authenticated;
-grant execute on function tokenlimits.list_members(uuid, uuid, integer) to authenticated, service_role;
+comment on function tokenlimits.list_members(uuid, uuid, integer, text) is 'What group_members does.';
+revoke execute on function tokenlimits.list_members(uuid, uuid, integer, text) from public, anon, authenticated;
+grant execute on function tokenlimits.list_members(uuid, uuid, integer, text) to authenticated, service_role;
+
+-- the one before had no search
+-- squawk-ignore ban-drop-function
+drop function if exists public.group_members(uuid, uuid, integer);
 
 create or replace function public.group_members(
   p_group_id uuid,
   p_after uuid default null,
-  p_page_size integer default 500
+  p_page_size integer default 500,
+  p_search text default null
 )
 returns jsonb
 language plpgsql
@@ -3590,13 +3605,14 @@ stable
 set search_path = ''
 as $$
 begin
-  return tokenlimits.list_members(p_group_id, p_after, p_page_size);
+  return tokenlimits.list_members(p_group_id, p_after, p_page_size, p_search);
 end
 $$;
-comment on function public.group_members(uuid, uuid, integer)
-is 'A group''s members with their e-mail addresses: the page after a user id, in the order of ids.';
-revoke execute on function public.group_members(uuid, uuid, integer) from public, anon, authenticated, service_role;
-grant execute on function public.group_members(uuid, uuid, integer) to authenticated, service_role;
+comment on function public.group_members(uuid, uuid, integer, text)
+is 'A group''s members, or those whose e-mail address contains a text: the page after a user id, in the order of ids.';
+revoke execute on function public.group_members(uuid, uuid, integer, text)
+from public, anon, authenticated, service_role;
+grant execute on function public.group_members(uuid, uuid, integer, text) to authenticated, service_role;
 
 create or replace function tokenlimits.search_users(p_email text, p_page_size integer)
 returns jsonb

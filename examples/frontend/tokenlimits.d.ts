@@ -264,7 +264,10 @@ export type Functions = {
   }
   remove_group_members: { Args: { p_group_id: Uuid; p_user_ids: Uuid[] }; Returns: { removed: number } }
   move_group_member: { Args: { p_user_id: Uuid; p_from: Uuid; p_to: Uuid }; Returns: { moved: boolean } }
-  group_members: { Args: { p_group_id: Uuid; p_after?: Uuid; p_page_size?: number }; Returns: Member[] }
+  group_members: {
+    Args: { p_group_id: Uuid; p_after?: Uuid; p_page_size?: number; p_search?: string }
+    Returns: Member[]
+  }
   find_users: { Args: { p_email: string; p_page_size?: number }; Returns: User[] }
   find_users_by_email: { Args: { p_emails: string[] }; Returns: User[] }
   export_usage: {

@@ -246,13 +246,15 @@ def move_member(user_id: Id, from_: Id, to: Id) -> Call[bool]:
     return Call("move_group_member", params, lambda answer: bool(answer["moved"]), retry_safe=False)
 
 
-def members_page(group_id: Id, after: Id | None, size: int) -> Call[list[Member]]:
+def members_page(group_id: Id, search: str | None, after: Id | None, size: int) -> Call[list[Member]]:
     """Read the page of members after a user id."""
     params = {
         **_group_id(group_id),
         "p_after": None if after is None else str(after),
         "p_page_size": size,
     }
+    if search is not None:  # older SQL doesn't know it
+        params["p_search"] = _arguments.search(search)
     return Call("group_members", params, _MEMBERS)
 
 

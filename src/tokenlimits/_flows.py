@@ -40,10 +40,10 @@ def all_groups(search: str | None) -> Flow[list[Group]]:
     return groups
 
 
-def all_members(group_id: Id) -> Pages[Member]:
-    """Read the members of a group, page by page."""
+def all_members(group_id: Id, search: str | None) -> Pages[Member]:
+    """Read the members of a group whose e-mail address contains a text, page by page."""
     after = None
-    while page := (yield _calls.members_page(group_id, after, MEMBERS_PAGE)):
+    while page := (yield _calls.members_page(group_id, search, after, MEMBERS_PAGE)):
         after = page[-1].user_id
 
 

@@ -263,13 +263,14 @@ class AsyncGroupManager(AsyncBase):
         """
         return await self._transport.run(_flows.remove_members(group_id, user_ids, on_progress))
 
-    def members(self, group_id: UUID | str) -> AsyncIterator[Member]:
+    def members(self, group_id: UUID | str, *, search: str | None = None) -> AsyncIterator[Member]:
         """Iterate over a group's members in the order of their ids, reading page by page.
 
         Args:
             group_id: Which group.
+            search: A part of their e-mail address, whatever its case; all members when None.
         """
-        return self._transport.iterate(_flows.all_members(group_id))
+        return self._transport.iterate(_flows.all_members(group_id, search))
 
     async def find_users(self, email: str) -> Users:
         """Find up to 20 users by a part of their e-mail address, whatever its case.

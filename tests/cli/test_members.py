@@ -46,6 +46,10 @@ def test_by_id_and_by_address(tl: Program, groups: GroupManager, team: Group, us
     listed = tl.json("members", "list", team.id)
     assert {member["email"] for member in listed} == {email for id_, email in users if id_ in (ann, bob)}
     assert bobs in tl("members", "list", team.name).stdout
+    assert [member["user_id"] for member in tl.json("members", "list", team.name, "--search", bobs.upper())] == [
+        str(bob)
+    ]
+    assert tl("members", "list", team.name, "--search", "nobody").stdout == ""
 
     assert "--yes" in tl.fails("members", "remove", team.name, ann)
     assert tl("members", "remove", team.name, ann, cyd, "--yes").stdout == "1 removed, 1 no members, 0 refused.\n"

@@ -1132,6 +1132,21 @@ def members_come_and_go(world: World) -> None:
 
 
 @scenario
+def members_are_found_by_a_part_of_their_address(world: World) -> None:
+    group = team(world, {}, ANN, BOB, CYD)
+
+    def found(text: str | None) -> list[UUID]:
+        return [member.user_id for member in world.groups.members(group, search=text)]
+
+    world.groups.remove_member(group, BOB)
+    assert found(" ANN@ex ") == [ANN]
+    assert found("@") == found(None) == found("") == found("  ") == [ANN, CYD]
+    # who left, who never was there, and what means something in LIKE
+    assert [found(text) for text in ("bob@", "nobody", "%", "_", "\\")] == [[]] * 5
+    assert refused(InvalidRequest, found, "a\0").field == "search"
+
+
+@scenario
 def who_returns_finds_their_usage(world: World) -> None:
     group = team(world, [day(5, "member"), day(9)], ANN, BOB)
     world.limits.track(ANN, "image", 2)

@@ -105,7 +105,7 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
     "add_group_members": {"p_group_id": GROUP_ID, "p_user_ids": [USER_ID, ADMIN_ID]},
     "remove_group_members": {"p_group_id": GROUP_ID, "p_user_ids": [USER_ID]},
     "move_group_member": {"p_user_id": USER_ID, "p_from": GROUP_ID, "p_to": OTHER_GROUP_ID},
-    "group_members": {"p_group_id": GROUP_ID, "p_after": None, "p_page_size": 10},
+    "group_members": {"p_group_id": GROUP_ID, "p_after": None, "p_page_size": 10, "p_search": "user@"},
     "reset_group_usage": {"p_group_id": GROUP_ID, "p_kind": "image"},
     "find_users": {"p_email": "user@", "p_page_size": 10},
     "find_users_by_email": {"p_emails": ["user@example.com"]},

@@ -219,6 +219,7 @@ def test_searches_take_text_literally(api: Connection, text: str) -> None:
     with request_by(api, ACTORS["service"]):
         assert value_of(api, "select public.find_groups(p_search => %s)", [text]) == []
         assert value_of(api, "select public.find_users(%s)", [text]) == []
+        assert value_of(api, "select public.group_members(%s, p_search => %s)", [GROUP_ID, text]) == []
 
 
 EDITS: Final = [

@@ -255,12 +255,20 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         True,
     ),
     "members_page": (
-        _calls.members_page(PRO, UUID(ANN), 500),
+        _calls.members_page(PRO, None, UUID(ANN), 500),
         "group_members",
         {"p_group_id": PRO, "p_after": ANN, "p_page_size": 500},
         True,
         [{"user_id": ANN, "email": None, "joined_at": WHEN}],
         lambda members: members[0].joined_at == NOW,
+    ),
+    "members_page of a search": (
+        _calls.members_page(PRO, "ann@", None, 500),
+        "group_members",
+        {"p_group_id": PRO, "p_after": None, "p_page_size": 500, "p_search": "ann@"},
+        True,
+        [],
+        [],
     ),
     "find_users": (
         _calls.find_users("ann@"),

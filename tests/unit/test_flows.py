@@ -93,19 +93,25 @@ def test_members_are_read_until_a_page_is_empty(lengths: list[int]) -> None:
         seen.extend(page)
         return page
 
-    _, calls = drive(_flows.all_members(PRO), remember)
+    _, calls = drive(_flows.all_members(PRO, None), remember)
     assert seen == members
     assert calls[-1].params == {"p_group_id": str(PRO), "p_after": str(ids[-1]), "p_page_size": _flows.MEMBERS_PAGE}
 
 
 def test_members_are_read_page_by_page() -> None:
-    pages = _flows.all_members(PRO)
+    pages = _flows.all_members(PRO, None)
     first = next(pages)
     assert first.params["p_after"] is None
     second = pages.send([Member(user_id=PRO, email=None, joined_at=NOW)])
     assert second.params["p_after"] == str(PRO)
     with pytest.raises(StopIteration):
         pages.send([])
+
+
+def test_every_page_of_members_is_one_of_the_search() -> None:
+    pages = _flows.all_members(PRO, "ann@")
+    assert next(pages).params["p_search"] == "ann@"
+    assert pages.send([Member(user_id=PRO, email=None, joined_at=NOW)]).params["p_search"] == "ann@"
 
 
 class TestAddMembers:

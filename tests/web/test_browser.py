@@ -150,6 +150,30 @@ class TestAnAdminsDay:
         expect(pro).to_have_count(0)
         assert groups.list() == []
 
+    def test_a_generation_is_shown_within_two_seconds_of_the_pages_time(
+        self, sign_in: SignIn, stack: LocalStack, group: Group, limits: TokenLimits, user: LocalUser
+    ) -> None:
+        page = sign_in()
+        studio = page.get_by_role("article", name="Studio")
+        expect(studio).to_contain_text("20 left")
+        page.clock.install(time="2026-01-01T12:00:00Z")
+        page.clock.pause_at("2026-01-01T12:00:01Z")
+
+        def generate_first(route: Route) -> None:
+            limits.track(user.id, "image", 1)
+            route.continue_()
+
+        # the page asks when it is loaded: when it shows that answer, its next question waits for the clock
+        page.route("**/live*", generate_first, times=1)
+        page.reload()
+        expect(studio).to_contain_text("19 left")
+        page.evaluate("window.isStillThisPage = true")
+        assert generate(stack, user, "image", 2) == "2"
+        expect(studio).to_contain_text("19 left")
+        page.clock.run_for(2000)
+        expect(studio).to_contain_text("17 left")
+        assert page.evaluate("window.isStillThisPage")
+
     def test_of_five_hundred_groups_each_is_live(
         self, sign_in: SignIn, stack: LocalStack, groups: GroupManager, limits: TokenLimits, newcomer: LocalUser
     ) -> None:
@@ -206,11 +230,11 @@ class TestGroupPage:
         page.get_by_text("As a table").click()
         expect(page.get_by_role("region", name="Usage over time, as a table")).to_contain_text("12,345")
         expect(page.get_by_role("region", name="Top members")).to_contain_text(user.email)
-        expect(page.get_by_label("Limits and what is used")).to_contain_text("20 left")
+        expect(page.get_by_role("region", name="Limits")).to_contain_text("20 left")
         page.get_by_role("button", name=f"Refund 80 image of {user.email}").click()
-        page.get_by_role("button", name="Go on").click()
+        page.get_by_role("dialog", name="Refund 80 image?").get_by_role("button", name="Refund").click()
         expect(page.get_by_text("80 image given back.")).to_be_visible()
-        expect(page.get_by_label("Limits and what is used")).to_contain_text("100 left")
+        expect(page.get_by_role("region", name="Limits")).to_contain_text("100 left")
         expect(page.get_by_role("row", name=re.compile("refunded"))).to_have_count(1)
         assert {limit.kind: limit.used for limit in groups.usage(group.id).limits}["image"] == 0
         with page.expect_download() as download:
@@ -225,6 +249,101 @@ class TestGroupPage:
         page.get_by_role("link", name="Overview").click()
         expect(page.get_by_role("region", name="Fullest groups")).to_contain_text("Studio")
         expect(page.get_by_role("region", name="Kinds")).to_contain_text("audio")
+
+
+class TestMembers:
+    def test_are_searched_moved_and_removed(
+        self, sign_in: SignIn, stack: LocalStack, groups: GroupManager, newcomer: LocalUser
+    ) -> None:
+        pro, free = groups.create("Pro"), groups.create("Free")
+        groups.add_members(pro.id, [*stack.create_users(120, "many-"), newcomer.id])
+        page = sign_in()
+        page.get_by_role("button", name="121 members of Pro").click()
+        dialog = page.get_by_role("dialog", name="Members of Pro")
+        rows = dialog.locator(".members-list").get_by_role("checkbox")
+        search = dialog.get_by_role("searchbox", name="Search members")
+        expect(rows).to_have_count(50)
+        search.fill("MANY-")
+        # the newcomer's row may have been among the first
+        expect(dialog.locator(".members-list")).not_to_contain_text(newcomer.email)
+        dialog.get_by_role("button", name="Show more").click()
+        expect(rows).to_have_count(100)
+        dialog.get_by_role("button", name="Show more").click()
+        expect(rows).to_have_count(120)
+        search.fill("no%body")
+        expect(dialog.get_by_text("No member has such an address.")).to_be_visible()
+        search.fill(newcomer.email[3:20].upper())
+        expect(rows).to_have_count(1)
+        expect(dialog.get_by_role("button", name="Remove")).to_be_disabled()
+        dialog.get_by_role("checkbox", name=newcomer.email).check()
+        expect(dialog.get_by_role("button", name="Remove")).to_be_enabled()
+        expect(dialog.get_by_role("button", name="Move", exact=True)).to_be_disabled()
+        dialog.get_by_role("combobox", name="Move to the group").select_option(label="Free")
+        dialog.get_by_role("button", name="Move", exact=True).click()
+        expect(page.get_by_text("1 member moved.")).to_be_visible()
+        expect(search).to_have_value(newcomer.email[3:20].upper())
+        expect(dialog.get_by_text("No member has such an address.")).to_be_visible()
+        assert [member.user_id for member in groups.members(free.id)] == [newcomer.id]
+        search.fill("")
+        expect(rows).to_have_count(50)
+        page.keyboard.press("Escape")
+        page.get_by_role("button", name="1 member of Free").click()
+        dialog = page.get_by_role("dialog", name="Members of Free")
+        with page.expect_response("**/rows?search=*"):
+            dialog.get_by_role("searchbox", name="Search members").fill(newcomer.email)
+            # before the answer, which takes no tick away
+            dialog.get_by_role("checkbox", name=newcomer.email).check()
+        page.evaluate("new Promise(requestAnimationFrame)")
+        dialog.get_by_role("button", name="Remove").click()
+        page.get_by_role("dialog", name="Remove from Free?").get_by_role("button", name="Remove").click()
+        expect(page.get_by_text("1 member removed. Their usage stays.")).to_be_visible()
+        expect(dialog.get_by_text("Nobody is in this group yet.")).to_be_visible()
+        assert list(groups.members(free.id)) == []
+
+
+class TestToasts:
+    @pytest.fixture
+    def page(self, sign_in: SignIn, group: Group) -> Page:
+        page = sign_in()
+        page.clock.install()
+        page.reload()
+        expect(page.get_by_role("article", name="Studio")).to_be_visible()
+        return page
+
+    def test_what_was_done_is_said_and_goes_away_by_itself(self, page: Page) -> None:
+        page.get_by_role("button", name="Edit Studio").click()
+        page.get_by_role("dialog").get_by_role("button", name="Save").click()
+        toast = page.get_by_role("status").get_by_text("Studio was saved.")
+        expect(toast).to_be_visible()
+        page.clock.run_for(5000)
+        expect(toast).to_have_count(0)
+
+    def test_what_failed_is_an_alert_over_the_dialog_and_stays_longer(self, page: Page) -> None:
+        page.get_by_role("button", name="member of Studio").click()
+        dialog = page.get_by_role("dialog", name="Members of Studio")
+        page.route("**/members/rows?*", lambda route: route.fulfill(status=503, body="Supabase can't be reached."))
+        dialog.get_by_role("searchbox", name="Search members").fill("bob")
+        page.clock.run_for(250)
+        alert = page.get_by_role("alert")
+        expect(alert).to_have_text("Supabase can't be reached.")
+        expect(dialog).to_be_visible()
+        # what is inert under a dialog can't be hit, and screen readers don't say it
+        assert alert.evaluate(IS_ON_TOP)
+        dialog.get_by_role("button", name="Close").click()
+        expect(dialog).to_be_hidden()
+        page.get_by_role("button", name="Delete Studio").click()
+        expect(page.get_by_role("dialog", name="Delete Studio?")).to_be_visible()
+        assert alert.evaluate(IS_ON_TOP)
+        page.clock.run_for(5000)
+        expect(alert).to_be_visible()
+        page.clock.run_for(5000)
+        expect(alert).to_have_count(0)
+
+
+IS_ON_TOP = """element => {
+  const { left, top, width, height } = element.getBoundingClientRect()
+  return element.contains(document.elementFromPoint(left + width / 2, top + height / 2))
+}"""
 
 
 class TestSomebodyElse:
@@ -265,6 +384,25 @@ def fits(page: Page) -> None:
     assert page.evaluate(f"{places}.every(place => place.scrollWidth <= place.clientWidth)")
 
 
+def fill_in_nothing(page: Page) -> None:
+    page.get_by_role("button", name="Add a limit").click()
+    page.get_by_role("button", name="Create the group").click()
+    expect(page.get_by_text("A name has 1 to 200 characters.")).to_be_visible()
+
+
+def paste_strangers(page: Page) -> None:
+    page.get_by_text("Paste a list").click()
+    page.get_by_label("E-mail addresses or ids").fill("\n".join(f"nobody{n}@example.com" for n in range(201)))
+    page.get_by_role("button", name="Add the list").click()
+    expect(page.get_by_text("201 could not be found")).to_be_visible()
+    expect(page.get_by_text("and 1 more")).to_be_visible()
+    page.get_by_role("searchbox", name="Search users").fill("bob@")
+    page.get_by_role("checkbox", name="bob@").first.check()
+
+
+MISTAKES: dict[str, Callable[[Page], None]] = {"New group": fill_in_nothing, "member of Studio": paste_strangers}
+
+
 def visit_all(page: Page, group: Group) -> Iterator[str]:
     """Go to each page, and open each dialog."""
     base = page.url
@@ -274,12 +412,25 @@ def visit_all(page: Page, group: Group) -> Iterator[str]:
         page.get_by_role("button", name=name).first.click()
         expect(page.locator("#dialog-title")).to_be_visible()
         yield name
+        if make_mistakes := MISTAKES.get(name):
+            make_mistakes(page)
+            yield f"{name}, with mistakes"
         page.keyboard.press("Escape")
         expect(page.locator("#dialog")).to_be_hidden()
+    page.get_by_role("searchbox", name="Search groups").fill("no such group")
+    expect(page.get_by_role("heading", name="No group matches")).to_be_visible()
+    yield "no match"
     for path in (f"groups/{group.id}", "overview"):
         page.goto(f"{base}{path}")
         expect(page.locator(".chart:not([aria-busy])")).to_be_visible()
         yield path
+    page.go_back()
+    page.get_by_role("button", name="Reset usage").click()
+    expect(page.get_by_role("dialog", name="Reset the usage of Studio?")).to_be_visible()
+    yield "a question"
+    page.keyboard.press("Escape")
+    page.goto(f"{base}nowhere")
+    yield "nowhere"
     page.get_by_role("button", name="Sign out").click()
     expect(page.get_by_role("heading", name="Sign in to tokenlimits")).to_be_visible()
     yield "sign-in"

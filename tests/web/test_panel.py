@@ -197,8 +197,25 @@ class TestCsrf:
         csrf = csrf_of(sign_in(browser, admin))
         headers = {"Origin": "https://evil.example"}
         assert browser.post("/sign-out", data={"csrf": csrf}, headers=headers).status_code == 403
+        for origin in ("null", "http://[", "http://evil.example/@127.0.0.1", "x" * 1000):
+            headers = {"Origin": origin}
+            assert browser.post("/sign-out", data={"csrf": csrf}, headers=headers).status_code == 403
         headers = {"Origin": str(browser.base_url).rstrip("/")}
         assert browser.post("/sign-out", data={"csrf": csrf}, headers=headers).url.path == "/sign-in"
+
+
+class TestSizes:
+    @pytest.mark.parametrize("path", ["/sign-in", "/api/track-generation"])
+    @pytest.mark.parametrize("is_said", [True, False], ids=["said", "streamed"])
+    def test_nobody_fills_the_memory(self, browser: httpx.Client, path: str, is_said: bool) -> None:
+        def parts() -> Iterator[bytes]:
+            for _ in range(40):
+                yield b"a=" + b"a" * 499_997 + b"&"
+
+        headers = {"Content-Type": "application/json" if "api" in path else "application/x-www-form-urlencoded"}
+        if is_said:
+            headers["Content-Length"] = str(40 * 500_000)
+        assert browser.post(path, content=parts(), headers=headers).status_code == 413
 
 
 class TestHeaders:
@@ -332,6 +349,9 @@ class TestDialogs:
         assert more is not None
         rows = browser.get(more[1])
         assert rows.text.count('name="member"') == 50
+        last = list(groups.members(pro.id))[-1]
+        rows = browser.get(f"/groups/{pro.id}/members/rows", params={"search": last.email})
+        assert [str(last.user_id)] == re.findall(r'name="member" value="([^"]+)"', rows.text)
 
     def test_members_move_to_another_group(
         self, browser: httpx.Client, admin: LocalUser, groups: GroupManager, stack: LocalStack
@@ -353,6 +373,16 @@ class TestDialogs:
         answer = browser.get(f"/groups/{uuid4()}/edit", headers={"HX-Request": "true"})
         assert (answer.status_code, answer.headers["content-type"]) == (404, "text/plain; charset=utf-8")
 
+    @pytest.mark.parametrize("path", ["/nowhere", "/groups/x/y", "/static/nothing.css"])
+    def test_a_mistyped_address_is_said_in_words(self, browser: httpx.Client, admin: LocalUser, path: str) -> None:
+        for _ in range(2):
+            answer = browser.get(path, headers={"Accept": "text/html,*/*;q=0.8"})
+            assert answer.status_code == 404
+            assert "There is nothing here" in answer.text
+            assert answer.headers["cache-control"] == "no-store"
+            sign_in(browser, admin)
+        assert browser.get(path).text == "Not Found"
+
     def test_nobody_else_may_use_any_of_it(self, browser: httpx.Client, user: LocalUser, groups: GroupManager) -> None:
         pro = groups.create("Pro", limits={"image": 1})
         csrf = csrf_of(sign_in(browser, user))
@@ -360,7 +390,8 @@ class TestDialogs:
         group = f"/groups/{pro.id}"
         for path in ("/groups/new", group, f"{group}/edit", f"{group}/delete", f"{group}/members", f"{group}/live",
                      f"{group}/history", f"{group}/export", "/overview", "/overview/history",
-                     f"{group}/members/search?email=example", f"{group}/members?after={uuid4()}"):  # fmt: skip
+                     f"{group}/members/search?email=example", f"{group}/members/rows?search=example",
+                     f"{group}/members/rows?after={uuid4()}"):  # fmt: skip
             answer = browser.get(path, headers=headers)
             assert answer.status_code == 403, path
             assert "example.com" not in answer.text

@@ -31,10 +31,17 @@ def register(app: typer.Typer) -> None:
 
 
 @commands.command("list")
-def list_(group: GroupArgument, *, as_json: AsJson = False) -> None:
-    """List a group's members."""
+def list_(
+    group: GroupArgument,
+    *,
+    search: Annotated[
+        str | None, typer.Option("--search", help="A part of the e-mail address.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List a group's members, all or some."""
     with manager() as groups:
-        members = groups.members(find_group(groups, group).id)
+        members = groups.members(find_group(groups, group).id, search=search)
         if as_json:
             print_json_list(members)
             return

@@ -115,11 +115,18 @@ class AdminFunctions(State):
             self._enlist(to, p_user_id)
         return {"moved": moved}
 
-    def group_members(self, p_group_id: str, p_after: str | None = None, p_page_size: int = 500) -> list[Json]:
-        """List members in the order of their ids; the page after one."""
+    def group_members(
+        self, p_group_id: str, p_after: str | None = None, p_page_size: int = 500, p_search: str | None = None
+    ) -> list[Json]:
+        """List members, or those whose address has a part, in the order of their ids; the page after one."""
         members = self._group(p_group_id).members
-        page = sorted(user_id for user_id in members if p_after is None or user_id > p_after)
         emails = self._users or {}
+        part = (p_search or "").strip(" ").lower()
+        page = sorted(
+            user_id
+            for user_id in members
+            if (p_after is None or user_id > p_after) and part in (emails.get(user_id) or "").lower()
+        )
         return [
             {"user_id": user_id, "email": emails.get(user_id), "joined_at": members[user_id].joined_at.isoformat()}
             for user_id in page[: min(max(p_page_size, 1), 1000)]

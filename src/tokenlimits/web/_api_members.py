@@ -8,6 +8,7 @@ from uuid import UUID
 from fastapi import APIRouter, Query
 
 from tokenlimits import BulkResult
+from tokenlimits.models import Text
 
 from ._problems import documented
 from ._routing import ApiRoute, CallersGroups
@@ -22,11 +23,15 @@ _BULK = {"added": 2, "already": 1, "refused": [{"user_id": "9c1f…", "reason": 
 async def list_members(
     groups: CallersGroups,
     group_id: Annotated[UUID, Query()],
+    search: Annotated[
+        Text,
+        Query(max_length=320, description="A part of the e-mail address, whatever its case", examples=["@example.com"]),
+    ] = "",
     after: Annotated[UUID | None, Query(description="`next` of the page before")] = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
 ) -> Members:
-    """List a group's members, in the order of their ids."""
-    page = await groups.members_page(group_id, after, limit)
+    """List a group's members, all or those that are searched for, in the order of their ids."""
+    page = await groups.members_page(group_id, search or None, after, limit)
     return Members(items=page, next=str(page[-1].user_id) if len(page) == limit else None)
 
 

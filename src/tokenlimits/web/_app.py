@@ -18,8 +18,8 @@ import tokenlimits
 from . import _problems
 from ._api import api_of
 from ._backend import Backend
-from ._panel import panel_of
-from ._security import SecurityHeaders
+from ._panel import nothing_here, panel_for, routes_of
+from ._security import BodyLimit, SecurityHeaders
 from ._settings import WebSettings, load
 
 
@@ -37,6 +37,7 @@ def create_app(settings: WebSettings | None = None) -> FastAPI:
         'tokenlimits'
     """
     backend = Backend(settings or load())
+    panel = panel_for(backend)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
@@ -53,11 +54,21 @@ def create_app(settings: WebSettings | None = None) -> FastAPI:
         openapi_url="/api/openapi.json",
     )
     app.include_router(api_of(backend))
-    app.include_router(panel_of(backend))
+    app.include_router(routes_of(panel))
     app.mount("/static", _Static(packages=[("tokenlimits.web", "static")]))
     app.add_middleware(GZipMiddleware)
     app.add_middleware(SecurityHeaders)
-    app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(BodyLimit)
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # noqa: S101  # what it is registered for
+        if request.url.path.startswith(f"{request.scope.get('root_path', '')}/api/"):
+            return _problems.of_status(error.status_code, error.detail, error.headers)
+        if error.status_code == 404 and request.method == "GET" and "text/html" in request.headers.get("accept", ""):
+            return await nothing_here(panel, request)
+        return PlainTextResponse(error.detail, error.status_code, error.headers)
+
+    app.add_exception_handler(HTTPException, http_error)
     return app
 
 
@@ -68,10 +79,3 @@ class _Static(StaticFiles):
         response = await super().get_response(path, scope)
         response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
         return response
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101  # what it is registered for
-    if request.url.path.startswith(f"{request.scope.get('root_path', '')}/api/"):
-        return _problems.of_status(error.status_code, error.detail, error.headers)
-    return PlainTextResponse(error.detail, error.status_code, error.headers)

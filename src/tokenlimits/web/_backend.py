@@ -63,9 +63,9 @@ class Groups(AsyncGroupManager):
         wanted = reports.wanted_usage(group_id, None, None, since, None)
         return await self._transport.send(reports.usage_page(wanted, None, _LEDGER_PAGE))
 
-    async def members_page(self, group_id: UUID, after: UUID | None, size: int) -> list[Member]:
+    async def members_page(self, group_id: UUID, search: str | None, after: UUID | None, size: int) -> list[Member]:
         """Read the page of members after a user's id."""
-        return await self._transport.send(calls.members_page(group_id, after, size))
+        return await self._transport.send(calls.members_page(group_id, search, after, size))
 
 
 class Person(BaseModel):

@@ -13,7 +13,7 @@ from tokenlimits import HistoryPoint
 Step = Literal["hour", "day", "month"]
 
 _SHOWN: Mapping[Step, int] = {"hour": 48, "day": 30, "month": 12}
-_WRITTEN: Mapping[Step, str] = {"hour": "%b %d, %H:%M", "day": "%b %d", "month": "%b %Y"}
+_WRITTEN: Mapping[Step, str] = {"hour": "{0:%b} {0.day}, {0:%H:%M}", "day": "{0:%b} {0.day}", "month": "{0:%b %Y}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +56,10 @@ def chart(points: Iterable[HistoryPoint], step: Step, timezone: str, now: dateti
     zone = _zone(timezone)
     used: dict[str, dict[str, int]] = {}
     for point in points:
-        label = point.bucket.astimezone(zone).strftime(_WRITTEN[step])
+        label = _WRITTEN[step].format(point.bucket.astimezone(zone))
         of_kind = used.setdefault(point.kind, {})
         of_kind[label] = of_kind.get(label, 0) + point.used
-    labels = list(dict.fromkeys(bucket.strftime(_WRITTEN[step]) for bucket in buckets(step, timezone, now)))
+    labels = list(dict.fromkeys(_WRITTEN[step].format(bucket) for bucket in buckets(step, timezone, now)))
     kinds = sorted(used, key=lambda kind: (-sum(used[kind].values()), kind))
     return {
         "labels": labels,

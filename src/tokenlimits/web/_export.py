@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import AsyncIterator, Iterable
 
 from tokenlimits.models import UsageRecord
@@ -13,6 +14,9 @@ _COLUMNS = (
     "id", "created_at", "user_id", "email", "kind", "cost", "status", "settled_at", "expires_at", "idempotency_key",
     "metadata",
 )  # fmt: skip
+
+# white space before it, and the wide forms of East Asia, keep no spreadsheet from it
+_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 
 
 async def as_csv(records: AsyncIterator[UsageRecord]) -> AsyncIterator[str]:
@@ -26,7 +30,7 @@ async def as_csv(records: AsyncIterator[UsageRecord]) -> AsyncIterator[str]:
 
 def _harmless(value: object) -> object:
     """Keep spreadsheets from running what somebody chose as an address or a key."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
 
 
 def _line(values: Iterable[object]) -> str:

@@ -14,7 +14,7 @@ _PERIODS: Mapping[str, str] = {
     "month": "a month",
     "lifetime": "in total",
 }
-_STEPS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**4, "k"))
+_STEPS = ((10**12, "T"), (10**9, "B"), (10**6, "M"))
 
 
 def number(value: int | None) -> str:
@@ -28,18 +28,17 @@ def number(value: int | None) -> str:
 
 
 def short(value: int | None) -> str:
-    """Write a number in a few characters.
+    """Write a number in few characters, from a million on.
 
     Example:
-        >>> short(9_999), short(12_345), short(1_500_000), short(2 * 10**9), short(None)
-        ('9,999', '12.3k', '1.5M', '2B', '∞')
+        >>> short(12_345), short(1_500_000), short(2 * 10**9), short(None)
+        ('12,345', '1.5M', '2B', '∞')
     """
     if value is None:
         return "∞"
     for size, name in _STEPS:
         if value >= size:
-            unit = 1000 if name == "k" else size
-            return f"{value / unit:.1f}".removesuffix(".0") + name
+            return f"{value / size:.1f}".removesuffix(".0") + name
     return f"{value:,}"
 
 

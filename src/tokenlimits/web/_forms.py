@@ -29,20 +29,22 @@ class LimitRow:
     scope: str = "group"
     unlimited: bool = False
     error: str = ""
+    wrong: str = ""
+    """The field that the error is about; none: the limit as a whole."""
 
     def checked(self) -> tuple[LimitRow, dict[str, Any]]:
         """Return it with what is wrong with it, and as the library takes it."""
         typed = self.max.replace(",", "").replace("_", "").replace(" ", "")
         if not _KIND.fullmatch(self.kind):
-            error = "A kind begins with a letter a-z; then a-z, 0-9 and _, 32 at most."
+            wrong, error = "kind", "A kind begins with a letter a-z; then a-z, 0-9 and _, 32 at most."
         elif not self.unlimited and not (typed.isascii() and typed.isdigit() and int(typed) <= _MOST):
-            error = "A maximum is a whole number, 0 or more; 0 blocks."
+            wrong, error = "max", "A maximum is a whole number, 0 or more; 0 blocks."
         elif self.period not in _PERIODS or self.scope not in _SCOPES:
-            error = "There is no such period or scope."
+            wrong, error = "", "There is no such period or scope."
         else:
             max_ = None if self.unlimited else int(typed)
             return self, {"kind": self.kind, "max": max_, "period": self.period, "scope": self.scope}
-        return replace(self, error=error), {}
+        return replace(self, error=error, wrong=wrong), {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
 
 from tokenlimits import ConfigurationError
 
 from . import _panel_group, _panel_groups, _panel_members, _panel_overview, _panel_sign_in, _panel_tokens
 from ._backend import Backend
-from ._pages import PageRoute, Panel
+from ._pages import PageRoute, Panel, render
 
 
-def panel_of(backend: Backend) -> APIRouter:
-    """Make the router for a backend.
+def panel_for(backend: Backend) -> Panel:
+    """Make what the panel's requests share, for a backend.
 
     Raises:
         ConfigurationError: There is no secret to seal the sessions with.
@@ -23,11 +24,25 @@ def panel_of(backend: Backend) -> APIRouter:
             "The panel needs TOKENLIMITS_WEB_SECRET, 32 characters or more that nobody can guess, the same in all its "
             "processes. Make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
         )
-    panel = APIRouter(route_class=PageRoute, dependencies=[Depends(Panel(backend, secret))], include_in_schema=False)
-    panel.include_router(_panel_sign_in.routes)
-    panel.include_router(_panel_tokens.routes)
-    panel.include_router(_panel_groups.routes)
-    panel.include_router(_panel_members.routes)
-    panel.include_router(_panel_group.routes)
-    panel.include_router(_panel_overview.routes)
-    return panel
+    return Panel(backend, secret)
+
+
+def routes_of(panel: Panel) -> APIRouter:
+    """Make the router."""
+    routes = APIRouter(route_class=PageRoute, dependencies=[Depends(panel)], include_in_schema=False)
+    routes.include_router(_panel_sign_in.routes)
+    routes.include_router(_panel_tokens.routes)
+    routes.include_router(_panel_groups.routes)
+    routes.include_router(_panel_members.routes)
+    routes.include_router(_panel_group.routes)
+    routes.include_router(_panel_overview.routes)
+    return routes
+
+
+async def nothing_here(panel: Panel, request: Request) -> Response:
+    """Show that there is no such page."""
+    await panel(request)
+    words = {"title": "There is nothing here", "advice": "The address may be mistyped.", "retry": False}
+    response = render(request, "problem.html", 404, **words)
+    response.headers["Cache-Control"] = "no-store"
+    return response

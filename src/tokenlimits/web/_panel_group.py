@@ -85,7 +85,7 @@ async def refund(visit: Signed, usage_id: UUID) -> Response:
 async def reset(visit: Signed, group_id: UUID) -> Response:
     """Give the group a fresh start in its current periods."""
     await visit.groups.reset_usage(group_id)
-    return done("A fresh start: usage counts from now on. The ledger keeps everything.")
+    return done("Usage was reset: it counts from now on. The ledger keeps everything.")
 
 
 async def _recent(visit: Visit, group_id: UUID) -> list[UsageRecord]:

@@ -22,19 +22,28 @@ _PAGE = 50
 
 
 @routes.get("/groups/{group_id}/members")
-async def members_dialog(visit: Signed, group_id: UUID, after: Annotated[UUID | None, Query()] = None) -> Response:
-    """Show the first members, or the next ones."""
-    if after is None:
-        return await _dialog(visit, group_id)
-    page = await visit.groups.members_page(group_id, after, _PAGE)
-    return visit.page("member_rows.html", group_id=group_id, members=page, size=_PAGE)
+async def members_dialog(visit: Signed, group_id: UUID) -> Response:
+    """Show the dialog, with the first members."""
+    return await _dialog(visit, group_id)
+
+
+@routes.get("/groups/{group_id}/members/rows")
+async def member_rows(
+    visit: Signed,
+    group_id: UUID,
+    search: Annotated[str, Query(max_length=320)] = "",
+    after: Annotated[UUID | None, Query()] = None,
+) -> Response:
+    """Show the members that are searched for, or the next ones."""
+    page = await visit.groups.members_page(group_id, search or None, after, _PAGE)
+    return visit.page("member_rows.html", group_id=group_id, search=search, members=page, size=_PAGE)
 
 
 @routes.get("/groups/{group_id}/members/search")
-async def search(visit: Signed, group_id: UUID, email: Annotated[str, Query(max_length=320)] = "") -> Response:
+async def find_users(visit: Signed, group_id: UUID, email: Annotated[str, Query(max_length=320)] = "") -> Response:
     """Show users whose address has a part."""
     users = await visit.groups.find_users(email.strip()) if len(email.strip()) > 1 else None
-    return visit.page("found_users.html", group_id=group_id, users=users)
+    return visit.page("found_users.html", group_id=group_id, email=email.strip(), users=users)
 
 
 @routes.post("/groups/{group_id}/members")
@@ -52,8 +61,10 @@ async def add(visit: Signed, group_id: UUID) -> Response:
 @routes.post("/groups/{group_id}/members/remove")
 async def remove(visit: Signed, group_id: UUID) -> Response:
     """Remove the members that were ticked."""
-    removed = await visit.groups.remove_members(group_id, ids(await visit.form(), "member"))
-    return stay(await _dialog(visit, group_id), f"{_people(removed)} removed. Their usage stays.")
+    form = await visit.form()
+    removed = await visit.groups.remove_members(group_id, ids(form, "member"))
+    dialog = await _dialog(visit, group_id, search=str(form.get("search", "")))
+    return stay(dialog, f"{_people(removed)} removed. Their usage stays.")
 
 
 @routes.post("/groups/{group_id}/members/move")
@@ -65,13 +76,14 @@ async def move(visit: Signed, group_id: UUID) -> Response:
         raise InvalidRequest("Choose the group that they move to.", detail="to")
     members = ids(form, "member")
     moved = [await visit.groups.move_member(member, from_=group_id, to=to[0]) for member in members]
-    return stay(await _dialog(visit, group_id), f"{_people(sum(moved))} moved.")
+    dialog = await _dialog(visit, group_id, search=str(form.get("search", "")))
+    return stay(dialog, f"{_people(sum(moved))} moved.")
 
 
-async def _dialog(visit: Visit, group_id: UUID, missing: Iterable[str] = ()) -> Response:
+async def _dialog(visit: Visit, group_id: UUID, missing: Iterable[str] = (), search: str = "") -> Response:
     usage, page, groups = await asyncio.gather(
         visit.groups.usage(group_id),
-        visit.groups.members_page(group_id, None, _PAGE),
+        visit.groups.members_page(group_id, search or None, None, _PAGE),
         visit.groups.list(),
     )
     others = [group for group in groups if group.id != group_id]
@@ -79,6 +91,7 @@ async def _dialog(visit: Visit, group_id: UUID, missing: Iterable[str] = ()) -> 
         "members.html",
         group_id=group_id,
         usage=usage,
+        search=search if usage.member_count else "",  # then there is nothing to search
         members=page,
         size=_PAGE,
         others=others,

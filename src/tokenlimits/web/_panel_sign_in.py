@@ -32,7 +32,7 @@ async def sign_in(request: Request) -> Response:
     form = await read_form(request)
     email, password, next_ = (str(form.get(name, "")) for name in ("email", "password", "next"))
     try:
-        for who in (address(request), email.strip().lower()):
+        for who in (address(request), email.strip().lower()[:320]):
             panel.sign_ins.hit(who)
         tokens = await panel.backend.sign_in(email.strip(), password)
     except TooManyRequests:

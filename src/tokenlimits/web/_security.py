@@ -1,9 +1,10 @@
-"""Security headers on every answer."""
+"""What holds for every request: security headers on the answer, and an end to what is read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fastapi import HTTPException
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,6 +31,8 @@ HEADERS: Mapping[str, str] = {
     "X-Frame-Options": "DENY",
 }
 _A_YEAR = 31_536_000
+# a list of a hundred thousand users has four million bytes
+_MOST = 10_000_000
 
 
 class SecurityHeaders:
@@ -55,3 +58,28 @@ class SecurityHeaders:
             await send(message)
 
         await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)
+
+
+class BodyLimit:
+    """Reads no more of a request than a large list needs: whoever sends it may not be known yet.
+
+    Args:
+        app: What answers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer."""
+        left = _MOST
+
+        async def receive_within() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413, "This is too large. Send it in parts.")
+            return message
+
+        await self._app(scope, receive_within if scope["type"] == "http" else receive, send)

@@ -10,7 +10,6 @@ import json
 import secrets
 import zlib
 from dataclasses import dataclass, replace
-from urllib.parse import urlsplit
 
 from cryptography.fernet import Fernet, InvalidToken
 from pydantic import SecretStr
@@ -82,7 +81,7 @@ class Sessions:
             BadOrigin: It doesn't.
         """
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
             raise BadOrigin
         if not isinstance(token, str) or not hmac.compare_digest(token.encode(), self.csrf(session).encode()):
             raise BadOrigin

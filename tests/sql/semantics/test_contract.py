@@ -708,6 +708,25 @@ class TestWhatIsRecordedStays:
         assert (answer["added"], answer["already"]) == (1, 1)
         assert [UUID(x) for x in answer["unknown"]] == [unknown]
 
+    def test_members_that_are_searched_for_come_page_by_page(self, world: World) -> None:
+        group, other = world.group(), world.group()
+        named = sorted(world.user(group) for _ in range(5))
+        world.user(group)  # without an address
+        elsewhere = world.user(other)
+        world.owner.execute(
+            "update auth.users set email = 'Ann' || id || '@example.com' where id = any(%s)", [[*named, elsewhere]]
+        )
+
+        def page(after: UUID | None, search: str) -> list[UUID]:
+            found = world.api.call("group_members", group_id=group, after=after, page_size=2, search=search)
+            return [UUID(str(member["user_id"])) for member in found]
+
+        assert page(None, " aNN") == named[:2]
+        assert page(named[1], "ann") == named[2:4]
+        assert page(named[3], "ann") == named[4:]
+        assert page(named[4], "ann") == page(None, "bob") == page(None, "ann%") == []
+        assert len(world.api.call("group_members", group_id=group, search=" ")) == 6
+
     def test_moving_a_member_is_one_step(self, world: World) -> None:
         one, two = world.group(limit(9)), world.group(limit(9))
         user = world.user(one)
@@ -769,6 +788,21 @@ class TestFlat:
         owner.execute("analyze")
         few, many = (_rows_read(reader, lambda user=user: reader.track(user, "image")) for user in (alone, crowded))
         assert _grown(few, many) == {}
+
+    def test_a_search_of_members_reads_nothing_of_other_users(self, owner: Api, world: World, reader: Api) -> None:
+        group = world.group()
+        owner.execute("insert into auth.users (id) select gen_random_uuid() from generate_series(1, 12000)")
+        owner.execute(
+            "insert into public.group_memberships (group_id, user_id)"
+            " select %s, id from auth.users order by id limit 2000",
+            [group],
+        )
+        owner.execute("analyze")
+        query = "select idx_tup_fetch + seq_tup_read from pg_stat_xact_user_tables where relid = 'auth.users'::regclass"
+        with reader.connection.transaction():
+            before = reader.one(query)
+            assert reader.call("group_members", group_id=group, page_size=50, search="nobody") == []
+            assert reader.one(query) - before == 2000
 
     def test_a_new_period_reads_nothing_of_history(self, owner: Api, world: World, reader: Api) -> None:
         world.at(NOVEMBER_23)

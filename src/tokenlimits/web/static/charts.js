@@ -25,6 +25,7 @@ function draw({ labels, kinds }) {
     },
     options: {
       animation: matchMedia("(prefers-reduced-motion: reduce)").matches ? false : { duration: 300 },
+      animations: { numbers: { type: "number", properties: ["y", "base"] } }, // bars rise, and come from nowhere else
       maintainAspectRatio: false,
       interaction: { mode: "index", intersect: false },
       scales: {

@@ -9,8 +9,8 @@ const level = (fraction) => (fraction === null ? "none" : fraction < 0.7 ? "ok" 
 
 // as `short` in _format.py
 function short(value) {
-  for (const [size, name] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e4, "k"]]) {
-    if (value >= size) return `${(value / (name === "k" ? 1e3 : size)).toFixed(1).replace(/\.0$/, "")}${name}`;
+  for (const [size, name] of [[1e12, "T"], [1e9, "B"], [1e6, "M"]]) {
+    if (value >= size) return `${(value / size).toFixed(1).replace(/\.0$/, "")}${name}`;
   }
   return numbers.format(value);
 }

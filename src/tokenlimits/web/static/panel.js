@@ -1,19 +1,25 @@
 // Dialogs, toasts, countdowns, the theme. What a page shows comes from the server, by htmx.
 import { startLive } from "./live.js";
 
-const dialog = document.getElementById("dialog");
+const modal = document.getElementById("modal");
+const dialog = document.getElementById("dialog"); // what is in it
+const toasts = document.getElementById("toasts");
 let opener = null;
+
+// into an open dialog, the last one: what is beside it is inert, and screen readers would not say it
+function raiseToasts() {
+  const place = [...document.querySelectorAll("dialog[open]")].at(-1) ?? document.body;
+  if (toasts.parentElement !== place) place.append(toasts);
+  if (toasts.childElementCount && !toasts.matches(":popover-open")) toasts.showPopover();
+}
 
 export function toast(message, bad = false) {
   const element = document.createElement("div");
   element.className = bad ? "toast bad" : "toast";
   if (bad) element.setAttribute("role", "alert");
   element.textContent = message;
-  const toasts = document.getElementById("toasts");
   toasts.append(element);
-  // shown anew, it lies over a dialog that was opened meanwhile
-  toasts.hidePopover();
-  toasts.showPopover();
+  raiseToasts();
   setTimeout(() => element.remove(), bad ? 8000 : 4000);
 }
 
@@ -22,12 +28,14 @@ document.body.addEventListener("htmx:beforeRequest", (event) => {
   if (event.detail.target !== dialog || dialog.contains(event.detail.elt)) return;
   opener = event.detail.elt;
   dialog.innerHTML = '<div class="loading" aria-label="Loading"><i></i><i></i><i></i></div>';
-  if (!dialog.open) dialog.showModal();
+  if (!modal.open) modal.showModal();
+  raiseToasts();
 });
 document.body.addEventListener("click", (event) => {
-  if (event.target === dialog || event.target.closest("[data-close]")) dialog.close();
+  if (event.target === modal || event.target.closest("[data-close]")) modal.close();
 });
-dialog.addEventListener("close", () => {
+modal.addEventListener("close", () => {
+  raiseToasts();
   dialog.replaceChildren();
   if (opener?.isConnected) opener.focus();
 });
@@ -37,19 +45,26 @@ const confirmation = document.getElementById("confirm");
 document.body.addEventListener("htmx:confirm", (event) => {
   if (!event.detail.question) return;
   event.preventDefault();
-  document.getElementById("confirm-question").textContent = event.detail.question;
+  const { title, yes } = event.detail.elt.dataset;
+  document.getElementById("confirm-title").textContent = title;
+  document.getElementById("confirm-words").textContent = event.detail.question;
+  document.getElementById("confirm-yes").textContent = yes;
   confirmation.returnValue = "no";
   confirmation.showModal();
+  raiseToasts();
   confirmation.addEventListener(
     "close",
-    () => confirmation.returnValue === "yes" && event.detail.issueRequest(true),
+    () => {
+      raiseToasts();
+      if (confirmation.returnValue === "yes") event.detail.issueRequest(true);
+    },
     { once: true },
   );
 });
 
 // what the server says: done, or why not
 document.body.addEventListener("done", (event) => {
-  if (!event.detail.stay) dialog.close();
+  if (!event.detail.stay) modal.close();
   toast(event.detail.message);
   document.querySelectorAll("[data-live], [data-refresh]").forEach((element) => htmx.trigger(element, "refresh"));
 });
@@ -57,19 +72,29 @@ document.body.addEventListener("go", (event) => location.assign(event.detail.to)
 document.body.addEventListener("htmx:responseError", (event) => {
   const { status, responseText } = event.detail.xhr;
   if (status === 401) return location.reload();
-  if (dialog.open && !dialog.querySelector("form, [data-close]")) dialog.close();
+  if (modal.open && !dialog.querySelector("form, [data-close]")) modal.close();
   toast(responseText.length < 500 ? responseText : "Something went wrong.", true);
 });
 document.body.addEventListener("htmx:sendError", () => {
-  if (dialog.open && !dialog.querySelector("form, [data-close]")) dialog.close();
+  if (modal.open && !dialog.querySelector("form, [data-close]")) modal.close();
   toast("The server can't be reached. Nothing was changed.", true);
 });
 document.body.addEventListener("htmx:afterSettle", (event) => {
   if (event.detail.target === dialog || dialog.contains(event.detail.target)) {
     dialog.querySelector("[aria-invalid=true]")?.focus();
+    showWhatCanBeDone();
   }
   tick();
 });
+
+// a button waits until what it needs is chosen or typed
+function showWhatCanBeDone() {
+  for (const button of dialog.querySelectorAll("[data-needs]")) {
+    const given = new FormData(button.form);
+    button.disabled = !button.dataset.needs.split(" ").every((name) => given.get(name));
+  }
+}
+dialog.addEventListener("input", showWhatCanBeDone);
 
 // Enter in the search of users searches; it doesn't send what is chosen
 document.body.addEventListener("keydown", (event) => {
@@ -126,7 +151,8 @@ function tick() {
   for (const element of document.querySelectorAll("time[data-moment]:not([title])")) {
     const moment = new Date(element.dateTime);
     element.title = moment.toISOString();
-    element.textContent = moment.toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
+    const year = moment.getFullYear() === new Date(now).getFullYear() ? undefined : "numeric";
+    element.textContent = moment.toLocaleString(undefined, { year, month: "short", day: "numeric", hour: "numeric", minute: "2-digit" });
   }
 }
 tick();
