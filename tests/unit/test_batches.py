@@ -111,6 +111,12 @@ class TestTogether:
         assert outcomes[:2] == [batches.Busy(PRO), batches.Busy(None)]
         assert isinstance(outcomes[2], calls.TrackResult)
 
+    @pytest.mark.parametrize("group", [[], "x", {"id": []}, {"id": "x"}, {}], ids=str)
+    def test_a_busy_group_that_is_none_is_refused(self, group: Any) -> None:
+        call = batches.track_together([calls.track(ANN, "image", 1, None, None, None)], 250)
+        with pytest.raises(ValueError, match="GroupRef"):
+            call.parse([BUSY | {"group": group}])
+
 
 class TestWithoutService:
     @pytest.mark.parametrize(("policy", "allowed"), [("allow", True), ("deny", False)])
