@@ -34,8 +34,8 @@ def _too_late(ticket: Ticket[Any], seconds: float) -> ServiceUnavailable:
 class Bell:
     """Wakes one thread: once rung, the next `wait` returns, and it is silent again.
 
-    An exception may strike a thread anywhere (Ctrl-C, a time limit). In the middle of a `threading.Event` it leaves that
-    one's lock locked, and whoever sets it then hangs for ever. This is a single lock of C, which can't be half locked.
+    An exception may strike a thread anywhere (Ctrl-C, a time limit). In the middle of a `threading.Event` it leaves
+    that one's lock locked, and whoever sets it then hangs for ever. This is one lock of C, which can't be half locked.
     """
 
     def __init__(self) -> None:
