@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tokenlimits import BulkResult, Group, Member, Refused, UsageRecord, User, _flows, _reports
+from tokenlimits import BulkResult, Group, InvalidRequest, Member, Refused, UsageRecord, User, _flows, _reports
 from tokenlimits._calls import Call
 from tokenlimits._reports import UsagePage
 from tokenlimits.models import AddedPage
@@ -106,6 +106,11 @@ def test_members_are_read_page_by_page() -> None:
     assert second.params["p_after"] == str(PRO)
     with pytest.raises(StopIteration):
         pages.send([])
+
+
+def test_members_of_no_id_are_refused_before_the_first_is_asked_for() -> None:
+    with pytest.raises(InvalidRequest, match="group_id"):
+        _flows.all_members("Pro")
 
 
 class TestAddMembers:
