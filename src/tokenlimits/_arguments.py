@@ -72,11 +72,12 @@ def _shown(value: object) -> str:
 
 def _model(model: type[M], value: object, field: str) -> M:
     """Check a model or a mapping with its fields; one that it doesn't have is a slip, and would be its default."""
-    fields = cast("Mapping[object, object]", value) if isinstance(value, Mapping) else {}
-    for name, given in fields.items():
-        if name not in model.model_fields:
-            raise refused(f"{field}.{name}".lstrip("."), f"is no field of {model.__name__}", given)
-    return checked(model.model_validate, value, field)
+    parsed = checked(model.model_validate, value, field)
+    if isinstance(value, Mapping):
+        for name, given in cast("Mapping[object, object]", value).items():
+            if name not in model.model_fields:
+                raise refused(f"{field}.{name}".lstrip("."), f"is no field of {model.__name__}", given)
+    return parsed
 
 
 def id_(value: Id, field: str) -> str:
