@@ -68,7 +68,7 @@ def _made(sort: Callable[..., Http], timeout: float) -> Http:
     except (ValueError, httpx.InvalidURL):  # they may hold a proxy's password
         problem = "a proxy's address is not one"
     raise ConfigurationError(
-        f"HTTP can't be set up as the environment asks: {problem}. Look at HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY, "
+        f"HTTP can't be set up as the environment asks: {problem}. Look at HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, "
         "SSL_CERT_FILE and SSL_CERT_DIR."
     )
 
