@@ -113,6 +113,19 @@ class TestManyThreads:
         assert Default.current is not None
         Default.current.close()
 
+    def test_make_one_default_for_their_loops(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It has a client for each loop, and is one thing to close, to replace and to give back."""
+        from_env = AsyncTokenLimits.from_env
+
+        def slow() -> AsyncTokenLimits:
+            threading.Event().wait(0.01)
+            return from_env()
+
+        monkeypatch.setattr(AsyncTokenLimits, "from_env", slow)
+        with ThreadPoolExecutor(16) as threads:
+            chosen = set(threads.map(lambda _: AsyncDefault.choose(None), range(64)))
+        assert chosen == {AsyncDefault.current}
+
     def test_make_one_postgrest_of_a_foreign_client(self, client: Client, server: Server, made: list[object]) -> None:
         """However many `TokenLimits` there are: `track_generation(client=…)` makes one each time."""
         barrier = threading.Barrier(16)
