@@ -47,7 +47,9 @@ def read(call: Call[T], status: int, headers: Mapping[str, str], content: bytes)
         )
     if code is None or code.startswith(_UNAVAILABLE_CLASSES):
         raise ServiceUnavailable(
-            f"Supabase answered {call.function} with status {status} ({code or 'no code'})", code=code
+            f"Supabase answered {call.function} with status {status} ({code or 'no code'}). Look at the project's "
+            "status, and at its logs.",
+            code=code,
         )
     raise refusal(status, problem)
 

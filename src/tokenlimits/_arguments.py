@@ -13,9 +13,10 @@ from uuid import UUID
 from pydantic import Field, StrictBool, StrictInt, StringConstraints, TypeAdapter, ValidationError
 
 from .errors import InvalidRequest
-from .models import Bucket, GenerationRequest, Kind, Limit, Period, Scope, Text
+from .models import Bucket, GenerationRequest, Kind, Limit, Model, Period, Scope, Text
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Model)
 
 Id = UUID | str
 Limits = Mapping[str, int | None] | Iterable[Limit]
@@ -33,7 +34,6 @@ _COUNT = parser(Annotated[StrictInt, Field(ge=1, le=1000)])
 _DESCRIPTION = parser(Annotated[Text, Field(max_length=2000)])
 _FLAG = parser(StrictBool)
 _KIND = parser(Kind)
-_LIMIT = parser(Limit)
 _NAME = parser(Annotated[Text, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)])
 _ON_UNAVAILABLE = parser(OnUnavailable)
 _PERIOD = parser(Period)
@@ -55,12 +55,29 @@ def checked(parse: Callable[[Any], T], value: object, field: str = "") -> T:
     path = field
     for part in first["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    raise refused(path, first["msg"], first["input"])
+    raise refused(path, first["msg"].removeprefix("Value error, "), first["input"])
 
 
 def refused(field: str, rule: str, value: object) -> InvalidRequest:
     """Make the error for an argument that is not valid."""
-    return InvalidRequest(f"{field}: {rule} (got {value!r:.100})", code="TL001", detail=field)
+    return InvalidRequest(f"{field}: {rule} (got {_shown(value)})", code="TL001", detail=field)
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.100}"
+    except Exception:  # noqa: BLE001  # nested too deeply, a number of too many digits, a repr that is broken
+        return f"a {type(value).__name__}"
+
+
+def _model(model: type[M], value: object, field: str) -> M:
+    """Check a model or a mapping with its fields; one that it doesn't have is a slip, and would be its default."""
+    parsed = checked(model.model_validate, value, field)
+    if isinstance(value, Mapping):
+        for name, given in cast("Mapping[object, object]", value).items():
+            if name not in model.model_fields:
+                raise refused(f"{field}.{name}".lstrip("."), f"is no field of {model.__name__}", given)
+    return parsed
 
 
 def id_(value: Id, field: str) -> str:
@@ -182,13 +199,13 @@ def requests(values: Iterable[GenerationRequest | Mapping[str, Any]]) -> list[di
 
 
 def _generation(value: object, field: str = "") -> dict[str, Any]:
-    given = checked(GenerationRequest.model_validate, value, field).model_dump(mode="json", exclude_none=True)
+    given = _model(GenerationRequest, value, field).model_dump(mode="json", exclude_none=True)
     return {"idempotency_key": new_key()} | given
 
 
 def limit(value: Limit) -> dict[str, Any]:
     """Check one limit."""
-    return checked(_LIMIT, value, "limit").model_dump()
+    return _model(Limit, value, "limit").model_dump()
 
 
 def limits(value: Limits) -> list[dict[str, Any]]:
@@ -198,7 +215,7 @@ def limits(value: Limits) -> list[dict[str, Any]]:
         given: list[Any] = [{"kind": kind_, "max": max_} for kind_, max_ in shorthand.items()]
     else:
         given = list(_iterable(value, "limits"))
-    parsed: list[Limit] = [checked(_LIMIT, each, f"limits[{index}]") for index, each in enumerate(given)]
+    parsed = [_model(Limit, each, f"limits[{index}]") for index, each in enumerate(given)]
     seen: set[tuple[str, str, str]] = set()
     for index, each in enumerate(parsed):
         identity = (each.kind, each.period, each.scope)

@@ -8,15 +8,17 @@ from functools import partial
 from typing import Any
 
 from . import _arguments, _calls
-from ._arguments import OnUnavailable
+from ._arguments import OnUnavailable, parser
 from ._calls import Call
 from .errors import ServiceUnavailable
-from .models import GenerationRequest, TrackResult
+from .models import GenerationRequest, GroupRef, TrackResult
 
 LARGEST = 1_000
 """As many requests as the server takes in one call."""
 
 Json = dict[str, Any]
+
+_GROUP = parser(GroupRef)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,13 @@ def track_together(calls: Sequence[Call[TrackResult]], max_wait: int | None) -> 
 
 def _outcomes(requests: list[Json], answers: list[Json]) -> list[TrackResult | Busy]:
     return [
-        Busy(answer["group"] and answer["group"]["id"]) if answer["reason"] == "busy" else _result(request, answer)
+        _busy(answer["group"]) if answer["reason"] == "busy" else _result(request, answer)
         for request, answer in zip(requests, answers, strict=True)
     ]
+
+
+def _busy(group: object) -> Busy:
+    return Busy(None if group is None else str(_GROUP(group).id))
 
 
 def _results(requests: list[Json], answers: list[Json]) -> list[TrackResult]:

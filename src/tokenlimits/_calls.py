@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
+from pydantic import AwareDatetime
+
 from . import _arguments
 from ._arguments import Id, Limits, OnUnavailable, parser
 from .errors import GroupNotFound, SchemaOutdated, ServiceUnavailable, UnknownUser
@@ -35,7 +37,8 @@ SCHEMA_VERSION = 1
 class Call(Generic[T]):
     """One request to PostgREST.
 
-    `retry_safe`: sending it again after a lost answer gives the same state and the same answer.
+    `retry_safe`: sent again after a lost answer, it leaves the same state, and its answer is still of use (it may say
+    that there was nothing left to do).
     """
 
     function: str
@@ -53,6 +56,18 @@ RESULT = parser(TrackResult)
 _USERS = parser(list[User])
 _USER_LIMITS = parser(tuple[UserLimit, ...])
 _ADDED = parser(AddedPage)
+
+
+def _field(name: str, type_: Any) -> Callable[[Any], Any]:
+    """Make a parser for an object of which one field matters."""
+    parse = parser(type_)
+    return lambda answer: parse(answer[name])
+
+
+_INSTALLED = _field("version", int)
+_MOVED = _field("moved", bool)
+_REMOVED = _field("removed", int)
+_RESET_AT = _field("reset_at", AwareDatetime)
 
 
 def _group_id(value: Id) -> dict[str, str]:
@@ -136,7 +151,7 @@ def version() -> Call[int]:
     """Ask for the version of the installed SQL."""
 
     def parse(answer: Any) -> int:
-        installed = int(answer["version"])
+        installed: int = _INSTALLED(answer)
         if installed < SCHEMA_VERSION:
             raise SchemaOutdated(
                 f"The database has version {installed} of the schema, and this package needs {SCHEMA_VERSION}. "
@@ -233,7 +248,7 @@ def add_member(group_id: Id, user_id: Id) -> Call[bool]:
 def remove_members(group_id: Id, user_ids: list[str]) -> Call[int]:
     """Remove up to a few thousand users from a group."""
     params = {**_group_id(group_id), "p_user_ids": user_ids}
-    return Call("remove_group_members", params, lambda answer: int(answer["removed"]))
+    return Call("remove_group_members", params, _REMOVED)
 
 
 def move_member(user_id: Id, from_: Id, to: Id) -> Call[bool]:
@@ -243,7 +258,7 @@ def move_member(user_id: Id, from_: Id, to: Id) -> Call[bool]:
         "p_from": _arguments.id_(from_, "from_"),
         "p_to": _arguments.id_(to, "to"),
     }
-    return Call("move_group_member", params, lambda answer: bool(answer["moved"]), retry_safe=False)
+    return Call("move_group_member", params, _MOVED, retry_safe=False)
 
 
 def members_page(group_id: Id, search: str | None, after: Id | None, size: int) -> Call[list[Member]]:
@@ -291,9 +306,4 @@ def reset_usage(group_id: Id, kind: str | None) -> Call[datetime]:
     """Give a group a fresh start."""
     params = {**_group_id(group_id), "p_kind": _arguments.optional_kind(kind)}
     # a second reset would also forgive what was used since the first
-    return Call(
-        "reset_group_usage",
-        params,
-        lambda answer: datetime.fromisoformat(answer["reset_at"]),
-        retry_safe=False,
-    )
+    return Call("reset_group_usage", params, _RESET_AT, retry_safe=False)

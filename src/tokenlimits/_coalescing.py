@@ -31,6 +31,31 @@ def _too_late(ticket: Ticket[Any], seconds: float) -> ServiceUnavailable:
     return error
 
 
+class Bell:
+    """Wakes one thread: once rung, the next `wait` returns, and it is silent again.
+
+    An exception may strike a thread anywhere (Ctrl-C, a time limit). In the middle of a `threading.Event` it leaves
+    that one's lock locked, and whoever sets it then hangs for ever. This is one lock of C, which can't be half locked.
+    """
+
+    def __init__(self) -> None:
+        self._silence = threading.Lock()
+        self._silence.acquire()
+
+    def ring(self) -> None:
+        """Wake who waits, or who will."""
+        with suppress(RuntimeError):  # it was ringing already
+            self._silence.release()
+
+    def wait(self, seconds: float = -1) -> bool:
+        """Wait until it rings; False when it did not in time."""
+        return self._silence.acquire(timeout=seconds)
+
+    def clear(self) -> None:
+        """Let it be silent."""
+        self._silence.acquire(blocking=False)
+
+
 class Coalescer:
     """Lets the calls of many threads travel together. The callers do all the work; no thread is started."""
 
@@ -42,7 +67,7 @@ class Coalescer:
 
     def send(self, call: Call[TrackResult]) -> TrackResult:
         """Send a call, alone or with others."""
-        return self._meeting().attend(Ticket(call, threading.Event()), Deadline(self._timeout))
+        return self._meeting().attend(Ticket(call, Bell()), Deadline(self._timeout))
 
     def drain(self) -> None:
         """Wait until all calls of this moment have their answers."""
@@ -66,10 +91,10 @@ class _Meeting:
     def __init__(self, send: Send) -> None:
         self._send = send
         self._lock = threading.Lock()
-        self._queue = Queue[threading.Event]()
-        self._drains: set[threading.Event] = set()
+        self._queue = Queue[Bell]()
+        self._drains: set[Bell] = set()
 
-    def attend(self, ticket: Ticket[threading.Event], deadline: Deadline) -> TrackResult:
+    def attend(self, ticket: Ticket[Bell], deadline: Deadline) -> TrackResult:
         """Wait for the outcome of a ticket, and send the flights that fall to its caller meanwhile."""
         try:
             with self._lock:
@@ -87,19 +112,18 @@ class _Meeting:
 
     def drain(self) -> None:
         """Wait until all calls of this moment are over."""
-        changed = threading.Event()
+        changed = Bell()
         with self._lock:
             tickets = self._queue.unfinished()
             self._drains.add(changed)
         try:
             while any(ticket.place is not None for ticket in tickets):
                 changed.wait()
-                changed.clear()
         finally:
             with self._lock:
                 self._drains.discard(changed)
 
-    def _step(self, ticket: Ticket[threading.Event], deadline: Deadline) -> None:
+    def _step(self, ticket: Ticket[Bell], deadline: Deadline) -> None:
         """Lead, or wait for news."""
         if deadline.is_over():
             raise _too_late(ticket, deadline.elapsed())
@@ -120,7 +144,7 @@ class _Meeting:
         elif ticket.outcome is None:
             news.wait(deadline.left())
 
-    def _fly(self, flight: Flight[threading.Event], deadline: Deadline) -> None:
+    def _fly(self, flight: Flight[Bell], deadline: Deadline) -> None:
         """Send a flight for as long as its leader has time, which is longer than the others have."""
         try:
             answers = self._send(flight.call, deadline.left())
@@ -133,18 +157,18 @@ class _Meeting:
                 self._queue.deliver(flight, answers)
                 self._end(flight)
 
-    def _end(self, flight: Flight[threading.Event]) -> None:
+    def _end(self, flight: Flight[Bell]) -> None:
         """Free the lane, also when the leader was struck in the middle: who has no outcome yet goes again."""
         for ticket in flight.tickets:
-            ticket.caller.set()
+            ticket.caller.ring()
         self._queue.end(flight)
         self._wake_others()
 
     def _wake_others(self) -> None:
         for lane in self._queue.ready():
-            self._queue.leader(lane).caller.set()
+            self._queue.leader(lane).caller.ring()
         for drain in self._drains:
-            drain.set()
+            drain.ring()
 
 
 class AsyncCoalescer:

@@ -42,6 +42,10 @@ def all_groups(search: str | None) -> Flow[list[Group]]:
 
 def all_members(group_id: Id, search: str | None) -> Pages[Member]:
     """Read the members of a group whose e-mail address contains a text, page by page."""
+    return _member_pages(_arguments.id_(group_id, "group_id"), search)  # checked now, not when the first is asked for
+
+
+def _member_pages(group_id: str, search: str | None) -> Pages[Member]:
     after = None
     while page := (yield _calls.members_page(group_id, search, after, MEMBERS_PAGE)):
         after = page[-1].user_id

@@ -10,7 +10,7 @@ from uuid import UUID
 from . import _arguments, _settlements
 from ._calls import Call
 from ._settlements import Settlement
-from .errors import ServiceUnavailable, TokenLimitsError
+from .errors import AlreadySettled, ServiceUnavailable, TokenLimitsError
 from .models import Status, TrackResult
 
 logger = logging.getLogger("tokenlimits")
@@ -44,6 +44,7 @@ class Hold:
         self.returned: Any = None
         self._used = 0
         self._committed: int | None = None
+        self._ended = False
 
     @property
     def usage_id(self) -> UUID | None:
@@ -77,6 +78,7 @@ class Hold:
 
         Raises:
             InvalidRequest: It is not from 0 to what was reserved.
+            AlreadySettled: The body has ended.
         """
         self._used = self._checked(cost)
 
@@ -88,13 +90,19 @@ class Hold:
 
         Raises:
             InvalidRequest: It is not from 0 to what was reserved.
+            AlreadySettled: The body has ended.
         """
-        self._committed = self.cost if cost is None else self._checked(cost)
+        self._committed = self._checked(self.cost if cost is None else cost)
 
     def __repr__(self) -> str:
         return f"<Hold of {self.cost} {self.result.kind}: {self.status or 'not recorded'}, {self.usage_id}>"
 
     def _checked(self, cost: int) -> int:
+        if self._ended:
+            raise AlreadySettled(
+                "The body of this hold has ended, which settled it. Call `used` and `commit` inside of the body; to "
+                "settle later, use reserve() and then commit() of the client."
+            )
         checked = _arguments.settled_cost(cost)
         if checked > self.cost:
             raise _arguments.refused("cost", f"must be at most the {self.cost} that were reserved", cost)
@@ -108,7 +116,8 @@ class RunningHold(Hold):
         super().__init__(call.params["p_cost"], answer.raise_if_denied())
 
     def settlement(self, error: BaseException | None) -> Settlement | None:
-        """Say how a body that ends so is settled; None when it was settled before."""
+        """End the hold, and say how a body that ends so is settled; None when it was settled before."""
+        self._ended = True
         if self.status == "committed":
             return None
         if self._committed is not None:

@@ -1,4 +1,4 @@
-"""What is read for reports and by those who run it, as pure calls: exports, rankings, drift, users by address."""
+"""What is for reports and for those who run it, as pure calls: exports, rankings, drift, users by address."""
 
 from __future__ import annotations
 
@@ -67,6 +67,12 @@ def drift(group_id: Id, since: datetime | None) -> Call[Reconciliation]:
     """Compare a group's counters and history with the ledger."""
     params = {"p_group_id": _arguments.id_(group_id, "group_id"), "p_since": _arguments.moment(since, "since")}
     return Call("usage_drift", params, _RECONCILIATION)
+
+
+def reconcile(group_id: Id, since: datetime | None) -> Call[Reconciliation]:
+    """Count a group's usage again."""
+    params = {"p_group_id": _arguments.id_(group_id, "group_id"), "p_since": _arguments.moment(since, "since")}
+    return Call("reconcile_usage", params, _RECONCILIATION)
 
 
 def emails(values: Iterable[str]) -> list[str]:

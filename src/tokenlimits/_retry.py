@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from time import time
 
@@ -53,7 +54,7 @@ def from_answer(status: int, headers: Mapping[str, str], code: object) -> Transi
 
 
 def seconds(retry_after: str | None) -> float | None:
-    """Read a Retry-After header, which holds seconds or a date.
+    """Read a Retry-After header, which holds seconds or a date (always of UTC, if it says so or not).
 
     Example:
         >>> seconds("3"), seconds(None), seconds("soon")
@@ -64,7 +65,8 @@ def seconds(retry_after: str | None) -> float | None:
     if re.fullmatch(r"[0-9]{1,9}", retry_after.strip()):
         return float(retry_after)
     try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time())
+        date = parsedate_to_datetime(retry_after)
+        return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time())
     except (ValueError, OverflowError):
         return None
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 import weakref
+from contextlib import suppress
 from typing import Any
 
 from supabase import AsyncClient, Client
@@ -94,8 +95,19 @@ def check_loop(client: AsyncClient, loop: asyncio.AbstractEventLoop) -> None:
         )
 
 
+def unsendable_key() -> ConfigurationError:
+    """Make the error for a key that is none; it doesn't say which."""
+    return ConfigurationError("The Supabase key can't be sent: it has characters that no HTTP header may have.")
+
+
 def request(client: Client | AsyncClient, call: Call[Any]) -> Any:
     """Make the request for a call, with the client's session of this moment."""
+    with suppress(UnicodeError):  # it holds the key
+        return _request(client, call)
+    raise unsendable_key()
+
+
+def _request(client: Client | AsyncClient, call: Call[Any]) -> Any:
     with _lock:
         authorization = client.options.headers.get("Authorization")
         postgrest: Any = None

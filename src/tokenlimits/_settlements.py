@@ -1,26 +1,22 @@
-"""What happens to a usage in the ledger, as pure calls: reserve, settle, reconcile."""
+"""What happens to a usage in the ledger, as pure calls: reserve and settle."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 from . import _arguments
-from ._arguments import Id, OnUnavailable, parser
-from ._calls import Call
+from ._arguments import Id, OnUnavailable
+from ._calls import RESULT, Call
 from .errors import ServiceUnavailable
-from .models import Reconciliation, TrackResult
+from .models import TrackResult
 
 DEFAULT_TTL = 3600
 """Seconds for which a hold holds."""
 
 Settlement = Call[TrackResult] | TrackResult
 """The call that settles a usage, or the answer when nothing was recorded that could be settled."""
-
-_RECONCILIATION = parser(Reconciliation)
-_RESULT = parser(TrackResult)
 
 
 def reserve(
@@ -41,7 +37,7 @@ def reserve(
         group_id=group_id,
         metadata=metadata,
     )
-    return Call("reserve_generation", {**params, "p_ttl": _arguments.ttl(ttl)}, _RESULT)
+    return Call("reserve_generation", {**params, "p_ttl": _arguments.ttl(ttl)}, RESULT)
 
 
 def commit(usage_id: Id | None, cost: int | None) -> Settlement:
@@ -49,28 +45,22 @@ def commit(usage_id: Id | None, cost: int | None) -> Settlement:
     params = {} if cost is None else {"p_cost": _arguments.settled_cost(cost)}
     if usage_id is None:
         return unavailable(None, cost)
-    return Call("commit_generation", {**_usage_id(usage_id), **params}, _RESULT)
+    return Call("commit_generation", {**_usage_id(usage_id), **params}, RESULT)
 
 
 def release(usage_id: Id | None) -> Settlement:
     """Give back what a hold holds."""
-    return unavailable(None) if usage_id is None else Call("release_generation", _usage_id(usage_id), _RESULT)
+    return unavailable(None) if usage_id is None else Call("release_generation", _usage_id(usage_id), RESULT)
 
 
 def refund(usage_id: Id) -> Call[TrackResult]:
     """Give back what a committed usage cost."""
-    return Call("refund_generation", _usage_id(usage_id), _RESULT)
+    return Call("refund_generation", _usage_id(usage_id), RESULT)
 
 
 def refund_if_recorded(usage_id: Id | None) -> Settlement:
     """Give back what a committed usage cost, if there is one."""
     return unavailable(None) if usage_id is None else refund(usage_id)
-
-
-def reconcile(group_id: Id, since: datetime | None) -> Call[Reconciliation]:
-    """Count a group's usage again."""
-    params = {"p_group_id": _arguments.id_(group_id, "group_id"), "p_since": _arguments.moment(since, "since")}
-    return Call("reconcile_usage", params, _RECONCILIATION)
 
 
 def without_service(call: Call[TrackResult], on_unavailable: OnUnavailable, error: ServiceUnavailable) -> TrackResult:

@@ -25,19 +25,26 @@ from .errors import ConfigurationError, SchemaNotInstalled, ServiceUnavailable
 from .settings import Settings, load
 
 T = TypeVar("T")
+Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 
 logger = logging.getLogger("tokenlimits")
 
 _OPTIONS: dict[str, Any] = {"auto_refresh_token": False, "persist_session": False}
 
 
-def _failure(error: httpx.HTTPError) -> Exception:
+# the last two: of a host that is no name
+_FAILURES = (httpx.HTTPError, httpx.InvalidURL, UnicodeError)
+
+
+def _failure(error: Exception) -> Exception:
     """Turn what went wrong on the way into what the retry policy understands."""
     if isinstance(error, httpx.LocalProtocolError):
         # neither its message nor itself: it holds the header's value, which is the key
-        return ConfigurationError("The Supabase key can't be sent: it has characters that no HTTP header may have.")
+        return _sessions.unsendable_key()
     if isinstance(error, httpx.UnsupportedProtocol):
         return ConfigurationError("The Supabase URL must begin with http:// or https://.")
+    if not isinstance(error, httpx.HTTPError):
+        return ConfigurationError("The Supabase URL names no host: it should be like https://abc.supabase.co.")
     never_sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
     return _retry.Transient(f"{type(error).__name__} {error}".strip(), harmless=never_sent, cause=error)
 
@@ -49,6 +56,21 @@ def _closed(error: RuntimeError, session: httpx.Client | httpx.AsyncClient, *, f
     if foreign:
         return ConfigurationError("This Supabase client was closed. Make a new one, or use from_env().")
     return _retry.Transient("the connections were closed meanwhile", harmless=True, cause=error)
+
+
+def _made(sort: Callable[..., Http], timeout: float) -> Http:
+    """Make an HTTP client; it reads the environment."""
+    try:
+        # HTTP/2 loses calls when the server says GOAWAY to many threads
+        return sort(http2=False, timeout=timeout)
+    except (ImportError, OSError) as error:  # no SOCKS here; a file of certificates that isn't there
+        problem = str(error)
+    except (ValueError, httpx.InvalidURL):  # they may hold a proxy's password
+        problem = "a proxy's address is not one"
+    raise ConfigurationError(
+        f"HTTP can't be set up as the environment asks: {problem}. Look at HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, "
+        "SSL_CERT_FILE and SSL_CERT_DIR."
+    )
 
 
 class _Own(NamedTuple):
@@ -134,7 +156,7 @@ class Transport:
                     auth=request.auth,
                     extensions=extensions(deadline.attempt(retry_safe=call.retry_safe)),
                 )
-            except httpx.HTTPError as error:
+            except _FAILURES as error:
                 failure = _failure(error)
             except RuntimeError as error:
                 failure = _closed(error, request.session, foreign=self._foreign is not None)
@@ -159,8 +181,7 @@ class Transport:
 
     def _make(self) -> _Own:
         settings = self._settings()
-        # HTTP/2 loses calls when the server says GOAWAY to many threads
-        http = httpx.Client(http2=False, timeout=self.timeout)
+        http = _made(httpx.Client, self.timeout)
         options = ClientOptions(httpx_client=http, **_OPTIONS)
         client = Client(settings.url, settings.key.get_secret_value(), options)
         # also at the interpreter's end, or it warns about open sockets
@@ -256,7 +277,7 @@ class AsyncTransport:
                     )
             except TimeoutError as error:
                 failure = _retry.Transient("no answer in time", cause=error)
-            except httpx.HTTPError as error:
+            except _FAILURES as error:
                 failure = _failure(error)
             except RuntimeError as error:
                 failure = _closed(error, request.session, foreign=self._foreign is not None)
@@ -285,12 +306,13 @@ class AsyncTransport:
 
     def _make(self, loop: asyncio.AbstractEventLoop) -> _OfLoop:
         settings = self._settings()
-        http = httpx.AsyncClient(http2=False, timeout=self.timeout)
+        http = _made(httpx.AsyncClient, self.timeout)
         options = AsyncClientOptions(httpx_client=http, **_OPTIONS)
         client = AsyncClient(settings.url, settings.key.get_secret_value(), options)
         with _sessions.lock():
-            for key in [key for key in self._own if key[1].is_closed()]:
-                del self._own[key]
+            for key in list(self._own):  # at once: loops of other threads come and go
+                if key[1].is_closed():
+                    self._own.pop(key, None)
             own = self._own[_sessions.forks(), loop] = _OfLoop(client, http, until_loop_ends(http), _sessions.Use())
         return own
 

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from supabase import AsyncClient
 
-from . import _batches, _calls
+from . import _batches, _calls, _sessions
 from ._arguments import OnUnavailable
 from ._async_holding import AsyncHolding
 from ._base import DEFAULT_TIMEOUT
@@ -207,9 +207,10 @@ class AsyncDefault:
             return client
         if client is not None:
             return AsyncTokenLimits(client)
-        if cls.current is None:
-            cls.current = AsyncTokenLimits.from_env()
-        return cls.current
+        with _sessions.lock():
+            if cls.current is None:
+                cls.current = AsyncTokenLimits.from_env()
+            return cls.current
 
 
 async def atrack_generation(

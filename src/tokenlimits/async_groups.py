@@ -405,7 +405,7 @@ class AsyncGroupManager(AsyncBase):
         Returns:
             What differed, as it was and as it is now.
         """
-        return await self._transport.send(_settlements.reconcile(group_id, since))
+        return await self._transport.send(_reports.reconcile(group_id, since))
 
     async def drift(self, group_id: UUID | str, *, since: datetime | None = None) -> Reconciliation:
         """Say where a group's counters and history differ from the ledger; nothing is changed, and nobody waits.

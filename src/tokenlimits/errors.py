@@ -92,11 +92,11 @@ class UsageNotFound(TokenLimitsError):
 
 
 class AlreadySettled(TokenLimitsError):
-    """The usage was settled in another way before."""
+    """The usage was settled in another way before, or the body of its hold has ended."""
 
 
 class HoldExpired(TokenLimitsError):
-    """The hold has expired, and there is no room for its cost any more."""
+    """The hold has expired, and its period is over or has no room for it any more; nothing was charged."""
 
 
 class IdempotencyConflict(TokenLimitsError):

@@ -531,7 +531,7 @@ class GroupManager(Base):
             >>> groups.reconcile(team.id).drifted
             False
         """
-        return self._transport.send(_settlements.reconcile(group_id, since))
+        return self._transport.send(_reports.reconcile(group_id, since))
 
     def drift(self, group_id: UUID | str, *, since: datetime | None = None) -> Reconciliation:
         """Say where a group's counters and history differ from the ledger; nothing is changed, and nobody waits.

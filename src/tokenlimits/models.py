@@ -5,10 +5,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, StrictInt
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    StrictInt,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from .errors import GenerationDenied, LimitExceeded, NoLimitForKind, NotInGroup, TokenLimitsError, refusal
 
@@ -27,6 +39,20 @@ Status = Literal["reserved", "committed", "released", "refunded", "expired"]
 
 Bucket = Literal["hour", "day", "week", "month"]
 """The step of a history."""
+
+
+def _known_or_newer(word: Any, known: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return known(word)
+    except ValidationError:
+        if isinstance(word, str):
+            return word
+        raise
+
+
+_Open = (WrapValidator(_known_or_newer), PlainSerializer(lambda word: word))
+"""Of a word in an answer: a newer database may have words that aren't in its `Literal`. They are passed on as they are,
+for a denial must stay one, whatever its reason."""
 
 # PostgreSQL's text holds any character but this
 Text = Annotated[str, Field(strict=True, pattern=r"^[^\x00]*$")]
@@ -68,8 +94,8 @@ class LimitStatus(Model):
     """A limit in its current period: `used` and `remaining` in units of cost, `reset_at` when the period ends."""
 
     kind: str
-    period: Period
-    scope: Scope
+    period: Annotated[Period, *_Open]
+    scope: Annotated[Scope, *_Open]
     max: int | None
     used: int
     remaining: int | None
@@ -93,10 +119,10 @@ class TrackResult(Model):
     """
 
     allowed: bool
-    reason: Reason | None = None
+    reason: Annotated[Reason | None, *_Open] = None
     error: str | None = None
     usage_id: UUID | None = None
-    status: Status | None = None
+    status: Annotated[Status | None, *_Open] = None
     expires_at: AwareDatetime | None = None
     group: GroupRef | None = None
     kind: str
@@ -277,7 +303,7 @@ class UsageRecord(Model):
     email: str | None
     kind: str
     cost: int
-    status: Status
+    status: Annotated[Status, *_Open]
     idempotency_key: str | None
     metadata: dict[str, JsonValue]
     created_at: AwareDatetime

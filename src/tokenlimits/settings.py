@@ -15,7 +15,8 @@ _URL = TypeAdapter(AnyHttpUrl)
 
 def checked_url(value: str) -> str:
     """Check the address of a project."""
-    _URL.validate_python(value.strip())
+    host = _URL.validate_python(value.strip()).host or ""
+    host.encode("idna")  # a label that is empty or too long is found only here
     return value.strip()
 
 

@@ -113,6 +113,19 @@ class TestManyThreads:
         assert Default.current is not None
         Default.current.close()
 
+    def test_make_one_default_for_their_loops(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It has a client for each loop, and is one thing to close, to replace and to give back."""
+        from_env = AsyncTokenLimits.from_env
+
+        def slow() -> AsyncTokenLimits:
+            threading.Event().wait(0.01)
+            return from_env()
+
+        monkeypatch.setattr(AsyncTokenLimits, "from_env", slow)
+        with ThreadPoolExecutor(16) as threads:
+            chosen = set(threads.map(lambda _: AsyncDefault.choose(None), range(64)))
+        assert chosen == {AsyncDefault.current}
+
     def test_make_one_postgrest_of_a_foreign_client(self, client: Client, server: Server, made: list[object]) -> None:
         """However many `TokenLimits` there are: `track_generation(client=…)` makes one each time."""
         barrier = threading.Barrier(16)
@@ -321,6 +334,22 @@ class TestClosing:
             loop.run_until_complete(limits.aclose())
         assert len(server.requests) == 2
 
+    def test_of_loops_that_end_in_other_threads_meanwhile(self, server: Server) -> None:
+        async def run() -> None:
+            async with AsyncTokenLimits.from_env() as limits:
+                own: Any = limits._transport._own
+
+                class Ended:
+                    def is_closed(self) -> bool:
+                        own.clear()
+                        return True
+
+                own |= {(0, Ended()): None, (1, Ended()): None}
+                assert await limits.track(ANN, "image")
+                assert len(own) == 1
+
+        asyncio.run(run())
+
     @pytest.mark.parametrize("policy", ["raise", "allow"])
     def test_a_foreign_client_that_was_closed(self, client: Client, policy: Any) -> None:
         limits = TokenLimits(client, on_unavailable=policy)
@@ -404,6 +433,28 @@ class TestOneCall:
         for _ in range(3):
             asyncio.run(run())
         assert len(server.requests) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [("HTTPS_PROXY", "socks9://proxy", "address"), ("SSL_CERT_FILE", "/no/such/file", "No such file")],
+)
+def test_what_the_environment_asks_of_http_and_can_not_be(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str
+) -> None:
+    monkeypatch.undo()  # the certificates are to be read
+    monkeypatch.setenv("SUPABASE_URL", URL)
+    monkeypatch.setenv("SUPABASE_SECRET_KEY", KEY)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=f"{told}.*{name}"):
+        shell.track()
+
+
+def test_a_foreign_client_whose_url_names_no_host() -> None:
+    with httpx.Client() as http:
+        client = create_client("https://abc..supabase.co", KEY, ClientOptions(httpx_client=http))
+        with pytest.raises(ConfigurationError, match="names no host"):
+            TokenLimits(client).track(ANN, "image")
 
 
 def test_http_2_is_off_whatever_supabase_would_do(server: Server) -> None:

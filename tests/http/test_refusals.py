@@ -101,6 +101,13 @@ def test_a_wrong_key_is_denied_at_once(
     assert ". " in str(caught.value)  # and then what to do
 
 
+def test_a_denial_for_a_reason_of_a_newer_database_stays_one(shell: Shell, server: Server) -> None:
+    denial = {"allowed": False, "reason": "suspended", "error": "Suspended.", "kind": "image", "cost": 1}
+    server.then(httpx.Response(200, json=denial))
+    result = shell.track(on_unavailable="allow")
+    assert (result.allowed, result.reason, len(server.requests)) == (False, "suspended", 1)
+
+
 @pytest.mark.parametrize("status", [404, 301, 405])
 def test_a_page_where_supabase_should_be_is_a_wrong_url(shell: Shell, server: Server, status: int) -> None:
     server.then(httpx.Response(status, text=HTML, headers={"Location": "https://elsewhere.example"}))

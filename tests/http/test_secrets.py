@@ -100,6 +100,23 @@ def test_a_foreign_client_with_a_newline_in_its_key() -> None:
     assert_silent(text_of(caught.value))
 
 
+def test_a_foreign_client_with_a_key_of_another_alphabet() -> None:
+    with httpx.Client() as http:
+        client = create_client(URL, f"{KEY}ключ", ClientOptions(httpx_client=http))
+        with pytest.raises(ConfigurationError, match="The Supabase key can't be sent") as caught:
+            TokenLimits(client).track(ANN, "image")
+    assert_silent(text_of(caught.value))
+    assert caught.value.__context__ is None  # a UnicodeError would hold the key as its object
+
+
+def test_a_proxys_password(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", f"http://ann:{KEY}@proxy:{KEY}")
+    with pytest.raises(ConfigurationError, match="HTTPS_PROXY") as caught:
+        shell.track()
+    assert_silent(text_of(caught.value))
+    assert caught.value.__context__ is None
+
+
 def test_no_repr_shows_it(server: Server) -> None:
     with httpx.Client() as http:
         client = create_client(URL, KEY, ClientOptions(httpx_client=http))

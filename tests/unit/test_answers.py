@@ -95,7 +95,7 @@ def test_a_gateways_message_and_hint_are_passed_on() -> None:
     "text", [HTML, "", "[]", '{"message": "worker boot error"}', '{"code": null}', '{"code": 500}']
 )
 def test_a_broken_server_is_unavailable(status: int, text: str) -> None:
-    with pytest.raises(ServiceUnavailable, match=f"count_things with status {status}"):
+    with pytest.raises(ServiceUnavailable, match=rf"count_things with status {status} .*\. Look at .* logs"):
         read(status, text=text)
 
 

@@ -238,6 +238,7 @@ def test_what_is_optional_may_be_left_out_or_none(cls: type, name: str) -> None:
     ("limits", "field"),
     [
         ([Limit(kind="image", max=1), {"kind": "image", "max": 1, "period": "x"}], "limits[1].period"),
+        ([{"kind": "image", "max": 1, "peroid": "day"}], "limits[0].peroid"),
         ({"image": 1, "video": -1}, "limits[1].max"),
         ({"image": 1, "a b": 1}, "limits[1].kind"),
         (TWICE, "limits[1]"),
@@ -259,6 +260,39 @@ def test_a_long_value_is_cut_short() -> None:
     with pytest.raises(InvalidRequest) as caught:
         TokenLimits().track(ID, "x" * 10_000)
     assert len(str(caught.value)) < 300
+
+
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise OSError("no")
+
+
+def nested(depth: int) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
+    for _ in range(depth):
+        metadata = {"in": metadata}
+    return metadata
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"cost": 10**5000}, "cost"),
+        ({"cost": Unspeakable()}, "cost"),
+        ({"metadata": nested(100_000)}, "metadata"),
+        ({"metadata": {"big": 10**5000}}, "metadata"),
+    ],
+    ids=["a number", "a repr", "a depth", "a number inside"],
+)
+def test_a_value_that_cannot_be_shown_is_refused_all_the_same(arguments: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        TokenLimits().track(ID, "image", **arguments)
+    assert (caught.value.field or "").startswith(field)
+
+
+def test_a_rule_of_ours_reads_as_one() -> None:
+    with pytest.raises(InvalidRequest, match=r"^metadata: must be at most 8192 bytes of JSON, and is 9012 "):
+        TokenLimits().track(ID, "image", metadata={"text": "x" * 9000})
 
 
 @pytest.mark.parametrize(

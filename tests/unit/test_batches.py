@@ -51,6 +51,8 @@ class TestTrackMany:
         [
             ([request(), {"user_id": ANN, "kind": "image", "cost": 0}], "requests[1].cost"),
             ([{"kind": "image"}], "requests[0].user_id"),
+            ([{"user_id": ANN, "kind": "image", "costs": 5}], "requests[0].costs"),
+            ([{"user_id": ANN, "kind": "image", 5: 5}], "requests[0].5"),
             ([None], "requests[0]"),
             ("image", "requests"),
             (None, "requests"),
@@ -110,6 +112,12 @@ class TestTogether:
         outcomes = batches.track_together(made, 250).parse([*busy, ALLOWED])
         assert outcomes[:2] == [batches.Busy(PRO), batches.Busy(None)]
         assert isinstance(outcomes[2], calls.TrackResult)
+
+    @pytest.mark.parametrize("group", [[], "x", {"id": []}, {"id": "x"}, {}], ids=str)
+    def test_a_busy_group_that_is_none_is_refused(self, group: Any) -> None:
+        call = batches.track_together([calls.track(ANN, "image", 1, None, None, None)], 250)
+        with pytest.raises(ValueError, match="GroupRef"):
+            call.parse([BUSY | {"group": group}])
 
 
 class TestWithoutService:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -17,14 +21,17 @@ from tokenlimits import (
     Limit,
     SchemaOutdated,
     ServiceUnavailable,
+    TokenLimitsError,
     TrackResult,
     UnknownUser,
+    _answers,
     _calls,
     _reports,
     _settlements,
 )
 from tokenlimits._arguments import new_key
 from tokenlimits._calls import Call
+from tokenlimits._retry import Transient
 from tokenlimits.sql_files import one_paste
 
 ANN = "0197f0a0-0000-7000-8000-000000000001"
@@ -356,6 +363,42 @@ def test_what_is_read(case: tuple[Call[Any], str, dict[str, Any], bool, Any, Any
     call, *_, answer, expected = case
     read = call.parse(answer)
     assert expected(read) if callable(expected) else read == expected
+
+
+def spoilt(answer: Any) -> Iterator[Any]:
+    """The answer, each time with another of its parts replaced by what can't be there."""
+    yield from (None, True, -1, 1.5, math.inf, "", "x", [], {}, [None], {"code": []})
+    parts = answer.items() if isinstance(answer, dict) else enumerate(answer) if isinstance(answer, list) else ()
+    for place, part in parts:
+        for other in spoilt(part):
+            changed = answer.copy()
+            changed[place] = other
+            yield changed
+
+
+@by_case
+def test_what_is_read_of_a_spoilt_answer(case: tuple[Call[Any], str, dict[str, Any], bool, Any, Any]) -> None:
+    """It is worth another try, or an error of ours; nothing else gets out."""
+    call, *_, answer, _ = case
+    for other in spoilt(answer):
+        with suppress(Transient, TokenLimitsError):
+            _answers.read(call, 200, {}, json.dumps(other).encode())
+
+
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [
+        (_calls.version(), {"version": math.inf}),
+        (_calls.remove_members(PRO, [ANN]), {"removed": math.inf}),
+        (_calls.remove_members(PRO, [ANN]), {"removed": 1.5}),
+        (_calls.move_member(ANN, PRO, TEAM), {"moved": "perhaps"}),
+        (_calls.reset_usage(PRO, None), {"reset_at": "2026-03-01T12:00:00"}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_field_of_another_type_is_worth_another_try(call: Call[Any], answer: dict[str, Any]) -> None:
+    with pytest.raises(Transient):
+        _answers.read(call, 200, {}, json.dumps(answer).encode())
 
 
 def functions() -> dict[str, dict[str, bool]]:

@@ -6,11 +6,14 @@ import asyncio
 import gc
 import os
 import queue
+import sys
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+from types import FrameType
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -25,6 +28,7 @@ from tokenlimits import (
     TokenLimits,
     TrackResult,
     _coalescing,
+    _queue,
 )
 from tokenlimits._calls import Call
 from tokenlimits._transport import AsyncTransport, Transport
@@ -204,6 +208,58 @@ def result(future: Future[T]) -> T:
     return future.result(PATIENCE)
 
 
+class Blow:
+    """Strikes its thread at the n-th moment at which Python looks whether it should: when a function has begun, or one
+    of C has returned."""
+
+    def __init__(self, moment: int) -> None:
+        self.left = moment
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> None:
+        ours = frame.f_globals["__name__"] in (_coalescing.__name__, _queue.__name__, "threading")
+        if ours and event in ("call", "c_return"):
+            self.left -= 1
+            if self.left == 0:
+                raise Strike
+
+
+def struck_at(moment: int) -> bool:
+    """Strike a leader behind whom another caller waits, who is answered all the same; False: it was over before."""
+    threads = Threads()
+    followers: list[Future[TrackResult]] = []
+
+    def send(call: Call[T], timeout: float | None = None) -> T:
+        profile = sys.getprofile()  # None in the follower's thread
+        sys.setprofile(None)
+        if not followers:
+            followers.append(threads.queued(2))
+        answer = threads.gate.server.request(call, timeout).answered()
+        sys.setprofile(profile)
+        return answer
+
+    def lead() -> None:
+        sys.setprofile(blow)
+        try:
+            threads.limits.track(ANN, "image", 1)
+        except Strike:
+            pass
+        finally:
+            sys.setprofile(None)
+
+    threads.gate.send = send  # type: ignore[method-assign]
+    threads.limits._travel_by(threads.gate)
+    blow = Blow(moment)
+    leader = threading.Thread(target=lead, daemon=True)
+    leader.start()
+    leader.join(PATIENCE)
+    assert not leader.is_alive()
+    for follower in followers or [threads.track(2)]:
+        assert follower.result(5), f"struck at moment {moment}"
+    threads.limits.close()
+    threads.threads.shutdown()
+    return blow.left <= 0
+
+
 class TestThreads:
     def test_a_lone_call_is_a_plain_one(self, threads: Threads) -> None:
         threads.gate.open = True
@@ -345,6 +401,10 @@ class TestThreads:
         assert request.costs == [2]
         threads.gate.let(request)
         assert result(one)
+
+    def test_a_leader_who_is_struck_anywhere_holds_nobody_back(self) -> None:
+        last = next(moment for moment in count(1) if not struck_at(moment))
+        assert last > 30
 
     def test_whoever_runs_out_of_time_before_it_is_sent_is_never_charged(
         self, make_threads: Callable[..., Threads]

@@ -523,10 +523,9 @@ class TestServer:
         sql = "".join(path.read_text() for path in (ROOT / "sql" / "schema").glob("*.sql"))
         found = re.findall(r"create or replace function public\.(\w+)\((.*?)\)\s*returns", sql, re.DOTALL)
         in_sql = {name: re.findall(r"\b(p_\w+)", arguments) for name, arguments in found}
-        package = ROOT / "src" / "tokenlimits"
-        calls = "".join((package / name).read_text() for name in ("_calls.py", "_settlements.py"))
+        calls = "".join(path.read_text() for path in (ROOT / "src" / "tokenlimits").glob("_*.py"))
         called = set(re.findall(r'Call\(\s*"(\w+)"', calls))
-        assert len(called) >= 23
+        assert len(called) >= 28
         in_fake = {
             name: list(inspect.signature(getattr(Engine, name)).parameters)[1:]
             for name in called

@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tokenlimits import BulkResult, Group, Member, Refused, UsageRecord, User, _flows, _reports
+from tokenlimits import BulkResult, Group, InvalidRequest, Member, Refused, UsageRecord, User, _flows, _reports
 from tokenlimits._calls import Call
 from tokenlimits._reports import UsagePage
 from tokenlimits.models import AddedPage
@@ -112,6 +112,11 @@ def test_every_page_of_members_is_one_of_the_search() -> None:
     pages = _flows.all_members(PRO, "ann@")
     assert next(pages).params["p_search"] == "ann@"
     assert pages.send([Member(user_id=PRO, email=None, joined_at=NOW)]).params["p_search"] == "ann@"
+
+
+def test_members_of_no_id_are_refused_before_the_first_is_asked_for() -> None:
+    with pytest.raises(InvalidRequest, match="group_id"):
+        _flows.all_members("Pro", None)
 
 
 class TestAddMembers:

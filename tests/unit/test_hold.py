@@ -111,6 +111,18 @@ def test_what_cannot_be_declared(declare: str, cost: Any) -> None:
     assert sent(hold) == ("commit_generation", 8)
 
 
+@pytest.mark.parametrize("declare", [lambda hold: hold.used(3), lambda hold: hold.commit(3), RunningHold.commit])
+@pytest.mark.parametrize("error", [None, ValueError()])
+@pytest.mark.parametrize("answer", [RESERVED, UNRECORDED])
+def test_what_is_declared_after_the_end_is_not_lost_in_silence(
+    declare: Callable[[RunningHold], None], error: BaseException | None, answer: TrackResult
+) -> None:
+    hold = held(answer)
+    hold.settlement(error)
+    with pytest.raises(AlreadySettled, match="inside of the body"):
+        declare(hold)
+
+
 def test_a_job_that_was_done_before_is_not_settled_again() -> None:
     hold = held(RESERVED.model_copy(update={"status": "committed", "cost": 5, "replayed": True}))
     assert (hold.replayed, hold.status, hold.cost, hold.result.cost) == (True, "committed", 8, 5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 from datetime import datetime
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 from uuid import UUID
 
 import pytest
@@ -60,6 +60,42 @@ def test_fields_of_a_newer_server_are_ignored() -> None:
     assert not hasattr(read, "weather")
     assert read.group is not None
     assert read.group.name is None
+
+
+class TestWordsOfANewerServer:
+    """A denial must stay one, and usage readable, also where an older client doesn't know the word for it."""
+
+    STATUS: ClassVar = {"kind": "image", "period": "year", "scope": "region", "max": 5, "used": 5, "remaining": 0}
+    DENIED: ClassVar = {"allowed": False, "reason": "suspended", "error": "Suspended.", "status": "frozen"}
+
+    def test_are_passed_on(self) -> None:
+        read = result(**self.DENIED, limits=[{**self.STATUS, "reset_at": None}])
+        assert (read.reason, read.status, read.limits[0].period, read.limits[0].scope) == (
+            "suspended",
+            "frozen",
+            "year",
+            "region",
+        )
+        assert TrackResult.model_validate_json(read.model_dump_json()) == read
+        assert TrackResult.model_validate(read.model_dump()) == read
+
+    def test_deny(self) -> None:
+        with pytest.raises(GenerationDenied, match="Suspended"):
+            result(**self.DENIED).raise_if_denied()
+
+    @pytest.mark.parametrize("field", ["reason", "status"])
+    @pytest.mark.parametrize("value", [1, True, [], {}])
+    def test_are_words(self, field: str, value: Any) -> None:
+        with pytest.raises(ValidationError):
+            result(**{field: value})
+
+    def test_are_not_for_what_a_caller_writes(self) -> None:
+        with pytest.raises(ValidationError):
+            Limit.model_validate({"kind": "image", "max": 1, "period": "year"})
+
+    def test_are_those_that_are_known_to_whoever_reads_the_schema(self) -> None:
+        period = LimitStatus.model_json_schema(mode="serialization")["properties"]["period"]
+        assert period["enum"] == list(get_args(Period))
 
 
 class TestTrackResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from itertools import pairwise
@@ -26,6 +27,16 @@ class TestRetryAfter:
     def test_a_date(self) -> None:
         date = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
         assert 55 < (seconds(date) or 0) <= 60
+
+    @pytest.mark.parametrize("form", ["%a, %d %b %Y %H:%M:%S -0000", "%a %b %d %H:%M:%S %Y"])
+    def test_a_date_of_an_older_form_is_of_utc_too(self, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+        monkeypatch.setenv("TZ", "America/New_York")
+        time.tzset()
+        try:
+            assert 55 < (seconds(f"{datetime.now(UTC) + timedelta(seconds=60):{form}}") or 0) <= 60
+        finally:
+            monkeypatch.undo()
+            time.tzset()
 
     def test_a_date_that_has_passed(self) -> None:
         assert seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0

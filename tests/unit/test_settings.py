@@ -92,7 +92,9 @@ def test_the_file_is_that_of_the_working_directory_of_the_first_use(
         limits.track(ID, "image")
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:54321", "https://abc.supabase.co/", "http://my_host:8000"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:54321", "https://abc.supabase.co/", "http://my_host:8000", "http://[::1]:8000"]
+)
 def test_urls_that_may_be_right(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     given(monkeypatch, URL=url, SECRET_KEY=SECRET)
     assert loaded() == (url, SECRET)
@@ -112,6 +114,8 @@ class TestProblems:
             ({"URL": "ftp://abc.supabase.co", "SECRET_KEY": SECRET}, ["SUPABASE_URL"]),
             ({"URL": "https://abc.supabase.co:99999", "SECRET_KEY": SECRET}, ["SUPABASE_URL"]),
             ({"URL": f"https://{SECRET} x", "SECRET_KEY": SECRET}, ["SUPABASE_URL"]),
+            ({"URL": "https://abc..supabase.co", "SECRET_KEY": SECRET}, ["SUPABASE_URL"]),
+            ({"URL": f"https://{'a' * 64}.supabase.co", "SECRET_KEY": SECRET}, ["SUPABASE_URL"]),
             ({"URL": URL, "SECRET_KEY": f"{SECRET}\nX-Other: 1"}, ["SUPABASE_SECRET_KEY"]),
             ({"URL": URL, "SECRET_KEY": f"{SECRET}…"}, ["SUPABASE_SECRET_KEY"]),
             ({"URL": URL, "SECRET_KEY": f"{SECRET} {SECRET}"}, ["SUPABASE_SECRET_KEY"]),

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tokenlimits.local", description=__doc__)
+    description = "Run a Supabase on this machine until Ctrl-C, and print how to reach it."
+    parser = argparse.ArgumentParser(prog="python -m tokenlimits.local", description=description)
     parser.add_argument("--port", type=int, help="default: a free one")
     parser.add_argument("--database-url", help="a PostgreSQL to serve; default: an embedded one")
     parser.add_argument("--sql-dir", help="the migrations to apply; default: those of tokenlimits")
