@@ -218,6 +218,12 @@ class HistoryPoint(Model):
     generations: int
 
 
+class UsageSum(HistoryPoint):
+    """What a group used of a kind in the hour, day, week or month of its time zone that begins at `bucket`."""
+
+    group: GroupRef
+
+
 class CounterDrift(Model):
     """A counter that did not agree with the ledger: `subject` is the group or the member, `used` what is right."""
 

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import pytest
 
@@ -83,15 +84,23 @@ def test_a_file_appears_when_it_is_whole(tl: Program, team: Group, user: UUID, l
     assert not Path("/dev/null").is_file()
 
 
-def test_sums(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:
-    for hours in (0, 1, 30):
+def test_sums(tl: Program, groups: GroupManager, team: Group, user: UUID, limits: TokenLimits) -> None:
+    for hours in (0, 1, 30, 24 * 90):
         limits.record(user, "image", 2, created_at=NOW - timedelta(hours=hours))
-    found = rows(tl("export", "--by", "month", "--group", team.name, "--since", "2020-01-01").stdout)
-    assert sum(int(row["used"]) for row in found) == 6
+    found = rows(tl("export", "--by", "month", "--group", team.name).stdout)
+    assert list(found[0]) == ["group_id", "group", "bucket", "kind", "used", "generations"]
+    assert sum(int(row["used"]) for row in found) == 8  # from the beginning, as the ledger
     assert {(row["group"], row["kind"]) for row in found} == {(team.name, "image")}
-    everything = tl("export", "--by", "day", "--format", "jsonl").stdout.splitlines()
-    assert sum(json.loads(line)["used"] for line in everything if json.loads(line)["group_id"] == str(team.id)) == 6
+    assert {datetime.fromisoformat(row["bucket"]).astimezone(ZoneInfo("Asia/Tokyo")).day for row in found} == {1}
+    yesterday = (NOW - timedelta(days=1)).isoformat()
+    found = rows(tl("export", "--by", "day", "--group", team.name, "--kind", "image", "--since", yesterday).stdout)
+    assert sum(int(row["used"]) for row in found) in (4, 6)  # whole days
     assert "--user" in tl.fails("export", "--by", "day", "--user", user, status=2)
+    groups.delete(team.id)  # what it used stays
+    everything = map(json.loads, tl("export", "--by", "day", "--format", "jsonl").stdout.splitlines())
+    gone = [line for line in everything if line["group_id"] == str(team.id)]
+    assert sum(line["used"] for line in gone) == 8
+    assert {line["group"] for line in gone} == {None}
 
 
 def test_stable_while_others_write(

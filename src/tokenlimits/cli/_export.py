@@ -12,7 +12,7 @@ from typing import IO, Annotated, Any, Literal
 
 import typer
 
-from tokenlimits import Bucket, UsageRecord
+from tokenlimits import Bucket, UsageRecord, UsageSum
 
 from ._csv import guarded
 from ._find import find_group, find_user, manager
@@ -37,7 +37,7 @@ _LEDGER = (
     "settled_at",
     "expires_at",
 )
-_HISTORY = ("group_id", "group", "bucket", "kind", "used", "generations")
+_SUMS = ("group_id", "group", "bucket", "kind", "used", "generations")
 
 
 def register(app: typer.Typer) -> None:
@@ -65,9 +65,10 @@ def export(
 ) -> None:
     """Write the ledger, or with --by its sums.
 
-    All groups, users and kinds, from the beginning (--by: of 30 days), if you don't say otherwise. What was recorded
-    before you begin comes exactly once, whatever is recorded meanwhile. In CSV, text that a spreadsheet would take for
-    a formula has an apostrophe before it.
+    All groups, also deleted ones, all users and kinds, from the beginning, if you don't say otherwise. What was
+    recorded before you begin comes exactly once, whatever is recorded meanwhile. Hours, days, weeks and months are
+    those of the group's time zone. In CSV, text that a spreadsheet would take for a formula has an apostrophe before
+    it.
     """
     if by is not None and user is not None:
         raise typer.BadParameter("--by has no sums per user: leave out --user")
@@ -76,15 +77,10 @@ def export(
         if by is None:
             user_id = find_user(groups, user) if user is not None else None
             found = groups.export_usage(group_id, user_id=user_id, kind=kind, since=since, until=until)
-            written = _write(file, format_, _LEDGER, map(_ledger_row, found))
+            written = _write(file, format_, _LEDGER, map(_row, found))
         else:
-            wanted = [groups.get(group_id)] if group_id is not None else groups.list()
-            sums = (
-                {"group_id": str(each.id), "group": each.name, **point.model_dump(mode="json")}
-                for each in wanted
-                for point in groups.history(each.id, kind=kind, bucket=by, since=since, until=until)
-            )
-            written = _write(file, format_, _HISTORY, sums)
+            sums = groups.export_usage(group_id, kind=kind, since=since, until=until, bucket=by)
+            written = _write(file, format_, _SUMS, map(_row, sums))
     if output is not None or err.is_terminal:
         note(f"{written:,} rows" + (f" in {output}." if output is not None else "."))
 
@@ -111,7 +107,7 @@ def _opened(output: Path | None) -> Generator[IO[str]]:
             unfinished.unlink(missing_ok=True)
 
 
-def _ledger_row(usage: UsageRecord) -> Row:
+def _row(usage: UsageRecord | UsageSum) -> Row:
     row = usage.model_dump(mode="json")
     return {**row, "group_id": row["group"]["id"], "group": row["group"]["name"]}
 
