@@ -247,5 +247,167 @@ from public, anon, authenticated, service_role;
 grant execute on function public.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
 to authenticated, service_role;
 
+-- What the statistics know, and the sizes of files; no table is read. "needed" is what an index would take that was
+-- built now: each row's columns at their average width, aligned, with header and pointer, in pages filled to nine
+-- tenths. Rows are estimated as the planner does, or from what was written since, whichever are more: where that is
+-- wrong, an index looks too small rather than too large, and where it is not known yet, "needed" is null.
+create or replace function tokenlimits.storage()
+returns jsonb
+language plpgsql
+stable
+-- definer: statistics of columns are for who may read them
+security definer
+set search_path = ''
+as $$
+declare
+  c_tables constant text[] := array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'];
+  c_unknown_width constant integer := 32;
+begin
+  perform tokenlimits.require_admin();
+  return jsonb_build_object(
+    'tables', (
+      select jsonb_agg(jsonb_build_object(
+        'name', format('%I.%I', s.schemaname, s.relname), 'live', s.n_live_tup, 'dead', s.n_dead_tup
+      ) order by s.schemaname, s.relname)
+      from pg_catalog.pg_stat_all_tables as s
+      where s.schemaname = 'tokenlimits' or (s.schemaname = 'public' and s.relname = any(c_tables))
+    ),
+    'indexes', (
+      select jsonb_agg(jsonb_build_object(
+        'name', format('%I.%I', n.nspname, c.relname),
+        'valid', i.indisvalid,
+        'bytes', pg_relation_size(c.oid),
+        'needed', ((r.rows * (4 + 8 * ceil((8 + w.width) / 8.0))) / 0.9)::bigint
+      ) order by n.nspname, c.relname)
+      from pg_catalog.pg_index as i
+      inner join pg_catalog.pg_class as c on c.oid = i.indexrelid
+      inner join pg_catalog.pg_class as t on t.oid = i.indrelid
+      inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
+      cross join lateral (
+        select case when t.reltuples >= 0 and t.relpages > 0 then greatest(
+          pg_stat_get_live_tuples(t.oid),
+          t.reltuples / t.relpages * pg_relation_size(t.oid) / current_setting('block_size')::integer
+        ) end as rows
+      ) as r
+      cross join lateral (
+        select sum(coalesce(s.avg_width, c_unknown_width)) as width
+        from unnest(i.indkey) as k (attnum)
+        left join pg_catalog.pg_attribute as a on a.attrelid = t.oid and a.attnum = k.attnum
+        left join pg_catalog.pg_stats as s
+          on s.schemaname = n.nspname and s.tablename = t.relname and s.attname = a.attname
+      ) as w
+      where
+        t.relnamespace = 'tokenlimits'::regnamespace
+        or (t.relnamespace = 'public'::regnamespace and t.relname = any(c_tables))
+    )
+  );
+end
+$$;
+
+comment on function tokenlimits.storage() is 'Dead rows, and how large indexes are and need to be.';
+
+revoke execute on function tokenlimits.storage() from public, anon, authenticated;
+
+create or replace function tokenlimits.diagnosis()
+returns jsonb
+language plpgsql
+volatile
+-- definer: auth.users is not open to admins
+security definer
+set search_path = ''
+as $$
+declare
+  c_tables constant text[] := array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'];
+  c_user constant jsonb := '{"role": "authenticated", "sub": "00000000-0000-4000-8000-000000000000"}';
+begin
+  perform tokenlimits.require_admin();
+  return jsonb_build_object(
+    'version', (public.tokenlimits_version() ->> 'version')::integer,
+    'postgres', current_setting('server_version'),
+    'at', tokenlimits.clock(),
+    'tables', (
+      select jsonb_object_agg(t.relname, jsonb_build_object(
+        'rls', t.relrowsecurity,
+        'anon', has_table_privilege('anon', t.oid, 'select, insert, update, delete'),
+        'authenticated', (
+          select coalesce(jsonb_agg(a.name order by a.name), '[]')
+          from unnest(array['select', 'insert', 'update', 'delete']) as a (name)
+          where has_table_privilege('authenticated', t.oid, a.name)
+        )
+      ))
+      from pg_catalog.pg_class as t
+      where t.relnamespace = 'public'::regnamespace and t.relname = any(c_tables)
+    ),
+    'policies', (
+      select coalesce(jsonb_agg(jsonb_build_object(
+        'table', p.tablename, 'name', p.policyname, 'action', lower(p.cmd),
+        'asks_is_admin', concat(p.qual, p.with_check) like '%is_admin()%'
+      ) order by p.tablename, p.policyname), '[]')
+      from pg_catalog.pg_policies as p
+      where p.schemaname = 'public' and p.tablename = any(c_tables)
+    ),
+    'functions', (
+      select jsonb_object_agg(f.proname, (
+        select coalesce(jsonb_agg(r.name order by r.name), '[]')
+        from unnest(array['anon', 'authenticated', 'service_role']) as r (name)
+        where has_function_privilege(r.name, f.oid, 'execute')
+      ))
+      from pg_catalog.pg_proc as f
+      where
+        f.pronamespace = 'public'::regnamespace
+        and (f.prosrc like '%tokenlimits.%' or f.proname = 'tokenlimits_version')
+    ),
+    'private_schema_open', has_schema_privilege('anon', 'tokenlimits', 'usage'),
+    'triggers', (
+      select coalesce(jsonb_agg(t.tgname order by t.tgname), '[]')
+      from pg_catalog.pg_trigger as t
+      inner join pg_catalog.pg_class as c on c.oid = t.tgrelid
+      where
+        c.relnamespace = 'public'::regnamespace
+        and c.relname = any(c_tables) and not t.tgisinternal and t.tgenabled <> 'D'
+    ),
+    'indexes', (
+      select coalesce(jsonb_agg(c.relname order by c.relname), '[]')
+      from pg_catalog.pg_index as i
+      inner join pg_catalog.pg_class as c on c.oid = i.indexrelid
+      inner join pg_catalog.pg_class as t on t.oid = i.indrelid
+      where
+        i.indisvalid
+        and (t.relnamespace = 'tokenlimits'::regnamespace or (
+          t.relnamespace = 'public'::regnamespace and t.relname = any(c_tables)
+        ))
+    ),
+    'storage', tokenlimits.storage(),
+    'is_admin', jsonb_build_object(
+      'nobody', tokenlimits.would_be_admin(c_user),
+      'user_metadata', tokenlimits.would_be_admin(c_user || '{"user_metadata": {"role": "admin"}}'),
+      'app_metadata', tokenlimits.would_be_admin(c_user || '{"app_metadata": {"role": "admin"}}')
+    ),
+    'groups', (select count(*) from public.user_groups),
+    'default_group', (select g.name from public.user_groups as g where g.is_default),
+    'groups_without_limits', (
+      select count(*)
+      from public.user_groups as g
+      where not exists (select from public.group_limits as l where l.group_id = g.id)
+    ),
+    -- of many it is enough to know that they are many
+    'users_in_no_group', (
+      select count(*)
+      from (
+        select
+        from auth.users as u
+        where not exists (select from public.group_memberships as m where m.user_id = u.id)
+        limit 1001
+      ) as n
+    ),
+    'ledger_rows', (
+      select greatest(c.reltuples, 0)::bigint
+      from pg_catalog.pg_class as c
+      where c.oid = 'public.generation_usage'::regclass
+    )
+  );
+end
+$$;
+
 -- PostgREST serves the new functions from now on.
 notify pgrst, 'reload schema';
