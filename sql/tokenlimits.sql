@@ -4154,6 +4154,7 @@ begin
           'id', v_group_id,
           'name', (select g.name from public.user_groups as g where g.id = v_group_id)
         ),
+        'timezone', v_timezone,
         'bucket', lower(v_period),
         'kind', v_kind,
         'used', v_sum.used,

@@ -148,7 +148,7 @@ export type HistoryPoint = {
   generations: number
 }
 
-export type UsageSum = HistoryPoint & { group: GroupRef }
+export type UsageSum = HistoryPoint & { group: GroupRef; timezone: string }
 
 export type User = {
   user_id: Uuid

@@ -219,9 +219,10 @@ class HistoryPoint(Model):
 
 
 class UsageSum(HistoryPoint):
-    """What a group used of a kind in the hour, day, week or month of its time zone that begins at `bucket`."""
+    """What a group used of a kind in the hour, day, week or month of its `timezone` that begins at `bucket`."""
 
     group: GroupRef
+    timezone: str
 
 
 class CounterDrift(Model):

@@ -115,6 +115,13 @@ def test_what_is_configured_wrongly(patient: Program, environment: dict[str, str
     assert "hush" not in said
 
 
+def test_a_publishable_key_is_not_called_unknown(patient: Program) -> None:
+    publishable = patient.environment["SUPABASE_PUBLISHABLE_KEY"]
+    found = findings(patient, SUPABASE_SECRET_KEY=publishable)
+    assert found["key"] == ("error", "It is the publishable key, which may do nothing here.")
+    assert "may not even ask" in found["api"][1]
+
+
 def test_a_server_that_is_no_supabase(patient: Program) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as other:
         thread = threading.Thread(target=other.serve_forever)

@@ -1365,7 +1365,8 @@ def sums_are_exported_in_buckets(world: World, bucket: Any, begins: list[str]) -
         world.limits.track(ANN, "image", 2)
     sums = list(world.groups.export_usage(group, bucket=bucket))
     assert [each.bucket for each in sums] == [utc(begin) for begin in begins]
-    assert {(each.group.id, each.group.name, each.kind) for each in sums} == {(group, "Team", "image")}
+    said = {(each.group.id, each.group.name, each.timezone, each.kind) for each in sums}
+    assert said == {(group, "Team", "Europe/Paris", "image")}
     assert (sum(each.used for each in sums), sum(each.generations for each in sums)) == (8, 4)
 
 
@@ -1405,7 +1406,8 @@ def sums_of_what_when_and_whom(world: World) -> None:
     assert sums(since=world.now + timedelta(days=2)) == set()
     world.groups.delete(one)
     assert sums() == ones | twos
-    assert {each.group.name for each in world.groups.export_usage(bucket="month")} == {None, "Two"}
+    said = {(each.group.name, each.timezone) for each in world.groups.export_usage(bucket="month")}
+    assert said == {(None, "UTC"), ("Two", "UTC")}
 
 
 @scenario

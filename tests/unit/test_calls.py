@@ -292,7 +292,9 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         {"p_group_id": PRO, "p_kind": "image", "p_since": WHEN, "p_until": WHEN, "p_bucket": "week", "p_page_size": 7},
         True,
         {
-            "rows": [{"group": {"id": PRO}, "bucket": WHEN, "kind": "image", "used": 3, "generations": 2}],
+            "rows": [
+                {"group": {"id": PRO}, "timezone": "UTC", "bucket": WHEN, "kind": "image", "used": 3, "generations": 2}
+            ],
             "until": WHEN,
             "next": None,
         },

@@ -78,6 +78,7 @@ class ReportFunctions(State):
             "rows": [
                 {
                     "group": self.reference(group_id),
+                    "timezone": self._timezone_of(group_id),
                     "kind": kind,
                     "bucket": at.isoformat(),
                     "used": used[group_id, kind, at],
