@@ -18,8 +18,8 @@ begin
         'reserve_generation', 'commit_generation', 'release_generation', 'refund_generation', 'reconcile_usage',
         'user_generation_usage', 'my_generation_usage', 'save_group', 'set_group_limit', 'remove_group_limit',
         'delete_group', 'find_groups', 'add_group_members', 'remove_group_members', 'move_group_member',
-        'reset_group_usage', 'group_members', 'find_users', 'find_users_by_email', 'export_usage', 'top_members',
-        'usage_drift', 'tokenlimits_diagnosis', 'group_usage', 'generation_history'
+        'reset_group_usage', 'group_members', 'find_users', 'find_users_by_email', 'export_usage', 'export_history',
+        'top_members', 'usage_drift', 'tokenlimits_diagnosis', 'group_usage', 'generation_history'
       )
   loop
     execute format('drop function %s', v_function);

@@ -148,6 +148,8 @@ export type HistoryPoint = {
   generations: number
 }
 
+export type UsageSum = HistoryPoint & { group: GroupRef; timezone: string }
+
 export type User = {
   user_id: Uuid
   email: string | null
@@ -283,6 +285,20 @@ export type Functions = {
     }
     /** Without `next` it is the last page. */
     Returns: { rows: UsageRecord[]; until: Timestamp; next: Json | null }
+  }
+  export_history: {
+    Args: {
+      p_group_id?: Uuid
+      p_kind?: string
+      p_bucket?: Bucket
+      p_since?: Timestamp
+      p_until?: Timestamp
+      /** The `next` of the page before. */
+      p_after?: Json
+      p_page_size?: number
+    }
+    /** Without `next` it is the last page. */
+    Returns: { rows: UsageSum[]; until: Timestamp; next: Json | null }
   }
   top_members: {
     Args: { p_group_id: Uuid; p_kind?: string; p_since?: Timestamp; p_until?: Timestamp; p_count?: number }

@@ -148,7 +148,7 @@ language sql
 immutable
 set search_path = ''
 as $$
-  select jsonb_build_object('version', 4)
+  select jsonb_build_object('version', 2)
 $$;
 comment on function public.tokenlimits_version()
 is 'The version of the installed schema. Clients compare it with the least that they need.';

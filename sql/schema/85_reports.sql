@@ -250,6 +250,35 @@ is 'One group, or all when null: member count, and of each limit used, remaining
 revoke execute on function public.group_usage(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.group_usage(uuid) to authenticated, service_role;
 
+create or replace function tokenlimits.check_bucket(p_bucket text)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  if p_bucket is null or p_bucket not in ('hour', 'day', 'week', 'month') then
+    perform tokenlimits.refuse('TL001', 'bucket: must be hour, day, week or month', 'bucket');
+  end if;
+end
+$$;
+comment on function tokenlimits.check_bucket(text) is 'Raises TL001 unless it is a step of the history.';
+revoke execute on function tokenlimits.check_bucket(text) from public, anon, authenticated;
+
+-- A group that was deleted since has lost its time zone too.
+create or replace function tokenlimits.timezone_of(p_group_id uuid)
+returns text
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return coalesce((select g.timezone from public.user_groups as g where g.id = p_group_id), 'UTC');
+end
+$$;
+comment on function tokenlimits.timezone_of(uuid) is 'The time zone in which a group''s periods begin.';
+revoke execute on function tokenlimits.timezone_of(uuid) from public, anon, authenticated;
+
 create or replace function tokenlimits.history(
   p_group_id uuid,
   p_kind text,
@@ -269,9 +298,7 @@ declare
   v_since timestamptz;
 begin
   perform tokenlimits.require_admin();
-  if p_bucket is null or p_bucket not in ('hour', 'day', 'week', 'month') then
-    perform tokenlimits.refuse('TL001', 'bucket: must be hour, day, week or month', 'bucket');
-  end if;
+  perform tokenlimits.check_bucket(p_bucket);
   if p_group_id is not null then
     v_timezone := (tokenlimits.require_group(p_group_id)).timezone;
   end if;

@@ -115,6 +115,65 @@ comment on function tokenlimits.would_be_admin(jsonb)
 is 'Would a caller with these claims be an admin? Null: it failed.';
 revoke execute on function tokenlimits.would_be_admin(jsonb) from public, anon, authenticated;
 
+-- What the statistics know, and the sizes of files; no table is read. "needed" is what an index would take that was
+-- built now: each row's columns at their average width, aligned, with header and pointer, in pages filled to nine
+-- tenths. Rows are estimated as the planner does, or from what was written since, whichever are more: where that is
+-- wrong, an index looks too small rather than too large, and where it is not known yet, "needed" is null.
+create or replace function tokenlimits.storage()
+returns jsonb
+language plpgsql
+stable
+-- definer: statistics of columns are for who may read them
+security definer
+set search_path = ''
+as $$
+declare
+  c_tables constant text[] := array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'];
+  c_unknown_width constant integer := 32;
+begin
+  perform tokenlimits.require_admin();
+  return jsonb_build_object(
+    'tables', (
+      select jsonb_agg(jsonb_build_object(
+        'name', format('%I.%I', s.schemaname, s.relname), 'live', s.n_live_tup, 'dead', s.n_dead_tup
+      ) order by s.schemaname, s.relname)
+      from pg_catalog.pg_stat_all_tables as s
+      where s.schemaname = 'tokenlimits' or (s.schemaname = 'public' and s.relname = any(c_tables))
+    ),
+    'indexes', (
+      select jsonb_agg(jsonb_build_object(
+        'name', format('%I.%I', n.nspname, c.relname),
+        'valid', i.indisvalid,
+        'bytes', pg_relation_size(c.oid),
+        'needed', ((r.rows * (4 + 8 * ceil((8 + w.width) / 8.0))) / 0.9)::bigint
+      ) order by n.nspname, c.relname)
+      from pg_catalog.pg_index as i
+      inner join pg_catalog.pg_class as c on c.oid = i.indexrelid
+      inner join pg_catalog.pg_class as t on t.oid = i.indrelid
+      inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
+      cross join lateral (
+        select case when t.reltuples >= 0 and t.relpages > 0 then greatest(
+          pg_stat_get_live_tuples(t.oid),
+          t.reltuples / t.relpages * pg_relation_size(t.oid) / current_setting('block_size')::integer
+        ) end as rows
+      ) as r
+      cross join lateral (
+        select sum(coalesce(s.avg_width, c_unknown_width)) as width
+        from unnest(i.indkey) as k (attnum)
+        left join pg_catalog.pg_attribute as a on a.attrelid = t.oid and a.attnum = k.attnum
+        left join pg_catalog.pg_stats as s
+          on s.schemaname = n.nspname and s.tablename = t.relname and s.attname = a.attname
+      ) as w
+      where
+        t.relnamespace = 'tokenlimits'::regnamespace
+        or (t.relnamespace = 'public'::regnamespace and t.relname = any(c_tables))
+    )
+  );
+end
+$$;
+comment on function tokenlimits.storage() is 'Dead rows, and how large indexes are and need to be.';
+revoke execute on function tokenlimits.storage() from public, anon, authenticated;
+
 create or replace function tokenlimits.diagnosis()
 returns jsonb
 language plpgsql
@@ -184,6 +243,7 @@ begin
           t.relnamespace = 'public'::regnamespace and t.relname = any(c_tables)
         ))
     ),
+    'storage', tokenlimits.storage(),
     'is_admin', jsonb_build_object(
       'nobody', tokenlimits.would_be_admin(c_user),
       'user_metadata', tokenlimits.would_be_admin(c_user || '{"user_metadata": {"role": "admin"}}'),

@@ -49,6 +49,7 @@ from .models import (
     TopMember,
     TrackResult,
     UsageRecord,
+    UsageSum,
     User,
     UserLimit,
 )
@@ -102,6 +103,7 @@ __all__ = [
     "UnknownUser",
     "UsageNotFound",
     "UsageRecord",
+    "UsageSum",
     "User",
     "UserLimit",
     "__version__",

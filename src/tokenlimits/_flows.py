@@ -8,8 +8,8 @@ from typing import Any, TypeVar, cast
 from . import _arguments, _calls, _reports
 from ._arguments import Id
 from ._calls import Call
-from ._reports import UsagePage, Wanted
-from .models import AddedPage, BulkResult, Group, Member, Refused, UsageRecord, User
+from ._reports import Export, Page
+from .models import AddedPage, BulkResult, Group, Member, Refused, User
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ OnProgress = Callable[[int, int], object]
 CHUNK = 5_000
 GROUPS_PAGE = 200
 MEMBERS_PAGE = 500
-USAGE_PAGE = 2_000
+EXPORT_PAGE = 2_000
 
 
 def all_groups(search: str | None) -> Flow[list[Group]]:
@@ -51,13 +51,13 @@ def _member_pages(group_id: str, search: str | None) -> Pages[Member]:
         after = page[-1].user_id
 
 
-def all_usage(wanted: Wanted) -> Pages[UsageRecord]:
-    """Read the ledger, page by page."""
-    page: UsagePage | None = None
+def exported(export: Export[T]) -> Pages[T]:
+    """Read what is exported, page by page."""
+    page: Page[T] | None = None
     # a page may be empty before the end, when nothing in it is wanted
     while page is None or page.next is not None:
-        answer = yield _reports.usage_page(wanted, page, USAGE_PAGE)
-        page = cast("UsagePage", answer)
+        answer = yield export.page(page, EXPORT_PAGE)
+        page = cast("Page[T]", answer)
 
 
 def users_by_email(emails: Iterable[str]) -> Flow[list[User]]:

@@ -2,51 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from . import _arguments
 from ._arguments import Id, parser
 from ._calls import Call
-from .models import Reconciliation, TopMember, UsageRecord, User
+from .errors import InvalidRequest
+from .models import Bucket, Reconciliation, TopMember, UsageRecord, UsageSum, User
+
+T = TypeVar("T")
 
 _RECONCILIATION = parser(Reconciliation)
 _RECORDS = parser(list[UsageRecord])
+_SUMS = parser(list[UsageSum])
 _TOP = parser(list[TopMember])
 _USERS = parser(list[User])
 
 
-Wanted = Mapping[str, Any]
-"""Which part of the ledger, as parameters that were checked."""
+class Page(list[T]):
+    """A page of an export; `next` is how the one after it is asked for (None: there is none)."""
+
+    def __init__(self, rows: list[T], answer: Any) -> None:
+        super().__init__(rows)
+        after, until = answer["next"], answer["until"]
+        self.next: Mapping[str, Any] | None = None if after is None else {"p_after": after, "p_until": until}
 
 
-class UsagePage(list[UsageRecord]):
-    """A page of the ledger; `next` is where the next one begins (None: there is none), `until` where all of it ends."""
+@dataclass(frozen=True, slots=True)
+class Export(Generic[T]):
+    """What is to be exported: a function that answers pages, parameters that were checked, and what its rows are."""
 
-    def __init__(self, answer: Any) -> None:
-        super().__init__(_RECORDS(answer["rows"]))
-        self.next: dict[str, Any] | None = answer["next"]
-        self.until: str = answer["until"]
+    function: str
+    params: Mapping[str, Any]
+    parse: Callable[[Any], list[T]]
+
+    def page(self, before: Page[T] | None, size: int) -> Call[list[T]]:
+        """Read the page after another."""
+        after = before.next if before is not None else None
+        params = {**self.params, **(after or {}), "p_page_size": size}
+        return Call(self.function, params, lambda answer: Page(self.parse(answer["rows"]), answer))
 
 
-def wanted_usage(
+def export(
+    group_id: Id | None,
+    user_id: Id | None,
+    kind: str | None,
+    since: datetime | None,
+    until: datetime | None,
+    bucket: Bucket | None,
+) -> Export[Any]:
+    """Check what is to be exported: rows of the ledger or, with a bucket, sums."""
+    if bucket is None:
+        return ledger(group_id, user_id, kind, since, until)
+    if user_id is not None:
+        raise InvalidRequest(
+            "user_id: there are no sums of single users. Leave out bucket, and add up.", code="TL001", detail="user_id"
+        )
+    params = {**_wanted(group_id, kind, since, until), "p_bucket": _arguments.bucket(bucket)}
+    return Export("export_history", params, _SUMS)
+
+
+def ledger(
     group_id: Id | None, user_id: Id | None, kind: str | None, since: datetime | None, until: datetime | None
-) -> Wanted:
-    """Check what is to be exported."""
+) -> Export[UsageRecord]:
+    """Check which rows of the ledger are to be exported."""
+    params = {**_wanted(group_id, kind, since, until), "p_user_id": _arguments.optional_id(user_id, "user_id")}
+    return Export("export_usage", params, _RECORDS)
+
+
+def _wanted(group_id: Id | None, kind: str | None, since: datetime | None, until: datetime | None) -> dict[str, Any]:
     return {
         "p_group_id": _arguments.optional_id(group_id, "group_id"),
-        "p_user_id": _arguments.optional_id(user_id, "user_id"),
         "p_kind": _arguments.optional_kind(kind),
         "p_since": _arguments.moment(since, "since"),
         "p_until": _arguments.moment(until, "until"),
     }
-
-
-def usage_page(wanted: Wanted, before: UsagePage | None, size: int) -> Call[list[UsageRecord]]:
-    """Read the page of the ledger after another."""
-    place = {} if before is None else {"p_after": before.next, "p_until": before.until}
-    return Call("export_usage", {**wanted, **place, "p_page_size": size}, UsagePage)
 
 
 def top_members(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
 from datetime import datetime
-from typing import Self
+from typing import Self, overload
 from uuid import UUID
 
 from supabase import AsyncClient
@@ -26,6 +26,7 @@ from .models import (
     Scope,
     TrackResult,
     UsageRecord,
+    UsageSum,
 )
 
 
@@ -320,6 +321,7 @@ class AsyncGroupManager(AsyncBase):
         """
         return await self._transport.send(_calls.history(group_id, kind, bucket, since, until))
 
+    @overload
     def export_usage(
         self,
         group_id: UUID | str | None = None,
@@ -328,20 +330,46 @@ class AsyncGroupManager(AsyncBase):
         kind: str | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
-    ) -> AsyncIterator[UsageRecord]:
-        """Iterate over the ledger, reading page by page: any number of rows in little memory.
+        bucket: None = None,
+    ) -> AsyncIterator[UsageRecord]: ...
 
-        Rows come by group, or by user when one is named, and then by `created_at`. What was recorded before you began
-        comes exactly once, whatever is recorded meanwhile; a group that was deleted has no name.
+    @overload
+    def export_usage(
+        self,
+        group_id: UUID | str | None = None,
+        *,
+        kind: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        bucket: Bucket,
+    ) -> AsyncIterator[UsageSum]: ...
+
+    def export_usage(
+        self,
+        group_id: UUID | str | None = None,
+        *,
+        user_id: UUID | str | None = None,
+        kind: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        bucket: Bucket | None = None,
+    ) -> AsyncIterator[UsageRecord] | AsyncIterator[UsageSum]:
+        """Iterate over the ledger or, with a bucket, over its sums, reading page by page: any number in little memory.
+
+        Rows of the ledger come by group, or by user when one is named, and then by `created_at`; sums by group, kind
+        and bucket, the empty ones left out. What was recorded before you began comes exactly once, as a row or in a
+        sum, whatever is recorded meanwhile; a group that was deleted has no name.
 
         Args:
             group_id: Of this group alone; of all, also deleted ones, when None.
-            user_id: Of this user alone.
+            user_id: Of this user alone; not with a bucket, for there are no sums of single users.
             kind: Of this kind alone.
-            since: From this moment on, with a time zone; from the beginning when None.
-            until: Before this moment; up to now when None.
+            since: From this moment on, with a time zone; from the beginning when None. Sums begin with its bucket.
+            until: Before this moment; up to now when None. Sums end to the quarter of an hour.
+            bucket: What each group used per kind and hour, day, week or month of its time zone (of a deleted one in
+                UTC), in place of single rows.
         """
-        return self._transport.iterate(_flows.all_usage(_reports.wanted_usage(group_id, user_id, kind, since, until)))
+        return self._transport.iterate(_flows.exported(_reports.export(group_id, user_id, kind, since, until, bucket)))
 
     async def top_members(
         self,

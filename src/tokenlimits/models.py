@@ -244,6 +244,13 @@ class HistoryPoint(Model):
     generations: int
 
 
+class UsageSum(HistoryPoint):
+    """What a group used of a kind in the hour, day, week or month of its `timezone` that begins at `bucket`."""
+
+    group: GroupRef
+    timezone: str
+
+
 class CounterDrift(Model):
     """A counter that did not agree with the ledger: `subject` is the group or the member, `used` what is right."""
 

@@ -48,8 +48,8 @@ def load() -> Settings:
     try:
         settings = Settings()  # pyright: ignore[reportCallIssue]  # the fields come from the environment
     except ValidationError as error:
-        names = ", ".join(sorted({str(e["loc"][0]) for e in error.errors()}))
-        problem = f"{names} is missing or not valid."
+        names = sorted({str(e["loc"][0]) for e in error.errors()})
+        problem = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing or not valid."
     except UnicodeDecodeError:
         problem = "The file .env is not UTF-8 text."
     else:
@@ -64,7 +64,7 @@ def load() -> Settings:
 def _allowed(settings: Settings) -> Settings:
     if settings.key.get_secret_value().startswith("sb_publishable_"):
         raise ConfigurationError(
-            "The key is a publishable one, which may not track generations. Use the project's secret key, and keep it "
-            "on the server."
+            "The key is a publishable one, which may neither track generations nor manage groups. Use the project's "
+            "secret key, and keep it on the server."
         )
     return settings

@@ -115,6 +115,13 @@ def test_what_is_configured_wrongly(patient: Program, environment: dict[str, str
     assert "hush" not in said
 
 
+def test_a_publishable_key_is_not_called_unknown(patient: Program) -> None:
+    publishable = patient.environment["SUPABASE_PUBLISHABLE_KEY"]
+    found = findings(patient, SUPABASE_SECRET_KEY=publishable)
+    assert found["key"] == ("error", "It is the publishable key, which may do nothing here.")
+    assert "may not even ask" in found["api"][1]
+
+
 def test_a_server_that_is_no_supabase(patient: Program) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as other:
         thread = threading.Thread(target=other.serve_forever)
@@ -246,6 +253,86 @@ def test_what_is_wrong_in_the_database(patient: Program, clinic: tuple[LocalStac
         restore(clinic)
 
 
+LEDGER = """
+insert into public.generation_usage (id, group_id, user_id, kind, cost, status, created_at)
+select gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), 'bloat', 1, 'committed', now()
+from generate_series(1, 120000)
+"""
+HOLDS = """
+insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+select gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), 'bloat', 1, now(), now()
+from generate_series(1, 120000)
+"""
+INDEX = "public.generation_usage_user_id_idx"
+SLOW: dict[str, tuple[list[str], str, str, str]] = {
+    "an index that was not finished": (
+        [f"update pg_index set indisvalid = false where indexrelid = '{INDEX}'::regclass"],
+        "indexes",
+        f"Not valid: {INDEX}",
+        f"reindex index concurrently {INDEX}",
+    ),
+    "what was left of one": (
+        [
+            "create index generation_usage_user_id_idx_ccnew on public.generation_usage (user_id)",
+            f"update pg_index set indisvalid = false where indexrelid = '{INDEX}_ccnew'::regclass",
+        ],
+        "indexes",
+        f"Not valid: {INDEX}_ccnew",
+        f"drop index concurrently {INDEX}_ccnew",
+    ),
+    "a bloated index": (
+        [
+            LEDGER,
+            "analyze public.generation_usage",
+            f"alter index {INDEX} set (fillfactor = 10)",
+            f"reindex index {INDEX}",
+            f"alter index {INDEX} reset (fillfactor)",
+        ],
+        "bloat",
+        INDEX,
+        f"reindex index concurrently {INDEX}",
+    ),
+    "dead rows": (
+        ["alter table tokenlimits.holds set (autovacuum_enabled = off)", HOLDS, "delete from tokenlimits.holds"],
+        "dead rows",
+        "tokenlimits.holds (120,000, and 0 live)",
+        "vacuum tokenlimits.holds",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", SLOW)
+def test_what_makes_calls_slow(patient: Program, clinic: tuple[LocalStack, str], fault: str) -> None:
+    """It's found, and gone when what doctor says was done."""
+    plant, check, says, remedy = SLOW[fault]
+    with psycopg.connect(clinic[1], autocommit=True) as connection:
+        try:
+            for statement in plant:
+                connection.execute(statement.encode())
+            connection.execute("select pg_stat_force_next_flush()")
+            (finding,) = [each for each in patient.json("doctor", status=None)["findings"] if each["level"] != "ok"]
+            assert finding["check"] == check
+            assert says in finding["says"]
+            assert finding["remedy"].endswith(remedy)
+            connection.execute(remedy.encode())
+            assert findings(patient) == {}
+        finally:
+            connection.execute("delete from public.generation_usage where kind = 'bloat'")
+            connection.execute("alter table tokenlimits.holds reset (autovacuum_enabled)")
+            connection.execute("select pg_stat_force_next_flush()")
+            connection.execute("vacuum public.generation_usage, tokenlimits.holds")
+
+
+def test_small_tables_are_never_bloated(patient: Program, clinic: tuple[LocalStack, str]) -> None:
+    """Many times as large as its rows need, and yet not worth a word."""
+    with psycopg.connect(clinic[1], autocommit=True) as connection:
+        connection.execute(LEDGER.replace("120000", "20000").encode())
+        connection.execute("analyze public.generation_usage")
+        with planted(clinic[1], "delete from public.generation_usage where kind = 'bloat'", "select 1"):
+            connection.execute("vacuum analyze public.generation_usage")
+            assert findings(patient) == {}
+
+
 def restore(clinic: tuple[LocalStack, str]) -> None:
     """Make the groups again that went with the tables."""
     with httpx.Client(trust_env=False) as http:
@@ -272,7 +359,7 @@ def test_what_is_expected_is_read_from_the_sql() -> None:
     assert {name: set(who) for name, who in expected().functions.items()} == wanted
     assert "group_limits_apply_insert" in expected().triggers
     assert {"generation_usage_user_id_idx", "counters_pkey", "generation_usage_key_key"} <= expected().indexes
-    assert expected().version >= 3
+    assert expected().version >= 2
     assert len(TABLES) == 4
 
 

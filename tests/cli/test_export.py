@@ -69,7 +69,7 @@ def test_the_ledger(tl: Program, team: Group, user: UUID, limits: TokenLimits) -
     since, until = NOW - timedelta(days=2), NOW - timedelta(days=1)
     done = tl("export", "--user", user, "--since", since.isoformat(), "--until", until.isoformat(), "-o", "out.csv")
     assert done.stdout == ""
-    assert "1 rows in out.csv" in done.stderr
+    assert "1 row in out.csv" in done.stderr
     assert [row["kind"] for row in rows(tl.directory.joinpath("out.csv").read_text())] == ["video"]
 
 
@@ -79,19 +79,52 @@ def test_a_file_appears_when_it_is_whole(tl: Program, team: Group, user: UUID, l
     tl.fails("export", "-o", "out.csv", "--kind", "Image")
     assert [path.name for path in tl.directory.iterdir()] == ["out.csv"]
     assert tl.directory.joinpath("out.csv").read_text() == "what was there"
-    assert "rows in /dev/null" in tl("export", "--group", team.name, "-o", "/dev/null").stderr
+    assert "1 row in /dev/null" in tl("export", "--group", team.name, "-o", "/dev/null").stderr
     assert not Path("/dev/null").is_file()
 
 
-def test_sums(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:
-    for hours in (0, 1, 30):
+def test_sums(tl: Program, groups: GroupManager, team: Group, user: UUID, limits: TokenLimits) -> None:
+    for hours in (0, 1, 30, 24 * 90):
         limits.record(user, "image", 2, created_at=NOW - timedelta(hours=hours))
-    found = rows(tl("export", "--by", "month", "--group", team.name, "--since", "2020-01-01").stdout)
-    assert sum(int(row["used"]) for row in found) == 6
+    found = rows(tl("export", "--by", "month", "--group", team.name).stdout)
+    assert list(found[0]) == ["group_id", "group", "bucket", "kind", "used", "generations"]
+    assert sum(int(row["used"]) for row in found) == 8  # from the beginning, as the ledger
     assert {(row["group"], row["kind"]) for row in found} == {(team.name, "image")}
-    everything = tl("export", "--by", "day", "--format", "jsonl").stdout.splitlines()
-    assert sum(json.loads(line)["used"] for line in everything if json.loads(line)["group_id"] == str(team.id)) == 6
+    assert {row["bucket"][7:] for row in found} == {"-01T00:00:00+09:00"}  # as the team writes it
+    yesterday = (NOW - timedelta(days=1)).isoformat()
+    found = rows(tl("export", "--by", "day", "--group", team.name, "--kind", "image", "--since", yesterday).stdout)
+    assert sum(int(row["used"]) for row in found) in (4, 6)  # whole days
     assert "--user" in tl.fails("export", "--by", "day", "--user", user, status=2)
+    groups.delete(team.id)  # what it used stays
+    everything = map(json.loads, tl("export", "--by", "day", "--format", "jsonl").stdout.splitlines())
+    gone = [line for line in everything if line["group_id"] == str(team.id)]
+    assert sum(line["used"] for line in gone) == 8
+    assert {line["group"] for line in gone} == {None}
+
+
+def test_nothing_is_written_before_there_is_an_answer(tl: Program) -> None:
+    for arguments in ([], ["--by", "day"]):
+        done = tl("export", *arguments, status=1, SUPABASE_SECRET_KEY="sb_secret_of_another_project")
+        assert done.stdout == ""
+    assert "there is no directory nowhere" in tl.fails("export", "-o", "nowhere/usage.csv")
+
+
+def test_whoever_reads_may_go_away(tl: Program, stack: LocalStack, team: Group, user: UUID) -> None:
+    stack.sql(LEDGER.format(group=team.id, user=user, count=5_000))
+    with subprocess.Popen(
+        tl.command("export", "--group", team.id),
+        env=tl.environment,
+        cwd=tl.directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        assert program.stdout.readline().startswith("id,created_at")
+        program.stdout.close()
+        assert program.stderr.read() == ""
+    assert program.returncode == 1
 
 
 def test_stable_while_others_write(
@@ -174,7 +207,7 @@ class TestImport:
         )
         tl.directory.joinpath("past.csv").write_text(text)
         assert tl("import", "past.csv").stdout == "3 recorded, 0 there already, 0 refused.\n"
-        assert tl("import", "past.csv").stdout == "0 recorded, 3 there already, 0 refused.\n"
+        assert tl.json("import", "past.csv") == {"recorded": 0, "there_already": 3, "refused": []}
         found = [(u.kind, u.cost, u.group.id, u.idempotency_key) for u in groups.export_usage(user_id=user)]
         assert [each[:3] for each in found] == [("image", 3, team.id), ("video", 1, team.id), ("image", 9, other.id)]
         assert found[0][3] == "=1"

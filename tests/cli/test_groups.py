@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import pytest
@@ -42,6 +43,44 @@ def test_a_groups_life(tl: Program, groups: GroupManager, name: str) -> None:
     assert groups.get(made["id"])
     tl("groups", "delete", made["id"], "--yes")
     assert "no group" in tl.fails("groups", "show", made["id"])
+
+
+def test_json_of_changes(tl: Program, name: str) -> None:
+    made = tl.json("groups", "create", name, "-l", "image=1")
+    limits = tl.json("limits", "set", name, "image=2", "video=3/day")
+    assert [(each["kind"], each["max"]) for each in limits] == [("image", 2), ("video", 3)]
+    assert [each["kind"] for each in tl.json("limits", "remove", name, "video/day", "--yes")] == ["image"]
+    reset = tl.json("groups", "reset", name, "--yes")
+    assert reset["group"] == {"id": made["id"], "name": name}
+    assert datetime.fromisoformat(reset["reset_at"]).tzinfo is not None
+    assert tl.json("groups", "delete", name, "--yes")["id"] == made["id"]
+
+
+def test_what_cannot_be_meant(tl: Program, name: str) -> None:
+    tl("groups", "create", name, "-l", "image=1")
+    assert "Nothing to change" in tl.fails("groups", "edit", name, status=2)
+    assert "image/lifetime is there twice" in tl.fails("limits", "set", name, "image=2", "image=3/lifetime")
+    assert "image/lifetime is there twice" in tl.fails("groups", "create", f"{name}2", "-l", "image=2", "-l", "image=3")
+    assert "without its max, like image/month" in tl.fails("limits", "remove", name, "image=1")
+    assert "its 1 limit and 0 memberships" in tl.fails("groups", "delete", name)
+
+
+def test_a_narrow_terminal(tl: Program, name: str) -> None:
+    """Numbers, ids and time zones stay whole; long names are folded in one list, and cut in the other."""
+    long = f"{name} with more words than there is room for"
+    tl("groups", "create", long, "-l", "image=1000000/month", "-l", "video=20/day", "--timezone", "Europe/Paris")
+    made = tl.json("groups", "show", long)
+    wide, narrow = (tl("groups", "list", "--search", long, COLUMNS=width).stdout for width in ("120", "60"))
+    assert made["id"] in wide
+    assert made["id"][:8] not in narrow
+    for text, width in ((wide, 120), (narrow, 60)):
+        assert "Europe/Paris" in text
+        assert max(map(len, text.splitlines())) <= width
+    usage = tl("usage", long, COLUMNS="60").stdout
+    assert usage.count("1,000,000") == 2
+    assert "20 a day" in usage
+    assert max(map(len, usage.splitlines())) <= 60
+    assert "…" in usage
 
 
 def test_names_may_hold_anything(tl: Program, name: str) -> None:

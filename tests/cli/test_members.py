@@ -37,7 +37,7 @@ def members(groups: GroupManager, group: Group) -> set[UUID]:
 def test_by_id_and_by_address(tl: Program, groups: GroupManager, team: Group, users: list[tuple[UUID, str]]) -> None:
     (ann, _), (bob, bobs), (cyd, _), _ = users
     done = tl("members", "add", team.name, ann, bobs.upper(), str(ann).upper(), "nobody@example.com", "x", status=1)
-    assert done.stdout == "2 added, 1 members already, 2 refused.\n"
+    assert done.stdout == "2 added, 1 there already, 2 refused.\n"
     assert done.stderr.splitlines() == [
         "line 4: nobody@example.com: no user has this e-mail address",
         "line 5: x: is neither a user's id nor an e-mail address",
@@ -51,8 +51,8 @@ def test_by_id_and_by_address(tl: Program, groups: GroupManager, team: Group, us
     ]
     assert tl("members", "list", team.name, "--search", "nobody").stdout == ""
 
-    assert "--yes" in tl.fails("members", "remove", team.name, ann)
-    assert tl("members", "remove", team.name, ann, cyd, "--yes").stdout == "1 removed, 1 no members, 0 refused.\n"
+    assert "Remove 1 user from" in tl.fails("members", "remove", team.name, ann)
+    assert tl("members", "remove", team.name, ann, cyd, "--yes").stdout == "1 removed, 1 not there, 0 refused.\n"
     assert members(groups, team) == {bob}
 
 
@@ -87,11 +87,15 @@ def test_moving(tl: Program, groups: GroupManager, team: Group, users: list[tupl
     assert members(groups, other) == {users[0][0], users[1][0]}
 
 
-@pytest.mark.parametrize("header", ["email", "name,Email", "\ufeffemail", ""])
+HEADERS = ["email", "name,Email", "\ufeffemail", '\ufeff"name","email"', "name;email", "name\te-mail", ""]
+
+
+@pytest.mark.parametrize("header", HEADERS)
 def test_from_a_file(
     tl: Program, groups: GroupManager, team: Group, users: list[tuple[UUID, str]], header: str
 ) -> None:
-    lines = [f"Ann,{email}" if "name" in header else email for _, email in users]
+    between = next((each for each in ",;\t" if each in header), "")
+    lines = [f"Ann{between}{email}" if between else email for _, email in users]
     text = "\r\n".join([*([header] if header else []), *lines[:2], "", *lines[2:]])
     tl.directory.joinpath("users.csv").write_text(text, encoding="utf-8", newline="")
     assert tl("members", "add", team.name, "--file", "users.csv").stdout.startswith("4 added")
@@ -110,6 +114,30 @@ def test_refused_lines_are_reported(tl: Program, team: Group, users: list[tuple[
             {"line": "4", "what": f"{unknown},", "reason": "there is no such user"},
             {"line": "5", "what": "'=1+1,", "reason": "is neither a user's id nor an e-mail address"},
         ]
+
+
+def test_files_that_say_nothing(tl: Program, team: Group) -> None:
+    for text in ("", "\n\n", "email\n", "\ufeffuser_id;email\r\n"):
+        assert "nothing in it" in tl("members", "add", team.name, "-f", "-", stdin=text).stdout
+    said = tl.fails("members", "add", team.name, "-f", "-", stdin="name,mail\nAnn,ann@example.com\n")
+    assert said.startswith("The first line names the columns name, mail: none of them is user_id")
+    assert "names the columns foo, bar" in tl.fails("import", "-", "--batch", "b", stdin="foo,bar\n1,2\n")
+    # what no address has is refused where it stands, and stops nobody else
+    done = tl("members", "add", team.name, "-f", "-", stdin="email\na\0b@example.com\nx@example.com\n", status=1)
+    assert done.stdout == "0 added, 0 there already, 2 refused.\n"
+    assert "line 2: a\N{REPLACEMENT CHARACTER}b@example.com: is neither" in done.stderr
+
+
+def test_json_of_many(tl: Program, groups: GroupManager, team: Group, users: list[tuple[UUID, str]], name: str) -> None:
+    (ann, _), (bob, bobs), *_ = users
+    refused = [{"line": 3, "what": "x", "reason": "is neither a user's id nor an e-mail address"}]
+    added = tl.json("members", "add", team.name, ann, bobs, "x", status=1)
+    assert added == {"added": 2, "there_already": 0, "refused": refused}
+    other = groups.create(f"{name} other")
+    moved = tl.json("members", "move", "--from", team.name, "--to", other.name, ann, bob)
+    assert moved == {"moved": 2, "refused": []}
+    removed = tl.json("members", "remove", other.name, ann, users[2][0], "--yes")
+    assert removed == {"removed": 1, "not_there": 1, "refused": []}
 
 
 def test_fifty_thousand_and_on_where_it_stopped(

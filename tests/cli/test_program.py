@@ -64,6 +64,11 @@ def test_version(nowhere: Program) -> None:
         (["groups", "show"], "GROUP"),
         (["groups", "create", "x", "--priority", "high"], "--priority"),
         (["usage", "--nope"], "--nope"),
+        (
+            ["history", "--by", "minute"],
+            "'--by': 'minute' is not one of 'hour', 'day', 'week', 'month'. See: tokenlimits",
+        ),
+        (["history", "--since", "soon"], "or 2026-01-31T12:00:00Z. See: tokenlimits history --help"),
     ],
 )
 def test_what_is_not_understood(nowhere: Program, arguments: list[str], says: str) -> None:
@@ -117,6 +122,18 @@ def test_ctrl_c_ends_a_command_that_waits(tl: Program) -> None:
         terminal.interrupt()
         assert terminal.status() == 130
         assert "Traceback" not in terminal.text
+
+
+def test_what_is_tried_again_is_said_once(tl: Program) -> None:
+    """A person waits; which call it was, and how often, is for --debug."""
+    for debug, says in ((), "Supabase gives no answer; trying again."), (("--debug",), "find_groups: ConnectError"):
+        with tl.on_terminal("groups", "list", *debug, SUPABASE_URL="http://127.0.0.1:1") as terminal:
+            terminal.wait_for("trying again")
+            time.sleep(1)
+            terminal.interrupt()
+            assert terminal.status() == 130
+            assert says in terminal.text
+            assert (terminal.text.count("trying again") == 1) is not bool(debug)
 
 
 def test_completion(nowhere: Program) -> None:

@@ -75,6 +75,7 @@ class TestMigrate:
     def test_applies_what_is_pending_and_records_it(self, nowhere: Program, hosted: str) -> None:
         checked = nowhere("migrate", "--check", "--db-url", hosted, status=1)
         assert [line.split() for line in checked.stdout.splitlines()] == [["pending", name] for name in NAMES]
+        assert nowhere.json("migrate", "--check", "--db-url", hosted, status=1) == {"pending": NAMES}
         assert not version(hosted)
         done = nowhere("migrate", DATABASE_URL=hosted)
         assert [line.split() for line in done.stdout.splitlines()] == [["applied", name] for name in NAMES]
@@ -82,6 +83,7 @@ class TestMigrate:
         parts = [name.removesuffix(".sql").partition("_") for name in NAMES]
         assert history(hosted) == [(number, "".join(rest), 1) for number, _, rest in parts]
         assert "Nothing is pending" in nowhere("migrate", SUPABASE_DB_URL=hosted).stdout
+        assert nowhere.json("migrate", "--db-url", hosted) == {"applied": []}
         nowhere("migrate", "--check", "--db-url", hosted)
 
     def test_takes_everything_back_that_fails(self, nowhere: Program, hosted: str) -> None:

@@ -55,7 +55,7 @@ def test_what_init_writes_is_pushed_and_ours_agrees(nowhere: Program, hosted: st
     push(nowhere.directory, hosted)
     assert "Nothing is pending" in nowhere("migrate", "--check", "--db-url", hosted).stdout
     with psycopg.connect(hosted) as connection:
-        assert connection.execute("select public.tokenlimits_version() ->> 'version'").fetchone() == ("3",)
+        assert connection.execute("select public.tokenlimits_version() ->> 'version'").fetchone() == ("2",)
 
 
 def test_what_migrate_applied_is_not_pushed_again(nowhere: Program, hosted: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -1107,6 +1107,9 @@ def bad_arguments_are_refused(world: World) -> None:
         ("limits[0].max", lambda: groups.create("New", limits={"image": -1})),
         ("priority", lambda: groups.update(group, priority=2**31)),
         ("bucket", lambda: groups.history(group, bucket="minute")),
+        ("bucket", lambda: groups.export_usage(group, bucket="minute")),
+        ("user_id", lambda: groups.export_usage(group, user_id=ANN, bucket="day")),
+        ("since", lambda: groups.export_usage(group, bucket="day", since=datetime(2026, 1, 1))),  # noqa: DTZ001
         ("kind", lambda: groups.reset_usage(group, kind="Image")),
     ):
         assert refused(InvalidRequest, call).field == field
@@ -1362,6 +1365,78 @@ def the_ledger_is_exported(world: World) -> None:
     assert list(export(until=past)) == []
     world.groups.delete(one)
     assert [each.group.name for each in export(one)] == [None, None]
+
+
+@each(
+    hour=("hour", ["2026-10-24T23:00", "2026-10-25T00:00", "2026-10-25T01:00", "2026-10-25T23:00"]),
+    day=("day", ["2026-10-24T22:00", "2026-10-25T23:00"]),
+    week=("week", ["2026-10-18T22:00", "2026-10-25T23:00"]),
+    month=("month", ["2026-09-30T22:00"]),
+)
+def sums_are_exported_in_buckets(world: World, bucket: Any, begins: list[str]) -> None:
+    group = team(world, {"image": None}, timezone="Europe/Paris")
+    for moment in ("2026-10-24T23:59", "2026-10-25T00:10", "2026-10-25T01:59:59", "2026-10-25T23:30"):
+        world.at(utc(moment))
+        world.limits.track(ANN, "image", 2)
+    sums = list(world.groups.export_usage(group, bucket=bucket))
+    assert [each.bucket for each in sums] == [utc(begin) for begin in begins]
+    said = {(each.group.id, each.group.name, each.timezone, each.kind) for each in sums}
+    assert said == {(group, "Team", "Europe/Paris", "image")}
+    assert (sum(each.used for each in sums), sum(each.generations for each in sums)) == (8, 4)
+
+
+@scenario
+def sums_of_what_when_and_whom(world: World) -> None:
+    world.at(TODAY)
+    one = team(world, {"image": None, "video": None}, ANN, name="One", timezone="Asia/Tokyo")
+    two = team(world, {"image": None}, BOB, name="Two")
+    world.limits.record(ANN, "image", 1, created_at=world.now - timedelta(days=400))
+    world.limits.record(ANN, "image", 2, created_at=world.now - timedelta(days=3))
+    world.limits.track(ANN, "video", 3)
+    world.limits.reserve(ANN, "image", 9, ttl=60)  # will have expired: given back
+    world.limits.reserve(ANN, "video", 9, ttl=60)
+    world.groups.refund(world.limits.track(BOB, "image", 5).usage_id)
+    world.limits.track(BOB, "image", 4)
+    world.at(world.now + timedelta(minutes=2))
+    world.limits.reserve(BOB, "image", 6)
+
+    def sums(group_id: UUID | None = None, **wanted: Any) -> set[tuple[UUID, str, int, int]]:
+        found = list(world.groups.export_usage(group_id, **{"bucket": "day", **wanted}))
+        keys = [(each.group.id, each.kind, each.bucket) for each in found]
+        assert keys == sorted(set(keys))
+        return {(each.group.id, each.kind, each.used, each.generations) for each in found}
+
+    ones = {(one, "image", 1, 1), (one, "image", 2, 1), (one, "video", 3, 1)}
+    twos = {(two, "image", 10, 2)}
+    assert sums() == sums(since=utc("2001-01-01T00:00")) == ones | twos
+    assert sums(one) == ones
+    assert sums(two, kind="image") == twos
+    assert sums(two, kind="video") == sums(uuid4()) == set()
+    assert sums(kind="image", bucket="hour") == {each for each in ones | twos if each[1] == "image"}
+    assert sums(since=world.now) == {(one, "video", 3, 1)} | twos
+    assert sums(one, since=world.now - timedelta(days=3), until=world.now - timedelta(days=1)) == {(one, "image", 2, 1)}
+    quarter = world.now.replace(minute=world.now.minute // 15 * 15, second=0, microsecond=0)
+    assert sums(two, until=quarter) == set()
+    assert sums(two, until=quarter + timedelta(microseconds=1)) == twos
+    assert sums(since=world.now + timedelta(days=2)) == set()
+    world.groups.delete(one)
+    assert sums() == ones | twos
+    said = {(each.group.name, each.timezone) for each in world.groups.export_usage(bucket="month")}
+    assert said == {(None, "UTC"), ("Two", "UTC")}
+
+
+@scenario
+def sums_are_what_the_history_says(world: World) -> None:
+    group = team(world, {"image": None, "video": None}, ANN, timezone="Asia/Kolkata")
+    for hours in range(0, 900, 7):
+        at = world.now - timedelta(hours=hours)
+        world.limits.record(ANN, "video" if hours % 2 else "image", 1 + hours % 5, created_at=at)
+    since = world.now - timedelta(days=30)
+    for bucket in ("hour", "day", "week", "month"):
+        sums = world.groups.export_usage(group, bucket=bucket, since=since)
+        said = [(each.bucket, each.kind, each.used, each.generations) for each in sums]
+        points = world.groups.history(group, bucket=bucket, since=since)
+        assert sorted(said) == [(point.bucket, point.kind, point.used, point.generations) for point in points]
 
 
 @scenario

@@ -438,6 +438,8 @@ def answers(stack: LocalStack, groups: GroupManager) -> str:
         ("find_users_by_email", {"p_emails": [user.email]}),
         ("export_usage", one),
         ("export_usage", {**one, "p_page_size": 1}),  # more follow
+        ("export_history", one),
+        ("export_history", {"p_bucket": "hour", "p_page_size": 1}),  # more follow
         ("top_members", one),
         ("usage_drift", one),
         ("tokenlimits_diagnosis", {}),

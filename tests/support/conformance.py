@@ -32,6 +32,7 @@ from tokenlimits import (
     TokenLimits,
     TokenLimitsError,
     TrackResult,
+    UsageSum,
 )
 from tokenlimits._batches import track_together
 from tokenlimits._queue import MAX_WAIT, Flight
@@ -129,7 +130,9 @@ class World:
             return {key: self._plain(item, key) for key, item in value.items()}
         if isinstance(value, list | tuple):
             plain = [self._plain(item) for item in value]
-            return sorted(plain, key=repr) if field == "refused" else plain
+            # sums come in the order of their groups' ids, which are random
+            unordered = field == "refused" or any(isinstance(item, UsageSum) for item in value)
+            return sorted(plain, key=repr) if unordered else plain
         if isinstance(value, datetime) and field in _WHENEVER:
             return "whenever"
         if isinstance(value, UUID | str):

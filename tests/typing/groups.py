@@ -23,6 +23,7 @@ from tokenlimits import (
     Refused,
     TopMember,
     UsageRecord,
+    UsageSum,
     User,
 )
 
@@ -52,6 +53,8 @@ def manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], te
         assert_type(groups.find_users("ann@"), list[User])
         assert_type(groups.find_users_by_email(["ann@example.com"]), list[User])
         assert_type(groups.export_usage(id_, kind="image", since=now), Iterator[UsageRecord])
+        assert_type(groups.export_usage(id_, kind="image", bucket="day"), Iterator[UsageSum])
+        assert_type([total.group.name for total in groups.export_usage(bucket="month")], list[str | None])
         assert_type(groups.top_members(id_, count=3), list[TopMember])
         assert_type(groups.drift(id_), Reconciliation)
         assert_type(groups.usage(id_), GroupUsage)
@@ -67,6 +70,8 @@ def manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], te
         groups.set_limits(id_, None)  # pyright: ignore[reportArgumentType]
         groups.remove_limit(id_, "image", period="fortnight")  # pyright: ignore[reportArgumentType]
         groups.history(id_, bucket="minute")  # pyright: ignore[reportArgumentType]
+        groups.export_usage(id_, user_id=id_, bucket="day")  # pyright: ignore[reportArgumentType]
+        groups.export_usage(bucket="minute")  # pyright: ignore[reportCallIssue, reportArgumentType]
         groups.move_member(id_, id_, id_)  # pyright: ignore[reportCallIssue]
         groups.add_members(id_, [1, 2])  # pyright: ignore[reportArgumentType]
         groups.add_members(id_, ids, on_progress=lambda: None)  # pyright: ignore[reportArgumentType]
@@ -94,6 +99,7 @@ async def async_manager(client: Client, aclient: AsyncClient, id_: UUID, ids: li
         assert_type([member.joined_at async for member in groups.members(id_)], list[datetime])
         assert_type(await groups.find_users("ann@"), list[User])
         assert_type(groups.export_usage(user_id=id_), AsyncIterator[UsageRecord])
+        assert_type(groups.export_usage(bucket="hour"), AsyncIterator[UsageSum])
         assert_type(await groups.top_members(id_, count=3), list[TopMember])
         assert_type(await groups.usage(id_), GroupUsage)
         assert_type(await groups.usage_all(), list[GroupUsage])

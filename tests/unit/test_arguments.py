@@ -136,6 +136,9 @@ GOOD_HERE: dict[tuple[str, str], list[Any]] = {
     **{(f"{cls}.{name}", "usage_id"): [None] for cls in ("TokenLimits", "AsyncTokenLimits") for name in SETTLEMENTS},
 }
 
+# what can't be given together: there are no sums of single users
+APART = {"export_usage": ("user_id", "bucket")}
+
 OTHERWISE_CALLED = {"__init__", "from_env", "close", "aclose", "limited"}
 
 
@@ -158,6 +161,13 @@ OPERATIONS = [
 
 def parameters(cls: type, name: str) -> dict[str, inspect.Parameter]:
     return {k: v for k, v in inspect.signature(getattr(cls, name)).parameters.items() if k != "self"}
+
+
+def good(cls: type, name: str, parameter: str | None = None) -> dict[str, Any]:
+    """Give good values to all parameters, or to those that may be given with one."""
+    one, other = APART.get(name, (None, None))
+    left_out = one if parameter == other else other
+    return {each: GOOD[each] for each in parameters(cls, name) if each != left_out}
 
 
 ARGUMENTS = [
@@ -203,11 +213,11 @@ def refusal(cls: type, name: str, arguments: dict[str, Any]) -> InvalidRequest |
 
 @pytest.mark.parametrize(("cls", "name", "parameter"), ARGUMENTS)
 def test_bad_input_is_refused(cls: type, name: str, parameter: str) -> None:
-    others = {each: GOOD[each] for each in parameters(cls, name)}
+    others = good(cls, name, parameter)
     optional = parameters(cls, name)[parameter].default is None
-    good = GOOD_HERE.get((name, parameter), []) + GOOD_HERE.get((f"{cls.__name__}.{name}", parameter), [])
+    taken = GOOD_HERE.get((name, parameter), []) + GOOD_HERE.get((f"{cls.__name__}.{name}", parameter), [])
     for bad in BAD[parameter]:
-        if (bad is None and optional) or any(bad is each for each in good):
+        if (bad is None and optional) or any(bad is each for each in taken):
             continue
         error = refusal(cls, name, others | {parameter: bad})
         assert error is not None, f"{bad!r} was taken"
@@ -220,8 +230,16 @@ def test_bad_input_is_refused(cls: type, name: str, parameter: str) -> None:
 
 @pytest.mark.parametrize(("cls", "name"), OPERATIONS, ids=lambda x: x if isinstance(x, str) else x.__name__)
 def test_good_input_is_sent(cls: type, name: str) -> None:
-    with pytest.raises(Sent):
-        call(cls, name, {parameter: GOOD[parameter] for parameter in parameters(cls, name)})
+    for parameter in (None, *APART.get(name, ())):
+        with pytest.raises(Sent):
+            call(cls, name, good(cls, name, parameter))
+
+
+def test_what_cannot_be_given_together() -> None:
+    for cls in (GroupManager, AsyncGroupManager):
+        error = refusal(cls, "export_usage", {"user_id": ID, "bucket": "day"})
+        assert error is not None
+        assert (error.field, error.code) == ("user_id", "TL001")
 
 
 @pytest.mark.parametrize(("cls", "name"), OPERATIONS, ids=lambda x: x if isinstance(x, str) else x.__name__)

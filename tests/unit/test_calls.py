@@ -293,13 +293,27 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         [{"user_id": ANN, "email": "ann@example.com"}],
         lambda users: users[0].email == "ann@example.com",
     ),
-    "usage_page": (
-        _reports.usage_page(_reports.wanted_usage(PRO, ANN, "image", NOW, NOW), None, 7),
+    "ledger": (
+        _reports.ledger(PRO, ANN, "image", NOW, NOW).page(None, 7),
         "export_usage",
         {"p_group_id": PRO, "p_user_id": ANN, "p_kind": "image", "p_since": WHEN, "p_until": WHEN, "p_page_size": 7},
         True,
         {"rows": [], "until": WHEN, "next": {"id": ANN}},
-        lambda page: (list(page), page.until, page.next) == ([], WHEN, {"id": ANN}),
+        lambda page: (list(page), page.next) == ([], {"p_after": {"id": ANN}, "p_until": WHEN}),
+    ),
+    "sums": (
+        _reports.export(PRO, None, "image", NOW, NOW, "week").page(None, 7),
+        "export_history",
+        {"p_group_id": PRO, "p_kind": "image", "p_since": WHEN, "p_until": WHEN, "p_bucket": "week", "p_page_size": 7},
+        True,
+        {
+            "rows": [
+                {"group": {"id": PRO}, "timezone": "UTC", "bucket": WHEN, "kind": "image", "used": 3, "generations": 2}
+            ],
+            "until": WHEN,
+            "next": None,
+        },
+        lambda page: (page[0].group.id, page[0].used, page.next) == (UUID(PRO), 3, None),
     ),
     "top_members": (
         _reports.top_members(PRO, "image", NOW, None, 3),

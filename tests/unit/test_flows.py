@@ -11,7 +11,7 @@ import pytest
 
 from tokenlimits import BulkResult, Group, InvalidRequest, Member, Refused, UsageRecord, User, _flows, _reports
 from tokenlimits._calls import Call
-from tokenlimits._reports import UsagePage
+from tokenlimits._reports import Page
 from tokenlimits.models import AddedPage
 
 T = TypeVar("T")
@@ -184,12 +184,11 @@ def test_the_ledger_is_read_to_its_end_also_through_empty_pages() -> None:
     pages = [([record(1), record(2)], {"id": "a"}), ([], {"id": "b"}), ([record(3)], None)]
     answers = iter(pages)
 
-    def server(_: Call[Any]) -> UsagePage:
+    def server(_: Call[Any]) -> Page[UsageRecord]:
         rows, after = next(answers)
-        return UsagePage({"rows": [row.model_dump() for row in rows], "until": "then", "next": after})
+        return Page(rows, {"until": "then", "next": after})
 
-    wanted = _reports.wanted_usage(PRO, None, "image", None, None)
-    _, calls = drive(_flows.all_usage(wanted), server)
+    _, calls = drive(_flows.exported(_reports.ledger(PRO, None, "image", None, None)), server)
     assert all(call.params.items() >= {f"p_{k}": v for k, v in begin.items()}.items() for call in calls)
     assert [(call.params.get("p_after"), call.params["p_until"]) for call in calls] == [
         (None, None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -127,8 +128,8 @@ class TestProblems:
         given(monkeypatch, **variables)
         with pytest.raises(ConfigurationError) as caught:
             load()
-        problem = str(caught.value).split(" is missing or not valid")[0]
-        assert sorted(problem.split(", ")) == sorted(named)
+        problem = re.split(" (?:is|are) missing or not valid", str(caught.value))[0]
+        assert sorted(problem.split(" and ")) == sorted(named)
         assert "SUPABASE_SERVICE_ROLE_KEY" in str(caught.value)
         assert SECRET not in text_of(caught.value)
 

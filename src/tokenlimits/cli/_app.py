@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -40,6 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_logger = logging.getLogger("tokenlimits")
 _IN_ORDER = (
     *(_setup, _migrate, _doctor, _dev),
     *(_groups, _members, _limits, _admin),
@@ -71,6 +73,8 @@ def run(arguments: Sequence[str]) -> int:
     # also where people add it when a command has failed: at its end
     debug = "--debug" in arguments
     rest = [argument for argument in arguments if argument != "--debug"]
+    patience = logging.StreamHandler() if debug else _Patience()
+    _logger.addHandler(patience)
     try:
         command: Any = typer.main.get_command(app)
         return command.main(rest, prog_name="tokenlimits", standalone_mode=False) or 0
@@ -82,6 +86,19 @@ def run(arguments: Sequence[str]) -> int:
             traceback.print_exception(error)
         note(f"Error: {_message(error)}", style="red")
         return getattr(error, "exit_code", 1)
+    finally:
+        _logger.removeHandler(patience)
+
+
+class _Patience(logging.Handler):
+    """Says once that something is tried again; with --debug, the log says which call, why and when."""
+
+    _said = False
+
+    def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - whatever it says
+        if not self._said:
+            self._said = True
+            note("Supabase gives no answer; trying again.", style="yellow")
 
 
 def _message(error: Exception) -> str:
@@ -91,8 +108,10 @@ def _message(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, typer.TyperException):
         context: typer.Context | None = getattr(error, "ctx", None)
-        hint = f" See: {context.command_path} --help" if context is not None else ""
-        return f"{error.format_message()}{hint}"
+        # what validates options begins with the class of its error
+        message = error.format_message().replace(": Value error, ", ": ")
+        stop = "" if message.endswith((".", "?")) else "."
+        return f"{message}{stop}" + (f" See: {context.command_path} --help" if context is not None else "")
     if isinstance(error, Problem | TokenLimitsError):
         return str(error)
     return f"{type(error).__name__}: {error}. This is a bug: run it again with --debug, and report what it says."

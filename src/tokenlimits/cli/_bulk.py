@@ -9,14 +9,15 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Annotated, TypeVar
 
 import typer
 
 from ._csv import guarded
-from ._terminal import Problem, note, plain, progress, say
+from ._find import as_id
+from ._terminal import Problem, note, plain, print_json, progress, say
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -100,14 +101,25 @@ def _count(file: Path) -> int:
 
 
 def _read(text: IO[str], columns: Sequence[str], start: int) -> Iterator[Line]:
-    reader = csv.reader(text)
+    first = text.readline().removeprefix(_BYTE_ORDER_MARK)
+    reader = csv.reader(chain([first], text), delimiter=_delimiter(first, columns))
     names: Sequence[str] = columns[:1]
     for row in reader:
-        cells = [cell.strip().removeprefix(_BYTE_ORDER_MARK) for cell in row]
-        if reader.line_num == 1 and (found := [cell.lower() for cell in cells]) and set(found) & set(columns):
-            names = found
+        cells = [cell.strip() for cell in row]
+        if reader.line_num == 1 and set(map(str.lower, cells)) & set(columns):
+            names = [cell.lower() for cell in cells]
+        elif reader.line_num == 1 and len(cells) > 1 and not any("@" in cell or as_id(cell) for cell in cells):
+            raise Problem(f"The first line names the columns {', '.join(cells)}: none of them is {', '.join(columns)}.")
         elif reader.line_num >= start and any(cells):
             yield Line(reader.line_num, dict(zip(names, cells, strict=False)))
+
+
+def _delimiter(first: str, columns: Sequence[str]) -> str:
+    """Find what is between the columns that the first line names: many spreadsheets write semicolons."""
+    for delimiter in ";\t":
+        if {cell.strip(' "\r\n').lower() for cell in first.split(delimiter)} & set(columns) and delimiter in first:
+            return delimiter
+    return ","
 
 
 def in_parts(lines: Source, what: str, size: int, work: Callable[[list[Line]], object]) -> None:
@@ -134,22 +146,28 @@ def at_once(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
         return list(pool.map(work, items))
 
 
-def report(outcome: Outcome, file: Path | None) -> None:
+def report(outcome: Outcome, file: Path | None, *, as_json: bool) -> None:
     """Say what came of it.
 
     Raises:
         typer.Exit: Some lines were refused.
     """
-    counts = [f"{count:,} {what}" for what, count in outcome.counts.items()]
-    say(", ".join([*counts, f"{len(outcome.refused):,} refused"]) + ".", style="yellow" if outcome.refused else "green")
+    outcome.refused.sort(key=lambda each: each[0].number)
+    if as_json:
+        refused = [{"line": line.number, "what": str(line), "reason": reason} for line, reason in outcome.refused]
+        print_json({**{what.replace(" ", "_"): count for what, count in outcome.counts.items()}, "refused": refused})
+    elif not outcome.counts and not outcome.refused:
+        say("There was nothing in it.", style="yellow")
+    else:
+        counts = [*(f"{count:,} {what}" for what, count in outcome.counts.items()), f"{len(outcome.refused):,} refused"]
+        say(f"{', '.join(counts)}.", style="yellow" if outcome.refused else "green")
     if not outcome.refused:
         return
-    outcome.refused.sort(key=lambda each: each[0].number)
     if file is not None:
         with file.open("w", encoding="utf-8", newline="") as text:
             csv.writer(text).writerows([("line", "what", "reason"), *_report_rows(outcome)])
         note(f"The refused lines are in {file}.")
-    else:
+    elif not as_json:
         for line, reason in outcome.refused[:_SHOWN]:
             note(f"line {line.number}: {plain(line)}: {reason}")
         if len(outcome.refused) > _SHOWN:

@@ -21,7 +21,7 @@ from ._findings import Finding, Findings, error, listed, ok, warning
 _KEY_NAMES = ("SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY")
 _SLOW = 1.0
 _WHERE = "Copy both from your project's API settings into the environment or .env."
-_SECRET = "Set SUPABASE_SECRET_KEY to the project's secret key (sb_secret_…), and keep it on the server."  # noqa: S105
+SECRET = "Set SUPABASE_SECRET_KEY to the project's secret key (sb_secret_…), and keep it on the server."  # noqa: S105
 # refused before they do anything, which shows that they are there
 _PROBES: Mapping[str, Mapping[str, object]] = {
     "track_generation": {"p_user_id": None, "p_kind": ""},
@@ -111,25 +111,25 @@ def check_configuration(configuration: Configuration) -> Findings:
 
 def _key_finding(key: str, host: str) -> Finding:
     if not key:
-        return error("key", "There is none.", _SECRET)
+        return error("key", "There is none.", SECRET)
     if not _can_be_sent(key):
-        return error("key", "The key has characters that no key has: was something else copied?", _SECRET)
+        return error("key", "The key has characters that no key has: was something else copied?", SECRET)
     if key.startswith("sb_secret_"):
         return ok("key", "It is a secret key.")
     if key.startswith("sb_publishable_"):
-        return error("key", "It is the publishable key, which may do nothing here.", _SECRET)
+        return error("key", "It is the publishable key, which may do nothing here.", SECRET)
     claims = _claims(key)
     if claims is None:
-        return warning("key", "It looks like no key of Supabase's.", _SECRET)
+        return warning("key", "It looks like no key of Supabase's.", SECRET)
     return _token_finding(claims, host)
 
 
 def _token_finding(claims: Mapping[str, Any], host: str) -> Finding:
     role, project, expires = claims.get("role"), claims.get("ref"), claims.get("exp")
     if role != "service_role":
-        return error("key", f"It is a token of the role {role}, not of service_role.", _SECRET)
+        return error("key", f"It is a token of the role {role}, not of service_role.", SECRET)
     if isinstance(expires, int | float) and expires < datetime.now(UTC).timestamp():
-        return error("key", "It is a service_role key that has expired.", _SECRET)
+        return error("key", "It is a service_role key that has expired.", SECRET)
     if host.endswith(".supabase.co") and project and not host.startswith(f"{project}."):
         return error("key", f"It belongs to the project {project}, and SUPABASE_URL to another.", _WHERE)
     return ok("key", "It is a service_role key. (The newer secret keys can be revoked one by one.)")
@@ -159,7 +159,7 @@ def unreachable(host: str, reason: httpx.HTTPError) -> Finding:
 
 def check_answer(answer: Answer, took: float, host: str) -> Findings:
     """Judge the answer to a first call."""
-    if answer.status == 401:
+    if answer.status == 401 and answer.code != "42501":  # PostgREST says 401 also to anon, who may do nothing
         yield ok("url", f"{host} answers.")
         yield error("api", "It does not know the key: it was revoked, or belongs to another project.", _WHERE)
     elif answer.json is None or (answer.status == 404 and not answer.is_missing):
@@ -197,6 +197,6 @@ def check_functions(api: Api) -> Findings:
         remedy = f"{REAPPLY} If it is applied: notify pgrst, 'reload schema'."
         yield error("functions", f"The API has no {listed(missing)}.", remedy)
     if closed:
-        yield error("functions", f"This key may not call {listed(closed)}.", f"{_SECRET} {REAPPLY}")
+        yield error("functions", f"This key may not call {listed(closed)}.", f"{SECRET} {REAPPLY}")
     if not missing and not closed:
         yield ok("functions", "The API serves them.")

@@ -14,6 +14,7 @@ import tokenlimits
 from tokenlimits import GroupManager, TokenLimitsError
 
 from ._checks_api import (
+    SECRET,
     Api,
     Configuration,
     check_answer,
@@ -99,7 +100,7 @@ def _examine_api(configuration: Configuration, api: Api) -> Findings:
     if any(finding.level == "error" for finding in findings):
         return
     if answer.code == "42501":
-        yield error("version", "This key may not even ask for the version.", REAPPLY)
+        yield error("api", "The key may not even ask for the version.", f"{SECRET} If it is that one: {REAPPLY}")
         return
     if answer.is_missing:
         remedy = f"{REAPPLY} If you just did: notify pgrst, 'reload schema'."

@@ -7,17 +7,18 @@ import json
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
 import typer
 
-from tokenlimits import Bucket, UsageRecord
+from tokenlimits import Bucket, UsageRecord, UsageSum
 
 from ._csv import guarded
 from ._find import find_group, find_user, manager
 from ._options import GroupOption, KindOption, Since, Until
-from ._terminal import err, note, progress
+from ._terminal import Problem, counted, err, note, progress, zone_of
 
 Format = Literal["csv", "jsonl"]
 Row = dict[str, Any]
@@ -37,7 +38,7 @@ _LEDGER = (
     "settled_at",
     "expires_at",
 )
-_HISTORY = ("group_id", "group", "bucket", "kind", "used", "generations")
+_SUMS = ("group_id", "group", "bucket", "kind", "used", "generations")
 
 
 def register(app: typer.Typer) -> None:
@@ -65,9 +66,10 @@ def export(
 ) -> None:
     """Write the ledger, or with --by its sums.
 
-    All groups, users and kinds, from the beginning (--by: of 30 days), if you don't say otherwise. What was recorded
-    before you begin comes exactly once, whatever is recorded meanwhile. In CSV, text that a spreadsheet would take for
-    a formula has an apostrophe before it.
+    All groups, also deleted ones, all users and kinds, from the beginning, if you don't say otherwise. What was
+    recorded before you begin comes exactly once, whatever is recorded meanwhile. Hours, days, weeks and months begin
+    in the group's time zone. In CSV, text that a spreadsheet would take for a formula has an apostrophe before
+    it.
     """
     if by is not None and user is not None:
         raise typer.BadParameter("--by has no sums per user: leave out --user")
@@ -76,17 +78,12 @@ def export(
         if by is None:
             user_id = find_user(groups, user) if user is not None else None
             found = groups.export_usage(group_id, user_id=user_id, kind=kind, since=since, until=until)
-            written = _write(file, format_, _LEDGER, map(_ledger_row, found))
+            written = _write(file, format_, _LEDGER, map(_row, found))
         else:
-            wanted = [groups.get(group_id)] if group_id is not None else groups.list()
-            sums = (
-                {"group_id": str(each.id), "group": each.name, **point.model_dump(mode="json")}
-                for each in wanted
-                for point in groups.history(each.id, kind=kind, bucket=by, since=since, until=until)
-            )
-            written = _write(file, format_, _HISTORY, sums)
+            sums = groups.export_usage(group_id, kind=kind, since=since, until=until, bucket=by)
+            written = _write(file, format_, _SUMS, map(_row, sums))
     if output is not None or err.is_terminal:
-        note(f"{written:,} rows" + (f" in {output}." if output is not None else "."))
+        note(counted(written, "row") + (f" in {output}." if output is not None else "."))
 
 
 @contextmanager
@@ -99,6 +96,8 @@ def _opened(output: Path | None) -> Generator[IO[str]]:
         yield sys.stdout
         sys.stdout.flush()
         return
+    if not output.parent.is_dir():
+        raise Problem(f"{output}: there is no directory {output.parent}.")
     # a device is written to, never replaced
     unfinished = output.with_name(f"{output.name}.unfinished") if output.is_file() or not output.exists() else output
     try:
@@ -111,8 +110,11 @@ def _opened(output: Path | None) -> Generator[IO[str]]:
             unfinished.unlink(missing_ok=True)
 
 
-def _ledger_row(usage: UsageRecord) -> Row:
+def _row(usage: UsageRecord | UsageSum) -> Row:
     row = usage.model_dump(mode="json")
+    if isinstance(usage, UsageSum):
+        # as the group's people write it: in UTC their November would begin in October
+        row["bucket"] = usage.bucket.astimezone(zone_of(usage.timezone)).isoformat()
     return {**row, "group_id": row["group"]["id"], "group": row["group"]["name"]}
 
 
@@ -122,9 +124,11 @@ def _write(file: IO[str], format_: Format, columns: tuple[str, ...], rows: Itera
     write = csv.writer(file, lineterminator="\n").writerow
     count = 0
     with bar:
+        # nothing is written before the first page is there: names of columns alone would look like no usage
+        first = list(islice(rows, 1))
         if format_ == "csv":
             write(columns)
-        for count, row in enumerate(rows, 1):
+        for count, row in enumerate(chain(first, rows), 1):
             if format_ == "csv":
                 write([_cell(row[column]) for column in columns])
             else:

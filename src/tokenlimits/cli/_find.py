@@ -63,14 +63,18 @@ def resolve(groups: GroupManager, names: Iterable[str]) -> dict[str, UUID | str]
     """Find users by ids or whole e-mail addresses: the id of each, or a text that says why there is none."""
     distinct = list(dict.fromkeys(names))
     by_email: dict[str, list[UUID]] = defaultdict(list)
-    emails = [name for name in distinct if "@" in name]
+    emails = [name for name in distinct if _is_address(name)]
     for user in groups.find_users_by_email(emails) if emails else []:
         by_email[(user.email or "").lower()].append(user.user_id)
     return {name: _user_id(name, by_email[name.strip().lower()]) for name in distinct}
 
 
+def _is_address(name: str) -> bool:
+    return "@" in name and name.isprintable()
+
+
 def _user_id(name: str, of_email: Sequence[UUID]) -> UUID | str:
-    if "@" not in name:
+    if not _is_address(name):
         return as_id(name) or "is neither a user's id nor an e-mail address"
     if len(of_email) == 1:
         return of_email[0]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from tokenlimits import Group, GroupUsage
 
 from . import _limits
 from ._find import find_group, manager
 from ._options import AsJson, GroupArgument, KindOption, Yes
-from ._terminal import confirm, facts, moment, print_json, say, show, table
+from ._terminal import NARROW, Misunderstood, confirm, counted, facts, moment, out, print_json, say, show, table
 from ._usage import usage_table
 
 commands = typer.Typer(help="The groups of users.", no_args_is_help=True, rich_markup_mode=None)
@@ -52,15 +54,26 @@ def list_(
     if as_json:
         print_json(found)
     elif found:
-        show(table("name", "id", "priority", "time zone", "limits", rows=map(_row, found), right=["priority"]))
+        show(_list(found))
     else:
         say("No groups. Make one with: tokenlimits groups create Pro --limit image=100/month")
 
 
-def _row(group: Group) -> tuple[object, ...]:
-    name = f"{group.name} (default)" if group.is_default else group.name
-    limits = " ".join(map(_limits.write, group.limits)) or "none"
-    return name, group.id, group.priority, group.timezone, limits
+def _list(groups: Sequence[Group]) -> Table:
+    rows = [
+        (
+            f"{group.name} (default)" if group.is_default else group.name,
+            group.id,
+            group.priority,
+            group.timezone,
+            " ".join(map(_limits.write, group.limits)) or "none",
+        )
+        for group in groups
+    ]
+    columns = ("name", "id", "priority", "time zone", "limits")
+    if out.width < NARROW:  # `show` tells the ids
+        columns, rows = columns[:1] + columns[2:], [row[:1] + row[2:] for row in rows]
+    return table(*columns, rows=rows, right=["priority"], whole=["id", "time zone"])
 
 
 @commands.command("show")
@@ -106,7 +119,7 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Create a group with its limits."""
-    limits = [_limits.parse(text) for text in limit or []]
+    limits = _limits.parse_all(limit or [])
     with manager() as groups:
         made = groups.create(
             name,
@@ -135,6 +148,8 @@ def edit(
     as_json: AsJson = False,
 ) -> None:
     """Change a group's settings; `limits set` changes its limits."""
+    if name is description is priority is timezone is default is None:
+        raise Misunderstood("Nothing to change: say what, like --name NAME. See: tokenlimits groups edit --help")
     with manager() as groups:
         changed = groups.update(
             find_group(groups, group).id,
@@ -151,18 +166,22 @@ def edit(
 
 
 @commands.command()
-def delete(group: GroupArgument, *, yes: Yes = False) -> None:
+def delete(group: GroupArgument, *, yes: Yes = False, as_json: AsJson = False) -> None:
     """Delete a group; the ledger of what was used stays."""
     with manager() as groups:
         found = find_group(groups, group)
         members = groups.usage(found.id).member_count
-        confirm(f"Delete {found.name}, its {len(found.limits)} limits and {members:,} memberships?", yes=yes)
-        groups.delete(found.id)
-    say(f"Deleted {found.name}.", style="green")
+        its = f"{counted(len(found.limits), 'limit')} and {counted(members, 'membership')}"
+        confirm(f"Delete {found.name}, its {its}?", yes=yes)
+        deleted = groups.delete(found.id)
+    if as_json:
+        print_json(deleted)
+    else:
+        say(f"Deleted {found.name}.", style="green")
 
 
 @commands.command()
-def reset(group: GroupArgument, *, kind: KindOption = None, yes: Yes = False) -> None:
+def reset(group: GroupArgument, *, kind: KindOption = None, yes: Yes = False, as_json: AsJson = False) -> None:
     """Give a group a fresh start in its current periods.
 
     The ledger and the history stay.
@@ -171,4 +190,7 @@ def reset(group: GroupArgument, *, kind: KindOption = None, yes: Yes = False) ->
         found = find_group(groups, group)
         confirm(f"Forget what {found.name} has used of {kind or 'everything'} in its current periods?", yes=yes)
         at = groups.reset_usage(found.id, kind=kind)
-    say(f"{found.name} counts from {at.isoformat()} on.", style="green")
+    if as_json:
+        print_json({"group": {"id": found.id, "name": found.name}, "reset_at": at})
+    else:
+        say(f"{found.name} counts from {at.isoformat()} on.", style="green")

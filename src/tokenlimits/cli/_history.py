@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, tzinfo
+from datetime import datetime
 from typing import Annotated
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import typer
 from rich.table import Table
@@ -14,7 +13,7 @@ from tokenlimits import Bucket, Group, HistoryPoint
 
 from ._find import find_group, manager
 from ._options import AsJson, KindOption, Since, Until
-from ._terminal import Bar, print_json, say, show, table
+from ._terminal import Bar, print_json, say, show, table, zone_of
 
 
 def register(app: typer.Typer) -> None:
@@ -51,16 +50,9 @@ def history(
         say("Nothing was used in that time.")
 
 
-def _zone(name: str) -> tzinfo:
-    try:
-        return ZoneInfo(name)
-    except ZoneInfoNotFoundError:  # a system without time zones, or with older ones than the database
-        return UTC
-
-
 def _table(points: Sequence[HistoryPoint], by: Bucket, group: Group | None) -> Table:
     """Draw the points: against the group's present limit of that step where it has one, else against the most."""
-    zone = _zone(group.timezone if group is not None else "UTC")
+    zone = zone_of(group.timezone if group is not None else "UTC")
     limits = {
         limit.kind: limit.max
         for limit in (group.limits if group is not None else ())

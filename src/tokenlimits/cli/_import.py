@@ -24,7 +24,7 @@ from tokenlimits import (
 from ._bulk import Line, Outcome, Report, StartLine, at_once, in_parts, report, source
 from ._csv import unguarded
 from ._find import find_group, manager, resolve, worker
-from ._options import moment
+from ._options import AsJson, moment
 from ._terminal import Problem
 
 _COLUMNS = ("user_id", "email", "kind", "cost", "created_at", "group_id", "group", "idempotency_key", "metadata")
@@ -50,6 +50,7 @@ def import_(
     ] = None,
     start_line: StartLine = 1,
     report_to: Report = None,
+    as_json: AsJson = False,
 ) -> None:
     """Record past usage from CSV.
 
@@ -63,7 +64,7 @@ def import_(
     with manager() as groups, worker() as limits, source([], file, _COLUMNS, start_line) as lines:
         importer = _Importer(groups, limits, batch or file.name, group)
         in_parts(lines, "Importing", _PART, lambda part: importer.record(part, outcome))
-    report(outcome, report_to)
+    report(outcome, report_to, as_json=as_json)
 
 
 class _Importer:

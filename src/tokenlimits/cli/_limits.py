@@ -48,8 +48,24 @@ def parse_identity(text: str) -> Limit:
     Raises:
         Problem: It can't be read.
     """
+    if "=" in text:
+        raise Problem(f"{text}: name it without its max, like image/month or image/day/member")
     kind, *rest = text.split("/")
     return _limit(text, kind, 0, rest)
+
+
+def parse_all(texts: Sequence[str]) -> list[Limit]:
+    """Read limits, each of which may be there once.
+
+    Raises:
+        Problem: One can't be read, or says again what another says.
+    """
+    limits: dict[tuple[str, str, str], Limit] = {}
+    for text in texts:
+        limit = parse(text)
+        if limits.setdefault((limit.kind, limit.period, limit.scope), limit) is not limit:
+            raise Problem(f"{text}: {limit.kind}{_suffix(limit)} is there twice; it has one max")
+    return list(limits.values())
 
 
 def _maximum(text: str, amount: str) -> int | None:
@@ -105,10 +121,14 @@ def list_(group: GroupArgument, *, as_json: AsJson = False) -> None:
     """List a group's limits."""
     with manager() as groups:
         found = find_group(groups, group)
+    _print(found, as_json=as_json)
+
+
+def _print(group: Group, *, as_json: bool) -> None:
     if as_json:
-        print_json(found.limits)
+        print_json(group.limits)
     else:
-        show_limits(found)
+        show_limits(group)
 
 
 @commands.command("set")
@@ -118,16 +138,18 @@ def set_(
     *,
     replace: Annotated[bool, typer.Option("--replace", help="Remove the limits that are not named.")] = False,
     yes: Yes = False,
+    as_json: AsJson = False,
 ) -> None:
     """Add limits, or change their max; what is used stays.
 
     LIMIT is KIND=MAX[/PERIOD][/member]: MAX is a number or unlimited; PERIOD is minute, hour, day, week, month or
     lifetime (the default); a member limit is for each member.
     """
-    wanted = [parse(text) for text in limits]
+    wanted = parse_all(limits)
     with manager() as groups:
         found = find_group(groups, group)
-        show_limits(_replace(groups, found, wanted, yes=yes) if replace else _change(groups, found, wanted))
+        found = _replace(groups, found, wanted, yes=yes) if replace else _change(groups, found, wanted)
+    _print(found, as_json=as_json)
 
 
 def _change(groups: GroupManager, group: Group, limits: Sequence[Limit]) -> Group:
@@ -145,7 +167,7 @@ def _replace(groups: GroupManager, group: Group, limits: Sequence[Limit], *, yes
 
 
 @commands.command()
-def remove(group: GroupArgument, limits: Identities, *, yes: Yes = False) -> None:
+def remove(group: GroupArgument, limits: Identities, *, yes: Yes = False, as_json: AsJson = False) -> None:
     """Remove limits; the ledger keeps what was used."""
     wanted = [parse_identity(text) for text in limits]
     with manager() as groups:
@@ -157,4 +179,4 @@ def remove(group: GroupArgument, limits: Identities, *, yes: Yes = False) -> Non
         confirm(f"Remove {', '.join(limits)} from {found.name}?", yes=yes)
         for limit in wanted:
             found = groups.remove_limit(found.id, limit.kind, period=limit.period, scope=limit.scope)
-    show_limits(found)
+    _print(found, as_json=as_json)

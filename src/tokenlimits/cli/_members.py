@@ -13,7 +13,7 @@ from tokenlimits import Group, GroupManager
 from ._bulk import File, Line, Outcome, Report, StartLine, at_once, in_parts, report, source
 from ._find import find_group, manager, resolve
 from ._options import AsJson, GroupArgument, KindOption, Since, Until, Yes
-from ._terminal import Bar, confirm, moment, out, plain, print_json, print_json_list, say, show, table
+from ._terminal import Bar, confirm, counted, moment, out, plain, print_json, print_json_list, say, show, table
 
 commands = typer.Typer(help="Who is in a group.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -92,6 +92,7 @@ def add(
     file: File = None,
     start_line: StartLine = 1,
     report_to: Report = None,
+    as_json: AsJson = False,
 ) -> None:
     """Add users to a group, by id or e-mail address.
 
@@ -101,7 +102,7 @@ def add(
     with manager() as groups, source(users or [], file, _COLUMNS, start_line) as lines:
         found = find_group(groups, group)
         in_parts(lines, "Adding", _PART, lambda part: _add(groups, found, part, outcome))
-    report(outcome, report_to)
+    report(outcome, report_to, as_json=as_json)
 
 
 def _add(groups: GroupManager, group: Group, part: Sequence[Line], outcome: Outcome) -> None:
@@ -112,7 +113,7 @@ def _add(groups: GroupManager, group: Group, part: Sequence[Line], outcome: Outc
     for line in unknown:
         outcome.refuse(line, reasons[ids[line]])
     already = len(ids) - len(unknown) - result.added
-    outcome.counts.update({"added": result.added, "members already": already})
+    outcome.counts.update({"added": result.added, "there already": already})
 
 
 @commands.command()
@@ -124,6 +125,7 @@ def remove(
     start_line: StartLine = 1,
     report_to: Report = None,
     yes: Yes = False,
+    as_json: AsJson = False,
 ) -> None:
     """Remove users from a group.
 
@@ -132,16 +134,16 @@ def remove(
     outcome = Outcome()
     with manager() as groups, source(users or [], file, _COLUMNS, start_line) as lines:
         found = find_group(groups, group)
-        whom = f"{len(users):,} users" if users else f"the users in {file}"
+        whom = counted(len(users), "user") if users else f"the users in {file}"
         confirm(f"Remove {whom} from {found.name}?", yes=yes)
         in_parts(lines, "Removing", _PART, lambda part: _remove(groups, found, part, outcome))
-    report(outcome, report_to)
+    report(outcome, report_to, as_json=as_json)
 
 
 def _remove(groups: GroupManager, group: Group, part: Sequence[Line], outcome: Outcome) -> None:
     ids = _ids(groups, part, outcome)
     removed = groups.remove_members(group.id, ids.values())
-    outcome.counts.update({"removed": removed, "no members": len(ids) - removed})
+    outcome.counts.update({"removed": removed, "not there": len(ids) - removed})
 
 
 @commands.command()
@@ -153,13 +155,14 @@ def move(
     file: File = None,
     start_line: StartLine = 1,
     report_to: Report = None,
+    as_json: AsJson = False,
 ) -> None:
     """Move users from one group to another, each in one step."""
     outcome = Outcome()
     with manager() as groups, source(users or [], file, _COLUMNS, start_line) as lines:
         left, joined = find_group(groups, from_), find_group(groups, to)
         in_parts(lines, "Moving", _MOVES, lambda part: _move(groups, left, joined, part, outcome))
-    report(outcome, report_to)
+    report(outcome, report_to, as_json=as_json)
 
 
 def _move(groups: GroupManager, left: Group, joined: Group, part: Sequence[Line], outcome: Outcome) -> None:

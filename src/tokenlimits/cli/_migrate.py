@@ -11,8 +11,8 @@ from psycopg import errors
 from tokenlimits.sql_files import migrations
 
 from ._database import Connection, connect
-from ._options import DatabaseUrl
-from ._terminal import Problem, say
+from ._options import AsJson, DatabaseUrl
+from ._terminal import Problem, print_json, say
 
 # as the Supabase CLI makes it
 _HISTORY = """
@@ -37,6 +37,7 @@ def migrate(
     check: Annotated[
         bool, typer.Option("--check", help="Change nothing; the exit status is 1 when something is pending.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Apply the pending migrations.
 
@@ -48,10 +49,13 @@ def migrate(
         for migration in todo:
             if not check:
                 _apply(connection, migration)
-            say(f"{'pending' if check else 'applied'}  {migration.name}")
-    if not todo:
+            if not as_json:
+                say(f"{'pending' if check else 'applied'}  {migration.name}")
+    if as_json:
+        print_json({"pending" if check else "applied": [migration.name for migration in todo]})
+    elif not todo:
         say("Nothing is pending.", style="green")
-    elif check:
+    if todo and check:
         raise typer.Exit(1)
 
 

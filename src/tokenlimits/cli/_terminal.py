@@ -6,8 +6,9 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from typing import Any, cast
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import typer
 from pydantic import BaseModel
@@ -20,6 +21,8 @@ from rich.text import Text
 # wide enough that no table is folded in a pipe or a file
 _WIDE = 240
 _BAR = 20
+NARROW = 100
+"""Columns; below it, tables say less."""
 _NARROW_BAR = 4
 
 
@@ -39,6 +42,14 @@ err = _console(stderr=True)
 class Problem(Exception):
     """What ends a command with one line that says what to do."""
 
+    exit_code = 1
+
+
+class Misunderstood(Problem):
+    """A command that can't be meant so."""
+
+    exit_code = 2
+
 
 def plain(text: object) -> str:
     """Make text of others safe to show: no character of it moves the cursor or changes colours."""
@@ -47,19 +58,31 @@ def plain(text: object) -> str:
 
 def say(text: object, style: str = "") -> None:
     """Print a line for people, which may have names in it that others chose."""
-    out.print(Text("\n".join(map(plain, str(text).split("\n"))), style=style), soft_wrap=True)
+    out.print(Text("\n".join(map(plain, str(text).split("\n"))), style=style), soft_wrap=not out.is_terminal)
 
 
 def note(text: object, style: str = "") -> None:
     """Print a line for people beside the results, on stderr."""
-    err.print(Text("\n".join(map(plain, str(text).split("\n"))), style=style), soft_wrap=True)
+    err.print(Text("\n".join(map(plain, str(text).split("\n"))), style=style), soft_wrap=not err.is_terminal)
 
 
-def table(*columns: str, rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> Table:
-    """Make a table; cells are text, or what rich can draw."""
-    made = Table(box=None, header_style="dim", pad_edge=False)
+def table(
+    *columns: str, rows: Iterable[Sequence[object]], right: Sequence[str] = (), whole: Sequence[str] = (), cut: str = ""
+) -> Table:
+    """Make a table; cells are text, or what rich can draw.
+
+    Where it's narrow, cells are folded; but not numbers (`right`), nor the columns that are `whole`, and in one of them
+    (`cut`) they are cut short.
+    """
+    made = Table(box=None, header_style="dim", pad_edge=False, collapse_padding=out.width < NARROW)
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        made.add_column(
+            column,
+            justify="right" if column in right else "left",
+            overflow="ellipsis" if column == cut else "fold",
+            no_wrap=column in (*right, *whole, cut),
+            max_width=out.width // 5 if column == cut else None,
+        )
     for row in rows:
         made.add_row(*map(_cell, row))
     return made
@@ -137,6 +160,19 @@ def progress(what: str, total: int | None, *, hidden: bool = False) -> tuple[Pro
     return bar, bar.add_task(what, total=total)
 
 
+def counted(number: int, what: str) -> str:
+    """Write how many there are of something."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def zone_of(name: str) -> tzinfo:
+    """Find a time zone; UTC on a system without them, or with older ones than the database."""
+    try:
+        return ZoneInfo(name)
+    except ZoneInfoNotFoundError:
+        return UTC
+
+
 def moment(at: datetime | None) -> str:
     """Write a moment, to the minute; nothing for None."""
     return "" if at is None else f"{at.astimezone(UTC):%Y-%m-%d %H:%M}"
@@ -177,4 +213,6 @@ class Bar:
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         """Say how much room it needs, and how much it would like."""
-        return Measurement(min(_NARROW_BAR, options.max_width), min(_BAR, options.max_width))
+        # never at the cost of words
+        most = min(max(console.width // 12, _NARROW_BAR), _BAR)
+        return Measurement(min(_NARROW_BAR, options.max_width), min(most, options.max_width))

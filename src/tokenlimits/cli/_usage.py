@@ -17,7 +17,9 @@ from tokenlimits import GroupLimitUsage, GroupManager, GroupUsage, ServiceUnavai
 
 from ._find import find_group, find_user, manager, worker
 from ._options import AsJson
-from ._terminal import Bar, Problem, colour, countdown, out, plain, print_json, say, show, table
+from ._terminal import NARROW, Bar, Problem, colour, countdown, out, plain, print_json, say, show, table
+
+_NUMBERS = ("used", "of", "left", "resets in")
 
 Answer = Sequence[GroupUsage] | Sequence[UserLimit]
 
@@ -78,11 +80,16 @@ def _show(answer: Answer) -> None:
 def usage_table(answer: Answer, *, name_groups: bool = True) -> Table:
     """Draw usage: one line per limit, with a bar in green, yellow or red."""
     now = datetime.now(UTC)
-    columns = ["kind", "limit", "", "used", "of", "left", "resets in"]
-    rows = [row for each in answer for row in _rows(each, now)]
-    if name_groups:
-        return table("group", *columns, rows=rows, right=["used", "of", "left", "resets in"])
-    return table(*columns, rows=[row[1:] for row in rows], right=["used", "of", "left", "resets in"])
+    columns = ("group", "kind", "limit", "", "used", "of", "left", "resets in")
+    left_out = {"group"} if not name_groups else set[str]()
+    if out.width < NARROW:
+        left_out.add("of")  # the limit says it too, or nearly
+    rows = [
+        [cell for column, cell in zip(columns, row, strict=True) if column not in left_out]
+        for each in answer
+        for row in _rows(each, now)
+    ]
+    return table(*(each for each in columns if each not in left_out), rows=rows, right=_NUMBERS, cut="group")
 
 
 def _rows(answer: GroupUsage | UserLimit, now: datetime) -> Iterable[Sequence[object]]:
@@ -143,8 +150,13 @@ def _screen(answer: Answer, problem: str) -> Stack:
 
 def _fitting(answer: Answer, lines: int) -> Answer:
     """Take what fits on the screen: the rest would push the beginning off it."""
+    left = lines
     for place, each in enumerate(answer):
-        lines -= len(each.limits) if isinstance(each, GroupUsage) else 1
-        if lines < 0:
-            return answer[: max(1, place)]
+        left -= len(each.limits) if isinstance(each, GroupUsage) else 1
+        if left < 0:
+            answer = answer[: max(1, place)]
+            break
+    # where it's narrow, a limit may take several lines
+    while len(answer) > 1 and len(out.render_lines(usage_table(answer), pad=False)) > lines + 1:
+        answer = answer[:-1]
     return answer

@@ -11,7 +11,7 @@ from uuid import uuid4
 from tokenlimits.models import Period
 
 from ._answers import group_json, group_limit_json
-from ._periods import canonical, floor, period_of
+from ._periods import canonical, period_of, quarter
 from ._state import ALL_KINDS, Group, Json, Rule, State, refuse
 
 _PERIODS: tuple[str, ...] = get_args(Period)
@@ -188,8 +188,7 @@ class AdminFunctions(State):
         used: Counter[tuple[datetime, str]] = Counter()
         generations: Counter[tuple[datetime, str]] = Counter()
         for usage in usages:
-            # the SQL keeps quarters of an hour, on which every time zone's hours begin
-            at = floor(usage.created_at, timedelta(minutes=15))
+            at = quarter(usage.created_at)
             if at >= begin(first) and (until is None or at < until):
                 used[begin(at), usage.kind] += usage.cost
                 generations[begin(at), usage.kind] += 1

@@ -50,6 +50,16 @@ def floor(at: datetime, step: timedelta, origin: datetime = _EPOCH) -> datetime:
     return origin + (at - origin) // step * step
 
 
+def quarter(at: datetime) -> datetime:
+    """Round a moment down to the quarter of an hour, as the SQL's rollup does: every zone's hours begin on one.
+
+    Example:
+        >>> str(quarter(datetime(2026, 5, 1, 12, 44, tzinfo=UTC)))
+        '2026-05-01 12:30:00+00:00'
+    """
+    return floor(at, timedelta(minutes=15))
+
+
 def period_of(period: str, timezone: str, at: datetime) -> tuple[datetime, datetime]:
     """Tell when the period that a moment lies in begins, and when the next one does.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import datetime, timedelta
+from functools import cache
 
-from ._periods import BEGINNING, NEVER
+from ._periods import BEGINNING, NEVER, period_of, quarter
 from ._state import MOMENT, Json, State, Usage
 
 
@@ -42,6 +43,51 @@ class ReportFunctions(State):
             "rows": [self._row(usage) for usage in page],
             "until": until.isoformat(),
             "next": None if last is None else {"group_id": last[0], "created_at": last[1].isoformat(), "id": last[2]},
+        }
+
+    def export_history(
+        self,
+        p_group_id: str | None = None,
+        p_kind: str | None = None,
+        p_bucket: str = "day",
+        p_since: str | None = None,
+        p_until: str | None = None,
+        p_after: Json | None = None,
+        p_page_size: int = 1000,
+    ) -> Json:
+        """Add up live usage by group, kind and time; the page after a sum."""
+        until = self.now + MOMENT if p_until is None else min(self.now + MOMENT, datetime.fromisoformat(p_until))
+        since = None if p_since is None else datetime.fromisoformat(p_since)
+        after = ("", "", BEGINNING) if p_after is None else _sum_place(p_after)
+
+        @cache
+        def begin(group_id: str, at: datetime) -> datetime:
+            return period_of(p_bucket, self._timezone_of(group_id), at)[0]
+
+        used: Counter[tuple[str, str, datetime]] = Counter()
+        generations: Counter[tuple[str, str, datetime]] = Counter()
+        for usage in self._between(p_group_id, p_kind, None, NEVER):
+            at = quarter(usage.created_at)
+            if usage.live and at < until and (since is None or at >= since or at >= begin(usage.group_id, since)):
+                key = (usage.group_id, usage.kind, begin(usage.group_id, at))
+                used[key] += usage.cost
+                generations[key] += 1
+        left = sorted(key for key in generations if key >= after)
+        size = min(max(p_page_size, 1), 5000)
+        return {
+            "rows": [
+                {
+                    "group": self.reference(group_id),
+                    "timezone": self._timezone_of(group_id),
+                    "kind": kind,
+                    "bucket": at.isoformat(),
+                    "used": used[group_id, kind, at],
+                    "generations": generations[group_id, kind, at],
+                }
+                for group_id, kind, at in left[:size]
+            ],
+            "until": until.isoformat(),
+            "next": _sum_next(left[size]) if len(left) > size else None,
         }
 
     def top_members(
@@ -81,6 +127,10 @@ class ReportFunctions(State):
             if group_id in (None, usage.group_id) and kind in (None, usage.kind) and first <= usage.created_at < until
         ]
 
+    def _timezone_of(self, group_id: str) -> str:
+        group = self._groups.get(group_id)
+        return group.timezone if group is not None else "UTC"
+
     def _email(self, user_id: str) -> str | None:
         return (self._users or {}).get(user_id)
 
@@ -108,3 +158,11 @@ def _key(usage: Usage, user_id: str | None) -> tuple[str, datetime, str]:
 
 def _place(after: Json) -> tuple[str, datetime, str]:
     return (after["group_id"], datetime.fromisoformat(after["created_at"]), after["id"])
+
+
+def _sum_next(key: tuple[str, str, datetime]) -> Json:
+    return {"group_id": key[0], "kind": key[1], "bucket": key[2].isoformat()}
+
+
+def _sum_place(after: Json) -> tuple[str, str, datetime]:
+    return (after["group_id"], after["kind"], datetime.fromisoformat(after["bucket"]))

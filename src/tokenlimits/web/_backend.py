@@ -60,8 +60,8 @@ class Groups(AsyncGroupManager):
 
     async def usage_since(self, group_id: UUID, since: datetime | None) -> list[UsageRecord]:
         """Read the first page of a group's ledger from a moment on, oldest first."""
-        wanted = reports.wanted_usage(group_id, None, None, since, None)
-        return await self._transport.send(reports.usage_page(wanted, None, _LEDGER_PAGE))
+        ledger = reports.ledger(group_id, None, None, since, None)
+        return await self._transport.send(ledger.page(None, _LEDGER_PAGE))
 
     async def members_page(self, group_id: UUID, search: str | None, after: UUID | None, size: int) -> list[Member]:
         """Read the page of members after a user's id."""

@@ -610,6 +610,41 @@ comment on function tokenlimits.free_keys(uuid[], timestamptz) is 'Takes the key
 
 revoke execute on function tokenlimits.free_keys(uuid[], timestamptz) from public, anon, authenticated;
 
+-- the first version, which was for one group and kind
+-- squawk-ignore ban-drop-function
+drop function if exists tokenlimits.expire(uuid[], timestamptz);
+
+-- Marks those of the locked usages that are expired holds, and answers what that takes back.
+create or replace function tokenlimits.expire_holds(p_usage_ids uuid[], p_at timestamptz)
+returns table (group_id uuid, kind text, move tokenlimits.usage_move)
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return query
+  with expired as (
+    update public.generation_usage as u
+    set status = 'expired', settled_at = u.expires_at
+    where u.id = any(p_usage_ids) and u.status = 'reserved' and u.expires_at <= p_at
+    returning u.id, u.group_id, u.kind, u.user_id, u.created_at, u.cost
+  ),
+
+  forgotten as (
+    delete from tokenlimits.holds as h
+    where h.usage_id in (select e.id from expired as e)
+  )
+
+  select e.group_id, e.kind, row(e.user_id, e.created_at, -e.cost, -1)::tokenlimits.usage_move
+  from expired as e;
+end
+$$;
+
+comment on function tokenlimits.expire_holds(uuid[], timestamptz)
+is 'Marks holds as expired; answers what is to be taken back.';
+
+revoke execute on function tokenlimits.expire_holds(uuid[], timestamptz) from public, anon, authenticated;
+
 -- the first versions
 -- squawk-ignore ban-drop-function
 drop function if exists tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, uuid);
@@ -657,12 +692,12 @@ begin
       counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place
     )
     inner join (
-      select n.user_id as subject, n.created_at, n.cost
+      select 'member' as scope, n.user_id as subject, n.created_at, n.cost
       from unnest(p_moves) as n
       union all
-      select p_group_id as subject, n.created_at, n.cost
+      select 'group' as scope, p_group_id as subject, n.created_at, n.cost
       from unnest(p_moves) as n
-    ) as m on m.subject = s.subject and m.created_at >= s.since
+    ) as m on m.scope = s.scope and m.subject = s.subject and m.created_at >= s.since
     group by s.place
     order by s.place
   loop
@@ -747,7 +782,7 @@ begin
   end if;
   perform tokenlimits.move_usage(
     p_usage.group_id, p_usage.kind,
-    tokenlimits.expire(v_expired, v_at)
+    array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e)
     || row(p_usage.user_id, p_usage.created_at, p_usage.cost, 1)::tokenlimits.usage_move,
     v_at, p_enforce
   );
@@ -770,7 +805,7 @@ begin
     begin
       v_expired := tokenlimits.expired_holds(p_group_id, p_kind, v_at);
       perform tokenlimits.lock_usages(v_expired);
-      v_moves := tokenlimits.expire(v_expired, v_at);
+      v_moves := array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e);
       if v_moves <> '{}' then
         perform tokenlimits.move_usage(p_group_id, p_kind, v_moves, v_at, p_enforce => false);
       end if;
@@ -831,6 +866,8 @@ begin
       'Pass the usage_id of an allowed answer.'
     );
   end if;
+  -- never before it was recorded, or a clock that was set back would go round for ever
+  v_at := greatest(v_at, v_usage.created_at);
   perform tokenlimits.lock_groups(array[v_usage.group_id]);
   loop
     v_late := p_action = 'commit'
@@ -854,7 +891,7 @@ begin
         if v_late then
           -- first, while what has expired is still known as such, and subtracted
           perform tokenlimits.require_room(v_usage, v_cost, v_at);
-          v_moves := tokenlimits.expire(v_expired, v_at);
+          v_moves := array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e);
           v_moves := v_moves || row(v_usage.user_id, v_usage.created_at, v_cost, 1)::tokenlimits.usage_move;
         elsif v_status = 'committed' then
           v_moves := array[row(v_usage.user_id, v_usage.created_at, v_cost - v_usage.cost, 0)::tokenlimits.usage_move];
@@ -888,15 +925,12 @@ begin
 end
 $$;
 
--- Many requests in one transaction: each is judged by itself, in the order given.
+-- Many requests in one transaction, first step: reading them.
 --
 -- Invariants
---   * The answers are those that single calls in that order would get. A denial or a bad request doesn't touch the
---     others: what a single call raises is an answer here, of reason 'refused'.
---   * Judging is in memory, and nothing is written before the last verdict. If a counter then has no room any more, all
---     is taken back and judged again.
---   * Locks in the order of 30_counters.sql, over the whole batch: stripes, ledger rows by id, keys in order, then by
---     group and kind the rollup and the counters. So batches that overlap never deadlock.
+--   * A bad request doesn't touch the others: what a single call raises is an answer here, of reason 'refused'.
+--   * An item is open until it has an answer; what was answered is never judged, and writes nothing.
+--   * The first place of a key stands for all the places that have it.
 
 -- One request. It needs nothing more once it has an answer.
 do $do$
@@ -918,21 +952,6 @@ begin
       -- the usage that had the key before, and counts no more
       dead_id uuid,
       answer jsonb
-    );
-  end if;
-end
-$do$;
-
--- What an item is charged for, and the places of its limits among those that the batch is about. A repeated key in one
--- batch is a charge of the same usage, replayed.
-do $do$
-begin
-  if to_regtype('tokenlimits.batch_charge') is null then
-    create type tokenlimits.batch_charge as (
-      place integer,
-      usage public.generation_usage,
-      states integer[],
-      replayed boolean
     );
   end if;
 end
@@ -988,7 +1007,6 @@ begin
     v_item.user_id, v_item.kind, v_item.cost, v_item.idempotency_key, v_item.metadata
   );
   v_item.fingerprint := md5(concat_ws(' ', 'track', v_item.kind, v_item.cost, v_item.group_id))::uuid;
-  v_item.group_ids := tokenlimits.paying_groups(v_item.user_id, v_item.group_id);
   return v_item;
 exception
   when sqlstate 'TL001' or data_exception then
@@ -1010,6 +1028,8 @@ set search_path = ''
 as $$
 declare
   v_items tokenlimits.batch_item[];
+  v_group_ids uuid[];
+  v_place integer;
   v record;
 begin
   if jsonb_typeof(p_requests) is distinct from 'array' or jsonb_array_length(p_requests) > 1000 then
@@ -1026,6 +1046,17 @@ begin
   loop
     v_items[v.place].first_place := v.first_place;
   end loop;
+  for v in
+    select i.user_id, i.group_id, array_agg(i.place) as places
+    from unnest(v_items) as i
+    where i.answer is null
+    group by i.user_id, i.group_id
+  loop
+    v_group_ids := tokenlimits.paying_groups(v.user_id, v.group_id);
+    foreach v_place in array v.places loop
+      v_items[v_place].group_ids := v_group_ids;
+    end loop;
+  end loop;
   return coalesce(v_items, '{}');
 end
 $$;
@@ -1033,6 +1064,27 @@ $$;
 comment on function tokenlimits.read_requests(jsonb) is 'The requests of a batch.';
 
 revoke execute on function tokenlimits.read_requests(jsonb) from public, anon, authenticated;
+
+create or replace function tokenlimits.replayed(p_item tokenlimits.batch_item, p_usage public.generation_usage)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.answer(
+    p_item.kind, p_usage.cost, null, p_usage.group_id,
+    tokenlimits.limit_states(p_usage.group_id, array[p_item.user_id], p_item.kind, tokenlimits.clock()),
+    null, p_usage, p_replayed => true
+  );
+end
+$$;
+
+comment on function tokenlimits.replayed(tokenlimits.batch_item, public.generation_usage)
+is 'The answer to an item whose key has a live usage.';
+
+revoke execute on function tokenlimits.replayed(tokenlimits.batch_item, public.generation_usage)
+from public, anon, authenticated;
 
 -- Answers the items whose keys have a live usage, and notes which keys a dead one has.
 create or replace function tokenlimits.replay(p_items tokenlimits.batch_item[])
@@ -1061,13 +1113,7 @@ begin
       if v_live.id is null then
         v_item.dead_id := v.id;
       else
-        v_item.answer := tokenlimits.answer(
-          v_item.kind, v_live.cost, null, v_live.group_id,
-          tokenlimits.limit_states(
-            v_live.group_id, array[v_item.user_id], v_item.kind, tokenlimits.clock()
-          ),
-          null, v_live, p_replayed => true
-        );
+        v_item.answer := tokenlimits.replayed(v_item, v_live);
       end if;
     exception
       when sqlstate 'TL008' then
@@ -1105,6 +1151,27 @@ comment on function tokenlimits.batch_pairs(tokenlimits.batch_item[])
 is 'The groups and kinds that the open items of a batch are about, and the users of each.';
 
 revoke execute on function tokenlimits.batch_pairs(tokenlimits.batch_item[]) from public, anon, authenticated;
+
+-- Many requests in one transaction, second step: judging them, in memory.
+--
+-- Invariants
+--   * Each is judged by what those before it have left, as if it had come alone.
+--   * Nothing is written here, and no counter is waited for. Each limit is read once, however many items it binds.
+
+-- What an item is charged for, and the places of its limits among those that the batch is about. A repeated key in one
+-- batch is a charge of the same usage, replayed.
+do $do$
+begin
+  if to_regtype('tokenlimits.batch_charge') is null then
+    create type tokenlimits.batch_charge as (
+      place integer,
+      usage public.generation_usage,
+      states integer[],
+      replayed boolean
+    );
+  end if;
+end
+$do$;
 
 -- Every limit that the open items are about, once, and the group that each belongs to.
 create or replace function tokenlimits.batch_states(
@@ -1165,10 +1232,10 @@ begin
     coalesce(g.rank = cardinality(i.group_ids), true)
   from unnest(p_items) as i
   left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
-  cross join lateral (values (g.id), (i.user_id)) as w (subject)
+  cross join lateral (values ('group', g.id), ('member', i.user_id)) as w (scope, subject)
   left join rows from (unnest(p_states), unnest(p_group_ids)) with ordinality as s (
     counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, group_id, no
-  ) on s.group_id = g.id and s.kind = i.kind and s.subject = w.subject
+  ) on s.group_id = g.id and s.kind = i.kind and s.scope = w.scope and s.subject = w.subject
   where i.answer is null
   group by i.place, i.group_ids, g.id, g.rank
   order by i.place, g.rank;
@@ -1233,7 +1300,8 @@ is 'What an allowed item writes into the ledger.';
 revoke execute on function tokenlimits.batch_usage(tokenlimits.batch_item, tokenlimits.verdict)
 from public, anon, authenticated;
 
--- Why an item is not charged: its key is another one's, its group doesn't exist, or it is denied.
+-- Why an item is not charged: its key is another one's, its group doesn't exist, or it is denied. Before that its key
+-- is looked at again, as track does: who took the last room since replay may have done so under this very key.
 create or replace function tokenlimits.batch_denial(
   p_item tokenlimits.batch_item,
   p_verdict tokenlimits.verdict,
@@ -1241,17 +1309,24 @@ create or replace function tokenlimits.batch_denial(
 )
 returns jsonb
 language plpgsql
-stable
+volatile
 set search_path = ''
 as $$
 declare
+  v_live public.generation_usage;
   v_message text;
   v_detail text;
   v_hint text;
 begin
   if p_holder_id is not null then
     perform tokenlimits.refuse_key(p_item.idempotency_key, p_holder_id);
-  elsif p_verdict.reason = 'not_in_group' and p_item.group_id is not null then
+  elsif p_item.idempotency_key is not null then
+    v_live := tokenlimits.usage_under_key(p_item.user_id, p_item.idempotency_key, p_item.fingerprint);
+    if v_live.id is not null then
+      return tokenlimits.replayed(p_item, v_live);
+    end if;
+  end if;
+  if p_verdict.reason = 'not_in_group' and p_item.group_id is not null then
     perform tokenlimits.require_group(p_item.group_id);
   end if;
   return tokenlimits.answer(
@@ -1344,6 +1419,56 @@ is 'Judges the items of a batch in their order; writes nothing.';
 revoke execute on function tokenlimits.judge_batch(timestamptz, tokenlimits.batch_item[])
 from public, anon, authenticated;
 
+-- Many requests in one transaction, third step: writing what they are charged for.
+--
+-- Invariants
+--   * All is written or nothing: if a counter has no room any more, all is taken back, to be judged again.
+--   * Locks in the order of 30_counters.sql, over the whole batch: ledger rows by id, keys in order (those of dead
+--     usages last), then by group and kind the rollup and the counters. So batches that overlap never deadlock.
+
+-- Puts those of the charges into the ledger that are at these places, or those that are not, by the order of their
+-- keys.
+create or replace function tokenlimits.claim_batch(
+  p_charges tokenlimits.batch_charge[],
+  p_places integer[],
+  p_at_places boolean
+)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_usages public.generation_usage[] := array(
+    select c.usage
+    from unnest(p_charges) as c
+    where not c.replayed and (c.place = any(p_places)) = p_at_places
+  );
+  v_written bigint;
+begin
+  insert into public.generation_usage as u (
+    id, group_id, user_id, kind, cost, status, idempotency_key, fingerprint, metadata, created_at, settled_at
+  )
+  select
+    n.id, n.group_id, n.user_id, n.kind, n.cost, n.status,
+    n.idempotency_key, n.fingerprint, n.metadata, n.created_at, n.settled_at
+  from unnest(v_usages) as n
+  order by n.idempotency_key, n.user_id
+  on conflict on constraint generation_usage_key_key do nothing;
+  get diagnostics v_written = row_count;
+  if v_written < cardinality(v_usages) then
+    -- somebody has taken a key since it was looked at
+    raise sqlstate 'TL099';
+  end if;
+end
+$$;
+
+comment on function tokenlimits.claim_batch(tokenlimits.batch_charge[], integer[], boolean)
+is 'Puts charges into the ledger, or raises TL099 when one''s key is taken.';
+
+revoke execute on function tokenlimits.claim_batch(tokenlimits.batch_charge[], integer[], boolean)
+from public, anon, authenticated;
+
 -- Writes the usages of a batch, and sweeps the expired holds of every group and kind that it is about. Answers the
 -- counters that were moved as they are then; null, with nothing written, when they have moved on meanwhile, or when
 -- somebody held a row for too long: is_held, and by which group it was, if that is known.
@@ -1364,63 +1489,46 @@ volatile
 set search_path = ''
 as $$
 declare
-  v_dead uuid[] := array(
-    select i.dead_id
-    from unnest(p_items) as i
-    inner join unnest(p_charges) as c on c.place = i.place
-    where i.dead_id is not null
+  v_dead uuid[];
+  v_dead_places integer[];
+  v_expired uuid[] := array(
+    select unnest(tokenlimits.expired_holds(p.group_id, p.kind, p_at))
+    from tokenlimits.batch_pairs(p_items) as p
   );
-  v_written bigint;
   v record;
 begin
   is_held := false;
   moved := '{}';
-  perform tokenlimits.lock_usages(v_dead || array(
-    select unnest(tokenlimits.expired_holds(p.group_id, p.kind, p_at))
-    from tokenlimits.batch_pairs(p_items) as p
-  ));
-  perform tokenlimits.free_keys(v_dead, p_at);
-
-  insert into public.generation_usage as u (
-    id, group_id, user_id, kind, cost, status, idempotency_key, fingerprint, metadata, created_at, settled_at
-  )
-  select
-    (c.usage).id, (c.usage).group_id, (c.usage).user_id, (c.usage).kind, (c.usage).cost, (c.usage).status,
-    (c.usage).idempotency_key, (c.usage).fingerprint, (c.usage).metadata,
-    (c.usage).created_at, (c.usage).settled_at
-  from unnest(p_charges) as c
-  where not c.replayed
-  order by (c.usage).idempotency_key, (c.usage).user_id
-  on conflict on constraint generation_usage_key_key do nothing;
-  get diagnostics v_written = row_count;
-  if v_written < (select count(*) from unnest(p_charges) as c where not c.replayed) then
-    -- somebody has taken a key since it was looked at
-    raise sqlstate 'TL099';
+  select array_agg(i.dead_id), array_agg(i.place) into v_dead, v_dead_places
+  from unnest(p_items) as i
+  inner join unnest(p_charges) as c on c.place = i.place
+  where i.dead_id is not null;
+  perform tokenlimits.lock_usages(v_dead || v_expired);
+  -- the keys of dead usages last: until they are freed, whoever wants one finds it taken and does not wait, and nobody
+  -- can have taken it
+  perform tokenlimits.claim_batch(p_charges, coalesce(v_dead_places, '{}'), false);
+  if v_dead is not null then
+    perform tokenlimits.free_keys(v_dead, p_at);
+    perform tokenlimits.claim_batch(p_charges, v_dead_places, true);
   end if;
 
   for v in
-    select
-      p.group_id,
-      p.kind,
-      tokenlimits.expired_holds(p.group_id, p.kind, p_at) as expired,
-      coalesce(m.moves, '{}') as moves
-    from tokenlimits.batch_pairs(p_items) as p
-    left join (
+    select m.group_id, m.kind, array_agg(m.move) as moves
+    from (
+      select e.group_id, e.kind, e.move
+      from tokenlimits.expire_holds(v_expired, p_at) as e
+      union all
       select
         (c.usage).group_id,
         (c.usage).kind,
-        array_agg(
-          row((c.usage).user_id, (c.usage).created_at, (c.usage).cost, 1)::tokenlimits.usage_move
-        ) as moves
+        row((c.usage).user_id, (c.usage).created_at, (c.usage).cost, 1)::tokenlimits.usage_move as move
       from unnest(p_charges) as c
       where not c.replayed
-      group by (c.usage).group_id, (c.usage).kind
-    ) as m on m.group_id = p.group_id and m.kind = p.kind
-    order by p.group_id, p.kind
+    ) as m
+    group by m.group_id, m.kind
+    order by m.group_id, m.kind
   loop
     held_group_id := v.group_id;
-    v.moves := tokenlimits.expire(v.expired, p_at) || v.moves;
-    continue when v.moves = '{}';
     moved := moved || tokenlimits.move_usage(v.group_id, v.kind, v.moves, p_at, p_enforce => true);
   end loop;
 exception
@@ -1488,6 +1596,13 @@ revoke execute on function tokenlimits.batch_answers(
   tokenlimits.batch_item[], tokenlimits.batch_charge[], tokenlimits.limit_state[], tokenlimits.limit_state[]
 ) from public, anon, authenticated;
 
+-- Many requests in one transaction: read (76), judged (77) and written (78), until a verdict holds.
+--
+-- Invariants
+--   * The answers are those that single calls in that order would get, and a denial doesn't touch the others.
+--   * The stripes of all groups are held, shared, before any limit is read.
+--   * With p_max_wait, no lock is waited for longer: what somebody holds is answered 'busy', and the rest goes on.
+
 -- Answers the open items that a group may pay for; all when it is null.
 create or replace function tokenlimits.answer_busy(p_items tokenlimits.batch_item[], p_group_id uuid)
 returns tokenlimits.batch_item[]
@@ -1522,14 +1637,19 @@ volatile
 set search_path = ''
 as $$
 declare
-  v_group_ids uuid[] := array(select distinct p.group_id from tokenlimits.batch_pairs(p_items) as p);
+  -- in the order of their stripes, which are the last bytes of the ids
+  v_group_ids uuid[] := array(
+    select p.group_id
+    from tokenlimits.batch_pairs(p_items) as p
+    group by p.group_id
+    order by right(p.group_id::text, 2), p.group_id
+  );
   v_group_id uuid;
 begin
   perform tokenlimits.lock_groups(v_group_ids);
   return p_items;
 exception
   when lock_not_available then
-    -- no wait is for ever now, so the order is of no account
     foreach v_group_id in array v_group_ids loop
       begin
         perform tokenlimits.lock_groups(array[v_group_id]);
@@ -1573,7 +1693,8 @@ begin
   end if;
   v_items := tokenlimits.lock_batch(v_items);
   loop
-    v_at := greatest(tokenlimits.clock(), v_at);
+    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    v_at := greatest(tokenlimits.clock(), v_at, (select max((c.usage).created_at) from unnest(v_charges) as c));
     v_items := tokenlimits.replay(v_items);
     select j.items, j.states, j.charges into v_judged, v_states, v_charges
     from tokenlimits.judge_batch(v_at, v_items) as j;
@@ -1617,6 +1738,75 @@ revoke execute on function public.track_generations(jsonb, bigint) from public, 
 
 grant execute on function public.track_generations(jsonb, bigint) to service_role;
 
+-- the one before had no search
+-- squawk-ignore ban-drop-function
+drop function if exists tokenlimits.list_members(uuid, uuid, integer);
+
+create or replace function tokenlimits.list_members(p_group_id uuid, p_after uuid, p_page_size integer, p_search text)
+returns jsonb
+language plpgsql
+stable
+-- definer: e-mail addresses are in auth.users, which is not open to admins
+security definer
+set search_path = ''
+as $$
+declare
+  v_search text := nullif(lower(btrim(p_search)), '');
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  return coalesce((
+    select jsonb_agg(to_jsonb(page) order by page.user_id)
+    from (
+      select m.user_id, u.email, m.joined_at
+      from public.group_memberships as m
+      -- the offset: member by member, or a search may read all users of the project
+      cross join lateral (select u.email from auth.users as u where u.id = m.user_id offset 0) as u
+      where
+        m.group_id = p_group_id
+        and (p_after is null or m.user_id > p_after)
+        and (v_search is null or strpos(lower(u.email), v_search) > 0)
+      order by m.user_id
+      limit least(greatest(p_page_size, 1), 1000)
+    ) as page
+  ), '[]');
+end
+$$;
+
+comment on function tokenlimits.list_members(uuid, uuid, integer, text) is 'What group_members does.';
+
+revoke execute on function tokenlimits.list_members(uuid, uuid, integer, text) from public, anon, authenticated;
+
+grant execute on function tokenlimits.list_members(uuid, uuid, integer, text) to authenticated, service_role;
+
+-- the one before had no search
+-- squawk-ignore ban-drop-function
+drop function if exists public.group_members(uuid, uuid, integer);
+
+create or replace function public.group_members(
+  p_group_id uuid,
+  p_after uuid default null,
+  p_page_size integer default 500,
+  p_search text default null
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.list_members(p_group_id, p_after, p_page_size, p_search);
+end
+$$;
+
+comment on function public.group_members(uuid, uuid, integer, text)
+is 'A group''s members, or those whose e-mail address contains a text: the page after a user id, in the order of ids.';
+
+revoke execute on function public.group_members(uuid, uuid, integer, text)
+from public, anon, authenticated, service_role;
+
+grant execute on function public.group_members(uuid, uuid, integer, text) to authenticated, service_role;
+
 -- Usage for users and admins, and history.
 --
 -- Invariants
@@ -1646,7 +1836,8 @@ begin
 end
 $$;
 
--- A member limit is shown for the group as a whole: what all members used, of max for each.
+-- A member limit is shown for the group as a whole: what all members used, of max for each. All groups at once, since a
+-- dashboard asks for a thousand: what limit_states works out for one group, this does for all of them in one query.
 create or replace function tokenlimits.usage_of_groups(p_group_id uuid)
 returns jsonb
 language plpgsql
@@ -1657,48 +1848,1052 @@ set search_path = ''
 as $$
 declare
   v_now timestamptz := tokenlimits.clock();
+  v_group_ids uuid[];
+  v_any_expired boolean := exists (select from tokenlimits.holds as h where h.expires_at <= v_now);
 begin
   perform tokenlimits.require_admin();
   if p_group_id is not null then
-    perform tokenlimits.require_group(p_group_id);
+    v_group_ids := array[(tokenlimits.require_group(p_group_id)).id];
+  else
+    v_group_ids := array(select g.id from public.user_groups as g);
   end if;
   return coalesce((
-    select jsonb_agg(
-      jsonb_build_object(
-        'group', jsonb_build_object('id', g.id, 'name', g.name),
-        'member_count', m.members,
-        'limits', l.limits
+    with periods as materialized (
+      select d.period, d.timezone, lower(d.range) as since, upper(d.range) as until
+      from (
+        select k.period, k.timezone, tokenlimits.period_of(k.period, k.timezone, v_now) as range
+        from (
+          select distinct l.period, g.timezone
+          from public.group_limits as l
+          inner join public.user_groups as g on g.id = l.group_id
+          where l.group_id = any(v_group_ids)
+        ) as k
+      ) as d
+    ),
+
+    -- as limit_states: an open counter says what is used, and nothing is when a period has begun since; where used
+    -- is null there is no counter
+    states as materialized (
+      select
+        l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id,
+        case when c.until > v_now then c.since else greatest(p.since, c.until, r.reset_at) end as since,
+        case when c.until > v_now then c.until else p.until end as until,
+        case when c.until > v_now then c.used when c.until is not null then 0 end as used
+      from public.group_limits as l
+      inner join public.user_groups as g on g.id = l.group_id
+      inner join periods as p on p.period = l.period and p.timezone = g.timezone
+      left join tokenlimits.counters as c
+        on l.scope = 'group' and c.subject = l.group_id and c.counter_id = l.counter_id
+      left join lateral (
+        select max(u.reset_at) as reset_at
+        from tokenlimits.usage_resets as u
+        where u.group_id = l.group_id and u.kind in (l.kind, '*')
+      ) as r on true
+      where l.group_id = any(v_group_ids)
+    ),
+
+    members as materialized (
+      select m.group_id, count(*) as members
+      from public.group_memberships as m
+      where m.group_id = any(v_group_ids)
+      group by m.group_id
+    ),
+
+    -- what all members used together the group's own counter of that period knows, if there is one; else it is added
+    -- up from the rollup, as count_usage does
+    counted as materialized (
+      select
+        s.group_id, s.kind, s.period, s.scope, s.max, s.counter_id, s.until,
+        coalesce(s.used, o.used, case when s.since = (
+          case when isfinite(s.since) then tokenlimits.rollup_bucket(s.since) else s.since end
+        ) then coalesce((
+          select sum(r.cost)
+          from tokenlimits.usage_rollup as r
+          where r.group_id = s.group_id and r.kind = s.kind and r.bucket >= s.since
+        ), 0) else tokenlimits.count_usage(s.group_id, null, s.kind, s.since) end)
+        - case when v_any_expired then coalesce((
+          select sum(h.cost)
+          from tokenlimits.holds as h
+          where h.group_id = s.group_id and h.kind = s.kind and h.expires_at <= v_now and h.created_at >= s.since
+        ), 0) else 0 end as used,
+        -- numeric: of many members it is more than a bigint holds
+        s.max::numeric * case s.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
+      from states as s
+      left join states as o
+        on
+          s.scope = 'member' and o.scope = 'group'
+          and (o.group_id, o.kind, o.period, o.since) = (s.group_id, s.kind, s.period, s.since)
+      left join members as m on m.group_id = s.group_id
+    ),
+
+    -- json is only put together; jsonb would be built anew at every level
+    shown as (
+      select
+        c.group_id,
+        json_agg(
+          json_build_object(
+            'kind', c.kind,
+            'period', c.period,
+            'scope', c.scope,
+            'max', c.max,
+            'used', c.used,
+            'reset_at', nullif(c.until, 'infinity'),
+            'capacity', c.capacity,
+            'remaining', case when c.capacity is not null then greatest(c.capacity - c.used, 0) end,
+            'fraction', case
+              when c.capacity > 0 then round(c.used::numeric / c.capacity, 6)
+              -- a blocked limit is full; so is one of a group without members that has been used
+              when c.capacity = 0 then 1
+            end
+          )
+          order by c.kind, c.scope = 'group', c.counter_id
+        ) as limits
+      from counted as c
+      group by c.group_id
+    )
+
+    select json_agg(
+      json_build_object(
+        'group', json_build_object('id', g.id, 'name', g.name),
+        'member_count', coalesce(m.members, 0),
+        'limits', coalesce(s.limits, '[]')
       )
       order by lower(g.name)
     )
     from public.user_groups as g
-    cross join lateral (
-      select count(*) as members
-      from public.group_memberships as n
-      where n.group_id = g.id
-    ) as m
-    cross join lateral (
-      select coalesce(jsonb_agg(
-        tokenlimits.limit_json(row(u.*)::tokenlimits.limit_state)
-        || jsonb_build_object(
-          'capacity', c.capacity,
-          'remaining', case when c.capacity is not null then greatest(c.capacity - u.used, 0) end,
-          'fraction', case
-            when c.capacity > 0 then round(u.used::numeric / c.capacity, 6)
-            -- a blocked limit is full; so is one of a group without members that has been used
-            when c.capacity = 0 then 1
-          end
-        )
-      ), '[]') as limits
-      from unnest(tokenlimits.limit_states(g.id, array[null]::uuid[], null, v_now)) as u
-      cross join lateral (
-        select u.max * case u.scope when 'member' then m.members else 1 end as capacity
-      ) as c
-    ) as l
-    where p_group_id is null or g.id = p_group_id
+    left join members as m on m.group_id = g.id
+    left join shown as s on s.group_id = g.id
+    where g.id = any(v_group_ids)
+  )::jsonb, '[]');
+end
+$$;
+
+create or replace function tokenlimits.check_bucket(p_bucket text)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  if p_bucket is null or p_bucket not in ('hour', 'day', 'week', 'month') then
+    perform tokenlimits.refuse('TL001', 'bucket: must be hour, day, week or month', 'bucket');
+  end if;
+end
+$$;
+
+comment on function tokenlimits.check_bucket(text) is 'Raises TL001 unless it is a step of the history.';
+
+revoke execute on function tokenlimits.check_bucket(text) from public, anon, authenticated;
+
+-- A group that was deleted since has lost its time zone too.
+create or replace function tokenlimits.timezone_of(p_group_id uuid)
+returns text
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return coalesce((select g.timezone from public.user_groups as g where g.id = p_group_id), 'UTC');
+end
+$$;
+
+comment on function tokenlimits.timezone_of(uuid) is 'The time zone in which a group''s periods begin.';
+
+revoke execute on function tokenlimits.timezone_of(uuid) from public, anon, authenticated;
+
+create or replace function tokenlimits.history(
+  p_group_id uuid,
+  p_kind text,
+  p_bucket text,
+  p_since timestamptz,
+  p_until timestamptz
+)
+returns jsonb
+language plpgsql
+stable
+-- definer: the rollup is private
+security definer
+set search_path = ''
+as $$
+declare
+  v_timezone text := 'UTC';
+  v_since timestamptz;
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.check_bucket(p_bucket);
+  if p_group_id is not null then
+    v_timezone := (tokenlimits.require_group(p_group_id)).timezone;
+  end if;
+  -- whole buckets: the first is the one that p_since lies in
+  v_since := lower(tokenlimits.period_of(p_bucket, v_timezone, p_since));
+  return coalesce((
+    select jsonb_agg(to_jsonb(points) order by points.bucket, points.kind)
+    from (
+      select
+        lower(tokenlimits.period_of(p_bucket, v_timezone, r.bucket)) as bucket,
+        r.kind,
+        sum(r.cost) as used,
+        sum(r.generations) as generations
+      from (
+        select q.bucket, q.kind, sum(q.cost) as cost, sum(q.generations) as generations
+        from (
+          select r.group_id, r.bucket, r.kind, r.cost, r.generations
+          from tokenlimits.usage_rollup as r
+          union all
+          -- expired holds that nobody has swept yet
+          select h.group_id, tokenlimits.rollup_bucket(h.created_at), h.kind, -h.cost, -1
+          from tokenlimits.holds as h
+          where h.expires_at <= tokenlimits.clock()
+        ) as q
+        where
+          (p_group_id is null or q.group_id = p_group_id)
+          and (p_kind is null or q.kind = p_kind)
+          and q.bucket >= v_since
+          and q.bucket < p_until
+        group by q.bucket, q.kind
+      ) as r
+      group by 1, 2
+      having sum(r.generations) > 0
+    ) as points
   ), '[]');
 end
 $$;
+
+-- Reading much of the ledger, or of its sums: page by page; and who used most.
+--
+-- Invariants
+--   * A page reads a bounded number of rows, by an index, however rare what it looks for is: a short page is not the
+--     end, a page without "next" is.
+--   * Pages follow each other by columns that never change. What was committed before the first page, and created
+--     before "until", is in exactly one of them, as a row or in a sum.
+
+create or replace function tokenlimits.usage_json(p_usage public.generation_usage)
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_object(
+    'id', p_usage.id,
+    'group', jsonb_build_object(
+      'id', p_usage.group_id,
+      'name', (select g.name from public.user_groups as g where g.id = p_usage.group_id)
+    ),
+    'user_id', p_usage.user_id,
+    'email', (select u.email from auth.users as u where u.id = p_usage.user_id),
+    'kind', p_usage.kind,
+    'cost', p_usage.cost,
+    'status', p_usage.status,
+    'idempotency_key', p_usage.idempotency_key,
+    'metadata', p_usage.metadata,
+    'created_at', p_usage.created_at,
+    'settled_at', p_usage.settled_at,
+    'expires_at', p_usage.expires_at
+  )
+$$;
+
+comment on function tokenlimits.usage_json(public.generation_usage) is 'A row of the ledger, as an export shows it.';
+
+revoke execute on function tokenlimits.usage_json(public.generation_usage) from public, anon, authenticated;
+
+-- Of one user by their own index, else of one group after the other by theirs: no index of its own, which every call
+-- would have to keep. p_after is the "next" of the page before.
+create or replace function tokenlimits.export_page(
+  p_group_id uuid,
+  p_user_id uuid,
+  p_kind text,
+  p_since timestamptz,
+  p_until timestamptz,
+  p_after jsonb,
+  p_page_size integer
+)
+returns jsonb
+language plpgsql
+stable
+-- definer: e-mail addresses are in auth.users, which is not open to admins
+security definer
+set search_path = ''
+as $$
+declare
+  c_groups constant integer := 1000;
+  v_after jsonb := tokenlimits.json_argument(p_after);
+  v_since timestamptz := coalesce(p_since, '-infinity');
+  -- also what was recorded at this very moment
+  v_until timestamptz := least(p_until, tokenlimits.clock() + interval '1 microsecond');
+  v_left integer := least(greatest(p_page_size, 1), 5000);
+  v_group_id uuid := coalesce(p_group_id, (v_after ->> 'group_id')::uuid);
+  v_at timestamptz := coalesce((v_after ->> 'created_at')::timestamptz, v_since);
+  v_id uuid := coalesce((v_after ->> 'id')::uuid, '00000000-0000-0000-0000-000000000000');
+  v_page public.generation_usage[];
+  v_rows jsonb := '[]';
+begin
+  perform tokenlimits.require_admin();
+  for i in 1..c_groups loop
+    if p_user_id is not null then
+      v_page := array(
+        select u
+        from public.generation_usage as u
+        where u.user_id = p_user_id and (u.created_at, u.id) > (v_at, v_id) and u.created_at < v_until
+        order by u.created_at, u.id
+        limit v_left
+      );
+    else
+      v_group_id := coalesce(v_group_id, (
+        select u.group_id from public.generation_usage as u order by u.group_id limit 1
+      ));
+      v_page := array(
+        select u
+        from public.generation_usage as u
+        where u.group_id = v_group_id and (u.created_at, u.id) > (v_at, v_id) and u.created_at < v_until
+        order by u.created_at, u.id
+        limit v_left
+      );
+    end if;
+    v_rows := v_rows || coalesce((
+      select jsonb_agg(tokenlimits.usage_json(row(p.*)::public.generation_usage) order by p.created_at, p.id)
+      from unnest(v_page) as p
+      where (p_kind is null or p.kind = p_kind) and (p_group_id is null or p.group_id = p_group_id)
+    ), '[]');
+    v_left := v_left - cardinality(v_page);
+    if v_left = 0 then
+      v_at := v_page[cardinality(v_page)].created_at;
+      v_id := v_page[cardinality(v_page)].id;
+      exit;
+    end if;
+    v_at := v_since;
+    v_id := '00000000-0000-0000-0000-000000000000';
+    v_group_id := case when p_group_id is null and p_user_id is null then (
+      select u.group_id from public.generation_usage as u where u.group_id > v_group_id order by u.group_id limit 1
+    ) end;
+    exit when v_group_id is null;
+  end loop;
+  return jsonb_build_object(
+    'rows', v_rows,
+    'until', v_until,
+    'next', case when v_left = 0 or v_group_id is not null then jsonb_build_object(
+      'group_id', v_group_id, 'created_at', v_at, 'id', v_id
+    ) end
+  );
+end
+$$;
+
+comment on function tokenlimits.export_page(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
+is 'What export_usage does.';
+
+revoke execute on function tokenlimits.export_page(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
+from public, anon, authenticated;
+
+grant execute on function tokenlimits.export_page(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
+to authenticated, service_role;
+
+create or replace function public.export_usage(
+  p_group_id uuid default null,
+  p_user_id uuid default null,
+  p_kind text default null,
+  p_since timestamptz default null,
+  p_until timestamptz default null,
+  p_after jsonb default null,
+  p_page_size integer default 1000
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.export_page(p_group_id, p_user_id, p_kind, p_since, p_until, p_after, p_page_size);
+end
+$$;
+
+comment on function public.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
+is 'The ledger, page by page: ask again with p_after and p_until as the "next" and "until" of the page before.';
+
+revoke execute on function public.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
+from public, anon, authenticated, service_role;
+
+grant execute on function public.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
+to authenticated, service_role;
+
+-- Sum after sum of each series (a group and a kind) of the rollup, in the order of its key: one look-up finds where the
+-- next sum begins, another adds it up, so time in which nothing was used costs nothing. p_after is the "next" of the
+-- page before.
+create or replace function tokenlimits.export_sums(
+  p_group_id uuid,
+  p_kind text,
+  p_bucket text,
+  p_since timestamptz,
+  p_until timestamptz,
+  p_after jsonb,
+  p_page_size integer
+)
+returns jsonb
+language plpgsql
+stable
+-- definer: the rollup is private
+security definer
+set search_path = ''
+as $$
+declare
+  -- what a page may read, in rows of the rollup (a month of one kind has up to 47,616), and what a look-up counts as
+  c_rows constant integer := 100000;
+  c_look_up constant integer := 50;
+  v_after jsonb := tokenlimits.json_argument(p_after);
+  v_now timestamptz := tokenlimits.clock();
+  -- also what was recorded at this very moment
+  v_until timestamptz := least(p_until, v_now + interval '1 microsecond');
+  v_left integer := least(greatest(p_page_size, 1), 5000);
+  v_rows_left integer := c_rows;
+  v_group_id uuid := coalesce(
+    (v_after ->> 'group_id')::uuid, p_group_id, '00000000-0000-0000-0000-000000000000'
+  );
+  v_kind text := coalesce(v_after ->> 'kind', '');
+  v_timezone text := tokenlimits.timezone_of(v_group_id);
+  -- from here on in this series; at infinity it is over
+  v_at timestamptz := coalesce((v_after ->> 'bucket')::timestamptz, 'infinity');
+  v_period tstzrange;
+  v_sum record;
+  v_rows jsonb[] := '{}';
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.check_bucket(p_bucket);
+  while v_left > 0 and v_rows_left > 0 loop
+    v_rows_left := v_rows_left - c_look_up;
+    v_at := (
+      select r.bucket
+      from tokenlimits.usage_rollup as r
+      where r.group_id = v_group_id and r.kind = v_kind and r.bucket >= v_at and r.bucket < v_until
+      order by r.bucket
+      limit 1
+    );
+    if v_at is null then
+      select r.group_id, r.kind into v_group_id, v_kind
+      from tokenlimits.usage_rollup as r
+      where (r.group_id, r.kind) > (v_group_id, v_kind)
+      order by r.group_id, r.kind
+      limit 1;
+      if v_group_id is null or v_group_id <> p_group_id then
+        v_group_id := null;
+        exit;
+      end if;
+      v_timezone := tokenlimits.timezone_of(v_group_id);
+      v_at := case
+        when v_kind <> p_kind then 'infinity'
+        -- whole buckets: the first is the one that p_since lies in
+        when isfinite(p_since) then lower(tokenlimits.period_of(p_bucket, v_timezone, p_since))
+        else coalesce(p_since, '-infinity')
+      end;
+      continue;
+    end if;
+    v_period := tokenlimits.period_of(p_bucket, v_timezone, v_at);
+    select sum(q.cost) as used, sum(q.generations) as generations, count(*) as rows into v_sum
+    from (
+      select r.bucket, r.cost, r.generations
+      from tokenlimits.usage_rollup as r
+      where r.group_id = v_group_id and r.kind = v_kind and r.bucket >= v_at and r.bucket < upper(v_period)
+      union all
+      -- expired holds that nobody has swept yet
+      select tokenlimits.rollup_bucket(h.created_at), -h.cost, -1
+      from tokenlimits.holds as h
+      where h.group_id = v_group_id and h.kind = v_kind and h.expires_at <= v_now
+    ) as q
+    where q.bucket >= v_at and q.bucket < least(upper(v_period), v_until);
+    if v_sum.generations > 0 then
+      v_rows := v_rows || jsonb_build_object(
+        'group', jsonb_build_object(
+          'id', v_group_id,
+          'name', (select g.name from public.user_groups as g where g.id = v_group_id)
+        ),
+        'timezone', v_timezone,
+        'bucket', lower(v_period),
+        'kind', v_kind,
+        'used', v_sum.used,
+        'generations', v_sum.generations
+      );
+      v_left := v_left - 1;
+    end if;
+    v_rows_left := v_rows_left - v_sum.rows::integer;
+    v_at := upper(v_period);
+  end loop;
+  return jsonb_build_object(
+    'rows', to_jsonb(v_rows),
+    'until', v_until,
+    'next', case when v_group_id is not null then jsonb_build_object(
+      'group_id', v_group_id, 'kind', v_kind, 'bucket', v_at
+    ) end
+  );
+end
+$$;
+
+comment on function tokenlimits.export_sums(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
+is 'What export_history does.';
+
+revoke execute on function tokenlimits.export_sums(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
+from public, anon, authenticated;
+
+grant execute on function tokenlimits.export_sums(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
+to authenticated, service_role;
+
+create or replace function public.export_history(
+  p_group_id uuid default null,
+  p_kind text default null,
+  p_bucket text default 'day',
+  p_since timestamptz default null,
+  p_until timestamptz default null,
+  p_after jsonb default null,
+  p_page_size integer default 1000
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.export_sums(p_group_id, p_kind, p_bucket, p_since, p_until, p_after, p_page_size);
+end
+$$;
+
+comment on function public.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
+is 'Live usage per group, kind and bucket in the group''s time zone, page by page as export_usage.';
+
+revoke execute on function public.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
+from public, anon, authenticated, service_role;
+
+grant execute on function public.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
+to authenticated, service_role;
+
+-- Counters forget past periods, so this reads the ledger: as long as the time is, not as the history is.
+create or replace function tokenlimits.rank_members(
+  p_group_id uuid,
+  p_kind text,
+  p_since timestamptz,
+  p_until timestamptz,
+  p_count integer
+)
+returns jsonb
+language plpgsql
+stable
+-- definer: e-mail addresses are in auth.users, which is not open to admins
+security definer
+set search_path = ''
+as $$
+declare
+  v_now timestamptz := tokenlimits.clock();
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  return coalesce((
+    select jsonb_agg(
+      to_jsonb(top) || jsonb_build_object('email', (select a.email from auth.users as a where a.id = top.user_id))
+      order by top.used desc, top.user_id
+    )
+    from (
+      select u.user_id, sum(u.cost) as used, count(*) as generations
+      from public.generation_usage as u
+      where
+        u.group_id = p_group_id
+        and u.created_at >= coalesce(p_since, coalesce(p_until, v_now) - interval '30 days')
+        and u.created_at < coalesce(p_until, 'infinity')
+        and (p_kind is null or u.kind = p_kind)
+        and (u.status = 'committed' or (u.status = 'reserved' and u.expires_at > v_now))
+      group by u.user_id
+      order by used desc, u.user_id
+      limit least(greatest(p_count, 1), 1000)
+    ) as top
+  ), '[]');
+end
+$$;
+
+comment on function tokenlimits.rank_members(uuid, text, timestamptz, timestamptz, integer)
+is 'What top_members does.';
+
+revoke execute on function tokenlimits.rank_members(uuid, text, timestamptz, timestamptz, integer)
+from public, anon, authenticated;
+
+grant execute on function tokenlimits.rank_members(uuid, text, timestamptz, timestamptz, integer)
+to authenticated, service_role;
+
+create or replace function public.top_members(
+  p_group_id uuid,
+  p_kind text default null,
+  p_since timestamptz default null,
+  p_until timestamptz default null,
+  p_count integer default 10
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.rank_members(p_group_id, p_kind, p_since, p_until, p_count);
+end
+$$;
+
+comment on function public.top_members(uuid, text, timestamptz, timestamptz, integer)
+is 'Who used most in a group, also those who left; in the last 30 days by default.';
+
+revoke execute on function public.top_members(uuid, text, timestamptz, timestamptz, integer)
+from public, anon, authenticated, service_role;
+
+grant execute on function public.top_members(uuid, text, timestamptz, timestamptz, integer)
+to authenticated, service_role;
+
+-- Counting everything again, for the day on which somebody doubts the numbers.
+--
+-- Invariants
+--   * The ledger is right by definition: counters and rollup are made to agree with it, never the other way round.
+--   * What is older than p_since is not looked at again: there the rollup's word is taken.
+--   * Nobody tracks for the group while it is mended: its limits are held exclusively.
+
+-- Whole buckets, or the first one's beginning would be missed.
+create or replace function tokenlimits.rollup_differences(p_group_id uuid, p_since timestamptz)
+returns table (kind text, bucket timestamptz, was numeric, used numeric, generations numeric)
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_since timestamptz := tokenlimits.rollup_bucket(p_since);
+begin
+  return query
+  select d.kind, d.bucket, d.was, d.used, d.generations
+  from (
+    select
+      coalesce(r.kind, u.kind) as kind, coalesce(r.bucket, u.bucket) as bucket,
+      coalesce(r.cost, 0) as was, coalesce(u.cost, 0) as used,
+      coalesce(u.generations, 0) - coalesce(r.generations, 0) as generations
+    from (
+      select s.kind, s.bucket, sum(s.cost) as cost, sum(s.generations) as generations
+      from tokenlimits.usage_rollup as s
+      where s.group_id = p_group_id and s.bucket >= v_since
+      group by s.kind, s.bucket
+    ) as r
+    full join (
+      select s.kind, s.bucket, sum(s.cost) as cost, count(*) as generations
+      from (
+        select l.kind, tokenlimits.rollup_bucket(l.created_at) as bucket, l.cost
+        from public.generation_usage as l
+        where l.group_id = p_group_id and l.created_at >= v_since and l.status in ('reserved', 'committed')
+      ) as s
+      group by s.kind, s.bucket
+    ) as u on u.kind = r.kind and u.bucket = r.bucket
+  ) as d
+  where d.was <> d.used or d.generations <> 0;
+end
+$$;
+
+comment on function tokenlimits.rollup_differences(uuid, timestamptz)
+is 'Where the history since a moment differs from the ledger, and by how many generations.';
+
+revoke execute on function tokenlimits.rollup_differences(uuid, timestamptz) from public, anon, authenticated;
+
+-- The group's own counters come first, so that p_most leaves out members.
+create or replace function tokenlimits.counter_differences(
+  p_group_id uuid,
+  p_at timestamptz,
+  p_most integer default null
+)
+returns table (subject uuid, counter_id bigint, kind text, period text, scope text, was bigint, used bigint)
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return query
+  select d.*
+  from (
+    select
+      c.subject, c.counter_id, c.kind, c.period, c.scope, c.used as was,
+      tokenlimits.count_usage(p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.since) as used
+    from (
+      select m.subject, m.counter_id, l.kind, l.period, l.scope, m.used, m.since
+      from public.group_limits as l
+      inner join tokenlimits.counters as m on m.counter_id = l.counter_id
+      where l.group_id = p_group_id and m.until > p_at
+      order by l.scope, m.subject
+      limit p_most
+    ) as c
+  ) as d
+  where d.was <> d.used;
+end
+$$;
+
+comment on function tokenlimits.counter_differences(uuid, timestamptz, integer)
+is 'Where a group''s counters differ from the ledger.';
+
+revoke execute on function tokenlimits.counter_differences(uuid, timestamptz, integer)
+from public, anon, authenticated;
+
+-- One group at a time, and since a moment, for a statement ends after 8 s. Answers what differed, as it was and as it
+-- is now.
+create or replace function tokenlimits.reconcile(p_group_id uuid, p_since timestamptz)
+returns jsonb
+language plpgsql
+volatile
+-- definer: counters and rollup are private
+security definer
+set search_path = ''
+as $$
+declare
+  v_counters jsonb;
+  v_rollup jsonb;
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  perform tokenlimits.lock_groups(array[p_group_id], true);
+
+  -- first, for the group's counters are counted from it
+  with differences as (
+    select d.kind, d.bucket, d.was, d.used, d.generations
+    from tokenlimits.rollup_differences(p_group_id, coalesce(p_since, '-infinity')) as d
+  ),
+
+  repaired as (
+    insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
+    select p_group_id, d.kind, d.bucket, 0, d.used - d.was, d.generations
+    from differences as d
+    on conflict on constraint usage_rollup_pkey do update
+    set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations
+  )
+
+  select jsonb_agg(to_jsonb(d) - 'generations' order by d.kind, d.bucket) into v_rollup
+  from differences as d;
+
+  with differences as (
+    select d.subject, d.counter_id, d.kind, d.period, d.scope, d.was, d.used
+    from tokenlimits.counter_differences(p_group_id, tokenlimits.clock()) as d
+  ),
+
+  repaired as (
+    update tokenlimits.counters as c
+    set used = d.used
+    from differences as d
+    where c.subject = d.subject and c.counter_id = d.counter_id
+  )
+
+  select jsonb_agg(to_jsonb(d) - 'counter_id' order by d.kind, d.period, d.subject) into v_counters
+  from differences as d;
+
+  return jsonb_build_object('counters', coalesce(v_counters, '[]'), 'rollup', coalesce(v_rollup, '[]'));
+end
+$$;
+
+-- For those who run it: users by their addresses, and whether everything is as it should be.
+--
+-- Invariants
+--   * Nothing here changes anything.
+--   * tokenlimits_diagnosis answers facts; what they mean is said by `tokenlimits doctor`.
+
+create or replace function tokenlimits.users_of_emails(p_emails text[])
+returns jsonb
+language plpgsql
+stable
+-- definer: auth.users is not open to admins
+security definer
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.require_admin();
+  if cardinality(p_emails) > 5000 then
+    perform tokenlimits.refuse('TL001', 'emails: are at most 5000 in one call', 'emails');
+  end if;
+  return coalesce((
+    select jsonb_agg(jsonb_build_object('user_id', u.id, 'email', u.email) order by u.email, u.id)
+    from auth.users as u
+    where lower(u.email) in (select lower(btrim(e.email)) from unnest(p_emails) as e (email))
+  ), '[]');
+end
+$$;
+
+comment on function tokenlimits.users_of_emails(text[]) is 'What find_users_by_email does.';
+
+revoke execute on function tokenlimits.users_of_emails(text[]) from public, anon, authenticated;
+
+grant execute on function tokenlimits.users_of_emails(text[]) to authenticated, service_role;
+
+create or replace function public.find_users_by_email(p_emails text[])
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.users_of_emails(p_emails);
+end
+$$;
+
+comment on function public.find_users_by_email(text[])
+is 'The users who have one of up to 5,000 e-mail addresses, whatever its case.';
+
+revoke execute on function public.find_users_by_email(text[]) from public, anon, authenticated, service_role;
+
+grant execute on function public.find_users_by_email(text[]) to authenticated, service_role;
+
+-- As reconcile, but it waits for nobody: a stable function sees one moment, at which counters and ledger agree. It
+-- looks at no more members than a statement has time for.
+create or replace function tokenlimits.drift(p_group_id uuid, p_since timestamptz)
+returns jsonb
+language plpgsql
+stable
+-- definer: counters and rollup are private
+security definer
+set search_path = ''
+as $$
+declare
+  c_counters constant integer := 2000;
+  v_now timestamptz := tokenlimits.clock();
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  return jsonb_build_object(
+    'counters', coalesce((
+      select jsonb_agg(to_jsonb(d) - 'counter_id' order by d.kind, d.period, d.subject)
+      from tokenlimits.counter_differences(p_group_id, v_now, c_counters) as d
+    ), '[]'),
+    'rollup', coalesce((
+      select jsonb_agg(to_jsonb(d) - 'generations' order by d.kind, d.bucket)
+      from tokenlimits.rollup_differences(p_group_id, coalesce(p_since, v_now - interval '1 day')) as d
+    ), '[]')
+  );
+end
+$$;
+
+comment on function tokenlimits.drift(uuid, timestamptz) is 'What usage_drift does.';
+
+revoke execute on function tokenlimits.drift(uuid, timestamptz) from public, anon, authenticated;
+
+grant execute on function tokenlimits.drift(uuid, timestamptz) to authenticated, service_role;
+
+create or replace function public.usage_drift(p_group_id uuid, p_since timestamptz default null)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.drift(p_group_id, p_since);
+end
+$$;
+
+comment on function public.usage_drift(uuid, timestamptz)
+is 'Where a group''s counters and history differ from the ledger; changes nothing. The history of a day by default.';
+
+revoke execute on function public.usage_drift(uuid, timestamptz) from public, anon, authenticated, service_role;
+
+grant execute on function public.usage_drift(uuid, timestamptz) to authenticated, service_role;
+
+-- Asks the project's rule about a caller who is made up, and puts the real one back.
+create or replace function tokenlimits.would_be_admin(p_claims jsonb)
+returns boolean
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_claims text := current_setting('request.jwt.claims', true);
+  v_answer boolean;
+begin
+  perform set_config('request.jwt.claims', p_claims::text, true);
+  begin
+    v_answer := tokenlimits.is_admin();
+  exception when others then
+    v_answer := null;
+  end;
+  perform set_config('request.jwt.claims', coalesce(v_claims, ''), true);
+  return v_answer;
+end
+$$;
+
+comment on function tokenlimits.would_be_admin(jsonb)
+is 'Would a caller with these claims be an admin? Null: it failed.';
+
+revoke execute on function tokenlimits.would_be_admin(jsonb) from public, anon, authenticated;
+
+-- What the statistics know, and the sizes of files; no table is read. "needed" is what an index would take that was
+-- built now: each row's columns at their average width, aligned, with header and pointer, in pages filled to nine
+-- tenths. Rows are estimated as the planner does, or from what was written since, whichever are more: where that is
+-- wrong, an index looks too small rather than too large, and where it is not known yet, "needed" is null.
+create or replace function tokenlimits.storage()
+returns jsonb
+language plpgsql
+stable
+-- definer: statistics of columns are for who may read them
+security definer
+set search_path = ''
+as $$
+declare
+  c_tables constant text[] := array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'];
+  c_unknown_width constant integer := 32;
+begin
+  perform tokenlimits.require_admin();
+  return jsonb_build_object(
+    'tables', (
+      select jsonb_agg(jsonb_build_object(
+        'name', format('%I.%I', s.schemaname, s.relname), 'live', s.n_live_tup, 'dead', s.n_dead_tup
+      ) order by s.schemaname, s.relname)
+      from pg_catalog.pg_stat_all_tables as s
+      where s.schemaname = 'tokenlimits' or (s.schemaname = 'public' and s.relname = any(c_tables))
+    ),
+    'indexes', (
+      select jsonb_agg(jsonb_build_object(
+        'name', format('%I.%I', n.nspname, c.relname),
+        'valid', i.indisvalid,
+        'bytes', pg_relation_size(c.oid),
+        'needed', ((r.rows * (4 + 8 * ceil((8 + w.width) / 8.0))) / 0.9)::bigint
+      ) order by n.nspname, c.relname)
+      from pg_catalog.pg_index as i
+      inner join pg_catalog.pg_class as c on c.oid = i.indexrelid
+      inner join pg_catalog.pg_class as t on t.oid = i.indrelid
+      inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
+      cross join lateral (
+        select case when t.reltuples >= 0 and t.relpages > 0 then greatest(
+          pg_stat_get_live_tuples(t.oid),
+          t.reltuples / t.relpages * pg_relation_size(t.oid) / current_setting('block_size')::integer
+        ) end as rows
+      ) as r
+      cross join lateral (
+        select sum(coalesce(s.avg_width, c_unknown_width)) as width
+        from unnest(i.indkey) as k (attnum)
+        left join pg_catalog.pg_attribute as a on a.attrelid = t.oid and a.attnum = k.attnum
+        left join pg_catalog.pg_stats as s
+          on s.schemaname = n.nspname and s.tablename = t.relname and s.attname = a.attname
+      ) as w
+      where
+        t.relnamespace = 'tokenlimits'::regnamespace
+        or (t.relnamespace = 'public'::regnamespace and t.relname = any(c_tables))
+    )
+  );
+end
+$$;
+
+comment on function tokenlimits.storage() is 'Dead rows, and how large indexes are and need to be.';
+
+revoke execute on function tokenlimits.storage() from public, anon, authenticated;
+
+create or replace function tokenlimits.diagnosis()
+returns jsonb
+language plpgsql
+volatile
+-- definer: auth.users is not open to admins
+security definer
+set search_path = ''
+as $$
+declare
+  c_tables constant text[] := array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'];
+  c_user constant jsonb := '{"role": "authenticated", "sub": "00000000-0000-4000-8000-000000000000"}';
+begin
+  perform tokenlimits.require_admin();
+  return jsonb_build_object(
+    'version', (public.tokenlimits_version() ->> 'version')::integer,
+    'postgres', current_setting('server_version'),
+    'at', tokenlimits.clock(),
+    'tables', (
+      select jsonb_object_agg(t.relname, jsonb_build_object(
+        'rls', t.relrowsecurity,
+        'anon', has_table_privilege('anon', t.oid, 'select, insert, update, delete'),
+        'authenticated', (
+          select coalesce(jsonb_agg(a.name order by a.name), '[]')
+          from unnest(array['select', 'insert', 'update', 'delete']) as a (name)
+          where has_table_privilege('authenticated', t.oid, a.name)
+        )
+      ))
+      from pg_catalog.pg_class as t
+      where t.relnamespace = 'public'::regnamespace and t.relname = any(c_tables)
+    ),
+    'policies', (
+      select coalesce(jsonb_agg(jsonb_build_object(
+        'table', p.tablename, 'name', p.policyname, 'action', lower(p.cmd),
+        'asks_is_admin', concat(p.qual, p.with_check) like '%is_admin()%'
+      ) order by p.tablename, p.policyname), '[]')
+      from pg_catalog.pg_policies as p
+      where p.schemaname = 'public' and p.tablename = any(c_tables)
+    ),
+    'functions', (
+      select jsonb_object_agg(f.proname, (
+        select coalesce(jsonb_agg(r.name order by r.name), '[]')
+        from unnest(array['anon', 'authenticated', 'service_role']) as r (name)
+        where has_function_privilege(r.name, f.oid, 'execute')
+      ))
+      from pg_catalog.pg_proc as f
+      where
+        f.pronamespace = 'public'::regnamespace
+        and (f.prosrc like '%tokenlimits.%' or f.proname = 'tokenlimits_version')
+    ),
+    'private_schema_open', has_schema_privilege('anon', 'tokenlimits', 'usage'),
+    'triggers', (
+      select coalesce(jsonb_agg(t.tgname order by t.tgname), '[]')
+      from pg_catalog.pg_trigger as t
+      inner join pg_catalog.pg_class as c on c.oid = t.tgrelid
+      where
+        c.relnamespace = 'public'::regnamespace
+        and c.relname = any(c_tables) and not t.tgisinternal and t.tgenabled <> 'D'
+    ),
+    'indexes', (
+      select coalesce(jsonb_agg(c.relname order by c.relname), '[]')
+      from pg_catalog.pg_index as i
+      inner join pg_catalog.pg_class as c on c.oid = i.indexrelid
+      inner join pg_catalog.pg_class as t on t.oid = i.indrelid
+      where
+        i.indisvalid
+        and (t.relnamespace = 'tokenlimits'::regnamespace or (
+          t.relnamespace = 'public'::regnamespace and t.relname = any(c_tables)
+        ))
+    ),
+    'storage', tokenlimits.storage(),
+    'is_admin', jsonb_build_object(
+      'nobody', tokenlimits.would_be_admin(c_user),
+      'user_metadata', tokenlimits.would_be_admin(c_user || '{"user_metadata": {"role": "admin"}}'),
+      'app_metadata', tokenlimits.would_be_admin(c_user || '{"app_metadata": {"role": "admin"}}')
+    ),
+    'groups', (select count(*) from public.user_groups),
+    'default_group', (select g.name from public.user_groups as g where g.is_default),
+    'groups_without_limits', (
+      select count(*)
+      from public.user_groups as g
+      where not exists (select from public.group_limits as l where l.group_id = g.id)
+    ),
+    -- of many it is enough to know that they are many
+    'users_in_no_group', (
+      select count(*)
+      from (
+        select
+        from auth.users as u
+        where not exists (select from public.group_memberships as m where m.user_id = u.id)
+        limit 1001
+      ) as n
+    ),
+    'ledger_rows', (
+      select greatest(c.reltuples, 0)::bigint
+      from pg_catalog.pg_class as c
+      where c.oid = 'public.generation_usage'::regclass
+    )
+  );
+end
+$$;
+
+comment on function tokenlimits.diagnosis() is 'What tokenlimits_diagnosis does.';
+
+revoke execute on function tokenlimits.diagnosis() from public, anon, authenticated;
+
+grant execute on function tokenlimits.diagnosis() to authenticated, service_role;
+
+create or replace function public.tokenlimits_diagnosis()
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return tokenlimits.diagnosis();
+end
+$$;
+
+comment on function public.tokenlimits_diagnosis()
+is 'How tokenlimits is installed here: tables, policies, functions, triggers, indexes, who is an admin, users.';
+
+revoke execute on function public.tokenlimits_diagnosis() from public, anon, authenticated, service_role;
+
+grant execute on function public.tokenlimits_diagnosis() to authenticated, service_role;
 
 -- PostgREST serves the new functions from now on.
 notify pgrst, 'reload schema';
