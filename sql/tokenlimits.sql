@@ -1887,12 +1887,12 @@ begin
       counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place
     )
     inner join (
-      select n.user_id as subject, n.created_at, n.cost
+      select 'member' as scope, n.user_id as subject, n.created_at, n.cost
       from unnest(p_moves) as n
       union all
-      select p_group_id as subject, n.created_at, n.cost
+      select 'group' as scope, p_group_id as subject, n.created_at, n.cost
       from unnest(p_moves) as n
-    ) as m on m.subject = s.subject and m.created_at >= s.since
+    ) as m on m.scope = s.scope and m.subject = s.subject and m.created_at >= s.since
     group by s.place
     order by s.place
   loop
@@ -2156,6 +2156,8 @@ begin
       'Pass the usage_id of an allowed answer.'
     );
   end if;
+  -- never before it was recorded, or a clock that was set back would go round for ever
+  v_at := greatest(v_at, v_usage.created_at);
   perform tokenlimits.lock_groups(array[v_usage.group_id]);
   loop
     v_late := p_action = 'commit'
@@ -2442,6 +2444,25 @@ $$;
 comment on function tokenlimits.read_requests(jsonb) is 'The requests of a batch.';
 revoke execute on function tokenlimits.read_requests(jsonb) from public, anon, authenticated;
 
+create or replace function tokenlimits.replayed(p_item tokenlimits.batch_item, p_usage public.generation_usage)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.answer(
+    p_item.kind, p_usage.cost, null, p_usage.group_id,
+    tokenlimits.limit_states(p_usage.group_id, array[p_item.user_id], p_item.kind, tokenlimits.clock()),
+    null, p_usage, p_replayed => true
+  );
+end
+$$;
+comment on function tokenlimits.replayed(tokenlimits.batch_item, public.generation_usage)
+is 'The answer to an item whose key has a live usage.';
+revoke execute on function tokenlimits.replayed(tokenlimits.batch_item, public.generation_usage)
+from public, anon, authenticated;
+
 -- Answers the items whose keys have a live usage, and notes which keys a dead one has.
 create or replace function tokenlimits.replay(p_items tokenlimits.batch_item[])
 returns tokenlimits.batch_item[]
@@ -2469,13 +2490,7 @@ begin
       if v_live.id is null then
         v_item.dead_id := v.id;
       else
-        v_item.answer := tokenlimits.answer(
-          v_item.kind, v_live.cost, null, v_live.group_id,
-          tokenlimits.limit_states(
-            v_live.group_id, array[v_item.user_id], v_item.kind, tokenlimits.clock()
-          ),
-          null, v_live, p_replayed => true
-        );
+        v_item.answer := tokenlimits.replayed(v_item, v_live);
       end if;
     exception
       when sqlstate 'TL008' then
@@ -2588,10 +2603,10 @@ begin
     coalesce(g.rank = cardinality(i.group_ids), true)
   from unnest(p_items) as i
   left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
-  cross join lateral (values (g.id), (i.user_id)) as w (subject)
+  cross join lateral (values ('group', g.id), ('member', i.user_id)) as w (scope, subject)
   left join rows from (unnest(p_states), unnest(p_group_ids)) with ordinality as s (
     counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, group_id, no
-  ) on s.group_id = g.id and s.kind = i.kind and s.subject = w.subject
+  ) on s.group_id = g.id and s.kind = i.kind and s.scope = w.scope and s.subject = w.subject
   where i.answer is null
   group by i.place, i.group_ids, g.id, g.rank
   order by i.place, g.rank;
@@ -2650,7 +2665,8 @@ is 'What an allowed item writes into the ledger.';
 revoke execute on function tokenlimits.batch_usage(tokenlimits.batch_item, tokenlimits.verdict)
 from public, anon, authenticated;
 
--- Why an item is not charged: its key is another one's, its group doesn't exist, or it is denied.
+-- Why an item is not charged: its key is another one's, its group doesn't exist, or it is denied. Before that its key
+-- is looked at again, as track does: who took the last room since replay may have done so under this very key.
 create or replace function tokenlimits.batch_denial(
   p_item tokenlimits.batch_item,
   p_verdict tokenlimits.verdict,
@@ -2658,17 +2674,24 @@ create or replace function tokenlimits.batch_denial(
 )
 returns jsonb
 language plpgsql
-stable
+volatile
 set search_path = ''
 as $$
 declare
+  v_live public.generation_usage;
   v_message text;
   v_detail text;
   v_hint text;
 begin
   if p_holder_id is not null then
     perform tokenlimits.refuse_key(p_item.idempotency_key, p_holder_id);
-  elsif p_verdict.reason = 'not_in_group' and p_item.group_id is not null then
+  elsif p_item.idempotency_key is not null then
+    v_live := tokenlimits.usage_under_key(p_item.user_id, p_item.idempotency_key, p_item.fingerprint);
+    if v_live.id is not null then
+      return tokenlimits.replayed(p_item, v_live);
+    end if;
+  end if;
+  if p_verdict.reason = 'not_in_group' and p_item.group_id is not null then
     perform tokenlimits.require_group(p_item.group_id);
   end if;
   return tokenlimits.answer(
@@ -2987,7 +3010,8 @@ begin
   end if;
   v_items := tokenlimits.lock_batch(v_items);
   loop
-    v_at := greatest(tokenlimits.clock(), v_at);
+    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    v_at := greatest(tokenlimits.clock(), v_at, (select max((c.usage).created_at) from unnest(v_charges) as c));
     v_items := tokenlimits.replay(v_items);
     select j.items, j.states, j.charges into v_judged, v_states, v_charges
     from tokenlimits.judge_batch(v_at, v_items) as j;
@@ -3757,7 +3781,8 @@ begin
           from tokenlimits.holds as h
           where h.group_id = s.group_id and h.kind = s.kind and h.expires_at <= v_now and h.created_at >= s.since
         ), 0) else 0 end as used,
-        s.max * case s.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
+        -- more than a bigint holds, where the max is large and the members are many
+        s.max::numeric * case s.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
       from states as s
       left join states as o
         on

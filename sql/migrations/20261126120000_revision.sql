@@ -36,6 +36,59 @@ is 'Marks holds as expired; answers what is to be taken back.';
 
 revoke execute on function tokenlimits.expire_holds(uuid[], timestamptz) from public, anon, authenticated;
 
+-- Moves the rollup and every counter of a group and kind by many moves at once, and answers the counters as they are
+-- then. The ledger is as it will be: a counter that is counted afresh here has the moves in it already, so it is opened
+-- without them. Raises TL099 when a counter has moved on, or has no room for what p_enforce puts into it; what is only
+-- taken back is never too much, even where a limit was lowered below what is used.
+create or replace function tokenlimits.move_usage(
+  p_group_id uuid,
+  p_kind text,
+  p_moves tokenlimits.usage_move[],
+  p_at timestamptz,
+  p_enforce boolean
+)
+returns tokenlimits.limit_state[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_slot smallint := tokenlimits.free_slot(p_group_id);
+  v_states tokenlimits.limit_state[] := tokenlimits.limit_states(
+    p_group_id, array(select distinct m.user_id from unnest(p_moves) as m), p_kind, p_at
+  );
+  v record;
+begin
+  insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
+  select
+    p_group_id, p_kind, tokenlimits.rollup_bucket(m.created_at) as bucket, v_slot, sum(m.cost), sum(m.generations)
+  from unnest(p_moves) as m
+  group by bucket
+  order by bucket
+  on conflict on constraint usage_rollup_pkey do update
+  set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
+
+  for v in
+    select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.cost > 0) as adds
+    from unnest(v_states) with ordinality as s (
+      counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place
+    )
+    inner join (
+      select 'member' as scope, n.user_id as subject, n.created_at, n.cost
+      from unnest(p_moves) as n
+      union all
+      select 'group' as scope, p_group_id as subject, n.created_at, n.cost
+      from unnest(p_moves) as n
+    ) as m on m.scope = s.scope and m.subject = s.subject and m.created_at >= s.since
+    group by s.place
+    order by s.place
+  loop
+    v_states[v.place].used := tokenlimits.move_counter(v_states[v.place], v.cost, v.last, p_enforce and v.adds);
+  end loop;
+  return v_states;
+end
+$$;
+
 -- What write_usage does when there are expired holds: their cost is taken back in the same step.
 create or replace function tokenlimits.write_and_sweep(p_usage public.generation_usage, p_enforce boolean)
 returns tokenlimits.limit_state[]
@@ -123,6 +176,8 @@ begin
       'Pass the usage_id of an allowed answer.'
     );
   end if;
+  -- never before it was recorded, or a clock that was set back would go round for ever
+  v_at := greatest(v_at, v_usage.created_at);
   perform tokenlimits.lock_groups(array[v_usage.group_id]);
   loop
     v_late := p_action = 'commit'
@@ -253,6 +308,139 @@ begin
 end
 $$;
 
+create or replace function tokenlimits.replayed(p_item tokenlimits.batch_item, p_usage public.generation_usage)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.answer(
+    p_item.kind, p_usage.cost, null, p_usage.group_id,
+    tokenlimits.limit_states(p_usage.group_id, array[p_item.user_id], p_item.kind, tokenlimits.clock()),
+    null, p_usage, p_replayed => true
+  );
+end
+$$;
+
+comment on function tokenlimits.replayed(tokenlimits.batch_item, public.generation_usage)
+is 'The answer to an item whose key has a live usage.';
+
+revoke execute on function tokenlimits.replayed(tokenlimits.batch_item, public.generation_usage)
+from public, anon, authenticated;
+
+-- Answers the items whose keys have a live usage, and notes which keys a dead one has.
+create or replace function tokenlimits.replay(p_items tokenlimits.batch_item[])
+returns tokenlimits.batch_item[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v record;
+  v_item tokenlimits.batch_item;
+  v_live public.generation_usage;
+  v_message text;
+  v_detail text;
+  v_hint text;
+begin
+  for v in
+    select i.place, u.id
+    from unnest(p_items) as i
+    inner join public.generation_usage as u on u.idempotency_key = i.idempotency_key and u.user_id = i.user_id
+    where i.answer is null
+  loop
+    v_item := p_items[v.place];
+    begin
+      v_live := tokenlimits.usage_under_key(v_item.user_id, v_item.idempotency_key, v_item.fingerprint);
+      if v_live.id is null then
+        v_item.dead_id := v.id;
+      else
+        v_item.answer := tokenlimits.replayed(v_item, v_live);
+      end if;
+    exception
+      when sqlstate 'TL008' then
+        get stacked diagnostics v_message = message_text, v_detail = pg_exception_detail, v_hint = pg_exception_hint;
+        v_item.answer := tokenlimits.refused(v_item, sqlstate, v_message, v_detail, v_hint);
+    end;
+    p_items[v.place] := v_item;
+  end loop;
+  return p_items;
+end
+$$;
+
+-- The groups that may pay for each open item, in the order in which they are tried, with the places of their limits; a
+-- row of nulls where no group may.
+create or replace function tokenlimits.batch_options(
+  p_items tokenlimits.batch_item[],
+  p_states tokenlimits.limit_state[],
+  p_group_ids uuid[]
+)
+returns table (place integer, group_id uuid, states integer[], is_first boolean, is_last boolean)
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  return query
+  select
+    i.place,
+    g.id,
+    array_agg(s.no::integer order by s.no) filter (where s.no is not null),
+    coalesce(g.rank = 1, true),
+    coalesce(g.rank = cardinality(i.group_ids), true)
+  from unnest(p_items) as i
+  left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
+  cross join lateral (values ('group', g.id), ('member', i.user_id)) as w (scope, subject)
+  left join rows from (unnest(p_states), unnest(p_group_ids)) with ordinality as s (
+    counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, group_id, no
+  ) on s.group_id = g.id and s.kind = i.kind and s.scope = w.scope and s.subject = w.subject
+  where i.answer is null
+  group by i.place, i.group_ids, g.id, g.rank
+  order by i.place, g.rank;
+end
+$$;
+
+-- Why an item is not charged: its key is another one's, its group doesn't exist, or it is denied. Before that its key
+-- is looked at again, as track does: who took the last room since replay may have done so under this very key.
+create or replace function tokenlimits.batch_denial(
+  p_item tokenlimits.batch_item,
+  p_verdict tokenlimits.verdict,
+  p_holder_id uuid
+)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_live public.generation_usage;
+  v_message text;
+  v_detail text;
+  v_hint text;
+begin
+  if p_holder_id is not null then
+    perform tokenlimits.refuse_key(p_item.idempotency_key, p_holder_id);
+  elsif p_item.idempotency_key is not null then
+    v_live := tokenlimits.usage_under_key(p_item.user_id, p_item.idempotency_key, p_item.fingerprint);
+    if v_live.id is not null then
+      return tokenlimits.replayed(p_item, v_live);
+    end if;
+  end if;
+  if p_verdict.reason = 'not_in_group' and p_item.group_id is not null then
+    perform tokenlimits.require_group(p_item.group_id);
+  end if;
+  return tokenlimits.answer(
+    p_item.kind, p_item.cost, p_verdict.reason, p_verdict.group_id, p_verdict.states, p_verdict.denied_by, null,
+    p_replayed => false
+  );
+exception
+  when sqlstate 'TL002' or sqlstate 'TL008' then
+    get stacked diagnostics v_message = message_text, v_detail = pg_exception_detail, v_hint = pg_exception_hint;
+    return tokenlimits.refused(p_item, sqlstate, v_message, v_detail, v_hint);
+end
+$$;
+
 -- Many requests in one transaction, third step: writing what they are charged for.
 --
 -- Invariants
@@ -340,6 +528,182 @@ exception
   when lock_not_available then
     moved := null;
     is_held := true;
+end
+$$;
+
+create or replace function tokenlimits.track_many(p_requests jsonb, p_max_wait bigint)
+returns jsonb
+language plpgsql
+volatile
+-- definer: counters are private, and nobody else writes the ledger
+security definer
+set search_path = ''
+as $$
+declare
+  v_lock_timeout text := current_setting('lock_timeout');
+  v_items tokenlimits.batch_item[] := tokenlimits.read_requests(p_requests);
+  v_judged tokenlimits.batch_item[];
+  v_states tokenlimits.limit_state[];
+  v_charges tokenlimits.batch_charge[];
+  v_at timestamptz;
+  v record;
+begin
+  if p_max_wait not between 1 and 60000 then
+    perform tokenlimits.refuse(
+      'TL001', 'max_wait: must be from 1 to 60000 milliseconds, or null', 'max_wait', 'Nothing was recorded.'
+    );
+  elsif p_max_wait is not null then
+    perform set_config('lock_timeout', p_max_wait::text, true);
+  end if;
+  v_items := tokenlimits.lock_batch(v_items);
+  loop
+    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    v_at := greatest(tokenlimits.clock(), v_at, (select max((c.usage).created_at) from unnest(v_charges) as c));
+    v_items := tokenlimits.replay(v_items);
+    select j.items, j.states, j.charges into v_judged, v_states, v_charges
+    from tokenlimits.judge_batch(v_at, v_items) as j;
+    select w.moved, w.is_held, w.held_group_id into v
+    from tokenlimits.write_batch(v_items, v_charges, v_at) as w;
+    exit when v.moved is not null;
+    if v.is_held then
+      v_items := tokenlimits.answer_busy(v_items, v.held_group_id);
+    end if;
+  end loop;
+  v_items := tokenlimits.batch_answers(v_judged, v_charges, v_states, v.moved);
+  perform set_config('lock_timeout', v_lock_timeout, true);
+  return coalesce((select jsonb_agg(i.answer order by i.place) from unnest(v_items) as i), '[]');
+end
+$$;
+
+-- A member limit is shown for the group as a whole: what all members used, of max for each. All groups at once, since a
+-- dashboard asks for a thousand: what limit_states works out for one group, this does for all of them in one query.
+create or replace function tokenlimits.usage_of_groups(p_group_id uuid)
+returns jsonb
+language plpgsql
+stable
+-- definer: counters are private
+security definer
+set search_path = ''
+as $$
+declare
+  v_now timestamptz := tokenlimits.clock();
+  v_group_ids uuid[];
+  v_any_expired boolean := exists (select from tokenlimits.holds as h where h.expires_at <= v_now);
+begin
+  perform tokenlimits.require_admin();
+  if p_group_id is not null then
+    v_group_ids := array[(tokenlimits.require_group(p_group_id)).id];
+  else
+    v_group_ids := array(select g.id from public.user_groups as g);
+  end if;
+  return coalesce((
+    with periods as materialized (
+      select d.period, d.timezone, lower(d.range) as since, upper(d.range) as until
+      from (
+        select k.period, k.timezone, tokenlimits.period_of(k.period, k.timezone, v_now) as range
+        from (
+          select distinct l.period, g.timezone
+          from public.group_limits as l
+          inner join public.user_groups as g on g.id = l.group_id
+          where l.group_id = any(v_group_ids)
+        ) as k
+      ) as d
+    ),
+
+    -- as limit_states: an open counter says what is used, and nothing is when a period has begun since; where used
+    -- is null there is no counter
+    states as materialized (
+      select
+        l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id,
+        case when c.until > v_now then c.since else greatest(p.since, c.until, r.reset_at) end as since,
+        case when c.until > v_now then c.until else p.until end as until,
+        case when c.until > v_now then c.used when c.until is not null then 0 end as used
+      from public.group_limits as l
+      inner join public.user_groups as g on g.id = l.group_id
+      inner join periods as p on p.period = l.period and p.timezone = g.timezone
+      left join tokenlimits.counters as c
+        on l.scope = 'group' and c.subject = l.group_id and c.counter_id = l.counter_id
+      left join lateral (
+        select max(u.reset_at) as reset_at
+        from tokenlimits.usage_resets as u
+        where u.group_id = l.group_id and u.kind in (l.kind, '*')
+      ) as r on true
+      where l.group_id = any(v_group_ids)
+    ),
+
+    members as materialized (
+      select m.group_id, count(*) as members
+      from public.group_memberships as m
+      where m.group_id = any(v_group_ids)
+      group by m.group_id
+    ),
+
+    -- what all members used together the group's own counter of that period knows, if there is one; else it is added
+    -- up from the rollup, as count_usage does
+    counted as materialized (
+      select
+        s.group_id, s.kind, s.period, s.scope, s.max, s.counter_id, s.until,
+        coalesce(s.used, o.used, case when s.since = (
+          case when isfinite(s.since) then tokenlimits.rollup_bucket(s.since) else s.since end
+        ) then coalesce((
+          select sum(r.cost)
+          from tokenlimits.usage_rollup as r
+          where r.group_id = s.group_id and r.kind = s.kind and r.bucket >= s.since
+        ), 0) else tokenlimits.count_usage(s.group_id, null, s.kind, s.since) end)
+        - case when v_any_expired then coalesce((
+          select sum(h.cost)
+          from tokenlimits.holds as h
+          where h.group_id = s.group_id and h.kind = s.kind and h.expires_at <= v_now and h.created_at >= s.since
+        ), 0) else 0 end as used,
+        -- more than a bigint holds, where the max is large and the members are many
+        s.max::numeric * case s.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
+      from states as s
+      left join states as o
+        on
+          s.scope = 'member' and o.scope = 'group'
+          and (o.group_id, o.kind, o.period, o.since) = (s.group_id, s.kind, s.period, s.since)
+      left join members as m on m.group_id = s.group_id
+    ),
+
+    -- json is only put together; jsonb would be built anew at every level
+    shown as (
+      select
+        c.group_id,
+        json_agg(
+          json_build_object(
+            'kind', c.kind,
+            'period', c.period,
+            'scope', c.scope,
+            'max', c.max,
+            'used', c.used,
+            'reset_at', nullif(c.until, 'infinity'),
+            'capacity', c.capacity,
+            'remaining', case when c.capacity is not null then greatest(c.capacity - c.used, 0) end,
+            'fraction', case
+              when c.capacity > 0 then round(c.used::numeric / c.capacity, 6)
+              -- a blocked limit is full; so is one of a group without members that has been used
+              when c.capacity = 0 then 1
+            end
+          )
+          order by c.kind, c.scope = 'group', c.counter_id
+        ) as limits
+      from counted as c
+      group by c.group_id
+    )
+
+    select json_agg(
+      json_build_object(
+        'group', json_build_object('id', g.id, 'name', g.name),
+        'member_count', coalesce(m.members, 0),
+        'limits', coalesce(s.limits, '[]')
+      )
+      order by lower(g.name)
+    )
+    from public.user_groups as g
+    left join members as m on m.group_id = g.id
+    left join shown as s on s.group_id = g.id
+    where g.id = any(v_group_ids)
+  )::jsonb, '[]');
 end
 $$;
 

@@ -155,12 +155,12 @@ begin
       counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place
     )
     inner join (
-      select n.user_id as subject, n.created_at, n.cost
+      select 'member' as scope, n.user_id as subject, n.created_at, n.cost
       from unnest(p_moves) as n
       union all
-      select p_group_id as subject, n.created_at, n.cost
+      select 'group' as scope, p_group_id as subject, n.created_at, n.cost
       from unnest(p_moves) as n
-    ) as m on m.subject = s.subject and m.created_at >= s.since
+    ) as m on m.scope = s.scope and m.subject = s.subject and m.created_at >= s.since
     group by s.place
     order by s.place
   loop
@@ -424,6 +424,8 @@ begin
       'Pass the usage_id of an allowed answer.'
     );
   end if;
+  -- never before it was recorded, or a clock that was set back would go round for ever
+  v_at := greatest(v_at, v_usage.created_at);
   perform tokenlimits.lock_groups(array[v_usage.group_id]);
   loop
     v_late := p_action = 'commit'

@@ -132,6 +132,25 @@ $$;
 comment on function tokenlimits.read_requests(jsonb) is 'The requests of a batch.';
 revoke execute on function tokenlimits.read_requests(jsonb) from public, anon, authenticated;
 
+create or replace function tokenlimits.replayed(p_item tokenlimits.batch_item, p_usage public.generation_usage)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return tokenlimits.answer(
+    p_item.kind, p_usage.cost, null, p_usage.group_id,
+    tokenlimits.limit_states(p_usage.group_id, array[p_item.user_id], p_item.kind, tokenlimits.clock()),
+    null, p_usage, p_replayed => true
+  );
+end
+$$;
+comment on function tokenlimits.replayed(tokenlimits.batch_item, public.generation_usage)
+is 'The answer to an item whose key has a live usage.';
+revoke execute on function tokenlimits.replayed(tokenlimits.batch_item, public.generation_usage)
+from public, anon, authenticated;
+
 -- Answers the items whose keys have a live usage, and notes which keys a dead one has.
 create or replace function tokenlimits.replay(p_items tokenlimits.batch_item[])
 returns tokenlimits.batch_item[]
@@ -159,13 +178,7 @@ begin
       if v_live.id is null then
         v_item.dead_id := v.id;
       else
-        v_item.answer := tokenlimits.answer(
-          v_item.kind, v_live.cost, null, v_live.group_id,
-          tokenlimits.limit_states(
-            v_live.group_id, array[v_item.user_id], v_item.kind, tokenlimits.clock()
-          ),
-          null, v_live, p_replayed => true
-        );
+        v_item.answer := tokenlimits.replayed(v_item, v_live);
       end if;
     exception
       when sqlstate 'TL008' then

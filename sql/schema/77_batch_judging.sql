@@ -76,10 +76,10 @@ begin
     coalesce(g.rank = cardinality(i.group_ids), true)
   from unnest(p_items) as i
   left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
-  cross join lateral (values (g.id), (i.user_id)) as w (subject)
+  cross join lateral (values ('group', g.id), ('member', i.user_id)) as w (scope, subject)
   left join rows from (unnest(p_states), unnest(p_group_ids)) with ordinality as s (
     counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, group_id, no
-  ) on s.group_id = g.id and s.kind = i.kind and s.subject = w.subject
+  ) on s.group_id = g.id and s.kind = i.kind and s.scope = w.scope and s.subject = w.subject
   where i.answer is null
   group by i.place, i.group_ids, g.id, g.rank
   order by i.place, g.rank;
@@ -138,7 +138,8 @@ is 'What an allowed item writes into the ledger.';
 revoke execute on function tokenlimits.batch_usage(tokenlimits.batch_item, tokenlimits.verdict)
 from public, anon, authenticated;
 
--- Why an item is not charged: its key is another one's, its group doesn't exist, or it is denied.
+-- Why an item is not charged: its key is another one's, its group doesn't exist, or it is denied. Before that its key
+-- is looked at again, as track does: who took the last room since replay may have done so under this very key.
 create or replace function tokenlimits.batch_denial(
   p_item tokenlimits.batch_item,
   p_verdict tokenlimits.verdict,
@@ -146,17 +147,24 @@ create or replace function tokenlimits.batch_denial(
 )
 returns jsonb
 language plpgsql
-stable
+volatile
 set search_path = ''
 as $$
 declare
+  v_live public.generation_usage;
   v_message text;
   v_detail text;
   v_hint text;
 begin
   if p_holder_id is not null then
     perform tokenlimits.refuse_key(p_item.idempotency_key, p_holder_id);
-  elsif p_verdict.reason = 'not_in_group' and p_item.group_id is not null then
+  elsif p_item.idempotency_key is not null then
+    v_live := tokenlimits.usage_under_key(p_item.user_id, p_item.idempotency_key, p_item.fingerprint);
+    if v_live.id is not null then
+      return tokenlimits.replayed(p_item, v_live);
+    end if;
+  end if;
+  if p_verdict.reason = 'not_in_group' and p_item.group_id is not null then
     perform tokenlimits.require_group(p_item.group_id);
   end if;
   return tokenlimits.answer(

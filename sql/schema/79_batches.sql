@@ -86,7 +86,8 @@ begin
   end if;
   v_items := tokenlimits.lock_batch(v_items);
   loop
-    v_at := greatest(tokenlimits.clock(), v_at);
+    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    v_at := greatest(tokenlimits.clock(), v_at, (select max((c.usage).created_at) from unnest(v_charges) as c));
     v_items := tokenlimits.replay(v_items);
     select j.items, j.states, j.charges into v_judged, v_states, v_charges
     from tokenlimits.judge_batch(v_at, v_items) as j;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from tests.sql.semantics.api import Api
 from tests.sql.semantics.database import Database
 from tests.sql.semantics.hammer import CONNECTIONS, Batch, Call, Crowd, Hammer, Script, allowed, assert_right
+from tests.sql.semantics.test_races import is_blocked, wait_until
 from tests.sql.semantics.world import World, limit
 
 
@@ -182,6 +184,31 @@ class TestAnswers:
         assert told(world.api.track_many([(user, "image", 2)] * 3)) == [(False, "limit_exceeded", 1)] * 3
         assert world.owner.one(count) == before
 
+    def test_a_clock_that_is_set_back_over_midnight_does_not_go_round_for_ever(self, world: World) -> None:
+        world.at("2026-11-23 23:59:59Z")
+        group = world.group(limit(10, period="day"), limit(5, period="day", scope="member"))
+        early, late = world.user(group), world.user(group)
+        world.api.track(early, "image")
+        world.at("2026-11-24 00:00:01Z")
+        world.api.track(late, "image")
+        world.at("2026-11-23 23:59:59Z")
+        world.api.execute("set statement_timeout = '5s'")
+        [answer] = world.api.track_many([(early, "image")])
+        assert {x["scope"]: x["used"] for x in answer["limits"]} == {"group": 2, "member": 1}
+
+    def test_a_group_may_have_the_id_of_its_member(self, world: World) -> None:
+        user = world.user()
+        world.owner.execute("insert into public.user_groups (id, name) values (%s, 'Mine')", [user])
+        world.api.save_group(user, limits=[limit(10), limit(8, scope="member")])
+        world.api.add_member(user, user)
+        world.at("2026-11-23 12:00Z")
+        world.api.reserve(user, "image", 4, 60)
+        world.at("2026-11-23 12:01Z")
+        answers = world.api.track_many([(user, "image", 3)] * 3)
+        assert [answer["remaining"] for answer in answers] == [5, 2, 2]
+        assert world.api.reconcile(user) == {"counters": [], "rollup": []}
+        world.api.delete_group(user)
+
     def test_only_in_read_committed(self, world: World) -> None:
         user = world.user(world.group(limit(1)))
         world.api.connection.execute("begin isolation level repeatable read")
@@ -271,6 +298,36 @@ def shuffled(calls: Sequence[Call], size: int) -> list[Script]:
 
 
 class TestAtOnce:
+    def test_the_last_room_may_have_gone_under_the_very_same_key(self, world: World, database: Database) -> None:
+        """The key is free when it is looked at first, and the room is gone when the request is judged."""
+        user = world.user(world.group(limit(2)))
+        world.api.track(user, "image", 1, "replayed")
+        other, batch = Api(database.connect("postgres")), Api(database.connect())
+        answers: list[Any] = []
+
+        def track_many() -> None:
+            requests = [(user, "image", 1, "replayed"), (user, "image", 1, "job"), (user, "image", 2, "job")]
+            answers.extend(batch.track_many(requests))
+
+        with other.connection.transaction():
+            # the replayed one is answered with its counter, after the keys were looked at
+            other.execute("lock table tokenlimits.counters in access exclusive mode")
+            waiting = threading.Thread(target=track_many)
+            waiting.start()
+            wait_until(lambda: is_blocked(world, batch))
+            taken = other.track(user, "image", 1, "job")
+        waiting.join(10)
+        assert [answer["reason"] for answer in answers] == [None, None, "refused"]
+        assert (answers[1]["usage_id"], answers[1]["replayed"]) == (taken["usage_id"], True)
+        assert answers[2]["code"] == "TL008"
+
+    def test_where_not_all_fit_a_key_is_allowed_for_all_or_for_none(self, world: World, hammer: Hammer) -> None:
+        user = world.user(world.group(limit(10)))
+        answers = hammer(shuffled([Call(user, idempotency_key=f"job-{n}") for n in range(25)], size=5))
+        assert_right(answers)
+        per_key = Counter(a.call.idempotency_key for a in answers if a.allowed)
+        assert sorted(per_key.values()) == [CONNECTIONS] * 10
+
     def test_on_one_hot_group_the_limit_is_met_exactly(self, world: World, hammer: Hammer) -> None:
         group = world.group(limit(3000), limit(400, scope="member"))
         users = [world.user(group) for _ in range(10)]

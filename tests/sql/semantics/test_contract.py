@@ -525,6 +525,16 @@ class TestEditing:
         [shown] = world.api.group_usage(group)["limits"]
         assert (shown["remaining"], shown["capacity"], shown["fraction"]) == (None, None, None)
 
+    def test_the_largest_limit_of_many_members_is_shown(self, world: World) -> None:
+        group = world.group(limit(10**15, scope="member"))
+        made = "insert into auth.users (id) select gen_random_uuid() from generate_series(1, 10000)"
+        world.owner.execute(made)
+        world.owner.execute(
+            "insert into public.group_memberships (group_id, user_id) select %s, u.id from auth.users as u", [group]
+        )
+        [shown] = world.api.group_usage(group)["limits"]
+        assert (shown["capacity"], shown["remaining"], shown["fraction"]) == (10**19, 10**19, 0)
+
     def test_of_an_unlimited_and_a_limited_one_the_limited_one_tells(self, world: World) -> None:
         user = world.user(world.group(limit(None), limit(3, period="day"), limit(None, period="month")))
         assert world.api.track(user, "image")["remaining"] == 2

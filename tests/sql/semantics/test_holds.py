@@ -410,6 +410,20 @@ class TestKeys:
         assert world.used(user) == 8
 
 
+@pytest.mark.parametrize("how", SETTLEMENTS)
+def test_a_clock_that_is_set_back_over_midnight_does_not_go_round_for_ever(world: World, how: str) -> None:
+    world.at("2026-11-24 00:00:01Z")
+    group = world.group(limit(10))
+    user = world.user(group)
+    usage = world.api.track(user, "image", 4)["usage_id"] if how == "refund" else hold(world, user)
+    world.at("2026-11-23 23:59:59Z")
+    # its counter is opened by the settlement
+    world.api.set_limit(group, "image", "day", "member", 5)
+    world.api.execute("set statement_timeout = '5s'")
+    SETTLEMENTS[how](world, usage)
+    assert world.api.reconcile(group) == {"counters": [], "rollup": []}
+
+
 def test_reconciling_finds_nothing_wrong_with_holds(world: World, user: UUID) -> None:
     group = world.api.user_usage(user)[0]["group"]["id"]
     nothing: dict[str, list[Any]] = {"counters": [], "rollup": []}
