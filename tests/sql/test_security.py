@@ -14,6 +14,7 @@ from tests.sql.api import (
     GROUP_ID,
     OTHER_GROUP_ID,
     OTHER_ID,
+    USAGE_ID,
     USER_ID,
     argument_types,
     call_sql,
@@ -247,6 +248,46 @@ def test_private_functions_refuse_users_themselves(api: Connection, catalog: Con
     assert {name for name, _ in functions} >= {"my_usage", "add_members"}
     for name, call in functions:
         assert outcome(api, ACTORS[actor], call) == (1 if name in HARMLESS else DENIED), call
+
+
+ABSENT: Final = "99999999-9999-4999-8999-999999999999"
+
+# What somebody may try in order to learn whether a thing is there: %s is its id or its name.
+PROBES: Final = {
+    "insert into public.user_groups (name) values (%s)": ("Pro", "Absent"),
+    "insert into public.user_groups (name) values (%s) on conflict do nothing": ("Pro", "Absent"),
+    "insert into public.user_groups (id, name) values (%s, 'New')": (GROUP_ID, ABSENT),
+    "insert into public.user_groups (id, name) values (%s, 'N') on conflict (id) do update set name = 'N'": (
+        GROUP_ID,
+        ABSENT,
+    ),
+    "insert into public.group_limits (group_id, kind, period, scope) values (%s, 'image', 'day', 'member')": (
+        GROUP_ID,
+        ABSENT,
+    ),
+    f"insert into public.group_memberships (group_id, user_id) values ('{GROUP_ID}', %s)": (OTHER_ID, ABSENT),
+    f"insert into public.group_memberships (group_id, user_id) values (%s, '{USER_ID}') on conflict do nothing": (
+        GROUP_ID,
+        ABSENT,
+    ),
+    "update public.user_groups set name = 'x' where id = %s": (GROUP_ID, ABSENT),
+    "delete from public.group_memberships where user_id = %s": (OTHER_ID, ABSENT),
+    "select from public.generation_usage where idempotency_key = %s": ("other's key", "absent"),
+    "select 1 / (cost - cost) from public.generation_usage where user_id = %s": (OTHER_ID, ABSENT),
+    "select tokenlimits.require_group(%s)": (GROUP_ID, ABSENT),
+    "select public.refund_generation(%s)": (USAGE_ID, ABSENT),
+    "select public.group_usage(%s)": (GROUP_ID, ABSENT),
+    "select public.delete_group(%s)": (GROUP_ID, ABSENT),
+    "select public.find_users(%s)": ("other@example.com", "absent@example.com"),
+}
+
+
+@pytest.mark.parametrize("actor", ["anon", "user", "pretender"])
+@pytest.mark.parametrize("probe", PROBES)
+def test_nobody_learns_what_is_there(api: Connection, probe: str, actor: str) -> None:
+    there, absent = (outcome(api, ACTORS[actor], probe, [value]) for value in PROBES[probe])
+    assert there == absent
+    assert there in (0, DENIED, "TL002")
 
 
 def test_privileges_are_exactly_those_that_are_granted(catalog: Connection) -> None:
