@@ -531,6 +531,39 @@ exception
 end
 $$;
 
+-- Takes the stripes of all groups; answers the items of those that could not be had in time.
+create or replace function tokenlimits.lock_batch(p_items tokenlimits.batch_item[])
+returns tokenlimits.batch_item[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  -- in the order of their stripes, which are the last bytes of the ids
+  v_group_ids uuid[] := array(
+    select p.group_id
+    from tokenlimits.batch_pairs(p_items) as p
+    group by p.group_id
+    order by right(p.group_id::text, 2), p.group_id
+  );
+  v_group_id uuid;
+begin
+  perform tokenlimits.lock_groups(v_group_ids);
+  return p_items;
+exception
+  when lock_not_available then
+    foreach v_group_id in array v_group_ids loop
+      begin
+        perform tokenlimits.lock_groups(array[v_group_id]);
+      exception
+        when lock_not_available then
+          p_items := tokenlimits.answer_busy(p_items, v_group_id);
+      end;
+    end loop;
+    return p_items;
+end
+$$;
+
 create or replace function tokenlimits.track_many(p_requests jsonb, p_max_wait bigint)
 returns jsonb
 language plpgsql

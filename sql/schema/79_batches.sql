@@ -37,14 +37,19 @@ volatile
 set search_path = ''
 as $$
 declare
-  v_group_ids uuid[] := array(select distinct p.group_id from tokenlimits.batch_pairs(p_items) as p);
+  -- in the order of their stripes, which are the last bytes of the ids
+  v_group_ids uuid[] := array(
+    select p.group_id
+    from tokenlimits.batch_pairs(p_items) as p
+    group by p.group_id
+    order by right(p.group_id::text, 2), p.group_id
+  );
   v_group_id uuid;
 begin
   perform tokenlimits.lock_groups(v_group_ids);
   return p_items;
 exception
   when lock_not_available then
-    -- no wait is for ever now, so the order is of no account
     foreach v_group_id in array v_group_ids loop
       begin
         perform tokenlimits.lock_groups(array[v_group_id]);

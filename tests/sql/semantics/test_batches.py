@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -254,6 +255,33 @@ class TestBusy:
         other.set_limit(held, "image", "day", "group", 5)
         answers = world.api.track_many([(user, "image") for user in users], 50)
         assert [answer["reason"] for answer in answers] == ["busy", None]
+
+    def test_what_can_be_had_is_taken_in_the_order_that_others_take_it(self, world: World, database: Database) -> None:
+        """An edit of all groups waits for the first; a batch that holds the others would wait for it in a circle."""
+        made = [UUID(int=number) for number in range(1, 9)]
+        for group in made:
+            world.owner.execute("insert into public.user_groups (id, name) values (%s, %s)", [group, str(group)])
+            world.api.save_group(group, limits=[limit(10)])
+        users = [world.user(group) for group in made]
+        holder, admin, batch = (Api(database.connect("postgres")) for _ in range(3))
+        answers: list[Any] = []
+
+        def track_many() -> None:
+            answers.extend(batch.track_many([(user, "image") for user in users], 1500))
+
+        threads = [
+            threading.Thread(target=admin.execute, args=["update public.group_limits set max = 9"]),
+            threading.Thread(target=track_many),
+        ]
+        with holder.connection.transaction():
+            holder.execute("select pg_advisory_xact_lock(1953459052, 1)")
+            for thread, api in zip(threads, (admin, batch), strict=True):
+                thread.start()
+                wait_until(lambda api=api: is_blocked(world, api))
+            time.sleep(1.7)
+        for thread in threads:
+            thread.join(20)
+        assert [answer["reason"] for answer in answers] == [None] * 8
 
     def test_while_a_key_is_in_somebodys_hands_all_are_asked_to_come_again(self, world: World, other: Api) -> None:
         held, free = self.groups(world)
