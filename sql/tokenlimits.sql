@@ -1730,13 +1730,12 @@ revoke execute on function public.record_generation(uuid, text, bigint, timestam
 from public, anon, authenticated, service_role;
 grant execute on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb) to service_role;
 
--- Two steps, where the work can fail: reserve, then commit, release or refund.
+-- What has expired is taken back: many usages at once move rollup and counters.
 --
 -- Invariants
 --   * A hold that has expired counts as released from that moment on. Nobody has to sweep it for that: readers subtract
 --     it, and whoever writes for its group and kind sweeps it on the way.
---   * Each usage settles at most once; the same settlement again changes nothing and answers the same.
---   * Settling needs nothing but the usage's id: not the member, not the group, not the limit.
+--   * The ledger is written first: a counter that is counted afresh afterwards has all that is about to be moved.
 --   * Locks in the order of 30_counters.sql: ledger rows by id before the own key, then rollup, members by id, group.
 
 do $do$
@@ -2016,6 +2015,41 @@ comment on function tokenlimits.sweep(uuid, text, timestamptz)
 is 'Takes back what expired holds of a group and kind held, and says how many there were.';
 revoke execute on function tokenlimits.sweep(uuid, text, timestamptz) from public, anon, authenticated;
 
+-- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it. One group and kind in one
+-- transaction, since the rows of two would be locked in an order that nobody else follows.
+create or replace function tokenlimits.tidy()
+returns bigint
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_at timestamptz := tokenlimits.clock();
+  v_oldest tokenlimits.holds;
+begin
+  select * into v_oldest
+  from tokenlimits.holds as h
+  where h.expires_at <= v_at
+  order by h.expires_at
+  limit 1;
+  if not found then
+    return 0;
+  end if;
+  perform tokenlimits.lock_groups(array[v_oldest.group_id]);
+  return tokenlimits.sweep(v_oldest.group_id, v_oldest.kind, v_at);
+end
+$$;
+comment on function tokenlimits.tidy()
+is 'Sweeps the expired holds of the group and kind with the oldest one, and says how many there were.';
+revoke execute on function tokenlimits.tidy() from public, anon, authenticated;
+
+-- Two steps, where the work can fail: reserve, then commit, release or refund.
+--
+-- Invariants
+--   * Each usage settles at most once; the same settlement again changes nothing and answers the same.
+--   * Settling needs nothing but the usage's id: not the member, not the group, not the limit.
+--   * An expired hold may be committed while its periods last, in the room that is left, and then sweeps the others.
+
 create or replace function public.reserve_generation(
   p_user_id uuid,
   p_kind text,
@@ -2281,34 +2315,6 @@ comment on function public.refund_generation(uuid)
 is 'Gives back what a committed usage cost.';
 revoke execute on function public.refund_generation(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.refund_generation(uuid) to authenticated, service_role;
-
--- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it. One group and kind in one
--- transaction, since the rows of two would be locked in an order that nobody else follows.
-create or replace function tokenlimits.tidy()
-returns bigint
-language plpgsql
-volatile
-set search_path = ''
-as $$
-declare
-  v_at timestamptz := tokenlimits.clock();
-  v_oldest tokenlimits.holds;
-begin
-  select * into v_oldest
-  from tokenlimits.holds as h
-  where h.expires_at <= v_at
-  order by h.expires_at
-  limit 1;
-  if not found then
-    return 0;
-  end if;
-  perform tokenlimits.lock_groups(array[v_oldest.group_id]);
-  return tokenlimits.sweep(v_oldest.group_id, v_oldest.kind, v_at);
-end
-$$;
-comment on function tokenlimits.tidy()
-is 'Sweeps the expired holds of the group and kind with the oldest one, and says how many there were.';
-revoke execute on function tokenlimits.tidy() from public, anon, authenticated;
 
 -- Many requests in one transaction, first step: reading them.
 --
