@@ -3792,7 +3792,7 @@ begin
           from tokenlimits.holds as h
           where h.group_id = s.group_id and h.kind = s.kind and h.expires_at <= v_now and h.created_at >= s.since
         ), 0) else 0 end as used,
-        -- more than a bigint holds, where the max is large and the members are many
+        -- numeric: of many members it is more than a bigint holds
         s.max::numeric * case s.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
       from states as s
       left join states as o
