@@ -2,8 +2,48 @@
 --
 -- Invariants
 --   * All is written or nothing: if a counter has no room any more, all is taken back, to be judged again.
---   * Locks in the order of 30_counters.sql, over the whole batch: ledger rows by id, keys in order, then by group and
---     kind the rollup and the counters. So batches that overlap never deadlock.
+--   * Locks in the order of 30_counters.sql, over the whole batch: ledger rows by id, keys in order (those of dead
+--     usages last), then by group and kind the rollup and the counters. So batches that overlap never deadlock.
+
+-- Puts those of the charges into the ledger that are at these places, or those that are not, in the order of their keys.
+create or replace function tokenlimits.claim_batch(
+  p_charges tokenlimits.batch_charge[],
+  p_places integer[],
+  p_at_places boolean
+)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_usages public.generation_usage[] := array(
+    select c.usage
+    from unnest(p_charges) as c
+    where not c.replayed and (c.place = any(p_places)) = p_at_places
+  );
+  v_written bigint;
+begin
+  insert into public.generation_usage as u (
+    id, group_id, user_id, kind, cost, status, idempotency_key, fingerprint, metadata, created_at, settled_at
+  )
+  select
+    n.id, n.group_id, n.user_id, n.kind, n.cost, n.status,
+    n.idempotency_key, n.fingerprint, n.metadata, n.created_at, n.settled_at
+  from unnest(v_usages) as n
+  order by n.idempotency_key, n.user_id
+  on conflict on constraint generation_usage_key_key do nothing;
+  get diagnostics v_written = row_count;
+  if v_written < cardinality(v_usages) then
+    -- somebody has taken a key since it was looked at
+    raise sqlstate 'TL099';
+  end if;
+end
+$$;
+comment on function tokenlimits.claim_batch(tokenlimits.batch_charge[], integer[], boolean)
+is 'Puts charges into the ledger, or raises TL099 when one''s key is taken.';
+revoke execute on function tokenlimits.claim_batch(tokenlimits.batch_charge[], integer[], boolean)
+from public, anon, authenticated;
 
 -- Writes the usages of a batch, and sweeps the expired holds of every group and kind that it is about. Answers the
 -- counters that were moved as they are then; null, with nothing written, when they have moved on meanwhile, or when
@@ -25,39 +65,27 @@ volatile
 set search_path = ''
 as $$
 declare
-  v_dead uuid[] := array(
-    select i.dead_id
-    from unnest(p_items) as i
-    inner join unnest(p_charges) as c on c.place = i.place
-    where i.dead_id is not null
-  );
+  v_dead uuid[];
+  v_dead_places integer[];
   v_expired uuid[] := array(
     select unnest(tokenlimits.expired_holds(p.group_id, p.kind, p_at))
     from tokenlimits.batch_pairs(p_items) as p
   );
-  v_written bigint;
   v record;
 begin
   is_held := false;
   moved := '{}';
+  select array_agg(i.dead_id), array_agg(i.place) into v_dead, v_dead_places
+  from unnest(p_items) as i
+  inner join unnest(p_charges) as c on c.place = i.place
+  where i.dead_id is not null;
   perform tokenlimits.lock_usages(v_dead || v_expired);
-  perform tokenlimits.free_keys(v_dead, p_at);
-
-  insert into public.generation_usage as u (
-    id, group_id, user_id, kind, cost, status, idempotency_key, fingerprint, metadata, created_at, settled_at
-  )
-  select
-    (c.usage).id, (c.usage).group_id, (c.usage).user_id, (c.usage).kind, (c.usage).cost, (c.usage).status,
-    (c.usage).idempotency_key, (c.usage).fingerprint, (c.usage).metadata,
-    (c.usage).created_at, (c.usage).settled_at
-  from unnest(p_charges) as c
-  where not c.replayed
-  order by (c.usage).idempotency_key, (c.usage).user_id
-  on conflict on constraint generation_usage_key_key do nothing;
-  get diagnostics v_written = row_count;
-  if v_written < (select count(*) from unnest(p_charges) as c where not c.replayed) then
-    -- somebody has taken a key since it was looked at
-    raise sqlstate 'TL099';
+  -- the keys of dead usages last: until they are freed, whoever wants one finds it taken and does not wait, and nobody
+  -- can have taken it
+  perform tokenlimits.claim_batch(p_charges, coalesce(v_dead_places, '{}'), false);
+  if v_dead is not null then
+    perform tokenlimits.free_keys(v_dead, p_at);
+    perform tokenlimits.claim_batch(p_charges, v_dead_places, true);
   end if;
 
   for v in

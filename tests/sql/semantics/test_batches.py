@@ -349,6 +349,29 @@ class TestAtOnce:
         assert (answers[1]["usage_id"], answers[1]["replayed"]) == (taken["usage_id"], True)
         assert answers[2]["code"] == "TL008"
 
+    def test_a_key_that_dies_between_two_batches_makes_no_circle(self, world: World, database: Database) -> None:
+        user = world.user(world.group(limit(10), limit(10, kind="video")))
+        other, first, second = (Api(database.connect()) for _ in range(3))
+        answers: dict[Api, list[Any]] = {}
+
+        def track_many(api: Api, keys: str) -> threading.Thread:
+            requests = [(user, "image", 1, key) for key in keys]
+            thread = threading.Thread(target=lambda: answers.update({api: api.track_many(requests)}))
+            thread.start()
+            wait_until(lambda: is_blocked(world, api))
+            return thread
+
+        other.execute("begin")
+        other.track(user, "video", 1, "b")
+        threads = [track_many(first, "abc")]  # has a, and waits for b
+        world.api.refund(world.api.track(user, "image", 1, "c")["usage_id"])
+        threads += [track_many(second, "ac")]  # may have c, of a dead usage, and waits for a
+        other.execute("rollback")
+        for thread in threads:
+            thread.join(20)
+        assert [[answer["allowed"] for answer in answers[api]] for api in (first, second)] == [[True] * 3, [True] * 2]
+        assert world.used(user) == 3
+
     def test_where_not_all_fit_a_key_is_allowed_for_all_or_for_none(self, world: World, hammer: Hammer) -> None:
         user = world.user(world.group(limit(10)))
         answers = hammer(shuffled([Call(user, idempotency_key=f"job-{n}") for n in range(25)], size=5))
