@@ -2793,7 +2793,8 @@ from public, anon, authenticated;
 --   * Locks in the order of 30_counters.sql, over the whole batch: ledger rows by id, keys in order (those of dead
 --     usages last), then by group and kind the rollup and the counters. So batches that overlap never deadlock.
 
--- Puts those of the charges into the ledger that are at these places, or those that are not, in the order of their keys.
+-- Puts those of the charges into the ledger that are at these places, or those that are not, by the order of their
+-- keys.
 create or replace function tokenlimits.claim_batch(
   p_charges tokenlimits.batch_charge[],
   p_places integer[],

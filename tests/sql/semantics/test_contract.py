@@ -437,8 +437,8 @@ class TestPeriods:
     @pytest.mark.parametrize("shift", [timedelta(hours=-1), timedelta(hours=1)])
     def test_new_rules_of_a_time_zone_stop_nobody(self, world: World, shift: timedelta) -> None:
         """As after an update of the server's time zones: the counter's period is not one of the new calendar's."""
-        user = world.user(world.group(limit(3, period="day")))
         world.at(NOVEMBER_23)
+        user = world.user(world.group(limit(3, period="day")))
         world.api.track(user, "image")
         world.owner.execute("update tokenlimits.counters set since = since + %s, until = until + %s", [shift] * 2)
         world.at("2026-11-24 00:30Z")
@@ -496,9 +496,9 @@ class TestEditing:
         assert world.used(user, "day") == 4
 
     def test_another_time_zone_counts_afresh(self, world: World) -> None:
+        world.at("2026-11-23 11:00Z")
         group = world.group(limit(10, period="day"))
         user = world.user(group)
-        world.at("2026-11-23 11:00Z")
         world.api.track(user, "image", 4)
         world.at("2026-11-23 13:00Z")
         world.api.track(user, "image", 1)
