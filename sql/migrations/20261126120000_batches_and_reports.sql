@@ -27,6 +27,61 @@ as $$
   select jsonb_build_object('version', 2)
 $$;
 
+create or replace function tokenlimits.refuse_isolation()
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.refuse(
+    'TL009',
+    'tokenlimits needs READ COMMITTED transactions',
+    current_setting('transaction_isolation'),
+    'Call it outside your transaction, or begin that with isolation level read committed.'
+  );
+end
+$$;
+
+comment on function tokenlimits.refuse_isolation() is 'Raises TL009: the transaction has another isolation level.';
+
+revoke execute on function tokenlimits.refuse_isolation() from public, anon, authenticated;
+
+create or replace function tokenlimits.lock_groups(p_group_ids uuid[], p_exclusive boolean default false)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  -- 'tokl' in ASCII, so that our locks do not meet a project's own
+  c_class constant integer := 1953459052;
+  v_stripe integer;
+begin
+  -- what is read after a lock was waited for must be as it is then
+  if current_setting('transaction_isolation') <> 'read committed' then
+    perform tokenlimits.refuse_isolation();
+  end if;
+  if cardinality(p_group_ids) = 1 and not p_exclusive then
+    -- what nearly every call needs, without a query
+    perform pg_advisory_xact_lock_shared(c_class, ('x' || right(p_group_ids[1]::text, 2))::bit(8)::integer);
+    return;
+  end if;
+  -- 256 stripes bound the number of locks that a bulk edit takes; sorted, or two of us could deadlock
+  for v_stripe in
+    select distinct ('x' || right(g.id::text, 2))::bit(8)::integer
+    from unnest(p_group_ids) as g (id)
+    order by 1
+  loop
+    if p_exclusive then
+      perform pg_advisory_xact_lock(c_class, v_stripe);
+    else
+      perform pg_advisory_xact_lock_shared(c_class, v_stripe);
+    end if;
+  end loop;
+end
+$$;
+
 -- What a group's limits are at a moment, and what happens when they are edited.
 --
 -- Invariants
@@ -333,6 +388,52 @@ begin
 end
 $$;
 
+-- For workers: check-and-record in one step, a look without recording, and what happened elsewhere.
+--
+-- Invariants
+--   * Either the ledger row, the rollup and every counter move, or nothing is written.
+--   * No counter passes its limit's max here, and nobody is denied while there is room: a verdict is only carried out
+--     if every counter still has room when it is moved, else everything is taken back and judged again.
+--   * One live usage per user and idempotency key.
+
+create or replace function tokenlimits.check_request(
+  p_user_id uuid,
+  p_kind text,
+  p_cost bigint,
+  p_idempotency_key text default null,
+  p_metadata jsonb default null
+)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_field text;
+  v_rule text;
+begin
+  if p_user_id is null then
+    v_field := 'user_id';
+    v_rule := 'is required';
+  elsif p_kind is null or p_kind !~ '^[a-z][a-z0-9_]{0,31}$' then
+    v_field := 'kind';
+    v_rule := 'must be 1 to 32 of a-z, 0-9 and _, and begin with a letter';
+  elsif p_cost is null or p_cost not between 1 and 1000000000 then
+    v_field := 'cost';
+    v_rule := 'must be a whole number from 1 to 1000000000';
+  elsif char_length(p_idempotency_key) not between 1 and 255 then
+    v_field := 'idempotency_key';
+    v_rule := 'must have 1 to 255 characters';
+  elsif jsonb_typeof(p_metadata) <> 'object' or octet_length(p_metadata::text) > 8192 then
+    v_field := 'metadata';
+    v_rule := 'must be a JSON object of at most 8192 bytes';
+  else
+    return;
+  end if;
+  perform tokenlimits.refuse('TL001', v_field || ': ' || v_rule, v_field, 'Nothing was recorded.');
+end
+$$;
+
 create or replace function tokenlimits.refuse_key(p_idempotency_key text, p_usage_id uuid)
 returns void
 language plpgsql
@@ -468,6 +569,34 @@ begin
       );
     end if;
   end loop;
+end
+$$;
+
+create or replace function tokenlimits.look(p_user_id uuid, p_kind text, p_cost bigint, p_group_id uuid)
+returns jsonb
+language plpgsql
+stable
+-- definer: counters are private
+security definer
+set search_path = ''
+as $$
+declare
+  v_verdict tokenlimits.verdict;
+begin
+  perform tokenlimits.check_request(p_user_id, p_kind, p_cost);
+  if current_setting('transaction_isolation') <> 'read committed' then
+    perform tokenlimits.refuse_isolation();
+  end if;
+  v_verdict := tokenlimits.judge(
+    p_user_id, p_kind, p_cost, tokenlimits.paying_groups(p_user_id, p_group_id), tokenlimits.clock()
+  );
+  if v_verdict.reason = 'not_in_group' and p_group_id is not null then
+    perform tokenlimits.require_group(p_group_id);
+  end if;
+  return tokenlimits.answer(
+    p_kind, p_cost, v_verdict.reason, v_verdict.group_id, v_verdict.states, v_verdict.denied_by, null,
+    p_replayed => false
+  );
 end
 $$;
 

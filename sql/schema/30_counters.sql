@@ -136,6 +136,24 @@ begin
 end
 $do$;
 
+create or replace function tokenlimits.refuse_isolation()
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  perform tokenlimits.refuse(
+    'TL009',
+    'tokenlimits needs READ COMMITTED transactions',
+    current_setting('transaction_isolation'),
+    'Call it outside your transaction, or begin that with isolation level read committed.'
+  );
+end
+$$;
+comment on function tokenlimits.refuse_isolation() is 'Raises TL009: the transaction has another isolation level.';
+revoke execute on function tokenlimits.refuse_isolation() from public, anon, authenticated;
+
 create or replace function tokenlimits.lock_groups(p_group_ids uuid[], p_exclusive boolean default false)
 returns void
 language plpgsql
@@ -147,6 +165,10 @@ declare
   c_class constant integer := 1953459052;
   v_stripe integer;
 begin
+  -- what is read after a lock was waited for must be as it is then
+  if current_setting('transaction_isolation') <> 'read committed' then
+    perform tokenlimits.refuse_isolation();
+  end if;
   if cardinality(p_group_ids) = 1 and not p_exclusive then
     -- what nearly every call needs, without a query
     perform pg_advisory_xact_lock_shared(c_class, ('x' || right(p_group_ids[1]::text, 2))::bit(8)::integer);

@@ -37,13 +37,6 @@ begin
   elsif jsonb_typeof(p_metadata) <> 'object' or octet_length(p_metadata::text) > 8192 then
     v_field := 'metadata';
     v_rule := 'must be a JSON object of at most 8192 bytes';
-  elsif current_setting('transaction_isolation') <> 'read committed' then
-    perform tokenlimits.refuse(
-      'TL009',
-      'tokenlimits needs READ COMMITTED transactions',
-      current_setting('transaction_isolation'),
-      'Call it outside your transaction, or begin that with isolation level read committed.'
-    );
   else
     return;
   end if;
@@ -395,6 +388,9 @@ declare
   v_verdict tokenlimits.verdict;
 begin
   perform tokenlimits.check_request(p_user_id, p_kind, p_cost);
+  if current_setting('transaction_isolation') <> 'read committed' then
+    perform tokenlimits.refuse_isolation();
+  end if;
   v_verdict := tokenlimits.judge(
     p_user_id, p_kind, p_cost, tokenlimits.paying_groups(p_user_id, p_group_id), tokenlimits.clock()
   );

@@ -257,6 +257,28 @@ class TestWhileAdminsEdit:
         assert recorded(world) == 900
         assert max(Counter(a.call.user_id for a in answers if a.allowed).values()) <= 240
 
+    @pytest.mark.parametrize("what", ["limit", "zone", "reset", "refund", "reconcile"])
+    def test_nobody_edits_or_settles_by_an_old_snapshot(self, world: World, database: Database, what: str) -> None:
+        group = world.group(limit(None))
+        user = world.user(group)
+        usage = world.api.track(user, "image", 1)["usage_id"]
+        old = Api(database.connect())
+        late: dict[str, Callable[[], object]] = {
+            "limit": lambda: old.set_limit(group, "image", "day", "group", 6),
+            "zone": lambda: old.save_group(group, timezone="Europe/Paris"),
+            "reset": lambda: old.reset(group),
+            "refund": lambda: old.refund(usage),
+            "reconcile": lambda: old.reconcile(group),
+        }
+        old.execute("begin isolation level repeatable read")
+        old.one("select count(*) from public.user_groups")
+        world.api.set_limit(group, "image", "month", "group", 9)
+        world.api.track(user, "image", 5)
+        with pytest.raises(psycopg.DatabaseError) as error:
+            late[what]()
+        old.execute("rollback")
+        assert error.value.sqlstate == "TL009"
+
     def test_a_new_limit_waits_for_a_call_that_was_judged_without_it(self, world: World, database: Database) -> None:
         group = world.group(limit(None))
         user = world.user(group)
