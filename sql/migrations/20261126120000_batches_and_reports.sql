@@ -170,6 +170,7 @@ declare
   v_states tokenlimits.limit_state[] := '{}';
   v tokenlimits.limit_state;
   v_period tstzrange;
+  v_sum record;
 begin
   foreach v in array p_states loop
     if v.is_open is not true then
@@ -188,21 +189,33 @@ begin
       end;
       v.until := upper(v_period);
     end if;
-    if p_any_expired then
-      v.expired := coalesce((
-        select sum(h.cost)
-        from tokenlimits.holds as h
-        where
-          h.group_id = p_group_id
-          and h.kind = v.kind
-          and h.expires_at <= p_at
-          and h.created_at >= v.since
-          and (v.scope = 'group' or v.subject is null or h.user_id = v.subject)
-      ), 0);
-      v.used := v.used - v.expired;
-    end if;
+    v.expired := case when p_any_expired then 0 end;
     v_states := v_states || v;
   end loop;
+  if p_any_expired then
+    -- for all at once: a batch has a thousand members, and there may be thousands of holds
+    for v_sum in
+      select s.place, sum(h.cost)::bigint as cost
+      from unnest(v_states) with ordinality as s (
+        counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place
+      )
+      inner join (
+        select e.kind, e.created_at, e.cost, t.scope, t.subject
+        from tokenlimits.holds as e
+        cross join lateral (values ('member', e.user_id), ('group', e.group_id)) as t (scope, subject)
+        where e.group_id = p_group_id and e.expires_at <= p_at
+      ) as h
+        on
+          h.scope = case when s.subject is null then 'group' else s.scope end
+          and h.subject = coalesce(s.subject, p_group_id)
+          and h.kind = s.kind
+          and h.created_at >= s.since
+      group by s.place
+    loop
+      v_states[v_sum.place].expired := v_sum.cost;
+      v_states[v_sum.place].used := v_states[v_sum.place].used - v_sum.cost;
+    end loop;
+  end if;
   return v_states;
 end
 $$;
