@@ -334,24 +334,27 @@ class TestDialogs:
 
     @pytest.mark.slow
     def test_fifty_thousand_members_can_be_pasted_and_paged(
-        self, browser: httpx.Client, admin: LocalUser, groups: GroupManager, stack: LocalStack
+        self, admin: LocalUser, groups: GroupManager, stack: LocalStack
     ) -> None:
         pro = groups.create("Pro")
         users = stack.create_users(50_000)
-        sign_in(browser, admin)
         listed = "\n".join([*map(str, users), "nobody@example.com"])
-        answer = self.post(browser, f"/groups/{pro.id}/members", {"list": listed})
-        assert answer.status_code == 200, answer.text
-        assert "50,000 members added, 1 not found." in answer.headers["hx-trigger"]
-        assert "nobody@example.com" in answer.text
-        assert groups.usage(pro.id).member_count == 50_000
-        more = re.search(r'hx-get="([^"]*after=[^"]*)"', answer.text)
-        assert more is not None
-        rows = browser.get(more[1])
-        assert rows.text.count('name="member"') == 50
-        last = list(groups.members(pro.id))[-1]
-        rows = browser.get(f"/groups/{pro.id}/members/rows", params={"search": last.email})
-        assert [str(last.user_id)] == re.findall(r'name="member" value="([^"]+)"', rows.text)
+        # on the embedded PostgreSQL a part of the list takes seconds, when others compute too
+        with served(create_app(settings_for(stack, timeout=60))) as url, browsing(url) as browser:
+            browser.timeout = 300
+            sign_in(browser, admin)
+            answer = self.post(browser, f"/groups/{pro.id}/members", {"list": listed})
+            assert answer.status_code == 200, answer.text
+            assert "50,000 members added, 1 not found." in answer.headers["hx-trigger"]
+            assert "nobody@example.com" in answer.text
+            assert groups.usage(pro.id).member_count == 50_000
+            more = re.search(r'hx-get="([^"]*after=[^"]*)"', answer.text)
+            assert more is not None
+            rows = browser.get(more[1])
+            assert rows.text.count('name="member"') == 50
+            last = list(groups.members(pro.id))[-1]
+            rows = browser.get(f"/groups/{pro.id}/members/rows", params={"search": last.email})
+            assert [str(last.user_id)] == re.findall(r'name="member" value="([^"]+)"', rows.text)
 
     def test_members_move_to_another_group(
         self, browser: httpx.Client, admin: LocalUser, groups: GroupManager, stack: LocalStack
