@@ -47,7 +47,7 @@ class Bell:
         with suppress(RuntimeError):  # it was ringing already
             self._silence.release()
 
-    def wait(self, seconds: float = -1) -> bool:
+    def wait(self, seconds: float) -> bool:
         """Wait until it rings; False when it did not in time."""
         return self._silence.acquire(timeout=seconds)
 
@@ -71,7 +71,7 @@ class Coalescer:
 
     def drain(self) -> None:
         """Wait until all calls of this moment have their answers."""
-        self._meeting().drain()
+        self._meeting().drain(Deadline(self._timeout))
 
     def _meeting(self) -> _Meeting:
         with _sessions.lock():
@@ -110,15 +110,15 @@ class _Meeting:
             raise
         return ticket.result()
 
-    def drain(self) -> None:
-        """Wait until all calls of this moment are over."""
+    def drain(self, deadline: Deadline) -> None:
+        """Wait until all calls of this moment are over; those that aren't in time have nobody who waits for them."""
         changed = Bell()
         with self._lock:
             tickets = self._queue.unfinished()
             self._drains.add(changed)
         try:
-            while any(ticket.place is not None for ticket in tickets):
-                changed.wait()
+            while any(ticket.place is not None for ticket in tickets) and not deadline.is_over():
+                changed.wait(deadline.left())
         finally:
             with self._lock:
                 self._drains.discard(changed)

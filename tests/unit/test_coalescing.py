@@ -27,6 +27,7 @@ from tokenlimits import (
     ServiceUnavailable,
     TokenLimits,
     TrackResult,
+    _calls,
     _coalescing,
     _queue,
 )
@@ -491,6 +492,19 @@ class TestThreads:
         threads.gate.let(request)
         result(closing)
         assert (result(second).cost, threads.gate.closed) == (2, 1)
+
+    def test_closing_does_not_wait_for_ever_for_a_caller_who_is_gone(
+        self, make_threads: Callable[..., Threads]
+    ) -> None:
+        """Struck twice, say: a second Ctrl-C comes before what the first one left behind was taken away."""
+        threads = make_threads(timeout=0.5)
+        threads.gate.open = True
+        meeting: Any = threads.limits._coalescer._meeting()  # type: ignore[union-attr]
+        gone: Any = _queue.Ticket(_calls.track(ANN, "image", 1, None, None, None), _coalescing.Bell())
+        meeting._queue.join(gone)
+        result(threads.threads.submit(threads.limits.close))
+        assert threads.limits.track(ANN, "image", 2).cost == 2
+        assert threads.unfinished() == []
 
     def test_closing_waits_for_what_nobody_waits_for_any_more(self, make_threads: Callable[..., Threads]) -> None:
         threads = make_threads(timeout=0.2)
