@@ -55,7 +55,7 @@ def checked(parse: Callable[[Any], T], value: object, field: str = "") -> T:
     path = field
     for part in first["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    pattern = first.get("ctx", {}).get("pattern")
+    pattern = str(first.get("ctx", {}).get("pattern"))
     raise refused(path, _PATTERNS.get(pattern, first["msg"]), first["input"])
 
 

@@ -131,6 +131,7 @@ def test_ctrl_c_at_a_question_changes_nothing(tl: Program, groups: GroupManager,
     for answer, status in (("", 130), ("n\n", 1)):
         with tl.on_terminal("groups", "delete", name) as terminal:
             terminal.wait_for(r"\[y/N\]")
+            time.sleep(0.5)  # whoever is quicker than that presses it again
             if answer:
                 terminal.type(answer)
             else:
