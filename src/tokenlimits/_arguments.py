@@ -55,7 +55,15 @@ def checked(parse: Callable[[Any], T], value: object, field: str = "") -> T:
     path = field
     for part in first["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    raise refused(path, first["msg"].removeprefix("Value error, "), first["input"])
+    pattern = str(first.get("ctx", {}).get("pattern"))
+    raise refused(path, _PATTERNS.get(pattern, first["msg"].removeprefix("Value error, ")), first["input"])
+
+
+# in words, what the patterns of the models say
+_PATTERNS = {
+    r"^[a-z][a-z0-9_]{0,31}$": "must be of a to z, 0 to 9 and _, begin with a letter, and have at most 32 characters",
+    r"^[^\x00]*$": "must not have the character \\0",
+}
 
 
 def refused(field: str, rule: str, value: object) -> InvalidRequest:

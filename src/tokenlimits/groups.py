@@ -473,12 +473,11 @@ class GroupManager(Base):
                 UTC), in place of single rows.
 
         Example:
-            >>> limits.track(user_id, "image").allowed
-            True
+            >>> paid_by = limits.track(user_id, "image").group
             >>> [(usage.kind, usage.cost, usage.status) for usage in groups.export_usage(user_id=user_id)]
             [('image', 1, 'committed')]
-            >>> [(total.group.name, total.kind, total.used) for total in groups.export_usage(bucket="month")]
-            [('Team', 'image', 1)]
+            >>> [(total.kind, total.used) for total in groups.export_usage(paid_by.id, bucket="month")]
+            [('image', 1)]
         """
         return self._transport.iterate(_flows.exported(_reports.export(group_id, user_id, kind, since, until, bucket)))
 

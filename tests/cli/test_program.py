@@ -17,6 +17,8 @@ from tokenlimits.cli._app import app
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tokenlimits import GroupManager
+
     from .conftest import Program
 
 
@@ -122,6 +124,21 @@ def test_ctrl_c_ends_a_command_that_waits(tl: Program) -> None:
         terminal.interrupt()
         assert terminal.status() == 130
         assert "Traceback" not in terminal.text
+
+
+def test_ctrl_c_at_a_question_changes_nothing(tl: Program, groups: GroupManager, name: str) -> None:
+    group = groups.create(name)
+    for answer, status in (("", 130), ("n\n", 1)):
+        with tl.on_terminal("groups", "delete", name) as terminal:
+            terminal.wait_for(r"\[y/N\]")
+            time.sleep(0.5)  # whoever is quicker than that presses it again
+            if answer:
+                terminal.type(answer)
+            else:
+                terminal.interrupt()
+            assert terminal.status() == status
+            assert terminal.text.splitlines()[-1].endswith("Nothing was changed.")
+    assert groups.get(group.id)
 
 
 def test_what_is_tried_again_is_said_once(tl: Program) -> None:

@@ -235,6 +235,17 @@ def test_good_input_is_sent(cls: type, name: str) -> None:
             call(cls, name, good(cls, name, parameter))
 
 
+def test_patterns_are_said_in_words() -> None:
+    for arguments, says in (
+        ({"user_id": ID, "kind": "An image"}, "kind: must be of a to z, 0 to 9 and _, begin with a letter"),
+        (
+            {"user_id": ID, "kind": "image", "idempotency_key": "a\0"},
+            r"idempotency_key: must not have the character \0",
+        ),
+    ):
+        assert str(refusal(TokenLimits, "track", arguments)).startswith(says)
+
+
 def test_what_cannot_be_given_together() -> None:
     for cls in (GroupManager, AsyncGroupManager):
         error = refusal(cls, "export_usage", {"user_id": ID, "bucket": "day"})

@@ -82,6 +82,9 @@ def run(arguments: Sequence[str]) -> int:
         if str(error).startswith("Usage: "):  # a command that has only subcommands
             print(error)  # noqa: T201
             return 2
+        if isinstance(error, typer.Abort):  # Ctrl-C, in the line of a question
+            note("\nNothing was changed.", style="red")
+            return 130
         if debug:
             traceback.print_exception(error)
         note(f"Error: {_message(error)}", style="red")
@@ -102,8 +105,6 @@ class _Patience(logging.Handler):
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, typer.Abort):
-        return "Nothing was changed."
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, typer.TyperException):

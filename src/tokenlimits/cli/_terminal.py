@@ -200,8 +200,9 @@ def colour(fraction: float | None) -> str:
 class Bar:
     """A bar of characters, as wide as there is room, which says something without colours too."""
 
-    def __init__(self, fraction: float, *, style: str | None = None) -> None:
+    def __init__(self, fraction: float, *, style: str | None = None, most: int = _BAR) -> None:
         self._fraction = min(max(fraction, 0), 1)
+        self._most = max(_NARROW_BAR, min(most, _BAR))
         self._style = style or colour(fraction)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -213,6 +214,4 @@ class Bar:
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         """Say how much room it needs, and how much it would like."""
-        # never at the cost of words
-        most = min(max(console.width // 12, _NARROW_BAR), _BAR)
-        return Measurement(min(_NARROW_BAR, options.max_width), min(most, options.max_width))
+        return Measurement(min(_NARROW_BAR, options.max_width), min(self._most, options.max_width))

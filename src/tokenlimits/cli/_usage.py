@@ -112,7 +112,8 @@ def _cells(
     return (
         limit.kind,
         f"{most} {per}{each}",
-        "" if fraction is None else Bar(fraction),
+        # not at the cost of words
+        "" if fraction is None else Bar(fraction, most=out.width // 12),
         Text(f"{limit.used:,}", style=colour(fraction)),
         "" if capacity is None else f"{capacity:,}",
         "" if limit.remaining is None else f"{limit.remaining:,}",
