@@ -78,6 +78,24 @@ def test_usage(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> Non
     assert team.name in tl("usage", "--user", user).stdout
 
 
+def test_usage_warns_of_what_is_nearly_full(
+    tl: Program, groups: GroupManager, team: Group, user: UUID, limits: TokenLimits
+) -> None:
+    groups.set_limit(team.id, Limit(kind="video", max=0))
+    limits.track(user, "image", 3)
+    assert "No limit is used to 80 % or more" in tl("usage", team.name, "--at-least", 80).stdout
+    assert tl.json("usage", "--user", user, "--at-least", 80) == []
+    (usage,) = tl.json("usage", team.name, "--at-least", 75, status=1)
+    assert [(each["scope"], each["used"]) for each in usage["limits"]] == [("member", 3)]
+    assert [each["scope"] for each in tl.json("usage", "--user", user, "--at-least", 30, status=1)] == [
+        "member",
+        "group",
+    ]
+    shown = tl("usage", "--at-least", 75, status=1).stdout
+    assert "4 a day each" in shown
+    assert f"{team.name}  image  10 in total" not in shown
+
+
 def test_usage_live(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:
     with tl.on_terminal("usage", team.name, "--watch", "--interval", "0.5") as terminal:
         terminal.wait_for("10 in total .* 0 ")

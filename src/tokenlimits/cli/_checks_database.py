@@ -62,8 +62,7 @@ class Diagnosis(BaseModel):
     groups_without_limits: int
     users_in_no_group: int
     ledger_rows: int
-    # of version 4 on
-    storage: Storage | None = None
+    storage: Storage
 
 
 def check_version(installed: int) -> Finding:
@@ -88,8 +87,7 @@ def check_database(facts: Diagnosis, before: datetime) -> Findings:
     if facts.version == expected().version:
         yield _all_there("triggers", expected().triggers - set(facts.triggers), "Counters go wrong without them.")
         yield _all_there("indexes", _missing_indexes(facts), "Calls get slower with every row.")
-    if facts.storage is not None:
-        yield from check_storage(facts.storage)
+    yield from check_storage(facts.storage)
     yield _clocks(facts.at, before)
     yield from _people(facts)
 
@@ -166,7 +164,7 @@ def _all_there(check: str, missing: set[str] | frozenset[str], why: str) -> Find
 
 def _missing_indexes(facts: Diagnosis) -> frozenset[str]:
     """Find those that aren't there at all: one that is there but not valid has a remedy of its own."""
-    invalid = [index.name.partition(".")[2] for index in (facts.storage.indexes if facts.storage else ())]
+    invalid = [index.name.partition(".")[2] for index in facts.storage.indexes]
     return expected().indexes - {*facts.indexes, *invalid}
 
 

@@ -21,7 +21,7 @@ from ._terminal import NARROW, Bar, Problem, colour, countdown, out, plain, prin
 
 _NUMBERS = ("used", "of", "left", "resets in")
 
-Answer = Sequence[GroupUsage] | Sequence[UserLimit]
+Answer = Sequence[GroupUsage | UserLimit]
 
 
 def register(app: typer.Typer) -> None:
@@ -36,6 +36,16 @@ def usage(
     *,
     user: Annotated[
         str | None, typer.Option("--user", help="Of this user, by id or e-mail address.", show_default=False)
+    ] = None,
+    at_least: Annotated[
+        float | None,
+        typer.Option(
+            "--at-least",
+            min=0,
+            metavar="PERCENT",
+            help="Only limits that are used so far; with any, the exit status is 1.",
+            show_default=False,
+        ),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it live until Ctrl-C.")] = False,
     interval: Annotated[float, typer.Option("--interval", min=0.5, help="Seconds between two looks.")] = 2,
@@ -52,11 +62,17 @@ def usage(
     with manager() as groups, worker() as limits:
         read = _reader(groups, limits, group, user)
         if watch:
-            _watch(read, interval)
-        elif as_json:
-            print_json(read())
-        else:
-            _show(read())
+            _watch(read if at_least is None else lambda: _full(read(), at_least / 100), interval)
+            return
+        answer = read() if at_least is None else _full(read(), at_least / 100)
+    if as_json:
+        print_json(answer)
+    elif at_least is not None and not answer:
+        say(f"No limit is used to {at_least:g} % or more.")
+    else:
+        _show(answer)
+    if at_least is not None and answer:
+        raise typer.Exit(1)
 
 
 def _reader(groups: GroupManager, limits: TokenLimits, group: str | None, user: str | None) -> Callable[[], Answer]:
@@ -67,6 +83,28 @@ def _reader(groups: GroupManager, limits: TokenLimits, group: str | None, user: 
         group_id = find_group(groups, group).id
         return lambda: [groups.usage(group_id)]
     return groups.usage_all
+
+
+def _full(answer: Answer, fraction: float) -> Answer:
+    """Keep the limits that are used so far. Those that are blocked are so on purpose."""
+
+    def is_full(limit: GroupLimitUsage | UserLimit) -> bool:
+        return bool(limit.max) and (_fraction(limit) or 0) >= fraction
+
+    kept: list[GroupUsage | UserLimit] = []
+    for each in answer:
+        if isinstance(each, UserLimit):
+            kept += [each] if is_full(each) else []
+        elif limits := tuple(filter(is_full, each.limits)):
+            kept.append(each.model_copy(update={"limits": limits}))
+    return kept
+
+
+def _fraction(limit: GroupLimitUsage | UserLimit) -> float | None:
+    if isinstance(limit, UserLimit):
+        return None if limit.max is None else limit.used / limit.max if limit.max else 1.0
+    # nothing of nothing is no alarm: there are no members yet
+    return 0.0 if limit.capacity == limit.used == 0 and limit.max else limit.fraction
 
 
 def _show(answer: Answer) -> None:
@@ -94,18 +132,14 @@ def usage_table(answer: Answer, *, name_groups: bool = True) -> Table:
 
 def _rows(answer: GroupUsage | UserLimit, now: datetime) -> Iterable[Sequence[object]]:
     if isinstance(answer, UserLimit):
-        fraction = None if answer.max is None else answer.used / answer.max if answer.max else 1.0
-        yield plain(answer.group.name), *_cells(answer, answer.max, fraction, now)
+        yield plain(answer.group.name), *_cells(answer, answer.max, now)
         return
     for limit in answer.limits:
-        # nothing of nothing is no alarm: there are no members yet
-        fraction = 0.0 if limit.capacity == limit.used == 0 and limit.max else limit.fraction
-        yield plain(answer.group.name), *_cells(limit, limit.capacity, fraction, now)
+        yield plain(answer.group.name), *_cells(limit, limit.capacity, now)
 
 
-def _cells(
-    limit: GroupLimitUsage | UserLimit, capacity: int | None, fraction: float | None, now: datetime
-) -> Sequence[object]:
+def _cells(limit: GroupLimitUsage | UserLimit, capacity: int | None, now: datetime) -> Sequence[object]:
+    fraction = _fraction(limit)
     per = "in total" if limit.period == "lifetime" else "an hour" if limit.period == "hour" else f"a {limit.period}"
     most = "unlimited" if limit.max is None else "blocked" if limit.max == 0 else f"{limit.max:,}"
     each = " each" if limit.scope == "member" else ""
