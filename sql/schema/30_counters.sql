@@ -206,13 +206,18 @@ comment on function tokenlimits.rollup_bucket(timestamptz)
 is 'The beginning of the rollup bucket that a moment lies in.';
 revoke execute on function tokenlimits.rollup_bucket(timestamptz) from public, anon, authenticated;
 
--- Counts afresh what a counter would hold. For a group: whole buckets from the rollup, and the part of a bucket before
--- the first whole one from the ledger. For a member: from the ledger, by their own rows.
+-- the first version, which had no end
+-- squawk-ignore ban-drop-function
+drop function if exists tokenlimits.count_usage(uuid, uuid, text, timestamptz);
+
+-- Counts afresh what a counter would hold. For a group: whole buckets from the rollup, and the parts of buckets before
+-- and after them from the ledger. For a member: from the ledger, by their own rows.
 create or replace function tokenlimits.count_usage(
   p_group_id uuid,
   p_user_id uuid,
   p_kind text,
-  p_since timestamptz
+  p_since timestamptz,
+  p_until timestamptz
 )
 returns bigint
 language plpgsql
@@ -220,7 +225,9 @@ stable
 set search_path = ''
 as $$
 declare
-  v_whole timestamptz;
+  -- least: a minute has no whole bucket
+  v_whole timestamptz := least(tokenlimits.rollup_bucket(p_since + interval '15 minutes' - interval '1 us'), p_until);
+  v_rest timestamptz := greatest(tokenlimits.rollup_bucket(p_until), v_whole);
 begin
   if p_user_id is not null then
     return coalesce((
@@ -229,31 +236,26 @@ begin
       where
         u.user_id = p_user_id
         and u.created_at >= p_since
+        and u.created_at < p_until
         and u.group_id = p_group_id
         and u.kind = p_kind
         and u.status in ('reserved', 'committed')
     ), 0);
   end if;
-  v_whole := case when isfinite(p_since) then tokenlimits.rollup_bucket(p_since) else p_since end;
-  if v_whole < p_since then
-    v_whole := v_whole + interval '15 minutes';
-  end if;
   return coalesce((
     select sum(r.cost)
     from tokenlimits.usage_rollup as r
-    where r.group_id = p_group_id and r.kind = p_kind and r.bucket >= v_whole
+    where r.group_id = p_group_id and r.kind = p_kind and r.bucket >= v_whole and r.bucket < v_rest
   ), 0) + coalesce((
     select sum(u.cost)
-    from public.generation_usage as u
-    where
-      u.group_id = p_group_id
-      and u.created_at >= p_since
-      and u.created_at < v_whole
-      and u.kind = p_kind
-      and u.status in ('reserved', 'committed')
+    from (values (p_since, v_whole), (v_rest, p_until)) as part (since, until)
+    inner join public.generation_usage as u
+      on u.group_id = p_group_id and u.created_at >= part.since and u.created_at < part.until
+    where u.kind = p_kind and u.status in ('reserved', 'committed')
   ), 0);
 end
 $$;
-comment on function tokenlimits.count_usage(uuid, uuid, text, timestamptz)
-is 'Live usage of a kind since a moment, of a member of a group, or of the whole group when the user is null.';
-revoke execute on function tokenlimits.count_usage(uuid, uuid, text, timestamptz) from public, anon, authenticated;
+comment on function tokenlimits.count_usage(uuid, uuid, text, timestamptz, timestamptz)
+is 'Live usage of a kind between two moments, of a member of a group, or of the whole group when the user is null.';
+revoke execute on function tokenlimits.count_usage(uuid, uuid, text, timestamptz, timestamptz)
+from public, anon, authenticated;

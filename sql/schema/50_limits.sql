@@ -97,7 +97,7 @@ begin
       ));
       v.used := case
         when v.until is null then tokenlimits.count_usage(
-          p_group_id, case v.scope when 'member' then v.subject end, v.kind, v.since
+          p_group_id, case v.scope when 'member' then v.subject end, v.kind, v.since, upper(v_period)
         )
         else 0
       end;

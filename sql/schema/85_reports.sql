@@ -168,13 +168,15 @@ begin
     counted as materialized (
       select
         s.group_id, s.kind, s.period, s.scope, s.max, s.counter_id, s.until,
-        coalesce(s.used, o.used, case when s.since = (
-          case when isfinite(s.since) then tokenlimits.rollup_bucket(s.since) else s.since end
-        ) then coalesce((
-          select sum(r.cost)
-          from tokenlimits.usage_rollup as r
-          where r.group_id = s.group_id and r.kind = s.kind and r.bucket >= s.since
-        ), 0) else tokenlimits.count_usage(s.group_id, null, s.kind, s.since) end)
+        coalesce(s.used, o.used, case
+          when s.since = tokenlimits.rollup_bucket(s.since) and s.until = tokenlimits.rollup_bucket(s.until)
+            then coalesce((
+              select sum(r.cost)
+              from tokenlimits.usage_rollup as r
+              where r.group_id = s.group_id and r.kind = s.kind and r.bucket >= s.since and r.bucket < s.until
+            ), 0)
+          else tokenlimits.count_usage(s.group_id, null, s.kind, s.since, s.until)
+        end)
         - case when v_any_expired then coalesce((
           select sum(h.cost)
           from tokenlimits.holds as h

@@ -62,9 +62,11 @@ begin
   from (
     select
       c.subject, c.counter_id, c.kind, c.period, c.scope, c.used as was,
-      tokenlimits.count_usage(p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.since) as used
+      tokenlimits.count_usage(
+        p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.since, c.until
+      ) as used
     from (
-      select m.subject, m.counter_id, l.kind, l.period, l.scope, m.used, m.since
+      select m.subject, m.counter_id, l.kind, l.period, l.scope, m.used, m.since, m.until
       from public.group_limits as l
       inner join tokenlimits.counters as m on m.counter_id = l.counter_id
       where l.group_id = p_group_id and m.until > p_at

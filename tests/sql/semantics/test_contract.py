@@ -544,6 +544,20 @@ class TestEditing:
         usage = world.api.group_usage(group)
         assert usage["limits"][0]["capacity"] == usage["member_count"] * 10**15 > 2**63
 
+    @pytest.mark.parametrize("scope", ["group", "member"])
+    @pytest.mark.parametrize("period", ["minute", "day", "month"])
+    def test_a_new_limit_counts_nothing_of_a_later_period(self, world: World, period: str, scope: str) -> None:
+        world.at("2026-12-01 00:00:30Z")
+        group = world.group(limit(None))
+        user = world.user(group)
+        world.api.track(user, "image", 4)
+        world.at("2026-11-30 23:59:30Z")  # the server's clock was set back
+        world.api.track(user, "image", 2)
+        world.api.set_limit(group, "image", period, scope, 5)
+        assert world.used(user, period, scope) == 2
+        assert {x["period"]: x["used"] for x in world.api.group_usage(group)["limits"]}[period] == 2
+        assert world.api.track(user, "image", 3)["allowed"]
+
     def test_replacing_the_limits_keeps_what_is_used_of_those_that_stay(self, world: World) -> None:
         group = world.group(limit(10), limit(10, period="day"))
         user = world.user(group)
