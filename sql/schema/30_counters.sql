@@ -248,10 +248,22 @@ begin
     where r.group_id = p_group_id and r.kind = p_kind and r.bucket >= v_whole and r.bucket < v_rest
   ), 0) + coalesce((
     select sum(u.cost)
-    from (values (p_since, v_whole), (v_rest, p_until)) as part (since, until)
-    inner join public.generation_usage as u
-      on u.group_id = p_group_id and u.created_at >= part.since and u.created_at < part.until
-    where u.kind = p_kind and u.status in ('reserved', 'committed')
+    from public.generation_usage as u
+    where
+      u.group_id = p_group_id
+      and u.created_at >= p_since
+      and u.created_at < v_whole
+      and u.kind = p_kind
+      and u.status in ('reserved', 'committed')
+  ), 0) + coalesce((
+    select sum(u.cost)
+    from public.generation_usage as u
+    where
+      u.group_id = p_group_id
+      and u.created_at >= v_rest
+      and u.created_at < p_until
+      and u.kind = p_kind
+      and u.status in ('reserved', 'committed')
   ), 0);
 end
 $$;
