@@ -524,8 +524,8 @@ class TestServer:
         found = re.findall(r"create or replace function public\.(\w+)\((.*?)\)\s*returns", sql, re.DOTALL)
         in_sql = {name: re.findall(r"\b(p_\w+)", arguments) for name, arguments in found}
         calls = "".join(path.read_text() for path in (ROOT / "src" / "tokenlimits").glob("_*.py"))
-        called = set(re.findall(r'Call\(\s*"(\w+)"', calls))
-        assert len(called) >= 28
+        called = set(re.findall(r'(?:Call|Export)\(\s*"(\w+)"', calls))
+        assert len(called) >= 29
         in_fake = {
             name: list(inspect.signature(getattr(Engine, name)).parameters)[1:]
             for name in called
