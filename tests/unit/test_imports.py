@@ -31,3 +31,9 @@ def test_importing_makes_no_client_and_no_noise() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_without_its_extra_the_web_says_what_to_install() -> None:
+    script = "import sys; sys.modules['fastapi'] = None; import tokenlimits.web"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("tokenlimits.web needs more packages: pip install 'tokenlimits[web]'\n")

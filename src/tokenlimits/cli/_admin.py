@@ -55,7 +55,7 @@ def panel(
     try:
         from tokenlimits.web import serve  # noqa: PLC0415  # it may not be installed
     except ModuleNotFoundError as error:
-        raise Problem("The admin panel needs more packages: pip install 'tokenlimits[web]'") from error
+        raise Problem(str(error)) from error
     serve(host, port, forwarded_allow_ips=forwarded_allow_ips)
 
 

@@ -14,10 +14,17 @@ Example:
     async def image(prompt: str) -> str: ...
 """
 
-from ._api import router
-from ._app import create_app
-from ._generation import require_generation
-from ._serve import serve
-from ._settings import WebSettings
+try:
+    from ._api import router
+    from ._app import create_app
+    from ._generation import require_generation
+    from ._serve import serve
+    from ._settings import WebSettings
+except ModuleNotFoundError as error:
+    if (error.name or "").startswith("tokenlimits"):
+        raise
+    raise ModuleNotFoundError(
+        "tokenlimits.web needs more packages: pip install 'tokenlimits[web]'", name=error.name
+    ) from error
 
 __all__ = ["WebSettings", "create_app", "require_generation", "router", "serve"]
