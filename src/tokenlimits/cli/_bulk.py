@@ -15,7 +15,8 @@ from typing import IO, Annotated, TypeVar
 
 import typer
 
-from ._csv import guarded
+from tokenlimits._csv import guarded
+
 from ._find import as_id
 from ._terminal import Problem, note, plain, print_json, progress, say
 

@@ -14,8 +14,8 @@ from typing import IO, Annotated, Any, Literal
 import typer
 
 from tokenlimits import Bucket, UsageRecord, UsageSum
+from tokenlimits._csv import guarded
 
-from ._csv import guarded
 from ._find import find_group, find_user, manager
 from ._options import GroupOption, KindOption, Since, Until
 from ._terminal import Problem, counted, err, note, progress, zone_of

@@ -20,9 +20,9 @@ from tokenlimits import (
     TokenLimits,
     UnknownUser,
 )
+from tokenlimits._csv import unguarded
 
 from ._bulk import Line, Outcome, Report, StartLine, at_once, in_parts, report, source
-from ._csv import unguarded
 from ._find import find_group, manager, resolve, worker
 from ._options import AsJson, moment
 from ._terminal import Problem
