@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from random import Random
 
@@ -87,9 +88,11 @@ def test_workers_that_are_killed(world: World, seed: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("world", [6], indirect=True)
 def test_a_postgres_that_is_killed(world: World, seed: str, tmp_path: Path) -> None:
-    """Its first process three times, one that serves a connection twice; and one connection ends in good order."""
+    """Its first process three times, once for longer than calls wait; one that serves a connection twice; and one
+    connection ends in good order.
+    """
     random = Random(f"{seed}/crashes")
-    blows = ["server", "backend", "connection", "server", "backend", "server"]
+    blows = ["server", "backend", "connection", "outage", "backend", "server"]
     with Crew(tmp_path, world.site.stack.environment()) as crew:
         crew.hire(world.orders(seed, "threads", "sync", ACROSS_CRASHES))
         crew.hire(world.orders(seed, "tasks", "async", ACROSS_CRASHES))
@@ -104,8 +107,10 @@ def test_a_postgres_that_is_killed(world: World, seed: str, tmp_path: Path) -> N
 
 
 def strike(site: Site, blow: str) -> None:
-    if blow == "server":
+    if blow in {"server", "outage"}:
         site.server.kill()
+        if blow == "outage":
+            time.sleep(1.5 * TIMEOUT)
         site.server.restart()
         return
     with site.owner() as owner:
