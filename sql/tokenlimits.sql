@@ -510,7 +510,8 @@ revoke execute on function tokenlimits.rollup_bucket(timestamptz) from public, a
 drop function if exists tokenlimits.count_usage(uuid, uuid, text, timestamptz);
 
 -- Counts afresh what a counter would hold. For a group: whole buckets from the rollup, and the parts of buckets before
--- and after them from the ledger. For a member: from the ledger, by their own rows.
+-- and after them from the ledger, each by itself: joined to both, the planner may read all of the group's rows. For a
+-- member: from the ledger, by their own rows.
 create or replace function tokenlimits.count_usage(
   p_group_id uuid,
   p_user_id uuid,

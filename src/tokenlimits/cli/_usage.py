@@ -60,11 +60,12 @@ def usage(
     if watch and (as_json or not out.is_terminal):
         raise Problem("--watch needs a terminal, and no --json. Without it, usage answers once.")
     with manager() as groups, worker() as limits:
-        read = _reader(groups, limits, group, user)
+        everything = _reader(groups, limits, group, user)
+        read = everything if at_least is None else lambda: _full(everything(), at_least / 100)
         if watch:
-            _watch(read if at_least is None else lambda: _full(read(), at_least / 100), interval)
+            _watch(read, interval)
             return
-        answer = read() if at_least is None else _full(read(), at_least / 100)
+        answer = read()
     if as_json:
         print_json(answer)
     elif at_least is not None and not answer:
