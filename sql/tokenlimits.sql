@@ -36,7 +36,7 @@ begin
     returns boolean
     language sql
     stable
-    set search_path = ''
+    set search_path = pg_catalog, pg_temp
     as $body$
       select coalesce((select auth.jwt()) -> 'app_metadata' ->> 'role' = 'admin', false)
     $body$;
@@ -55,7 +55,7 @@ create or replace function tokenlimits.require_admin()
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_caller text := coalesce(nullif(current_setting('role', true), 'none'), session_user);
@@ -71,41 +71,26 @@ end
 $$;
 comment on function tokenlimits.require_admin()
 is 'Raises 42501 unless the caller is an admin or acts as service_role.';
-revoke execute on function tokenlimits.require_admin() from public, anon, authenticated;
-grant execute on function tokenlimits.require_admin() to authenticated, service_role;
+revoke execute on function tokenlimits.require_admin()
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.require_admin()
+to authenticated, service_role;
 
 -- The one place that reads the time. Wall clock, not now(): a call that waited for a lock is recorded when it got it.
 create or replace function tokenlimits.clock()
 returns timestamptz
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return clock_timestamp();
 end
 $$;
-comment on function tokenlimits.clock() is 'The present moment, for every function of tokenlimits.';
-revoke execute on function tokenlimits.clock() from public, anon, authenticated;
-
--- Time-ordered (RFC 9562, version 7): new rows land at the right edge of the primary key, which keeps it in memory.
-create or replace function tokenlimits.uuid_v7()
-returns uuid
-language plpgsql
-volatile
-set search_path = ''
-as $$
-begin
-  -- the tail of a random one, from after its version: date_part, for extract counts in slow numerics
-  return (
-    lpad(to_hex((date_part('epoch', clock_timestamp()) * 1000)::bigint), 12, '0')
-    || '7'
-    || substr(gen_random_uuid()::text, 16)
-  )::uuid;
-end
-$$;
-comment on function tokenlimits.uuid_v7() is 'A new time-ordered UUID.';
-revoke execute on function tokenlimits.uuid_v7() from public, anon, authenticated;
+comment on function tokenlimits.clock()
+is 'The present moment, for every function of tokenlimits.';
+revoke execute on function tokenlimits.clock()
+from public, anon, authenticated, service_role;
 
 -- The code is in the message too, for servers between us and the caller that drop it.
 create or replace function tokenlimits.refuse(
@@ -117,7 +102,7 @@ create or replace function tokenlimits.refuse(
 returns void
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise exception using
@@ -127,46 +112,38 @@ begin
     hint = p_hint;
 end
 $$;
-comment on function tokenlimits.refuse(text, text, text, text) is 'Raises one of our errors.';
-revoke execute on function tokenlimits.refuse(text, text, text, text) from public, anon, authenticated;
-grant execute on function tokenlimits.refuse(text, text, text, text) to authenticated, service_role;
-
--- Some servers send a JSON argument as text in JSON; this is what was meant.
-create or replace function tokenlimits.json_argument(p_value jsonb)
-returns jsonb
-language plpgsql
-immutable
-set search_path = ''
-as $$
-begin
-  return case jsonb_typeof(p_value) when 'string' then (p_value #>> '{}')::jsonb else p_value end;
-end
-$$;
-comment on function tokenlimits.json_argument(jsonb) is 'A JSON argument, also when it was sent as text.';
-revoke execute on function tokenlimits.json_argument(jsonb) from public, anon, authenticated;
-grant execute on function tokenlimits.json_argument(jsonb) to authenticated, service_role;
+comment on function tokenlimits.refuse(text, text, text, text)
+is 'Raises one of our errors.';
+revoke execute on function tokenlimits.refuse(text, text, text, text)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.refuse(text, text, text, text)
+to authenticated, service_role;
 
 create or replace function public.tokenlimits_version()
 returns jsonb
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
-  select jsonb_build_object('version', 2)
+  select jsonb_build_object('version', 1)
 $$;
 comment on function public.tokenlimits_version()
 is 'The version of the installed schema. Clients compare it with the least that they need.';
-revoke execute on function public.tokenlimits_version() from public, anon, authenticated, service_role;
-grant execute on function public.tokenlimits_version() to authenticated, service_role;
+revoke execute on function public.tokenlimits_version()
+from public, anon, authenticated, service_role;
+grant execute on function public.tokenlimits_version()
+to authenticated, service_role;
 
 -- Groups, their limits and members, and the ledger.
 --
 -- Invariants
 --   * Only functions of tokenlimits write the ledger; nothing deletes from it, and it has no foreign keys: deleting a
---     group or a user must not touch millions of rows.
---   * A limit is its (group, kind, period, scope). Its counter_id names the counters that count for it, and is a new
---     one whenever they have to be counted afresh.
+--     group or a user must not touch millions of rows. No checks either: each would be parsed anew by every call.
+--   * A limit is its (group, kind, period, scope), and keeps its id through every edit of it. Its counter_id names the
+--     counters that count for it, and is a new one whenever they have to be counted afresh.
 --   * A time zone is one of pg_timezone_names: PostgreSQL itself would take 'Foo/Bar5'.
+--   * No stored moment is one that a reader can't represent: infinity, or a year beyond four digits.
+--   * A name reads as it is: NFC, without characters that are invisible or turn the direction of others.
 
 create table if not exists public.user_groups (
   id uuid not null default gen_random_uuid(),
@@ -178,8 +155,11 @@ create table if not exists public.user_groups (
   created_at timestamptz not null default now(),
   updated_at timestamptz not null default now(),
   constraint user_groups_pkey primary key (id),
-  constraint user_groups_name_check check (char_length(name) between 1 and 200 and name = btrim(name)),
-  constraint user_groups_description_check check (char_length(description) <= 2000)
+  constraint user_groups_name_check check (char_length(name) between 1 and 200 and name = btrim(name) and name = normalize(name, nfc)
+and name !~ '[\u0001-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]'),
+  constraint user_groups_description_check check (char_length(description) <= 2000),
+  constraint user_groups_created_at_check check (created_at >= '1970-01-01 00:00:00+00' and created_at < '9999-01-01 00:00:00+00'),
+  constraint user_groups_updated_at_check check (updated_at >= '1970-01-01 00:00:00+00' and updated_at < '9999-01-01 00:00:00+00')
 );
 comment on table public.user_groups is 'Groups of users that share limits on generations.';
 comment on column public.user_groups.priority is 'A user''s groups are tried from high to low.';
@@ -190,19 +170,20 @@ create unique index if not exists user_groups_name_key on public.user_groups (lo
 create unique index if not exists user_groups_is_default_key on public.user_groups (is_default) where is_default;
 
 create table if not exists public.group_limits (
+  id uuid not null default gen_random_uuid(),
   group_id uuid not null,
   kind text not null,
   period text not null,
   scope text not null,
   max bigint,
   counter_id bigint generated always as identity,
-  constraint group_limits_pkey primary key (group_id, kind, period, scope),
+  constraint group_limits_pkey primary key (id),
+  constraint group_limits_key unique (group_id, kind, period, scope),
   constraint group_limits_group_id_fkey foreign key (group_id) references public.user_groups (id) on delete cascade,
   constraint group_limits_counter_id_key unique (counter_id),
   constraint group_limits_kind_check check (kind ~ '^[a-z][a-z0-9_]{0,31}$'),
   constraint group_limits_period_check check (period in ('minute', 'hour', 'day', 'week', 'month', 'lifetime')),
   constraint group_limits_scope_check check (scope in ('group', 'member')),
-  -- 10^15 stays exact in JavaScript's numbers
   constraint group_limits_max_check check (max between 0 and 1000000000000000)
 );
 comment on table public.group_limits is 'How much of a kind a group (or each of its members) may use in a period.';
@@ -214,6 +195,7 @@ create table if not exists public.group_memberships (
   user_id uuid not null,
   joined_at timestamptz not null default now(),
   constraint group_memberships_pkey primary key (group_id, user_id),
+  constraint group_memberships_joined_at_check check (joined_at >= '1970-01-01 00:00:00+00' and joined_at < '9999-01-01 00:00:00+00'),
   constraint group_memberships_group_id_fkey foreign key (group_id)
   references public.user_groups (id) on delete cascade,
   constraint group_memberships_user_id_fkey foreign key (user_id) references auth.users (id) on delete cascade
@@ -236,13 +218,13 @@ create table if not exists public.generation_usage (
   settled_at timestamptz,
   expires_at timestamptz,
   constraint generation_usage_pkey primary key (id),
-  constraint generation_usage_key_key unique (idempotency_key, user_id),
-  constraint generation_usage_cost_check check (cost >= 0),
-  constraint generation_usage_status_check
-  check (status in ('reserved', 'committed', 'released', 'refunded', 'expired'))
+  constraint generation_usage_key_key unique (idempotency_key, user_id)
 );
 comment on table public.generation_usage
 is 'The ledger: one row per generation, kept for ever. Written by functions of tokenlimits alone.';
+comment on column public.generation_usage.id
+is 'A UUIDv7 of created_at; the last four hex digits are those of the group''s id.';
+comment on column public.generation_usage.status is 'reserved, committed, released, refunded or expired.';
 comment on column public.generation_usage.cost is 'What it takes from the limits while reserved or committed.';
 comment on column public.generation_usage.reserved_cost
 is 'Of a hold, or what was one: what was held, whatever it was settled for.';
@@ -254,20 +236,29 @@ is 'Decides the period that it belongs to, whenever it is settled.';
 create index if not exists generation_usage_group_id_idx on public.generation_usage (group_id, created_at);
 create index if not exists generation_usage_user_id_idx on public.generation_usage (user_id, created_at);
 
--- What an admin edits through the API arrives here as plain updates: names are trimmed, time zones are checked.
+-- What an admin edits through the API arrives here as plain updates: names are tidied and checked, and time zones.
 create or replace function tokenlimits.check_group()
 returns trigger
 language plpgsql
 -- definer: it must work whatever the caller may see
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_timezone text;
 begin
-  new.name := btrim(new.name);
+  -- row-level security refuses only afterwards what somebody inserts, and nothing is read for them before
+  perform tokenlimits.require_admin();
+  new.name := normalize(btrim(new.name), nfc);
   new.updated_at := tokenlimits.clock();
-  if new.timezone <> 'UTC' and (tg_op = 'INSERT' or new.timezone is distinct from old.timezone) then
+  if (char_length(new.name) between 1 and 200 and new.name = btrim(new.name) and new.name = normalize(new.name, nfc)
+and new.name !~ '[\u0001-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]') is not true then
+    perform tokenlimits.refuse(
+      'TL001', 'name: must have 1 to 200 characters, none of them a control, zero-width or direction character', 'name'
+    );
+  elsif char_length(new.description) > 2000 then
+    perform tokenlimits.refuse('TL001', 'description: must have at most 2000 characters', 'description');
+  elsif new.timezone <> 'UTC' and (tg_op = 'INSERT' or new.timezone is distinct from old.timezone) then
     select tz.name into v_timezone
     from pg_catalog.pg_timezone_names as tz
     where
@@ -275,8 +266,8 @@ begin
       char_length(new.timezone) <= 64
       and lower(tz.name) = lower(new.timezone)
       and tz.name not like 'posix/%'
-      -- "at time zone" reads these as abbreviations, which know no daylight saving
-      and tz.name not in ('CET', 'EET', 'MET', 'WET');
+      -- the first are abbreviations for "at time zone", which knows no daylight saving then; the others are no places
+      and tz.name not in ('CET', 'EET', 'MET', 'WET', 'Factory', 'localtime', 'posixrules');
     if v_timezone is null then
       perform tokenlimits.refuse(
         'TL001',
@@ -290,24 +281,30 @@ begin
   return new;
 end
 $$;
-comment on function tokenlimits.check_group() is 'Trigger: tidies and checks a group that is written.';
-revoke execute on function tokenlimits.check_group() from public, anon, authenticated;
+comment on function tokenlimits.check_group()
+is 'Trigger: tidies and checks a group that is written.';
+revoke execute on function tokenlimits.check_group()
+from public, anon, authenticated, service_role;
 
 create or replace trigger user_groups_check
 before insert or update on public.user_groups
 for each row execute function tokenlimits.check_group();
 
--- Counters, rollup and resets: what makes a call's cost independent of history.
+-- Counters, rollup, holds and resets: what makes a call's cost independent of history.
 --
 -- Invariants
 --   * A counter that exists and whose period is current equals the sum of the live ledger rows of its limit and subject
 --     in [since, until). Whoever writes a ledger row opens and moves every counter that it counts for, in the same
 --     transaction, so a counter that does not exist can be counted from the ledger, and a past one starts at zero.
 --   * The rollup's sum over slots equals the live ledger rows of (group, kind, bucket).
---   * Locks are taken in one order: group stripes, ledger row or key, rollup row, member counters, group counters; by
---     counter_id within a class.
+--   * Locks are taken in one order over a whole transaction, batches and sweeps too: group stripes, ledger rows by id,
+--     keys, rollup rows by key, member counters and then group counters, by (subject, counter_id). So all that a
+--     transaction moves is merged before the first is moved. What a sweep locks in the ledger it never waits for.
 --   * Whoever reads limits in order to write holds its group's stripe shared; whoever edits limits takes it exclusively
 --     after the edit, and so waits for calls that judge by the old limits and holds back those to come.
+--   * A hold that has expired counts as released from that moment on, but stays in counters and rollup until somebody
+--     sweeps it; readers subtract it. Who needs that room locks the counter before; who settles a hold in time locks
+--     the counter too, and looks at the clock again afterwards. So the two agree on which of them was first.
 
 -- One narrow row per limit and subject (the group, or a member), rolled over in place: it never grows with time.
 -- No foreign keys and no checks: they cost more than a tenth of a call. subject first: a plan by limit would scan all
@@ -336,32 +333,8 @@ create table if not exists tokenlimits.usage_rollup (
 comment on table tokenlimits.usage_rollup
 is 'Live usage in buckets of 15 minutes UTC, on which every time zone''s hours begin; 16 slots.';
 
--- Two transactions that are open at once write different slots, as long as no more than 16 do.
-create or replace function tokenlimits.free_slot(p_group_id uuid)
-returns smallint
-language plpgsql
-volatile
-set search_path = ''
-as $$
-declare
-  -- 'slot' in ASCII
-  c_class constant integer := 1936486260;
-  v_group integer := ('x' || right(p_group_id::text, 6))::bit(24)::integer;
-  v_slot integer;
-begin
-  for i in 0..15 loop
-    v_slot := (pg_backend_pid() + i) % 16;
-    exit when pg_try_advisory_xact_lock(c_class, v_group * 16 + v_slot);
-  end loop;
-  return v_slot;
-end
-$$;
-comment on function tokenlimits.free_slot(uuid)
-is 'A slot of the rollup that no other open transaction writes for this group; any, when all are taken.';
-revoke execute on function tokenlimits.free_slot(uuid) from public, anon, authenticated;
-
--- A hold that has expired counts as released from that moment on, but stays in counters and rollup until somebody
--- sweeps it; readers subtract it. It is not in the ledger's indexes, so that settling a usage stays cheap.
+-- Holds are not in the ledger's indexes, so that settling a usage stays cheap. user_id first in the key: the holds of
+-- one member are found by it, whatever the group holds.
 create table if not exists tokenlimits.holds (
   usage_id uuid not null,
   group_id uuid not null,
@@ -370,10 +343,11 @@ create table if not exists tokenlimits.holds (
   cost bigint not null,
   created_at timestamptz not null,
   expires_at timestamptz not null,
-  constraint holds_pkey primary key (usage_id)
+  constraint holds_pkey primary key (user_id, usage_id)
 );
 comment on table tokenlimits.holds is 'Reserved usages that nobody has settled or swept yet.';
-create index if not exists holds_expires_at_idx on tokenlimits.holds (group_id, kind, expires_at);
+create index if not exists holds_expires_at_idx
+on tokenlimits.holds (group_id, kind, expires_at) include (cost, created_at);
 
 -- After an uninstallation that kept the ledger, its holds and its history come back.
 insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
@@ -412,11 +386,12 @@ comment on table tokenlimits.usage_resets is 'When an admin last gave a group a 
 revoke all on tokenlimits.counters, tokenlimits.usage_rollup, tokenlimits.usage_resets, tokenlimits.holds
 from public, anon, authenticated, service_role;
 
--- A limit, its period and what is used of it, as one call sees them.
 do $do$
 begin
   if to_regtype('tokenlimits.limit_state') is null then
+    -- a limit, its period and what is used of it, as one call sees them
     create type tokenlimits.limit_state as (
+      group_id uuid,
       counter_id bigint,
       subject uuid,
       kind text,
@@ -426,10 +401,20 @@ begin
       since timestamptz,
       until timestamptz,
       used bigint,
-      -- what the counter holds besides, of holds that have expired; null when there are none of the kind at all
+      -- what the counter holds besides, of holds that have expired; null where nobody asked
       expired bigint,
       -- null: there is no counter yet; false: it is of a past period
       is_open boolean
+    );
+    -- what a usage that is made, settled or swept does to the counters that it counts for; enforced: they must have room
+    create type tokenlimits.usage_move as (
+      group_id uuid,
+      kind text,
+      user_id uuid,
+      created_at timestamptz,
+      cost bigint,
+      generations integer,
+      enforced boolean
     );
   end if;
 end
@@ -439,7 +424,7 @@ create or replace function tokenlimits.refuse_isolation()
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform tokenlimits.refuse(
@@ -450,64 +435,138 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.refuse_isolation() is 'Raises TL009: the transaction has another isolation level.';
-revoke execute on function tokenlimits.refuse_isolation() from public, anon, authenticated;
+comment on function tokenlimits.refuse_isolation()
+is 'Raises TL009: the transaction has another isolation level.';
+revoke execute on function tokenlimits.refuse_isolation()
+from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.lock_groups(p_group_ids uuid[], p_exclusive boolean default false)
 returns void
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- 'tokl' in ASCII, so that our locks do not meet a project's own
-  c_class constant integer := 1953459052;
   v_stripe integer;
 begin
   -- what is read after a lock was waited for must be as it is then
   if current_setting('transaction_isolation') <> 'read committed' then
     perform tokenlimits.refuse_isolation();
   end if;
-  if cardinality(p_group_ids) = 1 and not p_exclusive then
-    -- what nearly every call needs, without a query
-    perform pg_advisory_xact_lock_shared(c_class, ('x' || right(p_group_ids[1]::text, 2))::bit(8)::integer);
-    return;
-  end if;
-  -- 256 stripes bound the number of locks that a bulk edit takes; sorted, or two of us could deadlock
+  -- sorted, or two of us could deadlock
   for v_stripe in
     select distinct ('x' || right(g.id::text, 2))::bit(8)::integer
     from unnest(p_group_ids) as g (id)
     order by 1
   loop
     if p_exclusive then
-      perform pg_advisory_xact_lock(c_class, v_stripe);
+      perform pg_advisory_xact_lock(1953459052, v_stripe);
     else
-      perform pg_advisory_xact_lock_shared(c_class, v_stripe);
+      perform pg_advisory_xact_lock_shared(1953459052, v_stripe);
     end if;
   end loop;
 end
 $$;
 comment on function tokenlimits.lock_groups(uuid[], boolean)
 is 'Holds these groups'' limits still (shared), or waits for all who use them (exclusive), until the transaction ends.';
-revoke execute on function tokenlimits.lock_groups(uuid[], boolean) from public, anon, authenticated;
+revoke execute on function tokenlimits.lock_groups(uuid[], boolean)
+from public, anon, authenticated, service_role;
 
-create or replace function tokenlimits.rollup_bucket(p_at timestamptz)
-returns timestamptz
+create or replace function tokenlimits.free_slot(p_group_id uuid)
+returns smallint
 language plpgsql
-immutable
-set search_path = ''
+volatile
+set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_slot integer;
 begin
-  return date_bin('15 minutes', p_at, '2000-01-01 00:00:00+00');
+  for i in 0..15 loop
+    v_slot := (pg_backend_pid() + i) % 16;
+    exit when pg_try_advisory_xact_lock(
+      1936486260, ('x' || right(p_group_id::text, 6))::bit(24)::integer * 16 + v_slot
+    );
+  end loop;
+  return v_slot;
 end
 $$;
-comment on function tokenlimits.rollup_bucket(timestamptz)
-is 'The beginning of the rollup bucket that a moment lies in.';
-revoke execute on function tokenlimits.rollup_bucket(timestamptz) from public, anon, authenticated;
+comment on function tokenlimits.free_slot(uuid)
+is 'A slot of the rollup that no other open transaction writes for this group, if there is one.';
+revoke execute on function tokenlimits.free_slot(uuid)
+from public, anon, authenticated, service_role;
 
--- the first version, which had no end
--- squawk-ignore ban-drop-function
-drop function if exists tokenlimits.count_usage(uuid, uuid, text, timestamptz);
+-- Calendar periods in a time zone.
+--
+-- Invariants
+--   * Periods of one length in one zone follow each other without gap or overlap, on daylight-saving days too.
+--   * A day begins at the first moment that reads its date, also where midnight happens twice or not at all.
+--   * Hours are counted from the beginning of the day, so that a repeated hour is a period of its own.
+
+-- PostgreSQL reads a time that happens twice as the later one, and a time that does not happen with the offset before
+-- the gap, which is the gap's beginning for a midnight. So only the first case needs care: try the offset of the day
+-- before, and take that moment if it reads the same.
+create or replace function tokenlimits.first_moment(p_local timestamp, p_timezone text)
+returns timestamptz
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_late timestamptz := p_local at time zone p_timezone;
+  v_day_before timestamptz := v_late - interval '24 hours';
+  v_early timestamptz := (
+    p_local - ((v_day_before at time zone p_timezone) - (v_day_before at time zone 'UTC'))
+  ) at time zone 'UTC';
+begin
+  if v_early < v_late and v_early at time zone p_timezone = p_local then
+    return v_early;
+  end if;
+  return v_late;
+end
+$$;
+comment on function tokenlimits.first_moment(timestamp, text)
+is 'The first moment at which clocks of the zone read this.';
+revoke execute on function tokenlimits.first_moment(timestamp, text)
+from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.period_of(p_period text, p_timezone text, p_at timestamptz)
+returns tstzrange
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_local timestamp;
+  v_day tstzrange;
+  v_since timestamptz;
+begin
+  if p_period = 'lifetime' then
+    return tstzrange('-infinity', 'infinity');
+  elsif p_period = 'minute' then
+    v_since := date_bin('1 minute', p_at, '2000-01-01 00:00:00+00');
+    return tstzrange(v_since, v_since + interval '1 minute');
+  elsif p_period = 'hour' then
+    v_day := tokenlimits.period_of('day', p_timezone, p_at);
+    v_since := date_bin('1 hour', p_at, lower(v_day));
+    return tstzrange(v_since, least(v_since + interval '1 hour', upper(v_day)));
+  end if;
+  v_local := date_trunc(p_period, p_at at time zone p_timezone);
+  return tstzrange(
+    tokenlimits.first_moment(v_local, p_timezone),
+    tokenlimits.first_moment(v_local + ('1 ' || p_period)::interval, p_timezone)
+  );
+end
+$$;
+comment on function tokenlimits.period_of(text, text, timestamptz)
+is 'The calendar period in a zone that a moment lies in.';
+revoke execute on function tokenlimits.period_of(text, text, timestamptz)
+from public, anon, authenticated, service_role;
+
+-- What a group's limits are at a moment: read from counters, or counted from rollup and ledger where there is none.
+--
+-- Invariants
+--   * limit_states answers members' limits first, by member, then the group's: the order in which they are locked.
+--   * It reads everything in one snapshot, so what it subtracts of expired holds is in the counters that it read.
 
 -- Counts afresh what a counter would hold. For a group: whole buckets from the rollup, and the parts of buckets before
 -- and after them from the ledger, each by itself: joined to both, the planner may read all of the group's rows. For a
@@ -522,12 +581,12 @@ create or replace function tokenlimits.count_usage(
 returns bigint
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   -- least: a minute has no whole bucket
-  v_whole timestamptz := least(tokenlimits.rollup_bucket(p_since + interval '15 minutes' - interval '1 us'), p_until);
-  v_rest timestamptz := greatest(tokenlimits.rollup_bucket(p_until), v_whole);
+  v_whole timestamptz := least(date_bin('15 minutes', p_since + interval '15 minutes' - interval '1 us', '2000-01-01 00:00:00+00'), p_until);
+  v_rest timestamptz := greatest(date_bin('15 minutes', p_until, '2000-01-01 00:00:00+00'), v_whole);
 begin
   if p_user_id is not null then
     return coalesce((
@@ -570,119 +629,86 @@ $$;
 comment on function tokenlimits.count_usage(uuid, uuid, text, timestamptz, timestamptz)
 is 'Live usage of a kind between two moments, of a member of a group, or of the whole group when the user is null.';
 revoke execute on function tokenlimits.count_usage(uuid, uuid, text, timestamptz, timestamptz)
-from public, anon, authenticated;
+from public, anon, authenticated, service_role;
 
--- Calendar periods in a time zone.
---
--- Invariants
---   * Periods of one length in one zone follow each other without gap or overlap, on daylight-saving days too.
---   * A day begins at the first moment that reads its date, also where midnight happens twice or not at all.
---   * Hours are counted from the beginning of the day, so that a repeated hour is a period of its own.
-
--- PostgreSQL reads a time that happens twice as the later one, and a time that does not happen with the offset before
--- the gap, which is the gap's beginning for a midnight. So only the first case needs care: try the offset of the day
--- before, and take that moment if it reads the same.
-create or replace function tokenlimits.first_moment(p_local timestamp, p_timezone text)
-returns timestamptz
+create or replace function tokenlimits.expired_cost(
+  p_group_id uuid,
+  p_user_id uuid,
+  p_kind text,
+  p_since timestamptz,
+  p_at timestamptz
+)
+returns bigint
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_late timestamptz := p_local at time zone p_timezone;
-  v_day_before timestamptz := v_late - interval '24 hours';
-  v_early timestamptz := (
-    p_local - ((v_day_before at time zone p_timezone) - (v_day_before at time zone 'UTC'))
-  ) at time zone 'UTC';
 begin
-  if v_early < v_late and v_early at time zone p_timezone = p_local then
-    return v_early;
+  if p_user_id is not null then
+    return coalesce((
+      select sum(h.cost)
+      from tokenlimits.holds as h
+      where
+        h.user_id = p_user_id
+        and h.group_id = p_group_id
+        and h.kind = p_kind
+        and h.expires_at <= p_at
+        and h.created_at >= p_since
+    ), 0);
   end if;
-  return v_late;
+  return coalesce((
+    select sum(h.cost)
+    from tokenlimits.holds as h
+    where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_at and h.created_at >= p_since
+  ), 0);
 end
 $$;
-comment on function tokenlimits.first_moment(timestamp, text)
-is 'The first moment at which clocks of the zone read this.';
-revoke execute on function tokenlimits.first_moment(timestamp, text) from public, anon, authenticated;
+comment on function tokenlimits.expired_cost(uuid, uuid, text, timestamptz, timestamptz)
+is 'What counters since a moment hold of holds that have expired, of a member, or of the group when the user is null.';
+revoke execute on function tokenlimits.expired_cost(uuid, uuid, text, timestamptz, timestamptz)
+from public, anon, authenticated, service_role;
 
-create or replace function tokenlimits.period_of(p_period text, p_timezone text, p_at timestamptz)
-returns tstzrange
-language plpgsql
-stable
-set search_path = ''
-as $$
-declare
-  v_local timestamp;
-  v_day tstzrange;
-  v_since timestamptz;
-begin
-  if p_period = 'lifetime' then
-    return tstzrange('-infinity', 'infinity');
-  elsif p_period = 'minute' then
-    v_since := date_bin('1 minute', p_at, '2000-01-01 00:00:00+00');
-    return tstzrange(v_since, v_since + interval '1 minute');
-  elsif p_period = 'hour' then
-    v_day := tokenlimits.period_of('day', p_timezone, p_at);
-    v_since := date_bin('1 hour', p_at, lower(v_day));
-    return tstzrange(v_since, least(v_since + interval '1 hour', upper(v_day)));
-  end if;
-  v_local := date_trunc(p_period, p_at at time zone p_timezone);
-  return tstzrange(
-    tokenlimits.first_moment(v_local, p_timezone),
-    tokenlimits.first_moment(v_local + ('1 ' || p_period)::interval, p_timezone)
-  );
-end
-$$;
-comment on function tokenlimits.period_of(text, text, timestamptz)
-is 'The calendar period in a zone that a moment lies in.';
-revoke execute on function tokenlimits.period_of(text, text, timestamptz) from public, anon, authenticated;
-
--- What a group's limits are at a moment, and what happens when they are edited.
---
--- Invariants
---   * limit_states answers members' limits first, by member, then the group's: the order in which they are locked.
---   * Every edit of limits, by function or by an admin's plain update, passes the triggers below.
-
--- the first version, which looked at one user
--- squawk-ignore ban-drop-function
-drop function if exists tokenlimits.limit_states(uuid, uuid, text, timestamptz);
-
--- Hot path: one query, and nothing else where all counters are open and no hold has expired.
 create or replace function tokenlimits.limit_states(
   p_group_id uuid,
   p_user_ids uuid[],
   p_kind text,
-  p_at timestamptz
+  p_at timestamptz,
+  p_less_expired boolean default true
 )
 returns tokenlimits.limit_state[]
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_states tokenlimits.limit_state[];
   v_are_open boolean;
   v_any_expired boolean;
+  v_name text;
   v_timezone text;
+  v record;
+  v_state tokenlimits.limit_state;
 begin
   select
     array_agg(
       row(
-        l.counter_id, l.subject, l.kind, l.period, l.scope, l.max, c.since, c.until, c.used, null, c.until > p_at
+        l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
+        c.since, c.until, c.used, null, c.until > p_at
       )::tokenlimits.limit_state
       order by l.kind, l.scope = 'group', l.subject, l.counter_id
     ),
-    bool_and(coalesce(c.until > p_at, false)),
+    bool_and(coalesce(c.since <= p_at and c.until > p_at, false)),
     exists (
       select
       from tokenlimits.holds as h
       where h.group_id = p_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= p_at
     ),
+    min(l.name),
     min(l.timezone)
-  into v_states, v_are_open, v_any_expired, v_timezone
+  into v_states, v_are_open, v_any_expired, v_name, v_timezone
   from (
     select
-      i.counter_id, i.kind, i.period, i.scope, i.max, g.timezone,
+      i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
       -- here and not in "from", where it costs more than all the rest
       unnest(case i.scope when 'group' then array[p_group_id] else p_user_ids end) as subject
     from public.group_limits as i
@@ -696,103 +722,127 @@ begin
     -- a look-up for each, whatever the planner thinks of the size of an array
     offset 0
   ) as c on true;
-  if v_are_open and not v_any_expired then
-    return v_states;
+  if v_states is null then
+    return '{}';
   end if;
-  return tokenlimits.present_states(coalesce(v_states, '{}'), p_group_id, v_timezone, p_at, v_any_expired);
-end
-$$;
-comment on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz)
-is 'A group''s limits for users, of a kind or of all. Of a user that is null, a member limit counts all members.';
-revoke execute on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz) from public, anon, authenticated;
-
--- What costs more: a counter that is missing (a limit or a member that is new) or past, and holds that have expired.
-create or replace function tokenlimits.present_states(
-  p_states tokenlimits.limit_state[],
-  p_group_id uuid,
-  p_timezone text,
-  p_at timestamptz,
-  p_any_expired boolean
-)
-returns tokenlimits.limit_state[]
-language plpgsql
-stable
-set search_path = ''
-as $$
-declare
-  v_states tokenlimits.limit_state[] := '{}';
-  v tokenlimits.limit_state;
-  v_period tstzrange;
-  v_sum record;
-begin
-  foreach v in array p_states loop
-    if v.is_open is not true then
-      v_period := tokenlimits.period_of(v.period, p_timezone, p_at);
-      -- never before the past counter's end: when the server gets new rules of a time zone, it may lie in this period
-      v.since := greatest(lower(v_period), v.until, (
-        select max(r.reset_at)
-        from tokenlimits.usage_resets as r
-        where r.group_id = p_group_id and r.kind in (v.kind, '*')
-      ));
-      v.used := case
-        when v.until is null then tokenlimits.count_usage(
-          p_group_id, case v.scope when 'member' then v.subject end, v.kind, v.since, upper(v_period)
+  if not v_are_open then
+    -- a counter that is missing (a limit or a member that is new), or of another period
+    for v in
+      select
+        s.place,
+        upper(p.range) as until,
+        greatest(lower(p.range), s.until, (
+          select max(r.reset_at)
+          from tokenlimits.usage_resets as r
+          where r.group_id = p_group_id and r.kind in (s.kind, '*')
+        )) as since
+      from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place)
+      inner join (
+        select d.period, tokenlimits.period_of(d.period, v_timezone, p_at) as range
+        from (
+          select distinct o.period
+          from unnest(v_states) as o
+        ) as d
+      ) as p on p.period = s.period
+      where s.is_open is not true
+    loop
+      v_state := v_states[v.place];
+      v_state.used := case
+        when v_state.until is null then tokenlimits.count_usage(
+          p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v.since, v.until
         )
         else 0
       end;
-      v.until := upper(v_period);
-    end if;
-    v.expired := case when p_any_expired then 0 end;
-    v_states := v_states || v;
-  end loop;
-  if p_any_expired then
-    -- for all at once: a batch has a thousand members, and there may be thousands of holds
-    for v_sum in
-      select s.place, sum(h.cost)::bigint as cost
-      from unnest(v_states) with ordinality as s (
-        counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place
-      )
-      inner join (
-        select e.kind, e.created_at, e.cost, t.scope, t.subject
-        from tokenlimits.holds as e
-        cross join lateral (values ('member', e.user_id), ('group', e.group_id)) as t (scope, subject)
-        where e.group_id = p_group_id and e.expires_at <= p_at
-      ) as h
-        on
-          h.scope = case when s.subject is null then 'group' else s.scope end
-          and h.subject = coalesce(s.subject, p_group_id)
-          and h.kind = s.kind
-          and h.created_at >= s.since
-      group by s.place
-    loop
-      v_states[v_sum.place].expired := v_sum.cost;
-      v_states[v_sum.place].used := v_states[v_sum.place].used - v_sum.cost;
+      v_state.since := v.since;
+      v_state.until := v.until;
+      v_states[v.place] := v_state;
+    end loop;
+  end if;
+  if p_less_expired and v_any_expired then
+    for i in 1..cardinality(v_states) loop
+      v_state := v_states[i];
+      v_state.expired := tokenlimits.expired_cost(
+        p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.since, p_at
+      );
+      v_state.used := v_state.used - v_state.expired;
+      v_states[i] := v_state;
     end loop;
   end if;
   return v_states;
 end
 $$;
-comment on function tokenlimits.present_states(tokenlimits.limit_state[], uuid, text, timestamptz, boolean)
-is 'Limits with what their counters would hold at this moment.';
-revoke execute on function tokenlimits.present_states(
-  tokenlimits.limit_state[], uuid, text, timestamptz, boolean
-) from public, anon, authenticated;
+comment on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz, boolean)
+is 'A group''s limits for users, of a kind or of all, with what is used of each at a moment.';
+revoke execute on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz, boolean)
+from public, anon, authenticated, service_role;
 
--- A limit that is another one from now on gets another counter.
+-- The state was read a moment ago. If somebody has written since, they have opened the counter, and it stays theirs.
+create or replace function tokenlimits.open_counter(p_state tokenlimits.limit_state)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
+  values (p_state.subject, p_state.counter_id, p_state.since, p_state.until, p_state.used)
+  on conflict on constraint counters_pkey do update
+  set since = excluded.since, until = excluded.until, used = excluded.used
+  where c.until <= excluded.since;
+  -- new counters are rare: the moment to drop those of limits that are gone, so that they never pile up
+  if p_state.scope = 'member' then
+    perform tokenlimits.drop_stale_counters(p_state.subject);
+  end if;
+end
+$$;
+comment on function tokenlimits.open_counter(tokenlimits.limit_state)
+is 'Makes a counter, or rolls it into its new period.';
+revoke execute on function tokenlimits.open_counter(tokenlimits.limit_state)
+from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.drop_stale_counters(p_subject uuid)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  delete from tokenlimits.counters as c
+  where
+    c.subject = p_subject
+    and not exists (select from public.group_limits as l where l.counter_id = c.counter_id);
+end
+$$;
+comment on function tokenlimits.drop_stale_counters(uuid)
+is 'Drops a subject''s counters of limits that are gone.';
+revoke execute on function tokenlimits.drop_stale_counters(uuid)
+from public, anon, authenticated, service_role;
+
+-- What happens when limits are edited.
+--
+-- Invariants
+--   * Every edit of limits, by function or by an admin's plain update, passes these triggers.
+--   * Whatever makes a limit another one (its group, kind, period, scope; its group's time zone) gives it another
+--     counter_id, so that it is counted afresh from the ledger: no edit is a free refill.
+
+-- A limit that is another one from now on gets another id and another counter.
 create or replace function tokenlimits.renew_counter()
 returns trigger
 language plpgsql
 -- definer: an admin has no right to the sequence
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
+  new.id := gen_random_uuid();
   new.counter_id := nextval(pg_get_serial_sequence('public.group_limits', 'counter_id'));
   return new;
 end
 $$;
-comment on function tokenlimits.renew_counter() is 'Trigger: a changed limit is counted afresh.';
-revoke execute on function tokenlimits.renew_counter() from public, anon, authenticated;
+comment on function tokenlimits.renew_counter()
+is 'Trigger: a limit that is another one from now on is counted afresh.';
+revoke execute on function tokenlimits.renew_counter()
+from public, anon, authenticated, service_role;
 
 create or replace trigger group_limits_renew_counter
 before update on public.group_limits
@@ -807,7 +857,7 @@ returns trigger
 language plpgsql
 -- definer: counters are private
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_group_id uuid;
@@ -828,10 +878,11 @@ begin
   foreach v_group_id in array v_group_ids loop
     perform tokenlimits.drop_stale_counters(v_group_id);
     insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
-    select s.subject, s.counter_id, s.since, s.until, s.used + coalesce(s.expired, 0)
-    from unnest(tokenlimits.limit_states(v_group_id, array[null]::uuid[], null, tokenlimits.clock())) as s
-    where s.scope = 'group' and s.is_open is not true
-    on conflict (subject, counter_id) do update
+    select s.subject, s.counter_id, s.since, s.until, s.used
+    from unnest(tokenlimits.limit_states(v_group_id, '{}', null, tokenlimits.clock(), p_less_expired => false)) as s
+    where s.is_open is not true
+    order by s.counter_id
+    on conflict on constraint counters_pkey do update
     set since = excluded.since, until = excluded.until, used = excluded.used;
   end loop;
   return null;
@@ -839,23 +890,8 @@ end
 $$;
 comment on function tokenlimits.apply_limits()
 is 'Trigger: opens the counters of edited limits when nobody is using them.';
-revoke execute on function tokenlimits.apply_limits() from public, anon, authenticated;
-
-create or replace function tokenlimits.drop_stale_counters(p_subject uuid)
-returns void
-language plpgsql
-volatile
-set search_path = ''
-as $$
-begin
-  delete from tokenlimits.counters as c
-  where
-    c.subject = p_subject
-    and not exists (select from public.group_limits as l where l.counter_id = c.counter_id);
-end
-$$;
-comment on function tokenlimits.drop_stale_counters(uuid) is 'Drops a subject''s counters of limits that are gone.';
-revoke execute on function tokenlimits.drop_stale_counters(uuid) from public, anon, authenticated;
+revoke execute on function tokenlimits.apply_limits()
+from public, anon, authenticated, service_role;
 
 create or replace trigger group_limits_apply_insert
 after insert on public.group_limits
@@ -879,7 +915,7 @@ returns trigger
 language plpgsql
 -- definer: the limits' counters change whatever the caller may write
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   update public.group_limits as l
@@ -890,25 +926,37 @@ begin
   return null;
 end
 $$;
-comment on function tokenlimits.renew_counters() is 'Trigger: in another time zone all limits of the group are others.';
-revoke execute on function tokenlimits.renew_counters() from public, anon, authenticated;
+comment on function tokenlimits.renew_counters()
+is 'Trigger: in another time zone all limits of the group are others.';
+revoke execute on function tokenlimits.renew_counters()
+from public, anon, authenticated, service_role;
 
 create or replace trigger user_groups_renew_counters
 after update on public.user_groups
 referencing old table as old_rows new table as new_rows
 for each statement execute function tokenlimits.renew_counters();
 
--- Judging a request, and putting the verdict into an answer.
+-- Who may pay, and what is answered.
 --
 -- Invariants
---   * judge writes nothing and waits for no counter, so a denial is cheap.
---   * Of several groups without room, the answer is about the one that will have room first.
+--   * A user's groups are tried by priority, then by when they joined; the default group is for users in none.
+--   * Every answer about a generation is made by tokenlimits.answer: a single call's, a batch's and a settlement's.
+
+create or replace view tokenlimits.paying_groups as
+select
+  m.user_id,
+  array_agg(g.id order by g.priority desc, m.joined_at asc, g.id asc) as group_ids
+from public.group_memberships as m
+inner join public.user_groups as g on m.group_id = g.id
+group by m.user_id;
+comment on view tokenlimits.paying_groups is 'Each user''s own groups, in the order in which they are tried.';
+revoke all on tokenlimits.paying_groups from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.require_group(p_group_id uuid)
 returns public.user_groups
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_group public.user_groups;
@@ -925,305 +973,203 @@ begin
   return v_group;
 end
 $$;
-comment on function tokenlimits.require_group(uuid) is 'The group of that id; raises TL002 when there is none.';
-revoke execute on function tokenlimits.require_group(uuid) from public, anon, authenticated;
-grant execute on function tokenlimits.require_group(uuid) to authenticated, service_role;
-
--- The groups that may pay for a user, in the order in which they are tried.
-create or replace function tokenlimits.paying_groups(p_user_id uuid, p_group_id uuid default null)
-returns uuid[]
-language plpgsql
-stable
-set search_path = ''
-as $$
-declare
-  v_ids uuid[] := array(
-    select g.id
-    from public.group_memberships as m
-    inner join public.user_groups as g on g.id = m.group_id
-    where m.user_id = p_user_id
-    order by g.priority desc, m.joined_at, g.id
-  );
-begin
-  if v_ids = '{}' then
-    v_ids := array(select g.id from public.user_groups as g where g.is_default);
-  end if;
-  if p_group_id is null then
-    return v_ids;
-  elsif p_group_id = any(v_ids) then
-    return array[p_group_id];
-  end if;
-  return '{}';
-end
-$$;
-comment on function tokenlimits.paying_groups(uuid, uuid)
-is 'A user''s groups by priority, then by when they joined; the default group for a user in none; or the pinned one.';
-revoke execute on function tokenlimits.paying_groups(uuid, uuid) from public, anon, authenticated;
+comment on function tokenlimits.require_group(uuid)
+is 'The group of that id; raises TL002 when there is none.';
+revoke execute on function tokenlimits.require_group(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.require_group(uuid)
+to authenticated, service_role;
 
 do $do$
 begin
   if to_regtype('tokenlimits.verdict') is null then
+    -- whether a request is allowed, which group it is about, and by which limits it was judged
     create type tokenlimits.verdict as (
       allowed boolean,
       reason text,
       group_id uuid,
+      group_name text,
+      timezone text,
       states tokenlimits.limit_state[],
       denied_by tokenlimits.limit_state,
       at timestamptz
+    );
+    -- as clients see it: to_jsonb of a row costs a third of what building an object does
+    create type tokenlimits.limit_answer as (
+      kind text,
+      period text,
+      scope text,
+      max bigint,
+      used bigint,
+      remaining bigint,
+      reset_at timestamptz
+    );
+    create type tokenlimits.group_answer as (id uuid, name text);
+    create type tokenlimits.generation_answer as (
+      allowed boolean,
+      reason text,
+      error text,
+      usage_id uuid,
+      status text,
+      expires_at timestamptz,
+      "group" tokenlimits.group_answer,
+      kind text,
+      cost bigint,
+      limits tokenlimits.limit_answer[],
+      denied_by tokenlimits.limit_answer,
+      remaining bigint,
+      reset_at timestamptz,
+      retry_after numeric,
+      replayed boolean
     );
   end if;
 end
 $do$;
 
--- The verdict before any group was looked at.
-create or replace function tokenlimits.unjudged(p_group_ids uuid[], p_at timestamptz)
-returns tokenlimits.verdict
-language plpgsql
-immutable
-set search_path = ''
-as $$
-declare
-  v_verdict tokenlimits.verdict;
-begin
-  v_verdict.allowed := false;
-  v_verdict.reason := case when p_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
-  v_verdict.at := p_at;
-  return v_verdict;
-end
-$$;
-comment on function tokenlimits.unjudged(uuid[], timestamptz) is 'The verdict while no group has been looked at.';
-revoke execute on function tokenlimits.unjudged(uuid[], timestamptz) from public, anon, authenticated;
-
--- One group more in a verdict: whether it pays, or how long until it could.
-create or replace function tokenlimits.weigh(
-  p_verdict tokenlimits.verdict,
-  p_group_id uuid,
-  p_states tokenlimits.limit_state[],
-  p_cost bigint
-)
-returns tokenlimits.verdict
-language plpgsql
-immutable
-set search_path = ''
-as $$
-declare
-  v_state tokenlimits.limit_state;
-  v_full tokenlimits.limit_state;
-begin
-  if p_states = '{}' then
-    return p_verdict;
-  end if;
-  foreach v_state in array p_states loop
-    -- a counter may be ahead of a clock that was set back; the usage belongs to the counter's period then
-    p_verdict.at := greatest(p_verdict.at, v_state.since);
-    if v_state.used + p_cost > v_state.max then
-      -- what can never fit, and a lifetime limit, wait for ever
-      if p_cost > v_state.max then
-        v_state.until := 'infinity';
-      end if;
-      if v_full is null or v_state.until > v_full.until then
-        v_full := v_state;
-      end if;
-    end if;
-  end loop;
-  p_verdict.allowed := v_full is null;
-  if p_verdict.allowed or p_verdict.reason <> 'limit_exceeded' or v_full.until < (p_verdict.denied_by).until then
-    p_verdict.reason := case when not p_verdict.allowed then 'limit_exceeded' end;
-    p_verdict.group_id := p_group_id;
-    p_verdict.states := p_states;
-    p_verdict.denied_by := v_full;
-  end if;
-  return p_verdict;
-end
-$$;
-comment on function tokenlimits.weigh(tokenlimits.verdict, uuid, tokenlimits.limit_state[], bigint)
-is 'A verdict with one more group looked at: it pays, or may have room before those that were looked at.';
-revoke execute on function tokenlimits.weigh(tokenlimits.verdict, uuid, tokenlimits.limit_state[], bigint)
-from public, anon, authenticated;
-
-create or replace function tokenlimits.judge(
-  p_user_id uuid,
-  p_kind text,
-  p_cost bigint,
-  p_group_ids uuid[],
-  p_at timestamptz
-)
-returns tokenlimits.verdict
-language plpgsql
-stable
-set search_path = ''
-as $$
-declare
-  v_verdict tokenlimits.verdict := tokenlimits.unjudged(p_group_ids, p_at);
-  v_group_id uuid;
-begin
-  foreach v_group_id in array p_group_ids loop
-    v_verdict := tokenlimits.weigh(
-      v_verdict, v_group_id, tokenlimits.limit_states(v_group_id, array[p_user_id], p_kind, p_at), p_cost
-    );
-    exit when v_verdict.allowed;
-  end loop;
-  return v_verdict;
-end
-$$;
-comment on function tokenlimits.judge(uuid, text, bigint, uuid[], timestamptz)
-is 'Which of the groups pays for a request at a moment, or why none does.';
-revoke execute on function tokenlimits.judge(uuid, text, bigint, uuid[], timestamptz) from public, anon, authenticated;
-
-create or replace function tokenlimits.limit_json(p_state tokenlimits.limit_state)
-returns jsonb
-language plpgsql
-immutable
-set search_path = ''
-as $$
-begin
-  return jsonb_build_object(
-    'kind', p_state.kind,
-    'period', p_state.period,
-    'scope', p_state.scope,
-    'max', p_state.max,
-    'used', p_state.used,
-    -- greatest() passes over nulls, and unlimited is null
-    'remaining', case when p_state.max is not null then greatest(p_state.max - p_state.used, 0) end,
-    'reset_at', nullif(p_state.until, 'infinity')
-  );
-end
-$$;
-comment on function tokenlimits.limit_json(tokenlimits.limit_state) is 'A limit as clients see it.';
-revoke execute on function tokenlimits.limit_json(tokenlimits.limit_state) from public, anon, authenticated;
-
 -- Says it to people: "Image generation limit exceeded: 100 of 100 used this month, resets 2026-12-01 00:00 UTC".
-create or replace function tokenlimits.denial_text(
-  p_reason text,
-  p_kind text,
-  p_cost bigint,
-  p_denied_by tokenlimits.limit_state,
-  p_timezone text
-)
+create or replace function tokenlimits.denial_text(p_verdict tokenlimits.verdict, p_kind text, p_cost bigint)
 returns text
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_kind text := replace(p_kind, '_', ' ');
+  v_limit tokenlimits.limit_state := p_verdict.denied_by;
 begin
-  if p_reason = 'not_in_group' then
+  if p_verdict.reason = 'not_in_group' then
     return 'The user is in no group that may pay for this';
-  elsif p_reason = 'no_limit_for_kind' then
+  elsif p_verdict.reason = 'no_limit_for_kind' then
     return format('None of the user''s groups has a limit for %s generations, so none is allowed', v_kind);
-  elsif p_reason = 'busy' then
+  elsif p_verdict.reason = 'busy' then
     return 'Somebody else is changing what the group uses, or its limits, at this moment; ask again';
   end if;
   return upper(left(v_kind, 1)) || substr(v_kind, 2)
-    || format(' generation limit exceeded: %s of %s used ', p_denied_by.used, p_denied_by.max)
-    || case p_denied_by.scope when 'member' then 'by this user ' else '' end
-    || case p_denied_by.period
+    || format(' generation limit exceeded: %s of %s used ', v_limit.used, v_limit.max)
+    || case v_limit.scope when 'member' then 'by this user ' else '' end
+    || case v_limit.period
       when 'day' then 'today'
       when 'lifetime' then 'in total'
-      else 'this ' || p_denied_by.period
+      else 'this ' || v_limit.period
     end
     || case when p_cost > 1 then format(', %s more asked for', p_cost) else '' end
     || case
-      when isfinite(p_denied_by.until)
-        then ', resets ' || to_char(p_denied_by.until at time zone p_timezone, 'YYYY-MM-DD HH24:MI ') || p_timezone
+      when isfinite(v_limit.until)
+        then ', resets ' || to_char(v_limit.until at time zone p_verdict.timezone, 'YYYY-MM-DD HH24:MI ')
+          || p_verdict.timezone
       else ''
     end;
 end
 $$;
-comment on function tokenlimits.denial_text(text, text, bigint, tokenlimits.limit_state, text)
+comment on function tokenlimits.denial_text(tokenlimits.verdict, text, bigint)
 is 'Why a request was denied, in a sentence.';
-revoke execute on function tokenlimits.denial_text(text, text, bigint, tokenlimits.limit_state, text)
-from public, anon, authenticated;
+revoke execute on function tokenlimits.denial_text(tokenlimits.verdict, text, bigint)
+from public, anon, authenticated, service_role;
 
 -- The object that workers get. Of an allowed request, remaining and reset_at are those of the limit with the least
 -- room; of a denied one, reset_at is when the limit that denied it will have room (null: never by itself).
 create or replace function tokenlimits.answer(
+  p_verdict tokenlimits.verdict,
   p_kind text,
   p_cost bigint,
-  p_reason text,
-  p_group_id uuid,
-  p_states tokenlimits.limit_state[],
-  p_denied_by tokenlimits.limit_state,
   p_usage public.generation_usage,
   p_replayed boolean
 )
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_group record;
   v_state tokenlimits.limit_state;
-  v_limits jsonb := '[]';
+  v_limits tokenlimits.limit_answer[] := '{}';
+  v_denied_by tokenlimits.limit_answer;
+  v_group tokenlimits.group_answer;
   v_remaining bigint;
   v_reset_at timestamptz;
+  v_error text;
+  v_retry_after numeric;
 begin
-  select g.name, g.timezone into v_group
-  from public.user_groups as g
-  where g.id = p_group_id;
-  foreach v_state in array coalesce(p_states, '{}') loop
-    v_limits := v_limits || tokenlimits.limit_json(v_state);
+  foreach v_state in array coalesce(p_verdict.states, '{}') loop
+    v_limits := v_limits || row(
+      v_state.kind, v_state.period, v_state.scope, v_state.max, v_state.used,
+      -- greatest() passes over nulls, and unlimited is null
+      case when v_state.max is not null then greatest(v_state.max - v_state.used, 0) end,
+      nullif(v_state.until, 'infinity')
+    )::tokenlimits.limit_answer;
     if v_state.max is not null and (v_remaining is null or v_state.max - v_state.used < v_remaining) then
-      v_remaining := v_state.max - v_state.used;
-      v_reset_at := v_state.until;
+      v_remaining := greatest(v_state.max - v_state.used, 0);
+      v_reset_at := nullif(v_state.until, 'infinity');
     end if;
   end loop;
-  if p_reason is not null then
-    v_reset_at := p_denied_by.until;
+  if p_verdict.group_id is not null then
+    v_group := row(p_verdict.group_id, p_verdict.group_name);
   end if;
-  return jsonb_build_object(
-    'allowed', p_reason is null,
-    'reason', p_reason,
-    'error', case
-      when p_reason is not null
-        then tokenlimits.denial_text(p_reason, p_kind, p_cost, p_denied_by, coalesce(v_group.timezone, 'UTC'))
-    end,
-    'usage_id', p_usage.id,
-    'status', p_usage.status,
-    'expires_at', p_usage.expires_at,
-    'group', case when p_group_id is not null then jsonb_build_object('id', p_group_id, 'name', v_group.name) end,
-    'kind', p_kind,
-    'cost', p_cost,
-    'limits', v_limits,
-    'denied_by', case when p_reason = 'limit_exceeded' then tokenlimits.limit_json(p_denied_by) end,
-    'remaining', case when v_remaining is not null then greatest(v_remaining, 0) end,
-    'reset_at', nullif(v_reset_at, 'infinity'),
-    'retry_after', case
-      when p_reason is not null
-        then ceil(extract(epoch from nullif(v_reset_at, 'infinity') - tokenlimits.clock()))
-    end,
-    'replayed', p_replayed
-  );
+  if p_verdict.reason is not null then
+    v_error := tokenlimits.denial_text(p_verdict, p_kind, p_cost);
+    v_state := p_verdict.denied_by;
+    v_reset_at := nullif(v_state.until, 'infinity');
+    v_retry_after := ceil(extract(epoch from v_reset_at - tokenlimits.clock()));
+    if p_verdict.reason = 'limit_exceeded' then
+      v_denied_by := row(
+        v_state.kind, v_state.period, v_state.scope, v_state.max, v_state.used,
+        -- greatest() passes over nulls, and unlimited is null
+        case when v_state.max is not null then greatest(v_state.max - v_state.used, 0) end,
+        nullif(v_state.until, 'infinity')
+      )::tokenlimits.limit_answer;
+    end if;
+  end if;
+  return to_jsonb(row(
+    p_verdict.reason is null, p_verdict.reason, v_error, p_usage.id, p_usage.status, p_usage.expires_at,
+    v_group, p_kind, p_cost, v_limits, v_denied_by, v_remaining, v_reset_at, v_retry_after, p_replayed
+  )::tokenlimits.generation_answer);
 end
 $$;
-comment on function tokenlimits.answer(
-  text, bigint, text, uuid, tokenlimits.limit_state[], tokenlimits.limit_state, public.generation_usage, boolean
-) is 'A verdict or a recorded usage as workers see it.';
-revoke execute on function tokenlimits.answer(
-  text, bigint, text, uuid, tokenlimits.limit_state[], tokenlimits.limit_state, public.generation_usage, boolean
-) from public, anon, authenticated;
+comment on function tokenlimits.answer(tokenlimits.verdict, text, bigint, public.generation_usage, boolean)
+is 'A verdict, with the usage that it has led to, as workers see it.';
+revoke execute on function tokenlimits.answer(tokenlimits.verdict, text, bigint, public.generation_usage, boolean)
+from public, anon, authenticated, service_role;
 
--- For workers: check-and-record in one step, a look without recording, and what happened elsewhere.
+create or replace function tokenlimits.usage_answer(p_usage public.generation_usage, p_at timestamptz, p_replayed boolean)
+returns jsonb
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_verdict tokenlimits.verdict;
+begin
+  v_verdict.allowed := true;
+  v_verdict.group_id := p_usage.group_id;
+  v_verdict.group_name := (select g.name from public.user_groups as g where g.id = p_usage.group_id);
+  v_verdict.states := tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], p_usage.kind, p_at);
+  return tokenlimits.answer(v_verdict, p_usage.kind, p_usage.cost, p_usage, p_replayed);
+end
+$$;
+comment on function tokenlimits.usage_answer(public.generation_usage, timestamptz, boolean)
+is 'A usage of the ledger as workers see it, with its limits at a moment.';
+revoke execute on function tokenlimits.usage_answer(public.generation_usage, timestamptz, boolean)
+from public, anon, authenticated, service_role;
+
+-- One request: judged and recorded in one step (track, reserve, record), or only judged (check).
 --
 -- Invariants
 --   * Either the ledger row, the rollup and every counter move, or nothing is written.
---   * No counter passes its limit's max here, and nobody is denied while there is room: a verdict is only carried out
---     if every counter still has room when it is moved, else everything is taken back and judged again.
+--   * No counter passes its limit's max here but by record, and nobody is denied while there is room: a verdict is only
+--     carried out if every counter still has room when it is moved, else everything is taken back and judged again.
 --   * One live usage per user and idempotency key.
 
-create or replace function tokenlimits.check_request(
+create or replace function tokenlimits.refuse_request(
   p_user_id uuid,
   p_kind text,
   p_cost bigint,
-  p_idempotency_key text default null,
-  p_metadata jsonb default null
+  p_idempotency_key text,
+  p_metadata jsonb
 )
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_field text;
@@ -1232,47 +1178,37 @@ begin
   if p_user_id is null then
     v_field := 'user_id';
     v_rule := 'is required';
-  elsif p_kind is null or p_kind !~ '^[a-z][a-z0-9_]{0,31}$' then
+  elsif (p_kind ~ '^[a-z][a-z0-9_]{0,31}$') is not true then
     v_field := 'kind';
     v_rule := 'must be 1 to 32 of a-z, 0-9 and _, and begin with a letter';
-  elsif p_cost is null or p_cost not between 1 and 1000000000 then
+  elsif (p_cost between 1 and 1000000000) is not true then
     v_field := 'cost';
     v_rule := 'must be a whole number from 1 to 1000000000';
-  elsif char_length(p_idempotency_key) not between 1 and 255 then
+  elsif not (case
+      when p_metadata is null then true
+      when jsonb_typeof(p_metadata) <> 'object' or pg_column_size(p_metadata) > 32768 then false
+      when jsonb_path_exists(p_metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
+      else octet_length(p_metadata::text) <= 8192
+    end) then
+    v_field := 'metadata';
+    v_rule := 'must be a JSON object of at most 8192 bytes, with numbers below 1.8e308';
+  else
     v_field := 'idempotency_key';
     v_rule := 'must have 1 to 255 characters';
-  elsif jsonb_typeof(p_metadata) <> 'object' or octet_length(p_metadata::text) > 8192 then
-    v_field := 'metadata';
-    v_rule := 'must be a JSON object of at most 8192 bytes';
-  else
-    return;
   end if;
   perform tokenlimits.refuse('TL001', v_field || ': ' || v_rule, v_field, 'Nothing was recorded.');
 end
 $$;
-comment on function tokenlimits.check_request(uuid, text, bigint, text, jsonb)
-is 'Refuses a bad request with the field''s name before anything is touched.';
-revoke execute on function tokenlimits.check_request(uuid, text, bigint, text, jsonb) from public, anon, authenticated;
-
-create or replace function tokenlimits.is_dead(p_status text, p_expires_at timestamptz, p_at timestamptz)
-returns boolean
-language plpgsql
-immutable
-set search_path = ''
-as $$
-begin
-  return p_status not in ('reserved', 'committed') or (p_status = 'reserved' and p_expires_at <= p_at);
-end
-$$;
-comment on function tokenlimits.is_dead(text, timestamptz, timestamptz)
-is 'Whether a usage counts no more, so that its key is free.';
-revoke execute on function tokenlimits.is_dead(text, timestamptz, timestamptz) from public, anon, authenticated;
+comment on function tokenlimits.refuse_request(uuid, text, bigint, text, jsonb)
+is 'Raises TL001 with the name of the field that makes a request a bad one.';
+revoke execute on function tokenlimits.refuse_request(uuid, text, bigint, text, jsonb)
+from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.refuse_key(p_idempotency_key text, p_usage_id uuid)
 returns void
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform tokenlimits.refuse(
@@ -1285,279 +1221,377 @@ end
 $$;
 comment on function tokenlimits.refuse_key(text, uuid)
 is 'Raises TL008: an idempotency key is bound to another request.';
-revoke execute on function tokenlimits.refuse_key(text, uuid) from public, anon, authenticated;
+revoke execute on function tokenlimits.refuse_key(text, uuid)
+from public, anon, authenticated, service_role;
 
--- The live usage under a key, if any. A key that was used for another request is an error.
-create or replace function tokenlimits.usage_under_key(p_user_id uuid, p_idempotency_key text, p_fingerprint uuid)
-returns public.generation_usage
+-- The usage that a key is bound to while it lives. Of a dead one the caller may take the key, if it is about to write:
+-- a denial must leave the key where it is, since a late commit brings an expired usage back to life.
+create or replace function tokenlimits.usage_under_key(
+  p_user_id uuid,
+  p_idempotency_key text,
+  p_fingerprint uuid,
+  out live public.generation_usage,
+  out dead_id uuid
+)
+returns record
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_usage public.generation_usage;
 begin
-  select * into v_usage
+  select * into live
   from public.generation_usage as u
   where u.idempotency_key = p_idempotency_key and u.user_id = p_user_id;
-  if not found or tokenlimits.is_dead(v_usage.status, v_usage.expires_at, tokenlimits.clock()) then
-    return null;
-  elsif v_usage.fingerprint is distinct from p_fingerprint then
-    perform tokenlimits.refuse_key(p_idempotency_key, v_usage.id);
+  if (live.status not in ('reserved', 'committed')
+or (live.status = 'reserved' and live.expires_at <= tokenlimits.clock())) then
+    dead_id := live.id;
+    live := null;
+  elsif live.fingerprint <> p_fingerprint then
+    perform tokenlimits.refuse_key(p_idempotency_key, live.id);
   end if;
-  return v_usage;
 end
 $$;
 comment on function tokenlimits.usage_under_key(uuid, text, uuid)
-is 'The live usage that an idempotency key is bound to.';
-revoke execute on function tokenlimits.usage_under_key(uuid, text, uuid) from public, anon, authenticated;
+is 'The live usage that has a key, or the id of a dead one that has it; raises TL008 when it is of another request.';
+revoke execute on function tokenlimits.usage_under_key(uuid, text, uuid)
+from public, anon, authenticated, service_role;
 
--- Takes a key from a dead usage. Only for somebody who is about to write: a denial must leave the key where it is,
--- since a late commit brings an expired usage back to life.
-create or replace function tokenlimits.free_key(p_usage public.generation_usage)
-returns boolean
+-- Past or outside usage is booked on any group that is named, for people leave; else on the first of the user's that
+-- has a limit for the kind, else on their first.
+create or replace function tokenlimits.recording_group(p_user_id uuid, p_kind text, p_group_id uuid)
+returns uuid[]
 language plpgsql
-volatile
-set search_path = ''
+stable
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  update public.generation_usage as u
-  set idempotency_key = null
-  where
-    u.idempotency_key = p_usage.idempotency_key
-    and u.user_id = p_usage.user_id
-    and tokenlimits.is_dead(u.status, u.expires_at, coalesce(p_usage.settled_at, p_usage.created_at));
-  return found;
+  if p_group_id is not null then
+    return array(select g.id from public.user_groups as g where g.id = p_group_id);
+  end if;
+  return array(
+    select g.id
+    from unnest(coalesce(
+      (select p.group_ids from tokenlimits.paying_groups as p where p.user_id = p_user_id),
+      array(select d.id from public.user_groups as d where d.is_default)
+    )) with ordinality as g (id, place)
+    order by
+      exists (select from public.group_limits as l where l.group_id = g.id and l.kind = p_kind) desc,
+      g.place
+    limit 1
+  );
 end
 $$;
-comment on function tokenlimits.free_key(public.generation_usage)
-is 'Takes a usage''s key from a dead one; false when none has it.';
-revoke execute on function tokenlimits.free_key(public.generation_usage) from public, anon, authenticated;
+comment on function tokenlimits.recording_group(uuid, text, uuid)
+is 'The group that past usage is booked on, if there is one.';
+revoke execute on function tokenlimits.recording_group(uuid, text, uuid)
+from public, anon, authenticated, service_role;
 
--- Puts a usage into the ledger, under its key; false, with nothing written, when the key is taken.
-create or replace function tokenlimits.claim(p_usage public.generation_usage)
-returns boolean
-language plpgsql
-volatile
-set search_path = ''
-as $$
-begin
-  insert into public.generation_usage as u (
-    id, group_id, user_id, kind, cost, reserved_cost, status,
-    idempotency_key, fingerprint, metadata, created_at, settled_at, expires_at
-  )
-  values (
-    p_usage.id, p_usage.group_id, p_usage.user_id, p_usage.kind, p_usage.cost, p_usage.reserved_cost, p_usage.status,
-    p_usage.idempotency_key, p_usage.fingerprint, p_usage.metadata,
-    p_usage.created_at, p_usage.settled_at, p_usage.expires_at
-  )
-  on conflict on constraint generation_usage_key_key do nothing;
-  if not found then
-    return false;
-  end if;
-  if p_usage.status = 'reserved' then
-    insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
-    values (
-      p_usage.id, p_usage.group_id, p_usage.user_id, p_usage.kind, p_usage.cost,
-      p_usage.created_at, p_usage.expires_at
-    );
-  end if;
-  return true;
-end
-$$;
-comment on function tokenlimits.claim(public.generation_usage)
-is 'Puts a usage into the ledger unless its key is taken.';
-revoke execute on function tokenlimits.claim(public.generation_usage) from public, anon, authenticated;
-
--- Writes one usage: claims the key, then the rollup, then the counters, the group's (which all its members share) last,
--- so that they are held for the shortest time. Raises TL099 when a counter has moved on or has no room any more.
--- Answers the counters as they are then; null when the key is taken.
-create or replace function tokenlimits.write_usage(
-  p_usage public.generation_usage,
-  p_states tokenlimits.limit_state[],
-  p_enforce boolean
-)
-returns tokenlimits.limit_state[]
-language plpgsql
-volatile
-set search_path = ''
-as $$
-declare
-  v_bucket timestamptz := tokenlimits.rollup_bucket(p_usage.created_at);
-  v_slot smallint := tokenlimits.free_slot(p_usage.group_id);
-  v_state tokenlimits.limit_state;
-  v_states tokenlimits.limit_state[] := '{}';
-begin
-  if p_states[1].expired is not null then
-    return tokenlimits.write_and_sweep(p_usage, p_enforce);
-  elsif not tokenlimits.claim(p_usage) and not (tokenlimits.free_key(p_usage) and tokenlimits.claim(p_usage)) then
-    return null;
-  end if;
-
-  -- nearly always there: a plain update costs half of an upsert
-  update tokenlimits.usage_rollup as r
-  set cost = r.cost + p_usage.cost, generations = r.generations + 1
-  where r.group_id = p_usage.group_id and r.kind = p_usage.kind and r.bucket = v_bucket and r.slot = v_slot;
-  if not found then
-    insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
-    values (p_usage.group_id, p_usage.kind, v_bucket, v_slot, p_usage.cost, 1)
-    on conflict on constraint usage_rollup_pkey do update
-    set cost = r.cost + excluded.cost, generations = r.generations + 1;
-  end if;
-
-  foreach v_state in array p_states loop
-    -- what was recorded for an earlier period counts for none of the current one
-    if p_usage.created_at >= v_state.since then
-      if v_state.is_open is not true then
-        perform tokenlimits.open_counter(v_state);
-      end if;
-      update tokenlimits.counters as c
-      set used = c.used + p_usage.cost
-      where
-        c.subject = v_state.subject
-        and c.counter_id = v_state.counter_id
-        and p_usage.created_at >= c.since
-        and p_usage.created_at < c.until
-        and (not p_enforce or v_state.max is null or c.used + p_usage.cost <= v_state.max)
-      returning c.used into v_state.used;
-      if not found then
-        raise sqlstate 'TL099';
-      end if;
-    end if;
-    v_states := v_states || v_state;
-  end loop;
-  return v_states;
-end
-$$;
-comment on function tokenlimits.write_usage(public.generation_usage, tokenlimits.limit_state[], boolean)
-is 'Writes a usage to ledger, rollup and counters, or raises TL099.';
-revoke execute on function tokenlimits.write_usage(public.generation_usage, tokenlimits.limit_state[], boolean)
-from public, anon, authenticated;
-
--- The state was read a moment ago. If somebody has written since, they have opened the counter, and it stays theirs.
-create or replace function tokenlimits.open_counter(p_state tokenlimits.limit_state)
+create or replace function tokenlimits.refuse_group(p_operation text, p_group_id uuid)
 returns void
 language plpgsql
-volatile
-set search_path = ''
+stable
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
-  values (
-    p_state.subject, p_state.counter_id, p_state.since, p_state.until, p_state.used + coalesce(p_state.expired, 0)
-  )
-  on conflict on constraint counters_pkey do update
-  set since = excluded.since, until = excluded.until, used = excluded.used
-  where c.until <= excluded.since;
-  -- new counters are rare: the moment to drop those of limits that are gone, so that they never pile up
-  if p_state.scope = 'member' then
-    perform tokenlimits.drop_stale_counters(p_state.subject);
+  if p_group_id is not null then
+    perform tokenlimits.require_group(p_group_id);
+  elsif p_operation = 'record' then
+    perform tokenlimits.refuse(
+      'TL001',
+      'group_id: is required, since the user is in no group',
+      'group_id',
+      'Name the group that this usage belongs to.'
+    );
   end if;
 end
 $$;
-comment on function tokenlimits.open_counter(tokenlimits.limit_state)
-is 'Makes a counter, or rolls it into its new period.';
-revoke execute on function tokenlimits.open_counter(tokenlimits.limit_state) from public, anon, authenticated;
+comment on function tokenlimits.refuse_group(text, uuid)
+is 'Raises TL002 for a group that does not exist, and TL001 where record needs one.';
+revoke execute on function tokenlimits.refuse_group(text, uuid)
+from public, anon, authenticated, service_role;
 
--- Judges and writes, until a verdict holds. Every round but the last was overtaken by another call that got through.
-create or replace function tokenlimits.track(
+-- Judges and writes, until a verdict holds: every round but the last was overtaken by another call that got through.
+-- What is rare goes out of line: a bad request, a counter to be opened, expired holds, a key that is taken.
+create or replace function tokenlimits.admit(
+  p_operation text,
   p_user_id uuid,
   p_kind text,
   p_cost bigint,
   p_idempotency_key text,
   p_group_id uuid,
   p_metadata jsonb,
-  p_ttl interval default null
+  p_ttl interval default null,
+  p_created_at timestamptz default null
+)
+returns jsonb
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  c_may_deny constant boolean := p_operation <> 'record';
+  v_states tokenlimits.limit_state[];
+  v_are_open boolean;
+  v_any_expired boolean;
+  v_name text;
+  v_timezone text;
+  v_group_ids uuid[];
+  v_group_id uuid;
+  v_state tokenlimits.limit_state;
+  v_full tokenlimits.limit_state;
+  v_at timestamptz;
+  v_verdict tokenlimits.verdict;
+  v_usage public.generation_usage;
+  v_under_key record;
+  v_dead_id uuid;
+  v_slot integer;
+begin
+  if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
+  and coalesce(char_length(p_idempotency_key) between 1 and 255, true)
+  and (case
+    when p_metadata is null then true
+    when jsonb_typeof(p_metadata) <> 'object' or pg_column_size(p_metadata) > 32768 then false
+    when jsonb_path_exists(p_metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
+    else octet_length(p_metadata::text) <= 8192
+  end)) is not true then
+    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
+  elsif current_setting('transaction_isolation') <> 'read committed' then
+    -- what is read after a lock was waited for must be as it is then
+    perform tokenlimits.refuse_isolation();
+  end if;
+  v_usage.user_id := p_user_id;
+  v_usage.kind := p_kind;
+  v_usage.cost := p_cost;
+  v_usage.idempotency_key := p_idempotency_key;
+  v_usage.fingerprint := md5(concat_ws(' ', p_operation, p_kind, p_cost, p_group_id))::uuid;
+  v_usage.metadata := coalesce(p_metadata, '{}');
+  if p_ttl is null then
+    v_usage.status := 'committed';
+  else
+    v_usage.status := 'reserved';
+    v_usage.reserved_cost := p_cost;
+  end if;
+
+  if c_may_deny then
+    v_group_ids := coalesce(
+      (select p.group_ids from tokenlimits.paying_groups as p where p.user_id = p_user_id),
+      array(select d.id from public.user_groups as d where d.is_default)
+    );
+    v_group_ids := case
+      when p_group_id is null then v_group_ids
+      when p_group_id = any(v_group_ids) then array[p_group_id]
+      else '{}'
+    end;
+  else
+    v_group_ids := tokenlimits.recording_group(p_user_id, p_kind, p_group_id);
+  end if;
+  if cardinality(v_group_ids) = 1 then
+    -- what nearly every call needs, without a function
+    perform pg_advisory_xact_lock_shared(1953459052, ('x' || right(v_group_ids[1]::text, 2))::bit(8)::integer);
+  else
+    perform tokenlimits.lock_groups(v_group_ids);
+  end if;
+  loop
+    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    v_at := greatest(tokenlimits.clock(), v_at);
+    v_verdict.allowed := false;
+    v_verdict.reason := case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
+    v_verdict.group_id := null;
+    v_verdict.group_name := null;
+    v_verdict.timezone := null;
+    v_verdict.states := null;
+    v_verdict.denied_by := null;
+    v_verdict.at := v_at;
+    foreach v_group_id in array v_group_ids loop
+      select
+        array_agg(
+          row(
+            l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
+            c.since, c.until, c.used, null, c.until > v_at
+          )::tokenlimits.limit_state
+          order by l.kind, l.scope = 'group', l.subject, l.counter_id
+        ),
+        bool_and(coalesce(c.since <= v_at and c.until > v_at, false)),
+        exists (
+          select
+          from tokenlimits.holds as h
+          where h.group_id = v_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= v_at
+        ),
+        min(l.name),
+        min(l.timezone)
+      into v_states, v_are_open, v_any_expired, v_name, v_timezone
+      from (
+        select
+          i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
+          -- here and not in "from", where it costs more than all the rest
+          unnest(case i.scope when 'group' then array[v_group_id] else array[p_user_id] end) as subject
+        from public.group_limits as i
+        inner join public.user_groups as g on g.id = i.group_id
+        where i.group_id = v_group_id and (p_kind is null or i.kind = p_kind)
+      ) as l
+      left join lateral (
+        select k.since, k.until, k.used
+        from tokenlimits.counters as k
+        where k.subject = l.subject and k.counter_id = l.counter_id
+        -- a look-up for each, whatever the planner thinks of the size of an array
+        offset 0
+      ) as c on true;
+      continue when v_states is null;
+      if v_any_expired or not v_are_open then
+        v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], p_kind, v_at);
+      end if;
+      v_full := null;
+      foreach v_state in array v_states loop
+        -- a counter may be ahead of a clock that was set back; the usage belongs to the counter's period then
+        v_verdict.at := greatest(v_verdict.at, v_state.since);
+        if not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
+          -- what can never fit, and a lifetime limit, wait for ever
+          if p_cost > v_state.max then
+            v_state.until := 'infinity';
+          end if;
+          if v_full is null or v_state.until > v_full.until then
+            v_full := v_state;
+          end if;
+        end if;
+      end loop;
+      v_verdict.allowed := v_full is null;
+      if v_verdict.allowed or v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
+        v_verdict.reason := case when not v_verdict.allowed then 'limit_exceeded' end;
+        v_verdict.group_id := v_group_id;
+        v_verdict.group_name := v_name;
+        v_verdict.timezone := v_timezone;
+        v_verdict.states := v_states;
+        v_verdict.denied_by := v_full;
+      end if;
+      exit when v_verdict.allowed;
+    end loop;
+    v_at := v_verdict.at;
+    if v_verdict.allowed or not (c_may_deny or v_group_ids = '{}') then
+      v_usage.group_id := coalesce(v_verdict.group_id, v_group_ids[1]);
+      v_usage.created_at := coalesce(least(p_created_at, v_at), v_at);
+      v_usage.id := (
+        lpad(to_hex((date_part('epoch', date_trunc('milliseconds', v_usage.created_at)) * 1000)::bigint), 12, '0')
+        || '7' || substr(gen_random_uuid()::text, 16, 17) || right(v_usage.group_id::text, 4)
+      )::uuid;
+      if p_ttl is null then
+        v_usage.settled_at := v_at;
+      else
+        v_usage.expires_at := v_at + p_ttl;
+      end if;
+      begin
+        if v_any_expired or not (v_are_open and c_may_deny and v_dead_id is null) then
+          perform tokenlimits.move_usage(
+            tokenlimits.write_ledger(
+              array[v_usage], array[v_dead_id], c_may_deny, array[v_usage.group_id], array[p_kind], v_at
+            ),
+            v_at
+          );
+          return tokenlimits.usage_answer(v_usage, v_at, p_replayed => false);
+        else
+          insert into public.generation_usage (
+            id, group_id, user_id, kind, cost, reserved_cost, status,
+            idempotency_key, fingerprint, metadata, created_at, settled_at, expires_at
+          )
+          select
+            v_usage.id, v_usage.group_id, v_usage.user_id, v_usage.kind, v_usage.cost,
+            v_usage.reserved_cost, v_usage.status, v_usage.idempotency_key, v_usage.fingerprint,
+            v_usage.metadata, v_usage.created_at, v_usage.settled_at, v_usage.expires_at
+          on conflict on constraint generation_usage_key_key do nothing;
+          if found then
+            if p_ttl is not null then
+              insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+              select
+                v_usage.id, v_usage.group_id, v_usage.user_id, v_usage.kind, v_usage.cost,
+                v_usage.created_at, v_usage.expires_at;
+            end if;
+            for i in 0..15 loop
+              v_slot := (pg_backend_pid() + i) % 16;
+              exit when pg_try_advisory_xact_lock(
+                1936486260, ('x' || right(v_usage.group_id::text, 6))::bit(24)::integer * 16 + v_slot
+              );
+            end loop;
+            update tokenlimits.usage_rollup as r
+            set cost = r.cost + v_usage.cost, generations = r.generations + 1
+            where
+              r.group_id = v_usage.group_id and r.kind = v_usage.kind
+              and r.bucket = date_bin('15 minutes', v_usage.created_at, '2000-01-01 00:00:00+00') and r.slot = v_slot;
+            if not found then
+              insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
+              select v_usage.group_id, v_usage.kind, date_bin('15 minutes', v_usage.created_at, '2000-01-01 00:00:00+00'), v_slot, v_usage.cost, 1
+              on conflict on constraint usage_rollup_pkey do update
+              set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
+            end if;
+            -- the group's own, which all its members share, come last: they are held for the shortest time
+            for i in 1..cardinality(v_states) loop
+              v_state := v_states[i];
+              update tokenlimits.counters as c
+              set used = c.used + p_cost
+              where
+                c.subject = v_state.subject
+                and c.counter_id = v_state.counter_id
+                and v_at >= c.since
+                and v_at < c.until
+                and (false or (v_state.max is null or c.used + p_cost <= v_state.max))
+              returning c.used into v_state.used;
+              if not found then
+                raise sqlstate 'TL099';
+              end if;
+              v_states[i] := v_state;
+            end loop;
+            v_verdict.states := v_states;
+            return tokenlimits.answer(v_verdict, p_kind, p_cost, v_usage, p_replayed => false);
+          end if;
+        end if;
+      exception
+        when sqlstate 'TL099' then
+          -- all is taken back, to be judged again
+          null;
+      end;
+    end if;
+
+    if p_idempotency_key is not null then
+      v_under_key := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_usage.fingerprint);
+      if (v_under_key.live).id is not null then
+        return tokenlimits.usage_answer(v_under_key.live, tokenlimits.clock(), p_replayed => true);
+      end if;
+      v_dead_id := v_under_key.dead_id;
+    end if;
+    if not v_verdict.allowed and (c_may_deny or v_group_ids = '{}') then
+      if v_verdict.reason = 'not_in_group' then
+        -- not before: a repeated call is answered also when its group is gone
+        perform tokenlimits.refuse_group(p_operation, p_group_id);
+      elsif v_verdict.states[1].expired is not null then
+        perform tokenlimits.sweep(v_verdict.group_id, p_kind, v_at);
+      end if;
+      return tokenlimits.answer(v_verdict, p_kind, p_cost, null, p_replayed => false);
+    end if;
+  end loop;
+end
+$$;
+comment on function tokenlimits.admit(text, uuid, text, bigint, text, uuid, jsonb, interval, timestamptz)
+is 'What track, reserve and record have in common: judges a request and records it.';
+revoke execute on function tokenlimits.admit(text, uuid, text, bigint, text, uuid, jsonb, interval, timestamptz)
+from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.track_generation(
+  p_user_id uuid,
+  p_kind text,
+  p_cost bigint,
+  p_idempotency_key text,
+  p_group_id uuid,
+  p_metadata jsonb
 )
 returns jsonb
 language plpgsql
 volatile
 -- definer: counters are private, and nobody else writes the ledger
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_group_ids uuid[];
-  v_verdict tokenlimits.verdict;
-  v_usage public.generation_usage;
-  v_live public.generation_usage;
-  v_states tokenlimits.limit_state[];
-  v_taken boolean;
 begin
-  perform tokenlimits.check_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
-  v_usage.user_id := p_user_id;
-  v_usage.kind := p_kind;
-  v_usage.cost := p_cost;
-  v_usage.reserved_cost := case when p_ttl is not null then p_cost end;
-  v_usage.status := case when p_ttl is null then 'committed' else 'reserved' end;
-  v_usage.idempotency_key := p_idempotency_key;
-  v_usage.fingerprint := md5(
-    concat_ws(' ', case when p_ttl is null then 'track' else 'reserve' end, p_kind, p_cost, p_group_id)
-  )::uuid;
-  v_usage.metadata := coalesce(p_metadata, '{}');
-  v_usage.created_at := '-infinity';
-
-  v_group_ids := tokenlimits.paying_groups(p_user_id, p_group_id);
-  perform tokenlimits.lock_groups(v_group_ids);
-  loop
-    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
-    v_verdict := tokenlimits.judge(
-      p_user_id, p_kind, p_cost, v_group_ids, greatest(tokenlimits.clock(), v_usage.created_at)
-    );
-    if v_verdict.allowed then
-      v_usage.id := tokenlimits.uuid_v7();
-      v_usage.group_id := v_verdict.group_id;
-      v_usage.created_at := v_verdict.at;
-      v_usage.settled_at := case when p_ttl is null then v_verdict.at end;
-      v_usage.expires_at := v_verdict.at + p_ttl;
-      v_taken := false;
-      begin
-        v_states := tokenlimits.write_usage(v_usage, v_verdict.states, p_enforce => true);
-        v_taken := v_states is null;
-        if v_taken then
-          -- lets go of the rows that it has locked: another round may lock them in another order
-          raise sqlstate 'TL099';
-        end if;
-      exception
-        when sqlstate 'TL099' then
-          continue when not v_taken;
-      end;
-      if v_states is not null then
-        return tokenlimits.answer(
-          p_kind, p_cost, null, v_usage.group_id, v_states, null, v_usage, p_replayed => false
-        );
-      end if;
-    end if;
-    if p_idempotency_key is not null then
-      v_live := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_usage.fingerprint);
-      if v_live.id is not null then
-        v_states := tokenlimits.limit_states(v_live.group_id, array[p_user_id], p_kind, tokenlimits.clock());
-        return tokenlimits.answer(
-          p_kind, v_live.cost, null, v_live.group_id, v_states, null, v_live, p_replayed => true
-        );
-      end if;
-    end if;
-    if not v_verdict.allowed then
-      if v_verdict.reason = 'not_in_group' and p_group_id is not null then
-        -- not before: a repeated call is answered also when its group is gone
-        perform tokenlimits.require_group(p_group_id);
-      end if;
-      if v_verdict.states[1].expired is not null then
-        perform tokenlimits.sweep(v_verdict.group_id, p_kind, v_verdict.at);
-      end if;
-      return tokenlimits.answer(
-        p_kind, p_cost, v_verdict.reason, v_verdict.group_id, v_verdict.states, v_verdict.denied_by, null,
-        p_replayed => false
-      );
-    end if;
-  end loop;
+  return tokenlimits.admit('track', p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, p_metadata);
 end
 $$;
-comment on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval) is 'What track_generation does.';
-revoke execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval)
-from public, anon, authenticated;
-grant execute on function tokenlimits.track(uuid, text, bigint, text, uuid, jsonb, interval) to service_role;
-
 create or replace function public.track_generation(
   p_user_id uuid,
   p_kind text,
@@ -1569,11 +1603,16 @@ create or replace function public.track_generation(
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.track(
-    p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, tokenlimits.json_argument(p_metadata)
+  return tokenlimits.track_generation(
+    p_user_id,
+    p_kind,
+    p_cost,
+    p_idempotency_key,
+    p_group_id,
+    case jsonb_typeof(p_metadata) when 'string' then (p_metadata #>> '{}')::jsonb else p_metadata end
   );
 end
 $$;
@@ -1581,62 +1620,86 @@ comment on function public.track_generation(uuid, text, bigint, text, uuid, json
 is 'Checks every limit and records the generation, in one step: is it allowed, what remains, when does it reset.';
 revoke execute on function public.track_generation(uuid, text, bigint, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
-grant execute on function public.track_generation(uuid, text, bigint, text, uuid, jsonb) to service_role;
+grant execute on function public.track_generation(uuid, text, bigint, text, uuid, jsonb)
+to service_role;
 
-create or replace function tokenlimits.look(p_user_id uuid, p_kind text, p_cost bigint, p_group_id uuid)
-returns jsonb
-language plpgsql
-stable
--- definer: counters are private
-security definer
-set search_path = ''
-as $$
-declare
-  v_verdict tokenlimits.verdict;
-begin
-  perform tokenlimits.check_request(p_user_id, p_kind, p_cost);
-  if current_setting('transaction_isolation') <> 'read committed' then
-    perform tokenlimits.refuse_isolation();
-  end if;
-  v_verdict := tokenlimits.judge(
-    p_user_id, p_kind, p_cost, tokenlimits.paying_groups(p_user_id, p_group_id), tokenlimits.clock()
-  );
-  if v_verdict.reason = 'not_in_group' and p_group_id is not null then
-    perform tokenlimits.require_group(p_group_id);
-  end if;
-  return tokenlimits.answer(
-    p_kind, p_cost, v_verdict.reason, v_verdict.group_id, v_verdict.states, v_verdict.denied_by, null,
-    p_replayed => false
-  );
-end
-$$;
-comment on function tokenlimits.look(uuid, text, bigint, uuid) is 'What check_generation does.';
-revoke execute on function tokenlimits.look(uuid, text, bigint, uuid) from public, anon, authenticated;
-grant execute on function tokenlimits.look(uuid, text, bigint, uuid) to service_role;
+comment on function tokenlimits.track_generation(uuid, text, bigint, text, uuid, jsonb)
+is 'What track_generation does.';
+revoke execute on function tokenlimits.track_generation(uuid, text, bigint, text, uuid, jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.track_generation(uuid, text, bigint, text, uuid, jsonb)
+to service_role;
 
-create or replace function public.check_generation(
+create or replace function tokenlimits.reserve_generation(
   p_user_id uuid,
   p_kind text,
-  p_cost bigint default 1,
-  p_group_id uuid default null
+  p_cost bigint,
+  p_ttl bigint,
+  p_idempotency_key text,
+  p_group_id uuid,
+  p_metadata jsonb
 )
 returns jsonb
 language plpgsql
-stable
-set search_path = ''
+volatile
+-- definer: counters are private, and nobody else writes the ledger
+security definer
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.look(p_user_id, p_kind, p_cost, p_group_id);
+  if p_ttl is null or p_ttl not between 1 and 2592000 then
+    perform tokenlimits.refuse(
+      'TL001', 'ttl: must be from 1 second to 30 days, in seconds', 'ttl', 'Nothing was reserved.'
+    );
+  end if;
+  return tokenlimits.admit(
+    'reserve', p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, p_metadata,
+    p_ttl => make_interval(secs => p_ttl)
+  );
 end
 $$;
-comment on function public.check_generation(uuid, text, bigint, uuid)
-is 'What track_generation would answer now; records nothing.';
-revoke execute on function public.check_generation(uuid, text, bigint, uuid)
+create or replace function public.reserve_generation(
+  p_user_id uuid,
+  p_kind text,
+  p_cost bigint default 1,
+  p_ttl bigint default 3600,
+  p_idempotency_key text default null,
+  p_group_id uuid default null,
+  p_metadata jsonb default null
+)
+returns jsonb
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return tokenlimits.reserve_generation(
+    p_user_id,
+    p_kind,
+    p_cost,
+    p_ttl,
+    p_idempotency_key,
+    p_group_id,
+    case jsonb_typeof(p_metadata) when 'string' then (p_metadata #>> '{}')::jsonb else p_metadata end
+  );
+end
+$$;
+comment on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
+is 'Holds a generation''s cost for p_ttl seconds, until it is committed or released; answers like track_generation.';
+revoke execute on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
-grant execute on function public.check_generation(uuid, text, bigint, uuid) to service_role;
+grant execute on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
+to service_role;
+
+comment on function tokenlimits.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
+is 'What reserve_generation does.';
+revoke execute on function tokenlimits.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
+to service_role;
 
 -- Past or outside usage: it has happened, so it is never denied, and counters may pass their max.
-create or replace function tokenlimits.record(
+create or replace function tokenlimits.record_generation(
   p_user_id uuid,
   p_kind text,
   p_cost bigint,
@@ -1650,106 +1713,20 @@ language plpgsql
 volatile
 -- definer: counters are private, and nobody else writes the ledger
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_now timestamptz := tokenlimits.clock();
-  v_usage public.generation_usage;
-  v_live public.generation_usage;
-  v_states tokenlimits.limit_state[];
-  v_taken boolean;
 begin
-  perform tokenlimits.check_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
   -- a minute for clocks that differ
-  if p_created_at > v_now + interval '1 minute' or not isfinite(p_created_at) then
-    perform tokenlimits.refuse(
-      'TL001',
-      'created_at: must not lie in the future',
-      'created_at',
-      'Nothing was recorded.'
-    );
+  if p_created_at > tokenlimits.clock() + interval '1 minute' then
+    perform tokenlimits.refuse('TL001', 'created_at: must not lie in the future', 'created_at', 'Nothing was recorded.');
+  elsif not (p_created_at >= '1970-01-01 00:00:00+00' and p_created_at < '9999-01-01 00:00:00+00') then
+    perform tokenlimits.refuse('TL001', 'created_at: must not lie before 1970', 'created_at', 'Nothing was recorded.');
   end if;
-  v_usage.user_id := p_user_id;
-  v_usage.kind := p_kind;
-  v_usage.cost := p_cost;
-  v_usage.status := 'committed';
-  v_usage.idempotency_key := p_idempotency_key;
-  v_usage.fingerprint := md5(concat_ws(' ', 'record', p_kind, p_cost, p_group_id))::uuid;
-  v_usage.metadata := coalesce(p_metadata, '{}');
-  if p_idempotency_key is not null then
-    -- first: a repeated call is answered also when the user has left or the group is gone
-    v_live := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_usage.fingerprint);
-  end if;
-  if v_live.id is null then
-    v_usage.group_id := tokenlimits.recording_group(p_user_id, p_kind, p_group_id);
-    perform tokenlimits.lock_groups(array[v_usage.group_id]);
-  end if;
-  while v_live.id is null loop
-    v_now := greatest(tokenlimits.clock(), v_now);
-    v_states := tokenlimits.limit_states(v_usage.group_id, array[p_user_id], p_kind, v_now);
-    v_now := greatest(v_now, (select max(s.since) from unnest(v_states) as s));
-    v_usage.id := tokenlimits.uuid_v7();
-    v_usage.created_at := coalesce(least(p_created_at, v_now), v_now);
-    v_usage.settled_at := v_now;
-    v_taken := false;
-    begin
-      v_states := tokenlimits.write_usage(v_usage, v_states, p_enforce => false);
-      v_taken := v_states is null;
-      if v_taken then
-        raise sqlstate 'TL099';
-      end if;
-    exception
-      when sqlstate 'TL099' then
-        continue when not v_taken;
-    end;
-    if v_states is not null then
-      return tokenlimits.answer(p_kind, p_cost, null, v_usage.group_id, v_states, null, v_usage, p_replayed => false);
-    end if;
-    v_live := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_usage.fingerprint);
-  end loop;
-  v_states := tokenlimits.limit_states(v_live.group_id, array[p_user_id], p_kind, v_now);
-  return tokenlimits.answer(p_kind, v_live.cost, null, v_live.group_id, v_states, null, v_live, p_replayed => true);
+  return tokenlimits.admit(
+    'record', p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, p_metadata, p_created_at => p_created_at
+  );
 end
 $$;
-comment on function tokenlimits.record(uuid, text, bigint, timestamptz, text, uuid, jsonb)
-is 'What record_generation does.';
-revoke execute on function tokenlimits.record(uuid, text, bigint, timestamptz, text, uuid, jsonb)
-from public, anon, authenticated;
-grant execute on function tokenlimits.record(uuid, text, bigint, timestamptz, text, uuid, jsonb) to service_role;
-
--- Any group when named, for people leave; else the first of the user's that has a limit for the kind, else their first.
-create or replace function tokenlimits.recording_group(p_user_id uuid, p_kind text, p_group_id uuid)
-returns uuid
-language plpgsql
-stable
-set search_path = ''
-as $$
-declare
-  v_group_id uuid;
-begin
-  if p_group_id is not null then
-    return (tokenlimits.require_group(p_group_id)).id;
-  end if;
-  select g.id into v_group_id
-  from unnest(tokenlimits.paying_groups(p_user_id)) with ordinality as g (id, place)
-  order by
-    exists (select from public.group_limits as l where l.group_id = g.id and l.kind = p_kind) desc,
-    g.place
-  limit 1;
-  if v_group_id is null then
-    perform tokenlimits.refuse(
-      'TL001',
-      'group_id: is required, since the user is in no group',
-      'group_id',
-      'Name the group that this usage belongs to.'
-    );
-  end if;
-  return v_group_id;
-end
-$$;
-comment on function tokenlimits.recording_group(uuid, text, uuid) is 'The group that past usage is booked on.';
-revoke execute on function tokenlimits.recording_group(uuid, text, uuid) from public, anon, authenticated;
-
 create or replace function public.record_generation(
   p_user_id uuid,
   p_kind text,
@@ -1762,11 +1739,17 @@ create or replace function public.record_generation(
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.record(
-    p_user_id, p_kind, p_cost, p_created_at, p_idempotency_key, p_group_id, tokenlimits.json_argument(p_metadata)
+  return tokenlimits.record_generation(
+    p_user_id,
+    p_kind,
+    p_cost,
+    p_created_at,
+    p_idempotency_key,
+    p_group_id,
+    case jsonb_typeof(p_metadata) when 'string' then (p_metadata #>> '{}')::jsonb else p_metadata end
   );
 end
 $$;
@@ -1774,98 +1757,341 @@ comment on function public.record_generation(uuid, text, bigint, timestamptz, te
 is 'Records past or outside usage: moves the counters of its period, never denies.';
 revoke execute on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
-grant execute on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb) to service_role;
+grant execute on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
+to service_role;
 
--- What has expired is taken back: many usages at once move rollup and counters.
---
--- Invariants
---   * A hold that has expired counts as released from that moment on. Nobody has to sweep it for that: readers subtract
---     it, and whoever writes for its group and kind sweeps it on the way.
---   * The ledger is written first: a counter that is counted afresh afterwards has all that is about to be moved.
---   * Locks in the order of 30_counters.sql: ledger rows by id before the own key, then rollup, members by id, group.
+comment on function tokenlimits.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
+is 'What record_generation does.';
+revoke execute on function tokenlimits.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
+to service_role;
 
-do $do$
-begin
-  if to_regtype('tokenlimits.usage_move') is null then
-    create type tokenlimits.usage_move as (
-      user_id uuid,
-      created_at timestamptz,
-      cost bigint,
-      generations integer
-    );
-  end if;
-end
-$do$;
-
--- the first version, which locked too
--- squawk-ignore ban-drop-function
-drop function if exists tokenlimits.lock_expired(uuid, text, timestamptz, uuid);
-
-create or replace function tokenlimits.expired_holds(p_group_id uuid, p_kind text, p_at timestamptz)
-returns uuid[]
+create or replace function tokenlimits.check_generation(p_user_id uuid, p_kind text, p_cost bigint, p_group_id uuid)
+returns jsonb
 language plpgsql
 stable
-set search_path = ''
+-- definer: counters are private
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_states tokenlimits.limit_state[];
+  v_are_open boolean;
+  v_any_expired boolean;
+  v_name text;
+  v_timezone text;
+  v_group_ids uuid[];
+  v_group_id uuid;
+  v_state tokenlimits.limit_state;
+  v_full tokenlimits.limit_state;
+  v_at timestamptz;
+  v_verdict tokenlimits.verdict;
+begin
+  if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
+  and coalesce(char_length(null) between 1 and 255, true)
+  and (case
+    when null::jsonb is null then true
+    when jsonb_typeof(null::jsonb) <> 'object' or pg_column_size(null::jsonb) > 32768 then false
+    when jsonb_path_exists(null::jsonb, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
+    else octet_length(null::jsonb::text) <= 8192
+  end)) is not true then
+    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, null, null);
+  elsif current_setting('transaction_isolation') <> 'read committed' then
+    perform tokenlimits.refuse_isolation();
+  end if;
+  v_at := tokenlimits.clock();
+  v_group_ids := coalesce(
+    (select p.group_ids from tokenlimits.paying_groups as p where p.user_id = p_user_id),
+    array(select d.id from public.user_groups as d where d.is_default)
+  );
+  v_group_ids := case
+    when p_group_id is null then v_group_ids
+    when p_group_id = any(v_group_ids) then array[p_group_id]
+    else '{}'
+  end;
+  v_verdict.allowed := false;
+  v_verdict.reason := case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
+  v_verdict.group_id := null;
+  v_verdict.group_name := null;
+  v_verdict.timezone := null;
+  v_verdict.states := null;
+  v_verdict.denied_by := null;
+  v_verdict.at := v_at;
+  foreach v_group_id in array v_group_ids loop
+    select
+      array_agg(
+        row(
+          l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
+          c.since, c.until, c.used, null, c.until > v_at
+        )::tokenlimits.limit_state
+        order by l.kind, l.scope = 'group', l.subject, l.counter_id
+      ),
+      bool_and(coalesce(c.since <= v_at and c.until > v_at, false)),
+      exists (
+        select
+        from tokenlimits.holds as h
+        where h.group_id = v_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= v_at
+      ),
+      min(l.name),
+      min(l.timezone)
+    into v_states, v_are_open, v_any_expired, v_name, v_timezone
+    from (
+      select
+        i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
+        -- here and not in "from", where it costs more than all the rest
+        unnest(case i.scope when 'group' then array[v_group_id] else array[p_user_id] end) as subject
+      from public.group_limits as i
+      inner join public.user_groups as g on g.id = i.group_id
+      where i.group_id = v_group_id and (p_kind is null or i.kind = p_kind)
+    ) as l
+    left join lateral (
+      select k.since, k.until, k.used
+      from tokenlimits.counters as k
+      where k.subject = l.subject and k.counter_id = l.counter_id
+      -- a look-up for each, whatever the planner thinks of the size of an array
+      offset 0
+    ) as c on true;
+    continue when v_states is null;
+    if v_any_expired or not v_are_open then
+      v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], p_kind, v_at);
+    end if;
+    v_full := null;
+    foreach v_state in array v_states loop
+      -- a counter may be ahead of a clock that was set back; the usage belongs to the counter's period then
+      v_verdict.at := greatest(v_verdict.at, v_state.since);
+      if not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
+        -- what can never fit, and a lifetime limit, wait for ever
+        if p_cost > v_state.max then
+          v_state.until := 'infinity';
+        end if;
+        if v_full is null or v_state.until > v_full.until then
+          v_full := v_state;
+        end if;
+      end if;
+    end loop;
+    v_verdict.allowed := v_full is null;
+    if v_verdict.allowed or v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
+      v_verdict.reason := case when not v_verdict.allowed then 'limit_exceeded' end;
+      v_verdict.group_id := v_group_id;
+      v_verdict.group_name := v_name;
+      v_verdict.timezone := v_timezone;
+      v_verdict.states := v_states;
+      v_verdict.denied_by := v_full;
+    end if;
+    exit when v_verdict.allowed;
+  end loop;
+  if v_verdict.reason = 'not_in_group' then
+    perform tokenlimits.refuse_group('check', p_group_id);
+  end if;
+  return tokenlimits.answer(v_verdict, p_kind, p_cost, null, p_replayed => false);
+end
+$$;
+create or replace function public.check_generation(
+  p_user_id uuid,
+  p_kind text,
+  p_cost bigint default 1,
+  p_group_id uuid default null
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return array(
-    select h.usage_id
-    from tokenlimits.holds as h
-    where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_at
+  return tokenlimits.check_generation(
+    p_user_id,
+    p_kind,
+    p_cost,
+    p_group_id
   );
 end
 $$;
-comment on function tokenlimits.expired_holds(uuid, text, timestamptz)
-is 'The holds of a group and kind that have expired, and that nobody has swept yet.';
-revoke execute on function tokenlimits.expired_holds(uuid, text, timestamptz) from public, anon, authenticated;
+comment on function public.check_generation(uuid, text, bigint, uuid)
+is 'What track_generation would answer now; records nothing.';
+revoke execute on function public.check_generation(uuid, text, bigint, uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.check_generation(uuid, text, bigint, uuid)
+to service_role;
 
-create or replace function tokenlimits.lock_usages(p_usage_ids uuid[])
-returns void
+comment on function tokenlimits.check_generation(uuid, text, bigint, uuid)
+is 'What check_generation does.';
+revoke execute on function tokenlimits.check_generation(uuid, text, bigint, uuid)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.check_generation(uuid, text, bigint, uuid)
+to service_role;
+
+-- Many moves at once: usages that are written, holds that have expired and are swept, and what a settlement changes.
+--
+-- Invariants
+--   * The ledger is written first: a counter that is counted afresh afterwards has all that is about to be moved.
+--   * A sweep takes a bounded number of holds, and waits for none of them: whom it leaves, readers go on subtracting.
+--   * Nobody is denied for holds that are left: a counter that looks full is judged again while it is locked, less what
+--     has expired.
+
+-- The room that a counter has besides expired holds. From its lock on, nobody else moves it: what had expired by then
+-- and is not swept is still in it, and whoever settles such a hold waits for the lock, or came before.
+create or replace function tokenlimits.squeeze(
+  p_state tokenlimits.limit_state,
+  p_cost bigint,
+  p_last timestamptz,
+  p_at timestamptz
+)
+returns bigint
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_expired bigint;
 begin
   perform
-  from public.generation_usage as u
-  where u.id = any(p_usage_ids)
-  order by u.id
-  for update;
+  from tokenlimits.counters as c
+  where c.subject = p_state.subject and c.counter_id = p_state.counter_id
+  for no key update;
+  v_expired := tokenlimits.expired_cost(
+    p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.since, p_at
+  );
+  update tokenlimits.counters as c
+  set used = c.used + p_cost
+  where
+    c.subject = p_state.subject
+    and c.counter_id = p_state.counter_id
+    and p_last >= c.since
+    and p_last < c.until
+    and (false or (p_state.max is null or c.used - v_expired + p_cost <= p_state.max))
+  returning c.used into p_state.used;
+  if not found then
+    raise sqlstate 'TL099';
+  end if;
+  return p_state.used;
 end
 $$;
-comment on function tokenlimits.lock_usages(uuid[]) is 'Locks rows of the ledger, in one order.';
-revoke execute on function tokenlimits.lock_usages(uuid[]) from public, anon, authenticated;
+comment on function tokenlimits.squeeze(tokenlimits.limit_state, bigint, timestamptz, timestamptz)
+is 'Moves a counter that looks full into the room that expired holds leave, or raises TL099.';
+revoke execute on function tokenlimits.squeeze(tokenlimits.limit_state, bigint, timestamptz, timestamptz)
+from public, anon, authenticated, service_role;
 
--- Takes the keys from those of the locked usages that are dead. By id: a key that has gone to another row meanwhile is
--- that one's, which was not locked in the one order.
-create or replace function tokenlimits.free_keys(p_usage_ids uuid[], p_at timestamptz)
+create or replace function tokenlimits.move_usage(p_moves tokenlimits.usage_move[], p_at timestamptz)
 returns void
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_move record;
+  v_moving uuid;
+  v_states tokenlimits.limit_state[];
+  v_state tokenlimits.limit_state;
+  v_moved tokenlimits.limit_state[] := '{}';
 begin
-  update public.generation_usage as u
-  set idempotency_key = null
-  where u.id = any(p_usage_ids) and tokenlimits.is_dead(u.status, u.expires_at, p_at);
+  insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
+  select
+    g.group_id, g.kind, g.bucket, tokenlimits.free_slot(g.group_id), g.cost, g.generations
+  from (
+    select
+      m.group_id, m.kind, date_bin('15 minutes', m.created_at, '2000-01-01 00:00:00+00') as bucket,
+      sum(m.cost)::bigint as cost, sum(m.generations)::bigint as generations
+    from unnest(p_moves) as m
+    group by m.group_id, m.kind, bucket
+    order by m.group_id, m.kind, bucket
+  ) as g
+  on conflict on constraint usage_rollup_pkey do update
+  set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
+  v_states := array(
+    select row(l.*)::tokenlimits.limit_state
+    from (
+      select m.group_id, m.kind, array_agg(distinct m.user_id) as user_ids
+      from unnest(p_moves) as m
+      group by m.group_id, m.kind
+    ) as p
+    cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kind, p_at, false)) as l
+  );
+  for v_move in
+    select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.enforced) as enforced
+    from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place)
+    inner join (
+      select g.*, g.group_id as subject, 'group' as scope
+      from unnest(p_moves) as g
+      union all
+      select u.*, u.user_id as subject, 'member' as scope
+      from unnest(p_moves) as u
+    ) as m
+      on
+        m.group_id = s.group_id and m.kind = s.kind and m.subject = s.subject and m.scope = s.scope
+        and m.created_at >= s.since
+    group by s.place, s.scope, s.subject, s.counter_id
+    order by s.scope = 'group', s.subject, s.counter_id
+  loop
+    v_state := v_states[v_move.place];
+    v_moving := v_state.group_id;
+    if v_state.is_open is null then
+      v_state.used := v_state.used - v_move.cost;
+    end if;
+    if v_state.is_open is not true then
+      perform tokenlimits.open_counter(v_state);
+    end if;
+    update tokenlimits.counters as c
+    set used = c.used + v_move.cost
+    where
+      c.subject = v_state.subject
+      and c.counter_id = v_state.counter_id
+      and v_move.last >= c.since
+      and v_move.last < c.until
+      and (not v_move.enforced or (v_state.max is null or c.used + v_move.cost <= v_state.max))
+    returning c.used into v_state.used;
+    if not found then
+      v_state.used := tokenlimits.squeeze(v_state, v_move.cost, v_move.last, p_at);
+    end if;
+    v_moved := v_moved || v_state;
+  end loop;
 end
 $$;
-comment on function tokenlimits.free_keys(uuid[], timestamptz) is 'Takes the keys from dead usages.';
-revoke execute on function tokenlimits.free_keys(uuid[], timestamptz) from public, anon, authenticated;
+comment on function tokenlimits.move_usage(tokenlimits.usage_move[], timestamptz)
+is 'Moves rollup and counters by many moves at once, or raises TL099.';
+revoke execute on function tokenlimits.move_usage(tokenlimits.usage_move[], timestamptz)
+from public, anon, authenticated, service_role;
 
--- the first version, which was for one group and kind
--- squawk-ignore ban-drop-function
-drop function if exists tokenlimits.expire(uuid[], timestamptz);
+-- Locks some of the holds of a group and kind that have expired, the oldest first. Who settles or sweeps one of them at
+-- this moment has it locked, and it is passed over.
+create or replace function tokenlimits.lock_expired(
+  p_group_id uuid,
+  p_kind text,
+  p_at timestamptz,
+  p_most integer default 500
+)
+returns uuid[]
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return array(
+    select u.id
+    from tokenlimits.holds as h
+    inner join public.generation_usage as u on u.id = h.usage_id
+    where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_at
+    order by h.expires_at
+    limit p_most
+    for update of u skip locked
+  );
+end
+$$;
+comment on function tokenlimits.lock_expired(uuid, text, timestamptz, integer)
+is 'Holds of a group and kind that have expired, locked to be swept.';
+revoke execute on function tokenlimits.lock_expired(uuid, text, timestamptz, integer)
+from public, anon, authenticated, service_role;
 
 -- Marks those of the locked usages that are expired holds, and answers what that takes back.
 create or replace function tokenlimits.expire_holds(p_usage_ids uuid[], p_at timestamptz)
-returns table (group_id uuid, kind text, move tokenlimits.usage_move)
+returns tokenlimits.usage_move[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_moves tokenlimits.usage_move[];
 begin
-  return query
   with expired as (
     update public.generation_usage as u
     set status = 'expired', settled_at = u.expires_at
@@ -1875,180 +2101,37 @@ begin
 
   forgotten as (
     delete from tokenlimits.holds as h
-    where h.usage_id in (select e.id from expired as e)
+    using expired as e
+    where h.user_id = e.user_id and h.usage_id = e.id
   )
 
-  select e.group_id, e.kind, row(e.user_id, e.created_at, -e.cost, -1)::tokenlimits.usage_move
+  select array_agg(
+    row(e.group_id, e.kind, e.user_id, e.created_at, -e.cost, -1, false)::tokenlimits.usage_move
+  )
+  into v_moves
   from expired as e;
+  return coalesce(v_moves, '{}');
 end
 $$;
 comment on function tokenlimits.expire_holds(uuid[], timestamptz)
 is 'Marks holds as expired; answers what is to be taken back.';
-revoke execute on function tokenlimits.expire_holds(uuid[], timestamptz) from public, anon, authenticated;
-
--- the first versions
--- squawk-ignore ban-drop-function
-drop function if exists tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, uuid);
--- squawk-ignore ban-drop-function
-drop function if exists tokenlimits.move_counter(
-  tokenlimits.limit_state, tokenlimits.usage_move[], uuid, boolean
-);
-
--- Moves the rollup and every counter of a group and kind by many moves at once, and answers the counters as they are
--- then. The ledger is as it will be: a counter that is counted afresh here has the moves in it already, so it is opened
--- without them. Raises TL099 when a counter has moved on, or has no room for what p_enforce puts into it; what is only
--- taken back is never too much, even where a limit was lowered below what is used.
-create or replace function tokenlimits.move_usage(
-  p_group_id uuid,
-  p_kind text,
-  p_moves tokenlimits.usage_move[],
-  p_at timestamptz,
-  p_enforce boolean
-)
-returns tokenlimits.limit_state[]
-language plpgsql
-volatile
-set search_path = ''
-as $$
-declare
-  v_slot smallint := tokenlimits.free_slot(p_group_id);
-  v_states tokenlimits.limit_state[] := tokenlimits.limit_states(
-    p_group_id, array(select distinct m.user_id from unnest(p_moves) as m), p_kind, p_at
-  );
-  v record;
-begin
-  insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
-  select
-    p_group_id, p_kind, tokenlimits.rollup_bucket(m.created_at) as bucket, v_slot, sum(m.cost), sum(m.generations)
-  from unnest(p_moves) as m
-  group by bucket
-  order by bucket
-  on conflict on constraint usage_rollup_pkey do update
-  set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
-
-  for v in
-    select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.cost > 0) as adds
-    from unnest(v_states) with ordinality as s (
-      counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place
-    )
-    inner join (
-      select 'member' as scope, n.user_id as subject, n.created_at, n.cost
-      from unnest(p_moves) as n
-      union all
-      select 'group' as scope, p_group_id as subject, n.created_at, n.cost
-      from unnest(p_moves) as n
-    ) as m on m.scope = s.scope and m.subject = s.subject and m.created_at >= s.since
-    group by s.place
-    order by s.place
-  loop
-    v_states[v.place].used := tokenlimits.move_counter(v_states[v.place], v.cost, v.last, p_enforce and v.adds);
-  end loop;
-  return v_states;
-end
-$$;
-comment on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, boolean)
-is 'Moves rollup and counters by many moves at once, or raises TL099.';
-revoke execute on function tokenlimits.move_usage(uuid, text, tokenlimits.usage_move[], timestamptz, boolean)
-from public, anon, authenticated;
-
-create or replace function tokenlimits.move_counter(
-  p_state tokenlimits.limit_state,
-  p_cost bigint,
-  p_last timestamptz,
-  p_enforce boolean
-)
-returns bigint
-language plpgsql
-volatile
-set search_path = ''
-as $$
-declare
-  v_used bigint;
-begin
-  if p_state.is_open is null then
-    p_state.used := p_state.used - p_cost;
-  end if;
-  if p_state.is_open is not true then
-    perform tokenlimits.open_counter(p_state);
-  end if;
-  update tokenlimits.counters as c
-  set used = c.used + p_cost
-  where
-    c.subject = p_state.subject
-    and c.counter_id = p_state.counter_id
-    and p_last >= c.since
-    and p_last < c.until
-    and (not p_enforce or p_state.max is null or c.used + p_cost <= p_state.max)
-  returning c.used into v_used;
-  if not found then
-    raise sqlstate 'TL099';
-  end if;
-  return v_used;
-end
-$$;
-comment on function tokenlimits.move_counter(tokenlimits.limit_state, bigint, timestamptz, boolean)
-is 'Moves one counter and answers what it holds then, or raises TL099.';
-revoke execute on function tokenlimits.move_counter(tokenlimits.limit_state, bigint, timestamptz, boolean)
-from public, anon, authenticated;
-
--- What write_usage does when there are expired holds: their cost is taken back in the same step.
-create or replace function tokenlimits.write_and_sweep(p_usage public.generation_usage, p_enforce boolean)
-returns tokenlimits.limit_state[]
-language plpgsql
-volatile
-set search_path = ''
-as $$
-declare
-  v_at timestamptz := coalesce(p_usage.settled_at, p_usage.created_at);
-  v_dead public.generation_usage;
-  v_expired uuid[];
-begin
-  -- a dead usage under the same key may be of another group or kind, and is locked in one order with the rest
-  select * into v_dead
-  from public.generation_usage as u
-  where
-    u.idempotency_key = p_usage.idempotency_key
-    and u.user_id = p_usage.user_id
-    and tokenlimits.is_dead(u.status, u.expires_at, v_at);
-  v_expired := tokenlimits.expired_holds(p_usage.group_id, p_usage.kind, v_at);
-  perform tokenlimits.lock_usages(v_expired || v_dead.id);
-  perform tokenlimits.free_keys(array[v_dead.id], v_at);
-  if not tokenlimits.claim(p_usage) then
-    return null;
-  end if;
-  perform tokenlimits.move_usage(
-    p_usage.group_id, p_usage.kind,
-    array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e)
-    || row(p_usage.user_id, p_usage.created_at, p_usage.cost, 1)::tokenlimits.usage_move,
-    v_at, p_enforce
-  );
-  return tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], p_usage.kind, v_at);
-end
-$$;
-comment on function tokenlimits.write_and_sweep(public.generation_usage, boolean)
-is 'Writes a usage, and sweeps the expired holds of its group and kind.';
-revoke execute on function tokenlimits.write_and_sweep(public.generation_usage, boolean)
-from public, anon, authenticated;
+revoke execute on function tokenlimits.expire_holds(uuid[], timestamptz)
+from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.sweep(p_group_id uuid, p_kind text, p_at timestamptz)
 returns bigint
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_at timestamptz := p_at;
-  v_expired uuid[];
   v_moves tokenlimits.usage_move[];
 begin
   loop
     begin
-      v_expired := tokenlimits.expired_holds(p_group_id, p_kind, v_at);
-      perform tokenlimits.lock_usages(v_expired);
-      v_moves := array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e);
-      if v_moves <> '{}' then
-        perform tokenlimits.move_usage(p_group_id, p_kind, v_moves, v_at, p_enforce => false);
-      end if;
+      v_moves := tokenlimits.expire_holds(tokenlimits.lock_expired(p_group_id, p_kind, v_at), v_at);
+      perform tokenlimits.move_usage(v_moves, v_at);
       return cardinality(v_moves);
     exception
       when sqlstate 'TL099' then
@@ -2058,16 +2141,16 @@ begin
 end
 $$;
 comment on function tokenlimits.sweep(uuid, text, timestamptz)
-is 'Takes back what expired holds of a group and kind held, and says how many there were.';
-revoke execute on function tokenlimits.sweep(uuid, text, timestamptz) from public, anon, authenticated;
+is 'Takes back what some expired holds of a group and kind held, and says how many there were.';
+revoke execute on function tokenlimits.sweep(uuid, text, timestamptz)
+from public, anon, authenticated, service_role;
 
--- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it. One group and kind in one
--- transaction, since the rows of two would be locked in an order that nobody else follows.
+-- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it.
 create or replace function tokenlimits.tidy()
 returns bigint
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_at timestamptz := tokenlimits.clock();
@@ -2086,47 +2169,109 @@ begin
 end
 $$;
 comment on function tokenlimits.tidy()
-is 'Sweeps the expired holds of the group and kind with the oldest one, and says how many there were.';
-revoke execute on function tokenlimits.tidy() from public, anon, authenticated;
+is 'Sweeps expired holds of the group and kind with the oldest one, some at a time, and says how many there were.';
+revoke execute on function tokenlimits.tidy()
+from public, anon, authenticated, service_role;
 
--- Two steps, where the work can fail: reserve, then commit, release or refund.
+-- Puts usages into the ledger, each under its key (p_dead_ids: the dead usage that has the key, if one has), sweeps some
+-- expired holds of these groups and kinds on the way, and answers how counters move by all that. Raises TL099 when
+-- somebody has taken a key meanwhile.
+create or replace function tokenlimits.write_ledger(
+  p_usages public.generation_usage[],
+  p_dead_ids uuid[],
+  p_enforced boolean,
+  p_group_ids uuid[],
+  p_kinds text[],
+  p_at timestamptz
+)
+returns tokenlimits.usage_move[]
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  c_swept constant integer := 500;
+  v_dead uuid[] := array_remove(p_dead_ids, null);
+  v_expired uuid[] := '{}';
+  v_claims public.generation_usage[] := p_usages;
+  v_late_claims public.generation_usage[] := '{}';
+  v_written bigint;
+  v record;
+begin
+  if v_dead <> '{}' then
+    perform
+    from public.generation_usage as u
+    where u.id = any(v_dead)
+    order by u.id
+    for update;
+    v_claims := '{}';
+    for i in 1..cardinality(p_usages) loop
+      if p_dead_ids[i] is null then
+        v_claims := v_claims || p_usages[i];
+      else
+        v_late_claims := v_late_claims || p_usages[i];
+      end if;
+    end loop;
+  end if;
+  for v in
+    select distinct p.group_id, p.kind
+    from unnest(p_group_ids, p_kinds) as p (group_id, kind)
+  loop
+    v_expired := v_expired || tokenlimits.lock_expired(
+      v.group_id, v.kind, p_at, c_swept - cardinality(v_expired)
+    );
+  end loop;
+
+  -- the keys of dead usages last: until they are freed, whoever wants one finds it taken and does not wait, and nobody
+  -- can have taken it
+  for step in 1..2 loop
+    if step = 2 and v_dead <> '{}' then
+      update public.generation_usage as u
+      set idempotency_key = null
+      where u.id = any(v_dead) and (u.status not in ('reserved', 'committed')
+or (u.status = 'reserved' and u.expires_at <= p_at));
+      v_claims := v_late_claims;
+    end if;
+    exit when step = 2 and v_dead = '{}';
+    insert into public.generation_usage (
+      id, group_id, user_id, kind, cost, reserved_cost, status,
+      idempotency_key, fingerprint, metadata, created_at, settled_at, expires_at
+    )
+    select
+      n.id, n.group_id, n.user_id, n.kind, n.cost,
+      n.reserved_cost, n.status, n.idempotency_key, n.fingerprint,
+      n.metadata, n.created_at, n.settled_at, n.expires_at
+    from unnest(v_claims) as n
+    order by n.idempotency_key, n.user_id
+    on conflict on constraint generation_usage_key_key do nothing;
+    get diagnostics v_written = row_count;
+    if v_written < cardinality(v_claims) then
+      raise sqlstate 'TL099';
+    end if;
+  end loop;
+  insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+  select
+    n.id, n.group_id, n.user_id, n.kind, n.cost,
+    n.created_at, n.expires_at
+  from unnest(p_usages) as n
+  where n.status = 'reserved';
+  return tokenlimits.expire_holds(v_expired, p_at) || array(
+    select row(n.group_id, n.kind, n.user_id, n.created_at, n.cost, 1, p_enforced)::tokenlimits.usage_move
+    from unnest(p_usages) as n
+  );
+end
+$$;
+comment on function tokenlimits.write_ledger(public.generation_usage[], uuid[], boolean, uuid[], text[], timestamptz)
+is 'Writes usages into the ledger, sweeps, and answers what moves by it.';
+revoke execute on function tokenlimits.write_ledger(public.generation_usage[], uuid[], boolean, uuid[], text[], timestamptz)
+from public, anon, authenticated, service_role;
+
+-- The second step of a hold: commit, release; and the refund of what was committed.
 --
 -- Invariants
 --   * Each usage settles at most once; the same settlement again changes nothing and answers the same.
 --   * Settling needs nothing but the usage's id: not the member, not the group, not the limit.
---   * An expired hold may be committed while its periods last, in the room that is left, and then sweeps the others.
-
-create or replace function public.reserve_generation(
-  p_user_id uuid,
-  p_kind text,
-  p_cost bigint default 1,
-  p_ttl bigint default 3600,
-  p_idempotency_key text default null,
-  p_group_id uuid default null,
-  p_metadata jsonb default null
-)
-returns jsonb
-language plpgsql
-volatile
-set search_path = ''
-as $$
-begin
-  if p_ttl is null or p_ttl not between 1 and 2592000 then
-    perform tokenlimits.refuse(
-      'TL001', 'ttl: must be from 1 second to 30 days, in seconds', 'ttl', 'Nothing was reserved.'
-    );
-  end if;
-  return tokenlimits.track(
-    p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, tokenlimits.json_argument(p_metadata),
-    make_interval(secs => p_ttl)
-  );
-end
-$$;
-comment on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
-is 'Holds a generation''s cost for p_ttl seconds, until it is committed or released; answers like track_generation.';
-revoke execute on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
-from public, anon, authenticated, service_role;
-grant execute on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb) to service_role;
+--   * An expired hold may be committed while its periods last, in the room that is left.
 
 -- What a settlement makes of a usage: its new status, or null when it is so already. Raises what can't be.
 create or replace function tokenlimits.settled_status(
@@ -2138,7 +2283,7 @@ create or replace function tokenlimits.settled_status(
 returns text
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_action = 'commit' and p_usage.reserved_cost is not null then
@@ -2182,7 +2327,7 @@ $$;
 comment on function tokenlimits.settled_status(public.generation_usage, text, bigint, timestamptz)
 is 'The status that a settlement leads to; null when it was made before.';
 revoke execute on function tokenlimits.settled_status(public.generation_usage, text, bigint, timestamptz)
-from public, anon, authenticated;
+from public, anon, authenticated, service_role;
 
 -- A commit after the hold's end counts as a new usage of the old moment: only while all its periods last, and in the
 -- room that is left.
@@ -2190,13 +2335,13 @@ create or replace function tokenlimits.require_room(p_usage public.generation_us
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_state tokenlimits.limit_state;
 begin
   foreach v_state in array tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], p_usage.kind, p_at) loop
-    if p_usage.created_at < v_state.since or v_state.used + p_cost > v_state.max then
+    if p_usage.created_at < v_state.since or not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
       perform tokenlimits.refuse(
         'TL007',
         format('hold %s expired at %s, and its %s no longer fit', p_usage.id, p_usage.expires_at, p_cost),
@@ -2210,24 +2355,21 @@ $$;
 comment on function tokenlimits.require_room(public.generation_usage, bigint, timestamptz)
 is 'Raises TL007 unless an expired hold may still be committed.';
 revoke execute on function tokenlimits.require_room(public.generation_usage, bigint, timestamptz)
-from public, anon, authenticated;
+from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.settle(p_usage_id uuid, p_action text, p_cost bigint default null)
 returns jsonb
 language plpgsql
 volatile
--- definer: counters are private, and nobody else writes the ledger
-security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_at timestamptz := tokenlimits.clock();
+  v_at timestamptz;
   v_usage public.generation_usage;
-  v_expired uuid[];
-  v_moves tokenlimits.usage_move[];
+  v_move tokenlimits.usage_move;
   v_cost bigint;
   v_status text;
-  v_late boolean;
+  v_is_late boolean;
 begin
   select * into v_usage from public.generation_usage as u where u.id = p_usage_id;
   if not found then
@@ -2236,38 +2378,30 @@ begin
       'Pass the usage_id of an allowed answer.'
     );
   end if;
-  -- never before it was recorded, or a clock that was set back would go round for ever
-  v_at := greatest(v_at, v_usage.created_at);
   perform tokenlimits.lock_groups(array[v_usage.group_id]);
   loop
-    v_late := p_action = 'commit'
-      and (v_usage.status = 'expired' or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at));
+    -- never before it was recorded, or a clock that was set back would go round for ever
+    v_at := greatest(tokenlimits.clock(), v_usage.created_at, v_at);
     begin
-      v_expired := case
-        when v_late then tokenlimits.expired_holds(v_usage.group_id, v_usage.kind, v_at)
-        else '{}'
-      end;
-      perform tokenlimits.lock_usages(v_expired || p_usage_id);
-      select * into v_usage from public.generation_usage as u where u.id = p_usage_id;
+      select * into v_usage from public.generation_usage as u where u.id = p_usage_id for update;
       v_cost := case p_action when 'commit' then coalesce(p_cost, v_usage.reserved_cost) else v_usage.cost end;
       v_status := tokenlimits.settled_status(v_usage, p_action, v_cost, v_at);
       if v_status is not null then
-        if v_late is distinct from (
-          p_action = 'commit'
-          and (v_usage.status = 'expired' or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at))
-        ) then
-          raise sqlstate 'TL099';
-        end if;
-        if v_late then
-          -- first, while what has expired is still known as such, and subtracted
+        v_is_late := v_status = 'committed' and (v_usage.status not in ('reserved', 'committed')
+or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at));
+        if v_is_late then
           perform tokenlimits.require_room(v_usage, v_cost, v_at);
-          v_moves := array(select e.move from tokenlimits.expire_holds(v_expired, v_at) as e);
-          v_moves := v_moves || row(v_usage.user_id, v_usage.created_at, v_cost, 1)::tokenlimits.usage_move;
-        elsif v_status = 'committed' then
-          v_moves := array[row(v_usage.user_id, v_usage.created_at, v_cost - v_usage.cost, 0)::tokenlimits.usage_move];
-        else
-          v_moves := array[row(v_usage.user_id, v_usage.created_at, -v_usage.cost, -1)::tokenlimits.usage_move];
         end if;
+        v_move := row(v_usage.group_id, v_usage.kind, v_usage.user_id, v_usage.created_at, 0, 0, v_is_late);
+        if v_status = 'committed' then
+          v_move.cost := v_cost;
+          v_move.generations := 1;
+        end if;
+        if v_usage.status in ('reserved', 'committed') then
+          v_move.cost := v_move.cost - v_usage.cost;
+          v_move.generations := v_move.generations - 1;
+        end if;
+        delete from tokenlimits.holds as h where h.user_id = v_usage.user_id and h.usage_id = p_usage_id;
         update public.generation_usage as u
         set
           status = v_status,
@@ -2275,104 +2409,168 @@ begin
           settled_at = case v_status when 'expired' then u.expires_at else v_at end
         where u.id = p_usage_id
         returning * into v_usage;
-        delete from tokenlimits.holds as h where h.usage_id = p_usage_id;
-        perform tokenlimits.move_usage(
-          v_usage.group_id, v_usage.kind, v_moves, v_at, p_enforce => v_late
-        );
+        perform tokenlimits.move_usage(array[v_move], v_at);
+        if v_status = 'committed' and not v_is_late and v_usage.expires_at <= tokenlimits.clock() then
+          -- it has expired before its counters were locked: somebody may have taken its room
+          raise sqlstate 'TL099';
+        end if;
       end if;
-      return tokenlimits.answer(
-        v_usage.kind, v_usage.cost, null, v_usage.group_id,
-        tokenlimits.limit_states(v_usage.group_id, array[v_usage.user_id], v_usage.kind, v_at), null, v_usage,
-        -- an expired hold was over before it was released, swept or not
-        p_replayed => v_status is null or v_status = 'expired'
-      );
+      -- an expired hold was over before it was released, swept or not
+      return tokenlimits.usage_answer(v_usage, v_at, p_replayed => v_status is null or v_status = 'expired');
     exception
       when sqlstate 'TL099' then
-        v_at := greatest(v_at, tokenlimits.clock());
-        select * into v_usage from public.generation_usage as u where u.id = p_usage_id;
+        -- all is taken back, to be settled again
+        null;
     end;
   end loop;
 end
 $$;
 comment on function tokenlimits.settle(uuid, text, bigint)
-is 'What commit_generation, release_generation and refund_generation do.';
-revoke execute on function tokenlimits.settle(uuid, text, bigint) from public, anon, authenticated;
-grant execute on function tokenlimits.settle(uuid, text, bigint) to service_role;
+is 'What commit, release and refund have in common.';
+revoke execute on function tokenlimits.settle(uuid, text, bigint)
+from public, anon, authenticated, service_role;
 
-create or replace function public.commit_generation(p_usage_id uuid, p_cost bigint default null)
+create or replace function tokenlimits.commit_generation(p_usage_id uuid, p_cost bigint)
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+-- definer: counters are private, and nobody else writes the ledger
+security definer
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return tokenlimits.settle(p_usage_id, 'commit', p_cost);
 end
 $$;
-comment on function public.commit_generation(uuid, bigint)
-is 'Settles a hold for what was reserved, or for less.';
-revoke execute on function public.commit_generation(uuid, bigint) from public, anon, authenticated, service_role;
-grant execute on function public.commit_generation(uuid, bigint) to service_role;
 
-create or replace function public.release_generation(p_usage_id uuid)
+create or replace function tokenlimits.release_generation(p_usage_id uuid)
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+-- definer: counters are private, and nobody else writes the ledger
+security definer
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return tokenlimits.settle(p_usage_id, 'release');
 end
 $$;
-comment on function public.release_generation(uuid)
-is 'Gives back all that a hold holds.';
-revoke execute on function public.release_generation(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.release_generation(uuid) to service_role;
 
-create or replace function tokenlimits.refund(p_usage_id uuid)
+create or replace function tokenlimits.refund_generation(p_usage_id uuid)
 returns jsonb
 language plpgsql
 volatile
 -- definer: an admin may refund, and do nothing else that settle does
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform tokenlimits.require_admin();
   return tokenlimits.settle(p_usage_id, 'refund');
 end
 $$;
-comment on function tokenlimits.refund(uuid)
-is 'What refund_generation does.';
-revoke execute on function tokenlimits.refund(uuid) from public, anon, authenticated;
-grant execute on function tokenlimits.refund(uuid) to authenticated, service_role;
 
-create or replace function public.refund_generation(p_usage_id uuid)
+create or replace function public.commit_generation(
+  p_usage_id uuid,
+  p_cost bigint default null
+)
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.refund(p_usage_id);
+  return tokenlimits.commit_generation(
+    p_usage_id,
+    p_cost
+  );
+end
+$$;
+comment on function public.commit_generation(uuid, bigint)
+is 'Settles a hold for what was reserved, or for less.';
+revoke execute on function public.commit_generation(uuid, bigint)
+from public, anon, authenticated, service_role;
+grant execute on function public.commit_generation(uuid, bigint)
+to service_role;
+
+comment on function tokenlimits.commit_generation(uuid, bigint)
+is 'What commit_generation does.';
+revoke execute on function tokenlimits.commit_generation(uuid, bigint)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.commit_generation(uuid, bigint)
+to service_role;
+
+create or replace function public.release_generation(
+  p_usage_id uuid
+)
+returns jsonb
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return tokenlimits.release_generation(
+    p_usage_id
+  );
+end
+$$;
+comment on function public.release_generation(uuid)
+is 'Gives back all that a hold holds.';
+revoke execute on function public.release_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.release_generation(uuid)
+to service_role;
+
+comment on function tokenlimits.release_generation(uuid)
+is 'What release_generation does.';
+revoke execute on function tokenlimits.release_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.release_generation(uuid)
+to service_role;
+
+create or replace function public.refund_generation(
+  p_usage_id uuid
+)
+returns jsonb
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return tokenlimits.refund_generation(
+    p_usage_id
+  );
 end
 $$;
 comment on function public.refund_generation(uuid)
 is 'Gives back what a committed usage cost.';
-revoke execute on function public.refund_generation(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.refund_generation(uuid) to authenticated, service_role;
+revoke execute on function public.refund_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.refund_generation(uuid)
+to authenticated, service_role;
 
--- Many requests in one transaction, first step: reading them.
+comment on function tokenlimits.refund_generation(uuid)
+is 'What refund_generation does.';
+revoke execute on function tokenlimits.refund_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.refund_generation(uuid)
+to authenticated, service_role;
+
+-- Many requests in one transaction: read, judged in memory, written, until a verdict holds.
 --
 -- Invariants
---   * A bad request doesn't touch the others: what a single call raises is an answer here, of reason 'refused'.
---   * An item is open until it has an answer; what was answered is never judged, and writes nothing.
---   * The first place of a key stands for all the places that have it.
+--   * The answers are those that single calls in that order would get. A bad request doesn't touch the others: what a
+--     single call raises is an answer here, of reason 'refused'.
+--   * An item is open until it has an answer; what was answered is never judged, and writes nothing. The first place of
+--     a key stands for all the places that have it.
+--   * The stripes of all groups are held, shared, before any limit is read. Each limit is read once, however many items
+--     it binds, and each counter is moved once.
+--   * With p_max_wait, no lock is waited for longer: what somebody holds is answered 'busy', and the rest goes on.
 
--- One request. It needs nothing more once it has an answer.
 do $do$
 begin
   if to_regtype('tokenlimits.batch_item') is null then
+    -- one request; it needs nothing more once it has an answer
     create type tokenlimits.batch_item as (
       place integer,
       user_id uuid,
@@ -2381,7 +2579,6 @@ begin
       idempotency_key text,
       group_id uuid,
       metadata jsonb,
-      fingerprint uuid,
       -- the first place with the same key
       first_place integer,
       -- those that may pay, in the order in which they are tried
@@ -2389,6 +2586,16 @@ begin
       -- the usage that had the key before, and counts no more
       dead_id uuid,
       answer jsonb
+    );
+    -- what an item is charged for: the place of its usage among those that are written, of its limits among those that
+    -- the batch is about, and what was used of them right after it; a repeated key is the same usage, replayed
+    create type tokenlimits.batch_charge as (
+      place integer,
+      group_name text,
+      usage integer,
+      states integer[],
+      used bigint[],
+      replayed boolean
     );
   end if;
 end
@@ -2405,10 +2612,13 @@ create or replace function tokenlimits.refused(
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_verdict tokenlimits.verdict;
 begin
-  return tokenlimits.answer(p_item.kind, p_item.cost, 'refused', null, '{}', null, null, p_replayed => false)
+  v_verdict.reason := 'refused';
+  return tokenlimits.answer(v_verdict, p_item.kind, p_item.cost, null, p_replayed => false)
     || jsonb_build_object(
       'error', concat_ws('. ', p_message, nullif(p_hint, '')), 'code', p_code, 'detail', nullif(p_detail, '')
     );
@@ -2417,13 +2627,13 @@ $$;
 comment on function tokenlimits.refused(tokenlimits.batch_item, text, text, text, text)
 is 'The answer to a request of a batch that a single call would refuse with this error.';
 revoke execute on function tokenlimits.refused(tokenlimits.batch_item, text, text, text, text)
-from public, anon, authenticated;
+from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.read_request(p_request jsonb, p_place integer)
 returns tokenlimits.batch_item
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_item tokenlimits.batch_item;
@@ -2433,15 +2643,23 @@ declare
 begin
   v_item.place := p_place;
   v_item.kind := p_request ->> 'kind';
-  v_item.user_id := p_request ->> 'user_id';
-  v_item.cost := case when p_request ? 'cost' then p_request ->> 'cost' else '1' end;
+  v_item.user_id := (p_request ->> 'user_id')::uuid;
+  v_item.cost := case when p_request ? 'cost' then (p_request ->> 'cost')::bigint else 1 end;
   v_item.idempotency_key := p_request ->> 'idempotency_key';
-  v_item.group_id := p_request ->> 'group_id';
+  v_item.group_id := (p_request ->> 'group_id')::uuid;
   v_item.metadata := nullif(p_request -> 'metadata', 'null');
-  perform tokenlimits.check_request(
-    v_item.user_id, v_item.kind, v_item.cost, v_item.idempotency_key, v_item.metadata
-  );
-  v_item.fingerprint := md5(concat_ws(' ', 'track', v_item.kind, v_item.cost, v_item.group_id))::uuid;
+  if (v_item.user_id is not null and v_item.kind ~ '^[a-z][a-z0-9_]{0,31}$' and v_item.cost between 1 and 1000000000
+  and coalesce(char_length(v_item.idempotency_key) between 1 and 255, true)
+  and (case
+    when v_item.metadata is null then true
+    when jsonb_typeof(v_item.metadata) <> 'object' or pg_column_size(v_item.metadata) > 32768 then false
+    when jsonb_path_exists(v_item.metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
+    else octet_length(v_item.metadata::text) <= 8192
+  end)) is not true then
+    perform tokenlimits.refuse_request(
+      v_item.user_id, v_item.kind, v_item.cost, v_item.idempotency_key, v_item.metadata
+    );
+  end if;
   return v_item;
 exception
   when sqlstate 'TL001' or data_exception then
@@ -2450,19 +2668,20 @@ exception
     return v_item;
 end
 $$;
-comment on function tokenlimits.read_request(jsonb, integer) is 'One request of a batch; a bad one is answered.';
-revoke execute on function tokenlimits.read_request(jsonb, integer) from public, anon, authenticated;
+comment on function tokenlimits.read_request(jsonb, integer)
+is 'One request of a batch; a bad one is answered.';
+revoke execute on function tokenlimits.read_request(jsonb, integer)
+from public, anon, authenticated, service_role;
 
+-- All at once where all are good, for a block with an exception costs as much as reading ten.
 create or replace function tokenlimits.read_requests(p_requests jsonb)
 returns tokenlimits.batch_item[]
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_items tokenlimits.batch_item[];
-  v_group_ids uuid[];
-  v_place integer;
   v record;
 begin
   if jsonb_typeof(p_requests) is distinct from 'array' or jsonb_array_length(p_requests) > 1000 then
@@ -2470,256 +2689,140 @@ begin
       'TL001', 'requests: must be a JSON array of at most 1000 requests', 'requests', 'Nothing was recorded.'
     );
   end if;
-  select array_agg(tokenlimits.read_request(r.request, r.place::integer) order by r.place) into v_items
-  from jsonb_array_elements(p_requests) with ordinality as r (request, place);
-  for v in
-    select i.place, min(i.place) over (partition by i.user_id, i.idempotency_key) as first_place
-    from unnest(v_items) as i
-    where i.idempotency_key is not null and i.answer is null
-  loop
-    v_items[v.place].first_place := v.first_place;
-  end loop;
-  for v in
-    select i.user_id, i.group_id, array_agg(i.place) as places
-    from unnest(v_items) as i
-    where i.answer is null
-    group by i.user_id, i.group_id
-  loop
-    v_group_ids := tokenlimits.paying_groups(v.user_id, v.group_id);
-    foreach v_place in array v.places loop
-      v_items[v_place].group_ids := v_group_ids;
+  begin
+    select
+      array_agg(
+        row(
+          r.place,
+          (r.request ->> 'user_id')::uuid,
+          r.request ->> 'kind',
+          case when r.request ? 'cost' then (r.request ->> 'cost')::bigint else 1 end,
+          r.request ->> 'idempotency_key',
+          (r.request ->> 'group_id')::uuid,
+          nullif(r.request -> 'metadata', 'null'),
+          null, null, null, null
+        )::tokenlimits.batch_item
+        order by r.place
+      )
+    into v_items
+    from jsonb_array_elements(p_requests) with ordinality as r (request, place);
+    for v in
+      select i.place
+      from unnest(v_items) as i
+      where (i.user_id is not null and i.kind ~ '^[a-z][a-z0-9_]{0,31}$' and i.cost between 1 and 1000000000
+      and coalesce(char_length(i.idempotency_key) between 1 and 255, true)
+      and (case
+        when i.metadata is null then true
+        when jsonb_typeof(i.metadata) <> 'object' or pg_column_size(i.metadata) > 32768 then false
+        when jsonb_path_exists(i.metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
+        else octet_length(i.metadata::text) <= 8192
+      end)) is not true
+    loop
+      v_items[v.place] := tokenlimits.read_request(p_requests -> (v.place - 1), v.place);
     end loop;
-  end loop;
-  return coalesce(v_items, '{}');
-end
-$$;
-comment on function tokenlimits.read_requests(jsonb) is 'The requests of a batch.';
-revoke execute on function tokenlimits.read_requests(jsonb) from public, anon, authenticated;
-
-create or replace function tokenlimits.replayed(p_item tokenlimits.batch_item, p_usage public.generation_usage)
-returns jsonb
-language plpgsql
-stable
-set search_path = ''
-as $$
-begin
-  return tokenlimits.answer(
-    p_item.kind, p_usage.cost, null, p_usage.group_id,
-    tokenlimits.limit_states(p_usage.group_id, array[p_item.user_id], p_item.kind, tokenlimits.clock()),
-    null, p_usage, p_replayed => true
+  exception
+    when data_exception then
+      select array_agg(tokenlimits.read_request(r.request, r.place::integer) order by r.place) into v_items
+      from jsonb_array_elements(p_requests) with ordinality as r (request, place);
+  end;
+  return array(
+    select
+      row(
+        i.place, i.user_id, i.kind, i.cost, i.idempotency_key, i.group_id, i.metadata,
+        case when i.idempotency_key is not null and i.answer is null then
+          min(i.place) filter (where i.answer is null) over (partition by i.user_id, i.idempotency_key)
+        end,
+        case when i.answer is null then case
+          when i.group_id is null then u.group_ids
+          when i.group_id = any(u.group_ids) then array[i.group_id]
+          else '{}'
+        end end,
+        null,
+        i.answer
+      )::tokenlimits.batch_item
+    from unnest(v_items) as i
+    left join (
+      select d.user_id, coalesce(
+        (select p.group_ids from tokenlimits.paying_groups as p where p.user_id = d.user_id),
+        array(select d.id from public.user_groups as d where d.is_default)
+      ) as group_ids
+      from (
+        select distinct o.user_id
+        from unnest(v_items) as o
+        where o.answer is null
+      ) as d
+    ) as u on u.user_id = i.user_id
+    order by i.place
   );
 end
 $$;
-comment on function tokenlimits.replayed(tokenlimits.batch_item, public.generation_usage)
-is 'The answer to an item whose key has a live usage.';
-revoke execute on function tokenlimits.replayed(tokenlimits.batch_item, public.generation_usage)
-from public, anon, authenticated;
+comment on function tokenlimits.read_requests(jsonb)
+is 'The requests of a batch.';
+revoke execute on function tokenlimits.read_requests(jsonb)
+from public, anon, authenticated, service_role;
 
 -- Answers the items whose keys have a live usage, and notes which keys a dead one has.
 create or replace function tokenlimits.replay(p_items tokenlimits.batch_item[])
 returns tokenlimits.batch_item[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v record;
-  v_item tokenlimits.batch_item;
-  v_live public.generation_usage;
-  v_message text;
-  v_detail text;
-  v_hint text;
 begin
   for v in
-    select i.place, u.id
+    select i.place
     from unnest(p_items) as i
     inner join public.generation_usage as u on u.idempotency_key = i.idempotency_key and u.user_id = i.user_id
     where i.answer is null
   loop
-    v_item := p_items[v.place];
-    begin
-      v_live := tokenlimits.usage_under_key(v_item.user_id, v_item.idempotency_key, v_item.fingerprint);
-      if v_live.id is null then
-        v_item.dead_id := v.id;
-      else
-        v_item.answer := tokenlimits.replayed(v_item, v_live);
-      end if;
-    exception
-      when sqlstate 'TL008' then
-        get stacked diagnostics v_message = message_text, v_detail = pg_exception_detail, v_hint = pg_exception_hint;
-        v_item.answer := tokenlimits.refused(v_item, sqlstate, v_message, v_detail, v_hint);
-    end;
-    p_items[v.place] := v_item;
+    p_items[v.place] := tokenlimits.replay_item(p_items[v.place]);
   end loop;
   return p_items;
 end
 $$;
 comment on function tokenlimits.replay(tokenlimits.batch_item[])
 is 'A batch with the items answered whose idempotency keys are taken.';
-revoke execute on function tokenlimits.replay(tokenlimits.batch_item[]) from public, anon, authenticated;
+revoke execute on function tokenlimits.replay(tokenlimits.batch_item[])
+from public, anon, authenticated, service_role;
 
-create or replace function tokenlimits.batch_pairs(p_items tokenlimits.batch_item[])
-returns table (group_id uuid, kind text, user_ids uuid[])
-language plpgsql
-immutable
-set search_path = ''
-as $$
-begin
-  return query
-  select g.id, i.kind, array_agg(distinct i.user_id)
-  from unnest(p_items) as i
-  cross join lateral unnest(i.group_ids) as g (id)
-  where i.answer is null
-  group by g.id, i.kind;
-end
-$$;
-comment on function tokenlimits.batch_pairs(tokenlimits.batch_item[])
-is 'The groups and kinds that the open items of a batch are about, and the users of each.';
-revoke execute on function tokenlimits.batch_pairs(tokenlimits.batch_item[]) from public, anon, authenticated;
-
--- Many requests in one transaction, second step: judging them, in memory.
---
--- Invariants
---   * Each is judged by what those before it have left, as if it had come alone.
---   * Nothing is written here, and no counter is waited for. Each limit is read once, however many items it binds.
-
--- What an item is charged for, and the places of its limits among those that the batch is about. A repeated key in one
--- batch is a charge of the same usage, replayed.
-do $do$
-begin
-  if to_regtype('tokenlimits.batch_charge') is null then
-    create type tokenlimits.batch_charge as (
-      place integer,
-      usage public.generation_usage,
-      states integer[],
-      replayed boolean
-    );
-  end if;
-end
-$do$;
-
--- Every limit that the open items are about, once, and the group that each belongs to.
-create or replace function tokenlimits.batch_states(
-  p_items tokenlimits.batch_item[],
-  p_at timestamptz,
-  out states tokenlimits.limit_state[],
-  out group_ids uuid[]
-)
-returns record
-language plpgsql
-stable
-set search_path = ''
-as $$
-begin
-  select
-    coalesce(array_agg(
-      row(
-        s.counter_id, s.subject, s.kind, s.period, s.scope, s.max, s.since, s.until, s.used, s.expired, s.is_open
-      )::tokenlimits.limit_state
-      order by p.group_id, p.kind, s.place
-    ), '{}'),
-    coalesce(array_agg(p.group_id order by p.group_id, p.kind, s.place), '{}')
-  into states, group_ids
-  from tokenlimits.batch_pairs(p_items) as p
-  cross join lateral unnest(
-    tokenlimits.limit_states(p.group_id, p.user_ids, p.kind, p_at)
-  ) with ordinality as s (
-    counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place
-  );
-end
-$$;
-comment on function tokenlimits.batch_states(tokenlimits.batch_item[], timestamptz)
-is 'The limits that a batch is about, and their groups.';
-revoke execute on function tokenlimits.batch_states(tokenlimits.batch_item[], timestamptz)
-from public, anon, authenticated;
-
--- The groups that may pay for each open item, in the order in which they are tried, with the places of their limits; a
--- row of nulls where no group may.
-create or replace function tokenlimits.batch_options(
-  p_items tokenlimits.batch_item[],
-  p_states tokenlimits.limit_state[],
-  p_group_ids uuid[]
-)
-returns table (place integer, group_id uuid, states integer[], is_first boolean, is_last boolean)
-language plpgsql
-immutable
-set search_path = ''
-as $$
-begin
-  return query
-  select
-    i.place,
-    g.id,
-    array_agg(s.no::integer order by s.no) filter (where s.no is not null),
-    coalesce(g.rank = 1, true),
-    coalesce(g.rank = cardinality(i.group_ids), true)
-  from unnest(p_items) as i
-  left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
-  cross join lateral (values ('group', g.id), ('member', i.user_id)) as w (scope, subject)
-  left join rows from (unnest(p_states), unnest(p_group_ids)) with ordinality as s (
-    counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, group_id, no
-  ) on s.group_id = g.id and s.kind = i.kind and s.scope = w.scope and s.subject = w.subject
-  where i.answer is null
-  group by i.place, i.group_ids, g.id, g.rank
-  order by i.place, g.rank;
-end
-$$;
-comment on function tokenlimits.batch_options(tokenlimits.batch_item[], tokenlimits.limit_state[], uuid[])
-is 'Who may pay for which item of a batch.';
-revoke execute on function tokenlimits.batch_options(tokenlimits.batch_item[], tokenlimits.limit_state[], uuid[])
-from public, anon, authenticated;
-
-create or replace function tokenlimits.states_at(p_states tokenlimits.limit_state[], p_places integer[])
-returns tokenlimits.limit_state[]
-language plpgsql
-immutable
-set search_path = ''
-as $$
-declare
-  v_states tokenlimits.limit_state[] := '{}';
-  v_place integer;
-begin
-  foreach v_place in array coalesce(p_places, '{}') loop
-    v_states := v_states || p_states[v_place];
-  end loop;
-  return v_states;
-end
-$$;
-comment on function tokenlimits.states_at(tokenlimits.limit_state[], integer[]) is 'Those of some states.';
-revoke execute on function tokenlimits.states_at(tokenlimits.limit_state[], integer[])
-from public, anon, authenticated;
-
-create or replace function tokenlimits.batch_usage(p_item tokenlimits.batch_item, p_verdict tokenlimits.verdict)
-returns public.generation_usage
+create or replace function tokenlimits.replay_item(p_item tokenlimits.batch_item)
+returns tokenlimits.batch_item
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_usage public.generation_usage;
+  v_under_key record;
+  v_message text;
+  v_detail text;
+  v_hint text;
 begin
-  v_usage.id := tokenlimits.uuid_v7();
-  v_usage.group_id := p_verdict.group_id;
-  v_usage.user_id := p_item.user_id;
-  v_usage.kind := p_item.kind;
-  v_usage.cost := p_item.cost;
-  v_usage.status := 'committed';
-  v_usage.idempotency_key := p_item.idempotency_key;
-  v_usage.fingerprint := p_item.fingerprint;
-  v_usage.metadata := coalesce(p_item.metadata, '{}');
-  v_usage.created_at := p_verdict.at;
-  v_usage.settled_at := p_verdict.at;
-  return v_usage;
+  v_under_key := tokenlimits.usage_under_key(
+    p_item.user_id, p_item.idempotency_key,
+    md5(concat_ws(' ', 'track', p_item.kind, p_item.cost, p_item.group_id))::uuid
+  );
+  p_item.dead_id := v_under_key.dead_id;
+  if (v_under_key.live).id is not null then
+    p_item.answer := tokenlimits.usage_answer(v_under_key.live, tokenlimits.clock(), p_replayed => true);
+  end if;
+  return p_item;
+exception
+  when sqlstate 'TL008' then
+    get stacked diagnostics v_message = message_text, v_detail = pg_exception_detail, v_hint = pg_exception_hint;
+    p_item.answer := tokenlimits.refused(p_item, sqlstate, v_message, v_detail, v_hint);
+    return p_item;
 end
 $$;
-comment on function tokenlimits.batch_usage(tokenlimits.batch_item, tokenlimits.verdict)
-is 'What an allowed item writes into the ledger.';
-revoke execute on function tokenlimits.batch_usage(tokenlimits.batch_item, tokenlimits.verdict)
-from public, anon, authenticated;
+comment on function tokenlimits.replay_item(tokenlimits.batch_item)
+is 'An item, answered when its idempotency key is taken.';
+revoke execute on function tokenlimits.replay_item(tokenlimits.batch_item)
+from public, anon, authenticated, service_role;
 
--- Why an item is not charged: its key is another one's, its group doesn't exist, or it is denied. Before that its key
--- is looked at again, as track does: who took the last room since replay may have done so under this very key.
-create or replace function tokenlimits.batch_denial(
+-- Why an item is not charged: its key is another item's, its group doesn't exist, or it is denied. Before that its key
+-- is looked at again, as a single call does: who took the last room meanwhile may have done so under this very key.
+create or replace function tokenlimits.deny_item(
   p_item tokenlimits.batch_item,
   p_verdict tokenlimits.verdict,
   p_holder_id uuid
@@ -2727,10 +2830,10 @@ create or replace function tokenlimits.batch_denial(
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_live public.generation_usage;
+  v_answer jsonb;
   v_message text;
   v_detail text;
   v_hint text;
@@ -2738,91 +2841,167 @@ begin
   if p_holder_id is not null then
     perform tokenlimits.refuse_key(p_item.idempotency_key, p_holder_id);
   elsif p_item.idempotency_key is not null then
-    v_live := tokenlimits.usage_under_key(p_item.user_id, p_item.idempotency_key, p_item.fingerprint);
-    if v_live.id is not null then
-      return tokenlimits.replayed(p_item, v_live);
-    end if;
+    p_item := tokenlimits.replay_item(p_item);
   end if;
-  if p_verdict.reason = 'not_in_group' and p_item.group_id is not null then
-    perform tokenlimits.require_group(p_item.group_id);
+  if p_item.answer is null and p_verdict.reason = 'not_in_group' then
+    perform tokenlimits.refuse_group('track', p_item.group_id);
   end if;
-  return tokenlimits.answer(
-    p_item.kind, p_item.cost, p_verdict.reason, p_verdict.group_id, p_verdict.states, p_verdict.denied_by, null,
-    p_replayed => false
+  return coalesce(
+    p_item.answer, tokenlimits.answer(p_verdict, p_item.kind, p_item.cost, null, p_replayed => false)
   );
 exception
   when sqlstate 'TL002' or sqlstate 'TL008' then
     get stacked diagnostics v_message = message_text, v_detail = pg_exception_detail, v_hint = pg_exception_hint;
-    return tokenlimits.refused(p_item, sqlstate, v_message, v_detail, v_hint);
+    v_answer := tokenlimits.refused(p_item, sqlstate, v_message, v_detail, v_hint);
+    return v_answer;
 end
 $$;
-comment on function tokenlimits.batch_denial(tokenlimits.batch_item, tokenlimits.verdict, uuid)
+comment on function tokenlimits.deny_item(tokenlimits.batch_item, tokenlimits.verdict, uuid)
 is 'The answer to an item that is not charged.';
-revoke execute on function tokenlimits.batch_denial(tokenlimits.batch_item, tokenlimits.verdict, uuid)
-from public, anon, authenticated;
+revoke execute on function tokenlimits.deny_item(tokenlimits.batch_item, tokenlimits.verdict, uuid)
+from public, anon, authenticated, service_role;
 
--- Judges the open items one after another, each by what those before it have left. Denied ones are answered; the others
--- become charges. Answers also the limits that they were judged by, with all charges in them.
+-- Judges the open items in their order, each by what those before it have left. What is denied is answered; the others
+-- become charges for usages. Answers also the limits that they were judged by, with all charges in them.
 create or replace function tokenlimits.judge_batch(
   p_at timestamptz,
   inout items tokenlimits.batch_item[],
   out states tokenlimits.limit_state[],
+  out usages public.generation_usage[],
   out charges tokenlimits.batch_charge[]
 )
 returns record
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_group_ids uuid[];
   v record;
   v_item tokenlimits.batch_item;
-  v_verdict tokenlimits.verdict;
+  v_usage public.generation_usage;
   v_charge tokenlimits.batch_charge;
+  v_option tokenlimits.limit_state[];
+  v_state tokenlimits.limit_state;
+  v_full tokenlimits.limit_state;
+  v_verdict tokenlimits.verdict;
   v_no integer;
   -- by the first place of a key: which charge has it
   v_holders integer[] := array_fill(null::integer, array[cardinality(items)]);
-  v_holder integer;
+  v_holder tokenlimits.batch_charge;
+  v_fingerprint uuid;
 begin
-  select b.states, b.group_ids into states, v_group_ids
-  from tokenlimits.batch_states(items, p_at) as b;
+  states := array(
+    select row(s.*)::tokenlimits.limit_state
+    from (select g.id as group_id, i.kind, array_agg(distinct i.user_id) as user_ids
+    from unnest(items) as i
+    cross join lateral unnest(i.group_ids) as g (id)
+    where i.answer is null
+    group by g.id, i.kind) as p
+    cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kind, p_at)) as s
+  );
+  usages := '{}';
   charges := '{}';
+  -- the groups that may pay for each open item, in the order in which they are tried, with the places of their limits;
+  -- a row of nulls where no group may
   for v in
-    select *
-    from tokenlimits.batch_options(items, states, v_group_ids)
+    select
+      i.place,
+      g.id as group_id,
+      n.name,
+      n.timezone,
+      array_agg(s.no::integer order by s.no) filter (where s.no is not null) as states,
+      coalesce(g.rank = 1, true) as is_first,
+      coalesce(g.rank = cardinality(i.group_ids), true) as is_last
+    from unnest(items) as i
+    left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
+    left join public.user_groups as n on n.id = g.id
+    cross join lateral (values ('group', g.id), ('member', i.user_id)) as w (scope, subject)
+    left join unnest(states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, no)
+      on s.group_id = g.id and s.kind = i.kind and s.scope = w.scope and s.subject = w.subject
+    where i.answer is null
+    group by i.place, i.group_ids, g.id, g.rank, n.name, n.timezone
+    order by i.place, g.rank
   loop
     if v.is_first then
       v_item := items[v.place];
-      v_verdict := tokenlimits.unjudged(v_item.group_ids, p_at);
+      v_verdict.allowed := false;
+      v_verdict.reason := case when v_item.group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
+      v_verdict.group_id := null;
+      v_verdict.group_name := null;
+      v_verdict.timezone := null;
+      v_verdict.states := null;
+      v_verdict.denied_by := null;
+      v_verdict.at := p_at;
     end if;
     if not v_verdict.allowed and v.states is not null then
-      v_verdict := tokenlimits.weigh(
-        v_verdict, v.group_id, tokenlimits.states_at(states, v.states), v_item.cost
-      );
+      v_option := '{}';
+      foreach v_no in array v.states loop
+        v_option := v_option || states[v_no];
+      end loop;
+      v_full := null;
+      foreach v_state in array v_option loop
+        -- a counter may be ahead of a clock that was set back; the usage belongs to the counter's period then
+        v_verdict.at := greatest(v_verdict.at, v_state.since);
+        if not (v_state.max is null or v_state.used + v_item.cost <= v_state.max) then
+          -- what can never fit, and a lifetime limit, wait for ever
+          if v_item.cost > v_state.max then
+            v_state.until := 'infinity';
+          end if;
+          if v_full is null or v_state.until > v_full.until then
+            v_full := v_state;
+          end if;
+        end if;
+      end loop;
+      v_verdict.allowed := v_full is null;
+      if v_verdict.allowed or v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
+        v_verdict.reason := case when not v_verdict.allowed then 'limit_exceeded' end;
+        v_verdict.group_id := v.group_id;
+        v_verdict.group_name := v.name;
+        v_verdict.timezone := v.timezone;
+        v_verdict.states := v_option;
+        v_verdict.denied_by := v_full;
+      end if;
       v_charge.states := v.states;
+      v_charge.group_name := v.name;
     end if;
     continue when not v.is_last;
 
-    v_holder := v_holders[v_item.first_place];
-    if v_holder is not null and (charges[v_holder].usage).fingerprint = v_item.fingerprint then
-      v_charge := charges[v_holder];
-      v_charge.place := v.place;
-      v_charge.replayed := true;
-      charges := charges || v_charge;
+    v_fingerprint := md5(concat_ws(' ', 'track', v_item.kind, v_item.cost, v_item.group_id))::uuid;
+    v_holder := charges[v_holders[v_item.first_place]];
+    if usages[v_holder.usage].fingerprint = v_fingerprint then
+      v_holder.place := v.place;
+      v_holder.replayed := true;
+      charges := charges || v_holder;
     elsif v_holder is null and v_verdict.allowed then
+      v_usage.id := (
+        lpad(to_hex((date_part('epoch', date_trunc('milliseconds', v_verdict.at)) * 1000)::bigint), 12, '0')
+        || '7' || substr(gen_random_uuid()::text, 16, 17) || right(v_verdict.group_id::text, 4)
+      )::uuid;
+      v_usage.group_id := v_verdict.group_id;
+      v_usage.user_id := v_item.user_id;
+      v_usage.kind := v_item.kind;
+      v_usage.cost := v_item.cost;
+      v_usage.status := 'committed';
+      v_usage.idempotency_key := v_item.idempotency_key;
+      v_usage.fingerprint := v_fingerprint;
+      v_usage.metadata := coalesce(v_item.metadata, '{}');
+      v_usage.created_at := v_verdict.at;
+      v_usage.settled_at := v_verdict.at;
+      usages := usages || v_usage;
       v_charge.place := v.place;
-      v_charge.usage := tokenlimits.batch_usage(v_item, v_verdict);
+      v_charge.usage := cardinality(usages);
+      v_charge.used := '{}';
       v_charge.replayed := false;
-      charges := charges || v_charge;
       foreach v_no in array v_charge.states loop
         states[v_no].used := states[v_no].used + v_item.cost;
+        v_charge.used := v_charge.used || states[v_no].used;
       end loop;
+      charges := charges || v_charge;
       if v_item.first_place is not null then
         v_holders[v_item.first_place] := cardinality(charges);
       end if;
     else
-      items[v.place].answer := tokenlimits.batch_denial(v_item, v_verdict, (charges[v_holder].usage).id);
+      items[v.place].answer := tokenlimits.deny_item(v_item, v_verdict, usages[v_holder.usage].id);
     end if;
   end loop;
 end
@@ -2830,64 +3009,17 @@ $$;
 comment on function tokenlimits.judge_batch(timestamptz, tokenlimits.batch_item[])
 is 'Judges the items of a batch in their order; writes nothing.';
 revoke execute on function tokenlimits.judge_batch(timestamptz, tokenlimits.batch_item[])
-from public, anon, authenticated;
+from public, anon, authenticated, service_role;
 
--- Many requests in one transaction, third step: writing what they are charged for.
---
--- Invariants
---   * All is written or nothing: if a counter has no room any more, all is taken back, to be judged again.
---   * Locks in the order of 30_counters.sql, over the whole batch: ledger rows by id, keys in order (those of dead
---     usages last), then by group and kind the rollup and the counters. So batches that overlap never deadlock.
-
--- Puts those of the charges into the ledger that are at these places, or those that are not, by the order of their
--- keys.
-create or replace function tokenlimits.claim_batch(
-  p_charges tokenlimits.batch_charge[],
-  p_places integer[],
-  p_at_places boolean
-)
-returns void
-language plpgsql
-volatile
-set search_path = ''
-as $$
-declare
-  v_usages public.generation_usage[] := array(
-    select c.usage
-    from unnest(p_charges) as c
-    where not c.replayed and (c.place = any(p_places)) = p_at_places
-  );
-  v_written bigint;
-begin
-  insert into public.generation_usage as u (
-    id, group_id, user_id, kind, cost, status, idempotency_key, fingerprint, metadata, created_at, settled_at
-  )
-  select
-    n.id, n.group_id, n.user_id, n.kind, n.cost, n.status,
-    n.idempotency_key, n.fingerprint, n.metadata, n.created_at, n.settled_at
-  from unnest(v_usages) as n
-  order by n.idempotency_key, n.user_id
-  on conflict on constraint generation_usage_key_key do nothing;
-  get diagnostics v_written = row_count;
-  if v_written < cardinality(v_usages) then
-    -- somebody has taken a key since it was looked at
-    raise sqlstate 'TL099';
-  end if;
-end
-$$;
-comment on function tokenlimits.claim_batch(tokenlimits.batch_charge[], integer[], boolean)
-is 'Puts charges into the ledger, or raises TL099 when one''s key is taken.';
-revoke execute on function tokenlimits.claim_batch(tokenlimits.batch_charge[], integer[], boolean)
-from public, anon, authenticated;
-
--- Writes the usages of a batch, and sweeps the expired holds of every group and kind that it is about. Answers the
--- counters that were moved as they are then; null, with nothing written, when they have moved on meanwhile, or when
--- somebody held a row for too long: is_held, and by which group it was, if that is known.
+-- Writes the usages of a batch, and sweeps. Answers the counters that were moved as they are then; null, with nothing
+-- written, when they have moved on meanwhile, or when somebody held a row for too long: is_held, and by which group it
+-- was, if that is known.
 --
 -- This block has no other in it: who waits for a row of an inner one that was ended waits for the whole transaction,
 -- and goes on doing so when the outer one is taken back. They would block each other.
 create or replace function tokenlimits.write_batch(
   p_items tokenlimits.batch_item[],
+  p_usages public.generation_usage[],
   p_charges tokenlimits.batch_charge[],
   p_at timestamptz,
   out moved tokenlimits.limit_state[],
@@ -2897,133 +3029,185 @@ create or replace function tokenlimits.write_batch(
 returns record
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_dead uuid[];
-  v_dead_places integer[];
-  v_expired uuid[] := array(
-    select unnest(tokenlimits.expired_holds(p.group_id, p.kind, p_at))
-    from tokenlimits.batch_pairs(p_items) as p
-  );
-  v record;
+  v_moves tokenlimits.usage_move[];
+  v_move record;
+  v_moving uuid;
+  v_states tokenlimits.limit_state[];
+  v_state tokenlimits.limit_state;
+  v_moved tokenlimits.limit_state[] := '{}';
 begin
   is_held := false;
-  moved := '{}';
-  select array_agg(i.dead_id), array_agg(i.place) into v_dead, v_dead_places
-  from unnest(p_items) as i
-  inner join unnest(p_charges) as c on c.place = i.place
-  where i.dead_id is not null;
-  perform tokenlimits.lock_usages(v_dead || v_expired);
-  -- the keys of dead usages last: until they are freed, whoever wants one finds it taken and does not wait, and nobody
-  -- can have taken it
-  perform tokenlimits.claim_batch(p_charges, coalesce(v_dead_places, '{}'), false);
-  if v_dead is not null then
-    perform tokenlimits.free_keys(v_dead, p_at);
-    perform tokenlimits.claim_batch(p_charges, v_dead_places, true);
-  end if;
-
-  for v in
-    select m.group_id, m.kind, array_agg(m.move) as moves
-    from (
-      select e.group_id, e.kind, e.move
-      from tokenlimits.expire_holds(v_expired, p_at) as e
-      union all
-      select
-        (c.usage).group_id,
-        (c.usage).kind,
-        row((c.usage).user_id, (c.usage).created_at, (c.usage).cost, 1)::tokenlimits.usage_move as move
+  v_moves := tokenlimits.write_ledger(
+    p_usages,
+    array(
+      select i.dead_id
       from unnest(p_charges) as c
+      inner join unnest(p_items) as i on i.place = c.place
       where not c.replayed
+      order by c.usage
+    ),
+    true,
+    array(select p.group_id from (select g.id as group_id, i.kind, array_agg(distinct i.user_id) as user_ids
+      from unnest(p_items) as i
+      cross join lateral unnest(i.group_ids) as g (id)
+      where i.answer is null
+      group by g.id, i.kind) as p order by p.group_id, p.kind),
+    array(select p.kind from (select g.id as group_id, i.kind, array_agg(distinct i.user_id) as user_ids
+      from unnest(p_items) as i
+      cross join lateral unnest(i.group_ids) as g (id)
+      where i.answer is null
+      group by g.id, i.kind) as p order by p.group_id, p.kind),
+    p_at
+  );
+  insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
+  select
+    g.group_id, g.kind, g.bucket, tokenlimits.free_slot(g.group_id), g.cost, g.generations
+  from (
+    select
+      m.group_id, m.kind, date_bin('15 minutes', m.created_at, '2000-01-01 00:00:00+00') as bucket,
+      sum(m.cost)::bigint as cost, sum(m.generations)::bigint as generations
+    from unnest(v_moves) as m
+    group by m.group_id, m.kind, bucket
+    order by m.group_id, m.kind, bucket
+  ) as g
+  on conflict on constraint usage_rollup_pkey do update
+  set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
+  v_states := array(
+    select row(l.*)::tokenlimits.limit_state
+    from (
+      select m.group_id, m.kind, array_agg(distinct m.user_id) as user_ids
+      from unnest(v_moves) as m
+      group by m.group_id, m.kind
+    ) as p
+    cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kind, p_at, false)) as l
+  );
+  for v_move in
+    select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.enforced) as enforced
+    from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place)
+    inner join (
+      select g.*, g.group_id as subject, 'group' as scope
+      from unnest(v_moves) as g
+      union all
+      select u.*, u.user_id as subject, 'member' as scope
+      from unnest(v_moves) as u
     ) as m
-    group by m.group_id, m.kind
-    order by m.group_id, m.kind
+      on
+        m.group_id = s.group_id and m.kind = s.kind and m.subject = s.subject and m.scope = s.scope
+        and m.created_at >= s.since
+    group by s.place, s.scope, s.subject, s.counter_id
+    order by s.scope = 'group', s.subject, s.counter_id
   loop
-    held_group_id := v.group_id;
-    moved := moved || tokenlimits.move_usage(v.group_id, v.kind, v.moves, p_at, p_enforce => true);
+    v_state := v_states[v_move.place];
+    v_moving := v_state.group_id;
+    if v_state.is_open is null then
+      v_state.used := v_state.used - v_move.cost;
+    end if;
+    if v_state.is_open is not true then
+      perform tokenlimits.open_counter(v_state);
+    end if;
+    update tokenlimits.counters as c
+    set used = c.used + v_move.cost
+    where
+      c.subject = v_state.subject
+      and c.counter_id = v_state.counter_id
+      and v_move.last >= c.since
+      and v_move.last < c.until
+      and (not v_move.enforced or (v_state.max is null or c.used + v_move.cost <= v_state.max))
+    returning c.used into v_state.used;
+    if not found then
+      v_state.used := tokenlimits.squeeze(v_state, v_move.cost, v_move.last, p_at);
+    end if;
+    v_moved := v_moved || v_state;
   end loop;
+  moved := v_moved;
 exception
   when sqlstate 'TL099' then
     moved := null;
   when lock_not_available then
     moved := null;
     is_held := true;
+    held_group_id := v_moving;
 end
 $$;
-comment on function tokenlimits.write_batch(tokenlimits.batch_item[], tokenlimits.batch_charge[], timestamptz)
+comment on function tokenlimits.write_batch(tokenlimits.batch_item[], public.generation_usage[], tokenlimits.batch_charge[], timestamptz)
 is 'Writes what a batch is charged for, and sweeps.';
-revoke execute on function tokenlimits.write_batch(
-  tokenlimits.batch_item[], tokenlimits.batch_charge[], timestamptz
-) from public, anon, authenticated;
+revoke execute on function tokenlimits.write_batch(tokenlimits.batch_item[], public.generation_usage[], tokenlimits.batch_charge[], timestamptz)
+from public, anon, authenticated, service_role;
 
--- Answers what was charged, from the last to the first: each sees the counters as they were right after it.
-create or replace function tokenlimits.batch_answers(
+-- Answers what was charged: each sees the counters as they were right after it, also where others have moved them since
+-- they were read. Where holds have expired, the verdict knows better than the counter what is used.
+create or replace function tokenlimits.answer_charges(
   p_items tokenlimits.batch_item[],
-  p_charges tokenlimits.batch_charge[],
   p_states tokenlimits.limit_state[],
+  p_usages public.generation_usage[],
+  p_charges tokenlimits.batch_charge[],
   p_moved tokenlimits.limit_state[]
 )
 returns tokenlimits.batch_item[]
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_others bigint[] := array_fill(0::bigint, array[cardinality(p_states)]);
   v record;
   v_charge tokenlimits.batch_charge;
-  v_no integer;
+  v_usage public.generation_usage;
+  v_state tokenlimits.limit_state;
+  v_verdict tokenlimits.verdict;
 begin
   for v in
-    select s.no, m.used
-    from unnest(p_states) with ordinality as s (
-      counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, no
-    )
+    select s.no, m.used - s.used as others
+    from unnest(p_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, no)
     inner join unnest(p_moved) as m on m.counter_id = s.counter_id and m.subject = s.subject
+    where s.expired is null and m.used <> s.used
   loop
-    p_states[v.no].used := v.used;
+    v_others[v.no] := v.others;
   end loop;
-  for i in reverse cardinality(p_charges)..1 loop
-    v_charge := p_charges[i];
-    p_items[v_charge.place].answer := tokenlimits.answer(
-      (v_charge.usage).kind, (v_charge.usage).cost, null, (v_charge.usage).group_id,
-      tokenlimits.states_at(p_states, v_charge.states), null, v_charge.usage, v_charge.replayed
-    );
-    continue when v_charge.replayed;
-    foreach v_no in array v_charge.states loop
-      p_states[v_no].used := p_states[v_no].used - (v_charge.usage).cost;
+  v_verdict.allowed := true;
+  foreach v_charge in array p_charges loop
+    v_usage := p_usages[v_charge.usage];
+    v_verdict.group_id := v_usage.group_id;
+    v_verdict.group_name := v_charge.group_name;
+    v_verdict.states := '{}';
+    for i in 1..cardinality(v_charge.states) loop
+      v_state := p_states[v_charge.states[i]];
+      v_state.used := v_charge.used[i] + v_others[v_charge.states[i]];
+      v_verdict.states := v_verdict.states || v_state;
     end loop;
+    p_items[v_charge.place].answer := tokenlimits.answer(
+      v_verdict, v_usage.kind, v_usage.cost, v_usage, v_charge.replayed
+    );
   end loop;
   return p_items;
 end
 $$;
-comment on function tokenlimits.batch_answers(
-  tokenlimits.batch_item[], tokenlimits.batch_charge[], tokenlimits.limit_state[], tokenlimits.limit_state[]
-) is 'A batch with its charges answered.';
-revoke execute on function tokenlimits.batch_answers(
-  tokenlimits.batch_item[], tokenlimits.batch_charge[], tokenlimits.limit_state[], tokenlimits.limit_state[]
-) from public, anon, authenticated;
-
--- Many requests in one transaction: read (76), judged (77) and written (78), until a verdict holds.
---
--- Invariants
---   * The answers are those that single calls in that order would get, and a denial doesn't touch the others.
---   * The stripes of all groups are held, shared, before any limit is read.
---   * With p_max_wait, no lock is waited for longer: what somebody holds is answered 'busy', and the rest goes on.
+comment on function tokenlimits.answer_charges(tokenlimits.batch_item[], tokenlimits.limit_state[], public.generation_usage[], tokenlimits.batch_charge[], tokenlimits.limit_state[])
+is 'A batch with its charges answered.';
+revoke execute on function tokenlimits.answer_charges(tokenlimits.batch_item[], tokenlimits.limit_state[], public.generation_usage[], tokenlimits.batch_charge[], tokenlimits.limit_state[])
+from public, anon, authenticated, service_role;
 
 -- Answers the open items that a group may pay for; all when it is null.
 create or replace function tokenlimits.answer_busy(p_items tokenlimits.batch_item[], p_group_id uuid)
 returns tokenlimits.batch_item[]
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_item tokenlimits.batch_item;
+  v_verdict tokenlimits.verdict;
 begin
+  v_verdict.reason := 'busy';
+  v_verdict.group_id := p_group_id;
+  v_verdict.group_name := (select g.name from public.user_groups as g where g.id = p_group_id);
   foreach v_item in array p_items loop
     if v_item.answer is null and (p_group_id is null or p_group_id = any(v_item.group_ids)) then
       p_items[v_item.place].answer := tokenlimits.answer(
-        v_item.kind, v_item.cost, 'busy', p_group_id, '{}', null, null, p_replayed => false
+        v_verdict, v_item.kind, v_item.cost, null, p_replayed => false
       );
     end if;
   end loop;
@@ -3032,22 +3216,27 @@ end
 $$;
 comment on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid)
 is 'A batch with the items answered whose group is held by somebody else.';
-revoke execute on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid) from public, anon, authenticated;
+revoke execute on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid)
+from public, anon, authenticated, service_role;
 
 -- Takes the stripes of all groups; answers the items of those that could not be had in time.
 create or replace function tokenlimits.lock_batch(p_items tokenlimits.batch_item[])
 returns tokenlimits.batch_item[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- in the order of their stripes, which are the last bytes of the ids
+  -- in the order of their stripes
   v_group_ids uuid[] := array(
     select p.group_id
-    from tokenlimits.batch_pairs(p_items) as p
+    from (select g.id as group_id, i.kind, array_agg(distinct i.user_id) as user_ids
+    from unnest(p_items) as i
+    cross join lateral unnest(i.group_ids) as g (id)
+    where i.answer is null
+    group by g.id, i.kind) as p
     group by p.group_id
-    order by right(p.group_id::text, 2), p.group_id
+    order by ('x' || right(p.group_id::text, 2))::bit(8)::integer, p.group_id
   );
   v_group_id uuid;
 begin
@@ -3068,24 +3257,23 @@ end
 $$;
 comment on function tokenlimits.lock_batch(tokenlimits.batch_item[])
 is 'Holds the limits of a batch''s groups still.';
-revoke execute on function tokenlimits.lock_batch(tokenlimits.batch_item[]) from public, anon, authenticated;
+revoke execute on function tokenlimits.lock_batch(tokenlimits.batch_item[])
+from public, anon, authenticated, service_role;
 
-create or replace function tokenlimits.track_many(p_requests jsonb, p_max_wait bigint)
+create or replace function tokenlimits.track_generations(p_requests jsonb, p_max_wait bigint)
 returns jsonb
 language plpgsql
 volatile
 -- definer: counters are private, and nobody else writes the ledger
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_lock_timeout text := current_setting('lock_timeout');
   v_items tokenlimits.batch_item[] := tokenlimits.read_requests(p_requests);
-  v_judged tokenlimits.batch_item[];
-  v_states tokenlimits.limit_state[];
-  v_charges tokenlimits.batch_charge[];
   v_at timestamptz;
-  v record;
+  v_judged record;
+  v_written record;
 begin
   if p_max_wait not between 1 and 60000 then
     perform tokenlimits.refuse(
@@ -3097,43 +3285,56 @@ begin
   v_items := tokenlimits.lock_batch(v_items);
   loop
     -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
-    v_at := greatest(tokenlimits.clock(), v_at, (select max((c.usage).created_at) from unnest(v_charges) as c));
+    v_at := greatest(tokenlimits.clock(), v_at);
     v_items := tokenlimits.replay(v_items);
-    select j.items, j.states, j.charges into v_judged, v_states, v_charges
-    from tokenlimits.judge_batch(v_at, v_items) as j;
-    select w.moved, w.is_held, w.held_group_id into v
-    from tokenlimits.write_batch(v_items, v_charges, v_at) as w;
-    exit when v.moved is not null;
-    if v.is_held then
-      v_items := tokenlimits.answer_busy(v_items, v.held_group_id);
+    v_judged := tokenlimits.judge_batch(v_at, v_items);
+    v_at := greatest(v_at, (select max(u.created_at) from unnest(v_judged.usages) as u));
+    v_written := tokenlimits.write_batch(v_items, v_judged.usages, v_judged.charges, v_at);
+    exit when v_written.moved is not null;
+    if v_written.is_held then
+      v_items := tokenlimits.answer_busy(v_items, v_written.held_group_id);
     end if;
   end loop;
-  v_items := tokenlimits.batch_answers(v_judged, v_charges, v_states, v.moved);
+  v_items := tokenlimits.answer_charges(
+    v_judged.items, v_judged.states, v_judged.usages, v_judged.charges, v_written.moved
+  );
   perform set_config('lock_timeout', v_lock_timeout, true);
   return coalesce((select jsonb_agg(i.answer order by i.place) from unnest(v_items) as i), '[]');
 end
 $$;
-comment on function tokenlimits.track_many(jsonb, bigint) is 'What track_generations does.';
-revoke execute on function tokenlimits.track_many(jsonb, bigint) from public, anon, authenticated;
-grant execute on function tokenlimits.track_many(jsonb, bigint) to service_role;
 
 -- Each request is an object with the arguments of track_generation (without p_), and is answered at the same place. One
 -- that track_generation would refuse with an error has the reason 'refused'. With p_max_wait, those whose group
 -- somebody else holds for more than so many milliseconds have the reason 'busy', and may be asked again.
-create or replace function public.track_generations(p_requests jsonb, p_max_wait bigint default null)
+create or replace function public.track_generations(
+  p_requests jsonb,
+  p_max_wait bigint default null
+)
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.track_many(tokenlimits.json_argument(p_requests), p_max_wait);
+  return tokenlimits.track_generations(
+    case jsonb_typeof(p_requests) when 'string' then (p_requests #>> '{}')::jsonb else p_requests end,
+    p_max_wait
+  );
 end
 $$;
 comment on function public.track_generations(jsonb, bigint)
 is 'Tracks up to 1,000 generations in one transaction: each is judged by itself, in this order.';
-revoke execute on function public.track_generations(jsonb, bigint) from public, anon, authenticated, service_role;
-grant execute on function public.track_generations(jsonb, bigint) to service_role;
+revoke execute on function public.track_generations(jsonb, bigint)
+from public, anon, authenticated, service_role;
+grant execute on function public.track_generations(jsonb, bigint)
+to service_role;
+
+comment on function tokenlimits.track_generations(jsonb, bigint)
+is 'What track_generations does.';
+revoke execute on function tokenlimits.track_generations(jsonb, bigint)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.track_generations(jsonb, bigint)
+to service_role;
 
 -- For admins: groups with their limits, members, a fresh start.
 --
@@ -3148,7 +3349,7 @@ create or replace function tokenlimits.group_json(p_group public.user_groups)
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return to_jsonb(p_group) || jsonb_build_object('limits', coalesce((
@@ -3161,16 +3362,19 @@ begin
   ), '[]'));
 end
 $$;
-comment on function tokenlimits.group_json(public.user_groups) is 'A group with its limits, as clients see it.';
-revoke execute on function tokenlimits.group_json(public.user_groups) from public, anon, authenticated;
-grant execute on function tokenlimits.group_json(public.user_groups) to authenticated, service_role;
+comment on function tokenlimits.group_json(public.user_groups)
+is 'A group with its limits, as clients see it.';
+revoke execute on function tokenlimits.group_json(public.user_groups)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.group_json(public.user_groups)
+to authenticated, service_role;
 
 -- Refuses a bad set of limits with the path of the field, like limits[2].max.
 create or replace function tokenlimits.check_limits(p_limits jsonb)
 returns void
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_limit jsonb;
@@ -3186,9 +3390,8 @@ begin
     v_index := v_index + 1;
     v_field := case
       when jsonb_typeof(v_limit) <> 'object' then ''
-      when coalesce(v_limit ->> 'kind', '') !~ '^[a-z][a-z0-9_]{0,31}$' then '.kind'
-      when coalesce(v_limit ->> 'period', '')
-        not in ('minute', 'hour', 'day', 'week', 'month', 'lifetime') then '.period'
+      when (v_limit ->> 'kind' ~ '^[a-z][a-z0-9_]{0,31}$') is not true then '.kind'
+      when coalesce(v_limit ->> 'period', '') not in ('minute', 'hour', 'day', 'week', 'month', 'lifetime') then '.period'
       when coalesce(v_limit ->> 'scope', '') not in ('group', 'member') then '.scope'
       when not v_limit ? 'max' then '.max'
       when jsonb_typeof(v_limit -> 'max') = 'null' then null
@@ -3212,16 +3415,19 @@ begin
   end loop;
 end
 $$;
-comment on function tokenlimits.check_limits(jsonb) is 'Refuses limits that are not valid, before anything is written.';
-revoke execute on function tokenlimits.check_limits(jsonb) from public, anon, authenticated;
-grant execute on function tokenlimits.check_limits(jsonb) to authenticated, service_role;
+comment on function tokenlimits.check_limits(jsonb)
+is 'Refuses limits that are not valid, before anything is written.';
+revoke execute on function tokenlimits.check_limits(jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.check_limits(jsonb)
+to authenticated, service_role;
 
 -- What stays the same keeps its counters: only what differs is written.
 create or replace function tokenlimits.replace_limits(p_group_id uuid, p_limits jsonb)
 returns void
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform
@@ -3240,14 +3446,17 @@ begin
   insert into public.group_limits as l (group_id, kind, period, scope, max)
   select p_group_id, n.kind, n.period, n.scope, n.max::bigint
   from jsonb_to_recordset(p_limits) as n (kind text, period text, scope text, max numeric)
-  on conflict on constraint group_limits_pkey do update
+  on conflict on constraint group_limits_key do update
   set max = excluded.max
   where l.max is distinct from excluded.max;
 end
 $$;
-comment on function tokenlimits.replace_limits(uuid, jsonb) is 'Makes a group''s limits these.';
-revoke execute on function tokenlimits.replace_limits(uuid, jsonb) from public, anon, authenticated;
-grant execute on function tokenlimits.replace_limits(uuid, jsonb) to authenticated, service_role;
+comment on function tokenlimits.replace_limits(uuid, jsonb)
+is 'Makes a group''s limits these.';
+revoke execute on function tokenlimits.replace_limits(uuid, jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.replace_limits(uuid, jsonb)
+to authenticated, service_role;
 
 create or replace function public.save_group(
   p_group_id uuid default null,
@@ -3261,11 +3470,11 @@ create or replace function public.save_group(
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_group public.user_groups;
-  v_limits jsonb := tokenlimits.json_argument(p_limits);
+  v_limits jsonb := case jsonb_typeof(p_limits) when 'string' then (p_limits #>> '{}')::jsonb else p_limits end;
 begin
   perform tokenlimits.require_admin();
   if v_limits is not null then
@@ -3274,18 +3483,8 @@ begin
   if p_group_id is not null then
     v_group := tokenlimits.require_group(p_group_id);
   end if;
-  if char_length(btrim(coalesce(p_name, v_group.name, ''))) not between 1 and 200 then
-    perform tokenlimits.refuse('TL001', 'name: must have 1 to 200 characters', 'name', 'Nothing was saved.');
-  elsif char_length(p_description) > 2000 then
-    perform tokenlimits.refuse(
-      'TL001',
-      'description: must have at most 2000 characters',
-      'description',
-      'Nothing was saved.'
-    );
-  end if;
   if p_is_default then
-    -- 'tokl' in ASCII; the stripes of groups are 0 to 255
+    -- the stripes of groups are 0 to 255
     perform pg_advisory_xact_lock(1953459052, 256);
     update public.user_groups as g
     set is_default = false
@@ -3336,10 +3535,10 @@ create or replace function public.set_group_limit(p_group_id uuid, p_limit jsonb
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_limit jsonb := tokenlimits.json_argument(p_limit);
+  v_limit jsonb := case jsonb_typeof(p_limit) when 'string' then (p_limit #>> '{}')::jsonb else p_limit end;
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.check_limits(jsonb_build_array(v_limit));
@@ -3349,20 +3548,23 @@ begin
   values (
     p_group_id, v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'scope', (v_limit ->> 'max')::numeric::bigint
   )
-  on conflict on constraint group_limits_pkey do update
+  on conflict on constraint group_limits_key do update
   set max = excluded.max;
   return tokenlimits.group_json(tokenlimits.require_group(p_group_id));
 end
 $$;
-comment on function public.set_group_limit(uuid, jsonb) is 'Adds one limit to a group, or changes its max.';
-revoke execute on function public.set_group_limit(uuid, jsonb) from public, anon, authenticated, service_role;
-grant execute on function public.set_group_limit(uuid, jsonb) to authenticated, service_role;
+comment on function public.set_group_limit(uuid, jsonb)
+is 'Adds one limit to a group, or changes its max.';
+revoke execute on function public.set_group_limit(uuid, jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function public.set_group_limit(uuid, jsonb)
+to authenticated, service_role;
 
 create or replace function public.remove_group_limit(p_group_id uuid, p_kind text, p_period text, p_scope text)
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform tokenlimits.require_admin();
@@ -3376,13 +3578,14 @@ comment on function public.remove_group_limit(uuid, text, text, text)
 is 'Removes one limit of a group; without the limit that is no error.';
 revoke execute on function public.remove_group_limit(uuid, text, text, text)
 from public, anon, authenticated, service_role;
-grant execute on function public.remove_group_limit(uuid, text, text, text) to authenticated, service_role;
+grant execute on function public.remove_group_limit(uuid, text, text, text)
+to authenticated, service_role;
 
 create or replace function public.delete_group(p_group_id uuid)
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_group jsonb;
@@ -3393,9 +3596,12 @@ begin
   return v_group;
 end
 $$;
-comment on function public.delete_group(uuid) is 'Deletes a group with its limits and memberships; the ledger stays.';
-revoke execute on function public.delete_group(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.delete_group(uuid) to authenticated, service_role;
+comment on function public.delete_group(uuid)
+is 'Deletes a group with its limits and memberships; the ledger stays.';
+revoke execute on function public.delete_group(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.delete_group(uuid)
+to authenticated, service_role;
 
 create or replace function public.find_groups(
   p_group_id uuid default null,
@@ -3407,7 +3613,7 @@ create or replace function public.find_groups(
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform tokenlimits.require_admin();
@@ -3431,15 +3637,16 @@ comment on function public.find_groups(uuid, text, text, text, integer)
 is 'Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, in order.';
 revoke execute on function public.find_groups(uuid, text, text, text, integer)
 from public, anon, authenticated, service_role;
-grant execute on function public.find_groups(uuid, text, text, text, integer) to authenticated, service_role;
+grant execute on function public.find_groups(uuid, text, text, text, integer)
+to authenticated, service_role;
 
-create or replace function tokenlimits.add_members(p_group_id uuid, p_user_ids uuid[])
+create or replace function tokenlimits.add_group_members(p_group_id uuid, p_user_ids uuid[])
 returns jsonb
 language plpgsql
 volatile
 -- definer: auth.users is not open to admins
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_known uuid[];
@@ -3467,30 +3674,41 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.add_members(uuid, uuid[]) is 'What add_group_members does.';
-revoke execute on function tokenlimits.add_members(uuid, uuid[]) from public, anon, authenticated;
-grant execute on function tokenlimits.add_members(uuid, uuid[]) to authenticated, service_role;
-
-create or replace function public.add_group_members(p_group_id uuid, p_user_ids uuid[])
+create or replace function public.add_group_members(
+  p_group_id uuid,
+  p_user_ids uuid[]
+)
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.add_members(p_group_id, p_user_ids);
+  return tokenlimits.add_group_members(
+    p_group_id,
+    p_user_ids
+  );
 end
 $$;
 comment on function public.add_group_members(uuid, uuid[])
 is 'Adds users to a group: how many were added, how many were there already, and which ids are of no user.';
-revoke execute on function public.add_group_members(uuid, uuid[]) from public, anon, authenticated, service_role;
-grant execute on function public.add_group_members(uuid, uuid[]) to authenticated, service_role;
+revoke execute on function public.add_group_members(uuid, uuid[])
+from public, anon, authenticated, service_role;
+grant execute on function public.add_group_members(uuid, uuid[])
+to authenticated, service_role;
+
+comment on function tokenlimits.add_group_members(uuid, uuid[])
+is 'What add_group_members does.';
+revoke execute on function tokenlimits.add_group_members(uuid, uuid[])
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.add_group_members(uuid, uuid[])
+to authenticated, service_role;
 
 create or replace function public.remove_group_members(p_group_id uuid, p_user_ids uuid[])
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_removed bigint;
@@ -3505,14 +3723,16 @@ end
 $$;
 comment on function public.remove_group_members(uuid, uuid[])
 is 'Removes users from a group, and says how many were in it; their usage stays.';
-revoke execute on function public.remove_group_members(uuid, uuid[]) from public, anon, authenticated, service_role;
-grant execute on function public.remove_group_members(uuid, uuid[]) to authenticated, service_role;
+revoke execute on function public.remove_group_members(uuid, uuid[])
+from public, anon, authenticated, service_role;
+grant execute on function public.remove_group_members(uuid, uuid[])
+to authenticated, service_role;
 
 create or replace function public.move_group_member(p_user_id uuid, p_from uuid, p_to uuid)
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_moved boolean;
@@ -3533,23 +3753,25 @@ end
 $$;
 comment on function public.move_group_member(uuid, uuid, uuid)
 is 'Moves a user from one group to another in one step; false when the user was not in the first.';
-revoke execute on function public.move_group_member(uuid, uuid, uuid) from public, anon, authenticated, service_role;
-grant execute on function public.move_group_member(uuid, uuid, uuid) to authenticated, service_role;
+revoke execute on function public.move_group_member(uuid, uuid, uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.move_group_member(uuid, uuid, uuid)
+to authenticated, service_role;
 
-create or replace function tokenlimits.reset_usage(p_group_id uuid, p_kind text)
+create or replace function tokenlimits.reset_group_usage(p_group_id uuid, p_kind text)
 returns jsonb
 language plpgsql
 volatile
 -- definer: resets are private
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_at timestamptz;
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
-  if p_kind !~ '^[a-z][a-z0-9_]{0,31}$' then
+  if not p_kind ~ '^[a-z][a-z0-9_]{0,31}$' then
     perform tokenlimits.refuse('TL001', 'kind: is not a kind of generation', 'kind');
   end if;
   perform from public.user_groups as g where g.id = p_group_id for no key update;
@@ -3578,36 +3800,47 @@ begin
   return jsonb_build_object('reset_at', v_at);
 end
 $$;
-comment on function tokenlimits.reset_usage(uuid, text) is 'What reset_group_usage does.';
-revoke execute on function tokenlimits.reset_usage(uuid, text) from public, anon, authenticated;
-grant execute on function tokenlimits.reset_usage(uuid, text) to authenticated, service_role;
-
-create or replace function public.reset_group_usage(p_group_id uuid, p_kind text default null)
+create or replace function public.reset_group_usage(
+  p_group_id uuid,
+  p_kind text default null
+)
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.reset_usage(p_group_id, p_kind);
+  return tokenlimits.reset_group_usage(
+    p_group_id,
+    p_kind
+  );
 end
 $$;
 comment on function public.reset_group_usage(uuid, text)
 is 'A fresh start for a group''s current periods, of a kind or of all; the ledger keeps everything.';
-revoke execute on function public.reset_group_usage(uuid, text) from public, anon, authenticated, service_role;
-grant execute on function public.reset_group_usage(uuid, text) to authenticated, service_role;
+revoke execute on function public.reset_group_usage(uuid, text)
+from public, anon, authenticated, service_role;
+grant execute on function public.reset_group_usage(uuid, text)
+to authenticated, service_role;
+
+comment on function tokenlimits.reset_group_usage(uuid, text)
+is 'What reset_group_usage does.';
+revoke execute on function tokenlimits.reset_group_usage(uuid, text)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.reset_group_usage(uuid, text)
+to authenticated, service_role;
 
 -- the one before had no search
 -- squawk-ignore ban-drop-function
-drop function if exists tokenlimits.list_members(uuid, uuid, integer);
+drop function if exists tokenlimits.group_members(uuid, uuid, integer);
 
-create or replace function tokenlimits.list_members(p_group_id uuid, p_after uuid, p_page_size integer, p_search text)
+create or replace function tokenlimits.group_members(p_group_id uuid, p_after uuid, p_page_size integer, p_search text)
 returns jsonb
 language plpgsql
 stable
 -- definer: e-mail addresses are in auth.users, which is not open to admins
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_search text := nullif(lower(btrim(p_search)), '');
@@ -3631,10 +3864,6 @@ begin
   ), '[]');
 end
 $$;
-comment on function tokenlimits.list_members(uuid, uuid, integer, text) is 'What group_members does.';
-revoke execute on function tokenlimits.list_members(uuid, uuid, integer, text) from public, anon, authenticated;
-grant execute on function tokenlimits.list_members(uuid, uuid, integer, text) to authenticated, service_role;
-
 -- the one before had no search
 -- squawk-ignore ban-drop-function
 drop function if exists public.group_members(uuid, uuid, integer);
@@ -3648,25 +3877,38 @@ create or replace function public.group_members(
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.list_members(p_group_id, p_after, p_page_size, p_search);
+  return tokenlimits.group_members(
+    p_group_id,
+    p_after,
+    p_page_size,
+    p_search
+  );
 end
 $$;
 comment on function public.group_members(uuid, uuid, integer, text)
 is 'A group''s members, or those whose e-mail address contains a text: the page after a user id, in the order of ids.';
 revoke execute on function public.group_members(uuid, uuid, integer, text)
 from public, anon, authenticated, service_role;
-grant execute on function public.group_members(uuid, uuid, integer, text) to authenticated, service_role;
+grant execute on function public.group_members(uuid, uuid, integer, text)
+to authenticated, service_role;
 
-create or replace function tokenlimits.search_users(p_email text, p_page_size integer)
+comment on function tokenlimits.group_members(uuid, uuid, integer, text)
+is 'What group_members does.';
+revoke execute on function tokenlimits.group_members(uuid, uuid, integer, text)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.group_members(uuid, uuid, integer, text)
+to authenticated, service_role;
+
+create or replace function tokenlimits.find_users(p_email text, p_page_size integer)
 returns jsonb
 language plpgsql
 stable
 -- definer: auth.users is not open to admins
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform tokenlimits.require_admin();
@@ -3682,24 +3924,35 @@ begin
   ), '[]');
 end
 $$;
-comment on function tokenlimits.search_users(text, integer) is 'What find_users does.';
-revoke execute on function tokenlimits.search_users(text, integer) from public, anon, authenticated;
-grant execute on function tokenlimits.search_users(text, integer) to authenticated, service_role;
-
-create or replace function public.find_users(p_email text, p_page_size integer default 20)
+create or replace function public.find_users(
+  p_email text,
+  p_page_size integer default 20
+)
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.search_users(p_email, p_page_size);
+  return tokenlimits.find_users(
+    p_email,
+    p_page_size
+  );
 end
 $$;
 comment on function public.find_users(text, integer)
 is 'Users whose e-mail address contains a text, whatever its case.';
-revoke execute on function public.find_users(text, integer) from public, anon, authenticated, service_role;
-grant execute on function public.find_users(text, integer) to authenticated, service_role;
+revoke execute on function public.find_users(text, integer)
+from public, anon, authenticated, service_role;
+grant execute on function public.find_users(text, integer)
+to authenticated, service_role;
+
+comment on function tokenlimits.find_users(text, integer)
+is 'What find_users does.';
+revoke execute on function tokenlimits.find_users(text, integer)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.find_users(text, integer)
+to authenticated, service_role;
 
 -- Usage for users and admins, and history.
 --
@@ -3710,35 +3963,43 @@ create or replace function tokenlimits.user_usage(p_user_id uuid)
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := tokenlimits.clock();
 begin
   return coalesce((
     select jsonb_agg(
-      tokenlimits.limit_json(s.state) || jsonb_build_object('group', jsonb_build_object('id', g.id, 'name', g.name))
+      to_jsonb(row(
+        s.kind, s.period, s.scope, s.max, s.used,
+        -- greatest() passes over nulls, and unlimited is null
+        case when s.max is not null then greatest(s.max - s.used, 0) end,
+        nullif(s.until, 'infinity')
+      )::tokenlimits.limit_answer) || jsonb_build_object('group', row(g.id, g.name)::tokenlimits.group_answer)
       order by p.place, s.place
     )
-    from unnest(tokenlimits.paying_groups(p_user_id)) with ordinality as p (id, place)
+    from unnest(coalesce(
+      (select p.group_ids from tokenlimits.paying_groups as p where p.user_id = p_user_id),
+      array(select d.id from public.user_groups as d where d.is_default)
+    )) with ordinality as p (id, place)
     inner join public.user_groups as g on g.id = p.id
-    cross join lateral (
-      select row(u.*)::tokenlimits.limit_state as state, row_number() over () as place
-      from unnest(tokenlimits.limit_states(p.id, array[p_user_id], null, v_now)) as u
-    ) as s
+    cross join lateral unnest(tokenlimits.limit_states(p.id, array[p_user_id], null, v_now))
+    with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place)
   ), '[]');
 end
 $$;
-comment on function tokenlimits.user_usage(uuid) is 'Every limit that binds a user, in the order in which groups pay.';
-revoke execute on function tokenlimits.user_usage(uuid) from public, anon, authenticated;
+comment on function tokenlimits.user_usage(uuid)
+is 'Every limit that binds a user, in the order in which groups pay.';
+revoke execute on function tokenlimits.user_usage(uuid)
+from public, anon, authenticated, service_role;
 
-create or replace function tokenlimits.usage_of(p_user_id uuid)
+create or replace function tokenlimits.user_generation_usage(p_user_id uuid)
 returns jsonb
 language plpgsql
 stable
 -- definer: counters are private
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_user_id is null then
@@ -3747,32 +4008,41 @@ begin
   return tokenlimits.user_usage(p_user_id);
 end
 $$;
-comment on function tokenlimits.usage_of(uuid) is 'What user_generation_usage does.';
-revoke execute on function tokenlimits.usage_of(uuid) from public, anon, authenticated;
-grant execute on function tokenlimits.usage_of(uuid) to service_role;
-
-create or replace function public.user_generation_usage(p_user_id uuid)
+create or replace function public.user_generation_usage(
+  p_user_id uuid
+)
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.usage_of(p_user_id);
+  return tokenlimits.user_generation_usage(
+    p_user_id
+  );
 end
 $$;
 comment on function public.user_generation_usage(uuid)
 is 'Every limit that binds a user: group, kind, period, scope, max, used, remaining, reset_at.';
-revoke execute on function public.user_generation_usage(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.user_generation_usage(uuid) to service_role;
+revoke execute on function public.user_generation_usage(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.user_generation_usage(uuid)
+to service_role;
 
-create or replace function tokenlimits.my_usage()
+comment on function tokenlimits.user_generation_usage(uuid)
+is 'What user_generation_usage does.';
+revoke execute on function tokenlimits.user_generation_usage(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.user_generation_usage(uuid)
+to service_role;
+
+create or replace function tokenlimits.my_generation_usage()
 returns jsonb
 language plpgsql
 stable
 -- definer: counters are private; it answers for nobody but the caller
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := (select auth.uid());
@@ -3784,34 +4054,39 @@ begin
   return tokenlimits.user_usage(v_user_id);
 end
 $$;
-comment on function tokenlimits.my_usage() is 'What my_generation_usage does.';
-revoke execute on function tokenlimits.my_usage() from public, anon, authenticated;
-grant execute on function tokenlimits.my_usage() to authenticated;
-
 create or replace function public.my_generation_usage()
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.my_usage();
+  return tokenlimits.my_generation_usage();
 end
 $$;
 comment on function public.my_generation_usage()
 is 'Every limit that binds the signed-in user: group, kind, period, scope, max, used, remaining, reset_at.';
-revoke execute on function public.my_generation_usage() from public, anon, authenticated, service_role;
-grant execute on function public.my_generation_usage() to authenticated;
+revoke execute on function public.my_generation_usage()
+from public, anon, authenticated, service_role;
+grant execute on function public.my_generation_usage()
+to authenticated;
 
--- A member limit is shown for the group as a whole: what all members used, of max for each. All groups at once, since a
--- dashboard asks for a thousand: what limit_states works out for one group, this does for all of them in one query.
-create or replace function tokenlimits.usage_of_groups(p_group_id uuid)
+comment on function tokenlimits.my_generation_usage()
+is 'What my_generation_usage does.';
+revoke execute on function tokenlimits.my_generation_usage()
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.my_generation_usage()
+to authenticated;
+
+-- A member limit is shown for the group as a whole: what all members used, of max for each. All groups of a page at
+-- once, since a dashboard asks for a thousand: what limit_states works out for one, this does for all in one query.
+create or replace function tokenlimits.group_usage(p_group_id uuid, p_after text, p_page_size integer)
 returns jsonb
 language plpgsql
 stable
 -- definer: counters are private
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := tokenlimits.clock();
@@ -3822,20 +4097,30 @@ begin
   if p_group_id is not null then
     v_group_ids := array[(tokenlimits.require_group(p_group_id)).id];
   else
-    v_group_ids := array(select g.id from public.user_groups as g);
+    v_group_ids := array(
+      select g.id
+      from public.user_groups as g
+      where p_after is null or lower(g.name) > lower(p_after)
+      order by lower(g.name)
+      limit greatest(p_page_size, 1)
+    );
   end if;
   return coalesce((
-    with periods as materialized (
-      select d.period, d.timezone, lower(d.range) as since, upper(d.range) as until
-      from (
-        select k.period, k.timezone, tokenlimits.period_of(k.period, k.timezone, v_now) as range
-        from (
-          select distinct l.period, g.timezone
-          from public.group_limits as l
-          inner join public.user_groups as g on g.id = l.group_id
-          where l.group_id = any(v_group_ids)
-        ) as k
-      ) as d
+    with groups as materialized (
+      select g.id, g.name, g.timezone
+      from unnest(v_group_ids) as p (id)
+      inner join public.user_groups as g on g.id = p.id
+    ),
+
+    limits as materialized (
+      select l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id, g.timezone
+      from groups as g
+      inner join public.group_limits as l on l.group_id = g.id
+    ),
+
+    periods as materialized (
+      select k.period, k.timezone, tokenlimits.period_of(k.period, k.timezone, v_now) as range
+      from (select distinct l.period, l.timezone from limits as l) as k
     ),
 
     -- as limit_states: an open counter says what is used, and nothing is when a period has begun since; where used
@@ -3843,20 +4128,17 @@ begin
     states as materialized (
       select
         l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id,
-        case when c.until > v_now then c.since else greatest(p.since, c.until, r.reset_at) end as since,
-        case when c.until > v_now then c.until else p.until end as until,
+        case when c.until > v_now then c.since else greatest(lower(p.range), c.until, (
+          select max(r.reset_at)
+          from tokenlimits.usage_resets as r
+          where r.group_id = l.group_id and r.kind in (l.kind, '*')
+        )) end as since,
+        case when c.until > v_now then c.until else upper(p.range) end as until,
         case when c.until > v_now then c.used when c.until is not null then 0 end as used
-      from public.group_limits as l
-      inner join public.user_groups as g on g.id = l.group_id
-      inner join periods as p on p.period = l.period and p.timezone = g.timezone
+      from limits as l
+      inner join periods as p on p.period = l.period and p.timezone = l.timezone
       left join tokenlimits.counters as c
         on l.scope = 'group' and c.subject = l.group_id and c.counter_id = l.counter_id
-      left join lateral (
-        select max(u.reset_at) as reset_at
-        from tokenlimits.usage_resets as u
-        where u.group_id = l.group_id and u.kind in (l.kind, '*')
-      ) as r on true
-      where l.group_id = any(v_group_ids)
     ),
 
     members as materialized (
@@ -3871,8 +4153,8 @@ begin
     counted as materialized (
       select
         s.group_id, s.kind, s.period, s.scope, s.max, s.counter_id, s.until,
-        coalesce(s.used, o.used, case
-          when s.since = tokenlimits.rollup_bucket(s.since) and s.until = tokenlimits.rollup_bucket(s.until)
+        coalesce(s.used, s.shared, case
+          when s.since = date_bin('15 minutes', s.since, '2000-01-01 00:00:00+00') and s.until = date_bin('15 minutes', s.until, '2000-01-01 00:00:00+00')
             then coalesce((
               select sum(r.cost)
               from tokenlimits.usage_rollup as r
@@ -3880,18 +4162,20 @@ begin
             ), 0)
           else tokenlimits.count_usage(s.group_id, null, s.kind, s.since, s.until)
         end)
-        - case when v_any_expired then coalesce((
-          select sum(h.cost)
-          from tokenlimits.holds as h
-          where h.group_id = s.group_id and h.kind = s.kind and h.expires_at <= v_now and h.created_at >= s.since
-        ), 0) else 0 end as used,
+        - case when v_any_expired
+          then tokenlimits.expired_cost(s.group_id, null, s.kind, s.since, v_now)
+          else 0
+        end as used,
         -- numeric: of many members it is more than a bigint holds
         s.max::numeric * case s.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
-      from states as s
-      left join states as o
-        on
-          s.scope = 'member' and o.scope = 'group'
-          and (o.group_id, o.kind, o.period, o.since) = (s.group_id, s.kind, s.period, s.since)
+      from (
+        select
+          t.*,
+          max(t.used) filter (where t.scope = 'group') over (
+            partition by t.group_id, t.kind, t.period, t.since
+          ) as shared
+        from states as t
+      ) as s
       left join members as m on m.group_id = s.group_id
     ),
 
@@ -3929,37 +4213,49 @@ begin
       )
       order by lower(g.name)
     )
-    from public.user_groups as g
+    from groups as g
     left join members as m on m.group_id = g.id
     left join shown as s on s.group_id = g.id
-    where g.id = any(v_group_ids)
   )::jsonb, '[]');
 end
 $$;
-comment on function tokenlimits.usage_of_groups(uuid) is 'What group_usage does.';
-revoke execute on function tokenlimits.usage_of_groups(uuid) from public, anon, authenticated;
-grant execute on function tokenlimits.usage_of_groups(uuid) to authenticated, service_role;
-
-create or replace function public.group_usage(p_group_id uuid default null)
+create or replace function public.group_usage(
+  p_group_id uuid default null,
+  p_after text default null,
+  p_page_size integer default null
+)
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.usage_of_groups(p_group_id);
+  return tokenlimits.group_usage(
+    p_group_id,
+    p_after,
+    p_page_size
+  );
 end
 $$;
-comment on function public.group_usage(uuid)
-is 'One group, or all when null: member count, and of each limit used, remaining, fraction of its capacity, reset_at.';
-revoke execute on function public.group_usage(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.group_usage(uuid) to authenticated, service_role;
+comment on function public.group_usage(uuid, text, integer)
+is 'One group, or all: member count, and of each limit used, remaining, fraction of its capacity, reset_at; with p_page_size a page of them, after a name.';
+revoke execute on function public.group_usage(uuid, text, integer)
+from public, anon, authenticated, service_role;
+grant execute on function public.group_usage(uuid, text, integer)
+to authenticated, service_role;
+
+comment on function tokenlimits.group_usage(uuid, text, integer)
+is 'What group_usage does.';
+revoke execute on function tokenlimits.group_usage(uuid, text, integer)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.group_usage(uuid, text, integer)
+to authenticated, service_role;
 
 create or replace function tokenlimits.check_bucket(p_bucket text)
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_bucket is null or p_bucket not in ('hour', 'day', 'week', 'month') then
@@ -3967,24 +4263,28 @@ begin
   end if;
 end
 $$;
-comment on function tokenlimits.check_bucket(text) is 'Raises TL001 unless it is a step of the history.';
-revoke execute on function tokenlimits.check_bucket(text) from public, anon, authenticated;
+comment on function tokenlimits.check_bucket(text)
+is 'Raises TL001 unless it is a step of the history.';
+revoke execute on function tokenlimits.check_bucket(text)
+from public, anon, authenticated, service_role;
 
 -- A group that was deleted since has lost its time zone too.
 create or replace function tokenlimits.timezone_of(p_group_id uuid)
 returns text
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return coalesce((select g.timezone from public.user_groups as g where g.id = p_group_id), 'UTC');
 end
 $$;
-comment on function tokenlimits.timezone_of(uuid) is 'The time zone in which a group''s periods begin.';
-revoke execute on function tokenlimits.timezone_of(uuid) from public, anon, authenticated;
+comment on function tokenlimits.timezone_of(uuid)
+is 'The time zone in which a group''s periods begin.';
+revoke execute on function tokenlimits.timezone_of(uuid)
+from public, anon, authenticated, service_role;
 
-create or replace function tokenlimits.history(
+create or replace function tokenlimits.generation_history(
   p_group_id uuid,
   p_kind text,
   p_bucket text,
@@ -3996,11 +4296,12 @@ language plpgsql
 stable
 -- definer: the rollup is private
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_timezone text := 'UTC';
-  v_since timestamptz;
+  v_until timestamptz := coalesce(p_until, 'infinity');
+  v_since timestamptz := coalesce(p_since, coalesce(p_until, tokenlimits.clock()) - interval '30 days');
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.check_bucket(p_bucket);
@@ -4008,7 +4309,7 @@ begin
     v_timezone := (tokenlimits.require_group(p_group_id)).timezone;
   end if;
   -- whole buckets: the first is the one that p_since lies in
-  v_since := lower(tokenlimits.period_of(p_bucket, v_timezone, p_since));
+  v_since := lower(tokenlimits.period_of(p_bucket, v_timezone, v_since));
   return coalesce((
     select jsonb_agg(to_jsonb(points) order by points.bucket, points.kind)
     from (
@@ -4024,7 +4325,7 @@ begin
           from tokenlimits.usage_rollup as r
           union all
           -- expired holds that nobody has swept yet
-          select h.group_id, tokenlimits.rollup_bucket(h.created_at), h.kind, -h.cost, -1
+          select h.group_id, date_bin('15 minutes', h.created_at, '2000-01-01 00:00:00+00'), h.kind, -h.cost, -1
           from tokenlimits.holds as h
           where h.expires_at <= tokenlimits.clock()
         ) as q
@@ -4032,7 +4333,7 @@ begin
           (p_group_id is null or q.group_id = p_group_id)
           and (p_kind is null or q.kind = p_kind)
           and q.bucket >= v_since
-          and q.bucket < p_until
+          and q.bucket < v_until
         group by q.bucket, q.kind
       ) as r
       group by 1, 2
@@ -4041,12 +4342,6 @@ begin
   ), '[]');
 end
 $$;
-comment on function tokenlimits.history(uuid, text, text, timestamptz, timestamptz) is 'What generation_history does.';
-revoke execute on function tokenlimits.history(uuid, text, text, timestamptz, timestamptz)
-from public, anon, authenticated;
-grant execute on function tokenlimits.history(uuid, text, text, timestamptz, timestamptz)
-to authenticated, service_role;
-
 create or replace function public.generation_history(
   p_group_id uuid default null,
   p_kind text default null,
@@ -4057,12 +4352,15 @@ create or replace function public.generation_history(
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.history(
-    p_group_id, p_kind, p_bucket,
-    coalesce(p_since, coalesce(p_until, now()) - interval '30 days'), coalesce(p_until, 'infinity')
+  return tokenlimits.generation_history(
+    p_group_id,
+    p_kind,
+    p_bucket,
+    p_since,
+    p_until
   );
 end
 $$;
@@ -4071,6 +4369,13 @@ is 'Live usage per kind and bucket in a group''s time zone (of all groups, in UT
 revoke execute on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
 grant execute on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
+to authenticated, service_role;
+
+comment on function tokenlimits.generation_history(uuid, text, text, timestamptz, timestamptz)
+is 'What generation_history does.';
+revoke execute on function tokenlimits.generation_history(uuid, text, text, timestamptz, timestamptz)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.generation_history(uuid, text, text, timestamptz, timestamptz)
 to authenticated, service_role;
 
 -- Reading much of the ledger, or of its sums: page by page; and who used most.
@@ -4085,7 +4390,7 @@ create or replace function tokenlimits.usage_json(p_usage public.generation_usag
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'id', p_usage.id,
@@ -4105,12 +4410,14 @@ as $$
     'expires_at', p_usage.expires_at
   )
 $$;
-comment on function tokenlimits.usage_json(public.generation_usage) is 'A row of the ledger, as an export shows it.';
-revoke execute on function tokenlimits.usage_json(public.generation_usage) from public, anon, authenticated;
+comment on function tokenlimits.usage_json(public.generation_usage)
+is 'A row of the ledger, as an export shows it.';
+revoke execute on function tokenlimits.usage_json(public.generation_usage)
+from public, anon, authenticated, service_role;
 
 -- Of one user by their own index, else of one group after the other by theirs: no index of its own, which every call
 -- would have to keep. p_after is the "next" of the page before.
-create or replace function tokenlimits.export_page(
+create or replace function tokenlimits.export_usage(
   p_group_id uuid,
   p_user_id uuid,
   p_kind text,
@@ -4124,18 +4431,17 @@ language plpgsql
 stable
 -- definer: e-mail addresses are in auth.users, which is not open to admins
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   c_groups constant integer := 1000;
-  v_after jsonb := tokenlimits.json_argument(p_after);
   v_since timestamptz := coalesce(p_since, '-infinity');
   -- also what was recorded at this very moment
   v_until timestamptz := least(p_until, tokenlimits.clock() + interval '1 microsecond');
   v_left integer := least(greatest(p_page_size, 1), 5000);
-  v_group_id uuid := coalesce(p_group_id, (v_after ->> 'group_id')::uuid);
-  v_at timestamptz := coalesce((v_after ->> 'created_at')::timestamptz, v_since);
-  v_id uuid := coalesce((v_after ->> 'id')::uuid, '00000000-0000-0000-0000-000000000000');
+  v_group_id uuid := coalesce(p_group_id, (p_after ->> 'group_id')::uuid);
+  v_at timestamptz := coalesce((p_after ->> 'created_at')::timestamptz, v_since);
+  v_id uuid := coalesce((p_after ->> 'id')::uuid, '00000000-0000-0000-0000-000000000000');
   v_page public.generation_usage[];
   v_rows jsonb := '[]';
 begin
@@ -4188,13 +4494,6 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.export_page(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
-is 'What export_usage does.';
-revoke execute on function tokenlimits.export_page(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
-from public, anon, authenticated;
-grant execute on function tokenlimits.export_page(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
-to authenticated, service_role;
-
 create or replace function public.export_usage(
   p_group_id uuid default null,
   p_user_id uuid default null,
@@ -4207,23 +4506,38 @@ create or replace function public.export_usage(
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.export_page(p_group_id, p_user_id, p_kind, p_since, p_until, p_after, p_page_size);
+  return tokenlimits.export_usage(
+    p_group_id,
+    p_user_id,
+    p_kind,
+    p_since,
+    p_until,
+    case jsonb_typeof(p_after) when 'string' then (p_after #>> '{}')::jsonb else p_after end,
+    p_page_size
+  );
 end
 $$;
 comment on function public.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
-is 'The ledger, page by page: ask again with p_after and p_until as the "next" and "until" of the page before.';
+is 'The ledger, page by page: ask again with p_after and p_until as the ''next'' and ''until'' of the page before.';
 revoke execute on function public.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
 from public, anon, authenticated, service_role;
 grant execute on function public.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
 to authenticated, service_role;
 
+comment on function tokenlimits.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
+is 'What export_usage does.';
+revoke execute on function tokenlimits.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
+to authenticated, service_role;
+
 -- Sum after sum of each series (a group and a kind) of the rollup, in the order of its key: one look-up finds where the
 -- next sum begins, another adds it up, so time in which nothing was used costs nothing. p_after is the "next" of the
 -- page before.
-create or replace function tokenlimits.export_sums(
+create or replace function tokenlimits.export_history(
   p_group_id uuid,
   p_kind text,
   p_bucket text,
@@ -4237,25 +4551,24 @@ language plpgsql
 stable
 -- definer: the rollup is private
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   -- what a page may read, in rows of the rollup (a month of one kind has up to 47,616), and what a look-up counts as
   c_rows constant integer := 100000;
   c_look_up constant integer := 50;
-  v_after jsonb := tokenlimits.json_argument(p_after);
   v_now timestamptz := tokenlimits.clock();
   -- also what was recorded at this very moment
   v_until timestamptz := least(p_until, v_now + interval '1 microsecond');
   v_left integer := least(greatest(p_page_size, 1), 5000);
   v_rows_left integer := c_rows;
   v_group_id uuid := coalesce(
-    (v_after ->> 'group_id')::uuid, p_group_id, '00000000-0000-0000-0000-000000000000'
+    (p_after ->> 'group_id')::uuid, p_group_id, '00000000-0000-0000-0000-000000000000'
   );
-  v_kind text := coalesce(v_after ->> 'kind', '');
+  v_kind text := coalesce(p_after ->> 'kind', '');
   v_timezone text := tokenlimits.timezone_of(v_group_id);
   -- from here on in this series; at infinity it is over
-  v_at timestamptz := coalesce((v_after ->> 'bucket')::timestamptz, 'infinity');
+  v_at timestamptz := coalesce((p_after ->> 'bucket')::timestamptz, 'infinity');
   v_period tstzrange;
   v_sum record;
   v_rows jsonb[] := '{}';
@@ -4298,7 +4611,7 @@ begin
       where r.group_id = v_group_id and r.kind = v_kind and r.bucket >= v_at and r.bucket < upper(v_period)
       union all
       -- expired holds that nobody has swept yet
-      select tokenlimits.rollup_bucket(h.created_at), -h.cost, -1
+      select date_bin('15 minutes', h.created_at, '2000-01-01 00:00:00+00'), -h.cost, -1
       from tokenlimits.holds as h
       where h.group_id = v_group_id and h.kind = v_kind and h.expires_at <= v_now
     ) as q
@@ -4329,13 +4642,6 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.export_sums(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
-is 'What export_history does.';
-revoke execute on function tokenlimits.export_sums(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
-from public, anon, authenticated;
-grant execute on function tokenlimits.export_sums(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
-to authenticated, service_role;
-
 create or replace function public.export_history(
   p_group_id uuid default null,
   p_kind text default null,
@@ -4348,10 +4654,18 @@ create or replace function public.export_history(
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.export_sums(p_group_id, p_kind, p_bucket, p_since, p_until, p_after, p_page_size);
+  return tokenlimits.export_history(
+    p_group_id,
+    p_kind,
+    p_bucket,
+    p_since,
+    p_until,
+    case jsonb_typeof(p_after) when 'string' then (p_after #>> '{}')::jsonb else p_after end,
+    p_page_size
+  );
 end
 $$;
 comment on function public.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
@@ -4361,8 +4675,15 @@ from public, anon, authenticated, service_role;
 grant execute on function public.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
 to authenticated, service_role;
 
+comment on function tokenlimits.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
+is 'What export_history does.';
+revoke execute on function tokenlimits.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
+to authenticated, service_role;
+
 -- Counters forget past periods, so this reads the ledger: as long as the time is, not as the history is.
-create or replace function tokenlimits.rank_members(
+create or replace function tokenlimits.top_members(
   p_group_id uuid,
   p_kind text,
   p_since timestamptz,
@@ -4374,7 +4695,7 @@ language plpgsql
 stable
 -- definer: e-mail addresses are in auth.users, which is not open to admins
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := tokenlimits.clock();
@@ -4402,13 +4723,6 @@ begin
   ), '[]');
 end
 $$;
-comment on function tokenlimits.rank_members(uuid, text, timestamptz, timestamptz, integer)
-is 'What top_members does.';
-revoke execute on function tokenlimits.rank_members(uuid, text, timestamptz, timestamptz, integer)
-from public, anon, authenticated;
-grant execute on function tokenlimits.rank_members(uuid, text, timestamptz, timestamptz, integer)
-to authenticated, service_role;
-
 create or replace function public.top_members(
   p_group_id uuid,
   p_kind text default null,
@@ -4419,10 +4733,16 @@ create or replace function public.top_members(
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.rank_members(p_group_id, p_kind, p_since, p_until, p_count);
+  return tokenlimits.top_members(
+    p_group_id,
+    p_kind,
+    p_since,
+    p_until,
+    p_count
+  );
 end
 $$;
 comment on function public.top_members(uuid, text, timestamptz, timestamptz, integer)
@@ -4430,6 +4750,13 @@ is 'Who used most in a group, also those who left; in the last 30 days by defaul
 revoke execute on function public.top_members(uuid, text, timestamptz, timestamptz, integer)
 from public, anon, authenticated, service_role;
 grant execute on function public.top_members(uuid, text, timestamptz, timestamptz, integer)
+to authenticated, service_role;
+
+comment on function tokenlimits.top_members(uuid, text, timestamptz, timestamptz, integer)
+is 'What top_members does.';
+revoke execute on function tokenlimits.top_members(uuid, text, timestamptz, timestamptz, integer)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.top_members(uuid, text, timestamptz, timestamptz, integer)
 to authenticated, service_role;
 
 -- Counting everything again, for the day on which somebody doubts the numbers.
@@ -4444,10 +4771,10 @@ create or replace function tokenlimits.rollup_differences(p_group_id uuid, p_sin
 returns table (kind text, bucket timestamptz, was numeric, used numeric, generations numeric)
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_since timestamptz := tokenlimits.rollup_bucket(p_since);
+  v_since timestamptz := date_bin('15 minutes', p_since, '2000-01-01 00:00:00+00');
 begin
   return query
   select d.kind, d.bucket, d.was, d.used, d.generations
@@ -4465,7 +4792,7 @@ begin
     full join (
       select s.kind, s.bucket, sum(s.cost) as cost, count(*) as generations
       from (
-        select l.kind, tokenlimits.rollup_bucket(l.created_at) as bucket, l.cost
+        select l.kind, date_bin('15 minutes', l.created_at, '2000-01-01 00:00:00+00') as bucket, l.cost
         from public.generation_usage as l
         where l.group_id = p_group_id and l.created_at >= v_since and l.status in ('reserved', 'committed')
       ) as s
@@ -4477,7 +4804,8 @@ end
 $$;
 comment on function tokenlimits.rollup_differences(uuid, timestamptz)
 is 'Where the history since a moment differs from the ledger, and by how many generations.';
-revoke execute on function tokenlimits.rollup_differences(uuid, timestamptz) from public, anon, authenticated;
+revoke execute on function tokenlimits.rollup_differences(uuid, timestamptz)
+from public, anon, authenticated, service_role;
 
 -- The group's own counters come first, so that p_most leaves out members.
 create or replace function tokenlimits.counter_differences(
@@ -4488,7 +4816,7 @@ create or replace function tokenlimits.counter_differences(
 returns table (subject uuid, counter_id bigint, kind text, period text, scope text, was bigint, used bigint)
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return query
@@ -4514,17 +4842,17 @@ $$;
 comment on function tokenlimits.counter_differences(uuid, timestamptz, integer)
 is 'Where a group''s counters differ from the ledger.';
 revoke execute on function tokenlimits.counter_differences(uuid, timestamptz, integer)
-from public, anon, authenticated;
+from public, anon, authenticated, service_role;
 
 -- One group at a time, and since a moment, for a statement ends after 8 s. Answers what differed, as it was and as it
 -- is now.
-create or replace function tokenlimits.reconcile(p_group_id uuid, p_since timestamptz)
+create or replace function tokenlimits.reconcile_usage(p_group_id uuid, p_since timestamptz)
 returns jsonb
 language plpgsql
 volatile
 -- definer: counters and rollup are private
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_counters jsonb;
@@ -4569,25 +4897,35 @@ begin
   return jsonb_build_object('counters', coalesce(v_counters, '[]'), 'rollup', coalesce(v_rollup, '[]'));
 end
 $$;
-comment on function tokenlimits.reconcile(uuid, timestamptz)
-is 'What reconcile_usage does.';
-revoke execute on function tokenlimits.reconcile(uuid, timestamptz) from public, anon, authenticated;
-grant execute on function tokenlimits.reconcile(uuid, timestamptz) to authenticated, service_role;
-
-create or replace function public.reconcile_usage(p_group_id uuid, p_since timestamptz default '-infinity')
+create or replace function public.reconcile_usage(
+  p_group_id uuid,
+  p_since timestamptz default '-infinity'
+)
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.reconcile(p_group_id, p_since);
+  return tokenlimits.reconcile_usage(
+    p_group_id,
+    p_since
+  );
 end
 $$;
 comment on function public.reconcile_usage(uuid, timestamptz)
 is 'Counts a group''s usage again from the ledger, mends counters and rollup, and answers what differed.';
-revoke execute on function public.reconcile_usage(uuid, timestamptz) from public, anon, authenticated, service_role;
-grant execute on function public.reconcile_usage(uuid, timestamptz) to authenticated, service_role;
+revoke execute on function public.reconcile_usage(uuid, timestamptz)
+from public, anon, authenticated, service_role;
+grant execute on function public.reconcile_usage(uuid, timestamptz)
+to authenticated, service_role;
+
+comment on function tokenlimits.reconcile_usage(uuid, timestamptz)
+is 'What reconcile_usage does.';
+revoke execute on function tokenlimits.reconcile_usage(uuid, timestamptz)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.reconcile_usage(uuid, timestamptz)
+to authenticated, service_role;
 
 -- For those who run it: users by their addresses, and whether everything is as it should be.
 --
@@ -4595,13 +4933,13 @@ grant execute on function public.reconcile_usage(uuid, timestamptz) to authentic
 --   * Nothing here changes anything.
 --   * tokenlimits_diagnosis answers facts; what they mean is said by `tokenlimits doctor`.
 
-create or replace function tokenlimits.users_of_emails(p_emails text[])
+create or replace function tokenlimits.find_users_by_email(p_emails text[])
 returns jsonb
 language plpgsql
 stable
 -- definer: auth.users is not open to admins
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform tokenlimits.require_admin();
@@ -4615,34 +4953,43 @@ begin
   ), '[]');
 end
 $$;
-comment on function tokenlimits.users_of_emails(text[]) is 'What find_users_by_email does.';
-revoke execute on function tokenlimits.users_of_emails(text[]) from public, anon, authenticated;
-grant execute on function tokenlimits.users_of_emails(text[]) to authenticated, service_role;
-
-create or replace function public.find_users_by_email(p_emails text[])
+create or replace function public.find_users_by_email(
+  p_emails text[]
+)
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.users_of_emails(p_emails);
+  return tokenlimits.find_users_by_email(
+    p_emails
+  );
 end
 $$;
 comment on function public.find_users_by_email(text[])
 is 'The users who have one of up to 5,000 e-mail addresses, whatever its case.';
-revoke execute on function public.find_users_by_email(text[]) from public, anon, authenticated, service_role;
-grant execute on function public.find_users_by_email(text[]) to authenticated, service_role;
+revoke execute on function public.find_users_by_email(text[])
+from public, anon, authenticated, service_role;
+grant execute on function public.find_users_by_email(text[])
+to authenticated, service_role;
+
+comment on function tokenlimits.find_users_by_email(text[])
+is 'What find_users_by_email does.';
+revoke execute on function tokenlimits.find_users_by_email(text[])
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.find_users_by_email(text[])
+to authenticated, service_role;
 
 -- As reconcile, but it waits for nobody: a stable function sees one moment, at which counters and ledger agree. It
 -- looks at no more members than a statement has time for.
-create or replace function tokenlimits.drift(p_group_id uuid, p_since timestamptz)
+create or replace function tokenlimits.usage_drift(p_group_id uuid, p_since timestamptz)
 returns jsonb
 language plpgsql
 stable
 -- definer: counters and rollup are private
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   c_counters constant integer := 2000;
@@ -4662,31 +5009,42 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.drift(uuid, timestamptz) is 'What usage_drift does.';
-revoke execute on function tokenlimits.drift(uuid, timestamptz) from public, anon, authenticated;
-grant execute on function tokenlimits.drift(uuid, timestamptz) to authenticated, service_role;
-
-create or replace function public.usage_drift(p_group_id uuid, p_since timestamptz default null)
+create or replace function public.usage_drift(
+  p_group_id uuid,
+  p_since timestamptz default null
+)
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.drift(p_group_id, p_since);
+  return tokenlimits.usage_drift(
+    p_group_id,
+    p_since
+  );
 end
 $$;
 comment on function public.usage_drift(uuid, timestamptz)
 is 'Where a group''s counters and history differ from the ledger; changes nothing. The history of a day by default.';
-revoke execute on function public.usage_drift(uuid, timestamptz) from public, anon, authenticated, service_role;
-grant execute on function public.usage_drift(uuid, timestamptz) to authenticated, service_role;
+revoke execute on function public.usage_drift(uuid, timestamptz)
+from public, anon, authenticated, service_role;
+grant execute on function public.usage_drift(uuid, timestamptz)
+to authenticated, service_role;
+
+comment on function tokenlimits.usage_drift(uuid, timestamptz)
+is 'What usage_drift does.';
+revoke execute on function tokenlimits.usage_drift(uuid, timestamptz)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.usage_drift(uuid, timestamptz)
+to authenticated, service_role;
 
 -- Asks the project's rule about a caller who is made up, and puts the real one back.
 create or replace function tokenlimits.would_be_admin(p_claims jsonb)
 returns boolean
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_claims text := current_setting('request.jwt.claims', true);
@@ -4704,7 +5062,8 @@ end
 $$;
 comment on function tokenlimits.would_be_admin(jsonb)
 is 'Would a caller with these claims be an admin? Null: it failed.';
-revoke execute on function tokenlimits.would_be_admin(jsonb) from public, anon, authenticated;
+revoke execute on function tokenlimits.would_be_admin(jsonb)
+from public, anon, authenticated, service_role;
 
 -- What the statistics know, and the sizes of files; no table is read. "needed" is what an index would take that was
 -- built now: each row's columns at their average width, aligned, with header and pointer, in pages filled to nine
@@ -4716,7 +5075,7 @@ language plpgsql
 stable
 -- definer: statistics of columns are for who may read them
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   c_tables constant text[] := array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'];
@@ -4762,16 +5121,18 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.storage() is 'Dead rows, and how large indexes are and need to be.';
-revoke execute on function tokenlimits.storage() from public, anon, authenticated;
+comment on function tokenlimits.storage()
+is 'Dead rows, and how large indexes are and need to be.';
+revoke execute on function tokenlimits.storage()
+from public, anon, authenticated, service_role;
 
-create or replace function tokenlimits.diagnosis()
+create or replace function tokenlimits.tokenlimits_diagnosis()
 returns jsonb
 language plpgsql
 volatile
 -- definer: auth.users is not open to admins
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   c_tables constant text[] := array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'];
@@ -4865,30 +5226,36 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.diagnosis() is 'What tokenlimits_diagnosis does.';
-revoke execute on function tokenlimits.diagnosis() from public, anon, authenticated;
-grant execute on function tokenlimits.diagnosis() to authenticated, service_role;
-
 create or replace function public.tokenlimits_diagnosis()
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.diagnosis();
+  return tokenlimits.tokenlimits_diagnosis();
 end
 $$;
 comment on function public.tokenlimits_diagnosis()
 is 'How tokenlimits is installed here: tables, policies, functions, triggers, indexes, who is an admin, users.';
-revoke execute on function public.tokenlimits_diagnosis() from public, anon, authenticated, service_role;
-grant execute on function public.tokenlimits_diagnosis() to authenticated, service_role;
+revoke execute on function public.tokenlimits_diagnosis()
+from public, anon, authenticated, service_role;
+grant execute on function public.tokenlimits_diagnosis()
+to authenticated, service_role;
+
+comment on function tokenlimits.tokenlimits_diagnosis()
+is 'What tokenlimits_diagnosis does.';
+revoke execute on function tokenlimits.tokenlimits_diagnosis()
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.tokenlimits_diagnosis()
+to authenticated, service_role;
 
 -- Who may touch the tables: admins through row-level security, the service key, and nobody else.
 --
 -- Invariants
 --   * One permissive policy per table, action and role.
---   * Nobody writes the ledger through the API: only definer functions do.
+--   * Nobody writes the ledger through the API: only definer functions do. Ids, counters and moments of the other
+--     tables neither.
 --   * It holds on projects whose default privileges grant everything in public, and on those that grant nothing.
 
 alter table public.user_groups enable row level security;
@@ -4898,8 +5265,15 @@ alter table public.generation_usage enable row level security;
 
 revoke all on public.user_groups, public.group_limits, public.group_memberships, public.generation_usage
 from public, anon, authenticated, service_role;
-grant select, insert, update, delete on public.user_groups, public.group_limits, public.group_memberships
+grant select, delete on public.user_groups, public.group_limits, public.group_memberships
 to authenticated, service_role;
+-- ids, counters and moments are ours to set, also where an admin edits a table
+grant insert (name, description, priority, timezone, is_default),
+update (name, description, priority, timezone, is_default)
+on public.user_groups to authenticated, service_role;
+grant insert (group_id, kind, period, scope, max), update (kind, period, scope, max)
+on public.group_limits to authenticated, service_role;
+grant insert (group_id, user_id) on public.group_memberships to authenticated, service_role;
 grant select on public.generation_usage to authenticated, service_role;
 -- an identity column needs no right to its sequence; old projects grant it to everybody
 revoke all on sequence public.group_limits_counter_id_seq from public, anon, authenticated, service_role;
@@ -4913,6 +5287,7 @@ begin
   foreach v_table in array array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'] loop
     foreach v_action in array array['select', 'insert', 'update', 'delete'] loop
       continue when v_table = 'generation_usage' and v_action <> 'select';
+      continue when v_table = 'group_memberships' and v_action = 'update';
       v_name := format('admins may %s', v_action);
       execute format('drop policy if exists %I on public.%I', v_name, v_table);
       execute format(

@@ -1,9 +1,10 @@
 """Build sql/tokenlimits.sql and the newest migration from sql/schema/; with --check, fail when they are stale.
 
-The newest migration has those statements of the schema that no earlier one has in the same words. The one paste has all
-of them, and is applied over older versions too, so every statement must work both ways: `create or replace`,
-`add column if not exists`. After a release, begin the next migration with an empty file,
-sql/migrations/YYYYMMDDHHMMSS_topic.sql; the released ones are never built again.
+The files of the schema are Jinja templates: a rule that several functions have in place is a macro in
+sql/schema/macros/, which sqlfluff reads too. The newest migration has those statements of the schema that no earlier
+one has in the same words. The one paste has all of them, and is applied over older versions too, so every statement
+must work both ways: `create or replace`, `add column if not exists`. After a release, begin the next migration with an
+empty file, sql/migrations/YYYYMMDDHHMMSS_topic.sql; the released ones are never built again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 SQL = Path(__file__).resolve().parent.parent / "sql"
 ONE_PASTE_HEADER = """\
@@ -27,6 +30,22 @@ MIGRATION_HEADER = """\
 """
 # PostgREST has to look again after each
 RELOAD = "notify pgrst, 'reload schema';"
+
+
+def schema() -> str:
+    """Fill in the templates of the schema."""
+    templates = Environment(
+        loader=FileSystemLoader(SQL / "schema"),
+        extensions=["jinja2.ext.do"],
+        undefined=StrictUndefined,
+        autoescape=False,  # noqa: S701 - it's SQL that comes out
+        keep_trailing_newline=True,
+    )
+    for path in sorted((SQL / "schema" / "macros").glob("*.sql")):
+        macros = templates.from_string(path.read_text()).module
+        templates.globals |= {name: value for name, value in vars(macros).items() if not name.startswith("_")}
+    built = "\n".join(templates.get_template(path.name).render() for path in sorted((SQL / "schema").glob("*.sql")))
+    return re.sub(r"[ \t]+$", "", built, flags=re.MULTILINE)
 
 
 def statements(sql: str) -> Iterator[str]:
@@ -58,11 +77,11 @@ def migration(schema: str, earlier: list[str]) -> str:
 
 def main() -> int:
     """Write the generated files, or say which are stale."""
-    schema = "\n".join(path.read_text() for path in sorted((SQL / "schema").glob("*.sql")))
+    built_schema = schema()
     *released, newest = sorted((SQL / "migrations").glob("*.sql"))
     built = {
-        SQL / "tokenlimits.sql": ONE_PASTE_HEADER + schema,
-        newest: migration(schema, [path.read_text() for path in released]),
+        SQL / "tokenlimits.sql": ONE_PASTE_HEADER + built_schema,
+        newest: migration(built_schema, [path.read_text() for path in released]),
     }
     stale = [path for path, content in built.items() if not path.exists() or path.read_text() != content]
     if "--check" in sys.argv[1:]:

@@ -32,7 +32,7 @@ begin
     returns boolean
     language sql
     stable
-    set search_path = ''
+    {{ search_path() }}
     as $body$
       select coalesce((select auth.jwt()) -> 'app_metadata' ->> 'role' = 'admin', false)
     $body$;
@@ -51,7 +51,7 @@ create or replace function tokenlimits.require_admin()
 returns void
 language plpgsql
 stable
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_caller text := coalesce(nullif(current_setting('role', true), 'none'), session_user);
@@ -65,43 +65,27 @@ begin
     hint = 'Sign in as a user whose app_metadata.role is ''admin'', or use the secret key on the server.';
 end
 $$;
-comment on function tokenlimits.require_admin()
-is 'Raises 42501 unless the caller is an admin or acts as service_role.';
-revoke execute on function tokenlimits.require_admin() from public, anon, authenticated;
-grant execute on function tokenlimits.require_admin() to authenticated, service_role;
+{{ private(
+  'require_admin()',
+  "Raises 42501 unless the caller is an admin or acts as service_role.",
+  to='authenticated, service_role'
+) }}
 
 -- The one place that reads the time. Wall clock, not now(): a call that waited for a lock is recorded when it got it.
 create or replace function tokenlimits.clock()
 returns timestamptz
 language plpgsql
 volatile
-set search_path = ''
+{{ search_path() }}
 as $$
 begin
   return clock_timestamp();
 end
 $$;
-comment on function tokenlimits.clock() is 'The present moment, for every function of tokenlimits.';
-revoke execute on function tokenlimits.clock() from public, anon, authenticated;
-
--- Time-ordered (RFC 9562, version 7): new rows land at the right edge of the primary key, which keeps it in memory.
-create or replace function tokenlimits.uuid_v7()
-returns uuid
-language plpgsql
-volatile
-set search_path = ''
-as $$
-begin
-  -- the tail of a random one, from after its version: date_part, for extract counts in slow numerics
-  return (
-    lpad(to_hex((date_part('epoch', clock_timestamp()) * 1000)::bigint), 12, '0')
-    || '7'
-    || substr(gen_random_uuid()::text, 16)
-  )::uuid;
-end
-$$;
-comment on function tokenlimits.uuid_v7() is 'A new time-ordered UUID.';
-revoke execute on function tokenlimits.uuid_v7() from public, anon, authenticated;
+{{ private(
+  'clock()',
+  "The present moment, for every function of tokenlimits."
+) }}
 
 -- The code is in the message too, for servers between us and the caller that drop it.
 create or replace function tokenlimits.refuse(
@@ -113,7 +97,7 @@ create or replace function tokenlimits.refuse(
 returns void
 language plpgsql
 volatile
-set search_path = ''
+{{ search_path() }}
 as $$
 begin
   raise exception using
@@ -123,34 +107,22 @@ begin
     hint = p_hint;
 end
 $$;
-comment on function tokenlimits.refuse(text, text, text, text) is 'Raises one of our errors.';
-revoke execute on function tokenlimits.refuse(text, text, text, text) from public, anon, authenticated;
-grant execute on function tokenlimits.refuse(text, text, text, text) to authenticated, service_role;
-
--- Some servers send a JSON argument as text in JSON; this is what was meant.
-create or replace function tokenlimits.json_argument(p_value jsonb)
-returns jsonb
-language plpgsql
-immutable
-set search_path = ''
-as $$
-begin
-  return case jsonb_typeof(p_value) when 'string' then (p_value #>> '{}')::jsonb else p_value end;
-end
-$$;
-comment on function tokenlimits.json_argument(jsonb) is 'A JSON argument, also when it was sent as text.';
-revoke execute on function tokenlimits.json_argument(jsonb) from public, anon, authenticated;
-grant execute on function tokenlimits.json_argument(jsonb) to authenticated, service_role;
+{{ private(
+  'refuse(text, text, text, text)',
+  "Raises one of our errors.",
+  to='authenticated, service_role'
+) }}
 
 create or replace function public.tokenlimits_version()
 returns jsonb
 language sql
 immutable
-set search_path = ''
+{{ search_path() }}
 as $$
-  select jsonb_build_object('version', 2)
+  select jsonb_build_object('version', 1)
 $$;
-comment on function public.tokenlimits_version()
-is 'The version of the installed schema. Clients compare it with the least that they need.';
-revoke execute on function public.tokenlimits_version() from public, anon, authenticated, service_role;
-grant execute on function public.tokenlimits_version() to authenticated, service_role;
+{{ opened(
+  'tokenlimits_version()',
+  "The version of the installed schema. Clients compare it with the least that they need.",
+  to='authenticated, service_role'
+) }}

@@ -2,10 +2,12 @@
 --
 -- Invariants
 --   * Only functions of tokenlimits write the ledger; nothing deletes from it, and it has no foreign keys: deleting a
---     group or a user must not touch millions of rows.
---   * A limit is its (group, kind, period, scope). Its counter_id names the counters that count for it, and is a new
---     one whenever they have to be counted afresh.
+--     group or a user must not touch millions of rows. No checks either: each would be parsed anew by every call.
+--   * A limit is its (group, kind, period, scope), and keeps its id through every edit of it. Its counter_id names the
+--     counters that count for it, and is a new one whenever they have to be counted afresh.
 --   * A time zone is one of pg_timezone_names: PostgreSQL itself would take 'Foo/Bar5'.
+--   * No stored moment is one that a reader can't represent: infinity, or a year beyond four digits.
+--   * A name reads as it is: NFC, without characters that are invisible or turn the direction of others.
 
 create table if not exists public.user_groups (
   id uuid not null default gen_random_uuid(),
@@ -17,8 +19,10 @@ create table if not exists public.user_groups (
   created_at timestamptz not null default now(),
   updated_at timestamptz not null default now(),
   constraint user_groups_pkey primary key (id),
-  constraint user_groups_name_check check (char_length(name) between 1 and 200 and name = btrim(name)),
-  constraint user_groups_description_check check (char_length(description) <= 2000)
+  constraint user_groups_name_check check ({{ is_name('name') }}),
+  constraint user_groups_description_check check (char_length(description) <= 2000),
+  constraint user_groups_created_at_check check ({{ is_moment('created_at') }}),
+  constraint user_groups_updated_at_check check ({{ is_moment('updated_at') }})
 );
 comment on table public.user_groups is 'Groups of users that share limits on generations.';
 comment on column public.user_groups.priority is 'A user''s groups are tried from high to low.';
@@ -29,20 +33,21 @@ create unique index if not exists user_groups_name_key on public.user_groups (lo
 create unique index if not exists user_groups_is_default_key on public.user_groups (is_default) where is_default;
 
 create table if not exists public.group_limits (
+  id uuid not null default gen_random_uuid(),
   group_id uuid not null,
   kind text not null,
   period text not null,
   scope text not null,
   max bigint,
   counter_id bigint generated always as identity,
-  constraint group_limits_pkey primary key (group_id, kind, period, scope),
+  constraint group_limits_pkey primary key (id),
+  constraint group_limits_key unique (group_id, kind, period, scope),
   constraint group_limits_group_id_fkey foreign key (group_id) references public.user_groups (id) on delete cascade,
   constraint group_limits_counter_id_key unique (counter_id),
-  constraint group_limits_kind_check check (kind ~ '^[a-z][a-z0-9_]{0,31}$'),
-  constraint group_limits_period_check check (period in ('minute', 'hour', 'day', 'week', 'month', 'lifetime')),
+  constraint group_limits_kind_check check ({{ is_kind('kind') }}),
+  constraint group_limits_period_check check (period in {{ periods() }}),
   constraint group_limits_scope_check check (scope in ('group', 'member')),
-  -- 10^15 stays exact in JavaScript's numbers
-  constraint group_limits_max_check check (max between 0 and 1000000000000000)
+  constraint group_limits_max_check check (max between 0 and {{ most_of_a_limit() }})
 );
 comment on table public.group_limits is 'How much of a kind a group (or each of its members) may use in a period.';
 comment on column public.group_limits.max is 'Null: unlimited. 0: blocked.';
@@ -53,6 +58,7 @@ create table if not exists public.group_memberships (
   user_id uuid not null,
   joined_at timestamptz not null default now(),
   constraint group_memberships_pkey primary key (group_id, user_id),
+  constraint group_memberships_joined_at_check check ({{ is_moment('joined_at') }}),
   constraint group_memberships_group_id_fkey foreign key (group_id)
   references public.user_groups (id) on delete cascade,
   constraint group_memberships_user_id_fkey foreign key (user_id) references auth.users (id) on delete cascade
@@ -75,13 +81,13 @@ create table if not exists public.generation_usage (
   settled_at timestamptz,
   expires_at timestamptz,
   constraint generation_usage_pkey primary key (id),
-  constraint generation_usage_key_key unique (idempotency_key, user_id),
-  constraint generation_usage_cost_check check (cost >= 0),
-  constraint generation_usage_status_check
-  check (status in ('reserved', 'committed', 'released', 'refunded', 'expired'))
+  constraint generation_usage_key_key unique (idempotency_key, user_id)
 );
 comment on table public.generation_usage
 is 'The ledger: one row per generation, kept for ever. Written by functions of tokenlimits alone.';
+comment on column public.generation_usage.id
+is 'A UUIDv7 of created_at; the last four hex digits are those of the group''s id.';
+comment on column public.generation_usage.status is 'reserved, committed, released, refunded or expired.';
 comment on column public.generation_usage.cost is 'What it takes from the limits while reserved or committed.';
 comment on column public.generation_usage.reserved_cost
 is 'Of a hold, or what was one: what was held, whatever it was settled for.';
@@ -93,20 +99,28 @@ is 'Decides the period that it belongs to, whenever it is settled.';
 create index if not exists generation_usage_group_id_idx on public.generation_usage (group_id, created_at);
 create index if not exists generation_usage_user_id_idx on public.generation_usage (user_id, created_at);
 
--- What an admin edits through the API arrives here as plain updates: names are trimmed, time zones are checked.
+-- What an admin edits through the API arrives here as plain updates: names are tidied and checked, and time zones.
 create or replace function tokenlimits.check_group()
 returns trigger
 language plpgsql
 -- definer: it must work whatever the caller may see
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_timezone text;
 begin
-  new.name := btrim(new.name);
+  -- row-level security refuses only afterwards what somebody inserts, and nothing is read for them before
+  perform tokenlimits.require_admin();
+  new.name := normalize(btrim(new.name), nfc);
   new.updated_at := tokenlimits.clock();
-  if new.timezone <> 'UTC' and (tg_op = 'INSERT' or new.timezone is distinct from old.timezone) then
+  if ({{ is_name('new.name') }}) is not true then
+    perform tokenlimits.refuse(
+      'TL001', 'name: must have 1 to 200 characters, none of them a control, zero-width or direction character', 'name'
+    );
+  elsif char_length(new.description) > 2000 then
+    perform tokenlimits.refuse('TL001', 'description: must have at most 2000 characters', 'description');
+  elsif new.timezone <> 'UTC' and (tg_op = 'INSERT' or new.timezone is distinct from old.timezone) then
     select tz.name into v_timezone
     from pg_catalog.pg_timezone_names as tz
     where
@@ -114,8 +128,8 @@ begin
       char_length(new.timezone) <= 64
       and lower(tz.name) = lower(new.timezone)
       and tz.name not like 'posix/%'
-      -- "at time zone" reads these as abbreviations, which know no daylight saving
-      and tz.name not in ('CET', 'EET', 'MET', 'WET');
+      -- the first are abbreviations for "at time zone", which knows no daylight saving then; the others are no places
+      and tz.name not in ('CET', 'EET', 'MET', 'WET', 'Factory', 'localtime', 'posixrules');
     if v_timezone is null then
       perform tokenlimits.refuse(
         'TL001',
@@ -129,8 +143,7 @@ begin
   return new;
 end
 $$;
-comment on function tokenlimits.check_group() is 'Trigger: tidies and checks a group that is written.';
-revoke execute on function tokenlimits.check_group() from public, anon, authenticated;
+{{ private('check_group()', 'Trigger: tidies and checks a group that is written.') }}
 
 create or replace trigger user_groups_check
 before insert or update on public.user_groups

@@ -12,7 +12,7 @@ create or replace function tokenlimits.first_moment(p_local timestamp, p_timezon
 returns timestamptz
 language plpgsql
 stable
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_late timestamptz := p_local at time zone p_timezone;
@@ -27,15 +27,16 @@ begin
   return v_late;
 end
 $$;
-comment on function tokenlimits.first_moment(timestamp, text)
-is 'The first moment at which clocks of the zone read this.';
-revoke execute on function tokenlimits.first_moment(timestamp, text) from public, anon, authenticated;
+{{ private(
+  'first_moment(timestamp, text)',
+  "The first moment at which clocks of the zone read this."
+) }}
 
 create or replace function tokenlimits.period_of(p_period text, p_timezone text, p_at timestamptz)
 returns tstzrange
 language plpgsql
 stable
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_local timestamp;
@@ -59,6 +60,7 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.period_of(text, text, timestamptz)
-is 'The calendar period in a zone that a moment lies in.';
-revoke execute on function tokenlimits.period_of(text, text, timestamptz) from public, anon, authenticated;
+{{ private(
+  'period_of(text, text, timestamptz)',
+  "The calendar period in a zone that a moment lies in."
+) }}

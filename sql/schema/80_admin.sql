@@ -11,29 +11,31 @@ create or replace function tokenlimits.group_json(p_group public.user_groups)
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+{{ search_path() }}
 as $$
 begin
   return to_jsonb(p_group) || jsonb_build_object('limits', coalesce((
     select jsonb_agg(
       jsonb_build_object('kind', l.kind, 'period', l.period, 'scope', l.scope, 'max', l.max)
-      order by l.kind, l.scope, array_position(array['minute', 'hour', 'day', 'week', 'month', 'lifetime'], l.period)
+      order by l.kind, l.scope, array_position(array[{{ periods()[1:-1] }}], l.period)
     )
     from public.group_limits as l
     where l.group_id = p_group.id
   ), '[]'));
 end
 $$;
-comment on function tokenlimits.group_json(public.user_groups) is 'A group with its limits, as clients see it.';
-revoke execute on function tokenlimits.group_json(public.user_groups) from public, anon, authenticated;
-grant execute on function tokenlimits.group_json(public.user_groups) to authenticated, service_role;
+{{ private(
+  'group_json(public.user_groups)',
+  "A group with its limits, as clients see it.",
+  to='authenticated, service_role'
+) }}
 
 -- Refuses a bad set of limits with the path of the field, like limits[2].max.
 create or replace function tokenlimits.check_limits(p_limits jsonb)
 returns void
 language plpgsql
 immutable
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_limit jsonb;
@@ -49,14 +51,13 @@ begin
     v_index := v_index + 1;
     v_field := case
       when jsonb_typeof(v_limit) <> 'object' then ''
-      when coalesce(v_limit ->> 'kind', '') !~ '^[a-z][a-z0-9_]{0,31}$' then '.kind'
-      when coalesce(v_limit ->> 'period', '')
-        not in ('minute', 'hour', 'day', 'week', 'month', 'lifetime') then '.period'
+      when ({{ is_kind("v_limit ->> 'kind'") }}) is not true then '.kind'
+      when coalesce(v_limit ->> 'period', '') not in {{ periods() }} then '.period'
       when coalesce(v_limit ->> 'scope', '') not in ('group', 'member') then '.scope'
       when not v_limit ? 'max' then '.max'
       when jsonb_typeof(v_limit -> 'max') = 'null' then null
       when jsonb_typeof(v_limit -> 'max') <> 'number' then '.max'
-      when (v_limit ->> 'max')::numeric not between 0 and 1000000000000000 then '.max'
+      when (v_limit ->> 'max')::numeric not between 0 and {{ most_of_a_limit() }} then '.max'
       when (v_limit ->> 'max')::numeric <> trunc((v_limit ->> 'max')::numeric) then '.max'
     end;
     v_identity := concat_ws(' ', v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'scope');
@@ -75,16 +76,18 @@ begin
   end loop;
 end
 $$;
-comment on function tokenlimits.check_limits(jsonb) is 'Refuses limits that are not valid, before anything is written.';
-revoke execute on function tokenlimits.check_limits(jsonb) from public, anon, authenticated;
-grant execute on function tokenlimits.check_limits(jsonb) to authenticated, service_role;
+{{ private(
+  'check_limits(jsonb)',
+  "Refuses limits that are not valid, before anything is written.",
+  to='authenticated, service_role'
+) }}
 
 -- What stays the same keeps its counters: only what differs is written.
 create or replace function tokenlimits.replace_limits(p_group_id uuid, p_limits jsonb)
 returns void
 language plpgsql
 volatile
-set search_path = ''
+{{ search_path() }}
 as $$
 begin
   perform
@@ -103,14 +106,16 @@ begin
   insert into public.group_limits as l (group_id, kind, period, scope, max)
   select p_group_id, n.kind, n.period, n.scope, n.max::bigint
   from jsonb_to_recordset(p_limits) as n (kind text, period text, scope text, max numeric)
-  on conflict on constraint group_limits_pkey do update
+  on conflict on constraint group_limits_key do update
   set max = excluded.max
   where l.max is distinct from excluded.max;
 end
 $$;
-comment on function tokenlimits.replace_limits(uuid, jsonb) is 'Makes a group''s limits these.';
-revoke execute on function tokenlimits.replace_limits(uuid, jsonb) from public, anon, authenticated;
-grant execute on function tokenlimits.replace_limits(uuid, jsonb) to authenticated, service_role;
+{{ private(
+  'replace_limits(uuid, jsonb)',
+  "Makes a group's limits these.",
+  to='authenticated, service_role'
+) }}
 
 create or replace function public.save_group(
   p_group_id uuid default null,
@@ -124,11 +129,11 @@ create or replace function public.save_group(
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_group public.user_groups;
-  v_limits jsonb := tokenlimits.json_argument(p_limits);
+  v_limits jsonb := {{ json_argument('p_limits') }};
 begin
   perform tokenlimits.require_admin();
   if v_limits is not null then
@@ -137,19 +142,9 @@ begin
   if p_group_id is not null then
     v_group := tokenlimits.require_group(p_group_id);
   end if;
-  if char_length(btrim(coalesce(p_name, v_group.name, ''))) not between 1 and 200 then
-    perform tokenlimits.refuse('TL001', 'name: must have 1 to 200 characters', 'name', 'Nothing was saved.');
-  elsif char_length(p_description) > 2000 then
-    perform tokenlimits.refuse(
-      'TL001',
-      'description: must have at most 2000 characters',
-      'description',
-      'Nothing was saved.'
-    );
-  end if;
   if p_is_default then
-    -- 'tokl' in ASCII; the stripes of groups are 0 to 255
-    perform pg_advisory_xact_lock(1953459052, 256);
+    -- the stripes of groups are 0 to 255
+    perform pg_advisory_xact_lock({{ stripe_class() }}, 256);
     update public.user_groups as g
     set is_default = false
     where g.is_default and g.id is distinct from p_group_id;
@@ -188,21 +183,20 @@ begin
   return tokenlimits.group_json(v_group);
 end
 $$;
-comment on function public.save_group(uuid, text, text, integer, text, boolean, jsonb)
-is 'Makes a group, or changes what is not null of an existing one, with its whole set of limits, in one step.';
-revoke execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb)
-from public, anon, authenticated, service_role;
-grant execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb)
-to authenticated, service_role;
+{{ opened(
+  'save_group(uuid, text, text, integer, text, boolean, jsonb)',
+  "Makes a group, or changes what is not null of an existing one, with its whole set of limits, in one step.",
+  to='authenticated, service_role'
+) }}
 
 create or replace function public.set_group_limit(p_group_id uuid, p_limit jsonb)
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
-  v_limit jsonb := tokenlimits.json_argument(p_limit);
+  v_limit jsonb := {{ json_argument('p_limit') }};
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.check_limits(jsonb_build_array(v_limit));
@@ -212,20 +206,22 @@ begin
   values (
     p_group_id, v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'scope', (v_limit ->> 'max')::numeric::bigint
   )
-  on conflict on constraint group_limits_pkey do update
+  on conflict on constraint group_limits_key do update
   set max = excluded.max;
   return tokenlimits.group_json(tokenlimits.require_group(p_group_id));
 end
 $$;
-comment on function public.set_group_limit(uuid, jsonb) is 'Adds one limit to a group, or changes its max.';
-revoke execute on function public.set_group_limit(uuid, jsonb) from public, anon, authenticated, service_role;
-grant execute on function public.set_group_limit(uuid, jsonb) to authenticated, service_role;
+{{ opened(
+  'set_group_limit(uuid, jsonb)',
+  "Adds one limit to a group, or changes its max.",
+  to='authenticated, service_role'
+) }}
 
 create or replace function public.remove_group_limit(p_group_id uuid, p_kind text, p_period text, p_scope text)
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+{{ search_path() }}
 as $$
 begin
   perform tokenlimits.require_admin();
@@ -235,17 +231,17 @@ begin
   return tokenlimits.group_json(tokenlimits.require_group(p_group_id));
 end
 $$;
-comment on function public.remove_group_limit(uuid, text, text, text)
-is 'Removes one limit of a group; without the limit that is no error.';
-revoke execute on function public.remove_group_limit(uuid, text, text, text)
-from public, anon, authenticated, service_role;
-grant execute on function public.remove_group_limit(uuid, text, text, text) to authenticated, service_role;
+{{ opened(
+  'remove_group_limit(uuid, text, text, text)',
+  "Removes one limit of a group; without the limit that is no error.",
+  to='authenticated, service_role'
+) }}
 
 create or replace function public.delete_group(p_group_id uuid)
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_group jsonb;
@@ -256,9 +252,11 @@ begin
   return v_group;
 end
 $$;
-comment on function public.delete_group(uuid) is 'Deletes a group with its limits and memberships; the ledger stays.';
-revoke execute on function public.delete_group(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.delete_group(uuid) to authenticated, service_role;
+{{ opened(
+  'delete_group(uuid)',
+  "Deletes a group with its limits and memberships; the ledger stays.",
+  to='authenticated, service_role'
+) }}
 
 create or replace function public.find_groups(
   p_group_id uuid default null,
@@ -270,7 +268,7 @@ create or replace function public.find_groups(
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+{{ search_path() }}
 as $$
 begin
   perform tokenlimits.require_admin();
@@ -290,19 +288,19 @@ begin
   ), '[]');
 end
 $$;
-comment on function public.find_groups(uuid, text, text, text, integer)
-is 'Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, in order.';
-revoke execute on function public.find_groups(uuid, text, text, text, integer)
-from public, anon, authenticated, service_role;
-grant execute on function public.find_groups(uuid, text, text, text, integer) to authenticated, service_role;
+{{ opened(
+  'find_groups(uuid, text, text, text, integer)',
+  "Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, in order.",
+  to='authenticated, service_role'
+) }}
 
-create or replace function tokenlimits.add_members(p_group_id uuid, p_user_ids uuid[])
+create or replace function tokenlimits.add_group_members(p_group_id uuid, p_user_ids uuid[])
 returns jsonb
 language plpgsql
 volatile
 -- definer: auth.users is not open to admins
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_known uuid[];
@@ -330,30 +328,18 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.add_members(uuid, uuid[]) is 'What add_group_members does.';
-revoke execute on function tokenlimits.add_members(uuid, uuid[]) from public, anon, authenticated;
-grant execute on function tokenlimits.add_members(uuid, uuid[]) to authenticated, service_role;
-
-create or replace function public.add_group_members(p_group_id uuid, p_user_ids uuid[])
-returns jsonb
-language plpgsql
-volatile
-set search_path = ''
-as $$
-begin
-  return tokenlimits.add_members(p_group_id, p_user_ids);
-end
-$$;
-comment on function public.add_group_members(uuid, uuid[])
-is 'Adds users to a group: how many were added, how many were there already, and which ids are of no user.';
-revoke execute on function public.add_group_members(uuid, uuid[]) from public, anon, authenticated, service_role;
-grant execute on function public.add_group_members(uuid, uuid[]) to authenticated, service_role;
+{{ rpc(
+  'add_group_members',
+  ['p_group_id uuid', 'p_user_ids uuid[]'],
+  to='authenticated, service_role',
+  comment="Adds users to a group: how many were added, how many were there already, and which ids are of no user."
+) }}
 
 create or replace function public.remove_group_members(p_group_id uuid, p_user_ids uuid[])
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_removed bigint;
@@ -366,16 +352,17 @@ begin
   return jsonb_build_object('removed', v_removed);
 end
 $$;
-comment on function public.remove_group_members(uuid, uuid[])
-is 'Removes users from a group, and says how many were in it; their usage stays.';
-revoke execute on function public.remove_group_members(uuid, uuid[]) from public, anon, authenticated, service_role;
-grant execute on function public.remove_group_members(uuid, uuid[]) to authenticated, service_role;
+{{ opened(
+  'remove_group_members(uuid, uuid[])',
+  "Removes users from a group, and says how many were in it; their usage stays.",
+  to='authenticated, service_role'
+) }}
 
 create or replace function public.move_group_member(p_user_id uuid, p_from uuid, p_to uuid)
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_moved boolean;
@@ -394,25 +381,26 @@ begin
   return jsonb_build_object('moved', v_moved);
 end
 $$;
-comment on function public.move_group_member(uuid, uuid, uuid)
-is 'Moves a user from one group to another in one step; false when the user was not in the first.';
-revoke execute on function public.move_group_member(uuid, uuid, uuid) from public, anon, authenticated, service_role;
-grant execute on function public.move_group_member(uuid, uuid, uuid) to authenticated, service_role;
+{{ opened(
+  'move_group_member(uuid, uuid, uuid)',
+  "Moves a user from one group to another in one step; false when the user was not in the first.",
+  to='authenticated, service_role'
+) }}
 
-create or replace function tokenlimits.reset_usage(p_group_id uuid, p_kind text)
+create or replace function tokenlimits.reset_group_usage(p_group_id uuid, p_kind text)
 returns jsonb
 language plpgsql
 volatile
 -- definer: resets are private
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_at timestamptz;
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
-  if p_kind !~ '^[a-z][a-z0-9_]{0,31}$' then
+  if not {{ is_kind('p_kind') }} then
     perform tokenlimits.refuse('TL001', 'kind: is not a kind of generation', 'kind');
   end if;
   perform from public.user_groups as g where g.id = p_group_id for no key update;
@@ -441,36 +429,24 @@ begin
   return jsonb_build_object('reset_at', v_at);
 end
 $$;
-comment on function tokenlimits.reset_usage(uuid, text) is 'What reset_group_usage does.';
-revoke execute on function tokenlimits.reset_usage(uuid, text) from public, anon, authenticated;
-grant execute on function tokenlimits.reset_usage(uuid, text) to authenticated, service_role;
-
-create or replace function public.reset_group_usage(p_group_id uuid, p_kind text default null)
-returns jsonb
-language plpgsql
-volatile
-set search_path = ''
-as $$
-begin
-  return tokenlimits.reset_usage(p_group_id, p_kind);
-end
-$$;
-comment on function public.reset_group_usage(uuid, text)
-is 'A fresh start for a group''s current periods, of a kind or of all; the ledger keeps everything.';
-revoke execute on function public.reset_group_usage(uuid, text) from public, anon, authenticated, service_role;
-grant execute on function public.reset_group_usage(uuid, text) to authenticated, service_role;
+{{ rpc(
+  'reset_group_usage',
+  ['p_group_id uuid', 'p_kind text default null'],
+  to='authenticated, service_role',
+  comment="A fresh start for a group's current periods, of a kind or of all; the ledger keeps everything."
+) }}
 
 -- the one before had no search
 -- squawk-ignore ban-drop-function
-drop function if exists tokenlimits.list_members(uuid, uuid, integer);
+drop function if exists tokenlimits.group_members(uuid, uuid, integer);
 
-create or replace function tokenlimits.list_members(p_group_id uuid, p_after uuid, p_page_size integer, p_search text)
+create or replace function tokenlimits.group_members(p_group_id uuid, p_after uuid, p_page_size integer, p_search text)
 returns jsonb
 language plpgsql
 stable
 -- definer: e-mail addresses are in auth.users, which is not open to admins
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_search text := nullif(lower(btrim(p_search)), '');
@@ -494,42 +470,25 @@ begin
   ), '[]');
 end
 $$;
-comment on function tokenlimits.list_members(uuid, uuid, integer, text) is 'What group_members does.';
-revoke execute on function tokenlimits.list_members(uuid, uuid, integer, text) from public, anon, authenticated;
-grant execute on function tokenlimits.list_members(uuid, uuid, integer, text) to authenticated, service_role;
-
 -- the one before had no search
 -- squawk-ignore ban-drop-function
 drop function if exists public.group_members(uuid, uuid, integer);
 
-create or replace function public.group_members(
-  p_group_id uuid,
-  p_after uuid default null,
-  p_page_size integer default 500,
-  p_search text default null
-)
-returns jsonb
-language plpgsql
-stable
-set search_path = ''
-as $$
-begin
-  return tokenlimits.list_members(p_group_id, p_after, p_page_size, p_search);
-end
-$$;
-comment on function public.group_members(uuid, uuid, integer, text)
-is 'A group''s members, or those whose e-mail address contains a text: the page after a user id, in the order of ids.';
-revoke execute on function public.group_members(uuid, uuid, integer, text)
-from public, anon, authenticated, service_role;
-grant execute on function public.group_members(uuid, uuid, integer, text) to authenticated, service_role;
+{{ rpc(
+  'group_members',
+  ['p_group_id uuid', 'p_after uuid default null', 'p_page_size integer default 500', 'p_search text default null'],
+  to='authenticated, service_role',
+  comment="A group's members, or those whose e-mail address contains a text: the page after a user id, in the order of ids.",
+  volatility='stable'
+) }}
 
-create or replace function tokenlimits.search_users(p_email text, p_page_size integer)
+create or replace function tokenlimits.find_users(p_email text, p_page_size integer)
 returns jsonb
 language plpgsql
 stable
 -- definer: auth.users is not open to admins
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 begin
   perform tokenlimits.require_admin();
@@ -545,21 +504,10 @@ begin
   ), '[]');
 end
 $$;
-comment on function tokenlimits.search_users(text, integer) is 'What find_users does.';
-revoke execute on function tokenlimits.search_users(text, integer) from public, anon, authenticated;
-grant execute on function tokenlimits.search_users(text, integer) to authenticated, service_role;
-
-create or replace function public.find_users(p_email text, p_page_size integer default 20)
-returns jsonb
-language plpgsql
-stable
-set search_path = ''
-as $$
-begin
-  return tokenlimits.search_users(p_email, p_page_size);
-end
-$$;
-comment on function public.find_users(text, integer)
-is 'Users whose e-mail address contains a text, whatever its case.';
-revoke execute on function public.find_users(text, integer) from public, anon, authenticated, service_role;
-grant execute on function public.find_users(text, integer) to authenticated, service_role;
+{{ rpc(
+  'find_users',
+  ['p_email text', 'p_page_size integer default 20'],
+  to='authenticated, service_role',
+  comment="Users whose e-mail address contains a text, whatever its case.",
+  volatility='stable'
+) }}

@@ -7,35 +7,32 @@ create or replace function tokenlimits.user_usage(p_user_id uuid)
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_now timestamptz := tokenlimits.clock();
 begin
   return coalesce((
     select jsonb_agg(
-      tokenlimits.limit_json(s.state) || jsonb_build_object('group', jsonb_build_object('id', g.id, 'name', g.name))
+      to_jsonb({{ limit_answer('s') | indent(6) }}) || jsonb_build_object('group', row(g.id, g.name)::tokenlimits.group_answer)
       order by p.place, s.place
     )
-    from unnest(tokenlimits.paying_groups(p_user_id)) with ordinality as p (id, place)
+    from unnest({{ payers('p_user_id') | indent(4) }}) with ordinality as p (id, place)
     inner join public.user_groups as g on g.id = p.id
-    cross join lateral (
-      select row(u.*)::tokenlimits.limit_state as state, row_number() over () as place
-      from unnest(tokenlimits.limit_states(p.id, array[p_user_id], null, v_now)) as u
-    ) as s
+    cross join lateral unnest(tokenlimits.limit_states(p.id, array[p_user_id], null, v_now))
+    with ordinality as s ({{ state_columns() }}, place)
   ), '[]');
 end
 $$;
-comment on function tokenlimits.user_usage(uuid) is 'Every limit that binds a user, in the order in which groups pay.';
-revoke execute on function tokenlimits.user_usage(uuid) from public, anon, authenticated;
+{{ private('user_usage(uuid)', "Every limit that binds a user, in the order in which groups pay.") }}
 
-create or replace function tokenlimits.usage_of(p_user_id uuid)
+create or replace function tokenlimits.user_generation_usage(p_user_id uuid)
 returns jsonb
 language plpgsql
 stable
 -- definer: counters are private
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 begin
   if p_user_id is null then
@@ -44,32 +41,21 @@ begin
   return tokenlimits.user_usage(p_user_id);
 end
 $$;
-comment on function tokenlimits.usage_of(uuid) is 'What user_generation_usage does.';
-revoke execute on function tokenlimits.usage_of(uuid) from public, anon, authenticated;
-grant execute on function tokenlimits.usage_of(uuid) to service_role;
+{{ rpc(
+  'user_generation_usage',
+  ['p_user_id uuid'],
+  to='service_role',
+  comment="Every limit that binds a user: group, kind, period, scope, max, used, remaining, reset_at.",
+  volatility='stable'
+) }}
 
-create or replace function public.user_generation_usage(p_user_id uuid)
-returns jsonb
-language plpgsql
-stable
-set search_path = ''
-as $$
-begin
-  return tokenlimits.usage_of(p_user_id);
-end
-$$;
-comment on function public.user_generation_usage(uuid)
-is 'Every limit that binds a user: group, kind, period, scope, max, used, remaining, reset_at.';
-revoke execute on function public.user_generation_usage(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.user_generation_usage(uuid) to service_role;
-
-create or replace function tokenlimits.my_usage()
+create or replace function tokenlimits.my_generation_usage()
 returns jsonb
 language plpgsql
 stable
 -- definer: counters are private; it answers for nobody but the caller
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_user_id uuid := (select auth.uid());
@@ -81,34 +67,23 @@ begin
   return tokenlimits.user_usage(v_user_id);
 end
 $$;
-comment on function tokenlimits.my_usage() is 'What my_generation_usage does.';
-revoke execute on function tokenlimits.my_usage() from public, anon, authenticated;
-grant execute on function tokenlimits.my_usage() to authenticated;
+{{ rpc(
+  'my_generation_usage',
+  [],
+  to='authenticated',
+  comment="Every limit that binds the signed-in user: group, kind, period, scope, max, used, remaining, reset_at.",
+  volatility='stable'
+) }}
 
-create or replace function public.my_generation_usage()
-returns jsonb
-language plpgsql
-stable
-set search_path = ''
-as $$
-begin
-  return tokenlimits.my_usage();
-end
-$$;
-comment on function public.my_generation_usage()
-is 'Every limit that binds the signed-in user: group, kind, period, scope, max, used, remaining, reset_at.';
-revoke execute on function public.my_generation_usage() from public, anon, authenticated, service_role;
-grant execute on function public.my_generation_usage() to authenticated;
-
--- A member limit is shown for the group as a whole: what all members used, of max for each. All groups at once, since a
--- dashboard asks for a thousand: what limit_states works out for one group, this does for all of them in one query.
-create or replace function tokenlimits.usage_of_groups(p_group_id uuid)
+-- A member limit is shown for the group as a whole: what all members used, of max for each. All groups of a page at
+-- once, since a dashboard asks for a thousand: what limit_states works out for one, this does for all in one query.
+create or replace function tokenlimits.group_usage(p_group_id uuid, p_after text, p_page_size integer)
 returns jsonb
 language plpgsql
 stable
 -- definer: counters are private
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_now timestamptz := tokenlimits.clock();
@@ -119,20 +94,30 @@ begin
   if p_group_id is not null then
     v_group_ids := array[(tokenlimits.require_group(p_group_id)).id];
   else
-    v_group_ids := array(select g.id from public.user_groups as g);
+    v_group_ids := array(
+      select g.id
+      from public.user_groups as g
+      where p_after is null or lower(g.name) > lower(p_after)
+      order by lower(g.name)
+      limit greatest(p_page_size, 1)
+    );
   end if;
   return coalesce((
-    with periods as materialized (
-      select d.period, d.timezone, lower(d.range) as since, upper(d.range) as until
-      from (
-        select k.period, k.timezone, tokenlimits.period_of(k.period, k.timezone, v_now) as range
-        from (
-          select distinct l.period, g.timezone
-          from public.group_limits as l
-          inner join public.user_groups as g on g.id = l.group_id
-          where l.group_id = any(v_group_ids)
-        ) as k
-      ) as d
+    with groups as materialized (
+      select g.id, g.name, g.timezone
+      from unnest(v_group_ids) as p (id)
+      inner join public.user_groups as g on g.id = p.id
+    ),
+
+    limits as materialized (
+      select l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id, g.timezone
+      from groups as g
+      inner join public.group_limits as l on l.group_id = g.id
+    ),
+
+    periods as materialized (
+      select k.period, k.timezone, tokenlimits.period_of(k.period, k.timezone, v_now) as range
+      from (select distinct l.period, l.timezone from limits as l) as k
     ),
 
     -- as limit_states: an open counter says what is used, and nothing is when a period has begun since; where used
@@ -140,20 +125,13 @@ begin
     states as materialized (
       select
         l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id,
-        case when c.until > v_now then c.since else greatest(p.since, c.until, r.reset_at) end as since,
-        case when c.until > v_now then c.until else p.until end as until,
+        case when c.until > v_now then c.since else {{ new_since('p.range', 'c.until', 'l.group_id', 'l.kind') | indent(8) }} end as since,
+        case when c.until > v_now then c.until else upper(p.range) end as until,
         case when c.until > v_now then c.used when c.until is not null then 0 end as used
-      from public.group_limits as l
-      inner join public.user_groups as g on g.id = l.group_id
-      inner join periods as p on p.period = l.period and p.timezone = g.timezone
+      from limits as l
+      inner join periods as p on p.period = l.period and p.timezone = l.timezone
       left join tokenlimits.counters as c
         on l.scope = 'group' and c.subject = l.group_id and c.counter_id = l.counter_id
-      left join lateral (
-        select max(u.reset_at) as reset_at
-        from tokenlimits.usage_resets as u
-        where u.group_id = l.group_id and u.kind in (l.kind, '*')
-      ) as r on true
-      where l.group_id = any(v_group_ids)
     ),
 
     members as materialized (
@@ -168,8 +146,8 @@ begin
     counted as materialized (
       select
         s.group_id, s.kind, s.period, s.scope, s.max, s.counter_id, s.until,
-        coalesce(s.used, o.used, case
-          when s.since = tokenlimits.rollup_bucket(s.since) and s.until = tokenlimits.rollup_bucket(s.until)
+        coalesce(s.used, s.shared, case
+          when s.since = {{ bucket('s.since') }} and s.until = {{ bucket('s.until') }}
             then coalesce((
               select sum(r.cost)
               from tokenlimits.usage_rollup as r
@@ -177,18 +155,20 @@ begin
             ), 0)
           else tokenlimits.count_usage(s.group_id, null, s.kind, s.since, s.until)
         end)
-        - case when v_any_expired then coalesce((
-          select sum(h.cost)
-          from tokenlimits.holds as h
-          where h.group_id = s.group_id and h.kind = s.kind and h.expires_at <= v_now and h.created_at >= s.since
-        ), 0) else 0 end as used,
+        - case when v_any_expired
+          then tokenlimits.expired_cost(s.group_id, null, s.kind, s.since, v_now)
+          else 0
+        end as used,
         -- numeric: of many members it is more than a bigint holds
         s.max::numeric * case s.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
-      from states as s
-      left join states as o
-        on
-          s.scope = 'member' and o.scope = 'group'
-          and (o.group_id, o.kind, o.period, o.since) = (s.group_id, s.kind, s.period, s.since)
+      from (
+        select
+          t.*,
+          max(t.used) filter (where t.scope = 'group') over (
+            partition by t.group_id, t.kind, t.period, t.since
+          ) as shared
+        from states as t
+      ) as s
       left join members as m on m.group_id = s.group_id
     ),
 
@@ -226,37 +206,25 @@ begin
       )
       order by lower(g.name)
     )
-    from public.user_groups as g
+    from groups as g
     left join members as m on m.group_id = g.id
     left join shown as s on s.group_id = g.id
-    where g.id = any(v_group_ids)
   )::jsonb, '[]');
 end
 $$;
-comment on function tokenlimits.usage_of_groups(uuid) is 'What group_usage does.';
-revoke execute on function tokenlimits.usage_of_groups(uuid) from public, anon, authenticated;
-grant execute on function tokenlimits.usage_of_groups(uuid) to authenticated, service_role;
-
-create or replace function public.group_usage(p_group_id uuid default null)
-returns jsonb
-language plpgsql
-stable
-set search_path = ''
-as $$
-begin
-  return tokenlimits.usage_of_groups(p_group_id);
-end
-$$;
-comment on function public.group_usage(uuid)
-is 'One group, or all when null: member count, and of each limit used, remaining, fraction of its capacity, reset_at.';
-revoke execute on function public.group_usage(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.group_usage(uuid) to authenticated, service_role;
+{{ rpc(
+  'group_usage',
+  ['p_group_id uuid default null', 'p_after text default null', 'p_page_size integer default null'],
+  to='authenticated, service_role',
+  comment="One group, or all: member count, and of each limit used, remaining, fraction of its capacity, reset_at; with p_page_size a page of them, after a name.",
+  volatility='stable'
+) }}
 
 create or replace function tokenlimits.check_bucket(p_bucket text)
 returns void
 language plpgsql
 stable
-set search_path = ''
+{{ search_path() }}
 as $$
 begin
   if p_bucket is null or p_bucket not in ('hour', 'day', 'week', 'month') then
@@ -264,24 +232,28 @@ begin
   end if;
 end
 $$;
-comment on function tokenlimits.check_bucket(text) is 'Raises TL001 unless it is a step of the history.';
-revoke execute on function tokenlimits.check_bucket(text) from public, anon, authenticated;
+{{ private(
+  'check_bucket(text)',
+  "Raises TL001 unless it is a step of the history."
+) }}
 
 -- A group that was deleted since has lost its time zone too.
 create or replace function tokenlimits.timezone_of(p_group_id uuid)
 returns text
 language plpgsql
 stable
-set search_path = ''
+{{ search_path() }}
 as $$
 begin
   return coalesce((select g.timezone from public.user_groups as g where g.id = p_group_id), 'UTC');
 end
 $$;
-comment on function tokenlimits.timezone_of(uuid) is 'The time zone in which a group''s periods begin.';
-revoke execute on function tokenlimits.timezone_of(uuid) from public, anon, authenticated;
+{{ private(
+  'timezone_of(uuid)',
+  "The time zone in which a group's periods begin."
+) }}
 
-create or replace function tokenlimits.history(
+create or replace function tokenlimits.generation_history(
   p_group_id uuid,
   p_kind text,
   p_bucket text,
@@ -293,11 +265,12 @@ language plpgsql
 stable
 -- definer: the rollup is private
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_timezone text := 'UTC';
-  v_since timestamptz;
+  v_until timestamptz := coalesce(p_until, 'infinity');
+  v_since timestamptz := coalesce(p_since, coalesce(p_until, tokenlimits.clock()) - interval '30 days');
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.check_bucket(p_bucket);
@@ -305,7 +278,7 @@ begin
     v_timezone := (tokenlimits.require_group(p_group_id)).timezone;
   end if;
   -- whole buckets: the first is the one that p_since lies in
-  v_since := lower(tokenlimits.period_of(p_bucket, v_timezone, p_since));
+  v_since := lower(tokenlimits.period_of(p_bucket, v_timezone, v_since));
   return coalesce((
     select jsonb_agg(to_jsonb(points) order by points.bucket, points.kind)
     from (
@@ -321,7 +294,7 @@ begin
           from tokenlimits.usage_rollup as r
           union all
           -- expired holds that nobody has swept yet
-          select h.group_id, tokenlimits.rollup_bucket(h.created_at), h.kind, -h.cost, -1
+          select h.group_id, {{ bucket('h.created_at') }}, h.kind, -h.cost, -1
           from tokenlimits.holds as h
           where h.expires_at <= tokenlimits.clock()
         ) as q
@@ -329,7 +302,7 @@ begin
           (p_group_id is null or q.group_id = p_group_id)
           and (p_kind is null or q.kind = p_kind)
           and q.bucket >= v_since
-          and q.bucket < p_until
+          and q.bucket < v_until
         group by q.bucket, q.kind
       ) as r
       group by 1, 2
@@ -338,34 +311,11 @@ begin
   ), '[]');
 end
 $$;
-comment on function tokenlimits.history(uuid, text, text, timestamptz, timestamptz) is 'What generation_history does.';
-revoke execute on function tokenlimits.history(uuid, text, text, timestamptz, timestamptz)
-from public, anon, authenticated;
-grant execute on function tokenlimits.history(uuid, text, text, timestamptz, timestamptz)
-to authenticated, service_role;
-
-create or replace function public.generation_history(
-  p_group_id uuid default null,
-  p_kind text default null,
-  p_bucket text default 'day',
-  p_since timestamptz default null,
-  p_until timestamptz default null
-)
-returns jsonb
-language plpgsql
-stable
-set search_path = ''
-as $$
-begin
-  return tokenlimits.history(
-    p_group_id, p_kind, p_bucket,
-    coalesce(p_since, coalesce(p_until, now()) - interval '30 days'), coalesce(p_until, 'infinity')
-  );
-end
-$$;
-comment on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
-is 'Live usage per kind and bucket in a group''s time zone (of all groups, in UTC, when null); 30 days by default.';
-revoke execute on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
-from public, anon, authenticated, service_role;
-grant execute on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
-to authenticated, service_role;
+{{ rpc(
+  'generation_history',
+  ['p_group_id uuid default null', 'p_kind text default null', "p_bucket text default 'day'",
+    'p_since timestamptz default null', 'p_until timestamptz default null'],
+  to='authenticated, service_role',
+  comment="Live usage per kind and bucket in a group's time zone (of all groups, in UTC, when null); 30 days by default.",
+  volatility='stable'
+) }}

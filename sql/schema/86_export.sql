@@ -10,7 +10,7 @@ create or replace function tokenlimits.usage_json(p_usage public.generation_usag
 returns jsonb
 language sql
 stable
-set search_path = ''
+{{ search_path() }}
 as $$
   select jsonb_build_object(
     'id', p_usage.id,
@@ -30,12 +30,14 @@ as $$
     'expires_at', p_usage.expires_at
   )
 $$;
-comment on function tokenlimits.usage_json(public.generation_usage) is 'A row of the ledger, as an export shows it.';
-revoke execute on function tokenlimits.usage_json(public.generation_usage) from public, anon, authenticated;
+{{ private(
+  'usage_json(public.generation_usage)',
+  "A row of the ledger, as an export shows it."
+) }}
 
 -- Of one user by their own index, else of one group after the other by theirs: no index of its own, which every call
 -- would have to keep. p_after is the "next" of the page before.
-create or replace function tokenlimits.export_page(
+create or replace function tokenlimits.export_usage(
   p_group_id uuid,
   p_user_id uuid,
   p_kind text,
@@ -49,18 +51,17 @@ language plpgsql
 stable
 -- definer: e-mail addresses are in auth.users, which is not open to admins
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   c_groups constant integer := 1000;
-  v_after jsonb := tokenlimits.json_argument(p_after);
   v_since timestamptz := coalesce(p_since, '-infinity');
   -- also what was recorded at this very moment
   v_until timestamptz := least(p_until, tokenlimits.clock() + interval '1 microsecond');
   v_left integer := least(greatest(p_page_size, 1), 5000);
-  v_group_id uuid := coalesce(p_group_id, (v_after ->> 'group_id')::uuid);
-  v_at timestamptz := coalesce((v_after ->> 'created_at')::timestamptz, v_since);
-  v_id uuid := coalesce((v_after ->> 'id')::uuid, '00000000-0000-0000-0000-000000000000');
+  v_group_id uuid := coalesce(p_group_id, (p_after ->> 'group_id')::uuid);
+  v_at timestamptz := coalesce((p_after ->> 'created_at')::timestamptz, v_since);
+  v_id uuid := coalesce((p_after ->> 'id')::uuid, '00000000-0000-0000-0000-000000000000');
   v_page public.generation_usage[];
   v_rows jsonb := '[]';
 begin
@@ -113,42 +114,18 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.export_page(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
-is 'What export_usage does.';
-revoke execute on function tokenlimits.export_page(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
-from public, anon, authenticated;
-grant execute on function tokenlimits.export_page(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
-to authenticated, service_role;
-
-create or replace function public.export_usage(
-  p_group_id uuid default null,
-  p_user_id uuid default null,
-  p_kind text default null,
-  p_since timestamptz default null,
-  p_until timestamptz default null,
-  p_after jsonb default null,
-  p_page_size integer default 1000
-)
-returns jsonb
-language plpgsql
-stable
-set search_path = ''
-as $$
-begin
-  return tokenlimits.export_page(p_group_id, p_user_id, p_kind, p_since, p_until, p_after, p_page_size);
-end
-$$;
-comment on function public.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
-is 'The ledger, page by page: ask again with p_after and p_until as the "next" and "until" of the page before.';
-revoke execute on function public.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
-from public, anon, authenticated, service_role;
-grant execute on function public.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
-to authenticated, service_role;
+{{ rpc(
+  'export_usage',
+  ['p_group_id uuid default null', 'p_user_id uuid default null', 'p_kind text default null', 'p_since timestamptz default null', 'p_until timestamptz default null', 'p_after jsonb default null', 'p_page_size integer default 1000'],
+  to='authenticated, service_role',
+  comment="The ledger, page by page: ask again with p_after and p_until as the 'next' and 'until' of the page before.",
+  volatility='stable'
+) }}
 
 -- Sum after sum of each series (a group and a kind) of the rollup, in the order of its key: one look-up finds where the
 -- next sum begins, another adds it up, so time in which nothing was used costs nothing. p_after is the "next" of the
 -- page before.
-create or replace function tokenlimits.export_sums(
+create or replace function tokenlimits.export_history(
   p_group_id uuid,
   p_kind text,
   p_bucket text,
@@ -162,25 +139,24 @@ language plpgsql
 stable
 -- definer: the rollup is private
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   -- what a page may read, in rows of the rollup (a month of one kind has up to 47,616), and what a look-up counts as
   c_rows constant integer := 100000;
   c_look_up constant integer := 50;
-  v_after jsonb := tokenlimits.json_argument(p_after);
   v_now timestamptz := tokenlimits.clock();
   -- also what was recorded at this very moment
   v_until timestamptz := least(p_until, v_now + interval '1 microsecond');
   v_left integer := least(greatest(p_page_size, 1), 5000);
   v_rows_left integer := c_rows;
   v_group_id uuid := coalesce(
-    (v_after ->> 'group_id')::uuid, p_group_id, '00000000-0000-0000-0000-000000000000'
+    (p_after ->> 'group_id')::uuid, p_group_id, '00000000-0000-0000-0000-000000000000'
   );
-  v_kind text := coalesce(v_after ->> 'kind', '');
+  v_kind text := coalesce(p_after ->> 'kind', '');
   v_timezone text := tokenlimits.timezone_of(v_group_id);
   -- from here on in this series; at infinity it is over
-  v_at timestamptz := coalesce((v_after ->> 'bucket')::timestamptz, 'infinity');
+  v_at timestamptz := coalesce((p_after ->> 'bucket')::timestamptz, 'infinity');
   v_period tstzrange;
   v_sum record;
   v_rows jsonb[] := '{}';
@@ -223,7 +199,7 @@ begin
       where r.group_id = v_group_id and r.kind = v_kind and r.bucket >= v_at and r.bucket < upper(v_period)
       union all
       -- expired holds that nobody has swept yet
-      select tokenlimits.rollup_bucket(h.created_at), -h.cost, -1
+      select {{ bucket('h.created_at') }}, -h.cost, -1
       from tokenlimits.holds as h
       where h.group_id = v_group_id and h.kind = v_kind and h.expires_at <= v_now
     ) as q
@@ -254,40 +230,16 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.export_sums(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
-is 'What export_history does.';
-revoke execute on function tokenlimits.export_sums(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
-from public, anon, authenticated;
-grant execute on function tokenlimits.export_sums(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
-to authenticated, service_role;
-
-create or replace function public.export_history(
-  p_group_id uuid default null,
-  p_kind text default null,
-  p_bucket text default 'day',
-  p_since timestamptz default null,
-  p_until timestamptz default null,
-  p_after jsonb default null,
-  p_page_size integer default 1000
-)
-returns jsonb
-language plpgsql
-stable
-set search_path = ''
-as $$
-begin
-  return tokenlimits.export_sums(p_group_id, p_kind, p_bucket, p_since, p_until, p_after, p_page_size);
-end
-$$;
-comment on function public.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
-is 'Live usage per group, kind and bucket in the group''s time zone, page by page as export_usage.';
-revoke execute on function public.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
-from public, anon, authenticated, service_role;
-grant execute on function public.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
-to authenticated, service_role;
+{{ rpc(
+  'export_history',
+  ['p_group_id uuid default null', 'p_kind text default null', "p_bucket text default 'day'", 'p_since timestamptz default null', 'p_until timestamptz default null', 'p_after jsonb default null', 'p_page_size integer default 1000'],
+  to='authenticated, service_role',
+  comment="Live usage per group, kind and bucket in the group's time zone, page by page as export_usage.",
+  volatility='stable'
+) }}
 
 -- Counters forget past periods, so this reads the ledger: as long as the time is, not as the history is.
-create or replace function tokenlimits.rank_members(
+create or replace function tokenlimits.top_members(
   p_group_id uuid,
   p_kind text,
   p_since timestamptz,
@@ -299,7 +251,7 @@ language plpgsql
 stable
 -- definer: e-mail addresses are in auth.users, which is not open to admins
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_now timestamptz := tokenlimits.clock();
@@ -327,32 +279,10 @@ begin
   ), '[]');
 end
 $$;
-comment on function tokenlimits.rank_members(uuid, text, timestamptz, timestamptz, integer)
-is 'What top_members does.';
-revoke execute on function tokenlimits.rank_members(uuid, text, timestamptz, timestamptz, integer)
-from public, anon, authenticated;
-grant execute on function tokenlimits.rank_members(uuid, text, timestamptz, timestamptz, integer)
-to authenticated, service_role;
-
-create or replace function public.top_members(
-  p_group_id uuid,
-  p_kind text default null,
-  p_since timestamptz default null,
-  p_until timestamptz default null,
-  p_count integer default 10
-)
-returns jsonb
-language plpgsql
-stable
-set search_path = ''
-as $$
-begin
-  return tokenlimits.rank_members(p_group_id, p_kind, p_since, p_until, p_count);
-end
-$$;
-comment on function public.top_members(uuid, text, timestamptz, timestamptz, integer)
-is 'Who used most in a group, also those who left; in the last 30 days by default.';
-revoke execute on function public.top_members(uuid, text, timestamptz, timestamptz, integer)
-from public, anon, authenticated, service_role;
-grant execute on function public.top_members(uuid, text, timestamptz, timestamptz, integer)
-to authenticated, service_role;
+{{ rpc(
+  'top_members',
+  ['p_group_id uuid', 'p_kind text default null', 'p_since timestamptz default null', 'p_until timestamptz default null', 'p_count integer default 10'],
+  to='authenticated, service_role',
+  comment="Who used most in a group, also those who left; in the last 30 days by default.",
+  volatility='stable'
+) }}

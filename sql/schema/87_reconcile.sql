@@ -10,10 +10,10 @@ create or replace function tokenlimits.rollup_differences(p_group_id uuid, p_sin
 returns table (kind text, bucket timestamptz, was numeric, used numeric, generations numeric)
 language plpgsql
 stable
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
-  v_since timestamptz := tokenlimits.rollup_bucket(p_since);
+  v_since timestamptz := {{ bucket('p_since') }};
 begin
   return query
   select d.kind, d.bucket, d.was, d.used, d.generations
@@ -31,7 +31,7 @@ begin
     full join (
       select s.kind, s.bucket, sum(s.cost) as cost, count(*) as generations
       from (
-        select l.kind, tokenlimits.rollup_bucket(l.created_at) as bucket, l.cost
+        select l.kind, {{ bucket('l.created_at') }} as bucket, l.cost
         from public.generation_usage as l
         where l.group_id = p_group_id and l.created_at >= v_since and l.status in ('reserved', 'committed')
       ) as s
@@ -41,9 +41,10 @@ begin
   where d.was <> d.used or d.generations <> 0;
 end
 $$;
-comment on function tokenlimits.rollup_differences(uuid, timestamptz)
-is 'Where the history since a moment differs from the ledger, and by how many generations.';
-revoke execute on function tokenlimits.rollup_differences(uuid, timestamptz) from public, anon, authenticated;
+{{ private(
+  'rollup_differences(uuid, timestamptz)',
+  "Where the history since a moment differs from the ledger, and by how many generations."
+) }}
 
 -- The group's own counters come first, so that p_most leaves out members.
 create or replace function tokenlimits.counter_differences(
@@ -54,7 +55,7 @@ create or replace function tokenlimits.counter_differences(
 returns table (subject uuid, counter_id bigint, kind text, period text, scope text, was bigint, used bigint)
 language plpgsql
 stable
-set search_path = ''
+{{ search_path() }}
 as $$
 begin
   return query
@@ -77,20 +78,20 @@ begin
   where d.was <> d.used;
 end
 $$;
-comment on function tokenlimits.counter_differences(uuid, timestamptz, integer)
-is 'Where a group''s counters differ from the ledger.';
-revoke execute on function tokenlimits.counter_differences(uuid, timestamptz, integer)
-from public, anon, authenticated;
+{{ private(
+  'counter_differences(uuid, timestamptz, integer)',
+  "Where a group's counters differ from the ledger."
+) }}
 
 -- One group at a time, and since a moment, for a statement ends after 8 s. Answers what differed, as it was and as it
 -- is now.
-create or replace function tokenlimits.reconcile(p_group_id uuid, p_since timestamptz)
+create or replace function tokenlimits.reconcile_usage(p_group_id uuid, p_since timestamptz)
 returns jsonb
 language plpgsql
 volatile
 -- definer: counters and rollup are private
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_counters jsonb;
@@ -135,22 +136,9 @@ begin
   return jsonb_build_object('counters', coalesce(v_counters, '[]'), 'rollup', coalesce(v_rollup, '[]'));
 end
 $$;
-comment on function tokenlimits.reconcile(uuid, timestamptz)
-is 'What reconcile_usage does.';
-revoke execute on function tokenlimits.reconcile(uuid, timestamptz) from public, anon, authenticated;
-grant execute on function tokenlimits.reconcile(uuid, timestamptz) to authenticated, service_role;
-
-create or replace function public.reconcile_usage(p_group_id uuid, p_since timestamptz default '-infinity')
-returns jsonb
-language plpgsql
-volatile
-set search_path = ''
-as $$
-begin
-  return tokenlimits.reconcile(p_group_id, p_since);
-end
-$$;
-comment on function public.reconcile_usage(uuid, timestamptz)
-is 'Counts a group''s usage again from the ledger, mends counters and rollup, and answers what differed.';
-revoke execute on function public.reconcile_usage(uuid, timestamptz) from public, anon, authenticated, service_role;
-grant execute on function public.reconcile_usage(uuid, timestamptz) to authenticated, service_role;
+{{ rpc(
+  'reconcile_usage',
+  ['p_group_id uuid', 'p_since timestamptz default \'-infinity\''],
+  to='authenticated, service_role',
+  comment="Counts a group's usage again from the ledger, mends counters and rollup, and answers what differed."
+) }}

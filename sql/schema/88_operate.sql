@@ -4,13 +4,13 @@
 --   * Nothing here changes anything.
 --   * tokenlimits_diagnosis answers facts; what they mean is said by `tokenlimits doctor`.
 
-create or replace function tokenlimits.users_of_emails(p_emails text[])
+create or replace function tokenlimits.find_users_by_email(p_emails text[])
 returns jsonb
 language plpgsql
 stable
 -- definer: auth.users is not open to admins
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 begin
   perform tokenlimits.require_admin();
@@ -24,34 +24,23 @@ begin
   ), '[]');
 end
 $$;
-comment on function tokenlimits.users_of_emails(text[]) is 'What find_users_by_email does.';
-revoke execute on function tokenlimits.users_of_emails(text[]) from public, anon, authenticated;
-grant execute on function tokenlimits.users_of_emails(text[]) to authenticated, service_role;
-
-create or replace function public.find_users_by_email(p_emails text[])
-returns jsonb
-language plpgsql
-stable
-set search_path = ''
-as $$
-begin
-  return tokenlimits.users_of_emails(p_emails);
-end
-$$;
-comment on function public.find_users_by_email(text[])
-is 'The users who have one of up to 5,000 e-mail addresses, whatever its case.';
-revoke execute on function public.find_users_by_email(text[]) from public, anon, authenticated, service_role;
-grant execute on function public.find_users_by_email(text[]) to authenticated, service_role;
+{{ rpc(
+  'find_users_by_email',
+  ['p_emails text[]'],
+  to='authenticated, service_role',
+  comment="The users who have one of up to 5,000 e-mail addresses, whatever its case.",
+  volatility='stable'
+) }}
 
 -- As reconcile, but it waits for nobody: a stable function sees one moment, at which counters and ledger agree. It
 -- looks at no more members than a statement has time for.
-create or replace function tokenlimits.drift(p_group_id uuid, p_since timestamptz)
+create or replace function tokenlimits.usage_drift(p_group_id uuid, p_since timestamptz)
 returns jsonb
 language plpgsql
 stable
 -- definer: counters and rollup are private
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   c_counters constant integer := 2000;
@@ -71,31 +60,20 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.drift(uuid, timestamptz) is 'What usage_drift does.';
-revoke execute on function tokenlimits.drift(uuid, timestamptz) from public, anon, authenticated;
-grant execute on function tokenlimits.drift(uuid, timestamptz) to authenticated, service_role;
-
-create or replace function public.usage_drift(p_group_id uuid, p_since timestamptz default null)
-returns jsonb
-language plpgsql
-stable
-set search_path = ''
-as $$
-begin
-  return tokenlimits.drift(p_group_id, p_since);
-end
-$$;
-comment on function public.usage_drift(uuid, timestamptz)
-is 'Where a group''s counters and history differ from the ledger; changes nothing. The history of a day by default.';
-revoke execute on function public.usage_drift(uuid, timestamptz) from public, anon, authenticated, service_role;
-grant execute on function public.usage_drift(uuid, timestamptz) to authenticated, service_role;
+{{ rpc(
+  'usage_drift',
+  ['p_group_id uuid', 'p_since timestamptz default null'],
+  to='authenticated, service_role',
+  comment="Where a group's counters and history differ from the ledger; changes nothing. The history of a day by default.",
+  volatility='stable'
+) }}
 
 -- Asks the project's rule about a caller who is made up, and puts the real one back.
 create or replace function tokenlimits.would_be_admin(p_claims jsonb)
 returns boolean
 language plpgsql
 volatile
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   v_claims text := current_setting('request.jwt.claims', true);
@@ -111,9 +89,10 @@ begin
   return v_answer;
 end
 $$;
-comment on function tokenlimits.would_be_admin(jsonb)
-is 'Would a caller with these claims be an admin? Null: it failed.';
-revoke execute on function tokenlimits.would_be_admin(jsonb) from public, anon, authenticated;
+{{ private(
+  'would_be_admin(jsonb)',
+  "Would a caller with these claims be an admin? Null: it failed."
+) }}
 
 -- What the statistics know, and the sizes of files; no table is read. "needed" is what an index would take that was
 -- built now: each row's columns at their average width, aligned, with header and pointer, in pages filled to nine
@@ -125,7 +104,7 @@ language plpgsql
 stable
 -- definer: statistics of columns are for who may read them
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   c_tables constant text[] := array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'];
@@ -171,16 +150,18 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.storage() is 'Dead rows, and how large indexes are and need to be.';
-revoke execute on function tokenlimits.storage() from public, anon, authenticated;
+{{ private(
+  'storage()',
+  "Dead rows, and how large indexes are and need to be."
+) }}
 
-create or replace function tokenlimits.diagnosis()
+create or replace function tokenlimits.tokenlimits_diagnosis()
 returns jsonb
 language plpgsql
 volatile
 -- definer: auth.users is not open to admins
 security definer
-set search_path = ''
+{{ search_path() }}
 as $$
 declare
   c_tables constant text[] := array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'];
@@ -274,21 +255,9 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.diagnosis() is 'What tokenlimits_diagnosis does.';
-revoke execute on function tokenlimits.diagnosis() from public, anon, authenticated;
-grant execute on function tokenlimits.diagnosis() to authenticated, service_role;
-
-create or replace function public.tokenlimits_diagnosis()
-returns jsonb
-language plpgsql
-volatile
-set search_path = ''
-as $$
-begin
-  return tokenlimits.diagnosis();
-end
-$$;
-comment on function public.tokenlimits_diagnosis()
-is 'How tokenlimits is installed here: tables, policies, functions, triggers, indexes, who is an admin, users.';
-revoke execute on function public.tokenlimits_diagnosis() from public, anon, authenticated, service_role;
-grant execute on function public.tokenlimits_diagnosis() to authenticated, service_role;
+{{ rpc(
+  'tokenlimits_diagnosis',
+  [],
+  to='authenticated, service_role',
+  comment="How tokenlimits is installed here: tables, policies, functions, triggers, indexes, who is an admin, users."
+) }}

@@ -2,7 +2,8 @@
 --
 -- Invariants
 --   * One permissive policy per table, action and role.
---   * Nobody writes the ledger through the API: only definer functions do.
+--   * Nobody writes the ledger through the API: only definer functions do. Ids, counters and moments of the other
+--     tables neither.
 --   * It holds on projects whose default privileges grant everything in public, and on those that grant nothing.
 
 alter table public.user_groups enable row level security;
@@ -12,8 +13,15 @@ alter table public.generation_usage enable row level security;
 
 revoke all on public.user_groups, public.group_limits, public.group_memberships, public.generation_usage
 from public, anon, authenticated, service_role;
-grant select, insert, update, delete on public.user_groups, public.group_limits, public.group_memberships
+grant select, delete on public.user_groups, public.group_limits, public.group_memberships
 to authenticated, service_role;
+-- ids, counters and moments are ours to set, also where an admin edits a table
+grant insert (name, description, priority, timezone, is_default),
+update (name, description, priority, timezone, is_default)
+on public.user_groups to authenticated, service_role;
+grant insert (group_id, kind, period, scope, max), update (kind, period, scope, max)
+on public.group_limits to authenticated, service_role;
+grant insert (group_id, user_id) on public.group_memberships to authenticated, service_role;
 grant select on public.generation_usage to authenticated, service_role;
 -- an identity column needs no right to its sequence; old projects grant it to everybody
 revoke all on sequence public.group_limits_counter_id_seq from public, anon, authenticated, service_role;
@@ -27,6 +35,7 @@ begin
   foreach v_table in array array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'] loop
     foreach v_action in array array['select', 'insert', 'update', 'delete'] loop
       continue when v_table = 'generation_usage' and v_action <> 'select';
+      continue when v_table = 'group_memberships' and v_action = 'update';
       v_name := format('admins may %s', v_action);
       execute format('drop policy if exists %I on public.%I', v_name, v_table);
       execute format(

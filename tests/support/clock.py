@@ -23,7 +23,7 @@ create or replace function tokenlimits.clock()
 returns timestamptz
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (select coalesce(t.frozen, clock_timestamp() + t.ahead) from tokenlimits.test_clock as t);

@@ -42,7 +42,7 @@ class World:
 
     def recorded(self) -> list[tuple[Any, ...]]:
         return self.owner.connection.execute(
-            "select user_id, kind, cost, status from public.generation_usage order by id"
+            "select user_id, kind, cost, status from public.generation_usage order by created_at, ctid"
         ).fetchall()
 
     def used(self, user: UUID, period: str = "lifetime", scope: str = "group") -> int:

@@ -1,0 +1,108 @@
+-- What happens when limits are edited.
+--
+-- Invariants
+--   * Every edit of limits, by function or by an admin's plain update, passes these triggers.
+--   * Whatever makes a limit another one (its group, kind, period, scope; its group's time zone) gives it another
+--     counter_id, so that it is counted afresh from the ledger: no edit is a free refill.
+
+-- A limit that is another one from now on gets another id and another counter.
+create or replace function tokenlimits.renew_counter()
+returns trigger
+language plpgsql
+-- definer: an admin has no right to the sequence
+security definer
+{{ search_path() }}
+as $$
+begin
+  new.id := gen_random_uuid();
+  new.counter_id := nextval(pg_get_serial_sequence('public.group_limits', 'counter_id'));
+  return new;
+end
+$$;
+{{ private('renew_counter()', "Trigger: a limit that is another one from now on is counted afresh.") }}
+
+create or replace trigger group_limits_renew_counter
+before update on public.group_limits
+for each row
+when ((old.group_id, old.kind, old.period, old.scope) is distinct from (new.group_id, new.kind, new.period, new.scope))
+execute function tokenlimits.renew_counter();
+
+-- Waits for the calls that judge by the old limits, then drops the group's counters that no limit uses any more and
+-- counts the new ones, so that no worker has to. Members' counters are counted on their first call.
+create or replace function tokenlimits.apply_limits()
+returns trigger
+language plpgsql
+-- definer: counters are private
+security definer
+{{ search_path() }}
+as $$
+declare
+  v_group_id uuid;
+  v_group_ids uuid[];
+begin
+  if tg_op = 'INSERT' then
+    v_group_ids := array(select distinct n.group_id from new_rows as n);
+  elsif tg_op = 'DELETE' then
+    v_group_ids := array(select distinct o.group_id from old_rows as o);
+  else
+    v_group_ids := array(
+      select n.group_id from new_rows as n
+      union
+      select o.group_id from old_rows as o
+    );
+  end if;
+  perform tokenlimits.lock_groups(v_group_ids, true);
+  foreach v_group_id in array v_group_ids loop
+    perform tokenlimits.drop_stale_counters(v_group_id);
+    insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
+    select s.subject, s.counter_id, s.since, s.until, s.used
+    from unnest(tokenlimits.limit_states(v_group_id, '{}', null, tokenlimits.clock(), p_less_expired => false)) as s
+    where s.is_open is not true
+    order by s.counter_id
+    on conflict on constraint counters_pkey do update
+    set since = excluded.since, until = excluded.until, used = excluded.used;
+  end loop;
+  return null;
+end
+$$;
+{{ private('apply_limits()', "Trigger: opens the counters of edited limits when nobody is using them.") }}
+
+create or replace trigger group_limits_apply_insert
+after insert on public.group_limits
+referencing new table as new_rows
+for each statement execute function tokenlimits.apply_limits();
+
+create or replace trigger group_limits_apply_update
+after update on public.group_limits
+referencing old table as old_rows new table as new_rows
+for each statement execute function tokenlimits.apply_limits();
+
+create or replace trigger group_limits_apply_delete
+after delete on public.group_limits
+referencing old table as old_rows
+for each statement execute function tokenlimits.apply_limits();
+
+-- Every period of a group in another time zone begins at another moment now. One statement for all groups, for then it
+-- takes their stripes in order.
+create or replace function tokenlimits.renew_counters()
+returns trigger
+language plpgsql
+-- definer: the limits' counters change whatever the caller may write
+security definer
+{{ search_path() }}
+as $$
+begin
+  update public.group_limits as l
+  set counter_id = default
+  from new_rows as n
+  inner join old_rows as o on o.id = n.id
+  where l.group_id = n.id and n.timezone is distinct from o.timezone;
+  return null;
+end
+$$;
+{{ private('renew_counters()', "Trigger: in another time zone all limits of the group are others.") }}
+
+create or replace trigger user_groups_renew_counters
+after update on public.user_groups
+referencing old table as old_rows new table as new_rows
+for each statement execute function tokenlimits.renew_counters();

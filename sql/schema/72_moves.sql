@@ -1,0 +1,257 @@
+-- Many moves at once: usages that are written, holds that have expired and are swept, and what a settlement changes.
+--
+-- Invariants
+--   * The ledger is written first: a counter that is counted afresh afterwards has all that is about to be moved.
+--   * A sweep takes a bounded number of holds, and waits for none of them: whom it leaves, readers go on subtracting.
+--   * Nobody is denied for holds that are left: a counter that looks full is judged again while it is locked, less what
+--     has expired.
+
+-- The room that a counter has besides expired holds. From its lock on, nobody else moves it: what had expired by then
+-- and is not swept is still in it, and whoever settles such a hold waits for the lock, or came before.
+create or replace function tokenlimits.squeeze(
+  p_state tokenlimits.limit_state,
+  p_cost bigint,
+  p_last timestamptz,
+  p_at timestamptz
+)
+returns bigint
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+declare
+  v_expired bigint;
+begin
+  perform
+  from tokenlimits.counters as c
+  where c.subject = p_state.subject and c.counter_id = p_state.counter_id
+  for no key update;
+  v_expired := tokenlimits.expired_cost(
+    p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.since, p_at
+  );
+  {{ move_counter('p_state', 'p_cost', 'p_last', 'false', used='c.used - v_expired') | indent(2) }}
+  if not found then
+    raise sqlstate 'TL099';
+  end if;
+  return p_state.used;
+end
+$$;
+{{ private(
+  'squeeze(tokenlimits.limit_state, bigint, timestamptz, timestamptz)',
+  "Moves a counter that looks full into the room that expired holds leave, or raises TL099."
+) }}
+
+create or replace function tokenlimits.move_usage(p_moves tokenlimits.usage_move[], p_at timestamptz)
+returns void
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+declare
+  {{ variables_of_moves() | indent(2) }}
+begin
+  {{ move_all('p_moves', 'p_at') | indent(2) }}
+end
+$$;
+{{ private(
+  'move_usage(tokenlimits.usage_move[], timestamptz)',
+  "Moves rollup and counters by many moves at once, or raises TL099."
+) }}
+
+-- Locks some of the holds of a group and kind that have expired, the oldest first. Who settles or sweeps one of them at
+-- this moment has it locked, and it is passed over.
+create or replace function tokenlimits.lock_expired(
+  p_group_id uuid,
+  p_kind text,
+  p_at timestamptz,
+  p_most integer default 500
+)
+returns uuid[]
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+begin
+  return array(
+    select u.id
+    from tokenlimits.holds as h
+    inner join public.generation_usage as u on u.id = h.usage_id
+    where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_at
+    order by h.expires_at
+    limit p_most
+    for update of u skip locked
+  );
+end
+$$;
+{{ private(
+  'lock_expired(uuid, text, timestamptz, integer)',
+  "Holds of a group and kind that have expired, locked to be swept."
+) }}
+
+-- Marks those of the locked usages that are expired holds, and answers what that takes back.
+create or replace function tokenlimits.expire_holds(p_usage_ids uuid[], p_at timestamptz)
+returns tokenlimits.usage_move[]
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+declare
+  v_moves tokenlimits.usage_move[];
+begin
+  with expired as (
+    update public.generation_usage as u
+    set status = 'expired', settled_at = u.expires_at
+    where u.id = any(p_usage_ids) and u.status = 'reserved' and u.expires_at <= p_at
+    returning u.id, u.group_id, u.kind, u.user_id, u.created_at, u.cost
+  ),
+
+  forgotten as (
+    delete from tokenlimits.holds as h
+    using expired as e
+    where h.user_id = e.user_id and h.usage_id = e.id
+  )
+
+  select array_agg(
+    row(e.group_id, e.kind, e.user_id, e.created_at, -e.cost, -1, false)::tokenlimits.usage_move
+  )
+  into v_moves
+  from expired as e;
+  return coalesce(v_moves, '{}');
+end
+$$;
+{{ private(
+  'expire_holds(uuid[], timestamptz)',
+  "Marks holds as expired; answers what is to be taken back."
+) }}
+
+create or replace function tokenlimits.sweep(p_group_id uuid, p_kind text, p_at timestamptz)
+returns bigint
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+declare
+  v_at timestamptz := p_at;
+  v_moves tokenlimits.usage_move[];
+begin
+  loop
+    begin
+      v_moves := tokenlimits.expire_holds(tokenlimits.lock_expired(p_group_id, p_kind, v_at), v_at);
+      perform tokenlimits.move_usage(v_moves, v_at);
+      return cardinality(v_moves);
+    exception
+      when sqlstate 'TL099' then
+        v_at := greatest(v_at, tokenlimits.clock());
+    end;
+  end loop;
+end
+$$;
+{{ private(
+  'sweep(uuid, text, timestamptz)',
+  "Takes back what some expired holds of a group and kind held, and says how many there were."
+) }}
+
+-- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it.
+create or replace function tokenlimits.tidy()
+returns bigint
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+declare
+  v_at timestamptz := tokenlimits.clock();
+  v_oldest tokenlimits.holds;
+begin
+  select * into v_oldest
+  from tokenlimits.holds as h
+  where h.expires_at <= v_at
+  order by h.expires_at
+  limit 1;
+  if not found then
+    return 0;
+  end if;
+  perform tokenlimits.lock_groups(array[v_oldest.group_id]);
+  return tokenlimits.sweep(v_oldest.group_id, v_oldest.kind, v_at);
+end
+$$;
+{{ private(
+  'tidy()',
+  "Sweeps expired holds of the group and kind with the oldest one, some at a time, and says how many there were."
+) }}
+
+-- Puts usages into the ledger, each under its key (p_dead_ids: the dead usage that has the key, if one has), sweeps some
+-- expired holds of these groups and kinds on the way, and answers how counters move by all that. Raises TL099 when
+-- somebody has taken a key meanwhile.
+create or replace function tokenlimits.write_ledger(
+  p_usages public.generation_usage[],
+  p_dead_ids uuid[],
+  p_enforced boolean,
+  p_group_ids uuid[],
+  p_kinds text[],
+  p_at timestamptz
+)
+returns tokenlimits.usage_move[]
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+declare
+  c_swept constant integer := 500;
+  v_dead uuid[] := array_remove(p_dead_ids, null);
+  v_expired uuid[] := '{}';
+  v_claims public.generation_usage[] := p_usages;
+  v_late_claims public.generation_usage[] := '{}';
+  v_written bigint;
+  v record;
+begin
+  if v_dead <> '{}' then
+    perform
+    from public.generation_usage as u
+    where u.id = any(v_dead)
+    order by u.id
+    for update;
+    v_claims := '{}';
+    for i in 1..cardinality(p_usages) loop
+      if p_dead_ids[i] is null then
+        v_claims := v_claims || p_usages[i];
+      else
+        v_late_claims := v_late_claims || p_usages[i];
+      end if;
+    end loop;
+  end if;
+  for v in
+    select distinct p.group_id, p.kind
+    from unnest(p_group_ids, p_kinds) as p (group_id, kind)
+  loop
+    v_expired := v_expired || tokenlimits.lock_expired(
+      v.group_id, v.kind, p_at, c_swept - cardinality(v_expired)
+    );
+  end loop;
+
+  -- the keys of dead usages last: until they are freed, whoever wants one finds it taken and does not wait, and nobody
+  -- can have taken it
+  for step in 1..2 loop
+    if step = 2 and v_dead <> '{}' then
+      update public.generation_usage as u
+      set idempotency_key = null
+      where u.id = any(v_dead) and {{ is_dead('u', 'p_at') }};
+      v_claims := v_late_claims;
+    end if;
+    exit when step = 2 and v_dead = '{}';
+    {{ into_ledger('n', 'from unnest(v_claims) as n\norder by n.idempotency_key, n.user_id') | indent(4) }}
+    get diagnostics v_written = row_count;
+    if v_written < cardinality(v_claims) then
+      raise sqlstate 'TL099';
+    end if;
+  end loop;
+  {{ into_holds('n', "from unnest(p_usages) as n\nwhere n.status = 'reserved'") | indent(2) }}
+  return tokenlimits.expire_holds(v_expired, p_at) || array(
+    select row(n.group_id, n.kind, n.user_id, n.created_at, n.cost, 1, p_enforced)::tokenlimits.usage_move
+    from unnest(p_usages) as n
+  );
+end
+$$;
+{{ private(
+  'write_ledger(public.generation_usage[], uuid[], boolean, uuid[], text[], timestamptz)',
+  "Writes usages into the ledger, sweeps, and answers what moves by it."
+) }}

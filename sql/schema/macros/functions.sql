@@ -1,0 +1,72 @@
+{#
+What every function needs besides its body. Supabase grants execute to everybody by default, on old projects, so each
+is closed first and opened by name.
+#}
+
+{# Pinned, or a caller's own types and operators would be found first: pg_temp is searched first where it isn't named. #}
+{% macro search_path() -%}
+set search_path = pg_catalog, pg_temp
+{%- endmacro %}
+
+{% macro comment_on_function(signature, comment) -%}
+comment on function {{ signature }}
+is '{{ comment | replace("'", "''") }}';
+{%- endmacro %}
+
+{# Of a private function: its comment, and who may execute it. #}
+{% macro private(signature, comment, to='') -%}
+{{ comment_on_function('tokenlimits.' ~ signature, comment) }}
+revoke execute on function tokenlimits.{{ signature }}
+from public, anon, authenticated, service_role;
+{%- if to %}
+grant execute on function tokenlimits.{{ signature }}
+to {{ to }};
+{%- endif %}
+{%- endmacro %}
+
+{# The same of a function of the API. #}
+{% macro opened(signature, comment, to) -%}
+{{ comment_on_function('public.' ~ signature, comment) }}
+revoke execute on function public.{{ signature }}
+from public, anon, authenticated, service_role;
+grant execute on function public.{{ signature }}
+to {{ to }};
+{%- endmacro %}
+
+{# A JSON argument; some servers send it as text in JSON. #}
+{% macro json_argument(name) -%}
+case jsonb_typeof({{ name }}) when 'string' then ({{ name }} #>> '{}')::jsonb else {{ name }} end
+{%- endmacro %}
+
+{#
+A function of the API: takes its arguments (each 'name type', or 'name type default value') and hands them to its
+private half, which has its name and its arguments, and is closed here too; or to another call. It runs as its caller:
+what needs more rights is in the private half.
+#}
+{% macro rpc(name, arguments, to, comment, volatility='volatile', calls='') -%}
+{%- set parameters = [] -%}
+{%- set types = [] -%}
+{%- set passed = [] -%}
+{%- for argument in arguments -%}
+{%- set words = argument.split(' default ')[0].split(' ', 1) -%}
+{%- do parameters.append(argument) -%}
+{%- do types.append(words[1]) -%}
+{%- do passed.append(json_argument(words[0]) if words[1] == 'jsonb' else words[0]) -%}
+{%- endfor -%}
+create or replace function public.{{ name }}(
+  {{- '\n  ' ~ parameters | join(',\n  ') ~ '\n' if parameters }})
+returns jsonb
+language plpgsql
+{{ volatility }}
+{{ search_path() }}
+as $$
+begin
+  return {{ calls or 'tokenlimits.' ~ name ~ '(' ~ ('\n    ' ~ passed | join(',\n    ') ~ '\n  ' if passed else '') ~ ')' }};
+end
+$$;
+{{ opened(name ~ '(' ~ types | join(', ') ~ ')', comment, to) }}
+{%- if not calls %}
+
+{{ private(name ~ '(' ~ types | join(', ') ~ ')', 'What ' ~ name ~ ' does.', to) }}
+{%- endif %}
+{%- endmacro %}

@@ -1,0 +1,440 @@
+{#
+The rules of a call. Each stands here once, and the build puts it in place wherever it is needed: calling a function
+costs a tenth of what these lines do. A macro takes expressions, and the names of variables.
+#}
+
+{# A moment that every reader can represent: a date of Python's and of JavaScript's, and a UUIDv7's. #}
+{% macro is_moment(at) -%}
+{{ at }} >= '1970-01-01 00:00:00+00' and {{ at }} < '9999-01-01 00:00:00+00'
+{%- endmacro %}
+
+{# Control characters, zero-width ones, and those that turn the direction of text are in no name. #}
+{% macro is_name(name) -%}
+char_length({{ name }}) between 1 and 200 and {{ name }} = btrim({{ name }}) and {{ name }} = normalize({{ name }}, nfc)
+and {{ name }} !~ '[\u0001-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]'
+{%- endmacro %}
+
+{# The periods, from the shortest to the longest. #}
+{% macro periods() -%}
+('minute', 'hour', 'day', 'week', 'month', 'lifetime')
+{%- endmacro %}
+
+{# 10^15 stays exact in JavaScript's numbers. #}
+{% macro most_of_a_limit() -%}
+1000000000000000
+{%- endmacro %}
+
+{# What room is. #}
+{% macro has_room(max, used, cost) -%}
+({{ max }} is null or {{ used }} + {{ cost }} <= {{ max }})
+{%- endmacro %}
+
+{# What a repeated call must have in common with the first. #}
+{% macro fingerprint(operation, kind, cost, group_id) -%}
+md5(concat_ws(' ', {{ operation }}, {{ kind }}, {{ cost }}, {{ group_id }}))::uuid
+{%- endmacro %}
+
+{# A kind of generation. #}
+{% macro is_kind(kind) -%}
+{{ kind }} ~ '^[a-z][a-z0-9_]{0,31}$'
+{%- endmacro %}
+
+{#
+Metadata is measured as it is stored before it is written out: a number of ten bytes may have 131,072 digits. Those
+beyond what JSON's readers know are refused, so what is left can't grow.
+#}
+{% macro is_metadata(metadata) -%}
+(case
+  when {{ metadata }} is null then true
+  when jsonb_typeof({{ metadata }}) <> 'object' or pg_column_size({{ metadata }}) > 32768 then false
+  when jsonb_path_exists({{ metadata }}, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
+  else octet_length({{ metadata }}::text) <= 8192
+end)
+{%- endmacro %}
+
+{% macro is_cost(cost) -%}
+{{ cost }} between 1 and 1000000000
+{%- endmacro %}
+
+{# What a request may be; refuse_request names the field that isn't. #}
+{% macro is_request(user_id, kind, cost, idempotency_key, metadata) -%}
+{{ user_id }} is not null and {{ is_kind(kind) }} and {{ is_cost(cost) }}
+and coalesce(char_length({{ idempotency_key }}) between 1 and 255, true)
+and {{ is_metadata(metadata) }}
+{%- endmacro %}
+
+{# Whether a usage counts no more, so that its key is free. #}
+{% macro is_dead(usage, at) -%}
+({{ usage }}.status not in ('reserved', 'committed')
+or ({{ usage }}.status = 'reserved' and {{ usage }}.expires_at <= {{ at }}))
+{%- endmacro %}
+
+{# The stripe of a group, among 256: they bound the number of locks that a bulk edit takes. #}
+{% macro stripe(group_id) -%}
+('x' || right({{ group_id }}::text, 2))::bit(8)::integer
+{%- endmacro %}
+
+{# Advisory locks on stripes: 'tokl' in ASCII, so that they do not meet a project's own. 256: which group is default. #}
+{% macro stripe_class() -%}
+1953459052
+{%- endmacro %}
+
+{# The beginning of the rollup bucket that a moment lies in. #}
+{% macro bucket(at) -%}
+date_bin('15 minutes', {{ at }}, '2000-01-01 00:00:00+00')
+{%- endmacro %}
+
+{#
+The id of a usage: a UUIDv7 (RFC 9562) of its moment, so that new rows land at the right edge of the primary key, which
+keeps it in memory. Its last four hex digits are those of its home. date_part, for extract counts in slow numerics.
+#}
+{% macro usage_id(at, home) -%}
+(
+  lpad(to_hex((date_part('epoch', date_trunc('milliseconds', {{ at }})) * 1000)::bigint), 12, '0')
+  || '7' || substr(gen_random_uuid()::text, 16, 17) || right({{ home }}::text, 4)
+)::uuid
+{%- endmacro %}
+
+{# The columns of limit_state, where an array of them is unnested with their places. #}
+{% macro state_columns() -%}
+group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open
+{%- endmacro %}
+
+{#
+A group's limits of a kind (of all where it is null) for users, in the order in which counters are locked: members'
+first, then the group's. are_open: every counter is of this moment; any_expired: there are holds to be subtracted.
+#}
+{% macro read_limits(group_id, user_ids, kind, at) -%}
+select
+  array_agg(
+    row(
+      l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
+      c.since, c.until, c.used, null, c.until > {{ at }}
+    )::tokenlimits.limit_state
+    order by l.kind, l.scope = 'group', l.subject, l.counter_id
+  ),
+  bool_and(coalesce(c.since <= {{ at }} and c.until > {{ at }}, false)),
+  exists (
+    select
+    from tokenlimits.holds as h
+    where h.group_id = {{ group_id }} and ({{ kind }} is null or h.kind = {{ kind }}) and h.expires_at <= {{ at }}
+  ),
+  min(l.name),
+  min(l.timezone)
+into v_states, v_are_open, v_any_expired, v_name, v_timezone
+from (
+  select
+    i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
+    -- here and not in "from", where it costs more than all the rest
+    unnest(case i.scope when 'group' then array[{{ group_id }}] else {{ user_ids }} end) as subject
+  from public.group_limits as i
+  inner join public.user_groups as g on g.id = i.group_id
+  where i.group_id = {{ group_id }} and ({{ kind }} is null or i.kind = {{ kind }})
+) as l
+left join lateral (
+  select k.since, k.until, k.used
+  from tokenlimits.counters as k
+  where k.subject = l.subject and k.counter_id = l.counter_id
+  -- a look-up for each, whatever the planner thinks of the size of an array
+  offset 0
+) as c on true;
+{%- endmacro %}
+
+{% macro variables_of_limits() -%}
+v_states tokenlimits.limit_state[];
+v_are_open boolean;
+v_any_expired boolean;
+v_name text;
+v_timezone text;
+{%- endmacro %}
+
+{# The verdict while no group has been looked at. #}
+{% macro unjudged(group_ids, at) -%}
+v_verdict.allowed := false;
+v_verdict.reason := case when {{ group_ids }} = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
+v_verdict.group_id := null;
+v_verdict.group_name := null;
+v_verdict.timezone := null;
+v_verdict.states := null;
+v_verdict.denied_by := null;
+v_verdict.at := {{ at }};
+{%- endmacro %}
+
+{#
+One group more in the verdict: it pays, or it may have room before those that were looked at.
+Uses v_state and v_full.
+#}
+{% macro weigh(group_id, name, timezone, states, cost) -%}
+v_full := null;
+foreach v_state in array {{ states }} loop
+  -- a counter may be ahead of a clock that was set back; the usage belongs to the counter's period then
+  v_verdict.at := greatest(v_verdict.at, v_state.since);
+  if not {{ has_room('v_state.max', 'v_state.used', cost) }} then
+    -- what can never fit, and a lifetime limit, wait for ever
+    if {{ cost }} > v_state.max then
+      v_state.until := 'infinity';
+    end if;
+    if v_full is null or v_state.until > v_full.until then
+      v_full := v_state;
+    end if;
+  end if;
+end loop;
+v_verdict.allowed := v_full is null;
+if v_verdict.allowed or v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
+  v_verdict.reason := case when not v_verdict.allowed then 'limit_exceeded' end;
+  v_verdict.group_id := {{ group_id }};
+  v_verdict.group_name := {{ name }};
+  v_verdict.timezone := {{ timezone }};
+  v_verdict.states := {{ states }};
+  v_verdict.denied_by := v_full;
+end if;
+{%- endmacro %}
+
+{#
+Which of v_group_ids pays for a request of a user, or why none does. Writes nothing and waits for nothing, so a denial
+is cheap; it is right at the moment of the one snapshot by which its group's counters and holds were read.
+#}
+{% macro judge(user_id, kind, cost, at) -%}
+{{ unjudged('v_group_ids', at) }}
+foreach v_group_id in array v_group_ids loop
+  {{ read_limits('v_group_id', 'array[' ~ user_id ~ ']', kind, at) | indent(2) }}
+  continue when v_states is null;
+  if v_any_expired or not v_are_open then
+    v_states := tokenlimits.limit_states(v_group_id, array[{{ user_id }}], {{ kind }}, {{ at }});
+  end if;
+  {{ weigh('v_group_id', 'v_name', 'v_timezone', 'v_states', cost) | indent(2) }}
+  exit when v_verdict.allowed;
+end loop;
+{%- endmacro %}
+
+{% macro variables_of_verdict() -%}
+{{ variables_of_limits() }}
+v_group_ids uuid[];
+v_group_id uuid;
+v_state tokenlimits.limit_state;
+v_full tokenlimits.limit_state;
+v_at timestamptz;
+v_verdict tokenlimits.verdict;
+{%- endmacro %}
+
+{# Puts usages into the ledger, each under its key; one whose key is taken is left out. #}
+{% macro into_ledger(usage, source='') -%}
+insert into public.generation_usage (
+  id, group_id, user_id, kind, cost, reserved_cost, status,
+  idempotency_key, fingerprint, metadata, created_at, settled_at, expires_at
+)
+select
+  {{ usage }}.id, {{ usage }}.group_id, {{ usage }}.user_id, {{ usage }}.kind, {{ usage }}.cost,
+  {{ usage }}.reserved_cost, {{ usage }}.status, {{ usage }}.idempotency_key, {{ usage }}.fingerprint,
+  {{ usage }}.metadata, {{ usage }}.created_at, {{ usage }}.settled_at, {{ usage }}.expires_at
+{%- if source %}
+{{ source }}
+{%- endif %}
+on conflict on constraint generation_usage_key_key do nothing;
+{%- endmacro %}
+
+{# Notes usages that are reserved, to be found when they expire. #}
+{% macro into_holds(usage, source='') -%}
+insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+select
+  {{ usage }}.id, {{ usage }}.group_id, {{ usage }}.user_id, {{ usage }}.kind, {{ usage }}.cost,
+  {{ usage }}.created_at, {{ usage }}.expires_at
+{%- if source %}
+{{ source }}
+{%- endif %};
+{%- endmacro %}
+
+{#
+A slot of the rollup that no other open transaction writes for the group; any, when all 16 are taken.
+'slot' in ASCII is the class of the locks.
+#}
+{% macro take_slot(slot, group_id) -%}
+for i in 0..15 loop
+  {{ slot }} := (pg_backend_pid() + i) % 16;
+  exit when pg_try_advisory_xact_lock(
+    1936486260, ('x' || right({{ group_id }}::text, 6))::bit(24)::integer * 16 + {{ slot }}
+  );
+end loop;
+{%- endmacro %}
+
+{# Adds one usage to the rollup. Its row is nearly always there: a plain update costs half of an upsert. #}
+{% macro add_to_rollup(usage, slot) -%}
+update tokenlimits.usage_rollup as r
+set cost = r.cost + {{ usage }}.cost, generations = r.generations + 1
+where
+  r.group_id = {{ usage }}.group_id and r.kind = {{ usage }}.kind
+  and r.bucket = {{ bucket(usage ~ '.created_at') }} and r.slot = {{ slot }};
+if not found then
+  {{ merge_into_rollup(
+    'select ' ~ usage ~ '.group_id, ' ~ usage ~ '.kind, ' ~ bucket(usage ~ '.created_at') ~ ', '
+    ~ slot ~ ', ' ~ usage ~ '.cost, 1'
+  ) | indent(2) }}
+end if;
+{%- endmacro %}
+
+{% macro merge_into_rollup(source) -%}
+insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
+{{ source }}
+on conflict on constraint usage_rollup_pkey do update
+set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
+{%- endmacro %}
+
+{#
+Moves the counter of a limit by a cost, if it is of the moment `at` and has room, or where `unless` says that room does
+not matter; `used` is what counts as used of it. Found is false, and nothing has moved, where it has not.
+#}
+{% macro move_counter(state, cost, at, unless, used='c.used') -%}
+update tokenlimits.counters as c
+set used = c.used + {{ cost }}
+where
+  c.subject = {{ state }}.subject
+  and c.counter_id = {{ state }}.counter_id
+  and {{ at }} >= c.since
+  and {{ at }} < c.until
+  and ({{ unless }} or {{ has_room(state ~ '.max', used, cost) }})
+returning c.used into {{ state }}.used;
+{%- endmacro %}
+
+{#
+Moves rollup and counters by `moves` (usage_move[]), all at once: the rollup's rows first, then members' counters, then
+the groups', each class in one order, whatever groups and kinds they are of. The ledger is as it will be: a counter
+that is counted afresh has the moves in it already, so it is opened without them. Raises TL099 when a counter has moved
+on, or has no room for what must have room; what is only taken back is never too much, even where a limit was lowered
+below what is used. v_moved is what was moved, v_moving the group that it has come to.
+#}
+{% macro move_all(moves, at) -%}
+{{ merge_into_rollup("select
+  g.group_id, g.kind, g.bucket, tokenlimits.free_slot(g.group_id), g.cost, g.generations
+from (
+  select
+    m.group_id, m.kind, " ~ bucket('m.created_at') ~ " as bucket,
+    sum(m.cost)::bigint as cost, sum(m.generations)::bigint as generations
+  from unnest(" ~ moves ~ ") as m
+  group by m.group_id, m.kind, bucket
+  order by m.group_id, m.kind, bucket
+) as g") }}
+v_states := array(
+  select row(l.*)::tokenlimits.limit_state
+  from (
+    select m.group_id, m.kind, array_agg(distinct m.user_id) as user_ids
+    from unnest({{ moves }}) as m
+    group by m.group_id, m.kind
+  ) as p
+  cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kind, {{ at }}, false)) as l
+);
+for v_move in
+  select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.enforced) as enforced
+  from unnest(v_states) with ordinality as s ({{ state_columns() }}, place)
+  inner join (
+    select g.*, g.group_id as subject, 'group' as scope
+    from unnest({{ moves }}) as g
+    union all
+    select u.*, u.user_id as subject, 'member' as scope
+    from unnest({{ moves }}) as u
+  ) as m
+    on
+      m.group_id = s.group_id and m.kind = s.kind and m.subject = s.subject and m.scope = s.scope
+      and m.created_at >= s.since
+  group by s.place, s.scope, s.subject, s.counter_id
+  order by s.scope = 'group', s.subject, s.counter_id
+loop
+  v_state := v_states[v_move.place];
+  v_moving := v_state.group_id;
+  if v_state.is_open is null then
+    v_state.used := v_state.used - v_move.cost;
+  end if;
+  if v_state.is_open is not true then
+    perform tokenlimits.open_counter(v_state);
+  end if;
+  {{ move_counter('v_state', 'v_move.cost', 'v_move.last', 'not v_move.enforced') | indent(2) }}
+  if not found then
+    v_state.used := tokenlimits.squeeze(v_state, v_move.cost, v_move.last, {{ at }});
+  end if;
+  v_moved := v_moved || v_state;
+end loop;
+{%- endmacro %}
+
+{% macro variables_of_moves() -%}
+v_move record;
+v_moving uuid;
+v_states tokenlimits.limit_state[];
+v_state tokenlimits.limit_state;
+v_moved tokenlimits.limit_state[] := '{}';
+{%- endmacro %}
+
+{# A limit as clients see it. #}
+{% macro limit_answer(state) -%}
+row(
+  {{ state }}.kind, {{ state }}.period, {{ state }}.scope, {{ state }}.max, {{ state }}.used,
+  -- greatest() passes over nulls, and unlimited is null
+  case when {{ state }}.max is not null then greatest({{ state }}.max - {{ state }}.used, 0) end,
+  nullif({{ state }}.until, 'infinity')
+)::tokenlimits.limit_answer
+{%- endmacro %}
+
+{# The groups that may pay for a user, in the order in which they are tried: their own, else the default group. #}
+{% macro payers(user_id) -%}
+coalesce(
+  (select p.group_ids from tokenlimits.paying_groups as p where p.user_id = {{ user_id }}),
+  array(select d.id from public.user_groups as d where d.is_default)
+)
+{%- endmacro %}
+
+{# Those of them that a request with a group of its own choice leaves. #}
+{% macro pinned(group_ids, group_id) -%}
+case
+  when {{ group_id }} is null then {{ group_ids }}
+  when {{ group_id }} = any({{ group_ids }}) then array[{{ group_id }}]
+  else '{}'
+end
+{%- endmacro %}
+
+{# A field of a request in a batch, and whether all of them together are a request. #}
+{% macro request_field(request, name) -%}
+{%- if name in ('user_id', 'group_id') -%}
+({{ request }} ->> '{{ name }}')::uuid
+{%- elif name == 'cost' -%}
+case when {{ request }} ? 'cost' then ({{ request }} ->> 'cost')::bigint else 1 end
+{%- elif name == 'metadata' -%}
+nullif({{ request }} -> 'metadata', 'null')
+{%- else -%}
+{{ request }} ->> '{{ name }}'
+{%- endif -%}
+{%- endmacro %}
+
+{% macro is_item(item) -%}
+{{ is_request(item ~ '.user_id', item ~ '.kind', item ~ '.cost', item ~ '.idempotency_key', item ~ '.metadata') }}
+{%- endmacro %}
+
+{# The groups and kinds that the open items of a batch are about, and the users of each. #}
+{% macro pairs_of(items) -%}
+select g.id as group_id, i.kind, array_agg(distinct i.user_id) as user_ids
+from unnest({{ items }}) as i
+cross join lateral unnest(i.group_ids) as g (id)
+where i.answer is null
+group by g.id, i.kind
+{%- endmacro %}
+
+{% macro variables_of_an_error() -%}
+v_message text;
+v_detail text;
+v_hint text;
+{%- endmacro %}
+
+{# In the handler of an error that a single call would raise: answers it. #}
+{% macro answer_error(item, answer) -%}
+get stacked diagnostics v_message = message_text, v_detail = pg_exception_detail, v_hint = pg_exception_hint;
+{{ answer }} := tokenlimits.refused({{ item }}, sqlstate, v_message, v_detail, v_hint);
+{%- endmacro %}
+
+{#
+Where a counter that is opened in a period begins. Never before a past one's end: new rules of a time zone may put that
+into this period; nor before a reset.
+#}
+{% macro new_since(period, past_until, group_id, kind) -%}
+greatest(lower({{ period }}), {{ past_until }}, (
+  select max(r.reset_at)
+  from tokenlimits.usage_resets as r
+  where r.group_id = {{ group_id }} and r.kind in ({{ kind }}, '*')
+))
+{%- endmacro %}
