@@ -404,7 +404,9 @@ begin
       -- what the counter holds besides, of holds that have expired; null where nobody asked
       expired bigint,
       -- null: there is no counter yet; false: it is of a past period
-      is_open boolean
+      is_open boolean,
+      group_name text,
+      timezone text
     );
     -- what a usage that is made, settled or swept does to the counters that it counts for; enforced: they must have room
     create type tokenlimits.usage_move as (
@@ -479,19 +481,17 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_slot integer;
+  v_slot integer := pg_backend_pid() % 16;
 begin
   for i in 0..15 loop
-    v_slot := (pg_backend_pid() + i) % 16;
-    exit when pg_try_advisory_xact_lock(
-      1936486260, ('x' || right(p_group_id::text, 6))::bit(24)::integer * 16 + v_slot
-    );
+    exit when pg_try_advisory_xact_lock(1936486260, ('x' || right(p_group_id::text, 6))::bit(24)::integer * 16 + v_slot);
+    v_slot := (v_slot + 1) % 16;
   end loop;
   return v_slot;
 end
 $$;
 comment on function tokenlimits.free_slot(uuid)
-is 'A slot of the rollup that no other open transaction writes for this group, if there is one.';
+is 'A slot of the rollup that no other open transaction writes for this group; any, when all 16 are taken.';
 revoke execute on function tokenlimits.free_slot(uuid)
 from public, anon, authenticated, service_role;
 
@@ -682,10 +682,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_states tokenlimits.limit_state[];
-  v_are_open boolean;
-  v_any_expired boolean;
-  v_name text;
-  v_timezone text;
+  v_is_plain boolean;
   v record;
   v_state tokenlimits.limit_state;
 begin
@@ -693,24 +690,20 @@ begin
     array_agg(
       row(
         l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
-        c.since, c.until, c.used, null, c.until > p_at
+        c.since, c.until, c.used, null, c.until > p_at, l.name, l.timezone
       )::tokenlimits.limit_state
       order by l.kind, l.scope = 'group', l.subject, l.counter_id
     ),
-    bool_and(coalesce(c.since <= p_at and c.until > p_at, false)),
-    exists (
+    bool_and(c.since is not null and c.since <= p_at and c.until > p_at) and not exists (
       select
       from tokenlimits.holds as h
       where h.group_id = p_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= p_at
-    ),
-    min(l.name),
-    min(l.timezone)
-  into v_states, v_are_open, v_any_expired, v_name, v_timezone
+    )
+  into v_states, v_is_plain
   from (
     select
       i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
-      -- here and not in "from", where it costs more than all the rest
-      unnest(case i.scope when 'group' then array[p_group_id] else p_user_ids end) as subject
+      unnest(case i.scope when 'group' then array[i.group_id] else p_user_ids end) as subject
     from public.group_limits as i
     inner join public.user_groups as g on g.id = i.group_id
     where i.group_id = p_group_id and (p_kind is null or i.kind = p_kind)
@@ -725,7 +718,10 @@ begin
   if v_states is null then
     return '{}';
   end if;
-  if not v_are_open then
+  if v_is_plain then
+    return v_states;
+  end if;
+  if exists (select from unnest(v_states) as s where s.is_open is not true) then
     -- a counter that is missing (a limit or a member that is new), or of another period
     for v in
       select
@@ -736,11 +732,12 @@ begin
           from tokenlimits.usage_resets as r
           where r.group_id = p_group_id and r.kind in (s.kind, '*')
         )) as since
-      from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place)
+      from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
+group_name, timezone, place)
       inner join (
-        select d.period, tokenlimits.period_of(d.period, v_timezone, p_at) as range
+        select d.period, tokenlimits.period_of(d.period, d.timezone, p_at) as range
         from (
-          select distinct o.period
+          select distinct o.period, o.timezone
           from unnest(v_states) as o
         ) as d
       ) as p on p.period = s.period
@@ -758,7 +755,11 @@ begin
       v_states[v.place] := v_state;
     end loop;
   end if;
-  if p_less_expired and v_any_expired then
+  if p_less_expired and exists (
+    select
+    from tokenlimits.holds as h
+    where h.group_id = p_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= p_at
+  ) then
     for i in 1..cardinality(v_states) loop
       v_state := v_states[i];
       v_state.expired := tokenlimits.expired_cost(
@@ -936,21 +937,10 @@ after update on public.user_groups
 referencing old table as old_rows new table as new_rows
 for each statement execute function tokenlimits.renew_counters();
 
--- Who may pay, and what is answered.
+-- What is answered.
 --
 -- Invariants
---   * A user's groups are tried by priority, then by when they joined; the default group is for users in none.
---   * Every answer about a generation is made by tokenlimits.answer: a single call's, a batch's and a settlement's.
-
-create or replace view tokenlimits.paying_groups as
-select
-  m.user_id,
-  array_agg(g.id order by g.priority desc, m.joined_at asc, g.id asc) as group_ids
-from public.group_memberships as m
-inner join public.user_groups as g on m.group_id = g.id
-group by m.user_id;
-comment on view tokenlimits.paying_groups is 'Each user''s own groups, in the order in which they are tried.';
-revoke all on tokenlimits.paying_groups from public, anon, authenticated, service_role;
+--   * Every answer about a generation is made by the same lines: a single call's, a batch's and a settlement's.
 
 create or replace function tokenlimits.require_group(p_group_id uuid)
 returns public.user_groups
@@ -988,11 +978,8 @@ begin
       allowed boolean,
       reason text,
       group_id uuid,
-      group_name text,
-      timezone text,
       states tokenlimits.limit_state[],
-      denied_by tokenlimits.limit_state,
-      at timestamptz
+      denied_by tokenlimits.limit_state
     );
     -- as clients see it: to_jsonb of a row costs a third of what building an object does
     create type tokenlimits.limit_answer as (
@@ -1055,8 +1042,8 @@ begin
     || case when p_cost > 1 then format(', %s more asked for', p_cost) else '' end
     || case
       when isfinite(v_limit.until)
-        then ', resets ' || to_char(v_limit.until at time zone p_verdict.timezone, 'YYYY-MM-DD HH24:MI ')
-          || p_verdict.timezone
+        then ', resets ' || to_char(v_limit.until at time zone v_limit.timezone, 'YYYY-MM-DD HH24:MI ')
+          || v_limit.timezone
       else ''
     end;
 end
@@ -1066,8 +1053,6 @@ is 'Why a request was denied, in a sentence.';
 revoke execute on function tokenlimits.denial_text(tokenlimits.verdict, text, bigint)
 from public, anon, authenticated, service_role;
 
--- The object that workers get. Of an allowed request, remaining and reset_at are those of the limit with the least
--- room; of a denied one, reset_at is when the limit that denied it will have room (null: never by itself).
 create or replace function tokenlimits.answer(
   p_verdict tokenlimits.verdict,
   p_kind text,
@@ -1081,47 +1066,54 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_state tokenlimits.limit_state;
   v_limits tokenlimits.limit_answer[] := '{}';
+  v_tightest tokenlimits.limit_state;
+  v_state tokenlimits.limit_state;
   v_denied_by tokenlimits.limit_answer;
-  v_group tokenlimits.group_answer;
-  v_remaining bigint;
-  v_reset_at timestamptz;
-  v_error text;
-  v_retry_after numeric;
+  v_group_name text;
 begin
   foreach v_state in array coalesce(p_verdict.states, '{}') loop
     v_limits := v_limits || row(
       v_state.kind, v_state.period, v_state.scope, v_state.max, v_state.used,
-      -- greatest() passes over nulls, and unlimited is null
       case when v_state.max is not null then greatest(v_state.max - v_state.used, 0) end,
       nullif(v_state.until, 'infinity')
     )::tokenlimits.limit_answer;
-    if v_state.max is not null and (v_remaining is null or v_state.max - v_state.used < v_remaining) then
-      v_remaining := greatest(v_state.max - v_state.used, 0);
-      v_reset_at := nullif(v_state.until, 'infinity');
+    if v_state.max - v_state.used < v_tightest.max - v_tightest.used
+      or (v_tightest.max is null and v_state.max is not null)
+    then
+      v_tightest := v_state;
     end if;
   end loop;
-  if p_verdict.group_id is not null then
-    v_group := row(p_verdict.group_id, p_verdict.group_name);
+  v_group_name := coalesce(
+    v_state.group_name, (select g.name from public.user_groups as g where g.id = p_verdict.group_id)
+  );
+  if p_verdict.reason is null then
+    return to_jsonb(row(
+      true, null, null,
+      p_usage.id, p_usage.status, p_usage.expires_at,
+      case when p_verdict.group_id is not null then row(p_verdict.group_id, v_group_name)::tokenlimits.group_answer end,
+      p_kind, p_cost, v_limits, null,
+      -- greatest() passes over nulls, and unlimited is null
+      case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
+      nullif(v_tightest.until, 'infinity'), null, p_replayed
+    )::tokenlimits.generation_answer);
   end if;
-  if p_verdict.reason is not null then
-    v_error := tokenlimits.denial_text(p_verdict, p_kind, p_cost);
-    v_state := p_verdict.denied_by;
-    v_reset_at := nullif(v_state.until, 'infinity');
-    v_retry_after := ceil(extract(epoch from v_reset_at - tokenlimits.clock()));
-    if p_verdict.reason = 'limit_exceeded' then
-      v_denied_by := row(
-        v_state.kind, v_state.period, v_state.scope, v_state.max, v_state.used,
-        -- greatest() passes over nulls, and unlimited is null
-        case when v_state.max is not null then greatest(v_state.max - v_state.used, 0) end,
-        nullif(v_state.until, 'infinity')
-      )::tokenlimits.limit_answer;
-    end if;
+  v_state := p_verdict.denied_by;
+  if p_verdict.reason = 'limit_exceeded' then
+    v_denied_by := row(
+      v_state.kind, v_state.period, v_state.scope, v_state.max, v_state.used,
+      case when v_state.max is not null then greatest(v_state.max - v_state.used, 0) end,
+      nullif(v_state.until, 'infinity')
+    )::tokenlimits.limit_answer;
   end if;
   return to_jsonb(row(
-    p_verdict.reason is null, p_verdict.reason, v_error, p_usage.id, p_usage.status, p_usage.expires_at,
-    v_group, p_kind, p_cost, v_limits, v_denied_by, v_remaining, v_reset_at, v_retry_after, p_replayed
+    p_verdict.reason is null, p_verdict.reason, tokenlimits.denial_text(p_verdict, p_kind, p_cost),
+    null, null, null,
+    case when p_verdict.group_id is not null then row(p_verdict.group_id, v_group_name)::tokenlimits.group_answer end,
+    p_kind, p_cost, v_limits, v_denied_by,
+    -- greatest() passes over nulls, and unlimited is null
+    case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
+    nullif(v_state.until, 'infinity'), ceil(extract(epoch from nullif(v_state.until, 'infinity') - tokenlimits.clock())), p_replayed
   )::tokenlimits.generation_answer);
 end
 $$;
@@ -1141,7 +1133,6 @@ declare
 begin
   v_verdict.allowed := true;
   v_verdict.group_id := p_usage.group_id;
-  v_verdict.group_name := (select g.name from public.user_groups as g where g.id = p_usage.group_id);
   v_verdict.states := tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], p_usage.kind, p_at);
   return tokenlimits.answer(v_verdict, p_usage.kind, p_usage.cost, p_usage, p_replayed);
 end
@@ -1271,7 +1262,13 @@ begin
   return array(
     select g.id
     from unnest(coalesce(
-      (select p.group_ids from tokenlimits.paying_groups as p where p.user_id = p_user_id),
+      nullif(array(
+        select g.id
+        from public.group_memberships as m
+        inner join public.user_groups as g on g.id = m.group_id
+        where m.user_id = p_user_id
+        order by g.priority desc, m.joined_at, g.id
+      ), '{}'),
       array(select d.id from public.user_groups as d where d.is_default)
     )) with ordinality as g (id, place)
     order by
@@ -1311,267 +1308,9 @@ revoke execute on function tokenlimits.refuse_group(text, uuid)
 from public, anon, authenticated, service_role;
 
 -- Judges and writes, until a verdict holds: every round but the last was overtaken by another call that got through.
--- What is rare goes out of line: a bad request, a counter to be opened, expired holds, a key that is taken.
-create or replace function tokenlimits.admit(
-  p_operation text,
-  p_user_id uuid,
-  p_kind text,
-  p_cost bigint,
-  p_idempotency_key text,
-  p_group_id uuid,
-  p_metadata jsonb,
-  p_ttl interval default null,
-  p_created_at timestamptz default null
-)
-returns jsonb
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  c_may_deny constant boolean := p_operation <> 'record';
-  v_states tokenlimits.limit_state[];
-  v_are_open boolean;
-  v_any_expired boolean;
-  v_name text;
-  v_timezone text;
-  v_group_ids uuid[];
-  v_group_id uuid;
-  v_state tokenlimits.limit_state;
-  v_full tokenlimits.limit_state;
-  v_at timestamptz;
-  v_verdict tokenlimits.verdict;
-  v_usage public.generation_usage;
-  v_under_key record;
-  v_dead_id uuid;
-  v_slot integer;
-begin
-  if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
-  and coalesce(char_length(p_idempotency_key) between 1 and 255, true)
-  and (case
-    when p_metadata is null then true
-    when jsonb_typeof(p_metadata) <> 'object' or pg_column_size(p_metadata) > 32768 then false
-    when jsonb_path_exists(p_metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
-    else octet_length(p_metadata::text) <= 8192
-  end)) is not true then
-    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
-  elsif current_setting('transaction_isolation') <> 'read committed' then
-    -- what is read after a lock was waited for must be as it is then
-    perform tokenlimits.refuse_isolation();
-  end if;
-  v_usage.user_id := p_user_id;
-  v_usage.kind := p_kind;
-  v_usage.cost := p_cost;
-  v_usage.idempotency_key := p_idempotency_key;
-  v_usage.fingerprint := md5(concat_ws(' ', p_operation, p_kind, p_cost, p_group_id))::uuid;
-  v_usage.metadata := coalesce(p_metadata, '{}');
-  if p_ttl is null then
-    v_usage.status := 'committed';
-  else
-    v_usage.status := 'reserved';
-    v_usage.reserved_cost := p_cost;
-  end if;
-
-  if c_may_deny then
-    v_group_ids := coalesce(
-      (select p.group_ids from tokenlimits.paying_groups as p where p.user_id = p_user_id),
-      array(select d.id from public.user_groups as d where d.is_default)
-    );
-    v_group_ids := case
-      when p_group_id is null then v_group_ids
-      when p_group_id = any(v_group_ids) then array[p_group_id]
-      else '{}'
-    end;
-  else
-    v_group_ids := tokenlimits.recording_group(p_user_id, p_kind, p_group_id);
-  end if;
-  if cardinality(v_group_ids) = 1 then
-    -- what nearly every call needs, without a function
-    perform pg_advisory_xact_lock_shared(1953459052, ('x' || right(v_group_ids[1]::text, 2))::bit(8)::integer);
-  else
-    perform tokenlimits.lock_groups(v_group_ids);
-  end if;
-  loop
-    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
-    v_at := greatest(tokenlimits.clock(), v_at);
-    v_verdict.allowed := false;
-    v_verdict.reason := case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
-    v_verdict.group_id := null;
-    v_verdict.group_name := null;
-    v_verdict.timezone := null;
-    v_verdict.states := null;
-    v_verdict.denied_by := null;
-    v_verdict.at := v_at;
-    foreach v_group_id in array v_group_ids loop
-      select
-        array_agg(
-          row(
-            l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
-            c.since, c.until, c.used, null, c.until > v_at
-          )::tokenlimits.limit_state
-          order by l.kind, l.scope = 'group', l.subject, l.counter_id
-        ),
-        bool_and(coalesce(c.since <= v_at and c.until > v_at, false)),
-        exists (
-          select
-          from tokenlimits.holds as h
-          where h.group_id = v_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= v_at
-        ),
-        min(l.name),
-        min(l.timezone)
-      into v_states, v_are_open, v_any_expired, v_name, v_timezone
-      from (
-        select
-          i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
-          -- here and not in "from", where it costs more than all the rest
-          unnest(case i.scope when 'group' then array[v_group_id] else array[p_user_id] end) as subject
-        from public.group_limits as i
-        inner join public.user_groups as g on g.id = i.group_id
-        where i.group_id = v_group_id and (p_kind is null or i.kind = p_kind)
-      ) as l
-      left join lateral (
-        select k.since, k.until, k.used
-        from tokenlimits.counters as k
-        where k.subject = l.subject and k.counter_id = l.counter_id
-        -- a look-up for each, whatever the planner thinks of the size of an array
-        offset 0
-      ) as c on true;
-      continue when v_states is null;
-      if v_any_expired or not v_are_open then
-        v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], p_kind, v_at);
-      end if;
-      v_full := null;
-      foreach v_state in array v_states loop
-        -- a counter may be ahead of a clock that was set back; the usage belongs to the counter's period then
-        v_verdict.at := greatest(v_verdict.at, v_state.since);
-        if not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
-          -- what can never fit, and a lifetime limit, wait for ever
-          if p_cost > v_state.max then
-            v_state.until := 'infinity';
-          end if;
-          if v_full is null or v_state.until > v_full.until then
-            v_full := v_state;
-          end if;
-        end if;
-      end loop;
-      v_verdict.allowed := v_full is null;
-      if v_verdict.allowed or v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
-        v_verdict.reason := case when not v_verdict.allowed then 'limit_exceeded' end;
-        v_verdict.group_id := v_group_id;
-        v_verdict.group_name := v_name;
-        v_verdict.timezone := v_timezone;
-        v_verdict.states := v_states;
-        v_verdict.denied_by := v_full;
-      end if;
-      exit when v_verdict.allowed;
-    end loop;
-    v_at := v_verdict.at;
-    if v_verdict.allowed or not (c_may_deny or v_group_ids = '{}') then
-      v_usage.group_id := coalesce(v_verdict.group_id, v_group_ids[1]);
-      v_usage.created_at := coalesce(least(p_created_at, v_at), v_at);
-      v_usage.id := (
-        lpad(to_hex((date_part('epoch', date_trunc('milliseconds', v_usage.created_at)) * 1000)::bigint), 12, '0')
-        || '7' || substr(gen_random_uuid()::text, 16, 17) || right(v_usage.group_id::text, 4)
-      )::uuid;
-      if p_ttl is null then
-        v_usage.settled_at := v_at;
-      else
-        v_usage.expires_at := v_at + p_ttl;
-      end if;
-      begin
-        if v_any_expired or not (v_are_open and c_may_deny and v_dead_id is null) then
-          perform tokenlimits.move_usage(
-            tokenlimits.write_ledger(
-              array[v_usage], array[v_dead_id], c_may_deny, array[v_usage.group_id], array[p_kind], v_at
-            ),
-            v_at
-          );
-          return tokenlimits.usage_answer(v_usage, v_at, p_replayed => false);
-        else
-          insert into public.generation_usage (
-            id, group_id, user_id, kind, cost, reserved_cost, status,
-            idempotency_key, fingerprint, metadata, created_at, settled_at, expires_at
-          )
-          select
-            v_usage.id, v_usage.group_id, v_usage.user_id, v_usage.kind, v_usage.cost,
-            v_usage.reserved_cost, v_usage.status, v_usage.idempotency_key, v_usage.fingerprint,
-            v_usage.metadata, v_usage.created_at, v_usage.settled_at, v_usage.expires_at
-          on conflict on constraint generation_usage_key_key do nothing;
-          if found then
-            if p_ttl is not null then
-              insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
-              select
-                v_usage.id, v_usage.group_id, v_usage.user_id, v_usage.kind, v_usage.cost,
-                v_usage.created_at, v_usage.expires_at;
-            end if;
-            for i in 0..15 loop
-              v_slot := (pg_backend_pid() + i) % 16;
-              exit when pg_try_advisory_xact_lock(
-                1936486260, ('x' || right(v_usage.group_id::text, 6))::bit(24)::integer * 16 + v_slot
-              );
-            end loop;
-            update tokenlimits.usage_rollup as r
-            set cost = r.cost + v_usage.cost, generations = r.generations + 1
-            where
-              r.group_id = v_usage.group_id and r.kind = v_usage.kind
-              and r.bucket = date_bin('15 minutes', v_usage.created_at, '2000-01-01 00:00:00+00') and r.slot = v_slot;
-            if not found then
-              insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
-              select v_usage.group_id, v_usage.kind, date_bin('15 minutes', v_usage.created_at, '2000-01-01 00:00:00+00'), v_slot, v_usage.cost, 1
-              on conflict on constraint usage_rollup_pkey do update
-              set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
-            end if;
-            -- the group's own, which all its members share, come last: they are held for the shortest time
-            for i in 1..cardinality(v_states) loop
-              v_state := v_states[i];
-              update tokenlimits.counters as c
-              set used = c.used + p_cost
-              where
-                c.subject = v_state.subject
-                and c.counter_id = v_state.counter_id
-                and v_at >= c.since
-                and v_at < c.until
-                and (false or (v_state.max is null or c.used + p_cost <= v_state.max))
-              returning c.used into v_state.used;
-              if not found then
-                raise sqlstate 'TL099';
-              end if;
-              v_states[i] := v_state;
-            end loop;
-            v_verdict.states := v_states;
-            return tokenlimits.answer(v_verdict, p_kind, p_cost, v_usage, p_replayed => false);
-          end if;
-        end if;
-      exception
-        when sqlstate 'TL099' then
-          -- all is taken back, to be judged again
-          null;
-      end;
-    end if;
-
-    if p_idempotency_key is not null then
-      v_under_key := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_usage.fingerprint);
-      if (v_under_key.live).id is not null then
-        return tokenlimits.usage_answer(v_under_key.live, tokenlimits.clock(), p_replayed => true);
-      end if;
-      v_dead_id := v_under_key.dead_id;
-    end if;
-    if not v_verdict.allowed and (c_may_deny or v_group_ids = '{}') then
-      if v_verdict.reason = 'not_in_group' then
-        -- not before: a repeated call is answered also when its group is gone
-        perform tokenlimits.refuse_group(p_operation, p_group_id);
-      elsif v_verdict.states[1].expired is not null then
-        perform tokenlimits.sweep(v_verdict.group_id, p_kind, v_at);
-      end if;
-      return tokenlimits.answer(v_verdict, p_kind, p_cost, null, p_replayed => false);
-    end if;
-  end loop;
-end
-$$;
-comment on function tokenlimits.admit(text, uuid, text, bigint, text, uuid, jsonb, interval, timestamptz)
-is 'What track, reserve and record have in common: judges a request and records it.';
-revoke execute on function tokenlimits.admit(text, uuid, text, bigint, text, uuid, jsonb, interval, timestamptz)
-from public, anon, authenticated, service_role;
+-- What is rare goes out of line: a bad request, a counter to be opened, expired holds, a key that is taken. The build
+-- makes of it a function for each way to take something, since asking at every step which one it is would cost as much
+-- as a step; record is the one that never denies.
 
 create or replace function tokenlimits.track_generation(
   p_user_id uuid,
@@ -1588,8 +1327,229 @@ volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_states tokenlimits.limit_state[];
+  v_is_plain boolean;
+  v_group_ids uuid[];
+  v_group_id uuid;
+  v_state tokenlimits.limit_state;
+  v_full tokenlimits.limit_state;
+  v_at timestamptz;
+  v_verdict tokenlimits.verdict;
+  v_fingerprint uuid := md5(concat_ws(' ', 'track', p_kind, p_cost, p_group_id))::uuid;
+  v_usage public.generation_usage;
+  v_under_key record;
+  v_dead_id uuid;
+  v_slot integer;
+  v_limits tokenlimits.limit_answer[] := '{}';
+  v_tightest tokenlimits.limit_state;
 begin
-  return tokenlimits.admit('track', p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, p_metadata);
+  if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
+  and coalesce(char_length(p_idempotency_key) between 1 and 255, true)
+  and (case
+    when p_metadata is null then true
+    when jsonb_typeof(p_metadata) <> 'object' or pg_column_size(p_metadata) > 32768 then false
+    when jsonb_path_exists(p_metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
+    else octet_length(p_metadata::text) <= 8192
+  end)) is not true then
+    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
+  elsif current_setting('transaction_isolation') <> 'read committed' then
+    -- what is read after a lock was waited for must be as it is then
+    perform tokenlimits.refuse_isolation();
+  end if;
+  v_group_ids := coalesce(
+    nullif(array(
+      select g.id
+      from public.group_memberships as m
+      inner join public.user_groups as g on g.id = m.group_id
+      where m.user_id = p_user_id
+      order by g.priority desc, m.joined_at, g.id
+    ), '{}'),
+    array(select d.id from public.user_groups as d where d.is_default)
+  );
+  if p_group_id is not null then
+    v_group_ids := case
+      when p_group_id is null then v_group_ids
+      when p_group_id = any(v_group_ids) then array[p_group_id]
+      else '{}'
+    end;
+  end if;
+  if cardinality(v_group_ids) = 1 then
+    -- what nearly every call needs, without a function
+    perform pg_advisory_xact_lock_shared(1953459052, ('x' || right(v_group_ids[1]::text, 2))::bit(8)::integer);
+  else
+    perform tokenlimits.lock_groups(v_group_ids);
+  end if;
+  loop
+    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    v_at := greatest(tokenlimits.clock(), v_at);
+    v_verdict := row(
+      false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
+    );
+    foreach v_group_id in array v_group_ids loop
+      select
+        array_agg(
+          row(
+            l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
+            c.since, c.until, c.used, null, c.until > v_at, l.name, l.timezone
+          )::tokenlimits.limit_state
+          order by l.kind, l.scope = 'group', l.subject, l.counter_id
+        ),
+        bool_and(c.since is not null and c.since <= v_at and c.until > v_at) and not exists (
+          select
+          from tokenlimits.holds as h
+          where h.group_id = v_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= v_at
+        )
+      into v_states, v_is_plain
+      from (
+        select
+          i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
+          case i.scope when 'group' then i.group_id else p_user_id end as subject
+        from public.group_limits as i
+        inner join public.user_groups as g on g.id = i.group_id
+        where i.group_id = v_group_id and (p_kind is null or i.kind = p_kind)
+      ) as l
+      left join lateral (
+        select k.since, k.until, k.used
+        from tokenlimits.counters as k
+        where k.subject = l.subject and k.counter_id = l.counter_id
+        -- a look-up for each, whatever the planner thinks of the size of an array
+        offset 0
+      ) as c on true;
+      continue when v_states is null;
+      if not v_is_plain then
+        v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], p_kind, v_at);
+      end if;
+      v_full := null;
+      foreach v_state in array v_states loop
+        if v_state.since > v_at then
+          -- the counter is ahead of a clock that was set back; the usage belongs to its period then
+          v_at := v_state.since;
+        end if;
+        if not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
+          -- what can never fit, and a lifetime limit, wait for ever
+          if p_cost > v_state.max then
+            v_state.until := 'infinity';
+          end if;
+          if v_full is null or v_state.until > v_full.until then
+            v_full := v_state;
+          end if;
+        end if;
+      end loop;
+      if v_full is null then
+        v_verdict := row(true, null, v_group_id, v_states, null);
+      elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
+        v_verdict := row(false, 'limit_exceeded', v_group_id, v_states, v_full);
+      end if;
+      exit when v_verdict.allowed;
+    end loop;
+    if v_verdict.allowed then
+      v_usage := row(
+        (
+        lpad(to_hex((date_part('epoch', date_trunc('milliseconds', v_at)) * 1000)::bigint), 12, '0')
+        || '7' || substr(gen_random_uuid()::text, 16, 17) || right(v_verdict.group_id::text, 4)
+      )::uuid,
+        v_verdict.group_id, p_user_id, p_kind, p_cost, null, 'committed',
+        p_idempotency_key, v_fingerprint, coalesce(p_metadata, '{}'),
+        v_at, v_at, null
+      );
+      begin
+        if v_is_plain and v_dead_id is null then
+          insert into public.generation_usage (
+            id, group_id, user_id, kind, cost, reserved_cost, status,
+            idempotency_key, fingerprint, metadata, created_at, settled_at, expires_at
+          )
+          select
+            v_usage.id, v_usage.group_id, v_usage.user_id, v_usage.kind, v_usage.cost,
+            v_usage.reserved_cost, v_usage.status, v_usage.idempotency_key, v_usage.fingerprint,
+            v_usage.metadata, v_usage.created_at, v_usage.settled_at, v_usage.expires_at
+          on conflict on constraint generation_usage_key_key do nothing;
+          if found then
+            v_slot := pg_backend_pid() % 16;
+            if not pg_try_advisory_xact_lock(1936486260, ('x' || right(v_usage.group_id::text, 6))::bit(24)::integer * 16 + v_slot) then
+              v_slot := tokenlimits.free_slot(v_usage.group_id);
+            end if;
+            update tokenlimits.usage_rollup as r
+            set cost = r.cost + v_usage.cost, generations = r.generations + 1
+            where
+              r.group_id = v_usage.group_id and r.kind = v_usage.kind
+              and r.bucket = date_bin('15 minutes', v_usage.created_at, '2000-01-01 00:00:00+00') and r.slot = v_slot;
+            if not found then
+              insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
+              select v_usage.group_id, v_usage.kind, date_bin('15 minutes', v_usage.created_at, '2000-01-01 00:00:00+00'), v_slot, v_usage.cost, 1
+              on conflict on constraint usage_rollup_pkey do update
+              set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
+            end if;
+            v_limits := '{}';
+            v_tightest := null;
+            -- the group's own, which all its members share, come last: they are held for the shortest time
+            foreach v_state in array v_states loop
+              update tokenlimits.counters as c
+              set used = c.used + p_cost
+              where
+                c.subject = v_state.subject
+                and c.counter_id = v_state.counter_id
+                and v_at >= c.since
+                and v_at < c.until
+                and (false or (v_state.max is null or c.used + p_cost <= v_state.max))
+              returning c.used into v_state.used;
+              if not found then
+                raise sqlstate 'TL099';
+              end if;
+              v_limits := v_limits || row(
+                v_state.kind, v_state.period, v_state.scope, v_state.max, v_state.used,
+                case when v_state.max is not null then greatest(v_state.max - v_state.used, 0) end,
+                nullif(v_state.until, 'infinity')
+              )::tokenlimits.limit_answer;
+              if v_state.max - v_state.used < v_tightest.max - v_tightest.used
+                or (v_tightest.max is null and v_state.max is not null)
+              then
+                v_tightest := v_state;
+              end if;
+            end loop;
+            return to_jsonb(row(
+              true, null, null,
+              v_usage.id, v_usage.status, v_usage.expires_at,
+              case when v_usage.group_id is not null then row(v_usage.group_id, v_state.group_name)::tokenlimits.group_answer end,
+              p_kind, p_cost, v_limits, null,
+              -- greatest() passes over nulls, and unlimited is null
+              case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
+              nullif(v_tightest.until, 'infinity'), null, false
+            )::tokenlimits.generation_answer);
+          end if;
+        else
+          perform tokenlimits.move_usage(
+            tokenlimits.write_ledger(
+              array[v_usage], array[v_dead_id], true,
+              array[v_usage.group_id], array[p_kind], v_at
+            ),
+            v_at
+          );
+          return tokenlimits.usage_answer(v_usage, v_at, p_replayed => false);
+        end if;
+      exception
+        when sqlstate 'TL099' then
+          -- all is taken back, to be judged again
+          null;
+      end;
+    end if;
+    if p_idempotency_key is not null then
+      v_under_key := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_fingerprint);
+      if (v_under_key.live).id is not null then
+        return tokenlimits.usage_answer(v_under_key.live, tokenlimits.clock(), p_replayed => true);
+      end if;
+      v_dead_id := v_under_key.dead_id;
+    end if;
+    if not v_verdict.allowed then
+      if v_verdict.reason = 'not_in_group' then
+        -- not before: a repeated call is answered also when its group is gone
+        perform tokenlimits.refuse_group('track', p_group_id);
+      elsif v_verdict.states[1].expired is not null then
+        perform tokenlimits.sweep(v_verdict.group_id, p_kind, v_at);
+      end if;
+      return tokenlimits.answer(v_verdict, p_kind, p_cost, null, p_replayed => false);
+    end if;
+  end loop;
 end
 $$;
 create or replace function public.track_generation(
@@ -1646,16 +1606,237 @@ volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_states tokenlimits.limit_state[];
+  v_is_plain boolean;
+  v_group_ids uuid[];
+  v_group_id uuid;
+  v_state tokenlimits.limit_state;
+  v_full tokenlimits.limit_state;
+  v_at timestamptz;
+  v_verdict tokenlimits.verdict;
+  v_fingerprint uuid := md5(concat_ws(' ', 'reserve', p_kind, p_cost, p_group_id))::uuid;
+  v_usage public.generation_usage;
+  v_under_key record;
+  v_dead_id uuid;
+  v_slot integer;
+  v_limits tokenlimits.limit_answer[] := '{}';
+  v_tightest tokenlimits.limit_state;
 begin
-  if p_ttl is null or p_ttl not between 1 and 2592000 then
+  if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
+  and coalesce(char_length(p_idempotency_key) between 1 and 255, true)
+  and (case
+    when p_metadata is null then true
+    when jsonb_typeof(p_metadata) <> 'object' or pg_column_size(p_metadata) > 32768 then false
+    when jsonb_path_exists(p_metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
+    else octet_length(p_metadata::text) <= 8192
+  end)) is not true then
+    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
+  elsif p_ttl is null or p_ttl not between 1 and 2592000 then
     perform tokenlimits.refuse(
       'TL001', 'ttl: must be from 1 second to 30 days, in seconds', 'ttl', 'Nothing was reserved.'
     );
+  elsif current_setting('transaction_isolation') <> 'read committed' then
+    -- what is read after a lock was waited for must be as it is then
+    perform tokenlimits.refuse_isolation();
   end if;
-  return tokenlimits.admit(
-    'reserve', p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, p_metadata,
-    p_ttl => make_interval(secs => p_ttl)
+  v_group_ids := coalesce(
+    nullif(array(
+      select g.id
+      from public.group_memberships as m
+      inner join public.user_groups as g on g.id = m.group_id
+      where m.user_id = p_user_id
+      order by g.priority desc, m.joined_at, g.id
+    ), '{}'),
+    array(select d.id from public.user_groups as d where d.is_default)
   );
+  if p_group_id is not null then
+    v_group_ids := case
+      when p_group_id is null then v_group_ids
+      when p_group_id = any(v_group_ids) then array[p_group_id]
+      else '{}'
+    end;
+  end if;
+  if cardinality(v_group_ids) = 1 then
+    -- what nearly every call needs, without a function
+    perform pg_advisory_xact_lock_shared(1953459052, ('x' || right(v_group_ids[1]::text, 2))::bit(8)::integer);
+  else
+    perform tokenlimits.lock_groups(v_group_ids);
+  end if;
+  loop
+    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    v_at := greatest(tokenlimits.clock(), v_at);
+    v_verdict := row(
+      false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
+    );
+    foreach v_group_id in array v_group_ids loop
+      select
+        array_agg(
+          row(
+            l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
+            c.since, c.until, c.used, null, c.until > v_at, l.name, l.timezone
+          )::tokenlimits.limit_state
+          order by l.kind, l.scope = 'group', l.subject, l.counter_id
+        ),
+        bool_and(c.since is not null and c.since <= v_at and c.until > v_at) and not exists (
+          select
+          from tokenlimits.holds as h
+          where h.group_id = v_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= v_at
+        )
+      into v_states, v_is_plain
+      from (
+        select
+          i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
+          case i.scope when 'group' then i.group_id else p_user_id end as subject
+        from public.group_limits as i
+        inner join public.user_groups as g on g.id = i.group_id
+        where i.group_id = v_group_id and (p_kind is null or i.kind = p_kind)
+      ) as l
+      left join lateral (
+        select k.since, k.until, k.used
+        from tokenlimits.counters as k
+        where k.subject = l.subject and k.counter_id = l.counter_id
+        -- a look-up for each, whatever the planner thinks of the size of an array
+        offset 0
+      ) as c on true;
+      continue when v_states is null;
+      if not v_is_plain then
+        v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], p_kind, v_at);
+      end if;
+      v_full := null;
+      foreach v_state in array v_states loop
+        if v_state.since > v_at then
+          -- the counter is ahead of a clock that was set back; the usage belongs to its period then
+          v_at := v_state.since;
+        end if;
+        if not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
+          -- what can never fit, and a lifetime limit, wait for ever
+          if p_cost > v_state.max then
+            v_state.until := 'infinity';
+          end if;
+          if v_full is null or v_state.until > v_full.until then
+            v_full := v_state;
+          end if;
+        end if;
+      end loop;
+      if v_full is null then
+        v_verdict := row(true, null, v_group_id, v_states, null);
+      elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
+        v_verdict := row(false, 'limit_exceeded', v_group_id, v_states, v_full);
+      end if;
+      exit when v_verdict.allowed;
+    end loop;
+    if v_verdict.allowed then
+      v_usage := row(
+        (
+        lpad(to_hex((date_part('epoch', date_trunc('milliseconds', v_at)) * 1000)::bigint), 12, '0')
+        || '7' || substr(gen_random_uuid()::text, 16, 17) || right(v_verdict.group_id::text, 4)
+      )::uuid,
+        v_verdict.group_id, p_user_id, p_kind, p_cost, p_cost, 'reserved',
+        p_idempotency_key, v_fingerprint, coalesce(p_metadata, '{}'),
+        v_at, null, v_at + make_interval(secs => p_ttl)
+      );
+      begin
+        if v_is_plain and v_dead_id is null then
+          insert into public.generation_usage (
+            id, group_id, user_id, kind, cost, reserved_cost, status,
+            idempotency_key, fingerprint, metadata, created_at, settled_at, expires_at
+          )
+          select
+            v_usage.id, v_usage.group_id, v_usage.user_id, v_usage.kind, v_usage.cost,
+            v_usage.reserved_cost, v_usage.status, v_usage.idempotency_key, v_usage.fingerprint,
+            v_usage.metadata, v_usage.created_at, v_usage.settled_at, v_usage.expires_at
+          on conflict on constraint generation_usage_key_key do nothing;
+          if found then
+            insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+            select
+              v_usage.id, v_usage.group_id, v_usage.user_id, v_usage.kind, v_usage.cost,
+              v_usage.created_at, v_usage.expires_at;
+            v_slot := pg_backend_pid() % 16;
+            if not pg_try_advisory_xact_lock(1936486260, ('x' || right(v_usage.group_id::text, 6))::bit(24)::integer * 16 + v_slot) then
+              v_slot := tokenlimits.free_slot(v_usage.group_id);
+            end if;
+            update tokenlimits.usage_rollup as r
+            set cost = r.cost + v_usage.cost, generations = r.generations + 1
+            where
+              r.group_id = v_usage.group_id and r.kind = v_usage.kind
+              and r.bucket = date_bin('15 minutes', v_usage.created_at, '2000-01-01 00:00:00+00') and r.slot = v_slot;
+            if not found then
+              insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
+              select v_usage.group_id, v_usage.kind, date_bin('15 minutes', v_usage.created_at, '2000-01-01 00:00:00+00'), v_slot, v_usage.cost, 1
+              on conflict on constraint usage_rollup_pkey do update
+              set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
+            end if;
+            v_limits := '{}';
+            v_tightest := null;
+            -- the group's own, which all its members share, come last: they are held for the shortest time
+            foreach v_state in array v_states loop
+              update tokenlimits.counters as c
+              set used = c.used + p_cost
+              where
+                c.subject = v_state.subject
+                and c.counter_id = v_state.counter_id
+                and v_at >= c.since
+                and v_at < c.until
+                and (false or (v_state.max is null or c.used + p_cost <= v_state.max))
+              returning c.used into v_state.used;
+              if not found then
+                raise sqlstate 'TL099';
+              end if;
+              v_limits := v_limits || row(
+                v_state.kind, v_state.period, v_state.scope, v_state.max, v_state.used,
+                case when v_state.max is not null then greatest(v_state.max - v_state.used, 0) end,
+                nullif(v_state.until, 'infinity')
+              )::tokenlimits.limit_answer;
+              if v_state.max - v_state.used < v_tightest.max - v_tightest.used
+                or (v_tightest.max is null and v_state.max is not null)
+              then
+                v_tightest := v_state;
+              end if;
+            end loop;
+            return to_jsonb(row(
+              true, null, null,
+              v_usage.id, v_usage.status, v_usage.expires_at,
+              case when v_usage.group_id is not null then row(v_usage.group_id, v_state.group_name)::tokenlimits.group_answer end,
+              p_kind, p_cost, v_limits, null,
+              -- greatest() passes over nulls, and unlimited is null
+              case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
+              nullif(v_tightest.until, 'infinity'), null, false
+            )::tokenlimits.generation_answer);
+          end if;
+        else
+          perform tokenlimits.move_usage(
+            tokenlimits.write_ledger(
+              array[v_usage], array[v_dead_id], true,
+              array[v_usage.group_id], array[p_kind], v_at
+            ),
+            v_at
+          );
+          return tokenlimits.usage_answer(v_usage, v_at, p_replayed => false);
+        end if;
+      exception
+        when sqlstate 'TL099' then
+          -- all is taken back, to be judged again
+          null;
+      end;
+    end if;
+    if p_idempotency_key is not null then
+      v_under_key := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_fingerprint);
+      if (v_under_key.live).id is not null then
+        return tokenlimits.usage_answer(v_under_key.live, tokenlimits.clock(), p_replayed => true);
+      end if;
+      v_dead_id := v_under_key.dead_id;
+    end if;
+    if not v_verdict.allowed then
+      if v_verdict.reason = 'not_in_group' then
+        -- not before: a repeated call is answered also when its group is gone
+        perform tokenlimits.refuse_group('reserve', p_group_id);
+      elsif v_verdict.states[1].expired is not null then
+        perform tokenlimits.sweep(v_verdict.group_id, p_kind, v_at);
+      end if;
+      return tokenlimits.answer(v_verdict, p_kind, p_cost, null, p_replayed => false);
+    end if;
+  end loop;
 end
 $$;
 create or replace function public.reserve_generation(
@@ -1698,7 +1879,6 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
 to service_role;
 
--- Past or outside usage: it has happened, so it is never denied, and counters may pass their max.
 create or replace function tokenlimits.record_generation(
   p_user_id uuid,
   p_kind text,
@@ -1715,16 +1895,150 @@ volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_states tokenlimits.limit_state[];
+  v_is_plain boolean;
+  v_group_ids uuid[];
+  v_group_id uuid;
+  v_state tokenlimits.limit_state;
+  v_full tokenlimits.limit_state;
+  v_at timestamptz;
+  v_verdict tokenlimits.verdict;
+  v_fingerprint uuid := md5(concat_ws(' ', 'record', p_kind, p_cost, p_group_id))::uuid;
+  v_usage public.generation_usage;
+  v_under_key record;
+  v_dead_id uuid;
 begin
-  -- a minute for clocks that differ
-  if p_created_at > tokenlimits.clock() + interval '1 minute' then
+  if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
+  and coalesce(char_length(p_idempotency_key) between 1 and 255, true)
+  and (case
+    when p_metadata is null then true
+    when jsonb_typeof(p_metadata) <> 'object' or pg_column_size(p_metadata) > 32768 then false
+    when jsonb_path_exists(p_metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
+    else octet_length(p_metadata::text) <= 8192
+  end)) is not true then
+    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
+  elsif p_created_at > tokenlimits.clock() + interval '1 minute' then
+    -- a minute for clocks that differ
     perform tokenlimits.refuse('TL001', 'created_at: must not lie in the future', 'created_at', 'Nothing was recorded.');
   elsif not (p_created_at >= '1970-01-01 00:00:00+00' and p_created_at < '9999-01-01 00:00:00+00') then
     perform tokenlimits.refuse('TL001', 'created_at: must not lie before 1970', 'created_at', 'Nothing was recorded.');
+  elsif current_setting('transaction_isolation') <> 'read committed' then
+    -- what is read after a lock was waited for must be as it is then
+    perform tokenlimits.refuse_isolation();
   end if;
-  return tokenlimits.admit(
-    'record', p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, p_metadata, p_created_at => p_created_at
-  );
+  v_group_ids := tokenlimits.recording_group(p_user_id, p_kind, p_group_id);
+  if cardinality(v_group_ids) = 1 then
+    -- what nearly every call needs, without a function
+    perform pg_advisory_xact_lock_shared(1953459052, ('x' || right(v_group_ids[1]::text, 2))::bit(8)::integer);
+  else
+    perform tokenlimits.lock_groups(v_group_ids);
+  end if;
+  loop
+    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    v_at := greatest(tokenlimits.clock(), v_at);
+    v_verdict := row(
+      false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
+    );
+    foreach v_group_id in array v_group_ids loop
+      select
+        array_agg(
+          row(
+            l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
+            c.since, c.until, c.used, null, c.until > v_at, l.name, l.timezone
+          )::tokenlimits.limit_state
+          order by l.kind, l.scope = 'group', l.subject, l.counter_id
+        ),
+        bool_and(c.since is not null and c.since <= v_at and c.until > v_at) and not exists (
+          select
+          from tokenlimits.holds as h
+          where h.group_id = v_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= v_at
+        )
+      into v_states, v_is_plain
+      from (
+        select
+          i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
+          case i.scope when 'group' then i.group_id else p_user_id end as subject
+        from public.group_limits as i
+        inner join public.user_groups as g on g.id = i.group_id
+        where i.group_id = v_group_id and (p_kind is null or i.kind = p_kind)
+      ) as l
+      left join lateral (
+        select k.since, k.until, k.used
+        from tokenlimits.counters as k
+        where k.subject = l.subject and k.counter_id = l.counter_id
+        -- a look-up for each, whatever the planner thinks of the size of an array
+        offset 0
+      ) as c on true;
+      continue when v_states is null;
+      if not v_is_plain then
+        v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], p_kind, v_at);
+      end if;
+      v_full := null;
+      foreach v_state in array v_states loop
+        if v_state.since > v_at then
+          -- the counter is ahead of a clock that was set back; the usage belongs to its period then
+          v_at := v_state.since;
+        end if;
+        if not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
+          -- what can never fit, and a lifetime limit, wait for ever
+          if p_cost > v_state.max then
+            v_state.until := 'infinity';
+          end if;
+          if v_full is null or v_state.until > v_full.until then
+            v_full := v_state;
+          end if;
+        end if;
+      end loop;
+      if v_full is null then
+        v_verdict := row(true, null, v_group_id, v_states, null);
+      elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
+        v_verdict := row(false, 'limit_exceeded', v_group_id, v_states, v_full);
+      end if;
+      exit when v_verdict.allowed;
+    end loop;
+    v_verdict.allowed := v_group_ids <> '{}';
+    v_verdict.group_id := v_group_ids[1];
+    if v_verdict.allowed then
+      v_usage := row(
+        (
+        lpad(to_hex((date_part('epoch', date_trunc('milliseconds', coalesce(least(p_created_at, v_at), v_at))) * 1000)::bigint), 12, '0')
+        || '7' || substr(gen_random_uuid()::text, 16, 17) || right(v_verdict.group_id::text, 4)
+      )::uuid,
+        v_verdict.group_id, p_user_id, p_kind, p_cost, null, 'committed',
+        p_idempotency_key, v_fingerprint, coalesce(p_metadata, '{}'),
+        coalesce(least(p_created_at, v_at), v_at), v_at, null
+      );
+      begin
+        perform tokenlimits.move_usage(
+          tokenlimits.write_ledger(
+            array[v_usage], array[v_dead_id], false,
+            array[v_usage.group_id], array[p_kind], v_at
+          ),
+          v_at
+        );
+        return tokenlimits.usage_answer(v_usage, v_at, p_replayed => false);
+      exception
+        when sqlstate 'TL099' then
+          -- all is taken back, to be judged again
+          null;
+      end;
+    end if;
+    if p_idempotency_key is not null then
+      v_under_key := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_fingerprint);
+      if (v_under_key.live).id is not null then
+        return tokenlimits.usage_answer(v_under_key.live, tokenlimits.clock(), p_replayed => true);
+      end if;
+      v_dead_id := v_under_key.dead_id;
+    end if;
+    if not v_verdict.allowed then
+      if v_verdict.reason = 'not_in_group' then
+        -- not before: a repeated call is answered also when its group is gone
+        perform tokenlimits.refuse_group('record', p_group_id);
+      end if;
+      return tokenlimits.answer(v_verdict, p_kind, p_cost, null, p_replayed => false);
+    end if;
+  end loop;
 end
 $$;
 create or replace function public.record_generation(
@@ -1777,10 +2091,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_states tokenlimits.limit_state[];
-  v_are_open boolean;
-  v_any_expired boolean;
-  v_name text;
-  v_timezone text;
+  v_is_plain boolean;
   v_group_ids uuid[];
   v_group_id uuid;
   v_state tokenlimits.limit_state;
@@ -1802,7 +2113,13 @@ begin
   end if;
   v_at := tokenlimits.clock();
   v_group_ids := coalesce(
-    (select p.group_ids from tokenlimits.paying_groups as p where p.user_id = p_user_id),
+    nullif(array(
+      select g.id
+      from public.group_memberships as m
+      inner join public.user_groups as g on g.id = m.group_id
+      where m.user_id = p_user_id
+      order by g.priority desc, m.joined_at, g.id
+    ), '{}'),
     array(select d.id from public.user_groups as d where d.is_default)
   );
   v_group_ids := case
@@ -1810,37 +2127,28 @@ begin
     when p_group_id = any(v_group_ids) then array[p_group_id]
     else '{}'
   end;
-  v_verdict.allowed := false;
-  v_verdict.reason := case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
-  v_verdict.group_id := null;
-  v_verdict.group_name := null;
-  v_verdict.timezone := null;
-  v_verdict.states := null;
-  v_verdict.denied_by := null;
-  v_verdict.at := v_at;
+  v_verdict := row(
+    false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
+  );
   foreach v_group_id in array v_group_ids loop
     select
       array_agg(
         row(
           l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
-          c.since, c.until, c.used, null, c.until > v_at
+          c.since, c.until, c.used, null, c.until > v_at, l.name, l.timezone
         )::tokenlimits.limit_state
         order by l.kind, l.scope = 'group', l.subject, l.counter_id
       ),
-      bool_and(coalesce(c.since <= v_at and c.until > v_at, false)),
-      exists (
+      bool_and(c.since is not null and c.since <= v_at and c.until > v_at) and not exists (
         select
         from tokenlimits.holds as h
         where h.group_id = v_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= v_at
-      ),
-      min(l.name),
-      min(l.timezone)
-    into v_states, v_are_open, v_any_expired, v_name, v_timezone
+      )
+    into v_states, v_is_plain
     from (
       select
         i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
-        -- here and not in "from", where it costs more than all the rest
-        unnest(case i.scope when 'group' then array[v_group_id] else array[p_user_id] end) as subject
+        case i.scope when 'group' then i.group_id else p_user_id end as subject
       from public.group_limits as i
       inner join public.user_groups as g on g.id = i.group_id
       where i.group_id = v_group_id and (p_kind is null or i.kind = p_kind)
@@ -1853,13 +2161,15 @@ begin
       offset 0
     ) as c on true;
     continue when v_states is null;
-    if v_any_expired or not v_are_open then
+    if not v_is_plain then
       v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], p_kind, v_at);
     end if;
     v_full := null;
     foreach v_state in array v_states loop
-      -- a counter may be ahead of a clock that was set back; the usage belongs to the counter's period then
-      v_verdict.at := greatest(v_verdict.at, v_state.since);
+      if v_state.since > v_at then
+        -- the counter is ahead of a clock that was set back; the usage belongs to its period then
+        v_at := v_state.since;
+      end if;
       if not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
         -- what can never fit, and a lifetime limit, wait for ever
         if p_cost > v_state.max then
@@ -1870,14 +2180,10 @@ begin
         end if;
       end if;
     end loop;
-    v_verdict.allowed := v_full is null;
-    if v_verdict.allowed or v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
-      v_verdict.reason := case when not v_verdict.allowed then 'limit_exceeded' end;
-      v_verdict.group_id := v_group_id;
-      v_verdict.group_name := v_name;
-      v_verdict.timezone := v_timezone;
-      v_verdict.states := v_states;
-      v_verdict.denied_by := v_full;
+    if v_full is null then
+      v_verdict := row(true, null, v_group_id, v_states, null);
+    elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
+      v_verdict := row(false, 'limit_exceeded', v_group_id, v_states, v_full);
     end if;
     exit when v_verdict.allowed;
   end loop;
@@ -2009,7 +2315,8 @@ begin
   );
   for v_move in
     select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.enforced) as enforced
-    from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place)
+    from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
+  group_name, timezone, place)
     inner join (
       select g.*, g.group_id as subject, 'group' as scope
       from unnest(p_moves) as g
@@ -2591,7 +2898,6 @@ begin
     -- the batch is about, and what was used of them right after it; a repeated key is the same usage, replayed
     create type tokenlimits.batch_charge as (
       place integer,
-      group_name text,
       usage integer,
       states integer[],
       used bigint[],
@@ -2743,7 +3049,13 @@ begin
     from unnest(v_items) as i
     left join (
       select d.user_id, coalesce(
-        (select p.group_ids from tokenlimits.paying_groups as p where p.user_id = d.user_id),
+        nullif(array(
+          select g.id
+          from public.group_memberships as m
+          inner join public.user_groups as g on g.id = m.group_id
+          where m.user_id = d.user_id
+          order by g.priority desc, m.joined_at, g.id
+        ), '{}'),
         array(select d.id from public.user_groups as d where d.is_default)
       ) as group_ids
       from (
@@ -2884,6 +3196,7 @@ declare
   v_state tokenlimits.limit_state;
   v_full tokenlimits.limit_state;
   v_verdict tokenlimits.verdict;
+  v_at timestamptz;
   v_no integer;
   -- by the first place of a key: which charge has it
   v_holders integer[] := array_fill(null::integer, array[cardinality(items)]);
@@ -2907,31 +3220,25 @@ begin
     select
       i.place,
       g.id as group_id,
-      n.name,
-      n.timezone,
       array_agg(s.no::integer order by s.no) filter (where s.no is not null) as states,
       coalesce(g.rank = 1, true) as is_first,
       coalesce(g.rank = cardinality(i.group_ids), true) as is_last
     from unnest(items) as i
     left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
-    left join public.user_groups as n on n.id = g.id
     cross join lateral (values ('group', g.id), ('member', i.user_id)) as w (scope, subject)
-    left join unnest(states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, no)
+    left join unnest(states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
+group_name, timezone, no)
       on s.group_id = g.id and s.kind = i.kind and s.scope = w.scope and s.subject = w.subject
     where i.answer is null
-    group by i.place, i.group_ids, g.id, g.rank, n.name, n.timezone
+    group by i.place, i.group_ids, g.id, g.rank
     order by i.place, g.rank
   loop
     if v.is_first then
       v_item := items[v.place];
-      v_verdict.allowed := false;
-      v_verdict.reason := case when v_item.group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
-      v_verdict.group_id := null;
-      v_verdict.group_name := null;
-      v_verdict.timezone := null;
-      v_verdict.states := null;
-      v_verdict.denied_by := null;
-      v_verdict.at := p_at;
+      v_at := p_at;
+      v_verdict := row(
+        false, case when v_item.group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
+      );
     end if;
     if not v_verdict.allowed and v.states is not null then
       v_option := '{}';
@@ -2940,8 +3247,10 @@ begin
       end loop;
       v_full := null;
       foreach v_state in array v_option loop
-        -- a counter may be ahead of a clock that was set back; the usage belongs to the counter's period then
-        v_verdict.at := greatest(v_verdict.at, v_state.since);
+        if v_state.since > v_at then
+          -- the counter is ahead of a clock that was set back; the usage belongs to its period then
+          v_at := v_state.since;
+        end if;
         if not (v_state.max is null or v_state.used + v_item.cost <= v_state.max) then
           -- what can never fit, and a lifetime limit, wait for ever
           if v_item.cost > v_state.max then
@@ -2952,17 +3261,12 @@ begin
           end if;
         end if;
       end loop;
-      v_verdict.allowed := v_full is null;
-      if v_verdict.allowed or v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
-        v_verdict.reason := case when not v_verdict.allowed then 'limit_exceeded' end;
-        v_verdict.group_id := v.group_id;
-        v_verdict.group_name := v.name;
-        v_verdict.timezone := v.timezone;
-        v_verdict.states := v_option;
-        v_verdict.denied_by := v_full;
+      if v_full is null then
+        v_verdict := row(true, null, v.group_id, v_option, null);
+      elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
+        v_verdict := row(false, 'limit_exceeded', v.group_id, v_option, v_full);
       end if;
       v_charge.states := v.states;
-      v_charge.group_name := v.name;
     end if;
     continue when not v.is_last;
 
@@ -2973,20 +3277,15 @@ begin
       v_holder.replayed := true;
       charges := charges || v_holder;
     elsif v_holder is null and v_verdict.allowed then
-      v_usage.id := (
-        lpad(to_hex((date_part('epoch', date_trunc('milliseconds', v_verdict.at)) * 1000)::bigint), 12, '0')
+      v_usage := row(
+        (
+        lpad(to_hex((date_part('epoch', date_trunc('milliseconds', v_at)) * 1000)::bigint), 12, '0')
         || '7' || substr(gen_random_uuid()::text, 16, 17) || right(v_verdict.group_id::text, 4)
-      )::uuid;
-      v_usage.group_id := v_verdict.group_id;
-      v_usage.user_id := v_item.user_id;
-      v_usage.kind := v_item.kind;
-      v_usage.cost := v_item.cost;
-      v_usage.status := 'committed';
-      v_usage.idempotency_key := v_item.idempotency_key;
-      v_usage.fingerprint := v_fingerprint;
-      v_usage.metadata := coalesce(v_item.metadata, '{}');
-      v_usage.created_at := v_verdict.at;
-      v_usage.settled_at := v_verdict.at;
+      )::uuid,
+        v_verdict.group_id, v_item.user_id, v_item.kind, v_item.cost, null, 'committed',
+        v_item.idempotency_key, v_fingerprint, coalesce(v_item.metadata, '{}'),
+        v_at, v_at, null
+      );
       usages := usages || v_usage;
       v_charge.place := v.place;
       v_charge.usage := cardinality(usages);
@@ -3086,7 +3385,8 @@ begin
   );
   for v_move in
     select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.enforced) as enforced
-    from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place)
+    from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
+  group_name, timezone, place)
     inner join (
       select g.*, g.group_id as subject, 'group' as scope
       from unnest(v_moves) as g
@@ -3161,7 +3461,8 @@ declare
 begin
   for v in
     select s.no, m.used - s.used as others
-    from unnest(p_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, no)
+    from unnest(p_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
+group_name, timezone, no)
     inner join unnest(p_moved) as m on m.counter_id = s.counter_id and m.subject = s.subject
     where s.expired is null and m.used <> s.used
   loop
@@ -3171,7 +3472,6 @@ begin
   foreach v_charge in array p_charges loop
     v_usage := p_usages[v_charge.usage];
     v_verdict.group_id := v_usage.group_id;
-    v_verdict.group_name := v_charge.group_name;
     v_verdict.states := '{}';
     for i in 1..cardinality(v_charge.states) loop
       v_state := p_states[v_charge.states[i]];
@@ -3203,7 +3503,6 @@ declare
 begin
   v_verdict.reason := 'busy';
   v_verdict.group_id := p_group_id;
-  v_verdict.group_name := (select g.name from public.user_groups as g where g.id = p_group_id);
   foreach v_item in array p_items loop
     if v_item.answer is null and (p_group_id is null or p_group_id = any(v_item.group_ids)) then
       p_items[v_item.place].answer := tokenlimits.answer(
@@ -3972,19 +4271,25 @@ begin
     select jsonb_agg(
       to_jsonb(row(
         s.kind, s.period, s.scope, s.max, s.used,
-        -- greatest() passes over nulls, and unlimited is null
         case when s.max is not null then greatest(s.max - s.used, 0) end,
         nullif(s.until, 'infinity')
       )::tokenlimits.limit_answer) || jsonb_build_object('group', row(g.id, g.name)::tokenlimits.group_answer)
       order by p.place, s.place
     )
     from unnest(coalesce(
-      (select p.group_ids from tokenlimits.paying_groups as p where p.user_id = p_user_id),
+      nullif(array(
+        select g.id
+        from public.group_memberships as m
+        inner join public.user_groups as g on g.id = m.group_id
+        where m.user_id = p_user_id
+        order by g.priority desc, m.joined_at, g.id
+      ), '{}'),
       array(select d.id from public.user_groups as d where d.is_default)
     )) with ordinality as p (id, place)
     inner join public.user_groups as g on g.id = p.id
     cross join lateral unnest(tokenlimits.limit_states(p.id, array[p_user_id], null, v_now))
-    with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open, place)
+    with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
+group_name, timezone, place)
   ), '[]');
 end
 $$;

@@ -112,7 +112,9 @@ begin
       -- what the counter holds besides, of holds that have expired; null where nobody asked
       expired bigint,
       -- null: there is no counter yet; false: it is of a past period
-      is_open boolean
+      is_open boolean,
+      group_name text,
+      timezone text
     );
     -- what a usage that is made, settled or swept does to the counters that it counts for; enforced: they must have room
     create type tokenlimits.usage_move as (
@@ -184,10 +186,13 @@ volatile
 {{ search_path() }}
 as $$
 declare
-  v_slot integer;
+  v_slot integer := {{ own_slot() }};
 begin
-  {{ take_slot('v_slot', 'p_group_id') | indent(2) }}
+  for i in 0..15 loop
+    exit when {{ try_slot('v_slot', 'p_group_id') }};
+    v_slot := (v_slot + 1) % 16;
+  end loop;
   return v_slot;
 end
 $$;
-{{ private('free_slot(uuid)', 'A slot of the rollup that no other open transaction writes for this group, if there is one.') }}
+{{ private('free_slot(uuid)', 'A slot of the rollup that no other open transaction writes for this group; any, when all 16 are taken.') }}

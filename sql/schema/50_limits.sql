@@ -114,11 +114,16 @@ declare
   v record;
   v_state tokenlimits.limit_state;
 begin
-  {{ read_limits('p_group_id', 'p_user_ids', 'p_kind', 'p_at') | indent(2) }}
+  {{ read_limits(
+    'p_group_id', "unnest(case i.scope when 'group' then array[i.group_id] else p_user_ids end)", 'p_kind', 'p_at'
+  ) | indent(2) }}
   if v_states is null then
     return '{}';
   end if;
-  if not v_are_open then
+  if v_is_plain then
+    return v_states;
+  end if;
+  if exists (select from unnest(v_states) as s where s.is_open is not true) then
     -- a counter that is missing (a limit or a member that is new), or of another period
     for v in
       select
@@ -127,9 +132,9 @@ begin
         {{ new_since('p.range', 's.until', 'p_group_id', 's.kind') | indent(8) }} as since
       from unnest(v_states) with ordinality as s ({{ state_columns() }}, place)
       inner join (
-        select d.period, tokenlimits.period_of(d.period, v_timezone, p_at) as range
+        select d.period, tokenlimits.period_of(d.period, d.timezone, p_at) as range
         from (
-          select distinct o.period
+          select distinct o.period, o.timezone
           from unnest(v_states) as o
         ) as d
       ) as p on p.period = s.period
@@ -147,7 +152,11 @@ begin
       v_states[v.place] := v_state;
     end loop;
   end if;
-  if p_less_expired and v_any_expired then
+  if p_less_expired and exists (
+    select
+    from tokenlimits.holds as h
+    where h.group_id = p_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= p_at
+  ) then
     for i in 1..cardinality(v_states) loop
       v_state := v_states[i];
       v_state.expired := tokenlimits.expired_cost(

@@ -1,18 +1,7 @@
--- Who may pay, and what is answered.
+-- What is answered.
 --
 -- Invariants
---   * A user's groups are tried by priority, then by when they joined; the default group is for users in none.
---   * Every answer about a generation is made by tokenlimits.answer: a single call's, a batch's and a settlement's.
-
-create or replace view tokenlimits.paying_groups as
-select
-  m.user_id,
-  array_agg(g.id order by g.priority desc, m.joined_at asc, g.id asc) as group_ids
-from public.group_memberships as m
-inner join public.user_groups as g on m.group_id = g.id
-group by m.user_id;
-comment on view tokenlimits.paying_groups is 'Each user''s own groups, in the order in which they are tried.';
-revoke all on tokenlimits.paying_groups from public, anon, authenticated, service_role;
+--   * Every answer about a generation is made by the same lines: a single call's, a batch's and a settlement's.
 
 create or replace function tokenlimits.require_group(p_group_id uuid)
 returns public.user_groups
@@ -49,11 +38,8 @@ begin
       allowed boolean,
       reason text,
       group_id uuid,
-      group_name text,
-      timezone text,
       states tokenlimits.limit_state[],
-      denied_by tokenlimits.limit_state,
-      at timestamptz
+      denied_by tokenlimits.limit_state
     );
     -- as clients see it: to_jsonb of a row costs a third of what building an object does
     create type tokenlimits.limit_answer as (
@@ -116,16 +102,14 @@ begin
     || case when p_cost > 1 then format(', %s more asked for', p_cost) else '' end
     || case
       when isfinite(v_limit.until)
-        then ', resets ' || to_char(v_limit.until at time zone p_verdict.timezone, 'YYYY-MM-DD HH24:MI ')
-          || p_verdict.timezone
+        then ', resets ' || to_char(v_limit.until at time zone v_limit.timezone, 'YYYY-MM-DD HH24:MI ')
+          || v_limit.timezone
       else ''
     end;
 end
 $$;
 {{ private('denial_text(tokenlimits.verdict, text, bigint)', "Why a request was denied, in a sentence.") }}
 
--- The object that workers get. Of an allowed request, remaining and reset_at are those of the limit with the least
--- room; of a denied one, reset_at is when the limit that denied it will have room (null: never by itself).
 create or replace function tokenlimits.answer(
   p_verdict tokenlimits.verdict,
   p_kind text,
@@ -139,38 +123,33 @@ stable
 {{ search_path() }}
 as $$
 declare
+  {{ variables_of_answer() | indent(2) }}
   v_state tokenlimits.limit_state;
-  v_limits tokenlimits.limit_answer[] := '{}';
   v_denied_by tokenlimits.limit_answer;
-  v_group tokenlimits.group_answer;
-  v_remaining bigint;
-  v_reset_at timestamptz;
-  v_error text;
-  v_retry_after numeric;
+  v_group_name text;
 begin
   foreach v_state in array coalesce(p_verdict.states, '{}') loop
-    v_limits := v_limits || {{ limit_answer('v_state') | indent(4) }};
-    if v_state.max is not null and (v_remaining is null or v_state.max - v_state.used < v_remaining) then
-      v_remaining := greatest(v_state.max - v_state.used, 0);
-      v_reset_at := nullif(v_state.until, 'infinity');
-    end if;
+    {{ add_limit('v_state') | indent(4) }}
   end loop;
-  if p_verdict.group_id is not null then
-    v_group := row(p_verdict.group_id, p_verdict.group_name);
+  v_group_name := coalesce(
+    v_state.group_name, (select g.name from public.user_groups as g where g.id = p_verdict.group_id)
+  );
+  if p_verdict.reason is null then
+    return {{ answer(
+      kind='p_kind', cost='p_cost', group_id='p_verdict.group_id', group_name='v_group_name', usage_id='p_usage.id',
+      status='p_usage.status', expires_at='p_usage.expires_at', replayed='p_replayed'
+    ) | indent(4) }};
   end if;
-  if p_verdict.reason is not null then
-    v_error := tokenlimits.denial_text(p_verdict, p_kind, p_cost);
-    v_state := p_verdict.denied_by;
-    v_reset_at := nullif(v_state.until, 'infinity');
-    v_retry_after := ceil(extract(epoch from v_reset_at - tokenlimits.clock()));
-    if p_verdict.reason = 'limit_exceeded' then
-      v_denied_by := {{ limit_answer('v_state') | indent(6) }};
-    end if;
+  v_state := p_verdict.denied_by;
+  if p_verdict.reason = 'limit_exceeded' then
+    v_denied_by := {{ limit_answer('v_state') | indent(4) }};
   end if;
-  return to_jsonb(row(
-    p_verdict.reason is null, p_verdict.reason, v_error, p_usage.id, p_usage.status, p_usage.expires_at,
-    v_group, p_kind, p_cost, v_limits, v_denied_by, v_remaining, v_reset_at, v_retry_after, p_replayed
-  )::tokenlimits.generation_answer);
+  return {{ answer(
+    kind='p_kind', cost='p_cost', group_id='p_verdict.group_id', group_name='v_group_name', usage_id='null',
+    status='null', expires_at='null', replayed='p_replayed', reason='p_verdict.reason',
+    error='tokenlimits.denial_text(p_verdict, p_kind, p_cost)', denied_by='v_denied_by', reset_at='v_state.until',
+    retry_after="ceil(extract(epoch from nullif(v_state.until, 'infinity') - tokenlimits.clock()))"
+  ) | indent(2) }};
 end
 $$;
 {{ private(
@@ -189,7 +168,6 @@ declare
 begin
   v_verdict.allowed := true;
   v_verdict.group_id := p_usage.group_id;
-  v_verdict.group_name := (select g.name from public.user_groups as g where g.id = p_usage.group_id);
   v_verdict.states := tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], p_usage.kind, p_at);
   return tokenlimits.answer(v_verdict, p_usage.kind, p_usage.cost, p_usage, p_replayed);
 end

@@ -140,56 +140,76 @@ $$;
 {{ private('refuse_group(text, uuid)', "Raises TL002 for a group that does not exist, and TL001 where record needs one.") }}
 
 -- Judges and writes, until a verdict holds: every round but the last was overtaken by another call that got through.
--- What is rare goes out of line: a bad request, a counter to be opened, expired holds, a key that is taken.
-create or replace function tokenlimits.admit(
-  p_operation text,
-  p_user_id uuid,
-  p_kind text,
-  p_cost bigint,
-  p_idempotency_key text,
-  p_group_id uuid,
-  p_metadata jsonb,
-  p_ttl interval default null,
-  p_created_at timestamptz default null
+-- What is rare goes out of line: a bad request, a counter to be opened, expired holds, a key that is taken. The build
+-- makes of it a function for each way to take something, since asking at every step which one it is would cost as much
+-- as a step; record is the one that never denies.
+{%- set keyed = ['p_idempotency_key text default null', 'p_group_id uuid default null', 'p_metadata jsonb default null'] %}
+{%- set request = ['p_user_id uuid', 'p_kind text', 'p_cost bigint default 1'] %}
+{%- for operation, parameters, comment in [
+  (
+    'track', request + keyed,
+    'Checks every limit and records the generation, in one step: is it allowed, what remains, when does it reset.'
+  ),
+  (
+    'reserve', request + ['p_ttl bigint default 3600'] + keyed,
+    'Holds a generation\'s cost for p_ttl seconds, until it is committed or released; answers like track_generation.'
+  ),
+  (
+    'record', request + ['p_created_at timestamptz default null'] + keyed,
+    'Records past or outside usage: moves the counters of its period, never denies.'
+  ),
+] %}
+
+create or replace function tokenlimits.{{ operation }}_generation(
+{%- for parameter in parameters %}
+  {{ parameter.split(' default ')[0] }}{{ ',' if not loop.last }}
+{%- endfor %}
 )
 returns jsonb
 language plpgsql
 volatile
+-- definer: counters are private, and nobody else writes the ledger
+security definer
 {{ search_path() }}
 as $$
 declare
-  c_may_deny constant boolean := p_operation <> 'record';
   {{ variables_of_verdict() | indent(2) }}
+  v_fingerprint uuid := {{ fingerprint("'" ~ operation ~ "'", 'p_kind', 'p_cost', 'p_group_id') }};
   v_usage public.generation_usage;
   v_under_key record;
   v_dead_id uuid;
+  {%- if operation != 'record' %}
   v_slot integer;
+  {{ variables_of_answer() | indent(2) }}
+  {%- endif %}
 begin
   if ({{ is_request('p_user_id', 'p_kind', 'p_cost', 'p_idempotency_key', 'p_metadata') | indent(2) }}) is not true then
     perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
+  {%- if operation == 'reserve' %}
+  elsif p_ttl is null or p_ttl not between 1 and 2592000 then
+    perform tokenlimits.refuse(
+      'TL001', 'ttl: must be from 1 second to 30 days, in seconds', 'ttl', 'Nothing was reserved.'
+    );
+  {%- elif operation == 'record' %}
+  elsif p_created_at > tokenlimits.clock() + interval '1 minute' then
+    -- a minute for clocks that differ
+    perform tokenlimits.refuse('TL001', 'created_at: must not lie in the future', 'created_at', 'Nothing was recorded.');
+  elsif not ({{ is_moment('p_created_at') }}) then
+    perform tokenlimits.refuse('TL001', 'created_at: must not lie before 1970', 'created_at', 'Nothing was recorded.');
+  {%- endif %}
   elsif current_setting('transaction_isolation') <> 'read committed' then
     -- what is read after a lock was waited for must be as it is then
     perform tokenlimits.refuse_isolation();
   end if;
-  v_usage.user_id := p_user_id;
-  v_usage.kind := p_kind;
-  v_usage.cost := p_cost;
-  v_usage.idempotency_key := p_idempotency_key;
-  v_usage.fingerprint := {{ fingerprint('p_operation', 'p_kind', 'p_cost', 'p_group_id') }};
-  v_usage.metadata := coalesce(p_metadata, '{}');
-  if p_ttl is null then
-    v_usage.status := 'committed';
-  else
-    v_usage.status := 'reserved';
-    v_usage.reserved_cost := p_cost;
-  end if;
 
-  if c_may_deny then
-    v_group_ids := {{ payers('p_user_id') | indent(4) }};
+  {%- if operation == 'record' %}
+  v_group_ids := tokenlimits.recording_group(p_user_id, p_kind, p_group_id);
+  {%- else %}
+  v_group_ids := {{ payers('p_user_id') | indent(2) }};
+  if p_group_id is not null then
     v_group_ids := {{ pinned('v_group_ids', 'p_group_id') | indent(4) }};
-  else
-    v_group_ids := tokenlimits.recording_group(p_user_id, p_kind, p_group_id);
   end if;
+  {%- endif %}
   if cardinality(v_group_ids) = 1 then
     -- what nearly every call needs, without a function
     perform pg_advisory_xact_lock_shared({{ stripe_class() }}, {{ stripe('v_group_ids[1]') }});
@@ -199,177 +219,88 @@ begin
   loop
     -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
     v_at := greatest(tokenlimits.clock(), v_at);
-    {{ judge('p_user_id', 'p_kind', 'p_cost', 'v_at') | indent(4) }}
-    v_at := v_verdict.at;
-    if v_verdict.allowed or not (c_may_deny or v_group_ids = '{}') then
-      v_usage.group_id := coalesce(v_verdict.group_id, v_group_ids[1]);
-      v_usage.created_at := coalesce(least(p_created_at, v_at), v_at);
-      v_usage.id := {{ usage_id('v_usage.created_at', 'v_usage.group_id') | indent(6) }};
-      if p_ttl is null then
-        v_usage.settled_at := v_at;
-      else
-        v_usage.expires_at := v_at + p_ttl;
-      end if;
+    {{ judge('p_user_id', 'p_kind', 'p_cost') | indent(4) }}
+    {%- if operation == 'record' %}
+    v_verdict.allowed := v_group_ids <> '{}';
+    v_verdict.group_id := v_group_ids[1];
+    {%- endif %}
+    if v_verdict.allowed then
+      {%- set created_at = 'coalesce(least(p_created_at, v_at), v_at)' if operation == 'record' else 'v_at' %}
+      {%- set usage_of = {
+        'id': usage_id(created_at, 'v_verdict.group_id'), 'group_id': 'v_verdict.group_id', 'user_id': 'p_user_id',
+        'kind': 'p_kind', 'cost': 'p_cost', 'idempotency_key': 'p_idempotency_key', 'fingerprint': 'v_fingerprint',
+        'metadata': 'p_metadata', 'created_at': created_at
+      } %}
+      {%- if operation == 'reserve' %}
+      v_usage := {{ usage(
+        status="'reserved'", reserved_cost='p_cost', expires_at='v_at + make_interval(secs => p_ttl)', **usage_of
+      ) | indent(6) }};
+      {%- else %}
+      v_usage := {{ usage(status="'committed'", settled_at='v_at', **usage_of) | indent(6) }};
+      {%- endif %}
       begin
-        if v_any_expired or not (v_are_open and c_may_deny and v_dead_id is null) then
-          perform tokenlimits.move_usage(
-            tokenlimits.write_ledger(
-              array[v_usage], array[v_dead_id], c_may_deny, array[v_usage.group_id], array[p_kind], v_at
-            ),
-            v_at
-          );
-          return tokenlimits.usage_answer(v_usage, v_at, p_replayed => false);
-        else
+        {%- if operation != 'record' %}
+        if v_is_plain and v_dead_id is null then
           {{ into_ledger('v_usage') | indent(10) }}
           if found then
-            if p_ttl is not null then
-              {{ into_holds('v_usage') | indent(14) }}
+            {%- if operation == 'reserve' %}
+            {{ into_holds('v_usage') | indent(12) }}
+            {%- endif %}
+            v_slot := {{ own_slot() }};
+            if not {{ try_slot('v_slot', 'v_usage.group_id') }} then
+              v_slot := tokenlimits.free_slot(v_usage.group_id);
             end if;
-            {{ take_slot('v_slot', 'v_usage.group_id') | indent(12) }}
             {{ add_to_rollup('v_usage', 'v_slot') | indent(12) }}
+            v_limits := '{}';
+            v_tightest := null;
             -- the group's own, which all its members share, come last: they are held for the shortest time
-            for i in 1..cardinality(v_states) loop
-              v_state := v_states[i];
+            foreach v_state in array v_states loop
               {{ move_counter('v_state', 'p_cost', 'v_at', 'false') | indent(14) }}
               if not found then
                 raise sqlstate 'TL099';
               end if;
-              v_states[i] := v_state;
+              {{ add_limit('v_state') | indent(14) }}
             end loop;
-            v_verdict.states := v_states;
-            return tokenlimits.answer(v_verdict, p_kind, p_cost, v_usage, p_replayed => false);
+            return {{ answer(
+              kind='p_kind', cost='p_cost', group_id='v_usage.group_id', group_name='v_state.group_name',
+              usage_id='v_usage.id', status='v_usage.status', expires_at='v_usage.expires_at', replayed='false'
+            ) | indent(12) }};
           end if;
+        else
+          {{ write_one('true') | indent(10) }}
         end if;
+        {%- else %}
+        {{ write_one('false') | indent(8) }}
+        {%- endif %}
       exception
         when sqlstate 'TL099' then
           -- all is taken back, to be judged again
           null;
       end;
     end if;
-
     if p_idempotency_key is not null then
-      v_under_key := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_usage.fingerprint);
+      v_under_key := tokenlimits.usage_under_key(p_user_id, p_idempotency_key, v_fingerprint);
       if (v_under_key.live).id is not null then
         return tokenlimits.usage_answer(v_under_key.live, tokenlimits.clock(), p_replayed => true);
       end if;
       v_dead_id := v_under_key.dead_id;
     end if;
-    if not v_verdict.allowed and (c_may_deny or v_group_ids = '{}') then
+    if not v_verdict.allowed then
       if v_verdict.reason = 'not_in_group' then
         -- not before: a repeated call is answered also when its group is gone
-        perform tokenlimits.refuse_group(p_operation, p_group_id);
+        perform tokenlimits.refuse_group('{{ operation }}', p_group_id);
+      {%- if operation != 'record' %}
       elsif v_verdict.states[1].expired is not null then
         perform tokenlimits.sweep(v_verdict.group_id, p_kind, v_at);
+      {%- endif %}
       end if;
       return tokenlimits.answer(v_verdict, p_kind, p_cost, null, p_replayed => false);
     end if;
   end loop;
 end
 $$;
-{{ private(
-  'admit(text, uuid, text, bigint, text, uuid, jsonb, interval, timestamptz)',
-  "What track, reserve and record have in common: judges a request and records it."
-) }}
-
-create or replace function tokenlimits.track_generation(
-  p_user_id uuid,
-  p_kind text,
-  p_cost bigint,
-  p_idempotency_key text,
-  p_group_id uuid,
-  p_metadata jsonb
-)
-returns jsonb
-language plpgsql
-volatile
--- definer: counters are private, and nobody else writes the ledger
-security definer
-{{ search_path() }}
-as $$
-begin
-  return tokenlimits.admit('track', p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, p_metadata);
-end
-$$;
-{{ rpc(
-  'track_generation',
-  ['p_user_id uuid', 'p_kind text', 'p_cost bigint default 1', 'p_idempotency_key text default null',
-    'p_group_id uuid default null', 'p_metadata jsonb default null'],
-  to='service_role',
-  comment="Checks every limit and records the generation, in one step: is it allowed, what remains, when does it reset."
-) }}
-
-create or replace function tokenlimits.reserve_generation(
-  p_user_id uuid,
-  p_kind text,
-  p_cost bigint,
-  p_ttl bigint,
-  p_idempotency_key text,
-  p_group_id uuid,
-  p_metadata jsonb
-)
-returns jsonb
-language plpgsql
-volatile
--- definer: counters are private, and nobody else writes the ledger
-security definer
-{{ search_path() }}
-as $$
-begin
-  if p_ttl is null or p_ttl not between 1 and 2592000 then
-    perform tokenlimits.refuse(
-      'TL001', 'ttl: must be from 1 second to 30 days, in seconds', 'ttl', 'Nothing was reserved.'
-    );
-  end if;
-  return tokenlimits.admit(
-    'reserve', p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, p_metadata,
-    p_ttl => make_interval(secs => p_ttl)
-  );
-end
-$$;
-{{ rpc(
-  'reserve_generation',
-  ['p_user_id uuid', 'p_kind text', 'p_cost bigint default 1', 'p_ttl bigint default 3600',
-    'p_idempotency_key text default null', 'p_group_id uuid default null', 'p_metadata jsonb default null'],
-  to='service_role',
-  comment="Holds a generation's cost for p_ttl seconds, until it is committed or released; answers like track_generation."
-) }}
-
--- Past or outside usage: it has happened, so it is never denied, and counters may pass their max.
-create or replace function tokenlimits.record_generation(
-  p_user_id uuid,
-  p_kind text,
-  p_cost bigint,
-  p_created_at timestamptz,
-  p_idempotency_key text,
-  p_group_id uuid,
-  p_metadata jsonb
-)
-returns jsonb
-language plpgsql
-volatile
--- definer: counters are private, and nobody else writes the ledger
-security definer
-{{ search_path() }}
-as $$
-begin
-  -- a minute for clocks that differ
-  if p_created_at > tokenlimits.clock() + interval '1 minute' then
-    perform tokenlimits.refuse('TL001', 'created_at: must not lie in the future', 'created_at', 'Nothing was recorded.');
-  elsif not ({{ is_moment('p_created_at') }}) then
-    perform tokenlimits.refuse('TL001', 'created_at: must not lie before 1970', 'created_at', 'Nothing was recorded.');
-  end if;
-  return tokenlimits.admit(
-    'record', p_user_id, p_kind, p_cost, p_idempotency_key, p_group_id, p_metadata, p_created_at => p_created_at
-  );
-end
-$$;
-{{ rpc(
-  'record_generation',
-  ['p_user_id uuid', 'p_kind text', 'p_cost bigint default 1', 'p_created_at timestamptz default null',
-    'p_idempotency_key text default null', 'p_group_id uuid default null', 'p_metadata jsonb default null'],
-  to='service_role',
-  comment="Records past or outside usage: moves the counters of its period, never denies."
-) }}
+{{ rpc(operation ~ '_generation', parameters, to='service_role', comment=comment) }}
+{%- endfor %}
 
 create or replace function tokenlimits.check_generation(p_user_id uuid, p_kind text, p_cost bigint, p_group_id uuid)
 returns jsonb
@@ -390,7 +321,7 @@ begin
   v_at := tokenlimits.clock();
   v_group_ids := {{ payers('p_user_id') | indent(2) }};
   v_group_ids := {{ pinned('v_group_ids', 'p_group_id') | indent(2) }};
-  {{ judge('p_user_id', 'p_kind', 'p_cost', 'v_at') | indent(2) }}
+  {{ judge('p_user_id', 'p_kind', 'p_cost') | indent(2) }}
   if v_verdict.reason = 'not_in_group' then
     perform tokenlimits.refuse_group('check', p_group_id);
   end if;

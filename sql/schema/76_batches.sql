@@ -33,7 +33,6 @@ begin
     -- the batch is about, and what was used of them right after it; a repeated key is the same usage, replayed
     create type tokenlimits.batch_charge as (
       place integer,
-      group_name text,
       usage integer,
       states integer[],
       used bigint[],
@@ -290,6 +289,7 @@ declare
   v_state tokenlimits.limit_state;
   v_full tokenlimits.limit_state;
   v_verdict tokenlimits.verdict;
+  v_at timestamptz;
   v_no integer;
   -- by the first place of a key: which charge has it
   v_holders integer[] := array_fill(null::integer, array[cardinality(items)]);
@@ -309,33 +309,30 @@ begin
     select
       i.place,
       g.id as group_id,
-      n.name,
-      n.timezone,
       array_agg(s.no::integer order by s.no) filter (where s.no is not null) as states,
       coalesce(g.rank = 1, true) as is_first,
       coalesce(g.rank = cardinality(i.group_ids), true) as is_last
     from unnest(items) as i
     left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
-    left join public.user_groups as n on n.id = g.id
     cross join lateral (values ('group', g.id), ('member', i.user_id)) as w (scope, subject)
     left join unnest(states) with ordinality as s ({{ state_columns() }}, no)
       on s.group_id = g.id and s.kind = i.kind and s.scope = w.scope and s.subject = w.subject
     where i.answer is null
-    group by i.place, i.group_ids, g.id, g.rank, n.name, n.timezone
+    group by i.place, i.group_ids, g.id, g.rank
     order by i.place, g.rank
   loop
     if v.is_first then
       v_item := items[v.place];
-      {{ unjudged('v_item.group_ids', 'p_at') | indent(6) }}
+      v_at := p_at;
+      {{ unjudged('v_item.group_ids') | indent(6) }}
     end if;
     if not v_verdict.allowed and v.states is not null then
       v_option := '{}';
       foreach v_no in array v.states loop
         v_option := v_option || states[v_no];
       end loop;
-      {{ weigh('v.group_id', 'v.name', 'v.timezone', 'v_option', 'v_item.cost') | indent(6) }}
+      {{ weigh('v.group_id', 'v_option', 'v_item.cost') | indent(6) }}
       v_charge.states := v.states;
-      v_charge.group_name := v.name;
     end if;
     continue when not v.is_last;
 
@@ -346,17 +343,11 @@ begin
       v_holder.replayed := true;
       charges := charges || v_holder;
     elsif v_holder is null and v_verdict.allowed then
-      v_usage.id := {{ usage_id('v_verdict.at', 'v_verdict.group_id') | indent(6) }};
-      v_usage.group_id := v_verdict.group_id;
-      v_usage.user_id := v_item.user_id;
-      v_usage.kind := v_item.kind;
-      v_usage.cost := v_item.cost;
-      v_usage.status := 'committed';
-      v_usage.idempotency_key := v_item.idempotency_key;
-      v_usage.fingerprint := v_fingerprint;
-      v_usage.metadata := coalesce(v_item.metadata, '{}');
-      v_usage.created_at := v_verdict.at;
-      v_usage.settled_at := v_verdict.at;
+      v_usage := {{ usage(
+        id=usage_id('v_at', 'v_verdict.group_id'), group_id='v_verdict.group_id', user_id='v_item.user_id',
+        kind='v_item.kind', cost='v_item.cost', status="'committed'", idempotency_key='v_item.idempotency_key',
+        fingerprint='v_fingerprint', metadata='v_item.metadata', created_at='v_at', settled_at='v_at'
+      ) | indent(6) }};
       usages := usages || v_usage;
       v_charge.place := v.place;
       v_charge.usage := cardinality(usages);
@@ -470,7 +461,6 @@ begin
   foreach v_charge in array p_charges loop
     v_usage := p_usages[v_charge.usage];
     v_verdict.group_id := v_usage.group_id;
-    v_verdict.group_name := v_charge.group_name;
     v_verdict.states := '{}';
     for i in 1..cardinality(v_charge.states) loop
       v_state := p_states[v_charge.states[i]];
@@ -502,7 +492,6 @@ declare
 begin
   v_verdict.reason := 'busy';
   v_verdict.group_id := p_group_id;
-  v_verdict.group_name := (select g.name from public.user_groups as g where g.id = p_group_id);
   foreach v_item in array p_items loop
     if v_item.answer is null and (p_group_id is null or p_group_id = any(v_item.group_ids)) then
       p_items[v_item.place].answer := tokenlimits.answer(

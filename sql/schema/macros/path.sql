@@ -97,36 +97,34 @@ keeps it in memory. Its last four hex digits are those of its home. date_part, f
 
 {# The columns of limit_state, where an array of them is unnested with their places. #}
 {% macro state_columns() -%}
-group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open
+group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
+group_name, timezone
 {%- endmacro %}
 
 {#
-A group's limits of a kind (of all where it is null) for users, in the order in which counters are locked: members'
-first, then the group's. are_open: every counter is of this moment; any_expired: there are holds to be subtracted.
+A group's limits of a kind (of all where it is null) in the order in which counters are locked: members' first, then the
+group's. `subject` is who a limit i counts for; of several, an expression that answers a row for each: in "from" that would cost more than
+all the rest. v_is_plain: every counter is of this moment, and no hold has expired that must be subtracted.
 #}
-{% macro read_limits(group_id, user_ids, kind, at) -%}
+{% macro read_limits(group_id, subject, kind, at) -%}
 select
   array_agg(
     row(
       l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
-      c.since, c.until, c.used, null, c.until > {{ at }}
+      c.since, c.until, c.used, null, c.until > {{ at }}, l.name, l.timezone
     )::tokenlimits.limit_state
     order by l.kind, l.scope = 'group', l.subject, l.counter_id
   ),
-  bool_and(coalesce(c.since <= {{ at }} and c.until > {{ at }}, false)),
-  exists (
+  bool_and(c.since is not null and c.since <= {{ at }} and c.until > {{ at }}) and not exists (
     select
     from tokenlimits.holds as h
     where h.group_id = {{ group_id }} and ({{ kind }} is null or h.kind = {{ kind }}) and h.expires_at <= {{ at }}
-  ),
-  min(l.name),
-  min(l.timezone)
-into v_states, v_are_open, v_any_expired, v_name, v_timezone
+  )
+into v_states, v_is_plain
 from (
   select
     i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
-    -- here and not in "from", where it costs more than all the rest
-    unnest(case i.scope when 'group' then array[{{ group_id }}] else {{ user_ids }} end) as subject
+    {{ subject }} as subject
   from public.group_limits as i
   inner join public.user_groups as g on g.id = i.group_id
   where i.group_id = {{ group_id }} and ({{ kind }} is null or i.kind = {{ kind }})
@@ -142,33 +140,27 @@ left join lateral (
 
 {% macro variables_of_limits() -%}
 v_states tokenlimits.limit_state[];
-v_are_open boolean;
-v_any_expired boolean;
-v_name text;
-v_timezone text;
+v_is_plain boolean;
 {%- endmacro %}
 
 {# The verdict while no group has been looked at. #}
-{% macro unjudged(group_ids, at) -%}
-v_verdict.allowed := false;
-v_verdict.reason := case when {{ group_ids }} = '{}' then 'not_in_group' else 'no_limit_for_kind' end;
-v_verdict.group_id := null;
-v_verdict.group_name := null;
-v_verdict.timezone := null;
-v_verdict.states := null;
-v_verdict.denied_by := null;
-v_verdict.at := {{ at }};
+{% macro unjudged(group_ids) -%}
+v_verdict := row(
+  false, case when {{ group_ids }} = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
+);
 {%- endmacro %}
 
 {#
 One group more in the verdict: it pays, or it may have room before those that were looked at.
-Uses v_state and v_full.
+Uses v_state, v_full and v_at.
 #}
-{% macro weigh(group_id, name, timezone, states, cost) -%}
+{% macro weigh(group_id, states, cost) -%}
 v_full := null;
 foreach v_state in array {{ states }} loop
-  -- a counter may be ahead of a clock that was set back; the usage belongs to the counter's period then
-  v_verdict.at := greatest(v_verdict.at, v_state.since);
+  if v_state.since > v_at then
+    -- the counter is ahead of a clock that was set back; the usage belongs to its period then
+    v_at := v_state.since;
+  end if;
   if not {{ has_room('v_state.max', 'v_state.used', cost) }} then
     -- what can never fit, and a lifetime limit, wait for ever
     if {{ cost }} > v_state.max then
@@ -179,30 +171,26 @@ foreach v_state in array {{ states }} loop
     end if;
   end if;
 end loop;
-v_verdict.allowed := v_full is null;
-if v_verdict.allowed or v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
-  v_verdict.reason := case when not v_verdict.allowed then 'limit_exceeded' end;
-  v_verdict.group_id := {{ group_id }};
-  v_verdict.group_name := {{ name }};
-  v_verdict.timezone := {{ timezone }};
-  v_verdict.states := {{ states }};
-  v_verdict.denied_by := v_full;
+if v_full is null then
+  v_verdict := row(true, null, {{ group_id }}, {{ states }}, null);
+elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
+  v_verdict := row(false, 'limit_exceeded', {{ group_id }}, {{ states }}, v_full);
 end if;
 {%- endmacro %}
 
 {#
-Which of v_group_ids pays for a request of a user, or why none does. Writes nothing and waits for nothing, so a denial
-is cheap; it is right at the moment of the one snapshot by which its group's counters and holds were read.
+Which of v_group_ids pays for a request of a user at v_at, or why none does. Writes nothing and waits for nothing, so a
+denial is cheap; it is right at the moment of the one snapshot by which its group's counters and holds were read.
 #}
-{% macro judge(user_id, kind, cost, at) -%}
-{{ unjudged('v_group_ids', at) }}
+{% macro judge(user_id, kind, cost) -%}
+{{ unjudged('v_group_ids') }}
 foreach v_group_id in array v_group_ids loop
-  {{ read_limits('v_group_id', 'array[' ~ user_id ~ ']', kind, at) | indent(2) }}
+  {{ read_limits('v_group_id', "case i.scope when 'group' then i.group_id else " ~ user_id ~ " end", kind, 'v_at') | indent(2) }}
   continue when v_states is null;
-  if v_any_expired or not v_are_open then
-    v_states := tokenlimits.limit_states(v_group_id, array[{{ user_id }}], {{ kind }}, {{ at }});
+  if not v_is_plain then
+    v_states := tokenlimits.limit_states(v_group_id, array[{{ user_id }}], {{ kind }}, v_at);
   end if;
-  {{ weigh('v_group_id', 'v_name', 'v_timezone', 'v_states', cost) | indent(2) }}
+  {{ weigh('v_group_id', 'v_states', cost) | indent(2) }}
   exit when v_verdict.allowed;
 end loop;
 {%- endmacro %}
@@ -215,6 +203,17 @@ v_state tokenlimits.limit_state;
 v_full tokenlimits.limit_state;
 v_at timestamptz;
 v_verdict tokenlimits.verdict;
+{%- endmacro %}
+
+{# A usage, its columns by their names. #}
+{% macro usage(id, group_id, user_id, kind, cost, status, idempotency_key, fingerprint, metadata, created_at,
+  settled_at='null', reserved_cost='null', expires_at='null') -%}
+row(
+  {{ id }},
+  {{ group_id }}, {{ user_id }}, {{ kind }}, {{ cost }}, {{ reserved_cost }}, {{ status }},
+  {{ idempotency_key }}, {{ fingerprint }}, coalesce({{ metadata }}, '{}'),
+  {{ created_at }}, {{ settled_at }}, {{ expires_at }}
+)
 {%- endmacro %}
 
 {# Puts usages into the ledger, each under its key; one whose key is taken is left out. #}
@@ -245,16 +244,16 @@ select
 {%- endmacro %}
 
 {#
-A slot of the rollup that no other open transaction writes for the group; any, when all 16 are taken.
-'slot' in ASCII is the class of the locks.
+Tries to take a slot of the rollup, so that no other open transaction writes it for the group. 'slot' in ASCII is the
+class of the locks.
 #}
-{% macro take_slot(slot, group_id) -%}
-for i in 0..15 loop
-  {{ slot }} := (pg_backend_pid() + i) % 16;
-  exit when pg_try_advisory_xact_lock(
-    1936486260, ('x' || right({{ group_id }}::text, 6))::bit(24)::integer * 16 + {{ slot }}
-  );
-end loop;
+{% macro try_slot(slot, group_id) -%}
+pg_try_advisory_xact_lock(1936486260, ('x' || right({{ group_id }}::text, 6))::bit(24)::integer * 16 + {{ slot }})
+{%- endmacro %}
+
+{# The slot that a connection tries first. #}
+{% macro own_slot() -%}
+pg_backend_pid() % 16
 {%- endmacro %}
 
 {# Adds one usage to the rollup. Its row is nearly always there: a plain update costs half of an upsert. #}
@@ -362,20 +361,72 @@ v_state tokenlimits.limit_state;
 v_moved tokenlimits.limit_state[] := '{}';
 {%- endmacro %}
 
+{# Writes v_usage where more moves than itself, or may have to be opened; the rest of a call's last step. #}
+{% macro write_one(may_deny) -%}
+perform tokenlimits.move_usage(
+  tokenlimits.write_ledger(
+    array[v_usage], array[v_dead_id], {{ may_deny }},
+    array[v_usage.group_id], array[p_kind], v_at
+  ),
+  v_at
+);
+return tokenlimits.usage_answer(v_usage, v_at, p_replayed => false);
+{%- endmacro %}
+
+{# Adds a limit to an answer: to v_limits, and to v_tightest, the one with the least room. #}
+{% macro add_limit(state) -%}
+v_limits := v_limits || {{ limit_answer(state) }};
+if {{ state }}.max - {{ state }}.used < v_tightest.max - v_tightest.used
+  or (v_tightest.max is null and {{ state }}.max is not null)
+then
+  v_tightest := {{ state }};
+end if;
+{%- endmacro %}
+
+{% macro variables_of_answer() -%}
+v_limits tokenlimits.limit_answer[] := '{}';
+v_tightest tokenlimits.limit_state;
+{%- endmacro %}
+
+{#
+What workers get. Of an allowed request, remaining and reset_at are those of the limit with the least room; of a denied
+one, reset_at is when the limit that denied it will have room (null: never by itself).
+#}
+{% macro answer(kind, cost, group_id, group_name, usage_id, status, expires_at, replayed,
+  reason='null', error='null', denied_by='null', reset_at='v_tightest.until', retry_after='null') -%}
+to_jsonb(row(
+  {{ 'true' if reason == 'null' else reason ~ ' is null' }}, {{ reason }}, {{ error }},
+  {{ usage_id }}, {{ status }}, {{ expires_at }},
+  case when {{ group_id }} is not null then row({{ group_id }}, {{ group_name }})::tokenlimits.group_answer end,
+  {{ kind }}, {{ cost }}, v_limits, {{ denied_by }},
+  -- greatest() passes over nulls, and unlimited is null
+  case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
+  nullif({{ reset_at }}, 'infinity'), {{ retry_after }}, {{ replayed }}
+)::tokenlimits.generation_answer)
+{%- endmacro %}
+
 {# A limit as clients see it. #}
 {% macro limit_answer(state) -%}
 row(
   {{ state }}.kind, {{ state }}.period, {{ state }}.scope, {{ state }}.max, {{ state }}.used,
-  -- greatest() passes over nulls, and unlimited is null
   case when {{ state }}.max is not null then greatest({{ state }}.max - {{ state }}.used, 0) end,
   nullif({{ state }}.until, 'infinity')
 )::tokenlimits.limit_answer
 {%- endmacro %}
 
-{# The groups that may pay for a user, in the order in which they are tried: their own, else the default group. #}
+{#
+The groups that may pay for a user, in the order in which they are tried: their own by priority, then by when they
+joined; the default group for a user in none.
+#}
 {% macro payers(user_id) -%}
 coalesce(
-  (select p.group_ids from tokenlimits.paying_groups as p where p.user_id = {{ user_id }}),
+  nullif(array(
+    select g.id
+    from public.group_memberships as m
+    inner join public.user_groups as g on g.id = m.group_id
+    where m.user_id = {{ user_id }}
+    order by g.priority desc, m.joined_at, g.id
+  ), '{}'),
   array(select d.id from public.user_groups as d where d.is_default)
 )
 {%- endmacro %}
