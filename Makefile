@@ -36,7 +36,7 @@ check: .venv/.ready
 	$(BIN)/lint-imports
 	$(BIN)/python tools/build_sql.py --check
 	$(BIN)/sqlfluff lint --processes 0 sql
-	$(BIN)/squawk sql/schema/*.sql sql/migrations/*.sql sql/uninstall.sql
+	$(BIN)/squawk sql/tokenlimits.sql sql/migrations/*.sql sql/uninstall.sql
 
 format: .venv/.ready
 	$(BIN)/ruff check --fix .

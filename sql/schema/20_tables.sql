@@ -19,10 +19,16 @@ create table if not exists public.user_groups (
   created_at timestamptz not null default now(),
   updated_at timestamptz not null default now(),
   constraint user_groups_pkey primary key (id),
-  constraint user_groups_name_check check ({{ is_name('name') }}),
+  constraint user_groups_name_check check (
+    {{ is_name('name') | indent(4) }}
+  ),
   constraint user_groups_description_check check (char_length(description) <= 2000),
-  constraint user_groups_created_at_check check ({{ is_moment('created_at') }}),
-  constraint user_groups_updated_at_check check ({{ is_moment('updated_at') }})
+  constraint user_groups_created_at_check check (
+    {{ is_moment('created_at') }}
+  ),
+  constraint user_groups_updated_at_check check (
+    {{ is_moment('updated_at') }}
+  )
 );
 comment on table public.user_groups is 'Groups of users that share limits on generations.';
 comment on column public.user_groups.priority is 'A user''s groups are tried from high to low.';
@@ -58,7 +64,9 @@ create table if not exists public.group_memberships (
   user_id uuid not null,
   joined_at timestamptz not null default now(),
   constraint group_memberships_pkey primary key (group_id, user_id),
-  constraint group_memberships_joined_at_check check ({{ is_moment('joined_at') }}),
+  constraint group_memberships_joined_at_check check (
+    {{ is_moment('joined_at') }}
+  ),
   constraint group_memberships_group_id_fkey foreign key (group_id)
   references public.user_groups (id) on delete cascade,
   constraint group_memberships_user_id_fkey foreign key (user_id) references auth.users (id) on delete cascade

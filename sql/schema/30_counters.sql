@@ -195,4 +195,7 @@ begin
   return v_slot;
 end
 $$;
-{{ private('free_slot(uuid)', 'A slot of the rollup that no other open transaction writes for this group; any, when all 16 are taken.') }}
+{{ private(
+  'free_slot(uuid)',
+  'A slot of the rollup that no other open transaction writes for this group; any, when all 16 are taken.'
+) }}

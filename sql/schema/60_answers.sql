@@ -157,7 +157,11 @@ $$;
   "A verdict, with the usage that it has led to, as workers see it."
 ) }}
 
-create or replace function tokenlimits.usage_answer(p_usage public.generation_usage, p_at timestamptz, p_replayed boolean)
+create or replace function tokenlimits.usage_answer(
+  p_usage public.generation_usage,
+  p_at timestamptz,
+  p_replayed boolean
+)
 returns jsonb
 language plpgsql
 stable

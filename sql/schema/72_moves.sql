@@ -179,9 +179,9 @@ $$;
   "Sweeps expired holds of the group and kind with the oldest one, some at a time, and says how many there were."
 ) }}
 
--- Puts usages into the ledger, each under its key (p_dead_ids: the dead usage that has the key, if one has), sweeps some
--- expired holds of these groups and kinds on the way, and answers how counters move by all that. Raises TL099 when
--- somebody has taken a key meanwhile.
+-- Puts usages into the ledger, each under its key (p_dead_ids: the dead usage that has the key, if one has), sweeps
+-- some expired holds of these groups and kinds on the way, and answers how counters move by all that. Raises TL099
+-- when somebody has taken a key meanwhile.
 create or replace function tokenlimits.write_ledger(
   p_usages public.generation_usage[],
   p_dead_ids uuid[],

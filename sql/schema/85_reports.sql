@@ -216,7 +216,7 @@ $$;
   'group_usage',
   ['p_group_id uuid default null', 'p_after text default null', 'p_page_size integer default null'],
   to='authenticated, service_role',
-  comment="One group, or all: member count, and of each limit used, remaining, fraction of its capacity, reset_at; with p_page_size a page of them, after a name.",
+  comment="One group, or all, or a page of them after a name: members, and of each limit what is used, and what remains.",
   volatility='stable'
 ) }}
 

@@ -8,18 +8,23 @@ is closed first and opened by name.
 set search_path = pg_catalog, pg_temp
 {%- endmacro %}
 
+{# A name with the types of its arguments, which may be too long for a line. #}
+{% macro signed(signature) -%}
+{{ signature | replace('(', '(\n  ') | replace(', ', ',\n  ') | replace(')', '\n)') if signature | length > 90 else signature }}
+{%- endmacro %}
+
 {% macro comment_on_function(signature, comment) -%}
-comment on function {{ signature }}
+comment on function {{ signed(signature) }}
 is '{{ comment | replace("'", "''") }}';
 {%- endmacro %}
 
 {# Of a private function: its comment, and who may execute it. #}
 {% macro private(signature, comment, to='') -%}
 {{ comment_on_function('tokenlimits.' ~ signature, comment) }}
-revoke execute on function tokenlimits.{{ signature }}
+revoke execute on function {{ signed('tokenlimits.' ~ signature) }}
 from public, anon, authenticated, service_role;
 {%- if to %}
-grant execute on function tokenlimits.{{ signature }}
+grant execute on function {{ signed('tokenlimits.' ~ signature) }}
 to {{ to }};
 {%- endif %}
 {%- endmacro %}
@@ -27,9 +32,9 @@ to {{ to }};
 {# The same of a function of the API. #}
 {% macro opened(signature, comment, to) -%}
 {{ comment_on_function('public.' ~ signature, comment) }}
-revoke execute on function public.{{ signature }}
+revoke execute on function {{ signed('public.' ~ signature) }}
 from public, anon, authenticated, service_role;
-grant execute on function public.{{ signature }}
+grant execute on function {{ signed('public.' ~ signature) }}
 to {{ to }};
 {%- endmacro %}
 
