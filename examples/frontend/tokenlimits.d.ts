@@ -306,7 +306,11 @@ export type Functions = {
   }
   usage_drift: { Args: { p_group_id: Uuid; p_since?: Timestamp }; Returns: Reconciliation }
   tokenlimits_diagnosis: { Args: never; Returns: Json }
-  group_usage: { Args: { p_group_id?: Uuid }; Returns: GroupUsage[] }
+  group_usage: {
+    /** Without a group all, or the `p_page_size` that come after the name `p_after`. */
+    Args: { p_group_id?: Uuid; p_after?: string; p_page_size?: number }
+    Returns: GroupUsage[]
+  }
   generation_history: {
     Args: {
       p_group_id?: Uuid

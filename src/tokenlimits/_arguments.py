@@ -5,15 +5,15 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, cast
 from uuid import UUID
 
-from pydantic import Field, StrictBool, StrictInt, StringConstraints, TypeAdapter, ValidationError
+from pydantic import Field, StrictBool, StrictInt, TypeAdapter, ValidationError
 
 from .errors import InvalidRequest
-from .models import Bucket, GenerationRequest, Kind, Limit, Model, Period, Scope, Text
+from .models import Bucket, GenerationRequest, Kind, Limit, Model, Name, Period, Scope, Text, TimeZone, composed
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Model)
@@ -34,16 +34,19 @@ _COUNT = parser(Annotated[StrictInt, Field(ge=1, le=1000)])
 _DESCRIPTION = parser(Annotated[Text, Field(max_length=2000)])
 _FLAG = parser(StrictBool)
 _KIND = parser(Kind)
-_NAME = parser(Annotated[Text, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)])
+_NAME = parser(Name)
 _ON_UNAVAILABLE = parser(OnUnavailable)
 _PERIOD = parser(Period)
 _PRIORITY = parser(Annotated[StrictInt, Field(ge=-(2**31), lt=2**31)])
 _SCOPE = parser(Scope)
 _SETTLED_COST = parser(Annotated[StrictInt, Field(ge=0, le=1_000_000_000)])
 _TEXT = parser(Text)
-_TIMEZONE = parser(Annotated[Text, Field(min_length=1, max_length=100)])
+_TIMEZONE = parser(TimeZone)
 _TTL = parser(Annotated[StrictInt, Field(ge=1, le=30 * 86_400)])
 _UUID = parser(UUID)
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+"""No usage is older: ids count the milliseconds since."""
 
 
 def checked(parse: Callable[[Any], T], value: object, field: str = "") -> T:
@@ -159,6 +162,12 @@ def search(value: str | None) -> str | None:
     return None if value is None else checked(_TEXT, value, "search")
 
 
+def group_search(value: str | None) -> str | None:
+    """Check a part of a group's name, or None."""
+    text = search(value)
+    return None if text is None else composed(text)
+
+
 def ttl(value: int) -> int:
     """Check for how many seconds a hold holds."""
     return checked(_TTL, value, "ttl")
@@ -194,6 +203,14 @@ def moment(value: datetime | None, field: str) -> str | None:
     if value.utcoffset() is None:
         raise refused(field, "needs a time zone, like datetime.now(timezone.utc)", value)
     return value.isoformat()
+
+
+def recorded_at(value: datetime | None) -> str | None:
+    """Check when a usage was, or None: now."""
+    text = moment(value, "created_at")
+    if value is not None and value < EPOCH:
+        raise refused("created_at", "must not lie before 1970", value)
+    return text
 
 
 def request(**fields: Any) -> dict[str, Any]:
@@ -250,6 +267,10 @@ _GROUP_FIELDS: Mapping[str, Callable[[Any], Any]] = {
 
 def new_key() -> str:
     """Make a time-ordered key (UUIDv7): the index of keys stays hot at its right edge."""
-    milliseconds = time.time_ns() // 1_000_000
+    return str(uuid7(time.time_ns() // 1_000_000))
+
+
+def uuid7(milliseconds: int) -> UUID:
+    """Make a UUIDv7 (RFC 9562) of a moment, in milliseconds since 1970."""
     value = (milliseconds << 80) | (0x7 << 76) | (secrets.randbits(12) << 64) | (0b10 << 62) | secrets.randbits(62)
-    return str(UUID(int=value))
+    return UUID(int=value)

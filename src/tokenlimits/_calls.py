@@ -139,7 +139,7 @@ def record(
         group_id=group_id,
         metadata=metadata,
     )
-    return Call("record_generation", {**params, "p_created_at": _arguments.moment(created_at, "created_at")}, RESULT)
+    return Call("record_generation", {**params, "p_created_at": _arguments.recorded_at(created_at)}, RESULT)
 
 
 def usage(user_id: Id) -> Call[tuple[UserLimit, ...]]:
@@ -215,7 +215,7 @@ def _only(groups: list[Group], what: str) -> Group:
 
 def groups_page(search: str | None, after: str | None, size: int) -> Call[list[Group]]:
     """Read the page of groups after a name."""
-    params = {"p_search": _arguments.search(search), "p_after": after, "p_page_size": size}
+    params = {"p_search": _arguments.group_search(search), "p_after": after, "p_page_size": size}
     return Call("find_groups", params, _GROUPS)
 
 
@@ -283,9 +283,9 @@ def group_usage(group_id: Id) -> Call[GroupUsage]:
     return Call("group_usage", _group_id(group_id), lambda answer: _GROUP_USAGES(answer)[0])
 
 
-def all_usage() -> Call[list[GroupUsage]]:
-    """Read the usage of all groups."""
-    return Call("group_usage", {}, _GROUP_USAGES)
+def usage_page(after: str | None, size: int) -> Call[list[GroupUsage]]:
+    """Read the usage of the page of groups after a name."""
+    return Call("group_usage", {"p_after": after, "p_page_size": size}, _GROUP_USAGES)
 
 
 def history(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar, cast
+from uuid import UUID
 
 from . import _arguments, _calls, _reports
 from ._arguments import Id
 from ._calls import Call
 from ._reports import Export, Page
-from .models import AddedPage, BulkResult, Group, Member, Refused, User
+from .models import AddedPage, BulkResult, Group, GroupUsage, Member, Refused, User
 
 T = TypeVar("T")
 
@@ -25,6 +26,7 @@ OnProgress = Callable[[int, int], object]
 # 5,000 ids are 200 kB of JSON and well under a second of SQL, far from the 8 s after which Supabase ends a statement
 CHUNK = 5_000
 GROUPS_PAGE = 200
+USAGE_PAGE = 1_000
 MEMBERS_PAGE = 500
 EXPORT_PAGE = 2_000
 
@@ -38,6 +40,20 @@ def all_groups(search: str | None) -> Flow[list[Group]]:
         groups += page
         after = page[-1].name
     return groups
+
+
+def all_usage() -> Flow[list[GroupUsage]]:
+    """Read the usage of all groups."""
+    usages: dict[UUID, GroupUsage] = {}
+    after = None
+    while page := (yield _calls.usage_page(after, USAGE_PAGE)):
+        after = page[-1].group.name
+        fresh = {usage.group.id: usage for usage in page if usage.group.id not in usages}
+        # a group that is renamed meanwhile may come again; whoever renames for ever must not keep us for ever
+        if not fresh:
+            break
+        usages |= fresh
+    return list(usages.values())
 
 
 def all_members(group_id: Id, search: str | None) -> Pages[Member]:

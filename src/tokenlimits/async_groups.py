@@ -299,7 +299,7 @@ class AsyncGroupManager(AsyncBase):
 
     async def usage_all(self) -> GroupUsages:
         """Read the usage of all groups, by name."""
-        return await self._transport.send(_calls.all_usage())
+        return await self._transport.run(_flows.all_usage())
 
     async def history(
         self,

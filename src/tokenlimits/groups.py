@@ -398,7 +398,7 @@ class GroupManager(Base):
             >>> "Team" in [usage.group.name for usage in groups.usage_all()]
             True
         """
-        return self._transport.send(_calls.all_usage())
+        return self._transport.run(_flows.all_usage())
 
     def history(
         self,

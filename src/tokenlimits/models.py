@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from typing import Annotated, Any, Literal, Self, cast
+from unicodedata import normalize
 from uuid import UUID
 
 from pydantic import (
@@ -59,6 +61,40 @@ Text = Annotated[str, Field(strict=True, pattern=r"^[^\x00]*$")]
 Kind = Annotated[str, Field(strict=True, pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 Cost = Annotated[StrictInt, Field(ge=1, le=1_000_000_000)]
 Max = Annotated[StrictInt, Field(ge=0, le=1_000_000_000_000_000)]
+
+# control characters, zero-width ones, and those that turn the direction of text
+_UNREADABLE = r"\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+NAME_PATTERN = rf"^[^{_UNREADABLE}]*[^\s{_UNREADABLE}][^{_UNREADABLE}]*$"
+
+
+def composed(text: str) -> str:
+    """Write accents as names are stored: one character for a letter and its accent, where there is one."""
+    return normalize("NFC", text)
+
+
+def _readable(name: str) -> str:
+    name = composed(name.strip())
+    if len(name) > 200 or not re.search(NAME_PATTERN, name):
+        raise ValueError("must have 1 to 200 characters, none of them a control, zero-width or direction character")
+    return name
+
+
+Name = Annotated[Text, AfterValidator(_readable)]
+"""A group's name. It reads as it is: two that look the same are the same."""
+
+NO_PLACES = frozenset({"CET", "EET", "MET", "WET", "Factory", "localtime", "posixrules"})
+"""Names that the system has among its time zones. PostgreSQL takes the first four for abbreviations, which know no
+daylight saving; the others are no places."""
+
+
+def _place(timezone: str) -> str:
+    if timezone.lower() in {name.lower() for name in NO_PLACES}:
+        raise ValueError("is no IANA time zone of a place, like Europe/Paris, nor UTC")
+    return timezone
+
+
+TimeZone = Annotated[Text, Field(min_length=1, max_length=64), AfterValidator(_place)]
+"""What may be a group's time zone; whether there is one of that name, the database knows."""
 
 
 class Model(BaseModel):
@@ -174,11 +210,36 @@ class TrackResult(Model):
         return refusal(400, {"code": self.code, "message": self.error, "details": self.detail})
 
 
+# what readers of JSON take for a number; Python's integers go on
+_LARGEST_NUMBER = 18 * 10**307
+
+
+def _numbers(value: object) -> Iterator[int | float]:
+    """Find the numbers in a value, however deep."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += cast("dict[str, object]", value).values()
+        elif isinstance(value, list):
+            left += cast("list[object]", value)
+        elif isinstance(value, int | float):
+            yield value
+
+
+def _growth(number: float) -> int:
+    """Tell how much longer a number gets in PostgreSQL, which writes it without an exponent."""
+    short = repr(number)
+    return len(f"{Decimal(short):f}") - len(short) if isinstance(number, float) else 0
+
+
 def _storable(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
     """Refuse what PostgreSQL's jsonb can't hold, or tokenlimits doesn't keep."""
+    if any(abs(number) > _LARGEST_NUMBER for number in _numbers(metadata)):
+        raise ValueError("has a number beyond 1.8e308, which readers of JSON don't know")
     try:
         written = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
-        size = len(written.encode())
+        size = len(written.encode()) + sum(_growth(number) for number in _numbers(metadata))
     except UnicodeEncodeError:
         raise ValueError("has half of a surrogate pair, which no text may hold") from None
     if re.search(r"(?<!\\)(\\\\)*\\u0000", written):

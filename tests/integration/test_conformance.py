@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID, uuid4
+from unittest.mock import patch
+from uuid import RFC_4122, UUID, uuid4
 
 import psycopg
 import pytest
@@ -41,6 +42,7 @@ from tokenlimits import (
     TokenLimitsError,
     UnknownUser,
     UsageNotFound,
+    _flows,
 )
 from tokenlimits.local import LocalStack
 
@@ -1243,6 +1245,64 @@ def usage_of_all_groups(world: World) -> None:
     world.limits.track(ANN, "image")
     shown = [(usage.group.name, usage.member_count, len(usage.limits)) for usage in world.groups.usage_all()]
     assert shown == [("Alpha", 2, 0), ("beta", 1, 1)]
+
+
+@scenario
+def usage_of_all_groups_page_by_page(world: World) -> None:
+    names = ["a", "A2", "b", "B b", "c"]
+    for name in names:
+        team(world, {"image": 3}, name=name)
+    for size in (1, 2, 5):
+        with patch.object(_flows, "USAGE_PAGE", size):
+            assert [usage.group.name for usage in world.groups.usage_all()] == names
+
+
+@scenario
+def ids_are_of_their_moment_and_their_group(world: World) -> None:
+    group = team(world, {"image": None})
+    longer_ago = world.now - timedelta(days=400, microseconds=1)
+    request = GenerationRequest(user_id=ANN, kind="image")
+    ids = {
+        world.limits.track(ANN, "image").usage_id: world.now,
+        world.limits.reserve(ANN, "image").usage_id: world.now,
+        world.limits.record(ANN, "image", created_at=longer_ago).usage_id: longer_ago,
+        **{result.usage_id: world.now for result in world.limits.track_many([request, request])},
+    }
+    assert len(ids) == 5
+    for id_, at in ids.items():
+        assert (id_.version, id_.variant) == (7, RFC_4122)
+        assert id_.int >> 80 == (at - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
+        assert str(id_)[-4:] == str(group)[-4:]
+
+
+@scenario
+def names_read_as_they_are(world: World) -> None:
+    group = world.groups.create("Cafe\u0301")
+    assert group.name == "Caf\xe9"
+    for spelt in ("Cafe\u0301", "CAF\xc9", " caf\xe9 "):
+        assert world.groups.get_by_name(spelt).id == group.id
+        assert refused(GroupExists, world.groups.create, spelt).code == "TL003"
+    assert [found.id for found in world.groups.list("fe\u0301")] == [group.id]
+    for name in ("Caf\u200b\xe9", "Caf\xe9\u202e", "Ca\tf\xe9", "\xad"):
+        assert refused(InvalidRequest, world.groups.create, name).field == "name"
+        assert refused(InvalidRequest, world.groups.update, group.id, name=name).field == "name"
+
+
+@scenario
+def time_zones_that_are_no_places(world: World) -> None:
+    for timezone in ("CET", "wet", "localtime", "Factory", "posixrules", "Nowhere/Land"):
+        assert refused(InvalidRequest, world.groups.create, "Team", timezone=timezone).field == "timezone"
+    assert world.groups.list() == []
+
+
+@scenario
+def what_no_reader_could_keep(world: World) -> None:
+    team(world, {"image": None})
+    assert refused(InvalidRequest, world.limits.track, ANN, "image", metadata={"n": 10**309}).field == "metadata"
+    assert world.limits.track(ANN, "image", metadata={"n": [10**308, 1.5, -(10**308)]})
+    before = datetime(1969, 12, 31, 23, 59, 59, tzinfo=UTC)
+    assert refused(InvalidRequest, world.limits.record, ANN, "image", created_at=before).field == "created_at"
+    assert world.limits.record(ANN, "image", created_at=datetime(1970, 1, 1, tzinfo=UTC))
 
 
 @scenario

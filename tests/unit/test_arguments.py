@@ -27,6 +27,7 @@ from tokenlimits import (
     _calls,
 )
 from tokenlimits._transport import AsyncTransport, Transport
+from tokenlimits.models import NO_PLACES
 
 ID = "0197f0a0-0000-7000-8000-000000000001"
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -69,12 +70,15 @@ SETTLEMENTS = ("commit", "release", "refund")
 BAD_IDS = ["", "ann", 7, None, ID[:-1], b"abc", [ID]]
 BAD_TEXTS = [7, "a\0b", "half of a pair: \ud83d", b"pro", ["pro"]]
 BAD_KINDS = ["", "Image", "an image", "1image", "a" * 33, "image\n", 7, None, b"image"]
+# each as the first and as the last of its range
+UNREADABLE = "\x01\x1f\x7f\x9f\xad\u061c\u180e\u200b\u200f\u2028\u202e\u2060\u206f\ufeff"
+BAD_NAMES = [f"Pro{character}fessional" for character in UNREADABLE]
 BAD_MOMENTS = [NAIVE, "2026-03-01T12:00:00Z", NOW.date(), 1_700_000_000, float("inf")]
 BAD: dict[str, list[Any]] = {
     "bucket": ["fortnight", "minute", "Day", "", None, 7],
     "cost": [0, -1, 1_000_000_001, 1.0, "1", True, None],
     "count": [0, 1001, 1.0, "1", True, None],
-    "created_at": BAD_MOMENTS,
+    "created_at": [*BAD_MOMENTS, datetime(1969, 12, 31, 23, 59, 59, 999_999, UTC), datetime.min.replace(tzinfo=UTC)],
     "description": ["x" * 2001, None, *BAD_TEXTS],
     "email": [None, *BAD_TEXTS],
     "emails": [None, 7, "ann@example.com", b"abc", [None], ["a@b.c", "a\0b"], [["a@b.c"]]],
@@ -112,8 +116,11 @@ BAD: dict[str, list[Any]] = {
         {"text": "\ud83d"},
         {"deep": [{"text": "\\\\\0"}]},
         {"text": "x" * 8192},
+        {"n": 10**309},
+        {"deep": [{"n": -18 * 10**307 - 1}]},
+        {"n": [1e300] * 30},
     ],
-    "name": ["", "   ", "x" * 201, None, *BAD_TEXTS],
+    "name": ["", "   ", "x" * 201, "\u0958" * 101, None, *BAD_NAMES, *BAD_TEXTS],
     "on_progress": [7, "print"],
     "period": ["fortnight", "Day", "", None, 7],
     "priority": [1.0, "1", True, 2**31, -(2**31) - 1, None],
@@ -121,7 +128,7 @@ BAD: dict[str, list[Any]] = {
     "scope": ["world", "", None, 7],
     "search": BAD_TEXTS,
     "since": BAD_MOMENTS,
-    "timezone": ["", "x" * 101, None, *BAD_TEXTS],
+    "timezone": ["", "x" * 65, None, *NO_PLACES, "cet", "LOCALTIME", *BAD_TEXTS],
     "to": BAD_IDS,
     "ttl": [0, -1, 30 * 86_400 + 1, 60.0, "60", True, None],
     "until": BAD_MOMENTS,
@@ -331,12 +338,26 @@ def test_a_rule_of_ours_reads_as_one() -> None:
         {"text": "\\\\u0000"},
         {"text": "x" * (8192 - len('{"text": ""}'))},
         MappingProxyType({"read": "only"}),
-        {"big": 10**300, "": "", "ü": "😀"},
+        {"big": 10**300, "": "", "ü": "😀", "true": True},
+        {"largest": [18 * 10**307, -18 * 10**307, 1.7e308, 5e-324]},
     ],
 )
 def test_metadata_that_can_be_kept(metadata: dict[str, Any]) -> None:
     sent = _calls.track(ID, "image", 1, None, None, metadata).params["p_metadata"]
     assert json.loads(json.dumps(sent)) == dict(metadata)
+
+
+def test_a_name_is_sent_as_it_is_stored() -> None:
+    decomposed = "Cafe\u0301 \u05e9\u05dc\u05d5\u05dd \U0001f600"
+    for call in (_calls.create_group(name=f" {decomposed} "), _calls.get_group_by_name(decomposed)):
+        assert call.params["p_name"] == "Caf\xe9 \u05e9\u05dc\u05d5\u05dd \U0001f600"
+    assert _calls.groups_page("e\u0301", None, 7).params["p_search"] == "\xe9"
+
+
+def test_the_oldest_moment() -> None:
+    created_at = datetime.fromisoformat("1970-01-01T01:00:00+01:00")
+    params = _calls.record(ID, "image", 1, created_at, None, None, None).params
+    assert params["p_created_at"] == "1970-01-01T01:00:00+01:00"
 
 
 def test_many_requests_are_checked_as_they_are_made() -> None:

@@ -345,7 +345,14 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         ],
         lambda usage: (usage.member_count, usage.limits[0].capacity, usage.limits[0].fraction) == (3, 150, 0.5),
     ),
-    "all_usage": (_calls.all_usage(), "group_usage", {}, True, [], []),
+    "usage_page": (
+        _calls.usage_page("Pro", 1000),
+        "group_usage",
+        {"p_after": "Pro", "p_page_size": 1000},
+        True,
+        [],
+        [],
+    ),
     "history": (
         _calls.history(PRO, "image", "hour", NOW, NOW),
         "generation_history",

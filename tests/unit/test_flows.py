@@ -9,7 +9,18 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tokenlimits import BulkResult, Group, InvalidRequest, Member, Refused, UsageRecord, User, _flows, _reports
+from tokenlimits import (
+    BulkResult,
+    Group,
+    GroupUsage,
+    InvalidRequest,
+    Member,
+    Refused,
+    UsageRecord,
+    User,
+    _flows,
+    _reports,
+)
 from tokenlimits._calls import Call
 from tokenlimits._reports import Page
 from tokenlimits.models import AddedPage
@@ -79,6 +90,48 @@ def test_groups_are_read_until_a_page_is_empty(lengths: list[int]) -> None:
 
 def test_no_groups() -> None:
     assert drive(_flows.all_groups(None), lambda _: [])[0] == []
+
+
+def usage(name: str | None, id_: UUID | None = None) -> GroupUsage:
+    group: dict[str, Any] = {"id": id_ or uuid4(), "name": name}
+    return GroupUsage.model_validate({"group": group, "member_count": 0, "limits": []})
+
+
+class TestUsageOfAllGroups:
+    @pytest.mark.parametrize("lengths", [[1000] * 22, [1, 7, 150, *[1000] * 22]], ids=["whole pages", "cut short"])
+    def test_is_read_page_by_page(self, lengths: list[int]) -> None:
+        usages = [usage(f"group {n:05}") for n in range(20_000)]
+        cut = iter(lengths)
+
+        def server(call: Call[Any]) -> list[GroupUsage]:
+            after = call.params["p_after"] or ""
+            start = next((n for n, each in enumerate(usages) if (each.group.name or "") > after), len(usages))
+            return usages[start : start + min(next(cut), call.params["p_page_size"])]
+
+        read, calls = drive(_flows.all_usage(), server)
+        assert read == usages
+        assert {call.function for call in calls} == {"group_usage"}
+        assert {call.params["p_page_size"] for call in calls} == {1000}
+        assert [calls[0].params["p_after"], calls[-1].params["p_after"]] == [None, "group 19999"]
+
+    def test_of_none(self) -> None:
+        assert drive(_flows.all_usage(), lambda _: [])[0] == []
+
+    def test_has_a_group_once_that_is_renamed_meanwhile(self) -> None:
+        first, second, third = (usage(name) for name in "abc")
+        pages = iter([[first, second], [usage("b2", first.group.id), third], []])
+        assert drive(_flows.all_usage(), lambda _: next(pages))[0] == [first, second, third]
+
+    def test_ends_though_a_group_is_renamed_for_ever(self) -> None:
+        names = (f"group {n:05}" for n in range(100_000))
+        read, calls = drive(_flows.all_usage(), lambda _: [usage(next(names), PRO)])
+        assert [each.group.name for each in read] == ["group 00000"]
+        assert len(calls) == 2
+
+    @pytest.mark.parametrize("name", ["Pro", None])
+    def test_ends_on_a_server_that_has_one_page_for_all(self, name: str | None) -> None:
+        all_ = [usage("Free"), usage(name)]
+        assert drive(_flows.all_usage(), lambda _: all_)[0] == all_
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)

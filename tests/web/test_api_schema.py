@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ schemathesis.openapi.format("timezone", st.sampled_from(["UTC", "Europe/Paris", 
 def sayable(context: Any, body: Any) -> Any:
     """Make true what no schema can say.
 
-    A limit is in a list but once, metadata is at most 8 kB and has no \\0, and a worker says who generates.
+    A limit is in a list but once, metadata is at most 8 kB and has no \\0, a worker says who generates, and a name is
+    measured as it is stored.
     """
     if not isinstance(body, dict):
         return body
@@ -28,6 +30,8 @@ def sayable(context: Any, body: Any) -> Any:
         body["limits"] = [limit for n, limit in enumerate(limits) if names[n] not in names[:n]]
     if "kind" in body and body.get("user_id") is None:
         body["user_id"] = "3f2b8c1a-94d7-4e6b-8a5f-7c9d0e1f2a3b"
+    if isinstance(name := body.get("name"), str):
+        body["name"] = unicodedata.normalize("NFC", name)[:200]
     written = json.dumps(body.get("metadata"))
     if "\\u0000" in written or len(written) > 8000:
         del body["metadata"]

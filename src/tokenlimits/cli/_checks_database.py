@@ -12,7 +12,7 @@ from tokenlimits import GroupManager, ServiceUnavailable
 from tokenlimits._calls import SCHEMA_VERSION
 
 from ._checks_storage import Storage, check_storage
-from ._expected import REAPPLY, TABLES, expected
+from ._expected import COLUMN_BY_COLUMN, POLICIES, REAPPLY, expected
 from ._findings import Finding, Findings, error, listed, ok, warning
 
 _MOST_GROUPS = 50
@@ -93,8 +93,8 @@ def check_database(facts: Diagnosis, before: datetime) -> Findings:
 
 
 def _tables(facts: Diagnosis) -> Finding:
-    open_ = [name for name in TABLES if name in facts.tables and not facts.tables[name].rls]
-    missing = [name for name in TABLES if name not in facts.tables]
+    open_ = [name for name in POLICIES if name in facts.tables and not facts.tables[name].rls]
+    missing = [name for name in POLICIES if name not in facts.tables]
     if missing:
         return error("tables", f"There is no table {listed(missing)}.", REAPPLY)
     if open_:
@@ -103,7 +103,7 @@ def _tables(facts: Diagnosis) -> Finding:
 
 
 def _policies(facts: Diagnosis) -> Finding:
-    ours = {(table, f"admins may {action}") for table, actions in TABLES.items() for action in actions}
+    ours = {(table, f"admins may {action}") for table, actions in POLICIES.items() for action in actions}
     loose = [f"“{p.name}” on {p.table}" for p in facts.policies if not p.asks_is_admin]
     missing = ours - {(policy.table, policy.name) for policy in facts.policies}
     if loose:
@@ -121,7 +121,7 @@ def _rights(facts: Diagnosis) -> Finding:
         f"{action} on {name}"
         for name, table in facts.tables.items()
         for action in table.authenticated
-        if action not in TABLES[name]
+        if action not in POLICIES[name] - COLUMN_BY_COLUMN
     ]
     wanted = expected().functions
     for name, roles in facts.functions.items():

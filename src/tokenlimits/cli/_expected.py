@@ -37,10 +37,13 @@ def expected() -> Expected:
     )
 
 
-TABLES: Mapping[str, frozenset[str]] = {
-    **dict.fromkeys(
-        ("user_groups", "group_limits", "group_memberships"), frozenset({"select", "insert", "update", "delete"})
-    ),
+POLICIES: Mapping[str, frozenset[str]] = {
+    "user_groups": frozenset({"select", "insert", "update", "delete"}),
+    "group_limits": frozenset({"select", "insert", "update", "delete"}),
+    "group_memberships": frozenset({"select", "insert", "delete"}),
     "generation_usage": frozenset({"select"}),
 }
-"""What signed-in users may try with each table; policies let admins alone succeed."""
+"""What policies let admins do with each table."""
+
+COLUMN_BY_COLUMN = frozenset({"insert", "update"})
+"""What is granted for some columns alone: ids, counters and moments are not for anybody to set."""

@@ -150,9 +150,11 @@ class AdminFunctions(State):
         found = sorted((email, user_id) for email, user_id in users if part in email.lower())
         return [{"user_id": user_id, "email": email} for email, user_id in found[: min(max(p_page_size, 1), 200)]]
 
-    def group_usage(self, p_group_id: str | None = None) -> list[Json]:
-        """Show the members counted, and the limits, of one group or of all."""
-        groups = self._by_name() if p_group_id is None else [self._group(p_group_id)]
+    def group_usage(
+        self, p_group_id: str | None = None, p_after: str | None = None, p_page_size: int | None = None
+    ) -> list[Json]:
+        """Show the members counted, and the limits, of one group or of all; or of the page after a name."""
+        groups = [self._group(p_group_id)] if p_group_id is not None else self._after(p_after, p_page_size)
         return [
             {
                 "group": self.reference(group.id),
@@ -196,6 +198,10 @@ class AdminFunctions(State):
             {"bucket": at.isoformat(), "kind": kind, "used": used[at, kind], "generations": generations[at, kind]}
             for at, kind in sorted(generations)
         ]
+
+    def _after(self, name: str | None, size: int | None) -> list[Group]:
+        groups = [group for group in self._by_name() if name is None or group.name.lower() > name.lower()]
+        return groups if size is None else groups[: max(size, 1)]
 
     def _by_name(self) -> list[Group]:
         return sorted(self._groups.values(), key=lambda group: group.name.lower())

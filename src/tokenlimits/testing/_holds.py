@@ -1,4 +1,4 @@
-"""The SQL functions that settle a usage, by their names and parameters (sql/schema/75_holds.sql).
+"""The SQL functions that settle a usage, by their names and parameters (sql/schema/74_settle.sql).
 
 Holds that have expired are marked so whenever the clock is moved, so none is left to sweep here.
 """

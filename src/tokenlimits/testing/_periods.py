@@ -10,18 +10,18 @@ from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from functools import cache
 from zoneinfo import ZoneInfo, available_timezones
 
+from tokenlimits.models import NO_PLACES
+
 BEGINNING = datetime.min.replace(tzinfo=UTC)
 NEVER = datetime.max.replace(tzinfo=UTC)
 
 _MINUTE, _HOUR, _DAY, _WEEK = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1), timedelta(weeks=1)
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
-# PostgreSQL reads the first four as abbreviations, which know no daylight saving, and the last is no zone of its own
-_REFUSED = {"CET", "EET", "MET", "WET", "localtime"}
 
 
 @cache
 def _names() -> dict[str, str]:
-    return {name.lower(): name for name in (available_timezones() | {"UTC"}) - _REFUSED}
+    return {name.lower(): name for name in (available_timezones() | {"UTC"}) - NO_PLACES}
 
 
 def canonical(timezone: str) -> str | None:

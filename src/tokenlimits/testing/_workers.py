@@ -1,10 +1,10 @@
-"""The SQL functions for workers, by their names and parameters (sql/schema/70_track.sql)."""
+"""The SQL functions for workers, by their names and parameters (sql/schema/70 to 76)."""
 
 from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from tokenlimits._arguments import new_key
+from tokenlimits._arguments import EPOCH, uuid7
 from tokenlimits.errors import TokenLimitsError
 
 from ._answers import Verdict, allowed_json, denied_json, limit_json, refused_json
@@ -162,7 +162,7 @@ class WorkerFunctions(State):
         ttl: timedelta | None = None,
     ) -> Json:
         usage = Usage(
-            id=new_key(),
+            id=_usage_id(created_at, group.id),
             group_id=group.id,
             user_id=user_id,
             kind=kind,
@@ -190,6 +190,11 @@ class WorkerFunctions(State):
         if verdict.reason is None:
             return allowed_json(kind, cost, group, list(verdict.states))
         return denied_json(kind, cost, group, verdict, self.now)
+
+
+def _usage_id(at: datetime, home: str) -> str:
+    """Make the id of a usage: of its moment, with the last four hex digits of its group's."""
+    return str(uuid7((at - EPOCH) // timedelta(milliseconds=1)))[:-4] + home[-4:]
 
 
 def fits(state: LimitState, cost: int) -> bool:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
+from pydantic import ValidationError
 from starlette.datastructures import FormData
 
 from tokenlimits import Group, GroupExists, InvalidRequest, TokenLimitsError
+from tokenlimits._arguments import parser
+from tokenlimits.models import Name, TimeZone
 
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _MOST = 1_000_000_000_000_000
 _PERIODS = ("minute", "hour", "day", "week", "month", "lifetime")
 _SCOPES = ("group", "member")
+_NAME = parser(Name)
+_TIMEZONE = parser(TimeZone)
 _LIMIT_FIELD = re.compile(r"limits\[(\d+)\](?:\.(\w+))?")
 
 
@@ -113,14 +118,22 @@ class GroupForm:
         return replace(self, errors={place if place in ("name", "description", "priority", "timezone") else "": words})
 
     def _wrong(self) -> Iterable[tuple[str, str]]:
-        if not 1 <= len(self.name) <= 200 or "\0" in self.name:
-            yield "name", "A name has 1 to 200 characters."
+        if not _passes(_NAME, self.name):
+            yield "name", "A name has 1 to 200 characters that can be seen."
         if len(self.description) > 2000 or "\0" in self.description:
             yield "description", "A description has at most 2,000 characters."
         if not re.fullmatch(r"-?[0-9]{1,9}", self.priority):
             yield "priority", "A priority is a whole number."
-        if not 1 <= len(self.timezone) <= 64 or "\0" in self.timezone:
+        if not _passes(_TIMEZONE, self.timezone):
             yield "timezone", "A time zone is a name like Europe/Paris."
+
+
+def _passes(parse: Callable[[Any], Any], value: str) -> bool:
+    try:
+        parse(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def _texts(form: FormData, name: str) -> list[str]:

@@ -20,7 +20,9 @@ from pydantic import (
 )
 
 from tokenlimits import Group, HistoryPoint, Limit, Member, UserLimit
-from tokenlimits.models import Cost, Kind, Max, Metadata, Text
+from tokenlimits.models import NAME_PATTERN, Cost, Kind, Max, Metadata, Text
+from tokenlimits.models import Name as _Name
+from tokenlimits.models import TimeZone as _TimeZone
 
 T = TypeVar("T")
 
@@ -94,9 +96,10 @@ def _in_utc(value: datetime) -> datetime:
 
 
 Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
-Name = Annotated[Text, Field(min_length=1, max_length=200, pattern=r"^[^\x00]*[^\x00\s][^\x00]*$")]
+# a schema knows nothing of Unicode's normal forms: the length that counts is that of the name as it is stored
+Name = Annotated[_Name, Field(json_schema_extra={"minLength": 1, "maxLength": 200, "pattern": NAME_PATTERN})]
 Priority = Annotated[StrictInt, Field(ge=-(2**31), lt=2**31), _Whole]
-TimeZone = Annotated[Text, Field(min_length=1, max_length=64, json_schema_extra={"format": "timezone"})]
+TimeZone = Annotated[_TimeZone, Field(json_schema_extra={"format": "timezone"})]
 _Maxima = Annotated[
     dict[Kind, Max | None],
     WithJsonSchema(
