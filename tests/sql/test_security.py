@@ -224,8 +224,6 @@ def test_tables_are_open_to_whom_they_should_be(api: Connection, table: str, act
 
 def columns_of(catalog: Connection, table: str) -> set[str]:
     query = "select attname from pg_attribute where attrelid = 'public.{}'::regclass and attnum > 0"
-        "select attname from pg_attribute where attrelid = 'public.{}'::regclass and attnum > 0 and not attisdropped"
-    )
     return {name for (name,) in rows(catalog, query.format(table))}
 
 
