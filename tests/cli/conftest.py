@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import count
 from os import environ
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from supabase import Client, ClientOptions, create_client
 from tests.cli import processes
 from tests.cli.terminal import Terminal
+from tests.conftest import ROOT
 from tests.support.postgres import PostgresServer, create_hosted_database, servers
 
 from tokenlimits import GroupManager, TokenLimits
@@ -64,6 +66,33 @@ class Program:
         return done.stderr.removeprefix("Error: ").strip()
 
 
+class Newer(Program):
+    """A later version of the package, which has one migration more."""
+
+    MIGRATION = "29991231000000_later.sql"
+
+    def __init__(self, directory: Path, environment: dict[str, str]) -> None:
+        super().__init__(directory, environment)
+        package = directory / "newer" / "tokenlimits"
+        copytree(ROOT / "src" / "tokenlimits", package, ignore=ignore_patterns("__pycache__"))
+        copytree(ROOT / "sql", package / "sql")  # where a wheel has it
+        (package / "sql" / "migrations" / self.MIGRATION).write_text("create table public.later (id bigint);\n")
+        self.environment["PYTHONPATH"] = str(package.parent)
+
+    def __call__(self, *arguments: object, stdin: str = "", status: int | None = 0, **environment: str) -> Done:
+        done = subprocess.run(
+            self.command(*arguments),
+            cwd=self.directory,
+            env=self.environment | environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert status in (None, done.returncode), done.stdout + done.stderr
+        return done
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[PostgresServer]:
     with PostgresServer(servers()["18"]) as server:
@@ -90,6 +119,12 @@ def hosted(server: PostgresServer) -> Iterator[str]:
 def nowhere(tmp_path: Path) -> Program:
     """The program where nothing is configured."""
     return Program(tmp_path, {})
+
+
+@pytest.fixture
+def newer(tmp_path: Path) -> Newer:
+    """The program of a later version, where nothing is configured."""
+    return Newer(tmp_path, {})
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from tokenlimits.sql_files import migrations, one_paste
 
 if TYPE_CHECKING:
-    from .conftest import Program
+    from .conftest import Newer, Program
 
 NAMES = [migration.name for migration in migrations()]
 
@@ -60,6 +60,13 @@ class TestInit:
         assert "differs" in nowhere("init").stdout
         assert directory.joinpath(NAMES[0]).read_text() == "-- ours"
 
+    def test_copies_a_later_migration_beside_the_earlier(self, nowhere: Program, newer: Newer) -> None:
+        nowhere("init")
+        done = newer("init")
+        assert [line.split()[0] for line in done.stdout.splitlines()] == ["present"] * len(NAMES) + ["new"]
+        directory = nowhere.directory / "supabase" / "migrations"
+        assert [path.name for path in sorted(directory.iterdir())] == [*NAMES, newer.MIGRATION]
+
     def test_tells_how_to_apply_what_is_older_than_your_own(self, nowhere: Program) -> None:
         directory = nowhere.directory / "db"
         directory.mkdir()
@@ -85,6 +92,17 @@ class TestMigrate:
         assert "Nothing is pending" in nowhere("migrate", SUPABASE_DB_URL=hosted).stdout
         assert nowhere.json("migrate", "--db-url", hosted) == {"applied": []}
         nowhere("migrate", "--check", "--db-url", hosted)
+
+    def test_applies_a_later_one_alone(self, nowhere: Program, newer: Newer, hosted: str) -> None:
+        nowhere("migrate", "--db-url", hosted)
+        assert newer("migrate", "--check", "--db-url", hosted, status=1).stdout.split() == ["pending", newer.MIGRATION]
+        assert newer.json("migrate", "--db-url", hosted) == {"applied": [newer.MIGRATION]}
+        assert len(history(hosted)) == len(NAMES) + 1
+        newer("migrate", "--check", "--db-url", hosted)
+        assert "Nothing is pending" in nowhere("migrate", "--check", "--db-url", hosted).stdout
+
+    def test_applies_all_at_once(self, newer: Newer, hosted: str) -> None:
+        assert newer.json("migrate", "--db-url", hosted) == {"applied": [*NAMES, newer.MIGRATION]}
 
     def test_takes_everything_back_that_fails(self, nowhere: Program, hosted: str) -> None:
         with psycopg.connect(hosted) as connection:

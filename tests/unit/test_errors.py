@@ -67,7 +67,7 @@ def test_the_sql_lists_the_codes_of_the_registry() -> None:
 
 
 def test_the_sql_raises_no_other_codes() -> None:
-    raised = {code for file in SQL.glob("*.sql") for code in re.findall(r"'(TL\d{3})'", file.read_text())}
+    raised = {code for file in SQL.rglob("*.sql") for code in re.findall(r"'(TL\d{3})'", file.read_text())}
     assert raised - INNER <= BY_CODE.keys()
 
 

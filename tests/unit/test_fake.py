@@ -35,6 +35,7 @@ from tokenlimits import (
 )
 from tokenlimits.async_client import AsyncDefault
 from tokenlimits.client import Default
+from tokenlimits.sql_files import one_paste
 from tokenlimits.testing import (
     FakeAsyncGroupManager,
     FakeAsyncTokenLimits,
@@ -520,7 +521,7 @@ class TestOverride:
 
 class TestServer:
     def test_has_the_functions_that_the_sql_has(self) -> None:
-        sql = "".join(path.read_text() for path in (ROOT / "sql" / "schema").glob("*.sql"))
+        sql = one_paste()
         found = re.findall(r"create or replace function public\.(\w+)\((.*?)\)\s*returns", sql, re.DOTALL)
         in_sql = {name: re.findall(r"\b(p_\w+)", arguments) for name, arguments in found}
         calls = "".join(path.read_text() for path in (ROOT / "src" / "tokenlimits").glob("_*.py"))
