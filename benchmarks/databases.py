@@ -1,11 +1,14 @@
-"""Databases to measure: tokenlimits installed, 1,000 users in 100 groups, and as much history as is asked for."""
+"""Databases to measure: tokenlimits installed, 1,000 users in one group or in 100, and as much history as one likes."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import psycopg
 from tests.support.postgres import PostgresServer, create_hosted_database
+
+from .run import Sql
 
 USERS = 1_000
 GROUPS = 100
@@ -22,12 +25,41 @@ FULL = """[
 USER = "('00000000-0000-4000-8000-' || lpad((:user)::text, 12, '0'))::uuid"
 
 
-def make(server: PostgresServer, name: str) -> None:
+def user_id(number: int) -> str:
+    """Name the user of a number, from 1."""
+    return f"00000000-0000-4000-8000-{number:012d}"
+
+
+def bucket(at: str) -> str:
+    """Write where the bucket of the rollup begins that a moment lies in."""
+    return f"date_bin('15 minutes', {at}, '2000-01-01 00:00:00+00')"
+
+
+def uuid_v7(at: str = "clock_timestamp()", home: str | None = None) -> str:
+    """Write a UUIDv7 of a moment; its last four hex digits are those of its home."""
+    moment = f"lpad(to_hex((date_part('epoch', {at}) * 1000)::bigint), 12, '0')"
+    if home is None:
+        return f"({moment} || '7' || substr(gen_random_uuid()::text, 16))::uuid"
+    return f"({moment} || '7' || substr(gen_random_uuid()::text, 16, 17) || right({home}::text, 4))::uuid"
+
+
+@contextmanager
+def made(server: PostgresServer, sql: Sql, *names: str) -> Generator[None]:
+    """Make databases with users in nobody's group; gone afterwards, so that they don't disturb what comes next."""
+    for name in names:
+        make(server, sql, name)
+    try:
+        yield
+    finally:
+        for name in names:
+            server.drop_database(name)
+
+
+def make(server: PostgresServer, sql: Sql, name: str) -> None:
     """Make a database with one user per id, in nobody's group."""
     create_hosted_database(server, name)
-    sql = Path(__file__).parent.parent / "sql" / "tokenlimits.sql"
     with server.connect(name, "postgres") as connection:
-        connection.execute(sql.read_text())
+        connection.execute(sql.text.encode())
         connection.execute(
             "insert into auth.users (id, email) select "
             "('00000000-0000-4000-8000-' || lpad(i::text, 12, '0'))::uuid, 'user' || i || '@example.com' "
@@ -65,15 +97,16 @@ def many_groups(server: PostgresServer, name: str) -> None:
         connection.execute("select public.track_generation(u.id, 'image') from auth.users as u")
 
 
-def add_history(server: PostgresServer, name: str, rows: int, *, ordered_keys: bool) -> None:
-    """Fill the ledger with a year of usage of the members, and the rollup with its sums."""
-    key = "tokenlimits.uuid_v7()::text" if ordered_keys else "gen_random_uuid()::text"
+def add_history(server: PostgresServer, name: str, rows: int) -> None:
+    """Fill the ledger with a year of usage of the members, under keys of our own, and the rollup with its sums."""
     with server.connect(name, "supabase_admin") as connection:
         connection.execute(
             f"""
             insert into public.generation_usage
               (id, group_id, user_id, kind, cost, status, idempotency_key, created_at, settled_at)
-            select tokenlimits.uuid_v7(), m.group_id, m.user_id, 'image', 1, 'committed', {key}, t.at, t.at
+            select
+              {uuid_v7("t.at", "m.group_id")}, m.group_id, m.user_id, 'image', 1, 'committed',
+              {uuid_v7("t.at")}::text, t.at, t.at
             from (
               select
                 i, date_trunc('month', now()) - interval '365 days' + interval '365 days' * (i::float8 / {rows}) as at
@@ -82,21 +115,23 @@ def add_history(server: PostgresServer, name: str, rows: int, *, ordered_keys: b
             inner join (
               select group_id, user_id, row_number() over (order by user_id) as n from public.group_memberships
             ) as m on m.n = 1 + (t.i * 7919) % {USERS}
-            """  # numbers and expressions of our own
+            """.encode()  # numbers and expressions of our own
         )
         connection.execute("truncate tokenlimits.usage_rollup")
         connection.execute(
-            """
+            f"""
             insert into tokenlimits.usage_rollup (group_id, kind, bucket, slot, cost, generations)
-            select group_id, kind, tokenlimits.rollup_bucket(created_at) as bucket, 0, sum(cost), count(*)
+            select group_id, kind, {bucket("created_at")} as bucket, 0, sum(cost), count(*)
             from public.generation_usage
+            where status = 'committed'
             group by group_id, kind, bucket
-            """
+            """.encode()
         )
 
 
-def settle(server: PostgresServer, name: str) -> None:
+def settle(server: PostgresServer, *names: str) -> None:
     """Do what autovacuum and the checkpointer would otherwise do in the middle of a measurement."""
-    with psycopg.connect(server.url(name), autocommit=True) as connection:
-        connection.execute("vacuum analyze")
-        connection.execute("checkpoint")
+    for name in names:
+        with psycopg.connect(server.url(name), autocommit=True) as connection:
+            connection.execute("vacuum analyze")
+            connection.execute("checkpoint")

@@ -10,9 +10,9 @@ from time import perf_counter
 
 from psycopg_pool import ConnectionPool
 from pyrate_limiter import PostgresBucket, Rate, RateItem
-from tests.support.postgres import PostgresServer
 
 from . import databases
+from .run import Run
 
 THREADS = 16
 CALLS = 4_000
@@ -45,7 +45,7 @@ class Verdict:
         )
 
 
-def compare(server: PostgresServer) -> Iterator[Verdict]:
+def compare(run: Run) -> Iterator[Verdict]:
     """Let 16 threads call at once: where there is room for all of them, and where there is for half."""
     for room in (CALLS * 2, CALLS // 2):
         for limiter, make in (
@@ -54,10 +54,9 @@ def compare(server: PostgresServer) -> Iterator[Verdict]:
             ("PyrateLimiter 4.5, PostgreSQL bucket", _pyrate),
         ):
             name = f"exact_{room}_{make.__name__.strip('_')}"
-            databases.make(server, name)
-            with ExitStack() as stack:
+            with databases.made(run.server, run.ours, name), ExitStack() as stack:
                 pool = stack.enter_context(
-                    ConnectionPool(server.url(name, "postgres"), min_size=THREADS, max_size=THREADS, open=True)
+                    ConnectionPool(run.server.url(name, "postgres"), min_size=THREADS, max_size=THREADS, open=True)
                 )
                 ask = make(pool, room)
                 pool.wait()
@@ -66,7 +65,6 @@ def compare(server: PostgresServer) -> Iterator[Verdict]:
                     admitted = sum(threads.map(ask, range(CALLS)))
                     seconds = perf_counter() - begun
             yield Verdict(limiter, CALLS, room, admitted, seconds)
-            server.drop_database(name)
 
 
 def _tokenlimits(pool: ConnectionPool, room: int) -> Ask:

@@ -10,13 +10,13 @@ from uuid import UUID
 
 import httpx
 from supabase import AsyncClient, AsyncClientOptions, Client, ClientOptions
-from tests.support.postgres import PostgresServer
 
 from tokenlimits import AsyncTokenLimits, GroupManager, Limit, TokenLimits
 from tokenlimits.local import LocalStack
 
-from .in_sql import Row
+from .run import Row, Run, judge, median_ratio, per_second
 
+CALLS = 200
 RIVALS = """
 create table public.noted (id uuid primary key default gen_random_uuid(), at timestamptz not null default now());
 alter table public.noted enable row level security;
@@ -52,12 +52,12 @@ def _set_up(stack: LocalStack) -> tuple[GroupManager, UUID]:
     return manager, user_id
 
 
-def single_call(server: PostgresServer, *, rounds: int, calls: int) -> Iterator[Row]:
+def single_call(run: Run) -> Iterator[Row]:
     """Compare a lone `track` with an RPC that writes one row, and with one that does nothing."""
-    server.create_database("http")
-    with server.connect("http") as connection:
+    run.server.create_database("http")
+    with run.server.connect("http") as connection:
         connection.execute(RIVALS)
-    with LocalStack(database_url=server.url("http")) as stack, httpx.Client(http2=False) as http:
+    with LocalStack(database_url=run.server.url("http")) as stack, httpx.Client(http2=False) as http:
         _, user_id = _set_up(stack)
         client = Client(stack.url, stack.secret_key, ClientOptions(httpx_client=http))
         limits, coalescing = TokenLimits(client), TokenLimits(client, coalesce=True)
@@ -70,28 +70,17 @@ def single_call(server: PostgresServer, *, rounds: int, calls: int) -> Iterator[
         taken: dict[str, list[float]] = {name: [] for name in rivals}
         for call in rivals.values():
             _milliseconds(call, 50)
-        for _ in range(rounds):
+        for _ in range(run.rounds):
             for name, call in rivals.items():
-                taken[name].append(median(_milliseconds(call, calls)))
-    for name, bar in (("note", 1.3), ("nothing", None)):
-        ratio = median(a / b for a, b in zip(taken["track"], taken[name], strict=True))
-        yield Row(
-            f"p50 of `track` through supabase-py, against an RPC that {'writes one row' if bar else 'does nothing'}",
-            f"{median(taken['track']):.2f} ms",
-            f"{median(taken[name]):.2f} ms",
-            ratio,
-            f"≤ {bar}" if bar else "—",
-            bar is None or ratio <= bar,
-        )
-    ratio = median(a / b for a, b in zip(taken["coalescing"], taken["track"], strict=True))
-    yield Row(
-        "p50 of a lone `track` with `coalesce=True`, against one without",
-        f"{median(taken['coalescing']):.2f} ms",
-        f"{median(taken['track']):.2f} ms",
-        ratio,
-        "≤ 1.05",
-        ratio <= 1.05,
-    )
+                taken[name].append(median(_milliseconds(call, CALLS)))
+    run.server.drop_database("http")
+    for name, rival, what, most in (
+        ("track", "note", "p50 of `track` through supabase-py, against an RPC that writes one row", 1.2),
+        ("track", "nothing", "p50 of `track` through supabase-py, against an RPC that does nothing", None),
+        ("coalescing", "track", "p50 of a lone `track` with `coalesce=True`, against one without", 1.05),
+    ):
+        ours, theirs = (f"{median(taken[side]):.2f} ms" for side in (name, rival))
+        yield judge(what, ours, theirs, median_ratio(taken[name], taken[rival]), most=most)
 
 
 async def _rate(limits: AsyncTokenLimits, user_id: UUID, callers: int, seconds: float) -> float:
@@ -119,19 +108,14 @@ async def _rates(stack: LocalStack, user_id: UUID, callers: int, rounds: int, se
         return [[await _rate(limits, user_id, callers, seconds) for limits in (together, alone)] for _ in range(rounds)]
 
 
-def together(server: PostgresServer, *, rounds: int, seconds: float) -> Iterator[Row]:
+def together(run: Run) -> Iterator[Row]:
     """Compare calls of many tasks that travel together with the same, each by itself."""
-    server.create_database("together")
-    with LocalStack(database_url=server.url("together")) as stack:
+    run.server.create_database("together")
+    with LocalStack(database_url=run.server.url("together")) as stack:
         _, user_id = _set_up(stack)
-        for callers, bar in ((1, None), (32, None), (256, 10)):
-            rates = asyncio.run(_rates(stack, user_id, callers, rounds, seconds))
-            ratio = median(ours / theirs for ours, theirs in rates)
-            yield Row(
-                f"`track` with `coalesce=True`, {callers} asyncio caller(s), through HTTP, against without",
-                f"{median(ours for ours, _ in rates):,.0f} /s",
-                f"{median(theirs for _, theirs in rates):,.0f} /s",
-                ratio,
-                f"≥ {bar}" if bar else "—",
-                bar is None or ratio >= bar,
-            )
+        for callers, least in ((1, None), (32, None), (256, 10)):
+            rates = asyncio.run(_rates(stack, user_id, callers, run.rounds, run.seconds))
+            ours, theirs = [ours for ours, _ in rates], [theirs for _, theirs in rates]
+            what = f"`track` with `coalesce=True`, {callers} asyncio caller(s), through HTTP, against without"
+            yield judge(what, per_second(ours), per_second(theirs), median_ratio(ours, theirs), least=least)
+    run.server.drop_database("together")

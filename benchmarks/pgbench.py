@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import statistics
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ class Load:
     url: str
     script: str
     clients: int = 16
-    seconds: float = 5
+    seconds: float = 3
 
 
 def rate(programs: Path, load: Load) -> float:
@@ -55,8 +54,3 @@ def in_turns(programs: Path, loads: Mapping[str, Load], rounds: int) -> dict[str
         for name, load in loads.items():
             rates[name].append(rate(programs, load))
     return rates
-
-
-def median_ratio(ours: list[float], theirs: list[float]) -> float:
-    """Compare round by round, and take the median."""
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
