@@ -308,10 +308,7 @@ EDITS: Final = [
     (f"insert into public.group_limits {LIMIT_COLUMNS} values ('{GROUP_ID}', 'audio', 'year', 'group', 1)", "23514"),
     (f"insert into public.group_limits {LIMIT_COLUMNS} values ('{GROUP_ID}', 'audio', 'day', 'team', 1)", "23514"),
     (f"insert into public.group_limits {LIMIT_COLUMNS} values ('{GROUP_ID}', 'audio', 'day', 'group', -1)", "23514"),
-    (
-        f"insert into public.group_limits {LIMIT_COLUMNS} values ('{GROUP_ID}', 'audio', 'day', 'group', 1e15::bigint + 1)",
-        "23514",
-    ),
+    (f"insert into public.group_limits {LIMIT_COLUMNS} values ('{GROUP_ID}', 'audio', 'day', 'group', 2e15)", "23514"),
     (f"insert into public.group_limits {LIMIT_COLUMNS} values ('{GROUP_ID}', 'image', 'day', 'member', 1)", "23505"),
     (f"insert into public.group_limits {LIMIT_COLUMNS} values ('{USER_ID}', 'audio', 'day', 'group', 1)", "23503"),
     # what names the counters isn't theirs to choose
