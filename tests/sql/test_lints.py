@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import psycopg
 import pytest
 from tests.conftest import ROOT
-from tests.sql.api import ACTORS, CALLS, argument_types, call_sql, request_by, seed
+from tests.sql.api import ACTORS, CALLS, GROUP_ID, USER_ID, argument_types, call_sql, request_by, seed
 from tests.sql.test_security import FUNCTIONS
 
 from tokenlimits.local._node import find_node
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 SUPABASE_CLI: Final = "supabase@3.1.0"
 ADVISORS: Final = "--level=info --fail-on=none --output-format=json"
 SOURCES: Final = sorted((ROOT / "sql" / "schema").glob("*.sql"))
+MACROS: Final = sorted((ROOT / "sql" / "schema" / "macros").glob("*.sql"))
+BUILT: Final = (ROOT / "sql" / "tokenlimits.sql").read_text(encoding="utf-8")
 
 # plpgsql_check knows of transition tables only what it is told.
 PLPGSQL_CHECK: Final = """
@@ -52,9 +54,11 @@ NO_FAULT: Final = [
     # sum() of bigint is numeric, and a slot is a smallint
     (".*", "42804", 'cast "(numeric|integer)" value to'),
     # they go round until they return
-    (r"tokenlimits\.(track|settle|sweep)", "2F005", "without RETURN"),
+    (r"tokenlimits\.((track|reserve|record)_generation|settle|sweep)", "2F005", "without RETURN"),
     # it locks
-    (r"tokenlimits\.lock_usages", "00000", "should be STABLE"),
+    (r"tokenlimits\.lock_expired", "00000", "should be STABLE"),
+    # a batch reads them, and has the same lines
+    (r"tokenlimits\.move_usage", "00000", 'never read variable "v_mov(ed|ing)"'),
 ]
 # Splinter's 0028 and 0029, for every role that a request may come as but the server's own.
 CALLABLE_DEFINERS: Final = """
@@ -68,7 +72,8 @@ order by 1, 2
 """
 PLANTED_TABLE: Final = "create table public.planted (id bigint primary key); grant select on public.planted to anon"
 PLANTED_FUNCTION: Final = """
-create function public.planted(p_id bigint) returns bigint language plpgsql security definer set search_path = '' as $$
+create function public.planted(p_id bigint) returns bigint language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
 declare
   v_id bigint := p_id;
 begin
@@ -80,7 +85,8 @@ $$;
 grant execute on function public.planted(bigint) to anon, authenticated
 """
 PLANTED_SHADOW: Final = """
-create function public.shadowed(p_id bigint) returns bigint language plpgsql set search_path = '' as $$
+create function public.shadowed(p_id bigint) returns bigint language plpgsql
+set search_path = pg_catalog, pg_temp as $$
 declare
   p_id bigint := 1;
 begin
@@ -200,14 +206,108 @@ def test_files_open_with_their_purpose_and_invariants(path: Path) -> None:
     assert head is not None
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_code_is_in_lower_case_also_in_function_bodies(path: Path) -> None:
-    code = re.sub(r"--[^\n]*|'(?:[^']|'')*'", "", path.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("path", MACROS, ids=lambda path: path.name)
+def test_macros_open_with_what_they_are_for(path: Path) -> None:
+    assert re.match(r"\{#\n[A-Z][^{}]+\.\n#\}\n\n", path.read_text(encoding="utf-8"))
+
+
+def test_code_is_in_lower_case_also_in_function_bodies() -> None:
+    code = re.sub(r"--[^\n]*|'(?:[^']|'')*'", "", BUILT)
     assert re.findall(r"\w*[A-Z]\w*", code) == []
 
 
+def test_nothing_of_the_templates_is_left_in_what_is_built() -> None:
+    assert re.findall(r"\{\{|\{%|\{#|#\}|%\}", BUILT) == []
+    assert [line for line in BUILT.splitlines() if line != line.rstrip()] == []
+
+
 def test_every_sqlstate_of_ours_is_documented_once() -> None:
-    text = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
-    documented = re.findall(r"^--   (TL\d{3})  ", text, flags=re.MULTILINE)
+    documented = re.findall(r"^--   (TL\d{3})  ", BUILT, flags=re.MULTILINE)
     assert len(documented) == len(set(documented))
-    assert {"TL001"} < set(re.findall(r"'(TL\d{3})'", text)) <= set(documented)
+    assert {"TL001"} < set(re.findall(r"'(TL\d{3})'", BUILT)) <= set(documented)
+
+
+# What a rule is known by, and in how many places of the templates it may stand. Elsewhere it is taken from there.
+RULES: Final = {
+    "a row of the ledger is written": (r"insert into public\.generation_usage", 1),
+    "a counter is moved; repaired": (r"update tokenlimits\.counters", 2),
+    "a counter is opened, by a call and by an edit": (r"insert into tokenlimits\.counters", 2),
+    "the rollup moves by one": (r"update tokenlimits\.usage_rollup", 1),
+    "the rollup moves by many; is repaired; comes back": (r"insert into tokenlimits\.usage_rollup", 3),
+    "a hold is noted; comes back": (r"insert into tokenlimits\.holds", 2),
+    "a hold is forgotten, settled and swept": (r"delete from tokenlimits\.holds", 2),
+    "a hold expires": (r"set status = 'expired'", 1),
+    "a kind": (r"\[a-z0-9_\]\{0,31\}", 1),
+    "a name": (r"\\u202e", 1),
+    "a cost": (r"between 1 and 1000000000\b", 1),
+    "a key": (r"between 1 and 255", 1),
+    "a moment": (r"9999-01-01", 1),
+    "the size of metadata, and what is said about it": (r"\b8192\b", 2),
+    "the most of a limit": (r"1000000000000000", 1),
+    "the periods": (r"'minute', 'hour'", 1),
+    "room": (r" <= \{\{ max \}\}", 1),
+    "a fingerprint": (r"\bmd5\(", 1),
+    "the id of a usage": (r"to_hex\(", 1),
+    "the beginning of a bucket": (r"date_bin\('15 minutes'", 1),
+    "the locks on groups": (r"\b1953459052\b", 1),
+    "the locks on slots": (r"\b1936486260\b", 1),
+    "the order in which groups pay": (r"priority desc", 1),
+    "a verdict": (r"v_verdict\.reason <> 'limit_exceeded'", 1),
+    "an answer": (r"\)::tokenlimits\.generation_answer", 1),
+    "a limit of an answer": (r"\)::tokenlimits\.limit_answer", 1),
+    "where names are looked up": (r"set search_path", 1),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_stands_once(rule: str) -> None:
+    pattern, most = RULES[rule]
+    places = [
+        f"{path.name}:{number}"
+        for path in SOURCES + MACROS
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(pattern, line)
+    ]
+    assert 1 <= len(places) <= most, places
+
+
+@pytest.fixture
+def counted(database: Connect) -> Iterator[Connection]:
+    """A worker's transaction in which the functions that run are counted."""
+    with database("supabase_admin") as connection, connection.transaction(force_rollback=True):
+        seed(connection)
+        connection.execute("set local track_functions = 'all'")
+        with request_by(connection, ACTORS["service"]):
+            yield connection
+
+
+def functions_run(connection: Connection, call: str) -> tuple[bool, set[str]]:
+    """Whether a call is allowed, and which functions it runs."""
+    count = "select schemaname || '.' || funcname, calls from pg_stat_xact_user_functions"
+    before = dict(connection.execute(count).fetchall())
+    answer = connection.execute(f"select (public.{call} ->> 'allowed')::boolean").fetchone()
+    assert answer is not None
+    after = connection.execute(count).fetchall()
+    return answer[0], {name for name, calls in after if calls > before.get(name, 0)}
+
+
+@pytest.mark.parametrize(
+    ("call", "allowed", "most"),
+    [
+        ("track_generation(%s, 'image', 1)", True, 7),
+        ("track_generation(%s, 'image', 1, gen_random_uuid()::text, %s, '{\"job\": 1}')", True, 7),
+        ("track_generation(%s, 'image', 99)", False, 6),
+        ("track_generation(%s, 'image', 99, gen_random_uuid()::text)", False, 6),
+        ("track_generation(%s, 'video', 1)", False, 6),
+        ("reserve_generation(%s, 'image', 1)", True, 7),
+        ("reserve_generation(%s, 'image', 99)", False, 6),
+        ("check_generation(%s, 'image', 1)", True, 6),
+        ("record_generation(%s, 'image', 1)", True, 14),
+    ],
+)
+def test_a_call_runs_few_functions(counted: Connection, call: str, allowed: bool, most: int) -> None:
+    call = call.replace("%s", f"'{USER_ID}'", 1).replace("%s", f"'{GROUP_ID}'")
+    seen, run = functions_run(counted, call)
+    assert seen is allowed
+    assert f"public.{call.partition('(')[0]}" in run
+    assert len(run) <= most, run
