@@ -83,12 +83,20 @@ def test_a_narrow_terminal(tl: Program, name: str) -> None:
     assert "…" in usage
 
 
-def test_names_may_hold_anything(tl: Program, name: str) -> None:
-    tl("groups", "create", f"{name}\x1b[31m")
-    for command in ("list", "show"):
-        shown = tl("groups", command, *([f"{name}\x1b[31m"] if command == "show" else [])).stdout
-        assert name in shown
-        assert "\x1b" not in shown
+def test_names_read_as_they_are(tl: Program, name: str) -> None:
+    for hidden in ("\x1b[31m", "\u202e", "\u200b"):
+        said = tl.fails("groups", "create", f"{name}{hidden}x")
+        assert said.startswith("name: must have 1 to 200 characters")
+        assert hidden not in said
+    tl("groups", "create", f" {name} ")
+    assert name in tl("groups", "list").stdout
+
+
+def test_descriptions_may_hold_anything(tl: Program, name: str) -> None:
+    tl("groups", "create", name, "--description", "[red]loud\x1b[31m")
+    shown = tl("groups", "show", name).stdout
+    assert "[red]loud" in shown
+    assert "\x1b" not in shown
 
 
 def test_limits_of_a_group(tl: Program, groups: GroupManager, name: str) -> None:
