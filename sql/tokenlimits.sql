@@ -155,11 +155,17 @@ create table if not exists public.user_groups (
   created_at timestamptz not null default now(),
   updated_at timestamptz not null default now(),
   constraint user_groups_pkey primary key (id),
-  constraint user_groups_name_check check (char_length(name) between 1 and 200 and name = btrim(name) and name = normalize(name, nfc)
-and name !~ '[\u0001-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]'),
+  constraint user_groups_name_check check (
+    char_length(name) between 1 and 200 and name = btrim(name) and name = normalize(name, nfc)
+    and name !~ '[\u0001-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]'
+  ),
   constraint user_groups_description_check check (char_length(description) <= 2000),
-  constraint user_groups_created_at_check check (created_at >= '1970-01-01 00:00:00+00' and created_at < '9999-01-01 00:00:00+00'),
-  constraint user_groups_updated_at_check check (updated_at >= '1970-01-01 00:00:00+00' and updated_at < '9999-01-01 00:00:00+00')
+  constraint user_groups_created_at_check check (
+    created_at >= '1970-01-01 00:00:00+00' and created_at < '9999-01-01 00:00:00+00'
+  ),
+  constraint user_groups_updated_at_check check (
+    updated_at >= '1970-01-01 00:00:00+00' and updated_at < '9999-01-01 00:00:00+00'
+  )
 );
 comment on table public.user_groups is 'Groups of users that share limits on generations.';
 comment on column public.user_groups.priority is 'A user''s groups are tried from high to low.';
@@ -195,7 +201,9 @@ create table if not exists public.group_memberships (
   user_id uuid not null,
   joined_at timestamptz not null default now(),
   constraint group_memberships_pkey primary key (group_id, user_id),
-  constraint group_memberships_joined_at_check check (joined_at >= '1970-01-01 00:00:00+00' and joined_at < '9999-01-01 00:00:00+00'),
+  constraint group_memberships_joined_at_check check (
+    joined_at >= '1970-01-01 00:00:00+00' and joined_at < '9999-01-01 00:00:00+00'
+  ),
   constraint group_memberships_group_id_fkey foreign key (group_id)
   references public.user_groups (id) on delete cascade,
   constraint group_memberships_user_id_fkey foreign key (user_id) references auth.users (id) on delete cascade
@@ -457,7 +465,7 @@ begin
   end if;
   -- sorted, or two of us could deadlock
   for v_stripe in
-    select distinct ('x' || right(g.id::text, 2))::bit(8)::integer
+    select distinct get_byte(uuid_send(g.id), 15)
     from unnest(p_group_ids) as g (id)
     order by 1
   loop
@@ -484,7 +492,7 @@ declare
   v_slot integer := pg_backend_pid() % 16;
 begin
   for i in 0..15 loop
-    exit when pg_try_advisory_xact_lock(1936486260, ('x' || right(p_group_id::text, 6))::bit(24)::integer * 16 + v_slot);
+    exit when pg_try_advisory_xact_lock(1936486260, get_byte(uuid_send(p_group_id), 15) * 16 + v_slot);
     v_slot := (v_slot + 1) % 16;
   end loop;
   return v_slot;
@@ -1122,7 +1130,11 @@ is 'A verdict, with the usage that it has led to, as workers see it.';
 revoke execute on function tokenlimits.answer(tokenlimits.verdict, text, bigint, public.generation_usage, boolean)
 from public, anon, authenticated, service_role;
 
-create or replace function tokenlimits.usage_answer(p_usage public.generation_usage, p_at timestamptz, p_replayed boolean)
+create or replace function tokenlimits.usage_answer(
+  p_usage public.generation_usage,
+  p_at timestamptz,
+  p_replayed boolean
+)
 returns jsonb
 language plpgsql
 stable
@@ -1150,6 +1162,28 @@ from public, anon, authenticated, service_role;
 --     carried out if every counter still has room when it is moved, else everything is taken back and judged again.
 --   * One live usage per user and idempotency key.
 
+-- Metadata is measured as it is stored before it is written out: a number of ten bytes may have 131,072 digits. Those
+-- beyond what JSON's readers know are refused, so what is left can't grow.
+create or replace function tokenlimits.is_metadata(p_metadata jsonb)
+returns boolean
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if jsonb_typeof(p_metadata) <> 'object' or pg_column_size(p_metadata) > 32768 then
+    return false;
+  elsif jsonb_path_exists(p_metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then
+    return false;
+  end if;
+  return octet_length(p_metadata::text) <= 8192;
+end
+$$;
+comment on function tokenlimits.is_metadata(jsonb)
+is 'Whether this may be stored with a usage.';
+revoke execute on function tokenlimits.is_metadata(jsonb)
+from public, anon, authenticated, service_role;
+
 create or replace function tokenlimits.refuse_request(
   p_user_id uuid,
   p_kind text,
@@ -1175,12 +1209,7 @@ begin
   elsif (p_cost between 1 and 1000000000) is not true then
     v_field := 'cost';
     v_rule := 'must be a whole number from 1 to 1000000000';
-  elsif not (case
-      when p_metadata is null then true
-      when jsonb_typeof(p_metadata) <> 'object' or pg_column_size(p_metadata) > 32768 then false
-      when jsonb_path_exists(p_metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
-      else octet_length(p_metadata::text) <= 8192
-    end) then
+  elsif not tokenlimits.is_metadata(p_metadata) then
     v_field := 'metadata';
     v_rule := 'must be a JSON object of at most 8192 bytes, with numbers below 1.8e308';
   else
@@ -1346,12 +1375,7 @@ declare
 begin
   if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
   and coalesce(char_length(p_idempotency_key) between 1 and 255, true)
-  and (case
-    when p_metadata is null then true
-    when jsonb_typeof(p_metadata) <> 'object' or pg_column_size(p_metadata) > 32768 then false
-    when jsonb_path_exists(p_metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
-    else octet_length(p_metadata::text) <= 8192
-  end)) is not true then
+  and (p_metadata is null or tokenlimits.is_metadata(p_metadata))) is not true then
     perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
   elsif current_setting('transaction_isolation') <> 'read committed' then
     -- what is read after a lock was waited for must be as it is then
@@ -1374,10 +1398,11 @@ begin
       else '{}'
     end;
   end if;
-  if cardinality(v_group_ids) = 1 then
-    -- what nearly every call needs, without a function
-    perform pg_advisory_xact_lock_shared(1953459052, ('x' || right(v_group_ids[1]::text, 2))::bit(8)::integer);
-  else
+  -- a single group, as nearly every call has, is locked by the condition itself, which costs a tenth of a query
+  if
+    cardinality(v_group_ids) <> 1
+    or pg_advisory_xact_lock_shared(1953459052, get_byte(uuid_send(v_group_ids[1]), 15)) is null
+  then
     perform tokenlimits.lock_groups(v_group_ids);
   end if;
   loop
@@ -1437,7 +1462,7 @@ begin
         end if;
       end loop;
       if v_full is null then
-        v_verdict := row(true, null, v_group_id, v_states, null);
+        v_verdict := row(true, null, v_group_id, null, null);
       elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
         v_verdict := row(false, 'limit_exceeded', v_group_id, v_states, v_full);
       end if;
@@ -1466,7 +1491,7 @@ begin
           on conflict on constraint generation_usage_key_key do nothing;
           if found then
             v_slot := pg_backend_pid() % 16;
-            if not pg_try_advisory_xact_lock(1936486260, ('x' || right(v_usage.group_id::text, 6))::bit(24)::integer * 16 + v_slot) then
+            if not pg_try_advisory_xact_lock(1936486260, get_byte(uuid_send(v_usage.group_id), 15) * 16 + v_slot) then
               v_slot := tokenlimits.free_slot(v_usage.group_id);
             end if;
             update tokenlimits.usage_rollup as r
@@ -1625,12 +1650,7 @@ declare
 begin
   if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
   and coalesce(char_length(p_idempotency_key) between 1 and 255, true)
-  and (case
-    when p_metadata is null then true
-    when jsonb_typeof(p_metadata) <> 'object' or pg_column_size(p_metadata) > 32768 then false
-    when jsonb_path_exists(p_metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
-    else octet_length(p_metadata::text) <= 8192
-  end)) is not true then
+  and (p_metadata is null or tokenlimits.is_metadata(p_metadata))) is not true then
     perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
   elsif p_ttl is null or p_ttl not between 1 and 2592000 then
     perform tokenlimits.refuse(
@@ -1657,10 +1677,11 @@ begin
       else '{}'
     end;
   end if;
-  if cardinality(v_group_ids) = 1 then
-    -- what nearly every call needs, without a function
-    perform pg_advisory_xact_lock_shared(1953459052, ('x' || right(v_group_ids[1]::text, 2))::bit(8)::integer);
-  else
+  -- a single group, as nearly every call has, is locked by the condition itself, which costs a tenth of a query
+  if
+    cardinality(v_group_ids) <> 1
+    or pg_advisory_xact_lock_shared(1953459052, get_byte(uuid_send(v_group_ids[1]), 15)) is null
+  then
     perform tokenlimits.lock_groups(v_group_ids);
   end if;
   loop
@@ -1720,7 +1741,7 @@ begin
         end if;
       end loop;
       if v_full is null then
-        v_verdict := row(true, null, v_group_id, v_states, null);
+        v_verdict := row(true, null, v_group_id, null, null);
       elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
         v_verdict := row(false, 'limit_exceeded', v_group_id, v_states, v_full);
       end if;
@@ -1753,7 +1774,7 @@ begin
               v_usage.id, v_usage.group_id, v_usage.user_id, v_usage.kind, v_usage.cost,
               v_usage.created_at, v_usage.expires_at;
             v_slot := pg_backend_pid() % 16;
-            if not pg_try_advisory_xact_lock(1936486260, ('x' || right(v_usage.group_id::text, 6))::bit(24)::integer * 16 + v_slot) then
+            if not pg_try_advisory_xact_lock(1936486260, get_byte(uuid_send(v_usage.group_id), 15) * 16 + v_slot) then
               v_slot := tokenlimits.free_slot(v_usage.group_id);
             end if;
             update tokenlimits.usage_rollup as r
@@ -1911,12 +1932,7 @@ declare
 begin
   if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
   and coalesce(char_length(p_idempotency_key) between 1 and 255, true)
-  and (case
-    when p_metadata is null then true
-    when jsonb_typeof(p_metadata) <> 'object' or pg_column_size(p_metadata) > 32768 then false
-    when jsonb_path_exists(p_metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
-    else octet_length(p_metadata::text) <= 8192
-  end)) is not true then
+  and (p_metadata is null or tokenlimits.is_metadata(p_metadata))) is not true then
     perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
   elsif p_created_at > tokenlimits.clock() + interval '1 minute' then
     -- a minute for clocks that differ
@@ -1928,10 +1944,11 @@ begin
     perform tokenlimits.refuse_isolation();
   end if;
   v_group_ids := tokenlimits.recording_group(p_user_id, p_kind, p_group_id);
-  if cardinality(v_group_ids) = 1 then
-    -- what nearly every call needs, without a function
-    perform pg_advisory_xact_lock_shared(1953459052, ('x' || right(v_group_ids[1]::text, 2))::bit(8)::integer);
-  else
+  -- a single group, as nearly every call has, is locked by the condition itself, which costs a tenth of a query
+  if
+    cardinality(v_group_ids) <> 1
+    or pg_advisory_xact_lock_shared(1953459052, get_byte(uuid_send(v_group_ids[1]), 15)) is null
+  then
     perform tokenlimits.lock_groups(v_group_ids);
   end if;
   loop
@@ -1991,7 +2008,7 @@ begin
         end if;
       end loop;
       if v_full is null then
-        v_verdict := row(true, null, v_group_id, v_states, null);
+        v_verdict := row(true, null, v_group_id, null, null);
       elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
         v_verdict := row(false, 'limit_exceeded', v_group_id, v_states, v_full);
       end if;
@@ -2101,12 +2118,7 @@ declare
 begin
   if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
   and coalesce(char_length(null) between 1 and 255, true)
-  and (case
-    when null::jsonb is null then true
-    when jsonb_typeof(null::jsonb) <> 'object' or pg_column_size(null::jsonb) > 32768 then false
-    when jsonb_path_exists(null::jsonb, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
-    else octet_length(null::jsonb::text) <= 8192
-  end)) is not true then
+  and (null::jsonb is null or tokenlimits.is_metadata(null::jsonb))) is not true then
     perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, null, null);
   elsif current_setting('transaction_isolation') <> 'read committed' then
     perform tokenlimits.refuse_isolation();
@@ -2181,7 +2193,7 @@ begin
       end if;
     end loop;
     if v_full is null then
-      v_verdict := row(true, null, v_group_id, v_states, null);
+      v_verdict := row(true, null, v_group_id, null, null);
     elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
       v_verdict := row(false, 'limit_exceeded', v_group_id, v_states, v_full);
     end if;
@@ -2189,6 +2201,8 @@ begin
   end loop;
   if v_verdict.reason = 'not_in_group' then
     perform tokenlimits.refuse_group('check', p_group_id);
+  elsif v_verdict.allowed then
+    v_verdict.states := v_states;
   end if;
   return tokenlimits.answer(v_verdict, p_kind, p_cost, null, p_replayed => false);
 end
@@ -2480,9 +2494,9 @@ is 'Sweeps expired holds of the group and kind with the oldest one, some at a ti
 revoke execute on function tokenlimits.tidy()
 from public, anon, authenticated, service_role;
 
--- Puts usages into the ledger, each under its key (p_dead_ids: the dead usage that has the key, if one has), sweeps some
--- expired holds of these groups and kinds on the way, and answers how counters move by all that. Raises TL099 when
--- somebody has taken a key meanwhile.
+-- Puts usages into the ledger, each under its key (p_dead_ids: the dead usage that has the key, if one has), sweeps
+-- some expired holds of these groups and kinds on the way, and answers how counters move by all that. Raises TL099
+-- when somebody has taken a key meanwhile.
 create or replace function tokenlimits.write_ledger(
   p_usages public.generation_usage[],
   p_dead_ids uuid[],
@@ -2568,9 +2582,23 @@ or (u.status = 'reserved' and u.expires_at <= p_at));
   );
 end
 $$;
-comment on function tokenlimits.write_ledger(public.generation_usage[], uuid[], boolean, uuid[], text[], timestamptz)
+comment on function tokenlimits.write_ledger(
+  public.generation_usage[],
+  uuid[],
+  boolean,
+  uuid[],
+  text[],
+  timestamptz
+)
 is 'Writes usages into the ledger, sweeps, and answers what moves by it.';
-revoke execute on function tokenlimits.write_ledger(public.generation_usage[], uuid[], boolean, uuid[], text[], timestamptz)
+revoke execute on function tokenlimits.write_ledger(
+  public.generation_usage[],
+  uuid[],
+  boolean,
+  uuid[],
+  text[],
+  timestamptz
+)
 from public, anon, authenticated, service_role;
 
 -- The second step of a hold: commit, release; and the refund of what was committed.
@@ -2956,12 +2984,7 @@ begin
   v_item.metadata := nullif(p_request -> 'metadata', 'null');
   if (v_item.user_id is not null and v_item.kind ~ '^[a-z][a-z0-9_]{0,31}$' and v_item.cost between 1 and 1000000000
   and coalesce(char_length(v_item.idempotency_key) between 1 and 255, true)
-  and (case
-    when v_item.metadata is null then true
-    when jsonb_typeof(v_item.metadata) <> 'object' or pg_column_size(v_item.metadata) > 32768 then false
-    when jsonb_path_exists(v_item.metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
-    else octet_length(v_item.metadata::text) <= 8192
-  end)) is not true then
+  and (v_item.metadata is null or tokenlimits.is_metadata(v_item.metadata))) is not true then
     perform tokenlimits.refuse_request(
       v_item.user_id, v_item.kind, v_item.cost, v_item.idempotency_key, v_item.metadata
     );
@@ -2988,6 +3011,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_items tokenlimits.batch_item[];
+  v_default uuid[] := array(select d.id from public.user_groups as d where d.is_default);
   v record;
 begin
   if jsonb_typeof(p_requests) is distinct from 'array' or jsonb_array_length(p_requests) > 1000 then
@@ -3017,12 +3041,7 @@ begin
       from unnest(v_items) as i
       where (i.user_id is not null and i.kind ~ '^[a-z][a-z0-9_]{0,31}$' and i.cost between 1 and 1000000000
       and coalesce(char_length(i.idempotency_key) between 1 and 255, true)
-      and (case
-        when i.metadata is null then true
-        when jsonb_typeof(i.metadata) <> 'object' or pg_column_size(i.metadata) > 32768 then false
-        when jsonb_path_exists(i.metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
-        else octet_length(i.metadata::text) <= 8192
-      end)) is not true
+      and (i.metadata is null or tokenlimits.is_metadata(i.metadata))) is not true
     loop
       v_items[v.place] := tokenlimits.read_request(p_requests -> (v.place - 1), v.place);
     end loop;
@@ -3039,8 +3058,8 @@ begin
           min(i.place) filter (where i.answer is null) over (partition by i.user_id, i.idempotency_key)
         end,
         case when i.answer is null then case
-          when i.group_id is null then u.group_ids
-          when i.group_id = any(u.group_ids) then array[i.group_id]
+          when i.group_id is null then coalesce(o.ids, v_default)
+          when i.group_id = any(coalesce(o.ids, v_default)) then array[i.group_id]
           else '{}'
         end end,
         null,
@@ -3048,22 +3067,12 @@ begin
       )::tokenlimits.batch_item
     from unnest(v_items) as i
     left join (
-      select d.user_id, coalesce(
-        nullif(array(
-          select g.id
-          from public.group_memberships as m
-          inner join public.user_groups as g on g.id = m.group_id
-          where m.user_id = d.user_id
-          order by g.priority desc, m.joined_at, g.id
-        ), '{}'),
-        array(select d.id from public.user_groups as d where d.is_default)
-      ) as group_ids
-      from (
-        select distinct o.user_id
-        from unnest(v_items) as o
-        where o.answer is null
-      ) as d
-    ) as u on u.user_id = i.user_id
+      select m.user_id, array_agg(g.id order by g.priority desc, m.joined_at, g.id) as ids
+      from public.group_memberships as m
+      inner join public.user_groups as g on g.id = m.group_id
+      where m.user_id = any(array(select u.user_id from unnest(v_items) as u where u.answer is null))
+      group by m.user_id
+    ) as o on o.user_id = i.user_id
     order by i.place
   );
 end
@@ -3173,6 +3182,25 @@ is 'The answer to an item that is not charged.';
 revoke execute on function tokenlimits.deny_item(tokenlimits.batch_item, tokenlimits.verdict, uuid)
 from public, anon, authenticated, service_role;
 
+create or replace function tokenlimits.states_at(p_states tokenlimits.limit_state[], p_places integer[])
+returns tokenlimits.limit_state[]
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return array(
+    select p_states[p.place]
+    from unnest(p_places) with ordinality as p (place, no)
+    order by p.no
+  );
+end
+$$;
+comment on function tokenlimits.states_at(tokenlimits.limit_state[], integer[])
+is 'Those of some states.';
+revoke execute on function tokenlimits.states_at(tokenlimits.limit_state[], integer[])
+from public, anon, authenticated, service_role;
+
 -- Judges the open items in their order, each by what those before it have left. What is denied is answered; the others
 -- become charges for usages. Answers also the limits that they were judged by, with all charges in them.
 create or replace function tokenlimits.judge_batch(
@@ -3192,7 +3220,6 @@ declare
   v_item tokenlimits.batch_item;
   v_usage public.generation_usage;
   v_charge tokenlimits.batch_charge;
-  v_option tokenlimits.limit_state[];
   v_state tokenlimits.limit_state;
   v_full tokenlimits.limit_state;
   v_verdict tokenlimits.verdict;
@@ -3241,12 +3268,9 @@ group_name, timezone, no)
       );
     end if;
     if not v_verdict.allowed and v.states is not null then
-      v_option := '{}';
-      foreach v_no in array v.states loop
-        v_option := v_option || states[v_no];
-      end loop;
       v_full := null;
-      foreach v_state in array v_option loop
+      foreach v_no in array v.states loop
+        v_state := states[v_no];
         if v_state.since > v_at then
           -- the counter is ahead of a clock that was set back; the usage belongs to its period then
           v_at := v_state.since;
@@ -3262,9 +3286,9 @@ group_name, timezone, no)
         end if;
       end loop;
       if v_full is null then
-        v_verdict := row(true, null, v.group_id, v_option, null);
+        v_verdict := row(true, null, v.group_id, null, null);
       elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
-        v_verdict := row(false, 'limit_exceeded', v.group_id, v_option, v_full);
+        v_verdict := row(false, 'limit_exceeded', v.group_id, tokenlimits.states_at(states, v.states), v_full);
       end if;
       v_charge.states := v.states;
     end if;
@@ -3432,9 +3456,19 @@ exception
     held_group_id := v_moving;
 end
 $$;
-comment on function tokenlimits.write_batch(tokenlimits.batch_item[], public.generation_usage[], tokenlimits.batch_charge[], timestamptz)
+comment on function tokenlimits.write_batch(
+  tokenlimits.batch_item[],
+  public.generation_usage[],
+  tokenlimits.batch_charge[],
+  timestamptz
+)
 is 'Writes what a batch is charged for, and sweeps.';
-revoke execute on function tokenlimits.write_batch(tokenlimits.batch_item[], public.generation_usage[], tokenlimits.batch_charge[], timestamptz)
+revoke execute on function tokenlimits.write_batch(
+  tokenlimits.batch_item[],
+  public.generation_usage[],
+  tokenlimits.batch_charge[],
+  timestamptz
+)
 from public, anon, authenticated, service_role;
 
 -- Answers what was charged: each sees the counters as they were right after it, also where others have moved them since
@@ -3457,7 +3491,8 @@ declare
   v_charge tokenlimits.batch_charge;
   v_usage public.generation_usage;
   v_state tokenlimits.limit_state;
-  v_verdict tokenlimits.verdict;
+  v_limits tokenlimits.limit_answer[] := '{}';
+  v_tightest tokenlimits.limit_state;
 begin
   for v in
     select s.no, m.used - s.used as others
@@ -3468,26 +3503,52 @@ group_name, timezone, no)
   loop
     v_others[v.no] := v.others;
   end loop;
-  v_verdict.allowed := true;
   foreach v_charge in array p_charges loop
     v_usage := p_usages[v_charge.usage];
-    v_verdict.group_id := v_usage.group_id;
-    v_verdict.states := '{}';
+    v_limits := '{}';
+    v_tightest := null;
     for i in 1..cardinality(v_charge.states) loop
       v_state := p_states[v_charge.states[i]];
       v_state.used := v_charge.used[i] + v_others[v_charge.states[i]];
-      v_verdict.states := v_verdict.states || v_state;
+      v_limits := v_limits || row(
+        v_state.kind, v_state.period, v_state.scope, v_state.max, v_state.used,
+        case when v_state.max is not null then greatest(v_state.max - v_state.used, 0) end,
+        nullif(v_state.until, 'infinity')
+      )::tokenlimits.limit_answer;
+      if v_state.max - v_state.used < v_tightest.max - v_tightest.used
+        or (v_tightest.max is null and v_state.max is not null)
+      then
+        v_tightest := v_state;
+      end if;
     end loop;
-    p_items[v_charge.place].answer := tokenlimits.answer(
-      v_verdict, v_usage.kind, v_usage.cost, v_usage, v_charge.replayed
-    );
+    p_items[v_charge.place].answer := to_jsonb(row(
+      true, null, null,
+      v_usage.id, v_usage.status, v_usage.expires_at,
+      case when v_usage.group_id is not null then row(v_usage.group_id, v_state.group_name)::tokenlimits.group_answer end,
+      v_usage.kind, v_usage.cost, v_limits, null,
+      -- greatest() passes over nulls, and unlimited is null
+      case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
+      nullif(v_tightest.until, 'infinity'), null, v_charge.replayed
+    )::tokenlimits.generation_answer);
   end loop;
   return p_items;
 end
 $$;
-comment on function tokenlimits.answer_charges(tokenlimits.batch_item[], tokenlimits.limit_state[], public.generation_usage[], tokenlimits.batch_charge[], tokenlimits.limit_state[])
+comment on function tokenlimits.answer_charges(
+  tokenlimits.batch_item[],
+  tokenlimits.limit_state[],
+  public.generation_usage[],
+  tokenlimits.batch_charge[],
+  tokenlimits.limit_state[]
+)
 is 'A batch with its charges answered.';
-revoke execute on function tokenlimits.answer_charges(tokenlimits.batch_item[], tokenlimits.limit_state[], public.generation_usage[], tokenlimits.batch_charge[], tokenlimits.limit_state[])
+revoke execute on function tokenlimits.answer_charges(
+  tokenlimits.batch_item[],
+  tokenlimits.limit_state[],
+  public.generation_usage[],
+  tokenlimits.batch_charge[],
+  tokenlimits.limit_state[]
+)
 from public, anon, authenticated, service_role;
 
 -- Answers the open items that a group may pay for; all when it is null.
@@ -3535,7 +3596,7 @@ declare
     where i.answer is null
     group by g.id, i.kind) as p
     group by p.group_id
-    order by ('x' || right(p.group_id::text, 2))::bit(8)::integer, p.group_id
+    order by get_byte(uuid_send(p.group_id), 15), p.group_id
   );
   v_group_id uuid;
 begin
@@ -4543,7 +4604,7 @@ begin
 end
 $$;
 comment on function public.group_usage(uuid, text, integer)
-is 'One group, or all: member count, and of each limit used, remaining, fraction of its capacity, reset_at; with p_page_size a page of them, after a name.';
+is 'One group, or all, or a page of them after a name: members, and of each limit what is used, and what remains.';
 revoke execute on function public.group_usage(uuid, text, integer)
 from public, anon, authenticated, service_role;
 grant execute on function public.group_usage(uuid, text, integer)

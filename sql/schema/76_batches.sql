@@ -110,6 +110,7 @@ stable
 as $$
 declare
   v_items tokenlimits.batch_item[];
+  v_default uuid[] := {{ default_group() }};
   v record;
 begin
   if jsonb_typeof(p_requests) is distinct from 'array' or jsonb_array_length(p_requests) > 1000 then
@@ -153,19 +154,18 @@ begin
         case when i.idempotency_key is not null and i.answer is null then
           min(i.place) filter (where i.answer is null) over (partition by i.user_id, i.idempotency_key)
         end,
-        case when i.answer is null then {{ pinned('u.group_ids', 'i.group_id') | indent(8) }} end,
+        case when i.answer is null then {{ pinned('coalesce(o.ids, v_default)', 'i.group_id') | indent(8) }} end,
         null,
         i.answer
       )::tokenlimits.batch_item
     from unnest(v_items) as i
     left join (
-      select d.user_id, {{ payers('d.user_id') | indent(6) }} as group_ids
-      from (
-        select distinct o.user_id
-        from unnest(v_items) as o
-        where o.answer is null
-      ) as d
-    ) as u on u.user_id = i.user_id
+      select m.user_id, array_agg(g.id order by {{ paying_order() }}) as ids
+      from public.group_memberships as m
+      inner join public.user_groups as g on g.id = m.group_id
+      where m.user_id = any(array(select u.user_id from unnest(v_items) as u where u.answer is null))
+      group by m.user_id
+    ) as o on o.user_id = i.user_id
     order by i.place
   );
 end
@@ -266,6 +266,22 @@ $$;
   "The answer to an item that is not charged."
 ) }}
 
+create or replace function tokenlimits.states_at(p_states tokenlimits.limit_state[], p_places integer[])
+returns tokenlimits.limit_state[]
+language plpgsql
+immutable
+{{ search_path() }}
+as $$
+begin
+  return array(
+    select p_states[p.place]
+    from unnest(p_places) with ordinality as p (place, no)
+    order by p.no
+  );
+end
+$$;
+{{ private('states_at(tokenlimits.limit_state[], integer[])', "Those of some states.") }}
+
 -- Judges the open items in their order, each by what those before it have left. What is denied is answered; the others
 -- become charges for usages. Answers also the limits that they were judged by, with all charges in them.
 create or replace function tokenlimits.judge_batch(
@@ -285,7 +301,6 @@ declare
   v_item tokenlimits.batch_item;
   v_usage public.generation_usage;
   v_charge tokenlimits.batch_charge;
-  v_option tokenlimits.limit_state[];
   v_state tokenlimits.limit_state;
   v_full tokenlimits.limit_state;
   v_verdict tokenlimits.verdict;
@@ -327,11 +342,11 @@ begin
       {{ unjudged('v_item.group_ids') | indent(6) }}
     end if;
     if not v_verdict.allowed and v.states is not null then
-      v_option := '{}';
-      foreach v_no in array v.states loop
-        v_option := v_option || states[v_no];
-      end loop;
-      {{ weigh('v.group_id', 'v_option', 'v_item.cost') | indent(6) }}
+      {{ weigh(
+        'v.group_id', 'v_item.cost',
+        each='foreach v_no in array v.states loop\n  v_state := states[v_no];',
+        states='tokenlimits.states_at(states, v.states)'
+      ) | indent(6) }}
       v_charge.states := v.states;
     end if;
     continue when not v.is_last;
@@ -447,7 +462,7 @@ declare
   v_charge tokenlimits.batch_charge;
   v_usage public.generation_usage;
   v_state tokenlimits.limit_state;
-  v_verdict tokenlimits.verdict;
+  {{ variables_of_answer() | indent(2) }}
 begin
   for v in
     select s.no, m.used - s.used as others
@@ -457,19 +472,19 @@ begin
   loop
     v_others[v.no] := v.others;
   end loop;
-  v_verdict.allowed := true;
   foreach v_charge in array p_charges loop
     v_usage := p_usages[v_charge.usage];
-    v_verdict.group_id := v_usage.group_id;
-    v_verdict.states := '{}';
+    v_limits := '{}';
+    v_tightest := null;
     for i in 1..cardinality(v_charge.states) loop
       v_state := p_states[v_charge.states[i]];
       v_state.used := v_charge.used[i] + v_others[v_charge.states[i]];
-      v_verdict.states := v_verdict.states || v_state;
+      {{ add_limit('v_state') | indent(6) }}
     end loop;
-    p_items[v_charge.place].answer := tokenlimits.answer(
-      v_verdict, v_usage.kind, v_usage.cost, v_usage, v_charge.replayed
-    );
+    p_items[v_charge.place].answer := {{ answer(
+      kind='v_usage.kind', cost='v_usage.cost', group_id='v_usage.group_id', group_name='v_state.group_name',
+      usage_id='v_usage.id', status='v_usage.status', expires_at='v_usage.expires_at', replayed='v_charge.replayed'
+    ) | indent(4) }};
   end loop;
   return p_items;
 end

@@ -39,19 +39,6 @@ md5(concat_ws(' ', {{ operation }}, {{ kind }}, {{ cost }}, {{ group_id }}))::uu
 {{ kind }} ~ '^[a-z][a-z0-9_]{0,31}$'
 {%- endmacro %}
 
-{#
-Metadata is measured as it is stored before it is written out: a number of ten bytes may have 131,072 digits. Those
-beyond what JSON's readers know are refused, so what is left can't grow.
-#}
-{% macro is_metadata(metadata) -%}
-(case
-  when {{ metadata }} is null then true
-  when jsonb_typeof({{ metadata }}) <> 'object' or pg_column_size({{ metadata }}) > 32768 then false
-  when jsonb_path_exists({{ metadata }}, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then false
-  else octet_length({{ metadata }}::text) <= 8192
-end)
-{%- endmacro %}
-
 {% macro is_cost(cost) -%}
 {{ cost }} between 1 and 1000000000
 {%- endmacro %}
@@ -60,7 +47,7 @@ end)
 {% macro is_request(user_id, kind, cost, idempotency_key, metadata) -%}
 {{ user_id }} is not null and {{ is_kind(kind) }} and {{ is_cost(cost) }}
 and coalesce(char_length({{ idempotency_key }}) between 1 and 255, true)
-and {{ is_metadata(metadata) }}
+and ({{ metadata }} is null or tokenlimits.is_metadata({{ metadata }}))
 {%- endmacro %}
 
 {# Whether a usage counts no more, so that its key is free. #}
@@ -69,9 +56,9 @@ and {{ is_metadata(metadata) }}
 or ({{ usage }}.status = 'reserved' and {{ usage }}.expires_at <= {{ at }}))
 {%- endmacro %}
 
-{# The stripe of a group, among 256: they bound the number of locks that a bulk edit takes. #}
+{# The stripe of a group, among 256, the last byte of its id: they bound the number of locks that a bulk edit takes. #}
 {% macro stripe(group_id) -%}
-('x' || right({{ group_id }}::text, 2))::bit(8)::integer
+get_byte(uuid_send({{ group_id }}), 15)
 {%- endmacro %}
 
 {# Advisory locks on stripes: 'tokl' in ASCII, so that they do not meet a project's own. 256: which group is default. #}
@@ -151,12 +138,12 @@ v_verdict := row(
 {%- endmacro %}
 
 {#
-One group more in the verdict: it pays, or it may have room before those that were looked at.
-Uses v_state, v_full and v_at.
+One group more in the verdict: it pays, or it may have room before those that were looked at. `each` goes through its
+limits as v_state; `states` are all of them, for an answer. Uses v_full and v_at.
 #}
-{% macro weigh(group_id, states, cost) -%}
+{% macro weigh(group_id, cost, each, states) -%}
 v_full := null;
-foreach v_state in array {{ states }} loop
+{{ each }}
   if v_state.since > v_at then
     -- the counter is ahead of a clock that was set back; the usage belongs to its period then
     v_at := v_state.since;
@@ -172,7 +159,7 @@ foreach v_state in array {{ states }} loop
   end if;
 end loop;
 if v_full is null then
-  v_verdict := row(true, null, {{ group_id }}, {{ states }}, null);
+  v_verdict := row(true, null, {{ group_id }}, null, null);
 elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
   v_verdict := row(false, 'limit_exceeded', {{ group_id }}, {{ states }}, v_full);
 end if;
@@ -190,7 +177,7 @@ foreach v_group_id in array v_group_ids loop
   if not v_is_plain then
     v_states := tokenlimits.limit_states(v_group_id, array[{{ user_id }}], {{ kind }}, v_at);
   end if;
-  {{ weigh('v_group_id', 'v_states', cost) | indent(2) }}
+  {{ weigh('v_group_id', cost, each='foreach v_state in array v_states loop', states='v_states') | indent(2) }}
   exit when v_verdict.allowed;
 end loop;
 {%- endmacro %}
@@ -244,11 +231,11 @@ select
 {%- endmacro %}
 
 {#
-Tries to take a slot of the rollup, so that no other open transaction writes it for the group. 'slot' in ASCII is the
-class of the locks.
+Tries to take a slot of the rollup, so that no other open transaction writes it for the group, nor for another one of its
+stripe. 'slot' in ASCII is the class of the locks.
 #}
 {% macro try_slot(slot, group_id) -%}
-pg_try_advisory_xact_lock(1936486260, ('x' || right({{ group_id }}::text, 6))::bit(24)::integer * 16 + {{ slot }})
+pg_try_advisory_xact_lock(1936486260, {{ stripe(group_id) }} * 16 + {{ slot }})
 {%- endmacro %}
 
 {# The slot that a connection tries first. #}
@@ -414,10 +401,17 @@ row(
 )::tokenlimits.limit_answer
 {%- endmacro %}
 
-{#
-The groups that may pay for a user, in the order in which they are tried: their own by priority, then by when they
-joined; the default group for a user in none.
-#}
+{# The order in which a user's groups g are tried, by their memberships m. #}
+{% macro paying_order() -%}
+g.priority desc, m.joined_at, g.id
+{%- endmacro %}
+
+{# The default group is for users in none. #}
+{% macro default_group() -%}
+array(select d.id from public.user_groups as d where d.is_default)
+{%- endmacro %}
+
+{# The groups that may pay for a user. #}
 {% macro payers(user_id) -%}
 coalesce(
   nullif(array(
@@ -425,9 +419,9 @@ coalesce(
     from public.group_memberships as m
     inner join public.user_groups as g on g.id = m.group_id
     where m.user_id = {{ user_id }}
-    order by g.priority desc, m.joined_at, g.id
+    order by {{ paying_order() }}
   ), '{}'),
-  array(select d.id from public.user_groups as d where d.is_default)
+  {{ default_group() }}
 )
 {%- endmacro %}
 
