@@ -2891,16 +2891,12 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.refund_generation(uuid)
 to authenticated, service_role;
 
--- Many requests in one transaction: read, judged in memory, written, until a verdict holds.
+-- Many requests in one transaction, first step: reading them.
 --
 -- Invariants
---   * The answers are those that single calls in that order would get. A bad request doesn't touch the others: what a
---     single call raises is an answer here, of reason 'refused'.
---   * An item is open until it has an answer; what was answered is never judged, and writes nothing. The first place of
---     a key stands for all the places that have it.
---   * The stripes of all groups are held, shared, before any limit is read. Each limit is read once, however many items
---     it binds, and each counter is moved once.
---   * With p_max_wait, no lock is waited for longer: what somebody holds is answered 'busy', and the rest goes on.
+--   * A bad request doesn't touch the others: what a single call raises is an answer here, of reason 'refused'.
+--   * An item is open until it has an answer; what was answered is never judged, and writes nothing.
+--   * The first place of a key stands for all the places that have it.
 
 do $do$
 begin
@@ -3182,6 +3178,12 @@ is 'The answer to an item that is not charged.';
 revoke execute on function tokenlimits.deny_item(tokenlimits.batch_item, tokenlimits.verdict, uuid)
 from public, anon, authenticated, service_role;
 
+-- Many requests in one transaction, second step: judging them, in memory.
+--
+-- Invariants
+--   * Each is judged by what those before it have left, as if it had come alone.
+--   * Nothing is written here, and no counter is waited for. Each limit is read once, however many items it binds.
+
 create or replace function tokenlimits.states_at(p_states tokenlimits.limit_state[], p_places integer[])
 returns tokenlimits.limit_state[]
 language plpgsql
@@ -3333,6 +3335,13 @@ comment on function tokenlimits.judge_batch(timestamptz, tokenlimits.batch_item[
 is 'Judges the items of a batch in their order; writes nothing.';
 revoke execute on function tokenlimits.judge_batch(timestamptz, tokenlimits.batch_item[])
 from public, anon, authenticated, service_role;
+
+-- Many requests in one transaction: read (76), judged (77), written, and judged again until a verdict holds.
+--
+-- Invariants
+--   * The answers are those that single calls in that order would get, and a denial doesn't touch the others.
+--   * The stripes of all groups are held, shared, before any limit is read. Each counter is moved once.
+--   * With p_max_wait, no lock is waited for longer: what somebody holds is answered 'busy', and the rest goes on.
 
 -- Writes the usages of a batch, and sweeps. Answers the counters that were moved as they are then; null, with nothing
 -- written, when they have moved on meanwhile, or when somebody held a row for too long: is_held, and by which group it
@@ -4666,8 +4675,9 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_timezone text := 'UTC';
+  v_now timestamptz := tokenlimits.clock();
   v_until timestamptz := coalesce(p_until, 'infinity');
-  v_since timestamptz := coalesce(p_since, coalesce(p_until, tokenlimits.clock()) - interval '30 days');
+  v_since timestamptz := coalesce(p_since, coalesce(p_until, v_now) - interval '30 days');
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.check_bucket(p_bucket);
@@ -4686,15 +4696,12 @@ begin
         sum(r.generations) as generations
       from (
         select q.bucket, q.kind, sum(q.cost) as cost, sum(q.generations) as generations
-        from (
-          select r.group_id, r.bucket, r.kind, r.cost, r.generations
-          from tokenlimits.usage_rollup as r
-          union all
-          -- expired holds that nobody has swept yet
-          select h.group_id, date_bin('15 minutes', h.created_at, '2000-01-01 00:00:00+00'), h.kind, -h.cost, -1
-          from tokenlimits.holds as h
-          where h.expires_at <= tokenlimits.clock()
-        ) as q
+        from (select r.group_id, r.kind, r.bucket, r.cost, r.generations
+        from tokenlimits.usage_rollup as r
+        union all
+        select h.group_id, h.kind, date_bin('15 minutes', h.created_at, '2000-01-01 00:00:00+00'), -h.cost, -1
+        from tokenlimits.holds as h
+        where h.expires_at <= v_now) as q
         where
           (p_group_id is null or q.group_id = p_group_id)
           and (p_kind is null or q.kind = p_kind)
@@ -4971,17 +4978,14 @@ begin
     end if;
     v_period := tokenlimits.period_of(p_bucket, v_timezone, v_at);
     select sum(q.cost) as used, sum(q.generations) as generations, count(*) as rows into v_sum
-    from (
-      select r.bucket, r.cost, r.generations
-      from tokenlimits.usage_rollup as r
-      where r.group_id = v_group_id and r.kind = v_kind and r.bucket >= v_at and r.bucket < upper(v_period)
-      union all
-      -- expired holds that nobody has swept yet
-      select date_bin('15 minutes', h.created_at, '2000-01-01 00:00:00+00'), -h.cost, -1
-      from tokenlimits.holds as h
-      where h.group_id = v_group_id and h.kind = v_kind and h.expires_at <= v_now
-    ) as q
-    where q.bucket >= v_at and q.bucket < least(upper(v_period), v_until);
+    from (select r.group_id, r.kind, r.bucket, r.cost, r.generations
+    from tokenlimits.usage_rollup as r
+    union all
+    select h.group_id, h.kind, date_bin('15 minutes', h.created_at, '2000-01-01 00:00:00+00'), -h.cost, -1
+    from tokenlimits.holds as h
+    where h.expires_at <= v_now) as q
+    where
+      q.group_id = v_group_id and q.kind = v_kind and q.bucket >= v_at and q.bucket < least(upper(v_period), v_until);
     if v_sum.generations > 0 then
       v_rows := v_rows || jsonb_build_object(
         'group', jsonb_build_object(
@@ -5081,7 +5085,8 @@ begin
         and u.created_at >= coalesce(p_since, coalesce(p_until, v_now) - interval '30 days')
         and u.created_at < coalesce(p_until, 'infinity')
         and (p_kind is null or u.kind = p_kind)
-        and (u.status = 'committed' or (u.status = 'reserved' and u.expires_at > v_now))
+        and not (u.status not in ('reserved', 'committed')
+or (u.status = 'reserved' and u.expires_at <= v_now))
       group by u.user_id
       order by used desc, u.user_id
       limit least(greatest(p_count, 1), 1000)

@@ -269,8 +269,9 @@ security definer
 as $$
 declare
   v_timezone text := 'UTC';
+  v_now timestamptz := tokenlimits.clock();
   v_until timestamptz := coalesce(p_until, 'infinity');
-  v_since timestamptz := coalesce(p_since, coalesce(p_until, tokenlimits.clock()) - interval '30 days');
+  v_since timestamptz := coalesce(p_since, coalesce(p_until, v_now) - interval '30 days');
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.check_bucket(p_bucket);
@@ -289,15 +290,7 @@ begin
         sum(r.generations) as generations
       from (
         select q.bucket, q.kind, sum(q.cost) as cost, sum(q.generations) as generations
-        from (
-          select r.group_id, r.bucket, r.kind, r.cost, r.generations
-          from tokenlimits.usage_rollup as r
-          union all
-          -- expired holds that nobody has swept yet
-          select h.group_id, {{ bucket('h.created_at') }}, h.kind, -h.cost, -1
-          from tokenlimits.holds as h
-          where h.expires_at <= tokenlimits.clock()
-        ) as q
+        from ({{ live_sums('v_now') | indent(8) }}) as q
         where
           (p_group_id is null or q.group_id = p_group_id)
           and (p_kind is null or q.kind = p_kind)

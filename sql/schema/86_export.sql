@@ -193,17 +193,9 @@ begin
     end if;
     v_period := tokenlimits.period_of(p_bucket, v_timezone, v_at);
     select sum(q.cost) as used, sum(q.generations) as generations, count(*) as rows into v_sum
-    from (
-      select r.bucket, r.cost, r.generations
-      from tokenlimits.usage_rollup as r
-      where r.group_id = v_group_id and r.kind = v_kind and r.bucket >= v_at and r.bucket < upper(v_period)
-      union all
-      -- expired holds that nobody has swept yet
-      select {{ bucket('h.created_at') }}, -h.cost, -1
-      from tokenlimits.holds as h
-      where h.group_id = v_group_id and h.kind = v_kind and h.expires_at <= v_now
-    ) as q
-    where q.bucket >= v_at and q.bucket < least(upper(v_period), v_until);
+    from ({{ live_sums('v_now') | indent(4) }}) as q
+    where
+      q.group_id = v_group_id and q.kind = v_kind and q.bucket >= v_at and q.bucket < least(upper(v_period), v_until);
     if v_sum.generations > 0 then
       v_rows := v_rows || jsonb_build_object(
         'group', jsonb_build_object(
@@ -271,7 +263,7 @@ begin
         and u.created_at >= coalesce(p_since, coalesce(p_until, v_now) - interval '30 days')
         and u.created_at < coalesce(p_until, 'infinity')
         and (p_kind is null or u.kind = p_kind)
-        and (u.status = 'committed' or (u.status = 'reserved' and u.expires_at > v_now))
+        and not {{ is_dead('u', 'v_now') }}
       group by u.user_id
       order by used desc, u.user_id
       limit least(greatest(p_count, 1), 1000)

@@ -108,11 +108,9 @@ begin
   ),
 
   repaired as (
-    insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
-    select p_group_id, d.kind, d.bucket, 0, d.used - d.was, d.generations
-    from differences as d
-    on conflict on constraint usage_rollup_pkey do update
-    set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations
+    {{ merge_into_rollup(
+      'select p_group_id, d.kind, d.bucket, 0, d.used - d.was, d.generations\nfrom differences as d'
+    ) | indent(4) }}
   )
 
   select jsonb_agg(to_jsonb(d) - 'generations' order by d.kind, d.bucket) into v_rollup

@@ -254,15 +254,26 @@ if not found then
   {{ merge_into_rollup(
     'select ' ~ usage ~ '.group_id, ' ~ usage ~ '.kind, ' ~ bucket(usage ~ '.created_at') ~ ', '
     ~ slot ~ ', ' ~ usage ~ '.cost, 1'
-  ) | indent(2) }}
+  ) | indent(2) }};
 end if;
 {%- endmacro %}
 
+{# Adds sums to the rollup; `source` has its columns. #}
 {% macro merge_into_rollup(source) -%}
 insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
 {{ source }}
 on conflict on constraint usage_rollup_pkey do update
-set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
+set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations
+{%- endmacro %}
+
+{# The rollup less expired holds that nobody has swept yet. #}
+{% macro live_sums(at) -%}
+select r.group_id, r.kind, r.bucket, r.cost, r.generations
+from tokenlimits.usage_rollup as r
+union all
+select h.group_id, h.kind, {{ bucket('h.created_at') }}, -h.cost, -1
+from tokenlimits.holds as h
+where h.expires_at <= {{ at }}
 {%- endmacro %}
 
 {#
@@ -298,7 +309,7 @@ from (
   from unnest(" ~ moves ~ ") as m
   group by m.group_id, m.kind, bucket
   order by m.group_id, m.kind, bucket
-) as g") }}
+) as g") }};
 v_states := array(
   select row(l.*)::tokenlimits.limit_state
   from (

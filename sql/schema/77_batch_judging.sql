@@ -1,0 +1,126 @@
+-- Many requests in one transaction, second step: judging them, in memory.
+--
+-- Invariants
+--   * Each is judged by what those before it have left, as if it had come alone.
+--   * Nothing is written here, and no counter is waited for. Each limit is read once, however many items it binds.
+
+create or replace function tokenlimits.states_at(p_states tokenlimits.limit_state[], p_places integer[])
+returns tokenlimits.limit_state[]
+language plpgsql
+immutable
+{{ search_path() }}
+as $$
+begin
+  return array(
+    select p_states[p.place]
+    from unnest(p_places) with ordinality as p (place, no)
+    order by p.no
+  );
+end
+$$;
+{{ private('states_at(tokenlimits.limit_state[], integer[])', "Those of some states.") }}
+
+-- Judges the open items in their order, each by what those before it have left. What is denied is answered; the others
+-- become charges for usages. Answers also the limits that they were judged by, with all charges in them.
+create or replace function tokenlimits.judge_batch(
+  p_at timestamptz,
+  inout items tokenlimits.batch_item[],
+  out states tokenlimits.limit_state[],
+  out usages public.generation_usage[],
+  out charges tokenlimits.batch_charge[]
+)
+returns record
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+declare
+  v record;
+  v_item tokenlimits.batch_item;
+  v_usage public.generation_usage;
+  v_charge tokenlimits.batch_charge;
+  v_state tokenlimits.limit_state;
+  v_full tokenlimits.limit_state;
+  v_verdict tokenlimits.verdict;
+  v_at timestamptz;
+  v_no integer;
+  -- by the first place of a key: which charge has it
+  v_holders integer[] := array_fill(null::integer, array[cardinality(items)]);
+  v_holder tokenlimits.batch_charge;
+  v_fingerprint uuid;
+begin
+  states := array(
+    select row(s.*)::tokenlimits.limit_state
+    from ({{ pairs_of('items') | indent(4) }}) as p
+    cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kind, p_at)) as s
+  );
+  usages := '{}';
+  charges := '{}';
+  -- the groups that may pay for each open item, in the order in which they are tried, with the places of their limits;
+  -- a row of nulls where no group may
+  for v in
+    select
+      i.place,
+      g.id as group_id,
+      array_agg(s.no::integer order by s.no) filter (where s.no is not null) as states,
+      coalesce(g.rank = 1, true) as is_first,
+      coalesce(g.rank = cardinality(i.group_ids), true) as is_last
+    from unnest(items) as i
+    left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
+    cross join lateral (values ('group', g.id), ('member', i.user_id)) as w (scope, subject)
+    left join unnest(states) with ordinality as s ({{ state_columns() }}, no)
+      on s.group_id = g.id and s.kind = i.kind and s.scope = w.scope and s.subject = w.subject
+    where i.answer is null
+    group by i.place, i.group_ids, g.id, g.rank
+    order by i.place, g.rank
+  loop
+    if v.is_first then
+      v_item := items[v.place];
+      v_at := p_at;
+      {{ unjudged('v_item.group_ids') | indent(6) }}
+    end if;
+    if not v_verdict.allowed and v.states is not null then
+      {{ weigh(
+        'v.group_id', 'v_item.cost',
+        each='foreach v_no in array v.states loop\n  v_state := states[v_no];',
+        states='tokenlimits.states_at(states, v.states)'
+      ) | indent(6) }}
+      v_charge.states := v.states;
+    end if;
+    continue when not v.is_last;
+
+    v_fingerprint := {{ fingerprint("'track'", 'v_item.kind', 'v_item.cost', 'v_item.group_id') }};
+    v_holder := charges[v_holders[v_item.first_place]];
+    if usages[v_holder.usage].fingerprint = v_fingerprint then
+      v_holder.place := v.place;
+      v_holder.replayed := true;
+      charges := charges || v_holder;
+    elsif v_holder is null and v_verdict.allowed then
+      v_usage := {{ usage(
+        id=usage_id('v_at', 'v_verdict.group_id'), group_id='v_verdict.group_id', user_id='v_item.user_id',
+        kind='v_item.kind', cost='v_item.cost', status="'committed'", idempotency_key='v_item.idempotency_key',
+        fingerprint='v_fingerprint', metadata='v_item.metadata', created_at='v_at', settled_at='v_at'
+      ) | indent(6) }};
+      usages := usages || v_usage;
+      v_charge.place := v.place;
+      v_charge.usage := cardinality(usages);
+      v_charge.used := '{}';
+      v_charge.replayed := false;
+      foreach v_no in array v_charge.states loop
+        states[v_no].used := states[v_no].used + v_item.cost;
+        v_charge.used := v_charge.used || states[v_no].used;
+      end loop;
+      charges := charges || v_charge;
+      if v_item.first_place is not null then
+        v_holders[v_item.first_place] := cardinality(charges);
+      end if;
+    else
+      items[v.place].answer := tokenlimits.deny_item(v_item, v_verdict, usages[v_holder.usage].id);
+    end if;
+  end loop;
+end
+$$;
+{{ private(
+  'judge_batch(timestamptz, tokenlimits.batch_item[])',
+  "Judges the items of a batch in their order; writes nothing."
+) }}

@@ -1,0 +1,228 @@
+-- Many requests in one transaction: read (76), judged (77), written, and judged again until a verdict holds.
+--
+-- Invariants
+--   * The answers are those that single calls in that order would get, and a denial doesn't touch the others.
+--   * The stripes of all groups are held, shared, before any limit is read. Each counter is moved once.
+--   * With p_max_wait, no lock is waited for longer: what somebody holds is answered 'busy', and the rest goes on.
+
+-- Writes the usages of a batch, and sweeps. Answers the counters that were moved as they are then; null, with nothing
+-- written, when they have moved on meanwhile, or when somebody held a row for too long: is_held, and by which group it
+-- was, if that is known.
+--
+-- This block has no other in it: who waits for a row of an inner one that was ended waits for the whole transaction,
+-- and goes on doing so when the outer one is taken back. They would block each other.
+create or replace function tokenlimits.write_batch(
+  p_items tokenlimits.batch_item[],
+  p_usages public.generation_usage[],
+  p_charges tokenlimits.batch_charge[],
+  p_at timestamptz,
+  out moved tokenlimits.limit_state[],
+  out is_held boolean,
+  out held_group_id uuid
+)
+returns record
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+declare
+  v_moves tokenlimits.usage_move[];
+  {{ variables_of_moves() | indent(2) }}
+begin
+  is_held := false;
+  v_moves := tokenlimits.write_ledger(
+    p_usages,
+    array(
+      select i.dead_id
+      from unnest(p_charges) as c
+      inner join unnest(p_items) as i on i.place = c.place
+      where not c.replayed
+      order by c.usage
+    ),
+    true,
+    array(select p.group_id from ({{ pairs_of('p_items') | indent(6) }}) as p order by p.group_id, p.kind),
+    array(select p.kind from ({{ pairs_of('p_items') | indent(6) }}) as p order by p.group_id, p.kind),
+    p_at
+  );
+  {{ move_all('v_moves', 'p_at') | indent(2) }}
+  moved := v_moved;
+exception
+  when sqlstate 'TL099' then
+    moved := null;
+  when lock_not_available then
+    moved := null;
+    is_held := true;
+    held_group_id := v_moving;
+end
+$$;
+{{ private(
+  'write_batch(tokenlimits.batch_item[], public.generation_usage[], tokenlimits.batch_charge[], timestamptz)',
+  "Writes what a batch is charged for, and sweeps."
+) }}
+
+-- Answers what was charged: each sees the counters as they were right after it, also where others have moved them since
+-- they were read. Where holds have expired, the verdict knows better than the counter what is used.
+create or replace function tokenlimits.answer_charges(
+  p_items tokenlimits.batch_item[],
+  p_states tokenlimits.limit_state[],
+  p_usages public.generation_usage[],
+  p_charges tokenlimits.batch_charge[],
+  p_moved tokenlimits.limit_state[]
+)
+returns tokenlimits.batch_item[]
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+declare
+  v_others bigint[] := array_fill(0::bigint, array[cardinality(p_states)]);
+  v record;
+  v_charge tokenlimits.batch_charge;
+  v_usage public.generation_usage;
+  v_state tokenlimits.limit_state;
+  {{ variables_of_answer() | indent(2) }}
+begin
+  for v in
+    select s.no, m.used - s.used as others
+    from unnest(p_states) with ordinality as s ({{ state_columns() }}, no)
+    inner join unnest(p_moved) as m on m.counter_id = s.counter_id and m.subject = s.subject
+    where s.expired is null and m.used <> s.used
+  loop
+    v_others[v.no] := v.others;
+  end loop;
+  foreach v_charge in array p_charges loop
+    v_usage := p_usages[v_charge.usage];
+    v_limits := '{}';
+    v_tightest := null;
+    for i in 1..cardinality(v_charge.states) loop
+      v_state := p_states[v_charge.states[i]];
+      v_state.used := v_charge.used[i] + v_others[v_charge.states[i]];
+      {{ add_limit('v_state') | indent(6) }}
+    end loop;
+    p_items[v_charge.place].answer := {{ answer(
+      kind='v_usage.kind', cost='v_usage.cost', group_id='v_usage.group_id', group_name='v_state.group_name',
+      usage_id='v_usage.id', status='v_usage.status', expires_at='v_usage.expires_at', replayed='v_charge.replayed'
+    ) | indent(4) }};
+  end loop;
+  return p_items;
+end
+$$;
+{{ private(
+  'answer_charges(tokenlimits.batch_item[], tokenlimits.limit_state[], public.generation_usage[], tokenlimits.batch_charge[], tokenlimits.limit_state[])',
+  "A batch with its charges answered."
+) }}
+
+-- Answers the open items that a group may pay for; all when it is null.
+create or replace function tokenlimits.answer_busy(p_items tokenlimits.batch_item[], p_group_id uuid)
+returns tokenlimits.batch_item[]
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+declare
+  v_item tokenlimits.batch_item;
+  v_verdict tokenlimits.verdict;
+begin
+  v_verdict.reason := 'busy';
+  v_verdict.group_id := p_group_id;
+  foreach v_item in array p_items loop
+    if v_item.answer is null and (p_group_id is null or p_group_id = any(v_item.group_ids)) then
+      p_items[v_item.place].answer := tokenlimits.answer(
+        v_verdict, v_item.kind, v_item.cost, null, p_replayed => false
+      );
+    end if;
+  end loop;
+  return p_items;
+end
+$$;
+{{ private(
+  'answer_busy(tokenlimits.batch_item[], uuid)',
+  "A batch with the items answered whose group is held by somebody else."
+) }}
+
+-- Takes the stripes of all groups; answers the items of those that could not be had in time.
+create or replace function tokenlimits.lock_batch(p_items tokenlimits.batch_item[])
+returns tokenlimits.batch_item[]
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+declare
+  -- in the order of their stripes
+  v_group_ids uuid[] := array(
+    select p.group_id
+    from ({{ pairs_of('p_items') | indent(4) }}) as p
+    group by p.group_id
+    order by {{ stripe('p.group_id') }}, p.group_id
+  );
+  v_group_id uuid;
+begin
+  perform tokenlimits.lock_groups(v_group_ids);
+  return p_items;
+exception
+  when lock_not_available then
+    foreach v_group_id in array v_group_ids loop
+      begin
+        perform tokenlimits.lock_groups(array[v_group_id]);
+      exception
+        when lock_not_available then
+          p_items := tokenlimits.answer_busy(p_items, v_group_id);
+      end;
+    end loop;
+    return p_items;
+end
+$$;
+{{ private('lock_batch(tokenlimits.batch_item[])', "Holds the limits of a batch's groups still.") }}
+
+create or replace function tokenlimits.track_generations(p_requests jsonb, p_max_wait bigint)
+returns jsonb
+language plpgsql
+volatile
+-- definer: counters are private, and nobody else writes the ledger
+security definer
+{{ search_path() }}
+as $$
+declare
+  v_lock_timeout text := current_setting('lock_timeout');
+  v_items tokenlimits.batch_item[] := tokenlimits.read_requests(p_requests);
+  v_at timestamptz;
+  v_judged record;
+  v_written record;
+begin
+  if p_max_wait not between 1 and 60000 then
+    perform tokenlimits.refuse(
+      'TL001', 'max_wait: must be from 1 to 60000 milliseconds, or null', 'max_wait', 'Nothing was recorded.'
+    );
+  elsif p_max_wait is not null then
+    perform set_config('lock_timeout', p_max_wait::text, true);
+  end if;
+  v_items := tokenlimits.lock_batch(v_items);
+  loop
+    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    v_at := greatest(tokenlimits.clock(), v_at);
+    v_items := tokenlimits.replay(v_items);
+    v_judged := tokenlimits.judge_batch(v_at, v_items);
+    v_at := greatest(v_at, (select max(u.created_at) from unnest(v_judged.usages) as u));
+    v_written := tokenlimits.write_batch(v_items, v_judged.usages, v_judged.charges, v_at);
+    exit when v_written.moved is not null;
+    if v_written.is_held then
+      v_items := tokenlimits.answer_busy(v_items, v_written.held_group_id);
+    end if;
+  end loop;
+  v_items := tokenlimits.answer_charges(
+    v_judged.items, v_judged.states, v_judged.usages, v_judged.charges, v_written.moved
+  );
+  perform set_config('lock_timeout', v_lock_timeout, true);
+  return coalesce((select jsonb_agg(i.answer order by i.place) from unnest(v_items) as i), '[]');
+end
+$$;
+
+-- Each request is an object with the arguments of track_generation (without p_), and is answered at the same place. One
+-- that track_generation would refuse with an error has the reason 'refused'. With p_max_wait, those whose group
+-- somebody else holds for more than so many milliseconds have the reason 'busy', and may be asked again.
+{{ rpc(
+  'track_generations',
+  ['p_requests jsonb', 'p_max_wait bigint default null'],
+  to='service_role',
+  comment="Tracks up to 1,000 generations in one transaction: each is judged by itself, in this order."
+) }}
