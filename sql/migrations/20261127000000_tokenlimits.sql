@@ -1235,8 +1235,8 @@ from public, anon, authenticated, service_role;
 --     carried out if every counter still has room when it is moved, else everything is taken back and judged again.
 --   * One live usage per user and idempotency key.
 
--- Metadata is measured as it is stored before it is written out: a number of ten bytes may have 131,072 digits. Those
--- beyond what JSON's readers know are refused, so what is left can't grow.
+-- Metadata is measured as it is stored before it is written out: a number of ten bytes may have 131,072 digits, before
+-- the point or behind it. Those beyond what JSON's readers know are refused, so what is left can't grow.
 create or replace function tokenlimits.is_metadata(p_metadata jsonb)
 returns boolean
 language plpgsql
@@ -1247,6 +1247,12 @@ begin
   if jsonb_typeof(p_metadata) <> 'object' or pg_column_size(p_metadata) > 32768 then
     return false;
   elsif jsonb_path_exists(p_metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then
+    return false;
+  elsif pg_column_size(p_metadata) > 1024 and exists (
+    select
+    from jsonb_path_query(p_metadata, '$.** ? (@.type() == "number")') as n (value)
+    where scale(n.value::numeric) > 400
+  ) then
     return false;
   end if;
   return octet_length(p_metadata::text) <= 8192;
@@ -1284,12 +1290,12 @@ begin
   elsif (p_cost between 1 and 1000000000) is not true then
     v_field := 'cost';
     v_rule := 'must be a whole number from 1 to 1000000000';
-  elsif not tokenlimits.is_metadata(p_metadata) then
-    v_field := 'metadata';
-    v_rule := 'must be a JSON object of at most 8192 bytes, with numbers below 1.8e308';
-  else
+  elsif char_length(p_idempotency_key) not between 1 and 255 then
     v_field := 'idempotency_key';
     v_rule := 'must have 1 to 255 characters';
+  else
+    v_field := 'metadata';
+    v_rule := 'must be a JSON object of at most 8192 bytes, with numbers below 1.8e308';
   end if;
   perform tokenlimits.refuse('TL001', v_field || ': ' || v_rule, v_field, 'Nothing was recorded.');
 end
@@ -4414,10 +4420,6 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.reset_group_usage(uuid, text)
 to authenticated, service_role;
 
--- the one before had no search
--- squawk-ignore ban-drop-function
-drop function if exists tokenlimits.group_members(uuid, uuid, integer);
-
 create or replace function tokenlimits.group_members(p_group_id uuid, p_after uuid, p_page_size integer, p_search text)
 returns jsonb
 language plpgsql
@@ -4448,10 +4450,6 @@ begin
   ), '[]');
 end
 $$;
-
--- the one before had no search
--- squawk-ignore ban-drop-function
-drop function if exists public.group_members(uuid, uuid, integer);
 
 create or replace function public.group_members(
   p_group_id uuid,
@@ -5820,11 +5818,16 @@ begin
     'tables', (
       select jsonb_object_agg(t.relname, jsonb_build_object(
         'rls', t.relrowsecurity,
-        'anon', has_table_privilege('anon', t.oid, 'select, insert, update, delete'),
+        'anon', has_any_column_privilege('anon', t.oid, 'select, insert, update')
+        or has_table_privilege('anon', t.oid, 'delete'),
         'authenticated', (
           select coalesce(jsonb_agg(a.name order by a.name), '[]')
           from unnest(array['select', 'insert', 'update', 'delete']) as a (name)
-          where has_table_privilege('authenticated', t.oid, a.name)
+          where case a.name
+            when 'delete' then has_table_privilege('authenticated', t.oid, a.name)
+            -- granted column by column
+            else has_any_column_privilege('authenticated', t.oid, a.name)
+          end
         )
       ))
       from pg_catalog.pg_class as t

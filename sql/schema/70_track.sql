@@ -6,8 +6,8 @@
 --     carried out if every counter still has room when it is moved, else everything is taken back and judged again.
 --   * One live usage per user and idempotency key.
 
--- Metadata is measured as it is stored before it is written out: a number of ten bytes may have 131,072 digits. Those
--- beyond what JSON's readers know are refused, so what is left can't grow.
+-- Metadata is measured as it is stored before it is written out: a number of ten bytes may have 131,072 digits, before
+-- the point or behind it. Those beyond what JSON's readers know are refused, so what is left can't grow.
 create or replace function tokenlimits.is_metadata(p_metadata jsonb)
 returns boolean
 language plpgsql
@@ -18,6 +18,12 @@ begin
   if jsonb_typeof(p_metadata) <> 'object' or pg_column_size(p_metadata) > 32768 then
     return false;
   elsif jsonb_path_exists(p_metadata, '$.** ? (@.type() == "number" && (@ > 1.8e308 || @ < -1.8e308))') then
+    return false;
+  elsif pg_column_size(p_metadata) > 1024 and exists (
+    select
+    from jsonb_path_query(p_metadata, '$.** ? (@.type() == "number")') as n (value)
+    where scale(n.value::numeric) > 400
+  ) then
     return false;
   end if;
   return octet_length(p_metadata::text) <= 8192;
@@ -50,12 +56,12 @@ begin
   elsif ({{ is_cost('p_cost') }}) is not true then
     v_field := 'cost';
     v_rule := 'must be a whole number from 1 to 1000000000';
-  elsif not tokenlimits.is_metadata(p_metadata) then
-    v_field := 'metadata';
-    v_rule := 'must be a JSON object of at most 8192 bytes, with numbers below 1.8e308';
-  else
+  elsif char_length(p_idempotency_key) not between 1 and 255 then
     v_field := 'idempotency_key';
     v_rule := 'must have 1 to 255 characters';
+  else
+    v_field := 'metadata';
+    v_rule := 'must be a JSON object of at most 8192 bytes, with numbers below 1.8e308';
   end if;
   perform tokenlimits.refuse('TL001', v_field || ': ' || v_rule, v_field, 'Nothing was recorded.');
 end

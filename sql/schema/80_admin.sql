@@ -436,10 +436,6 @@ $$;
   comment="A fresh start for a group's current periods, of a kind or of all; the ledger keeps everything."
 ) }}
 
--- the one before had no search
--- squawk-ignore ban-drop-function
-drop function if exists tokenlimits.group_members(uuid, uuid, integer);
-
 create or replace function tokenlimits.group_members(p_group_id uuid, p_after uuid, p_page_size integer, p_search text)
 returns jsonb
 language plpgsql
@@ -470,10 +466,6 @@ begin
   ), '[]');
 end
 $$;
--- the one before had no search
--- squawk-ignore ban-drop-function
-drop function if exists public.group_members(uuid, uuid, integer);
-
 {{ rpc(
   'group_members',
   ['p_group_id uuid', 'p_after uuid default null', 'p_page_size integer default 500', 'p_search text default null'],

@@ -175,11 +175,16 @@ begin
     'tables', (
       select jsonb_object_agg(t.relname, jsonb_build_object(
         'rls', t.relrowsecurity,
-        'anon', has_table_privilege('anon', t.oid, 'select, insert, update, delete'),
+        'anon', has_any_column_privilege('anon', t.oid, 'select, insert, update')
+        or has_table_privilege('anon', t.oid, 'delete'),
         'authenticated', (
           select coalesce(jsonb_agg(a.name order by a.name), '[]')
           from unnest(array['select', 'insert', 'update', 'delete']) as a (name)
-          where has_table_privilege('authenticated', t.oid, a.name)
+          where case a.name
+            when 'delete' then has_table_privilege('authenticated', t.oid, a.name)
+            -- granted column by column
+            else has_any_column_privilege('authenticated', t.oid, a.name)
+          end
         )
       ))
       from pg_catalog.pg_class as t
