@@ -5823,11 +5823,8 @@ begin
         'authenticated', (
           select coalesce(jsonb_agg(a.name order by a.name), '[]')
           from unnest(array['select', 'insert', 'update', 'delete']) as a (name)
-          where case a.name
-            when 'delete' then has_table_privilege('authenticated', t.oid, a.name)
-            -- granted column by column
-            else has_any_column_privilege('authenticated', t.oid, a.name)
-          end
+          -- of the whole table: what is granted column by column is meant so
+          where has_table_privilege('authenticated', t.oid, a.name)
         )
       ))
       from pg_catalog.pg_class as t
