@@ -525,7 +525,7 @@ revoke execute on function tokenlimits.lock_groups(uuid[], boolean)
 from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.free_slot(p_group_id uuid)
-returns smallint
+returns integer
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
@@ -1269,8 +1269,7 @@ create or replace function tokenlimits.refuse_request(
   p_user_id uuid,
   p_kind text,
   p_cost bigint,
-  p_idempotency_key text,
-  p_metadata jsonb
+  p_idempotency_key text
 )
 returns void
 language plpgsql
@@ -1294,6 +1293,7 @@ begin
     v_field := 'idempotency_key';
     v_rule := 'must have 1 to 255 characters';
   else
+    -- what is left
     v_field := 'metadata';
     v_rule := 'must be a JSON object of at most 8192 bytes, with numbers below 1.8e308';
   end if;
@@ -1301,10 +1301,10 @@ begin
 end
 $$;
 
-comment on function tokenlimits.refuse_request(uuid, text, bigint, text, jsonb)
+comment on function tokenlimits.refuse_request(uuid, text, bigint, text)
 is 'Raises TL001 with the name of the field that makes a request a bad one.';
 
-revoke execute on function tokenlimits.refuse_request(uuid, text, bigint, text, jsonb)
+revoke execute on function tokenlimits.refuse_request(uuid, text, bigint, text)
 from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.refuse_key(p_idempotency_key text, p_usage_id uuid)
@@ -1467,7 +1467,7 @@ begin
   if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
   and coalesce(char_length(p_idempotency_key) between 1 and 255, true)
   and (p_metadata is null or tokenlimits.is_metadata(p_metadata))) is not true then
-    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
+    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key);
   elsif current_setting('transaction_isolation') <> 'read committed' then
     -- what is read after a lock was waited for must be as it is then
     perform tokenlimits.refuse_isolation();
@@ -1748,7 +1748,7 @@ begin
   if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
   and coalesce(char_length(p_idempotency_key) between 1 and 255, true)
   and (p_metadata is null or tokenlimits.is_metadata(p_metadata))) is not true then
-    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
+    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key);
   elsif p_ttl is null or p_ttl not between 1 and 2592000 then
     perform tokenlimits.refuse(
       'TL001', 'ttl: must be from 1 second to 30 days, in seconds', 'ttl', 'Nothing was reserved.'
@@ -2036,7 +2036,7 @@ begin
   if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
   and coalesce(char_length(p_idempotency_key) between 1 and 255, true)
   and (p_metadata is null or tokenlimits.is_metadata(p_metadata))) is not true then
-    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
+    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key);
   elsif p_created_at > tokenlimits.clock() + interval '1 minute' then
     -- a minute for clocks that differ
     perform tokenlimits.refuse('TL001', 'created_at: must not lie in the future', 'created_at', 'Nothing was recorded.');
@@ -2228,7 +2228,7 @@ begin
   if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
   and coalesce(char_length(null) between 1 and 255, true)
   and (null::jsonb is null or tokenlimits.is_metadata(null::jsonb))) is not true then
-    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, null, null);
+    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, null);
   elsif current_setting('transaction_isolation') <> 'read committed' then
     perform tokenlimits.refuse_isolation();
   end if;
@@ -3133,9 +3133,7 @@ begin
   if (v_item.user_id is not null and v_item.kind ~ '^[a-z][a-z0-9_]{0,31}$' and v_item.cost between 1 and 1000000000
   and coalesce(char_length(v_item.idempotency_key) between 1 and 255, true)
   and (v_item.metadata is null or tokenlimits.is_metadata(v_item.metadata))) is not true then
-    perform tokenlimits.refuse_request(
-      v_item.user_id, v_item.kind, v_item.cost, v_item.idempotency_key, v_item.metadata
-    );
+    perform tokenlimits.refuse_request(v_item.user_id, v_item.kind, v_item.cost, v_item.idempotency_key);
   end if;
   return v_item;
 exception

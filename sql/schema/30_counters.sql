@@ -180,7 +180,7 @@ $$;
 ) }}
 
 create or replace function tokenlimits.free_slot(p_group_id uuid)
-returns smallint
+returns integer
 language plpgsql
 volatile
 {{ search_path() }}

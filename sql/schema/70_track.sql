@@ -35,8 +35,7 @@ create or replace function tokenlimits.refuse_request(
   p_user_id uuid,
   p_kind text,
   p_cost bigint,
-  p_idempotency_key text,
-  p_metadata jsonb
+  p_idempotency_key text
 )
 returns void
 language plpgsql
@@ -60,6 +59,7 @@ begin
     v_field := 'idempotency_key';
     v_rule := 'must have 1 to 255 characters';
   else
+    -- what is left
     v_field := 'metadata';
     v_rule := 'must be a JSON object of at most 8192 bytes, with numbers below 1.8e308';
   end if;
@@ -67,7 +67,7 @@ begin
 end
 $$;
 {{ private(
-  'refuse_request(uuid, text, bigint, text, jsonb)',
+  'refuse_request(uuid, text, bigint, text)',
   "Raises TL001 with the name of the field that makes a request a bad one."
 ) }}
 
@@ -214,7 +214,7 @@ declare
   {%- endif %}
 begin
   if ({{ is_request('p_user_id', 'p_kind', 'p_cost', 'p_idempotency_key', 'p_metadata') | indent(2) }}) is not true then
-    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key, p_metadata);
+    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key);
   {%- if operation == 'reserve' %}
   elsif p_ttl is null or p_ttl not between 1 and 2592000 then
     perform tokenlimits.refuse(
@@ -345,7 +345,7 @@ declare
   {{ variables_of_verdict() | indent(2) }}
 begin
   if ({{ is_request('p_user_id', 'p_kind', 'p_cost', 'null', 'null::jsonb') | indent(2) }}) is not true then
-    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, null, null);
+    perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, null);
   elsif current_setting('transaction_isolation') <> 'read committed' then
     perform tokenlimits.refuse_isolation();
   end if;

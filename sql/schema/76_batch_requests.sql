@@ -84,9 +84,7 @@ begin
   v_item.group_id := {{ request_field('p_request', 'group_id') }};
   v_item.metadata := {{ request_field('p_request', 'metadata') }};
   if ({{ is_item('v_item') | indent(2) }}) is not true then
-    perform tokenlimits.refuse_request(
-      v_item.user_id, v_item.kind, v_item.cost, v_item.idempotency_key, v_item.metadata
-    );
+    perform tokenlimits.refuse_request(v_item.user_id, v_item.kind, v_item.cost, v_item.idempotency_key);
   end if;
   return v_item;
 exception
