@@ -44,7 +44,16 @@ class TestGroupForm:
 
     @pytest.mark.parametrize(
         ("field", "value"),
-        [("name", ""), ("name", "x" * 201), ("description", "x" * 2001), ("priority", "high"), ("timezone", "")],
+        [
+            ("name", ""),
+            ("name", "x" * 201),
+            ("name", "Pro\u200b"),
+            ("name", "\u202eorP"),
+            ("description", "x" * 2001),
+            ("priority", "high"),
+            ("timezone", ""),
+            ("timezone", "CET"),
+        ],
     )
     def test_says_what_is_wrong_beside_the_field(self, field: str, value: str) -> None:
         form, fields = GroupForm.of_typed(typed(**{field: value})).checked()

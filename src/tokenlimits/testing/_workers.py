@@ -1,4 +1,4 @@
-"""The SQL functions for workers, by their names and parameters (sql/schema/70 to 76)."""
+"""The SQL functions for workers, by their names and parameters (sql/schema/70 to 78)."""
 
 from __future__ import annotations
 
