@@ -150,8 +150,8 @@ class TrackResult(Model):
     It is true when allowed. `remaining` is the smallest of the limits' (None: unlimited). `reset_at` is when the limit
     with the least room resets, or, when denied, when the limit that denied will have room (None: never by itself);
     `retry_after` is how many seconds that is from now. `usage_id` names the usage that was recorded; it is opaque: read
-    nothing from it. `replayed` says that an earlier call with the same idempotency key had recorded it. `code` and `detail` are those of the error that
-    `track` would have raised, when `track_many` was refused one of its requests.
+    nothing from it. `replayed` says that an earlier call with the same idempotency key had recorded it. `code` and
+    `detail` are those of the error that `track` would have raised, when `track_many` was refused one of its requests.
     """
 
     allowed: bool
