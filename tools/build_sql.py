@@ -38,7 +38,7 @@ def schema() -> str:
         loader=FileSystemLoader(SQL / "schema"),
         extensions=["jinja2.ext.do"],
         undefined=StrictUndefined,
-        autoescape=False,  # noqa: S701 - it's SQL that comes out
+        autoescape=False,  # it's SQL that comes out
         keep_trailing_newline=True,
     )
     for path in sorted((SQL / "schema" / "macros").glob("*.sql")):

@@ -279,8 +279,8 @@ begin
       from public.user_groups as g
       where
         (p_group_id is null or g.id = p_group_id)
-        and (p_name is null or lower(g.name) = lower(btrim(p_name)))
-        and (p_search is null or strpos(lower(g.name), lower(btrim(p_search))) > 0)
+        and (p_name is null or lower(g.name) = lower(normalize(btrim(p_name), nfc)))
+        and (p_search is null or strpos(lower(g.name), lower(normalize(btrim(p_search), nfc))) > 0)
         and (p_after is null or lower(g.name) > lower(p_after))
       order by lower(g.name)
       limit least(greatest(p_page_size, 1), 500)

@@ -43,17 +43,17 @@ def all_groups(search: str | None) -> Flow[list[Group]]:
 
 
 def all_usage() -> Flow[list[GroupUsage]]:
-    """Read the usage of all groups."""
+    """Read the usage of all groups; a page that isn't full is the last."""
     usages: dict[UUID, GroupUsage] = {}
     after = None
-    while page := (yield _calls.usage_page(after, USAGE_PAGE)):
-        after = page[-1].group.name
+    while True:
+        page = yield _calls.usage_page(after, USAGE_PAGE)
         fresh = {usage.group.id: usage for usage in page if usage.group.id not in usages}
-        # a group that is renamed meanwhile may come again; whoever renames for ever must not keep us for ever
-        if not fresh:
-            break
         usages |= fresh
-    return list(usages.values())
+        # a group that is renamed meanwhile may come again; whoever renames for ever must not keep us for ever
+        if len(page) < USAGE_PAGE or not fresh:
+            return list(usages.values())
+        after = page[-1].group.name
 
 
 def all_members(group_id: Id, search: str | None) -> Pages[Member]:

@@ -868,7 +868,8 @@ def _make_history(owner: Api, group: UUID, user: UUID, rows: int, until: str = "
           returning *
         )
         insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
-        select group_id, kind, date_bin('15 minutes', created_at, '2000-01-01 00:00:00+00') as bucket, 0, sum(cost), count(*)
+        select
+          group_id, kind, date_bin('15 minutes', created_at, '2000-01-01 00:00:00+00') as bucket, 0, sum(cost), count(*)
         from made
         group by 1, 2, 3
         """,

@@ -24,7 +24,9 @@ SWEPT = 500
 RESERVE_MANY = """
 select count(*) filter (where (answer ->> 'allowed')::boolean)
 from generate_series(1, %(times)s) as i
-cross join lateral public.reserve_generation(%(user)s, 'image', 1, 60, p_metadata => jsonb_build_object('i', i)) as answer
+cross join lateral (
+  select public.reserve_generation(%(user)s, 'image', 1, 60, p_metadata => jsonb_build_object('i', i)) as answer
+) as r
 """
 
 
@@ -67,7 +69,9 @@ class TestMoreThanACallSweeps:
         assert not world.api.check(user, "image")["allowed"]
 
     def test_a_batch_gets_it_and_not_more(self, world: World, user: UUID) -> None:
-        answers = world.api.track_many([(user, "image", 500), (user, "image", 801), (user, "image", 800), (user, "image")])
+        answers = world.api.track_many(
+            [(user, "image", 500), (user, "image", 801), (user, "image", 800), (user, "image")]
+        )
         assert [a["allowed"] for a in answers] == [True, False, True, False]
         assert [a["remaining"] for a in answers] == [800, 800, 0, 0]
         assert statuses(world) == {"expired": SWEPT, "reserved": 1300 - SWEPT, "committed": 2}
