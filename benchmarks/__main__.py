@@ -37,7 +37,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--postgres", choices=list(servers()), help="one major version, instead of all at hand")
     parser.add_argument("--rows", type=int, default=10_000_000, help="of history (default: 10 million)")
     parser.add_argument("--rounds", type=int, default=6, help="of every comparison, in turns")
-    parser.add_argument("--seconds", type=float, default=3, help="of every measurement")
+    parser.add_argument("--seconds", type=float, default=2, help="of every measurement")
     parser.add_argument("--against", type=Path, help="another tokenlimits.sql, to compare ours with")
     parser.add_argument("--pgledger", type=Path, help="a pgledger.sql to compare with (it is not part of this project)")
     names = ", ".join([*SECTIONS, EXACTNESS])

@@ -17,7 +17,7 @@ class Load:
     url: str
     script: str
     clients: int = 16
-    seconds: float = 3
+    seconds: float = 2
 
 
 def rate(programs: Path, load: Load) -> float:

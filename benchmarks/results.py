@@ -49,8 +49,10 @@ def head(options: str, settings: tuple[str, ...], rounds: int, seconds: float, a
     compared = f" `{against.name}` is the SQL that `--against` named." if against else ""
     return f"""# Results
 
-Commit {_commit()}, measured {datetime.now(UTC):%Y-%m-%d} by `{options}` on
-{_machine()}, with fsync on and {", ".join(settings)}.
+Commit {_commit()}, measured {datetime.now(UTC):%Y-%m-%d} by
+`{options}`
+on {_machine()},
+with fsync on and {", ".join(settings)}.
 Both sides of a line ran in the same run, in turns of {seconds:g} s, {rounds} rounds; the ratio is the median over
 rounds of ours to theirs.{compared}
 """
