@@ -4690,10 +4690,36 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.my_generation_usage()
 to authenticated;
 
+do $do$
+begin
+  if to_regtype('tokenlimits.group_usage_answer') is null then
+    -- as clients see it
+    create type tokenlimits.group_limit_answer as (
+      kind text,
+      period text,
+      scope text,
+      max bigint,
+      used numeric,
+      reset_at timestamptz,
+      capacity numeric,
+      remaining numeric,
+      fraction numeric
+    );
+    create type tokenlimits.group_usage_answer as (
+      "group" tokenlimits.group_answer,
+      member_count bigint,
+      limits json
+    );
+  end if;
+end
+$do$;
+
 -- A member limit is shown for the group as a whole: what all members used, of max for each. All groups of a page at
--- once, since a dashboard asks for a thousand: what limit_states works out for one, this does for all in one query.
+-- once, since a dashboard asks for a thousand: what limit_states works out for one, this does for all in one query. Each
+-- "offset 0" is a look-up for each row, whatever the planner thinks of the size of an array: a page costs its groups,
+-- not all that there are. It answers json, which is only put together; jsonb would be built anew at every level.
 create or replace function tokenlimits.group_usage(p_group_id uuid, p_after text, p_page_size integer)
-returns jsonb
+returns json
 language plpgsql
 stable
 -- definer: counters are private
@@ -4714,20 +4740,41 @@ begin
       from public.user_groups as g
       where p_after is null or lower(g.name) > lower(p_after)
       order by lower(g.name)
-      limit greatest(p_page_size, 1)
+      -- null: all
+      limit case when p_page_size is not null then greatest(p_page_size, 1) end
     );
   end if;
   return coalesce((
     with groups as materialized (
-      select g.id, g.name, g.timezone
-      from unnest(v_group_ids) as p (id)
-      inner join public.user_groups as g on g.id = p.id
+      select p.place, g.id, g.name, g.timezone, m.members
+      from unnest(v_group_ids) with ordinality as p (id, place)
+      cross join lateral (
+        select u.id, u.name, u.timezone
+        from public.user_groups as u
+        where u.id = p.id
+        offset 0
+      ) as g
+      cross join lateral (
+        select count(*) as members
+        from public.group_memberships as n
+        where n.group_id = p.id
+      ) as m
     ),
 
+    -- with the group's own limit of the same period, if there is one: its counter knows what all members used together
     limits as materialized (
-      select l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id, g.timezone
+      select l.*, g.timezone, g.members
       from groups as g
-      inner join public.group_limits as l on l.group_id = g.id
+      cross join lateral (
+        select
+          i.group_id, i.kind, i.period, i.scope, i.max, i.counter_id,
+          case when i.scope = 'group' then i.counter_id else o.counter_id end as counted_by
+        from public.group_limits as i
+        left join public.group_limits as o
+          on o.group_id = i.group_id and o.kind = i.kind and o.period = i.period and o.scope = 'group'
+        where i.group_id = g.id
+        offset 0
+      ) as l
     ),
 
     periods as materialized (
@@ -4739,78 +4786,71 @@ begin
     -- is null there is no counter
     states as materialized (
       select
-        l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id,
-        case when c.until > v_now then c.since else greatest(lower(p.range), c.until, (
-          select max(r.reset_at)
-          from tokenlimits.usage_resets as r
-          where r.group_id = l.group_id and r.kind in (l.kind, '*')
-        )) end as since,
+        l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id, l.members,
+        case
+          when c.until > v_now then c.since
+          else greatest(lower(p.range), c.until, (
+            select max(r.reset_at)
+            from tokenlimits.usage_resets as r
+            where r.group_id = l.group_id and r.kind in (l.kind, '*')
+          ))
+        end as since,
         case when c.until > v_now then c.until else upper(p.range) end as until,
         case when c.until > v_now then c.used when c.until is not null then 0 end as used
       from limits as l
       inner join periods as p on p.period = l.period and p.timezone = l.timezone
-      left join tokenlimits.counters as c
-        on l.scope = 'group' and c.subject = l.group_id and c.counter_id = l.counter_id
+      left join lateral (
+        select k.since, k.until, k.used
+        from tokenlimits.counters as k
+        where k.subject = l.group_id and k.counter_id = l.counted_by
+        offset 0
+      ) as c on true
     ),
 
-    members as materialized (
-      select m.group_id, count(*) as members
-      from public.group_memberships as m
-      where m.group_id = any(v_group_ids)
-      group by m.group_id
+    -- else it is added up as count_usage does, all at once where the period is whole buckets of the rollup
+    sums as materialized (
+      select s.counter_id, sum(r.cost) as used
+      from states as s
+      cross join lateral (
+        select u.cost
+        from tokenlimits.usage_rollup as u
+        where u.group_id = s.group_id and u.kind = s.kind and u.bucket >= s.since and u.bucket < s.until
+        offset 0
+      ) as r
+      where s.used is null and s.since = date_bin('15 minutes', s.since, '2000-01-01 00:00:00+00') and s.until = date_bin('15 minutes', s.until, '2000-01-01 00:00:00+00')
+      group by s.counter_id
     ),
 
-    -- what all members used together the group's own counter of that period knows, if there is one; else it is added
-    -- up from the rollup, as count_usage does
     counted as materialized (
       select
-        s.group_id, s.kind, s.period, s.scope, s.max, s.counter_id, s.until,
-        coalesce(s.used, s.shared, case
-          when s.since = date_bin('15 minutes', s.since, '2000-01-01 00:00:00+00') and s.until = date_bin('15 minutes', s.until, '2000-01-01 00:00:00+00')
-            then coalesce((
-              select sum(r.cost)
-              from tokenlimits.usage_rollup as r
-              where r.group_id = s.group_id and r.kind = s.kind and r.bucket >= s.since and r.bucket < s.until
-            ), 0)
+        s.*,
+        -- numeric: of many members it is more than a bigint holds
+        s.max::numeric * case s.scope when 'member' then s.members else 1 end as capacity,
+        coalesce(s.used, u.used, case
+          when s.since = date_bin('15 minutes', s.since, '2000-01-01 00:00:00+00') and s.until = date_bin('15 minutes', s.until, '2000-01-01 00:00:00+00') then 0
           else tokenlimits.count_usage(s.group_id, null, s.kind, s.since, s.until)
         end)
         - case when v_any_expired
           then tokenlimits.expired_cost(s.group_id, null, s.kind, s.since, v_now)
           else 0
-        end as used,
-        -- numeric: of many members it is more than a bigint holds
-        s.max::numeric * case s.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
-      from (
-        select
-          t.*,
-          max(t.used) filter (where t.scope = 'group') over (
-            partition by t.group_id, t.kind, t.period, t.since
-          ) as shared
-        from states as t
-      ) as s
-      left join members as m on m.group_id = s.group_id
+        end as sum
+      from states as s
+      left join sums as u on u.counter_id = s.counter_id
     ),
 
-    -- json is only put together; jsonb would be built anew at every level
     shown as (
       select
         c.group_id,
         json_agg(
-          json_build_object(
-            'kind', c.kind,
-            'period', c.period,
-            'scope', c.scope,
-            'max', c.max,
-            'used', c.used,
-            'reset_at', nullif(c.until, 'infinity'),
-            'capacity', c.capacity,
-            'remaining', case when c.capacity is not null then greatest(c.capacity - c.used, 0) end,
-            'fraction', case
-              when c.capacity > 0 then round(c.used::numeric / c.capacity, 6)
+          row(
+            c.kind, c.period, c.scope, c.max, c.sum, nullif(c.until, 'infinity'), c.capacity,
+            case when c.capacity is not null then greatest(c.capacity - c.sum, 0) end,
+            case
+              when c.capacity > 0 then round(c.sum / c.capacity, 6)
               -- a blocked limit is full; so is one of a group without members that has been used
               when c.capacity = 0 then 1
             end
-          )
+          )::tokenlimits.group_limit_answer
           order by c.kind, c.scope = 'group', c.counter_id
         ) as limits
       from counted as c
@@ -4818,17 +4858,14 @@ begin
     )
 
     select json_agg(
-      json_build_object(
-        'group', json_build_object('id', g.id, 'name', g.name),
-        'member_count', coalesce(m.members, 0),
-        'limits', coalesce(s.limits, '[]')
-      )
-      order by lower(g.name)
+      row(
+        row(g.id, g.name)::tokenlimits.group_answer, g.members, coalesce(s.limits, '[]')
+      )::tokenlimits.group_usage_answer
+      order by g.place
     )
     from groups as g
-    left join members as m on m.group_id = g.id
     left join shown as s on s.group_id = g.id
-  )::jsonb, '[]');
+  ), '[]');
 end
 $$;
 
@@ -4837,7 +4874,7 @@ create or replace function public.group_usage(
   p_after text default null,
   p_page_size integer default null
 )
-returns jsonb
+returns json
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
@@ -4852,7 +4889,7 @@ end
 $$;
 
 comment on function public.group_usage(uuid, text, integer)
-is 'One group, or all, or a page of them after a name: members, and of each limit what is used, and what remains.';
+is 'The usage of one group, of all, or of a page of them after a name: members, and of each limit used, remaining, fraction of its capacity, reset_at.';
 
 revoke execute on function public.group_usage(uuid, text, integer)
 from public, anon, authenticated, service_role;

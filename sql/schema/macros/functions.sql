@@ -48,7 +48,7 @@ A function of the API: takes its arguments (each 'name type', or 'name type defa
 private half, which has its name and its arguments, and is closed here too; or to another call. It runs as its caller:
 what needs more rights is in the private half.
 #}
-{% macro rpc(name, arguments, to, comment, volatility='volatile', calls='') -%}
+{% macro rpc(name, arguments, to, comment, volatility='volatile', returns='jsonb', calls='') -%}
 {%- set parameters = [] -%}
 {%- set types = [] -%}
 {%- set passed = [] -%}
@@ -60,7 +60,7 @@ what needs more rights is in the private half.
 {%- endfor -%}
 create or replace function public.{{ name }}(
   {{- '\n  ' ~ parameters | join(',\n  ') ~ '\n' if parameters }})
-returns jsonb
+returns {{ returns }}
 language plpgsql
 {{ volatility }}
 {{ search_path() }}

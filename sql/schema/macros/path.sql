@@ -71,6 +71,11 @@ get_byte(uuid_send({{ group_id }}), 15)
 date_bin('15 minutes', {{ at }}, '2000-01-01 00:00:00+00')
 {%- endmacro %}
 
+{# Whether a period is made of whole buckets of the rollup; a lifetime is. #}
+{% macro is_whole(since, until) -%}
+{{ since }} = {{ bucket(since) }} and {{ until }} = {{ bucket(until) }}
+{%- endmacro %}
+
 {#
 The id of a usage: a UUIDv7 (RFC 9562) of its moment, so that new rows land at the right edge of the primary key, which
 keeps it in memory. Its last four hex digits are those of its home. date_part, for extract counts in slow numerics.
