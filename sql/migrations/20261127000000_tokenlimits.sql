@@ -745,6 +745,8 @@ declare
   v_is_plain boolean;
   v record;
   v_state tokenlimits.limit_state;
+  -- a counter may be ahead of a clock that was set back; holds expire by the clock
+  v_now timestamptz := least(p_at, tokenlimits.clock());
 begin
   select
     array_agg(
@@ -818,12 +820,12 @@ group_name, timezone, place)
   if p_less_expired and exists (
     select
     from tokenlimits.holds as h
-    where h.group_id = p_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= p_at
+    where h.group_id = p_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= v_now
   ) then
     for i in 1..cardinality(v_states) loop
       v_state := v_states[i];
       v_state.expired := tokenlimits.expired_cost(
-        p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.since, p_at
+        p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.since, v_now
       );
       v_state.used := v_state.used - v_state.expired;
       v_states[i] := v_state;
@@ -872,10 +874,17 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  -- those that somebody else drops at this moment are passed over: to wait for them would break the order of locks
   delete from tokenlimits.counters as c
-  where
-    c.subject = p_subject
-    and not exists (select from public.group_limits as l where l.counter_id = c.counter_id);
+  using (
+    select s.subject, s.counter_id
+    from tokenlimits.counters as s
+    where
+      s.subject = p_subject
+      and not exists (select from public.group_limits as l where l.counter_id = s.counter_id)
+    for update skip locked
+  ) as d
+  where c.subject = d.subject and c.counter_id = d.counter_id;
 end
 $$;
 
@@ -2385,7 +2394,8 @@ begin
   where c.subject = p_state.subject and c.counter_id = p_state.counter_id
   for no key update;
   v_expired := tokenlimits.expired_cost(
-    p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.since, p_at
+    p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.since,
+    least(p_at, tokenlimits.clock())
   );
   update tokenlimits.counters as c
   set used = c.used + p_cost
@@ -2445,7 +2455,8 @@ begin
     cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kind, p_at, false)) as l
   );
   for v_move in
-    select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.enforced) as enforced
+    select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.enforced) as enforced,
+      bool_or(m.created_at < s.since) as is_over
     from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
   group_name, timezone, place)
     inner join (
@@ -2457,12 +2468,16 @@ begin
     ) as m
       on
         m.group_id = s.group_id and m.kind = s.kind and m.subject = s.subject and m.scope = s.scope
-        and m.created_at >= s.since
+        -- what must have room can't be passed over: its period ended after it was judged
+        and (m.created_at >= s.since or m.enforced)
     group by s.place, s.scope, s.subject, s.counter_id
     order by s.scope = 'group', s.subject, s.counter_id
   loop
     v_state := v_states[v_move.place];
     v_moving := v_state.group_id;
+    if v_move.is_over then
+      raise sqlstate 'TL099';
+    end if;
     if v_state.is_open is null then
       v_state.used := v_state.used - v_move.cost;
     end if;
@@ -2569,7 +2584,7 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_at timestamptz := p_at;
+  v_at timestamptz := least(p_at, tokenlimits.clock());
   v_moves tokenlimits.usage_move[];
 begin
   loop
@@ -2664,6 +2679,8 @@ begin
   for v in
     select distinct p.group_id, p.kind
     from unnest(p_group_ids, p_kinds) as p (group_id, kind)
+    -- not ahead of a clock that was set back: other members' holds and counters are not there yet
+    where p_at <= tokenlimits.clock()
   loop
     v_expired := v_expired || tokenlimits.lock_expired(
       v.group_id, v.kind, p_at, c_swept - cardinality(v_expired)
@@ -2848,10 +2865,11 @@ begin
   end if;
   perform tokenlimits.lock_groups(array[v_usage.group_id]);
   loop
-    -- never before it was recorded, or a clock that was set back would go round for ever
-    v_at := greatest(tokenlimits.clock(), v_usage.created_at, v_at);
     begin
       select * into v_usage from public.generation_usage as u where u.id = p_usage_id for update;
+      -- after the lock, which may have been waited for; never before it was recorded, or a clock that was set back
+      -- would go round for ever
+      v_at := greatest(tokenlimits.clock(), v_usage.created_at, v_at);
       v_cost := case p_action when 'commit' then coalesce(p_cost, v_usage.reserved_cost) else v_usage.cost end;
       v_status := tokenlimits.settled_status(v_usage, p_action, v_cost, v_at);
       if v_status is not null then
@@ -3581,7 +3599,8 @@ begin
     cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kind, p_at, false)) as l
   );
   for v_move in
-    select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.enforced) as enforced
+    select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.enforced) as enforced,
+      bool_or(m.created_at < s.since) as is_over
     from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
   group_name, timezone, place)
     inner join (
@@ -3593,12 +3612,16 @@ begin
     ) as m
       on
         m.group_id = s.group_id and m.kind = s.kind and m.subject = s.subject and m.scope = s.scope
-        and m.created_at >= s.since
+        -- what must have room can't be passed over: its period ended after it was judged
+        and (m.created_at >= s.since or m.enforced)
     group by s.place, s.scope, s.subject, s.counter_id
     order by s.scope = 'group', s.subject, s.counter_id
   loop
     v_state := v_states[v_move.place];
     v_moving := v_state.group_id;
+    if v_move.is_over then
+      raise sqlstate 'TL099';
+    end if;
     if v_state.is_open is null then
       v_state.used := v_state.used - v_move.cost;
     end if;
@@ -3829,9 +3852,9 @@ begin
     v_at := greatest(tokenlimits.clock(), v_at);
     v_items := tokenlimits.replay(v_items);
     v_judged := tokenlimits.judge_batch(v_at, v_items);
-    v_at := greatest(v_at, (select max(u.created_at) from unnest(v_judged.usages) as u));
     v_written := tokenlimits.write_batch(v_items, v_judged.usages, v_judged.charges, v_at);
     exit when v_written.moved is not null;
+    v_at := greatest(v_at, (select max(u.created_at) from unnest(v_judged.usages) as u));
     if v_written.is_held then
       v_items := tokenlimits.answer_busy(v_items, v_written.held_group_id);
     end if;

@@ -113,6 +113,8 @@ declare
   {{ variables_of_limits() | indent(2) }}
   v record;
   v_state tokenlimits.limit_state;
+  -- a counter may be ahead of a clock that was set back; holds expire by the clock
+  v_now timestamptz := least(p_at, tokenlimits.clock());
 begin
   {{ read_limits(
     'p_group_id', "unnest(case i.scope when 'group' then array[i.group_id] else p_user_ids end)", 'p_kind', 'p_at'
@@ -155,12 +157,12 @@ begin
   if p_less_expired and exists (
     select
     from tokenlimits.holds as h
-    where h.group_id = p_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= p_at
+    where h.group_id = p_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= v_now
   ) then
     for i in 1..cardinality(v_states) loop
       v_state := v_states[i];
       v_state.expired := tokenlimits.expired_cost(
-        p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.since, p_at
+        p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.since, v_now
       );
       v_state.used := v_state.used - v_state.expired;
       v_states[i] := v_state;
@@ -202,10 +204,17 @@ volatile
 {{ search_path() }}
 as $$
 begin
+  -- those that somebody else drops at this moment are passed over: to wait for them would break the order of locks
   delete from tokenlimits.counters as c
-  where
-    c.subject = p_subject
-    and not exists (select from public.group_limits as l where l.counter_id = c.counter_id);
+  using (
+    select s.subject, s.counter_id
+    from tokenlimits.counters as s
+    where
+      s.subject = p_subject
+      and not exists (select from public.group_limits as l where l.counter_id = s.counter_id)
+    for update skip locked
+  ) as d
+  where c.subject = d.subject and c.counter_id = d.counter_id;
 end
 $$;
 {{ private('drop_stale_counters(uuid)', "Drops a subject's counters of limits that are gone.") }}

@@ -27,7 +27,8 @@ begin
   where c.subject = p_state.subject and c.counter_id = p_state.counter_id
   for no key update;
   v_expired := tokenlimits.expired_cost(
-    p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.since, p_at
+    p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.since,
+    least(p_at, tokenlimits.clock())
   );
   {{ move_counter('p_state', 'p_cost', 'p_last', 'false', used='c.used - v_expired') | indent(2) }}
   if not found then
@@ -131,7 +132,7 @@ volatile
 {{ search_path() }}
 as $$
 declare
-  v_at timestamptz := p_at;
+  v_at timestamptz := least(p_at, tokenlimits.clock());
   v_moves tokenlimits.usage_move[];
 begin
   loop
@@ -222,6 +223,8 @@ begin
   for v in
     select distinct p.group_id, p.kind
     from unnest(p_group_ids, p_kinds) as p (group_id, kind)
+    -- not ahead of a clock that was set back: other members' holds and counters are not there yet
+    where p_at <= tokenlimits.clock()
   loop
     v_expired := v_expired || tokenlimits.lock_expired(
       v.group_id, v.kind, p_at, c_swept - cardinality(v_expired)

@@ -112,10 +112,11 @@ begin
   end if;
   perform tokenlimits.lock_groups(array[v_usage.group_id]);
   loop
-    -- never before it was recorded, or a clock that was set back would go round for ever
-    v_at := greatest(tokenlimits.clock(), v_usage.created_at, v_at);
     begin
       select * into v_usage from public.generation_usage as u where u.id = p_usage_id for update;
+      -- after the lock, which may have been waited for; never before it was recorded, or a clock that was set back
+      -- would go round for ever
+      v_at := greatest(tokenlimits.clock(), v_usage.created_at, v_at);
       v_cost := case p_action when 'commit' then coalesce(p_cost, v_usage.reserved_cost) else v_usage.cost end;
       v_status := tokenlimits.settled_status(v_usage, p_action, v_cost, v_at);
       if v_status is not null then

@@ -202,9 +202,9 @@ begin
     v_at := greatest(tokenlimits.clock(), v_at);
     v_items := tokenlimits.replay(v_items);
     v_judged := tokenlimits.judge_batch(v_at, v_items);
-    v_at := greatest(v_at, (select max(u.created_at) from unnest(v_judged.usages) as u));
     v_written := tokenlimits.write_batch(v_items, v_judged.usages, v_judged.charges, v_at);
     exit when v_written.moved is not null;
+    v_at := greatest(v_at, (select max(u.created_at) from unnest(v_judged.usages) as u));
     if v_written.is_held then
       v_items := tokenlimits.answer_busy(v_items, v_written.held_group_id);
     end if;

@@ -325,7 +325,8 @@ v_states := array(
   cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kind, {{ at }}, false)) as l
 );
 for v_move in
-  select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.enforced) as enforced
+  select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.enforced) as enforced,
+    bool_or(m.created_at < s.since) as is_over
   from unnest(v_states) with ordinality as s ({{ state_columns() }}, place)
   inner join (
     select g.*, g.group_id as subject, 'group' as scope
@@ -336,12 +337,16 @@ for v_move in
   ) as m
     on
       m.group_id = s.group_id and m.kind = s.kind and m.subject = s.subject and m.scope = s.scope
-      and m.created_at >= s.since
+      -- what must have room can't be passed over: its period ended after it was judged
+      and (m.created_at >= s.since or m.enforced)
   group by s.place, s.scope, s.subject, s.counter_id
   order by s.scope = 'group', s.subject, s.counter_id
 loop
   v_state := v_states[v_move.place];
   v_moving := v_state.group_id;
+  if v_move.is_over then
+    raise sqlstate 'TL099';
+  end if;
   if v_state.is_open is null then
     v_state.used := v_state.used - v_move.cost;
   end if;
