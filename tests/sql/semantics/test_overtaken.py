@@ -48,15 +48,17 @@ class TestABatchWithACounterAheadOfTheClock:
     """One item belongs to a later period than the others, which are counted in their own all the same."""
 
     def test_after_the_clock_was_set_back(self, world: World) -> None:
-        ahead, other = world.group(limit(100, period="day")), world.group(limit(1, period="day"))
+        world.at("2026-11-23 12:00Z")
+        ahead, other = world.group(limit(100, period="day")), world.group(limit(2, period="day"))
         first, second = world.user(ahead), world.user(other)
         world.at("2026-11-25 12:00Z")
         assert world.api.track(first, "image")["allowed"]
         world.at("2026-11-23 12:00Z")
+        assert world.api.track(second, "image")["allowed"]
         answers = world.api.track_many([(first, "image"), (second, "image"), (second, "image")])
         assert [a["allowed"] for a in answers] == [True, True, False]
         assert not world.api.track(second, "image")["allowed"]
-        assert (world.used(first, "day"), world.used(second, "day")) == (2, 1)
+        assert (world.used(first, "day"), world.used(second, "day")) == (2, 2)
 
     def test_after_somebody_began_the_new_day(self, world: World, blocker: Api, begin: Begin) -> None:
         late = "2026-11-23 23:59:59.999999Z"
@@ -145,13 +147,15 @@ class TestHoldsExpireByTheClock:
 class TestCountersOfLimitsThatAreGone:
     """Whoever opens a member's counter drops them, many at the beginning of a day."""
 
+    KINDS = ("image", "video", *(f"kind_{n}" for n in range(6)))
+
     @pytest.fixture
     def users(self, world: World) -> list[UUID]:
         """Members whose counters are all of the day before, and one each of no limit."""
         world.at("2026-11-23 12:00Z")
-        kinds = ("image", "video", "audio")
+        kinds = ("audio", *self.KINDS)
         group = world.group(*(limit(None, kind, "day", "member") for kind in kinds))
-        users = [world.user(group) for _ in range(60)]
+        users = [world.user(group) for _ in range(40)]
         world.api.track_many([(user, kind) for user in users for kind in kinds])
         world.api.remove_limit(group, "audio", "day", "member")
         world.at("2026-11-24 12:00Z")
@@ -173,15 +177,15 @@ class TestCountersOfLimitsThatAreGone:
         assert all(a["allowed"] for a in answers)
 
     def test_batches_and_single_calls_at_once(self, world: World, hammer: Hammer, users: list[UUID]) -> None:
-        trios = [users[n : n + 3] for n in range(0, len(users), 3)]
-        batches: Script = [
-            Batch(tuple(Call(user, kind) for user in trio for kind in ("image", "video"))) for trio in trios
+        # each begins with another counter of a member, and goes on to those that the others began with
+        batches: list[Script] = [
+            [Batch(tuple(Call(user, kind) for kind in self.KINDS[n:])) for user in users] for n in range(6)
         ]
-        singles: Script = [Call(user, "video") for user in users]
-        answers = hammer([batches, singles] * 4)
+        singles: Script = [Call(user, kind) for user in users for kind in reversed(self.KINDS)]
+        answers = hammer([*batches, singles, singles])
         assert_right(answers)
         assert all(a.allowed for a in answers)
-        assert world.owner.one("select count(*) from tokenlimits.counters") == 2 * len(users), "the others are gone"
+        assert world.owner.one("select count(*) from tokenlimits.counters") == len(self.KINDS) * len(users)
 
 
 class TestUsageOfAllGroups:
