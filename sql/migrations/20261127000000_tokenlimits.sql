@@ -4768,8 +4768,10 @@ begin
     );
   end if;
   return coalesce((
-    with groups as materialized (
-      select p.place, g.id, g.name, g.timezone, m.members
+    -- with the group's own limit of the same period, if there is one: its counter knows what all members used together;
+    -- a row of nulls of a group without limits
+    with limits as materialized (
+      select p.place, g.id, g.name, g.timezone, m.members, l.*
       from unnest(v_group_ids) with ordinality as p (id, place)
       cross join lateral (
         select u.id, u.name, u.timezone
@@ -4782,112 +4784,95 @@ begin
         from public.group_memberships as n
         where n.group_id = p.id
       ) as m
-    ),
-
-    -- with the group's own limit of the same period, if there is one: its counter knows what all members used together
-    limits as materialized (
-      select l.*, g.timezone, g.members
-      from groups as g
-      cross join lateral (
+      left join lateral (
         select
-          i.group_id, i.kind, i.period, i.scope, i.max, i.counter_id,
+          i.kind, i.period, i.scope, i.max, i.counter_id,
           case when i.scope = 'group' then i.counter_id else o.counter_id end as counted_by
         from public.group_limits as i
         left join public.group_limits as o
           on o.group_id = i.group_id and o.kind = i.kind and o.period = i.period and o.scope = 'group'
-        where i.group_id = g.id
+        where i.group_id = p.id
         offset 0
-      ) as l
+      ) as l on true
     ),
 
     periods as materialized (
       select k.period, k.timezone, tokenlimits.period_of(k.period, k.timezone, v_now) as range
-      from (select distinct l.period, l.timezone from limits as l) as k
+      from (select distinct l.period, l.timezone from limits as l where l.period is not null) as k
     ),
 
     -- as limit_states: an open counter says what is used, and nothing is when a period has begun since; where used
     -- is null there is no counter
     states as materialized (
       select
-        l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id, l.members,
+        l.*,
         case
           when c.until > v_now then c.since
           else greatest(lower(p.range), c.until, (
             select max(r.reset_at)
             from tokenlimits.usage_resets as r
-            where r.group_id = l.group_id and r.kind in (l.kind, '*')
+            where r.group_id = l.id and r.kind in (l.kind, '*')
           ))
         end as since,
         case when c.until > v_now then c.until else upper(p.range) end as until,
         case when c.until > v_now then c.used when c.until is not null then 0 end as used
       from limits as l
-      inner join periods as p on p.period = l.period and p.timezone = l.timezone
+      left join periods as p on p.period = l.period and p.timezone = l.timezone
       left join lateral (
         select k.since, k.until, k.used
         from tokenlimits.counters as k
-        where k.subject = l.group_id and k.counter_id = l.counted_by
+        where k.subject = l.id and k.counter_id = l.counted_by
         offset 0
       ) as c on true
     ),
 
-    -- else it is added up as count_usage does, all at once where the period is whole buckets of the rollup
-    sums as materialized (
-      select s.counter_id, sum(r.cost) as used
-      from states as s
-      cross join lateral (
-        select u.cost
-        from tokenlimits.usage_rollup as u
-        where u.group_id = s.group_id and u.kind = s.kind and u.bucket >= s.since and u.bucket < s.until
-        offset 0
-      ) as r
-      where s.used is null and s.since = date_bin('15 minutes', s.since, '2000-01-01 00:00:00+00') and s.until = date_bin('15 minutes', s.until, '2000-01-01 00:00:00+00')
-      group by s.counter_id
-    ),
-
+    -- then it is added up as count_usage does; here, where the period is whole buckets of the rollup
     counted as materialized (
       select
-        s.*,
+        s.place, s.id, s.name, s.members, s.kind, s.period, s.scope, s.max, s.counter_id, s.until,
         -- numeric: of many members it is more than a bigint holds
         s.max::numeric * case s.scope when 'member' then s.members else 1 end as capacity,
-        coalesce(s.used, u.used, case
-          when s.since = date_bin('15 minutes', s.since, '2000-01-01 00:00:00+00') and s.until = date_bin('15 minutes', s.until, '2000-01-01 00:00:00+00') then 0
-          else tokenlimits.count_usage(s.group_id, null, s.kind, s.since, s.until)
+        coalesce(s.used, case
+          when s.since = date_bin('15 minutes', s.since, '2000-01-01 00:00:00+00') and s.until = date_bin('15 minutes', s.until, '2000-01-01 00:00:00+00') then coalesce((
+            select sum(r.cost)
+            from tokenlimits.usage_rollup as r
+            where r.group_id = s.id and r.kind = s.kind and r.bucket >= s.since and r.bucket < s.until
+          ), 0)
+          when s.kind is not null then tokenlimits.count_usage(s.id, null, s.kind, s.since, s.until)
         end)
         - case when v_any_expired
-          then tokenlimits.expired_cost(s.group_id, null, s.kind, s.since, v_now)
+          then tokenlimits.expired_cost(s.id, null, s.kind, s.since, v_now)
           else 0
-        end as sum
+        end as used
       from states as s
-      left join sums as u on u.counter_id = s.counter_id
-    ),
+    )
 
-    shown as (
+    select json_agg(q.answer order by q.place)
+    from (
       select
-        c.group_id,
-        json_agg(
-          row(
-            c.kind, c.period, c.scope, c.max, c.sum, nullif(c.until, 'infinity'), c.capacity,
-            case when c.capacity is not null then greatest(c.capacity - c.sum, 0) end,
-            case
-              when c.capacity > 0 then round(c.sum / c.capacity, 6)
-              -- a blocked limit is full; so is one of a group without members that has been used
-              when c.capacity = 0 then 1
-            end
-          )::tokenlimits.group_limit_answer
-          order by c.kind, c.scope = 'group', c.counter_id
-        ) as limits
+        c.place,
+        row(
+          row(c.id, c.name)::tokenlimits.group_answer,
+          c.members,
+          coalesce(
+            json_agg(
+              row(
+                c.kind, c.period, c.scope, c.max, c.used, nullif(c.until, 'infinity'), c.capacity,
+                case when c.capacity is not null then greatest(c.capacity - c.used, 0) end,
+                case
+                  when c.capacity > 0 then round(c.used / c.capacity, 6)
+                  -- a blocked limit is full; so is one of a group without members that has been used
+                  when c.capacity = 0 then 1
+                end
+              )::tokenlimits.group_limit_answer
+              order by c.kind, c.scope = 'group', c.counter_id
+            ) filter (where c.kind is not null),
+            '[]'
+          )
+        )::tokenlimits.group_usage_answer as answer
       from counted as c
-      group by c.group_id
-    )
-
-    select json_agg(
-      row(
-        row(g.id, g.name)::tokenlimits.group_answer, g.members, coalesce(s.limits, '[]')
-      )::tokenlimits.group_usage_answer
-      order by g.place
-    )
-    from groups as g
-    left join shown as s on s.group_id = g.id
+      group by c.place, c.id, c.name, c.members
+    ) as q
   ), '[]');
 end
 $$;
