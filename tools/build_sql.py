@@ -44,7 +44,8 @@ def schema() -> str:
     for path in sorted((SQL / "schema" / "macros").glob("*.sql")):
         macros = templates.from_string(path.read_text()).module
         templates.globals |= {name: value for name, value in vars(macros).items() if not name.startswith("_")}
-    built = "\n".join(templates.get_template(path.name).render() for path in sorted((SQL / "schema").glob("*.sql")))
+    names = sorted(path.name for path in (SQL / "schema").glob("*.sql"))
+    built = "\n".join(f"-- {name}\n\n{templates.get_template(name).render()}" for name in names)
     return re.sub(r"[ \t]+$", "", built, flags=re.MULTILINE)
 
 

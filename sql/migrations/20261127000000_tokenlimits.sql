@@ -1,6 +1,8 @@
 -- tokenlimits: what is new since the migration before this one.
 -- Generated from sql/schema/ by `make sql`; edit it there.
 
+-- 10_schema.sql
+
 -- The private schema, who is an admin, and the clock.
 --
 -- Invariants
@@ -147,6 +149,8 @@ from public, anon, authenticated, service_role;
 grant execute on function public.tokenlimits_version()
 to authenticated, service_role;
 
+-- 20_tables.sql
+
 -- Groups, their limits and members, and the ledger.
 --
 -- Invariants
@@ -169,8 +173,11 @@ create table if not exists public.user_groups (
   updated_at timestamptz not null default now(),
   constraint user_groups_pkey primary key (id),
   constraint user_groups_name_check check (
-    char_length(name) between 1 and 200 and name = btrim(name) and name = normalize(name, nfc)
-    and name !~ '[\u0001-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]'
+    char_length(name) between 1 and 200 and name = normalize(
+      btrim(name, U&' \00a0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200a\202f\205f\3000'), nfc
+    )
+    and name !~ '[\u0001-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e]'
+    and name !~ '[\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0]'
   ),
   constraint user_groups_description_check check (char_length(description) <= 2000),
   constraint user_groups_created_at_check check (
@@ -197,8 +204,8 @@ create table if not exists public.group_limits (
   id uuid not null default gen_random_uuid(),
   group_id uuid not null,
   kind text not null,
-  period text not null,
-  scope text not null,
+  period text not null default 'lifetime',
+  scope text not null default 'group',
   max bigint,
   counter_id bigint generated always as identity,
   constraint group_limits_pkey primary key (id),
@@ -288,10 +295,15 @@ declare
 begin
   -- row-level security refuses only afterwards what somebody inserts, and nothing is read for them before
   perform tokenlimits.require_admin();
-  new.name := normalize(btrim(new.name), nfc);
+  new.name := normalize(
+    btrim(new.name, U&' \00a0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200a\202f\205f\3000'), nfc
+  );
   new.updated_at := tokenlimits.clock();
-  if (char_length(new.name) between 1 and 200 and new.name = btrim(new.name) and new.name = normalize(new.name, nfc)
-and new.name !~ '[\u0001-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]') is not true then
+  if (char_length(new.name) between 1 and 200 and new.name = normalize(
+  btrim(new.name, U&' \00a0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200a\202f\205f\3000'), nfc
+)
+and new.name !~ '[\u0001-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e]'
+and new.name !~ '[\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0]') is not true then
     perform tokenlimits.refuse(
       'TL001', 'name: must have 1 to 200 characters, none of them a control, zero-width or direction character', 'name'
     );
@@ -330,6 +342,8 @@ from public, anon, authenticated, service_role;
 create or replace trigger user_groups_check
 before insert or update on public.user_groups
 for each row execute function tokenlimits.check_group();
+
+-- 30_counters.sql
 
 -- Counters, rollup, holds and resets: what makes a call's cost independent of history.
 --
@@ -547,6 +561,8 @@ is 'A slot of the rollup that no other open transaction writes for this group; a
 revoke execute on function tokenlimits.free_slot(uuid)
 from public, anon, authenticated, service_role;
 
+-- 40_periods.sql
+
 -- Calendar periods in a time zone.
 --
 -- Invariants
@@ -617,6 +633,8 @@ is 'The calendar period in a zone that a moment lies in.';
 
 revoke execute on function tokenlimits.period_of(text, text, timestamptz)
 from public, anon, authenticated, service_role;
+
+-- 50_limits.sql
 
 -- What a group's limits are at a moment: read from counters, or counted from rollup and ledger where there is none.
 --
@@ -894,6 +912,8 @@ is 'Drops a subject''s counters of limits that are gone.';
 revoke execute on function tokenlimits.drop_stale_counters(uuid)
 from public, anon, authenticated, service_role;
 
+-- 55_edits.sql
+
 -- What happens when limits are edited.
 --
 -- Invariants
@@ -1017,6 +1037,8 @@ create or replace trigger user_groups_renew_counters
 after update on public.user_groups
 referencing old table as old_rows new table as new_rows
 for each statement execute function tokenlimits.renew_counters();
+
+-- 60_answers.sql
 
 -- What is answered.
 --
@@ -1235,6 +1257,8 @@ is 'A usage of the ledger as workers see it, with its limits at a moment.';
 
 revoke execute on function tokenlimits.usage_answer(public.generation_usage, timestamptz, boolean)
 from public, anon, authenticated, service_role;
+
+-- 70_track.sql
 
 -- One request: judged and recorded in one step (track, reserve, record), or only judged (check).
 --
@@ -1642,6 +1666,7 @@ begin
               nullif(v_tightest.until, 'infinity'), null, false
             )::tokenlimits.generation_answer);
           end if;
+          -- its key is taken: by whom is asked below
         else
           perform tokenlimits.move_usage(
             tokenlimits.write_ledger(
@@ -1713,7 +1738,7 @@ grant execute on function public.track_generation(uuid, text, bigint, text, uuid
 to service_role;
 
 comment on function tokenlimits.track_generation(uuid, text, bigint, text, uuid, jsonb)
-is 'What track_generation does.';
+is 'The private half of public.track_generation.';
 
 revoke execute on function tokenlimits.track_generation(uuid, text, bigint, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
@@ -1931,6 +1956,7 @@ begin
               nullif(v_tightest.until, 'infinity'), null, false
             )::tokenlimits.generation_answer);
           end if;
+          -- its key is taken: by whom is asked below
         else
           perform tokenlimits.move_usage(
             tokenlimits.write_ledger(
@@ -2004,7 +2030,7 @@ grant execute on function public.reserve_generation(uuid, text, bigint, bigint, 
 to service_role;
 
 comment on function tokenlimits.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
-is 'What reserve_generation does.';
+is 'The private half of public.reserve_generation.';
 
 revoke execute on function tokenlimits.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
@@ -2126,6 +2152,7 @@ begin
       end if;
       exit when v_verdict.allowed;
     end loop;
+    -- it was judged for the moment that its counters are at; it is never denied
     v_verdict.allowed := v_group_ids <> '{}';
     v_verdict.group_id := v_group_ids[1];
     if v_verdict.allowed then
@@ -2208,7 +2235,7 @@ grant execute on function public.record_generation(uuid, text, bigint, timestamp
 to service_role;
 
 comment on function tokenlimits.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
-is 'What record_generation does.';
+is 'The private half of public.record_generation.';
 
 revoke execute on function tokenlimits.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
@@ -2357,13 +2384,15 @@ grant execute on function public.check_generation(uuid, text, bigint, uuid)
 to service_role;
 
 comment on function tokenlimits.check_generation(uuid, text, bigint, uuid)
-is 'What check_generation does.';
+is 'The private half of public.check_generation.';
 
 revoke execute on function tokenlimits.check_generation(uuid, text, bigint, uuid)
 from public, anon, authenticated, service_role;
 
 grant execute on function tokenlimits.check_generation(uuid, text, bigint, uuid)
 to service_role;
+
+-- 72_moves.sql
 
 -- Many moves at once: usages that are written, holds that have expired and are swept, and what a settlement changes.
 --
@@ -2747,6 +2776,8 @@ revoke execute on function tokenlimits.write_ledger(
 )
 from public, anon, authenticated, service_role;
 
+-- 74_settle.sql
+
 -- The second step of a hold: commit, release; and the refund of what was committed.
 --
 -- Invariants
@@ -2985,7 +3016,7 @@ grant execute on function public.commit_generation(uuid, bigint)
 to service_role;
 
 comment on function tokenlimits.commit_generation(uuid, bigint)
-is 'What commit_generation does.';
+is 'The private half of public.commit_generation.';
 
 revoke execute on function tokenlimits.commit_generation(uuid, bigint)
 from public, anon, authenticated, service_role;
@@ -3018,7 +3049,7 @@ grant execute on function public.release_generation(uuid)
 to service_role;
 
 comment on function tokenlimits.release_generation(uuid)
-is 'What release_generation does.';
+is 'The private half of public.release_generation.';
 
 revoke execute on function tokenlimits.release_generation(uuid)
 from public, anon, authenticated, service_role;
@@ -3051,13 +3082,15 @@ grant execute on function public.refund_generation(uuid)
 to authenticated, service_role;
 
 comment on function tokenlimits.refund_generation(uuid)
-is 'What refund_generation does.';
+is 'The private half of public.refund_generation.';
 
 revoke execute on function tokenlimits.refund_generation(uuid)
 from public, anon, authenticated, service_role;
 
 grant execute on function tokenlimits.refund_generation(uuid)
 to authenticated, service_role;
+
+-- 76_batch_requests.sql
 
 -- Many requests in one transaction, first step: reading them.
 --
@@ -3356,6 +3389,8 @@ is 'The answer to an item that is not charged.';
 revoke execute on function tokenlimits.deny_item(tokenlimits.batch_item, tokenlimits.verdict, uuid)
 from public, anon, authenticated, service_role;
 
+-- 77_batch_judging.sql
+
 -- Many requests in one transaction, second step: judging them, in memory.
 --
 -- Invariants
@@ -3517,6 +3552,8 @@ is 'Judges the items of a batch in their order; writes nothing.';
 
 revoke execute on function tokenlimits.judge_batch(timestamptz, tokenlimits.batch_item[])
 from public, anon, authenticated, service_role;
+
+-- 78_batches.sql
 
 -- Many requests in one transaction: read (76), judged (77), written, and judged again until a verdict holds.
 --
@@ -3897,13 +3934,15 @@ grant execute on function public.track_generations(jsonb, bigint)
 to service_role;
 
 comment on function tokenlimits.track_generations(jsonb, bigint)
-is 'What track_generations does.';
+is 'The private half of public.track_generations.';
 
 revoke execute on function tokenlimits.track_generations(jsonb, bigint)
 from public, anon, authenticated, service_role;
 
 grant execute on function tokenlimits.track_generations(jsonb, bigint)
 to service_role;
+
+-- 80_admin.sql
 
 -- For admins: groups with their limits, members, a fresh start.
 --
@@ -4091,8 +4130,12 @@ begin
     when unique_violation then
       perform tokenlimits.refuse(
         'TL003',
-        format('there is a group named %L already', btrim(p_name)),
-        btrim(p_name),
+        format('there is a group named %L already', normalize(
+          btrim(p_name, U&' \00a0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200a\202f\205f\3000'), nfc
+        )),
+        normalize(
+          btrim(p_name, U&' \00a0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200a\202f\205f\3000'), nfc
+        ),
         'Names are unique whatever their case; nothing was saved.'
       );
   end;
@@ -4214,8 +4257,12 @@ begin
       from public.user_groups as g
       where
         (p_group_id is null or g.id = p_group_id)
-        and (p_name is null or lower(g.name) = lower(normalize(btrim(p_name), nfc)))
-        and (p_search is null or strpos(lower(g.name), lower(normalize(btrim(p_search), nfc))) > 0)
+        and (p_name is null or lower(g.name) = lower(normalize(
+          btrim(p_name, U&' \00a0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200a\202f\205f\3000'), nfc
+        )))
+        and (p_search is null or strpos(lower(g.name), lower(normalize(
+          btrim(p_search, U&' \00a0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200a\202f\205f\3000'), nfc
+        ))) > 0)
         and (p_after is null or lower(g.name) > lower(p_after))
       order by lower(g.name)
       limit least(greatest(p_page_size, 1), 500)
@@ -4295,7 +4342,7 @@ grant execute on function public.add_group_members(uuid, uuid[])
 to authenticated, service_role;
 
 comment on function tokenlimits.add_group_members(uuid, uuid[])
-is 'What add_group_members does.';
+is 'The private half of public.add_group_members.';
 
 revoke execute on function tokenlimits.add_group_members(uuid, uuid[])
 from public, anon, authenticated, service_role;
@@ -4433,7 +4480,7 @@ grant execute on function public.reset_group_usage(uuid, text)
 to authenticated, service_role;
 
 comment on function tokenlimits.reset_group_usage(uuid, text)
-is 'What reset_group_usage does.';
+is 'The private half of public.reset_group_usage.';
 
 revoke execute on function tokenlimits.reset_group_usage(uuid, text)
 from public, anon, authenticated, service_role;
@@ -4503,7 +4550,7 @@ grant execute on function public.group_members(uuid, uuid, integer, text)
 to authenticated, service_role;
 
 comment on function tokenlimits.group_members(uuid, uuid, integer, text)
-is 'What group_members does.';
+is 'The private half of public.group_members.';
 
 revoke execute on function tokenlimits.group_members(uuid, uuid, integer, text)
 from public, anon, authenticated, service_role;
@@ -4561,13 +4608,15 @@ grant execute on function public.find_users(text, integer)
 to authenticated, service_role;
 
 comment on function tokenlimits.find_users(text, integer)
-is 'What find_users does.';
+is 'The private half of public.find_users.';
 
 revoke execute on function tokenlimits.find_users(text, integer)
 from public, anon, authenticated, service_role;
 
 grant execute on function tokenlimits.find_users(text, integer)
 to authenticated, service_role;
+
+-- 85_reports.sql
 
 -- Usage for users and admins, and history.
 --
@@ -4657,7 +4706,7 @@ grant execute on function public.user_generation_usage(uuid)
 to service_role;
 
 comment on function tokenlimits.user_generation_usage(uuid)
-is 'What user_generation_usage does.';
+is 'The private half of public.user_generation_usage.';
 
 revoke execute on function tokenlimits.user_generation_usage(uuid)
 from public, anon, authenticated, service_role;
@@ -4705,7 +4754,7 @@ grant execute on function public.my_generation_usage()
 to authenticated;
 
 comment on function tokenlimits.my_generation_usage()
-is 'What my_generation_usage does.';
+is 'The private half of public.my_generation_usage.';
 
 revoke execute on function tokenlimits.my_generation_usage()
 from public, anon, authenticated, service_role;
@@ -4738,7 +4787,7 @@ end
 $do$;
 
 -- A member limit is shown for the group as a whole: what all members used, of max for each. All groups of a page at
--- once, since a dashboard asks for a thousand: what limit_states works out for one, this does for all in one query. Each
+-- once, since a dashboard asks for a thousand: what limit_states works out for one, this does for all in a query. Each
 -- "offset 0" is a look-up for each row, whatever the planner thinks of the size of an array: a page costs its groups,
 -- not all that there are. It answers json, which is only put together; jsonb would be built anew at every level.
 create or replace function tokenlimits.group_usage(p_group_id uuid, p_after text, p_page_size integer)
@@ -4897,7 +4946,7 @@ end
 $$;
 
 comment on function public.group_usage(uuid, text, integer)
-is 'The usage of one group, of all, or of a page of them after a name: members, and of each limit used, remaining, fraction of its capacity, reset_at.';
+is 'Usage of one group, of all, or of a page of them after a name: of each limit used, capacity, reset_at.';
 
 revoke execute on function public.group_usage(uuid, text, integer)
 from public, anon, authenticated, service_role;
@@ -4906,7 +4955,7 @@ grant execute on function public.group_usage(uuid, text, integer)
 to authenticated, service_role;
 
 comment on function tokenlimits.group_usage(uuid, text, integer)
-is 'What group_usage does.';
+is 'The private half of public.group_usage.';
 
 revoke execute on function tokenlimits.group_usage(uuid, text, integer)
 from public, anon, authenticated, service_role;
@@ -5041,13 +5090,15 @@ grant execute on function public.generation_history(uuid, text, text, timestampt
 to authenticated, service_role;
 
 comment on function tokenlimits.generation_history(uuid, text, text, timestamptz, timestamptz)
-is 'What generation_history does.';
+is 'The private half of public.generation_history.';
 
 revoke execute on function tokenlimits.generation_history(uuid, text, text, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
 
 grant execute on function tokenlimits.generation_history(uuid, text, text, timestamptz, timestamptz)
 to authenticated, service_role;
+
+-- 86_export.sql
 
 -- Reading much of the ledger, or of its sums: page by page; and who used most.
 --
@@ -5205,7 +5256,7 @@ grant execute on function public.export_usage(uuid, uuid, text, timestamptz, tim
 to authenticated, service_role;
 
 comment on function tokenlimits.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
-is 'What export_usage does.';
+is 'The private half of public.export_usage.';
 
 revoke execute on function tokenlimits.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
 from public, anon, authenticated, service_role;
@@ -5356,7 +5407,7 @@ grant execute on function public.export_history(uuid, text, text, timestamptz, t
 to authenticated, service_role;
 
 comment on function tokenlimits.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
-is 'What export_history does.';
+is 'The private half of public.export_history.';
 
 revoke execute on function tokenlimits.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
 from public, anon, authenticated, service_role;
@@ -5440,13 +5491,15 @@ grant execute on function public.top_members(uuid, text, timestamptz, timestampt
 to authenticated, service_role;
 
 comment on function tokenlimits.top_members(uuid, text, timestamptz, timestamptz, integer)
-is 'What top_members does.';
+is 'The private half of public.top_members.';
 
 revoke execute on function tokenlimits.top_members(uuid, text, timestamptz, timestamptz, integer)
 from public, anon, authenticated, service_role;
 
 grant execute on function tokenlimits.top_members(uuid, text, timestamptz, timestamptz, integer)
 to authenticated, service_role;
+
+-- 87_reconcile.sql
 
 -- Counting everything again, for the day on which somebody doubts the numbers.
 --
@@ -5618,13 +5671,15 @@ grant execute on function public.reconcile_usage(uuid, timestamptz)
 to authenticated, service_role;
 
 comment on function tokenlimits.reconcile_usage(uuid, timestamptz)
-is 'What reconcile_usage does.';
+is 'The private half of public.reconcile_usage.';
 
 revoke execute on function tokenlimits.reconcile_usage(uuid, timestamptz)
 from public, anon, authenticated, service_role;
 
 grant execute on function tokenlimits.reconcile_usage(uuid, timestamptz)
 to authenticated, service_role;
+
+-- 88_operate.sql
 
 -- For those who run it: users by their addresses, and whether everything is as it should be.
 --
@@ -5678,7 +5733,7 @@ grant execute on function public.find_users_by_email(text[])
 to authenticated, service_role;
 
 comment on function tokenlimits.find_users_by_email(text[])
-is 'What find_users_by_email does.';
+is 'The private half of public.find_users_by_email.';
 
 revoke execute on function tokenlimits.find_users_by_email(text[])
 from public, anon, authenticated, service_role;
@@ -5742,7 +5797,7 @@ grant execute on function public.usage_drift(uuid, timestamptz)
 to authenticated, service_role;
 
 comment on function tokenlimits.usage_drift(uuid, timestamptz)
-is 'What usage_drift does.';
+is 'The private half of public.usage_drift.';
 
 revoke execute on function tokenlimits.usage_drift(uuid, timestamptz)
 from public, anon, authenticated, service_role;
@@ -5965,13 +6020,15 @@ grant execute on function public.tokenlimits_diagnosis()
 to authenticated, service_role;
 
 comment on function tokenlimits.tokenlimits_diagnosis()
-is 'What tokenlimits_diagnosis does.';
+is 'The private half of public.tokenlimits_diagnosis.';
 
 revoke execute on function tokenlimits.tokenlimits_diagnosis()
 from public, anon, authenticated, service_role;
 
 grant execute on function tokenlimits.tokenlimits_diagnosis()
 to authenticated, service_role;
+
+-- 90_security.sql
 
 -- Who may touch the tables: admins through row-level security, the service key, and nobody else.
 --

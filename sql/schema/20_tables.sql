@@ -42,8 +42,8 @@ create table if not exists public.group_limits (
   id uuid not null default gen_random_uuid(),
   group_id uuid not null,
   kind text not null,
-  period text not null,
-  scope text not null,
+  period text not null default 'lifetime',
+  scope text not null default 'group',
   max bigint,
   counter_id bigint generated always as identity,
   constraint group_limits_pkey primary key (id),
@@ -120,7 +120,7 @@ declare
 begin
   -- row-level security refuses only afterwards what somebody inserts, and nothing is read for them before
   perform tokenlimits.require_admin();
-  new.name := normalize(btrim(new.name), nfc);
+  new.name := {{ tidied('new.name') | indent(2) }};
   new.updated_at := tokenlimits.clock();
   if ({{ is_name('new.name') }}) is not true then
     perform tokenlimits.refuse(

@@ -252,6 +252,7 @@ begin
     v_at := greatest(tokenlimits.clock(), v_at);
     {{ judge('p_user_id', 'p_kind', 'p_cost') | indent(4) }}
     {%- if operation == 'record' %}
+    -- it was judged for the moment that its counters are at; it is never denied
     v_verdict.allowed := v_group_ids <> '{}';
     v_verdict.group_id := v_group_ids[1];
     {%- endif %}
@@ -297,11 +298,12 @@ begin
               usage_id='v_usage.id', status='v_usage.status', expires_at='v_usage.expires_at', replayed='false'
             ) | indent(12) }};
           end if;
+          -- its key is taken: by whom is asked below
         else
-          {{ write_one('true') | indent(10) }}
+          {{ write_and_return('true') | indent(10) }}
         end if;
         {%- else %}
-        {{ write_one('false') | indent(8) }}
+        {{ write_and_return('false') | indent(8) }}
         {%- endif %}
       exception
         when sqlstate 'TL099' then

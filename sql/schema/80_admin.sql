@@ -172,8 +172,8 @@ begin
     when unique_violation then
       perform tokenlimits.refuse(
         'TL003',
-        format('there is a group named %L already', btrim(p_name)),
-        btrim(p_name),
+        format('there is a group named %L already', {{ tidied('p_name') | indent(8) }}),
+        {{ tidied('p_name') | indent(8) }},
         'Names are unique whatever their case; nothing was saved.'
       );
   end;
@@ -279,8 +279,8 @@ begin
       from public.user_groups as g
       where
         (p_group_id is null or g.id = p_group_id)
-        and (p_name is null or lower(g.name) = lower(normalize(btrim(p_name), nfc)))
-        and (p_search is null or strpos(lower(g.name), lower(normalize(btrim(p_search), nfc))) > 0)
+        and (p_name is null or lower(g.name) = lower({{ tidied('p_name') | indent(8) }}))
+        and (p_search is null or strpos(lower(g.name), lower({{ tidied('p_search') | indent(8) }})) > 0)
         and (p_after is null or lower(g.name) > lower(p_after))
       order by lower(g.name)
       limit least(greatest(p_page_size, 1), 500)

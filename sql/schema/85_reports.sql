@@ -100,7 +100,7 @@ end
 $do$;
 
 -- A member limit is shown for the group as a whole: what all members used, of max for each. All groups of a page at
--- once, since a dashboard asks for a thousand: what limit_states works out for one, this does for all in one query. Each
+-- once, since a dashboard asks for a thousand: what limit_states works out for one, this does for all in a query. Each
 -- "offset 0" is a look-up for each row, whatever the planner thinks of the size of an array: a page costs its groups,
 -- not all that there are. It answers json, which is only put together; jsonb would be built anew at every level.
 create or replace function tokenlimits.group_usage(p_group_id uuid, p_after text, p_page_size integer)
@@ -238,7 +238,7 @@ $$;
   'group_usage',
   ['p_group_id uuid default null', 'p_after text default null', 'p_page_size integer default null'],
   to='authenticated, service_role',
-  comment="The usage of one group, of all, or of a page of them after a name: members, and of each limit used, remaining, fraction of its capacity, reset_at.",
+  comment="Usage of one group, of all, or of a page of them after a name: of each limit used, capacity, reset_at.",
   volatility='stable',
   returns='json'
 ) }}

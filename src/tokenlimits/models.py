@@ -62,8 +62,11 @@ Kind = Annotated[str, Field(strict=True, pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 Cost = Annotated[StrictInt, Field(ge=1, le=1_000_000_000)]
 Max = Annotated[StrictInt, Field(ge=0, le=1_000_000_000_000_000)]
 
-# control characters, zero-width ones, and those that turn the direction of text
-_UNREADABLE = r"\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+# control characters, invisible ones, and those that turn the direction of text
+_UNREADABLE = (
+    r"\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e"
+    r"\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
+)
 NAME_PATTERN = rf"^[^{_UNREADABLE}]*[^\s{_UNREADABLE}][^{_UNREADABLE}]*$"
 
 

@@ -151,6 +151,8 @@ INVISIBLE: Final = {
     "an Arabic letter mark": "a\u061cb",
     "a line separator": "a\u2028b",
     "a right-to-left override": "\u202egnp.exe",
+    "a filler": "Pro\u3164",
+    "nothing but blanks": "\u00a0\u3000",
     "a left-to-right isolate": "a\u2066b",
     "an end of an isolate": "ab\u2069",
 }
@@ -256,6 +258,22 @@ def test_names_are_stored_composed(api: Connection) -> None:
     ):
         with request_by(api, ACTORS["admin"]):
             assert value_of(api, statement, ["Cafe\u0301"]) == "Caf\u00e9", statement
+
+
+@pytest.mark.parametrize("blank", ["\u00a0", "\u2003", "\u3000", " "], ids=["no-break", "em", "ideographic", "plain"])
+def test_names_have_no_blanks_at_their_ends(api: Connection, blank: str) -> None:
+    with request_by(api, ACTORS["admin"]):
+        stored = value_of(
+            api, "insert into public.user_groups (name) values (%s) returning name", [f"{blank}New{blank}"]
+        )
+        assert stored == "New"
+        assert value_of(api, "select public.find_groups(p_name => %s)", [f"new{blank}"])[0]["name"] == "New"
+
+
+def test_a_limit_is_the_groups_for_ever_where_nothing_else_is_said(api: Connection) -> None:
+    insert = f"insert into public.group_limits (group_id, kind, max) values ('{GROUP_ID}', 'audio', 1)"
+    with request_by(api, ACTORS["admin"]):
+        assert api.execute(f"{insert} returning period, scope").fetchone() == ("lifetime", "group")
 
 
 def test_names_are_the_same_however_they_are_composed(api: Connection) -> None:

@@ -464,7 +464,8 @@ FAULTS: Final = {
     """,
     "public functions answer JSON": """
         select oid::regprocedure from pg_proc
-        where pronamespace = 'public'::regnamespace and (prorettype not in ('json'::regtype, 'jsonb'::regtype) or proretset)
+        where pronamespace = 'public'::regnamespace
+          and (prorettype not in ('json'::regtype, 'jsonb'::regtype) or proretset)
     """,
     "every function has a comment": f"""
         select oid::regprocedure from pg_proc where {OURS} and obj_description(oid, 'pg_proc') is null

@@ -72,6 +72,6 @@ $$;
 {{ opened(name ~ '(' ~ types | join(', ') ~ ')', comment, to) }}
 {%- if not calls %}
 
-{{ private(name ~ '(' ~ types | join(', ') ~ ')', 'What ' ~ name ~ ' does.', to) }}
+{{ private(name ~ '(' ~ types | join(', ') ~ ')', 'The private half of public.' ~ name ~ '.', to) }}
 {%- endif %}
 {%- endmacro %}

@@ -8,10 +8,18 @@ costs a tenth of what these lines do. A macro takes expressions, and the names o
 {{ at }} >= '1970-01-01 00:00:00+00' and {{ at }} < '9999-01-01 00:00:00+00'
 {%- endmacro %}
 
-{# Control characters, zero-width ones, and those that turn the direction of text are in no name. #}
+{# A name as it is stored: composed, without blanks at its ends, of which Unicode has many. #}
+{% macro tidied(name) -%}
+normalize(
+  btrim({{ name }}, U&' \00a0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200a\202f\205f\3000'), nfc
+)
+{%- endmacro %}
+
+{# Control characters, invisible ones, and those that turn the direction of text are in no name. #}
 {% macro is_name(name) -%}
-char_length({{ name }}) between 1 and 200 and {{ name }} = btrim({{ name }}) and {{ name }} = normalize({{ name }}, nfc)
-and {{ name }} !~ '[\u0001-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]'
+char_length({{ name }}) between 1 and 200 and {{ name }} = {{ tidied(name) }}
+and {{ name }} !~ '[\u0001-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e]'
+and {{ name }} !~ '[\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0]'
 {%- endmacro %}
 
 {# The periods, from the shortest to the longest. #}
@@ -369,8 +377,11 @@ v_state tokenlimits.limit_state;
 v_moved tokenlimits.limit_state[] := '{}';
 {%- endmacro %}
 
-{# Writes v_usage where more moves than itself, or may have to be opened; the rest of a call's last step. #}
-{% macro write_one(may_deny) -%}
+{#
+Writes v_usage (under the key of v_dead_id, if a dead usage has it) where more may move than itself, or a counter may
+have to be opened, and returns its answer.
+#}
+{% macro write_and_return(may_deny) -%}
 perform tokenlimits.move_usage(
   tokenlimits.write_ledger(
     array[v_usage], array[v_dead_id], {{ may_deny }},
