@@ -161,7 +161,11 @@ create table if not exists public.user_groups (
   constraint user_groups_pkey primary key (id),
   constraint user_groups_name_check check (
     char_length(name) between 1 and 200 and name = normalize(
-      btrim(name, U&' \00a0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200a\202f\205f\3000'), nfc
+      btrim(
+        name,
+        e' \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000'
+      ),
+      nfc
     )
     and name !~ '[\u0001-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e]'
     and name !~ '[\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0]'
@@ -265,11 +269,19 @@ begin
   -- row-level security refuses only afterwards what somebody inserts, and nothing is read for them before
   perform tokenlimits.require_admin();
   new.name := normalize(
-    btrim(new.name, U&' \00a0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200a\202f\205f\3000'), nfc
+    btrim(
+      new.name,
+      e' \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000'
+    ),
+    nfc
   );
   new.updated_at := tokenlimits.clock();
   if (char_length(new.name) between 1 and 200 and new.name = normalize(
-  btrim(new.name, U&' \00a0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200a\202f\205f\3000'), nfc
+  btrim(
+    new.name,
+    e' \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000'
+  ),
+  nfc
 )
 and new.name !~ '[\u0001-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e]'
 and new.name !~ '[\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0]') is not true then
@@ -1247,7 +1259,7 @@ begin
   elsif (p_cost between 1 and 1000000000) is not true then
     v_field := 'cost';
     v_rule := 'must be a whole number from 1 to 1000000000';
-  elsif char_length(p_idempotency_key) not between 1 and 255 then
+  elsif not (char_length(p_idempotency_key) between 1 and 255) then
     v_field := 'idempotency_key';
     v_rule := 'must have 1 to 255 characters';
   else
@@ -1413,7 +1425,7 @@ declare
   v_tightest tokenlimits.limit_state;
 begin
   if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
-  and coalesce(char_length(p_idempotency_key) between 1 and 255, true)
+  and (p_idempotency_key is null or char_length(p_idempotency_key) between 1 and 255)
   and (p_metadata is null or tokenlimits.is_metadata(p_metadata))) is not true then
     perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key);
   elsif current_setting('transaction_isolation') <> 'read committed' then
@@ -1590,7 +1602,8 @@ begin
             ),
             v_at
           );
-          return tokenlimits.usage_answer(v_usage, v_at, p_replayed => false);
+          -- as of now: others may have come to a later moment already, and have taken the room of what has expired by then
+          return tokenlimits.usage_answer(v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false);
         end if;
       exception
         when sqlstate 'TL099' then
@@ -1689,7 +1702,7 @@ declare
   v_tightest tokenlimits.limit_state;
 begin
   if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
-  and coalesce(char_length(p_idempotency_key) between 1 and 255, true)
+  and (p_idempotency_key is null or char_length(p_idempotency_key) between 1 and 255)
   and (p_metadata is null or tokenlimits.is_metadata(p_metadata))) is not true then
     perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key);
   elsif p_ttl is null or p_ttl not between 1 and 2592000 then
@@ -1874,7 +1887,8 @@ begin
             ),
             v_at
           );
-          return tokenlimits.usage_answer(v_usage, v_at, p_replayed => false);
+          -- as of now: others may have come to a later moment already, and have taken the room of what has expired by then
+          return tokenlimits.usage_answer(v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false);
         end if;
       exception
         when sqlstate 'TL099' then
@@ -1972,7 +1986,7 @@ declare
   v_dead_id uuid;
 begin
   if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
-  and coalesce(char_length(p_idempotency_key) between 1 and 255, true)
+  and (p_idempotency_key is null or char_length(p_idempotency_key) between 1 and 255)
   and (p_metadata is null or tokenlimits.is_metadata(p_metadata))) is not true then
     perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key);
   elsif p_created_at > tokenlimits.clock() + interval '1 minute' then
@@ -2076,7 +2090,8 @@ begin
           ),
           v_at
         );
-        return tokenlimits.usage_answer(v_usage, v_at, p_replayed => false);
+        -- as of now: others may have come to a later moment already, and have taken the room of what has expired by then
+        return tokenlimits.usage_answer(v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false);
       exception
         when sqlstate 'TL099' then
           -- all is taken back, to be judged again
@@ -2159,7 +2174,7 @@ declare
   v_verdict tokenlimits.verdict;
 begin
   if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
-  and coalesce(char_length(null) between 1 and 255, true)
+  and (null is null or char_length(null) between 1 and 255)
   and (null::jsonb is null or tokenlimits.is_metadata(null::jsonb))) is not true then
     perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, null);
   elsif current_setting('transaction_isolation') <> 'read committed' then
@@ -2805,8 +2820,13 @@ or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at));
           raise sqlstate 'TL099';
         end if;
       end if;
-      -- an expired hold was over before it was released, swept or not
-      return tokenlimits.usage_answer(v_usage, v_at, p_replayed => v_status is null or v_status = 'expired');
+      return tokenlimits.usage_answer(
+        v_usage,
+        -- as of now: others may have come to a later moment already, and have taken the room of what has expired by then
+        greatest(v_at, tokenlimits.clock()),
+        -- an expired hold was over before it was released, swept or not
+        p_replayed => v_status is null or v_status = 'expired'
+      );
     exception
       when sqlstate 'TL099' then
         -- all is taken back, to be settled again
@@ -3036,7 +3056,7 @@ begin
   v_item.group_id := (p_request ->> 'group_id')::uuid;
   v_item.metadata := nullif(p_request -> 'metadata', 'null');
   if (v_item.user_id is not null and v_item.kind ~ '^[a-z][a-z0-9_]{0,31}$' and v_item.cost between 1 and 1000000000
-  and coalesce(char_length(v_item.idempotency_key) between 1 and 255, true)
+  and (v_item.idempotency_key is null or char_length(v_item.idempotency_key) between 1 and 255)
   and (v_item.metadata is null or tokenlimits.is_metadata(v_item.metadata))) is not true then
     perform tokenlimits.refuse_request(v_item.user_id, v_item.kind, v_item.cost, v_item.idempotency_key);
   end if;
@@ -3091,7 +3111,7 @@ begin
       select i.place
       from unnest(v_items) as i
       where (i.user_id is not null and i.kind ~ '^[a-z][a-z0-9_]{0,31}$' and i.cost between 1 and 1000000000
-      and coalesce(char_length(i.idempotency_key) between 1 and 255, true)
+      and (i.idempotency_key is null or char_length(i.idempotency_key) between 1 and 255)
       and (i.metadata is null or tokenlimits.is_metadata(i.metadata))) is not true
     loop
       v_items[v.place] := tokenlimits.read_request(p_requests -> (v.place - 1), v.place);
@@ -3949,10 +3969,18 @@ begin
       perform tokenlimits.refuse(
         'TL003',
         format('there is a group named %L already', normalize(
-          btrim(p_name, U&' \00a0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200a\202f\205f\3000'), nfc
+          btrim(
+            p_name,
+            e' \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000'
+          ),
+          nfc
         )),
         normalize(
-          btrim(p_name, U&' \00a0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200a\202f\205f\3000'), nfc
+          btrim(
+            p_name,
+            e' \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000'
+          ),
+          nfc
         ),
         'Names are unique whatever their case; nothing was saved.'
       );
@@ -4064,10 +4092,18 @@ begin
       where
         (p_group_id is null or g.id = p_group_id)
         and (p_name is null or lower(g.name) = lower(normalize(
-          btrim(p_name, U&' \00a0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200a\202f\205f\3000'), nfc
+          btrim(
+            p_name,
+            e' \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000'
+          ),
+          nfc
         )))
         and (p_search is null or strpos(lower(g.name), lower(normalize(
-          btrim(p_search, U&' \00a0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200a\202f\205f\3000'), nfc
+          btrim(
+            p_search,
+            e' \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000'
+          ),
+          nfc
         ))) > 0)
         and (p_after is null or lower(g.name) > lower(p_after))
       order by lower(g.name)

@@ -55,7 +55,7 @@ begin
   elsif ({{ is_cost('p_cost') }}) is not true then
     v_field := 'cost';
     v_rule := 'must be a whole number from 1 to 1000000000';
-  elsif char_length(p_idempotency_key) not between 1 and 255 then
+  elsif not ({{ is_key('p_idempotency_key') }}) then
     v_field := 'idempotency_key';
     v_rule := 'must have 1 to 255 characters';
   else

@@ -147,8 +147,13 @@ begin
           raise sqlstate 'TL099';
         end if;
       end if;
-      -- an expired hold was over before it was released, swept or not
-      return tokenlimits.usage_answer(v_usage, v_at, p_replayed => v_status is null or v_status = 'expired');
+      return tokenlimits.usage_answer(
+        v_usage,
+        -- as of now: others may have come to a later moment already, and have taken the room of what has expired by then
+        greatest(v_at, tokenlimits.clock()),
+        -- an expired hold was over before it was released, swept or not
+        p_replayed => v_status is null or v_status = 'expired'
+      );
     exception
       when sqlstate 'TL099' then
         -- all is taken back, to be settled again

@@ -11,7 +11,11 @@ costs a tenth of what these lines do. A macro takes expressions, and the names o
 {# A name as it is stored: composed, without blanks at its ends, of which Unicode has many. #}
 {% macro tidied(name) -%}
 normalize(
-  btrim({{ name }}, U&' \00a0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200a\202f\205f\3000'), nfc
+  btrim(
+    {{ name }},
+    e' \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000'
+  ),
+  nfc
 )
 {%- endmacro %}
 
@@ -51,10 +55,14 @@ md5(concat_ws(' ', {{ operation }}, {{ kind }}, {{ cost }}, {{ group_id }}))::uu
 {{ cost }} between 1 and 1000000000
 {%- endmacro %}
 
+{% macro is_key(idempotency_key) -%}
+char_length({{ idempotency_key }}) between 1 and 255
+{%- endmacro %}
+
 {# What a request may be; refuse_request names the field that isn't. #}
 {% macro is_request(user_id, kind, cost, idempotency_key, metadata) -%}
 {{ user_id }} is not null and {{ is_kind(kind) }} and {{ is_cost(cost) }}
-and coalesce(char_length({{ idempotency_key }}) between 1 and 255, true)
+and ({{ idempotency_key }} is null or {{ is_key(idempotency_key) }})
 and ({{ metadata }} is null or tokenlimits.is_metadata({{ metadata }}))
 {%- endmacro %}
 
@@ -389,7 +397,8 @@ perform tokenlimits.move_usage(
   ),
   v_at
 );
-return tokenlimits.usage_answer(v_usage, v_at, p_replayed => false);
+-- as of now: others may have come to a later moment already, and have taken the room of what has expired by then
+return tokenlimits.usage_answer(v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false);
 {%- endmacro %}
 
 {# Adds a limit to an answer: to v_limits, and to v_tightest, the one with the least room. #}
