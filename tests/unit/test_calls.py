@@ -424,7 +424,7 @@ def test_a_field_of_another_type_is_worth_another_try(call: Call[Any], answer: d
 
 def functions() -> dict[str, dict[str, bool]]:
     """Find the public functions of the SQL: by name, their parameters and whether each is required."""
-    found = re.findall(r"create or replace function public\.(\w+)\((.*?)\)\s*returns jsonb", one_paste(), re.DOTALL)
+    found = re.findall(r"create or replace function public\.(\w+)\((.*?)\)\s*returns jsonb?\b", one_paste(), re.DOTALL)
     return {
         name: {each.split()[0]: " default " not in each for each in parameters.split(",") if each.strip()}
         for name, parameters in found
