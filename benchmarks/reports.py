@@ -25,8 +25,8 @@ EXPORTED = 1_000_000
 SIZES = (1_000, 4_000, 20_000)
 PAGE = 100
 MICROSECONDS = 25
-ALL = "select jsonb_array_length(public.group_usage())"
-A_PAGE = f"select jsonb_array_length(public.group_usage(p_after => 'group 5', p_page_size => {PAGE}))"
+ALL = "select json_array_length(public.group_usage())"
+A_PAGE = f"select json_array_length(public.group_usage(p_after => 'group 5', p_page_size => {PAGE}))"
 LIMITS = """[
     {"kind": "image", "period": "month", "scope": "group", "max": 100000},
     {"kind": "image", "period": "day", "scope": "member", "max": 100},
