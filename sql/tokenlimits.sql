@@ -1442,13 +1442,11 @@ begin
     ), '{}'),
     array(select d.id from public.user_groups as d where d.is_default)
   );
-  if p_group_id is not null then
-    v_group_ids := case
-      when p_group_id is null then v_group_ids
-      when p_group_id = any(v_group_ids) then array[p_group_id]
-      else '{}'
-    end;
-  end if;
+  v_group_ids := case
+    when p_group_id is null then v_group_ids
+    when p_group_id = any(v_group_ids) then array[p_group_id]
+    else '{}'
+  end;
   -- a single group, as nearly every call has, is locked by the condition itself, which costs a tenth of a query
   if
     cardinality(v_group_ids) <> 1
@@ -1723,13 +1721,11 @@ begin
     ), '{}'),
     array(select d.id from public.user_groups as d where d.is_default)
   );
-  if p_group_id is not null then
-    v_group_ids := case
-      when p_group_id is null then v_group_ids
-      when p_group_id = any(v_group_ids) then array[p_group_id]
-      else '{}'
-    end;
-  end if;
+  v_group_ids := case
+    when p_group_id is null then v_group_ids
+    when p_group_id = any(v_group_ids) then array[p_group_id]
+    else '{}'
+  end;
   -- a single group, as nearly every call has, is locked by the condition itself, which costs a tenth of a query
   if
     cardinality(v_group_ids) <> 1
@@ -3443,6 +3439,8 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_group_ids uuid[];
+  v_kinds text[];
   v_moves tokenlimits.usage_move[];
   v_move record;
   v_moving uuid;
@@ -3451,6 +3449,12 @@ declare
   v_moved tokenlimits.limit_state[] := '{}';
 begin
   is_held := false;
+  select array_agg(p.group_id), array_agg(p.kind) into v_group_ids, v_kinds
+  from (select g.id as group_id, i.kind, array_agg(distinct i.user_id) as user_ids
+  from unnest(p_items) as i
+  cross join lateral unnest(i.group_ids) as g (id)
+  where i.answer is null
+  group by g.id, i.kind) as p;
   v_moves := tokenlimits.write_ledger(
     p_usages,
     array(
@@ -3461,16 +3465,8 @@ begin
       order by c.usage
     ),
     true,
-    array(select p.group_id from (select g.id as group_id, i.kind, array_agg(distinct i.user_id) as user_ids
-      from unnest(p_items) as i
-      cross join lateral unnest(i.group_ids) as g (id)
-      where i.answer is null
-      group by g.id, i.kind) as p order by p.group_id, p.kind),
-    array(select p.kind from (select g.id as group_id, i.kind, array_agg(distinct i.user_id) as user_ids
-      from unnest(p_items) as i
-      cross join lateral unnest(i.group_ids) as g (id)
-      where i.answer is null
-      group by g.id, i.kind) as p order by p.group_id, p.kind),
+    v_group_ids,
+    v_kinds,
     p_at
   );
   insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)

@@ -154,11 +154,7 @@ begin
       v_states[v.place] := v_state;
     end loop;
   end if;
-  if p_less_expired and exists (
-    select
-    from tokenlimits.holds as h
-    where h.group_id = p_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= v_now
-  ) then
+  if p_less_expired and {{ any_expired('p_group_id', 'p_kind', 'v_now') | indent(2) }} then
     for i in 1..cardinality(v_states) loop
       v_state := v_states[i];
       v_state.expired := tokenlimits.expired_cost(

@@ -236,9 +236,7 @@ begin
   v_group_ids := tokenlimits.recording_group(p_user_id, p_kind, p_group_id);
   {%- else %}
   v_group_ids := {{ payers('p_user_id') | indent(2) }};
-  if p_group_id is not null then
-    v_group_ids := {{ pinned('v_group_ids', 'p_group_id') | indent(4) }};
-  end if;
+  v_group_ids := {{ pinned('v_group_ids', 'p_group_id') | indent(2) }};
   {%- endif %}
   -- a single group, as nearly every call has, is locked by the condition itself, which costs a tenth of a query
   if

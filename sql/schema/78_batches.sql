@@ -26,10 +26,14 @@ volatile
 {{ search_path() }}
 as $$
 declare
+  v_group_ids uuid[];
+  v_kinds text[];
   v_moves tokenlimits.usage_move[];
   {{ variables_of_moves() | indent(2) }}
 begin
   is_held := false;
+  select array_agg(p.group_id), array_agg(p.kind) into v_group_ids, v_kinds
+  from ({{ pairs_of('p_items') | indent(2) }}) as p;
   v_moves := tokenlimits.write_ledger(
     p_usages,
     array(
@@ -40,8 +44,8 @@ begin
       order by c.usage
     ),
     true,
-    array(select p.group_id from ({{ pairs_of('p_items') | indent(6) }}) as p order by p.group_id, p.kind),
-    array(select p.kind from ({{ pairs_of('p_items') | indent(6) }}) as p order by p.group_id, p.kind),
+    v_group_ids,
+    v_kinds,
     p_at
   );
   {{ move_all('v_moves', 'p_at') | indent(2) }}

@@ -109,6 +109,15 @@ group_id, counter_id, subject, kind, period, scope, max, since, until, used, exp
 group_name, timezone
 {%- endmacro %}
 
+{# Whether holds of a group and kind (of all where it is null) have expired that nobody has swept yet. #}
+{% macro any_expired(group_id, kind, at) -%}
+exists (
+  select
+  from tokenlimits.holds as h
+  where h.group_id = {{ group_id }} and ({{ kind }} is null or h.kind = {{ kind }}) and h.expires_at <= {{ at }}
+)
+{%- endmacro %}
+
 {#
 A group's limits of a kind (of all where it is null) in the order in which counters are locked: members' first, then the
 group's. `subject` is who a limit i counts for; of several, an expression that answers a row for each: in "from" that would cost more than
@@ -123,11 +132,7 @@ select
     )::tokenlimits.limit_state
     order by l.kind, l.scope = 'group', l.subject, l.counter_id
   ),
-  bool_and(c.since is not null and c.since <= {{ at }} and c.until > {{ at }}) and not exists (
-    select
-    from tokenlimits.holds as h
-    where h.group_id = {{ group_id }} and ({{ kind }} is null or h.kind = {{ kind }}) and h.expires_at <= {{ at }}
-  )
+  bool_and(c.since is not null and c.since <= {{ at }} and c.until > {{ at }}) and not {{ any_expired(group_id, kind, at) | indent(2) }}
 into v_states, v_is_plain
 from (
   select
