@@ -4101,7 +4101,8 @@ begin
           ),
           nfc
         ))) > 0)
-        and (p_after is null or lower(g.name) > lower(p_after))
+        -- no name is empty; "p_after is null or" would read the pages before, too
+        and lower(g.name) > lower(coalesce(p_after, ''))
       order by lower(g.name)
       limit least(greatest(p_page_size, 1), 500)
     ) as page
@@ -4327,7 +4328,9 @@ begin
       cross join lateral (select u.email from auth.users as u where u.id = m.user_id offset 0) as u
       where
         m.group_id = p_group_id
-        and (p_after is null or m.user_id > p_after)
+        -- "p_after is null or" would read the pages before, too
+        and m.user_id >= coalesce(p_after, '00000000-0000-0000-0000-000000000000')
+        and m.user_id is distinct from p_after
         and (v_search is null or strpos(lower(u.email), v_search) > 0)
       order by m.user_id
       limit least(greatest(p_page_size, 1), 1000)
@@ -4578,9 +4581,8 @@ end
 $do$;
 
 -- A member limit is shown for the group as a whole: what all members used, of max for each. All groups of a page at
--- once, since a dashboard asks for a thousand: what limit_states works out for one, this does for all in a query. Each
--- "offset 0" is a look-up for each row, whatever the planner thinks of the size of an array: a page costs its groups,
--- not all that there are. It answers json, which is only put together; jsonb would be built anew at every level.
+-- once, since a dashboard asks for a thousand: what limit_states works out for one, this does for all in a query. It
+-- answers json, which is only put together; jsonb would be built anew at every level.
 create or replace function tokenlimits.group_usage(p_group_id uuid, p_after text, p_page_size integer)
 returns json
 language plpgsql
@@ -4588,6 +4590,8 @@ stable
 -- definer: counters are private
 security definer
 set search_path = pg_catalog, pg_temp
+-- the planner takes its own steps for small, and would compare each row of one with each of the next
+set enable_nestloop = off
 as $$
 declare
   v_now timestamptz := tokenlimits.clock();
@@ -4601,118 +4605,119 @@ begin
     v_group_ids := array(
       select g.id
       from public.user_groups as g
-      where p_after is null or lower(g.name) > lower(p_after)
+      -- no name is empty; "p_after is null or" would read the pages before, too
+      where lower(g.name) > lower(coalesce(p_after, ''))
       order by lower(g.name)
       -- null: all
       limit case when p_page_size is not null then greatest(p_page_size, 1) end
     );
   end if;
   return coalesce((
-    -- with the group's own limit of the same period, if there is one: its counter knows what all members used together;
-    -- a row of nulls of a group without limits
-    with limits as materialized (
-      select p.place, g.id, g.name, g.timezone, m.members, l.*
-      from unnest(v_group_ids) with ordinality as p (id, place)
-      cross join lateral (
-        select u.id, u.name, u.timezone
-        from public.user_groups as u
-        where u.id = p.id
-        offset 0
-      ) as g
-      cross join lateral (
-        select count(*) as members
-        from public.group_memberships as n
-        where n.group_id = p.id
-      ) as m
-      left join lateral (
-        select
-          i.kind, i.period, i.scope, i.max, i.counter_id,
-          case when i.scope = 'group' then i.counter_id else o.counter_id end as counted_by
-        from public.group_limits as i
-        left join public.group_limits as o
-          on o.group_id = i.group_id and o.kind = i.kind and o.period = i.period and o.scope = 'group'
-        where i.group_id = p.id
-        offset 0
-      ) as l on true
+    -- "= any" in every step: it reads its groups, not all that there are
+    with groups as materialized (
+      select g.id, g.name, g.timezone, p.place
+      from public.user_groups as g
+      inner join unnest(v_group_ids) with ordinality as p (id, place) on p.id = g.id
+      where g.id = any(v_group_ids)
+    ),
+
+    members as materialized (
+      select m.group_id, count(*) as members
+      from public.group_memberships as m
+      where m.group_id = any(v_group_ids)
+      group by m.group_id
+    ),
+
+    -- a group's own limit of the same period, if there is one, has counted what all members used together
+    limits as materialized (
+      select
+        l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id, g.timezone,
+        max(case l.scope when 'group' then l.counter_id end)
+          over (partition by l.group_id, l.kind, l.period) as counted_by
+      from public.group_limits as l
+      inner join groups as g on g.id = l.group_id
+      where l.group_id = any(v_group_ids)
     ),
 
     periods as materialized (
       select k.period, k.timezone, tokenlimits.period_of(k.period, k.timezone, v_now) as range
-      from (select distinct l.period, l.timezone from limits as l where l.period is not null) as k
+      from (select distinct l.period, l.timezone from limits as l) as k
     ),
 
     -- as limit_states: an open counter says what is used, and nothing is when a period has begun since; where used
     -- is null there is no counter
     states as materialized (
       select
-        l.*,
+        l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id,
         case
           when c.until > v_now then c.since
           else greatest(lower(p.range), c.until, (
             select max(r.reset_at)
             from tokenlimits.usage_resets as r
-            where r.group_id = l.id and r.kind in (l.kind, '*')
+            where r.group_id = l.group_id and r.kind in (l.kind, '*')
           ))
         end as since,
         case when c.until > v_now then c.until else upper(p.range) end as until,
-        case when c.until > v_now then c.used when c.until is not null then 0 end as used
+        case when c.until > v_now then c.used when c.until is not null then 0 end as used,
+        -- numeric: of many members it is more than a bigint holds
+        l.max::numeric * case l.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
       from limits as l
-      left join periods as p on p.period = l.period and p.timezone = l.timezone
-      left join lateral (
-        select k.since, k.until, k.used
+      inner join periods as p on p.period = l.period and p.timezone = l.timezone
+      left join members as m on m.group_id = l.group_id
+      left join (
+        select k.subject, k.counter_id, k.since, k.until, k.used
         from tokenlimits.counters as k
-        where k.subject = l.id and k.counter_id = l.counted_by
-        offset 0
-      ) as c on true
+        where k.subject = any(v_group_ids)
+      ) as c on c.subject = l.group_id and c.counter_id = l.counted_by
     ),
 
-    -- then it is added up as count_usage does; here, where the period is whole buckets of the rollup
-    counted as materialized (
+    shown as (
       select
-        s.place, s.id, s.name, s.members, s.kind, s.period, s.scope, s.max, s.counter_id, s.until,
-        -- numeric: of many members it is more than a bigint holds
-        s.max::numeric * case s.scope when 'member' then s.members else 1 end as capacity,
-        coalesce(s.used, case
-          when s.since = date_bin('15 minutes', s.since, '2000-01-01 00:00:00+00') and s.until = date_bin('15 minutes', s.until, '2000-01-01 00:00:00+00') then coalesce((
-            select sum(r.cost)
-            from tokenlimits.usage_rollup as r
-            where r.group_id = s.id and r.kind = s.kind and r.bucket >= s.since and r.bucket < s.until
-          ), 0)
-          when s.kind is not null then tokenlimits.count_usage(s.id, null, s.kind, s.since, s.until)
-        end)
-        - case when v_any_expired
-          then tokenlimits.expired_cost(s.id, null, s.kind, s.since, v_now)
-          else 0
-        end as used
-      from states as s
+        c.group_id,
+        json_agg(
+          row(
+            c.kind, c.period, c.scope, c.max, c.used, nullif(c.until, 'infinity'), c.capacity,
+            case when c.capacity is not null then greatest(c.capacity - c.used, 0) end,
+            case
+              when c.capacity > 0 then round(c.used / c.capacity, 6)
+              -- a blocked limit is full; so is one of a group without members that has been used
+              when c.capacity = 0 then 1
+            end
+          )::tokenlimits.group_limit_answer
+        ) as limits
+      from (
+        select
+          s.group_id, s.kind, s.period, s.scope, s.max, s.until, s.capacity,
+          -- without a counter it is added up as count_usage does; here, where the period is whole buckets of the rollup
+          coalesce(s.used, case
+            when s.since = date_bin('15 minutes', s.since, '2000-01-01 00:00:00+00') and s.until = date_bin('15 minutes', s.until, '2000-01-01 00:00:00+00') then coalesce((
+              select sum(r.cost)
+              from tokenlimits.usage_rollup as r
+              where r.group_id = s.group_id and r.kind = s.kind and r.bucket >= s.since and r.bucket < s.until
+            ), 0)
+            else tokenlimits.count_usage(s.group_id, null, s.kind, s.since, s.until)
+          end)
+          - case when v_any_expired
+            then tokenlimits.expired_cost(s.group_id, null, s.kind, s.since, v_now)
+            else 0
+          end as used
+        from states as s
+        order by s.group_id, s.kind, s.scope = 'group', s.counter_id
+      ) as c
+      group by c.group_id
     )
 
-    select json_agg(q.answer order by q.place)
-    from (
-      select
-        c.place,
-        row(
-          row(c.id, c.name)::tokenlimits.group_answer,
-          c.members,
-          coalesce(
-            json_agg(
-              row(
-                c.kind, c.period, c.scope, c.max, c.used, nullif(c.until, 'infinity'), c.capacity,
-                case when c.capacity is not null then greatest(c.capacity - c.used, 0) end,
-                case
-                  when c.capacity > 0 then round(c.used / c.capacity, 6)
-                  -- a blocked limit is full; so is one of a group without members that has been used
-                  when c.capacity = 0 then 1
-                end
-              )::tokenlimits.group_limit_answer
-              order by c.kind, c.scope = 'group', c.counter_id
-            ) filter (where c.kind is not null),
-            '[]'
-          )
-        )::tokenlimits.group_usage_answer as answer
-      from counted as c
-      group by c.place, c.id, c.name, c.members
-    ) as q
+    select json_agg(
+      row(
+        row(g.id, g.name)::tokenlimits.group_answer,
+        coalesce(m.members, 0),
+        coalesce(s.limits, '[]')
+      )::tokenlimits.group_usage_answer
+      order by g.place
+    )
+    from groups as g
+    left join members as m on m.group_id = g.id
+    left join shown as s on s.group_id = g.id
   ), '[]');
 end
 $$;

@@ -281,7 +281,8 @@ begin
         (p_group_id is null or g.id = p_group_id)
         and (p_name is null or lower(g.name) = lower({{ tidied('p_name') | indent(8) }}))
         and (p_search is null or strpos(lower(g.name), lower({{ tidied('p_search') | indent(8) }})) > 0)
-        and (p_after is null or lower(g.name) > lower(p_after))
+        -- no name is empty; "p_after is null or" would read the pages before, too
+        and lower(g.name) > lower(coalesce(p_after, ''))
       order by lower(g.name)
       limit least(greatest(p_page_size, 1), 500)
     ) as page
@@ -458,7 +459,9 @@ begin
       cross join lateral (select u.email from auth.users as u where u.id = m.user_id offset 0) as u
       where
         m.group_id = p_group_id
-        and (p_after is null or m.user_id > p_after)
+        -- "p_after is null or" would read the pages before, too
+        and m.user_id >= coalesce(p_after, '00000000-0000-0000-0000-000000000000')
+        and m.user_id is distinct from p_after
         and (v_search is null or strpos(lower(u.email), v_search) > 0)
       order by m.user_id
       limit least(greatest(p_page_size, 1), 1000)
