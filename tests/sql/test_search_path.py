@@ -226,7 +226,7 @@ def test_every_function_has_the_clause(database: Connect) -> None:
             select p.oid::regprocedure::text, p.proconfig
             from pg_proc as p
             where p.pronamespace::regnamespace::text in ('public', 'tokenlimits')
-              and p.proconfig is distinct from array['search_path=' || %s]
+              and (p.proconfig @> array['search_path=' || %s]) is not true
             """,
             [CLAUSE],
         ).fetchall()
