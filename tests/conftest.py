@@ -14,6 +14,8 @@ import psycopg
 import pytest
 from tests.support.postgres import PostgresServer, create_hosted_database, servers
 
+from tokenlimits.sql_files import migrations
+
 ROOT = Path(__file__).resolve().parent.parent
 
 DefaultGrants = Literal["old", "new"]
@@ -21,10 +23,40 @@ Connect = Callable[[str], psycopg.Connection[tuple[Any, ...]]]
 """Connects to one database as a role of its server."""
 
 
-@pytest.fixture(scope="session", params=list(servers()), ids="postgres-{}".format)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """On which PostgreSQL, and in which schema, a test runs."""
+    newest, *_ = servers()
+    places = [(version, "public") for version in servers()]
+    if "schema" in metafunc.fixturenames:
+        # last, for then each server has the number that it has for tests that know no schema
+        places.append((newest, "limits"))
+    names = [name for name in ("postgres_server", "schema") if name in metafunc.fixturenames]
+    if names:
+        metafunc.parametrize(
+            names,
+            [
+                pytest.param(
+                    *place[: len(names)],
+                    id=f"postgres-{place[0]}" + (f"-in-{place[1]}" if place[1] != "public" else ""),
+                    marks=() if place == places[0] else pytest.mark.full,
+                )
+                for place in places
+            ],
+            indirect=True,
+            scope="session",
+        )
+
+
+@pytest.fixture(scope="session")
 def postgres_server(request: pytest.FixtureRequest) -> Iterator[PostgresServer]:
     with PostgresServer(servers()[request.param]) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def schema(request: pytest.FixtureRequest) -> str:
+    """Where tokenlimits has its public part."""
+    return request.param
 
 
 @pytest.fixture(scope="session", params=["old", "new"], ids="{}-grants".format)
@@ -35,7 +67,8 @@ def default_grants(request: pytest.FixtureRequest) -> DefaultGrants:
 
 @pytest.fixture(scope="session")
 def install_sql() -> str:
-    return (ROOT / "sql" / "tokenlimits.sql").read_text(encoding="utf-8")
+    """The SQL without the begin and commit of the one paste, for tests that take back what they do."""
+    return "\n".join(migration.text for migration in migrations())
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 SQL = Path(__file__).resolve().parent.parent / "sql"
 ONE_PASTE_HEADER = """\
 -- tokenlimits: exact limits on generations. Apply it in Supabase's SQL editor, or as a migration.
--- It can be applied again without harm: data, and your own tokenlimits.is_admin(), stay.
+-- It can be applied again without harm: data, and your own tokenlimits.is_admin() and known_users(), stay.
 -- Generated from sql/schema/ by `make sql`; edit it there.
 
+-- All or nothing, also where statements come one by one, as from psql.
+-- squawk-ignore transaction-nesting
+begin;
+
 """
+ONE_PASTE_END = "\n-- squawk-ignore transaction-nesting\ncommit;\n"
 MIGRATION_HEADER = """\
 -- tokenlimits: what is new since the migration before this one.
 -- Generated from sql/schema/ by `make sql`; edit it there.
@@ -44,9 +49,32 @@ def schema() -> str:
     for path in sorted((SQL / "schema" / "macros").glob("*.sql")):
         macros = templates.from_string(path.read_text()).module
         templates.globals |= {name: value for name, value in vars(macros).items() if not name.startswith("_")}
-    names = sorted(path.name for path in (SQL / "schema").glob("*.sql"))
-    built = "\n".join(f"-- {name}\n\n{templates.get_template(name).render()}" for name in names)
-    return re.sub(r"[ \t]+$", "", built, flags=re.MULTILINE)
+    first, *others = sorted(path.name for path in (SQL / "schema").glob("*.sql"))
+
+    def render(name: str, **context: str) -> str:
+        built = f"-- {name}\n\n{templates.get_template(name).render(**context)}"
+        return re.sub(r"[ \t]+$", "", built, flags=re.MULTILINE)
+
+    # the first asks for the names that the others use
+    rest = "\n".join(render(name) for name in others)
+    return "\n".join([render(first, **public_names(rest)), rest])
+
+
+def public_names(sql: str) -> dict[str, str]:
+    """List what the SQL makes in the public schema, as the guard asks for it."""
+    tables = re.findall(r"^create table if not exists public\.(\w+)", sql, re.MULTILINE)
+    functions = re.findall(r"^create or replace function public\.(\w+)", sql, re.MULTILINE)
+    # keys are indexes too, and all names begin with their table's; a sequence is named where it is closed
+    indexes = re.findall(
+        r"^(?:  constraint|create (?:unique )?index if not exists) (\w+_(?:pkey|key|idx))", sql, re.MULTILINE
+    )
+    sequences = re.findall(r"on sequence public\.(\w+)", sql)
+    named = sorted(name for name in (*indexes, *sequences) if name.startswith(tuple(tables)))
+    return {
+        "table_names": ", ".join(f"'{name}'" for name in tables),
+        "function_names": ",\n".join(f"'{name}'" for name in sorted(set(functions))),
+        "index_names": ",\n".join(f"'{name}'" for name in named),
+    }
 
 
 def statements(sql: str) -> Iterator[str]:
@@ -81,7 +109,7 @@ def main() -> int:
     built_schema = schema()
     *released, newest = sorted((SQL / "migrations").glob("*.sql"))
     built = {
-        SQL / "tokenlimits.sql": ONE_PASTE_HEADER + built_schema,
+        SQL / "tokenlimits.sql": ONE_PASTE_HEADER + built_schema + ONE_PASTE_END,
         newest: migration(built_schema, [path.read_text() for path in released]),
     }
     stale = [path for path, content in built.items() if not path.exists() or path.read_text() != content]

@@ -1,13 +1,159 @@
 -- tokenlimits: what is new since the migration before this one.
 -- Generated from sql/schema/ by `make sql`; edit it there.
 
+-- 05_names.sql
+
+-- Whether all of this may go here.
+--
+-- Invariants
+--   * What we make says so in its comment, which begins with our mark. So the mark travels with dumps, and a ledger
+--     that is kept has it when the schema tokenlimits is gone.
+--   * Where this refuses, nothing has changed; what has no mark is never changed.
+
+do $do$
+declare
+  v_elsewhere text;
+  v_taken text[];
+begin
+  select format('%I.%I', n.nspname, c.relname) into v_elsewhere
+  from pg_catalog.pg_class as c
+  inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
+  where
+    c.relname in ('user_groups', 'group_limits', 'group_memberships', 'generation_usage')
+    and n.nspname <> 'public'
+    and coalesce(obj_description(c.oid, 'pg_class') like 'tokenlimits:%', false)
+  limit 1;
+  if found then
+    raise exception using
+      errcode = 'TL010',
+      message = format('tokenlimits is installed in another schema, and a database has it once: %s (TL010)', v_elsewhere),
+      hint = 'Nothing was changed. Apply the SQL of that schema (tokenlimits sql --schema NAME), or uninstall it there '
+        'first; a ledger that was kept can be moved: alter table OLD.generation_usage set schema NEW.';
+  end if;
+
+  v_taken := array(
+    select format(
+      '%s %I.%I',
+      case c.relkind
+        when 'i' then 'index'
+        when 'S' then 'sequence'
+        when 'v' then 'view'
+        when 'm' then 'materialized view'
+        when 'c' then 'type'
+        else 'table'
+      end,
+      'public', c.relname
+    )
+    from pg_catalog.pg_class as c
+    left join pg_catalog.pg_index as i on i.indexrelid = c.oid
+    left join pg_catalog.pg_depend as d
+      on
+        c.relkind = 'S' and d.objid = c.oid and d.deptype in ('a', 'i')
+        and d.classid = 'pg_class'::regclass and d.refclassid = 'pg_class'::regclass
+    where
+      c.relnamespace = to_regnamespace('public')
+      and c.relname in (
+        'user_groups', 'group_limits', 'group_memberships', 'generation_usage',
+        'generation_usage_group_id_idx',
+        'generation_usage_key_key',
+        'generation_usage_pkey',
+        'generation_usage_user_id_idx',
+        'group_limits_counter_id_key',
+        'group_limits_counter_id_seq',
+        'group_limits_key',
+        'group_limits_pkey',
+        'group_memberships_pkey',
+        'group_memberships_user_id_idx',
+        'user_groups_is_default_key',
+        'user_groups_name_key',
+        'user_groups_pkey'
+      )
+      -- an index and an identity's sequence are their table's
+      and not coalesce(obj_description(coalesce(i.indrelid, d.refobjid, c.oid), 'pg_class') like 'tokenlimits:%', false)
+    union all
+    select format('type %I.%I', 'public', t.typname)
+    from pg_catalog.pg_type as t
+    where
+      t.typnamespace = to_regnamespace('public')
+      and t.typname in ('user_groups', 'group_limits', 'group_memberships', 'generation_usage')
+      and t.typrelid = 0
+    union all
+    select format('function %I.%I(%s)', 'public', p.proname, pg_get_function_identity_arguments(p.oid))
+    from pg_catalog.pg_proc as p
+    where
+      p.pronamespace = to_regnamespace('public')
+      and p.proname in (
+        'add_group_members',
+        'check_generation',
+        'commit_generation',
+        'delete_group',
+        'export_history',
+        'export_usage',
+        'find_groups',
+        'find_users',
+        'find_users_by_email',
+        'generation_history',
+        'group_members',
+        'group_usage',
+        'move_group_member',
+        'my_generation_usage',
+        'reconcile_usage',
+        'record_generation',
+        'refund_generation',
+        'release_generation',
+        'remove_group_limit',
+        'remove_group_members',
+        'reserve_generation',
+        'reset_group_usage',
+        'save_group',
+        'set_group_limit',
+        'tokenlimits_diagnosis',
+        'tokenlimits_version',
+        'top_members',
+        'track_generation',
+        'track_generations',
+        'usage_drift',
+        'user_generation_usage'
+      )
+      and not coalesce(obj_description(p.oid, 'pg_proc') like 'tokenlimits:%', false)
+    union all
+    -- two functions there may be a project's own, and be made before
+    select 'schema tokenlimits'
+    from pg_catalog.pg_namespace as n
+    where
+      n.nspname = 'tokenlimits'
+      and not coalesce(obj_description(n.oid, 'pg_namespace') like 'tokenlimits:%', false)
+      and (
+        exists (select from pg_catalog.pg_class as c where c.relnamespace = n.oid)
+        or exists (
+          select
+          from pg_catalog.pg_proc as p
+          where p.pronamespace = n.oid and p.proname not in ('is_admin', 'known_users')
+        )
+      )
+    order by 1
+  );
+  if v_taken <> '{}' then
+    raise exception using
+      errcode = 'TL010',
+      message = format(
+        'tokenlimits needs names that other objects have, which it did not make: %s (TL010)',
+        array_to_string(v_taken, ', ')
+      ),
+      hint = 'Nothing was changed. Rename them, or install in a schema of its own: tokenlimits sql --schema limits. '
+        'What tokenlimits made has a comment that begins with "tokenlimits:"; if it was lost, put it back.';
+  end if;
+end
+$do$;
+
 -- 10_schema.sql
 
 -- The private schema, who is an admin, and the clock.
 --
 -- Invariants
 --   * Nothing in the schema tokenlimits is exposed through the API: it is not in PostgREST's list of schemas.
---   * A project's own tokenlimits.is_admin() survives another application of this file.
+--   * A project's own tokenlimits.is_admin() and tokenlimits.known_users() survive another application of this file.
+--   * Nothing but known_users, and what looks for users by their address, reads auth.users.
 --
 -- SQLSTATEs that our functions raise (PostgREST passes them on as "code", with 400)
 --   TL001  invalid request; DETAIL is the name of the field
@@ -19,16 +165,32 @@
 --   TL007  the hold has expired and its cost no longer fits
 --   TL008  idempotency key used for another request
 --   TL009  the transaction is not READ COMMITTED
+--   TL010  names that tokenlimits needs are taken, or it is installed in another schema; raised when it is applied
 --   TL099  overtaken by another call; caught inside, never leaves
 --   42501  the caller is no admin
 
 create schema if not exists tokenlimits;
 
-comment on schema tokenlimits is 'Private parts of tokenlimits: counters, rollup, helpers. Not for the API.';
+comment on schema tokenlimits is 'tokenlimits: Private parts: counters, rollup, helpers. Not for the API.';
 
 revoke all on schema tokenlimits from public, anon, authenticated, service_role;
 
 grant usage on schema tokenlimits to authenticated, service_role;
+
+-- Where the public part goes: Supabase has made "public", another schema may be ours to make.
+do $do$
+begin
+  if to_regnamespace('public') is null then
+    create schema public;
+    comment on schema public is 'tokenlimits: Limits on generations. Expose it in the API.';
+  end if;
+  if not has_schema_privilege('authenticated', 'public', 'usage')
+    or not has_schema_privilege('service_role', 'public', 'usage')
+  then
+    grant usage on schema public to authenticated, service_role;
+  end if;
+end
+$do$;
 
 -- Signed-in users with app_metadata.role = 'admin' are admins; a user can write user_metadata, but never app_metadata.
 -- Made only if it is not there, so that a project can put its own rule in its place.
@@ -41,13 +203,39 @@ begin
     stable
     set search_path = pg_catalog, pg_temp
     as $body$
+      -- the default of tokenlimits
       select coalesce((select auth.jwt()) -> 'app_metadata' ->> 'role' = 'admin', false)
     $body$;
     comment on function tokenlimits.is_admin() is
-      'Is the caller an admin? Replace its body to use your own rule; applying tokenlimits again keeps it.';
+      'tokenlimits: Is the caller an admin? Replace its body to use your own rule; applying tokenlimits again keeps it.';
   end if;
 end
 $do$;
+
+-- Users as the project knows them. Made only if it is not there: a project that keeps its users elsewhere makes its own
+-- before, and memberships have no foreign key to auth.users then.
+do $do$
+begin
+  if to_regprocedure('tokenlimits.known_users(uuid[])') is null then
+    create function tokenlimits.known_users(p_user_ids uuid[])
+    returns table (id uuid, email text)
+    language sql
+    stable
+    set search_path = pg_catalog, pg_temp
+    as $body$
+      -- the default of tokenlimits
+      -- one by one, by the primary key: a search among members must not read all users
+      select u.id, u.email
+      from unnest(p_user_ids) as p (id)
+      cross join lateral (select a.id, a.email::text from auth.users as a where a.id = p.id offset 0) as u
+    $body$;
+    comment on function tokenlimits.known_users(uuid[]) is
+      'tokenlimits: Which of these users exist, with their e-mail addresses. Replace its body to keep users elsewhere.';
+  end if;
+end
+$do$;
+
+revoke execute on function tokenlimits.known_users(uuid[]) from public, anon, authenticated, service_role;
 
 revoke execute on function tokenlimits.is_admin() from public, anon, authenticated;
 
@@ -75,7 +263,7 @@ end
 $$;
 
 comment on function tokenlimits.require_admin()
-is 'Raises 42501 unless the caller is an admin or acts as service_role.';
+is 'tokenlimits: Raises 42501 unless the caller is an admin or acts as service_role.';
 
 revoke execute on function tokenlimits.require_admin()
 from public, anon, authenticated, service_role;
@@ -96,7 +284,7 @@ end
 $$;
 
 comment on function tokenlimits.clock()
-is 'The present moment, for every function of tokenlimits.';
+is 'tokenlimits: The present moment, for every function of tokenlimits.';
 
 revoke execute on function tokenlimits.clock()
 from public, anon, authenticated, service_role;
@@ -123,7 +311,7 @@ end
 $$;
 
 comment on function tokenlimits.refuse(text, text, text, text)
-is 'Raises one of our errors.';
+is 'tokenlimits: Raises one of our errors.';
 
 revoke execute on function tokenlimits.refuse(text, text, text, text)
 from public, anon, authenticated, service_role;
@@ -141,7 +329,7 @@ as $$
 $$;
 
 comment on function public.tokenlimits_version()
-is 'The version of the installed schema. Clients compare it with the least that they need.';
+is 'tokenlimits: The version of the installed schema. Clients compare it with the least that they need.';
 
 revoke execute on function public.tokenlimits_version()
 from public, anon, authenticated, service_role;
@@ -192,7 +380,7 @@ create table if not exists public.user_groups (
   )
 );
 
-comment on table public.user_groups is 'Groups of users that share limits on generations.';
+comment on table public.user_groups is 'tokenlimits: Groups of users that share limits on generations.';
 
 comment on column public.user_groups.priority is 'A user''s groups are tried from high to low.';
 
@@ -222,7 +410,8 @@ create table if not exists public.group_limits (
   constraint group_limits_max_check check (max between 0 and 1000000000000000)
 );
 
-comment on table public.group_limits is 'How much of a kind a group (or each of its members) may use in a period.';
+comment on table public.group_limits
+is 'tokenlimits: How much of a kind a group (or each of its members) may use in a period.';
 
 comment on column public.group_limits.max is 'Null: unlimited. 0: blocked.';
 
@@ -237,13 +426,35 @@ create table if not exists public.group_memberships (
     joined_at >= '1970-01-01 00:00:00+00' and joined_at < '9999-01-01 00:00:00+00'
   ),
   constraint group_memberships_group_id_fkey foreign key (group_id)
-  references public.user_groups (id) on delete cascade,
-  constraint group_memberships_user_id_fkey foreign key (user_id) references auth.users (id) on delete cascade
+  references public.user_groups (id) on delete cascade
 );
 
-comment on table public.group_memberships is 'Who is in which group.';
+comment on table public.group_memberships is 'tokenlimits: Who is in which group.';
 
 create index if not exists group_memberships_user_id_idx on public.group_memberships (user_id);
+
+-- Whether users are in auth.users is for known_users to say.
+do $do$
+begin
+  if exists (
+    select
+    from pg_catalog.pg_proc as p
+    where
+      p.pronamespace = 'tokenlimits'::regnamespace
+      and p.proname = 'known_users'
+      and p.prosrc not like '%the default of tokenlimits%'
+  ) then
+    alter table public.group_memberships drop constraint if exists group_memberships_user_id_fkey;
+  elsif not exists (
+    select
+    from pg_catalog.pg_constraint as c
+    where c.conrelid = 'public.group_memberships'::regclass and c.conname = 'group_memberships_user_id_fkey'
+  ) then
+    alter table public.group_memberships add constraint group_memberships_user_id_fkey
+    foreign key (user_id) references auth.users (id) on delete cascade;
+  end if;
+end
+$do$;
 
 create table if not exists public.generation_usage (
   id uuid not null,
@@ -264,7 +475,7 @@ create table if not exists public.generation_usage (
 );
 
 comment on table public.generation_usage
-is 'The ledger: one row per generation, kept for ever. Written by functions of tokenlimits alone.';
+is 'tokenlimits: The ledger: one row per generation, kept for ever. Written by functions of tokenlimits alone.';
 
 comment on column public.generation_usage.id
 is 'A UUIDv7 of created_at; the last four hex digits are those of the group''s id.';
@@ -346,7 +557,7 @@ end
 $$;
 
 comment on function tokenlimits.check_group()
-is 'Trigger: tidies and checks a group that is written.';
+is 'tokenlimits: Trigger: tidies and checks a group that is written.';
 
 revoke execute on function tokenlimits.check_group()
 from public, anon, authenticated, service_role;
@@ -354,6 +565,70 @@ from public, anon, authenticated, service_role;
 create or replace trigger user_groups_check
 before insert or update on public.user_groups
 for each row execute function tokenlimits.check_group();
+
+-- The ids of groups that are gone: no group gets one of them again, since the ledger goes on naming them.
+create table if not exists tokenlimits.deleted_groups (
+  id uuid not null,
+  deleted_at timestamptz not null,
+  constraint deleted_groups_pkey primary key (id)
+);
+
+comment on table tokenlimits.deleted_groups is 'tokenlimits: Groups that were deleted.';
+
+revoke all on tokenlimits.deleted_groups from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.remember_group()
+returns trigger
+language plpgsql
+-- definer: the table is private
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  insert into tokenlimits.deleted_groups (id, deleted_at)
+  values (old.id, tokenlimits.clock())
+  on conflict on constraint deleted_groups_pkey do nothing;
+  return null;
+end
+$$;
+
+comment on function tokenlimits.remember_group()
+is 'tokenlimits: Trigger: the id of a group that was deleted is never used again.';
+
+revoke execute on function tokenlimits.remember_group()
+from public, anon, authenticated, service_role;
+
+create or replace trigger user_groups_remember
+after delete on public.user_groups
+for each row execute function tokenlimits.remember_group();
+
+-- Only our functions write the ledger, and they run as its owner. A restored dump may have brought grants that a
+-- project's default privileges add; what this asks costs a call nothing that can be measured.
+create or replace function tokenlimits.refuse_write()
+returns trigger
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception using
+    errcode = '42501',
+    message = 'the ledger is written by functions of tokenlimits alone',
+    hint = 'Call track_generation, record_generation or refund_generation. Nothing was saved.';
+end
+$$;
+
+comment on function tokenlimits.refuse_write()
+is 'tokenlimits: Trigger: refuses whoever writes the ledger past our functions.';
+
+revoke execute on function tokenlimits.refuse_write()
+from public, anon, authenticated, service_role;
+
+create or replace trigger generation_usage_refuse_write
+before insert or update or delete or truncate on public.generation_usage
+for each statement
+when (current_user in ('anon', 'authenticated', 'service_role'))
+execute function tokenlimits.refuse_write();
 
 -- 30_counters.sql
 
@@ -385,7 +660,7 @@ create table if not exists tokenlimits.counters (
   constraint counters_pkey primary key (subject, counter_id)
 ) with (fillfactor = 50);
 
-comment on table tokenlimits.counters is 'What is used of a limit by a subject in [since, until).';
+comment on table tokenlimits.counters is 'tokenlimits: What is used of a limit by a subject in [since, until).';
 
 -- Members of one group write different slots, so they do not wait for each other; readers sum the slots. A slot may be
 -- negative (a refund from another connection); their sum is not.
@@ -400,7 +675,7 @@ create table if not exists tokenlimits.usage_rollup (
 ) with (fillfactor = 50);
 
 comment on table tokenlimits.usage_rollup
-is 'Live usage in buckets of 15 minutes UTC, on which every time zone''s hours begin; 16 slots.';
+is 'tokenlimits: Live usage in buckets of 15 minutes UTC, on which every time zone''s hours begin; 16 slots.';
 
 -- Holds are not in the ledger's indexes, so that settling a usage stays cheap. user_id first in the key: the holds of
 -- one member are found by it, whatever the group holds.
@@ -415,23 +690,22 @@ create table if not exists tokenlimits.holds (
   constraint holds_pkey primary key (user_id, usage_id)
 );
 
-comment on table tokenlimits.holds is 'Reserved usages that nobody has settled or swept yet.';
+comment on table tokenlimits.holds is 'tokenlimits: Reserved usages that nobody has settled or swept yet.';
 
 create index if not exists holds_expires_at_idx
 on tokenlimits.holds (group_id, kind, expires_at) include (cost, created_at);
 
 -- After an uninstallation that kept the ledger, its holds and its history come back.
-insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
-select
-  u.id,
-  u.group_id,
-  u.user_id,
-  u.kind,
-  u.cost,
-  u.created_at,
-  u.expires_at
-from public.generation_usage as u
-where u.status = 'reserved' and not exists (select from tokenlimits.usage_rollup);
+do $do$
+begin
+  insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+  select
+    u.id, u.group_id, u.user_id, u.kind, u.cost,
+    u.created_at, u.expires_at
+  from public.generation_usage as u
+    where u.status = 'reserved' and not exists (select from tokenlimits.usage_rollup);
+end
+$do$;
 
 insert into tokenlimits.usage_rollup (group_id, kind, bucket, slot, cost, generations)
 select
@@ -453,7 +727,8 @@ create table if not exists tokenlimits.usage_resets (
   constraint usage_resets_pkey primary key (group_id, kind)
 );
 
-comment on table tokenlimits.usage_resets is 'When an admin last gave a group a fresh start: counters count from then.';
+comment on table tokenlimits.usage_resets
+is 'tokenlimits: When an admin last gave a group a fresh start: counters count from then.';
 
 revoke all on tokenlimits.counters, tokenlimits.usage_rollup, tokenlimits.usage_resets, tokenlimits.holds
 from public, anon, authenticated, service_role;
@@ -511,7 +786,7 @@ end
 $$;
 
 comment on function tokenlimits.refuse_isolation()
-is 'Raises TL009: the transaction has another isolation level.';
+is 'tokenlimits: Raises TL009: the transaction has another isolation level.';
 
 revoke execute on function tokenlimits.refuse_isolation()
 from public, anon, authenticated, service_role;
@@ -545,7 +820,8 @@ end
 $$;
 
 comment on function tokenlimits.lock_groups(uuid[], boolean)
-is 'Holds these groups'' limits still (shared), or waits for all who use them (exclusive), until the transaction ends.';
+is 'tokenlimits: Holds these groups'' limits still (shared), or waits for all who use them (exclusive), until the '
+'transaction ends.';
 
 revoke execute on function tokenlimits.lock_groups(uuid[], boolean)
 from public, anon, authenticated, service_role;
@@ -568,7 +844,8 @@ end
 $$;
 
 comment on function tokenlimits.free_slot(uuid)
-is 'A slot of the rollup that no other open transaction writes for this group; any, when all 16 are taken.';
+is 'tokenlimits: A slot of the rollup that no other open transaction writes for this group; any, when all 16 are '
+'taken.';
 
 revoke execute on function tokenlimits.free_slot(uuid)
 from public, anon, authenticated, service_role;
@@ -606,7 +883,7 @@ end
 $$;
 
 comment on function tokenlimits.first_moment(timestamp, text)
-is 'The first moment at which clocks of the zone read this.';
+is 'tokenlimits: The first moment at which clocks of the zone read this.';
 
 revoke execute on function tokenlimits.first_moment(timestamp, text)
 from public, anon, authenticated, service_role;
@@ -641,7 +918,7 @@ end
 $$;
 
 comment on function tokenlimits.period_of(text, text, timestamptz)
-is 'The calendar period in a zone that a moment lies in.';
+is 'tokenlimits: The calendar period in a zone that a moment lies in.';
 
 revoke execute on function tokenlimits.period_of(text, text, timestamptz)
 from public, anon, authenticated, service_role;
@@ -714,7 +991,8 @@ end
 $$;
 
 comment on function tokenlimits.count_usage(uuid, uuid, text, timestamptz, timestamptz)
-is 'Live usage of a kind between two moments, of a member of a group, or of the whole group when the user is null.';
+is 'tokenlimits: Live usage of a kind between two moments, of a member of a group, or of the whole group when the user '
+'is null.';
 
 revoke execute on function tokenlimits.count_usage(uuid, uuid, text, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
@@ -753,7 +1031,8 @@ end
 $$;
 
 comment on function tokenlimits.expired_cost(uuid, uuid, text, timestamptz, timestamptz)
-is 'What counters since a moment hold of holds that have expired, of a member, or of the group when the user is null.';
+is 'tokenlimits: What counters since a moment hold of holds that have expired, of a member, or of the group when the '
+'user is null.';
 
 revoke execute on function tokenlimits.expired_cost(uuid, uuid, text, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
@@ -866,7 +1145,7 @@ end
 $$;
 
 comment on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz, boolean)
-is 'A group''s limits for users, of a kind or of all, with what is used of each at a moment.';
+is 'tokenlimits: A group''s limits for users, of a kind or of all, with what is used of each at a moment.';
 
 revoke execute on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz, boolean)
 from public, anon, authenticated, service_role;
@@ -892,7 +1171,7 @@ end
 $$;
 
 comment on function tokenlimits.open_counter(tokenlimits.limit_state)
-is 'Makes a counter, or rolls it into its new period.';
+is 'tokenlimits: Makes a counter, or rolls it into its new period.';
 
 revoke execute on function tokenlimits.open_counter(tokenlimits.limit_state)
 from public, anon, authenticated, service_role;
@@ -919,7 +1198,7 @@ end
 $$;
 
 comment on function tokenlimits.drop_stale_counters(uuid)
-is 'Drops a subject''s counters of limits that are gone.';
+is 'tokenlimits: Drops a subject''s counters of limits that are gone.';
 
 revoke execute on function tokenlimits.drop_stale_counters(uuid)
 from public, anon, authenticated, service_role;
@@ -949,7 +1228,7 @@ end
 $$;
 
 comment on function tokenlimits.renew_counter()
-is 'Trigger: a limit that is another one from now on is counted afresh.';
+is 'tokenlimits: Trigger: a limit that is another one from now on is counted afresh.';
 
 revoke execute on function tokenlimits.renew_counter()
 from public, anon, authenticated, service_role;
@@ -1000,7 +1279,7 @@ end
 $$;
 
 comment on function tokenlimits.apply_limits()
-is 'Trigger: opens the counters of edited limits when nobody is using them.';
+is 'tokenlimits: Trigger: opens the counters of edited limits when nobody is using them.';
 
 revoke execute on function tokenlimits.apply_limits()
 from public, anon, authenticated, service_role;
@@ -1040,7 +1319,7 @@ end
 $$;
 
 comment on function tokenlimits.renew_counters()
-is 'Trigger: in another time zone all limits of the group are others.';
+is 'tokenlimits: Trigger: in another time zone all limits of the group are others.';
 
 revoke execute on function tokenlimits.renew_counters()
 from public, anon, authenticated, service_role;
@@ -1080,7 +1359,7 @@ end
 $$;
 
 comment on function tokenlimits.require_group(uuid)
-is 'The group of that id; raises TL002 when there is none.';
+is 'tokenlimits: The group of that id; raises TL002 when there is none.';
 
 revoke execute on function tokenlimits.require_group(uuid)
 from public, anon, authenticated, service_role;
@@ -1168,7 +1447,7 @@ end
 $$;
 
 comment on function tokenlimits.denial_text(tokenlimits.verdict, text, bigint)
-is 'Why a request was denied, in a sentence.';
+is 'tokenlimits: Why a request was denied, in a sentence.';
 
 revoke execute on function tokenlimits.denial_text(tokenlimits.verdict, text, bigint)
 from public, anon, authenticated, service_role;
@@ -1239,7 +1518,7 @@ end
 $$;
 
 comment on function tokenlimits.answer(tokenlimits.verdict, text, bigint, public.generation_usage, boolean)
-is 'A verdict, with the usage that it has led to, as workers see it.';
+is 'tokenlimits: A verdict, with the usage that it has led to, as workers see it.';
 
 revoke execute on function tokenlimits.answer(tokenlimits.verdict, text, bigint, public.generation_usage, boolean)
 from public, anon, authenticated, service_role;
@@ -1265,7 +1544,7 @@ end
 $$;
 
 comment on function tokenlimits.usage_answer(public.generation_usage, timestamptz, boolean)
-is 'A usage of the ledger as workers see it, with its limits at a moment.';
+is 'tokenlimits: A usage of the ledger as workers see it, with its limits at a moment.';
 
 revoke execute on function tokenlimits.usage_answer(public.generation_usage, timestamptz, boolean)
 from public, anon, authenticated, service_role;
@@ -1305,7 +1584,7 @@ end
 $$;
 
 comment on function tokenlimits.is_metadata(jsonb)
-is 'Whether this may be stored with a usage.';
+is 'tokenlimits: Whether this may be stored with a usage.';
 
 revoke execute on function tokenlimits.is_metadata(jsonb)
 from public, anon, authenticated, service_role;
@@ -1347,7 +1626,7 @@ end
 $$;
 
 comment on function tokenlimits.refuse_request(uuid, text, bigint, text)
-is 'Raises TL001 with the name of the field that makes a request a bad one.';
+is 'tokenlimits: Raises TL001 with the name of the field that makes a request a bad one.';
 
 revoke execute on function tokenlimits.refuse_request(uuid, text, bigint, text)
 from public, anon, authenticated, service_role;
@@ -1369,7 +1648,7 @@ end
 $$;
 
 comment on function tokenlimits.refuse_key(text, uuid)
-is 'Raises TL008: an idempotency key is bound to another request.';
+is 'tokenlimits: Raises TL008: an idempotency key is bound to another request.';
 
 revoke execute on function tokenlimits.refuse_key(text, uuid)
 from public, anon, authenticated, service_role;
@@ -1403,7 +1682,8 @@ end
 $$;
 
 comment on function tokenlimits.usage_under_key(uuid, text, uuid)
-is 'The live usage that has a key, or the id of a dead one that has it; raises TL008 when it is of another request.';
+is 'tokenlimits: The live usage that has a key, or the id of a dead one that has it; raises TL008 when it is of '
+'another request.';
 
 revoke execute on function tokenlimits.usage_under_key(uuid, text, uuid)
 from public, anon, authenticated, service_role;
@@ -1441,7 +1721,7 @@ end
 $$;
 
 comment on function tokenlimits.recording_group(uuid, text, uuid)
-is 'The group that past usage is booked on, if there is one.';
+is 'tokenlimits: The group that past usage is booked on, if there is one.';
 
 revoke execute on function tokenlimits.recording_group(uuid, text, uuid)
 from public, anon, authenticated, service_role;
@@ -1467,7 +1747,7 @@ end
 $$;
 
 comment on function tokenlimits.refuse_group(text, uuid)
-is 'Raises TL002 for a group that does not exist, and TL001 where record needs one.';
+is 'tokenlimits: Raises TL002 for a group that does not exist, and TL001 where record needs one.';
 
 revoke execute on function tokenlimits.refuse_group(text, uuid)
 from public, anon, authenticated, service_role;
@@ -1740,7 +2020,8 @@ end
 $$;
 
 comment on function public.track_generation(uuid, text, bigint, text, uuid, jsonb)
-is 'Checks every limit and records the generation, in one step: is it allowed, what remains, when does it reset.';
+is 'tokenlimits: Checks every limit and records the generation, in one step: is it allowed, what remains, when does it '
+'reset.';
 
 revoke execute on function public.track_generation(uuid, text, bigint, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
@@ -1749,7 +2030,7 @@ grant execute on function public.track_generation(uuid, text, bigint, text, uuid
 to service_role;
 
 comment on function tokenlimits.track_generation(uuid, text, bigint, text, uuid, jsonb)
-is 'The private half of public.track_generation.';
+is 'tokenlimits: The private half of public.track_generation.';
 
 revoke execute on function tokenlimits.track_generation(uuid, text, bigint, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
@@ -2031,7 +2312,8 @@ end
 $$;
 
 comment on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
-is 'Holds a generation''s cost for p_ttl seconds, until it is committed or released; answers like track_generation.';
+is 'tokenlimits: Holds a generation''s cost for p_ttl seconds, until it is committed or released; answers like '
+'track_generation.';
 
 revoke execute on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
@@ -2040,7 +2322,7 @@ grant execute on function public.reserve_generation(uuid, text, bigint, bigint, 
 to service_role;
 
 comment on function tokenlimits.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
-is 'The private half of public.reserve_generation.';
+is 'tokenlimits: The private half of public.reserve_generation.';
 
 revoke execute on function tokenlimits.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
@@ -2237,7 +2519,7 @@ end
 $$;
 
 comment on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
-is 'Records past or outside usage: moves the counters of its period, never denies.';
+is 'tokenlimits: Records past or outside usage: moves the counters of its period, never denies.';
 
 revoke execute on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
@@ -2246,7 +2528,7 @@ grant execute on function public.record_generation(uuid, text, bigint, timestamp
 to service_role;
 
 comment on function tokenlimits.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
-is 'The private half of public.record_generation.';
+is 'tokenlimits: The private half of public.record_generation.';
 
 revoke execute on function tokenlimits.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
@@ -2386,7 +2668,7 @@ end
 $$;
 
 comment on function public.check_generation(uuid, text, bigint, uuid)
-is 'What track_generation would answer now; records nothing.';
+is 'tokenlimits: What track_generation would answer now; records nothing.';
 
 revoke execute on function public.check_generation(uuid, text, bigint, uuid)
 from public, anon, authenticated, service_role;
@@ -2395,7 +2677,7 @@ grant execute on function public.check_generation(uuid, text, bigint, uuid)
 to service_role;
 
 comment on function tokenlimits.check_generation(uuid, text, bigint, uuid)
-is 'The private half of public.check_generation.';
+is 'tokenlimits: The private half of public.check_generation.';
 
 revoke execute on function tokenlimits.check_generation(uuid, text, bigint, uuid)
 from public, anon, authenticated, service_role;
@@ -2454,7 +2736,7 @@ end
 $$;
 
 comment on function tokenlimits.squeeze(tokenlimits.limit_state, bigint, timestamptz, timestamptz)
-is 'Moves a counter that looks full into the room that expired holds leave, or raises TL099.';
+is 'tokenlimits: Moves a counter that looks full into the room that expired holds leave, or raises TL099.';
 
 revoke execute on function tokenlimits.squeeze(tokenlimits.limit_state, bigint, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
@@ -2542,7 +2824,7 @@ end
 $$;
 
 comment on function tokenlimits.move_usage(tokenlimits.usage_move[], timestamptz)
-is 'Moves rollup and counters by many moves at once, or raises TL099.';
+is 'tokenlimits: Moves rollup and counters by many moves at once, or raises TL099.';
 
 revoke execute on function tokenlimits.move_usage(tokenlimits.usage_move[], timestamptz)
 from public, anon, authenticated, service_role;
@@ -2574,7 +2856,7 @@ end
 $$;
 
 comment on function tokenlimits.lock_expired(uuid, text, timestamptz, integer)
-is 'Holds of a group and kind that have expired, locked to be swept.';
+is 'tokenlimits: Holds of a group and kind that have expired, locked to be swept.';
 
 revoke execute on function tokenlimits.lock_expired(uuid, text, timestamptz, integer)
 from public, anon, authenticated, service_role;
@@ -2612,7 +2894,7 @@ end
 $$;
 
 comment on function tokenlimits.expire_holds(uuid[], timestamptz)
-is 'Marks holds as expired; answers what is to be taken back.';
+is 'tokenlimits: Marks holds as expired; answers what is to be taken back.';
 
 revoke execute on function tokenlimits.expire_holds(uuid[], timestamptz)
 from public, anon, authenticated, service_role;
@@ -2641,7 +2923,7 @@ end
 $$;
 
 comment on function tokenlimits.sweep(uuid, text, timestamptz)
-is 'Takes back what some expired holds of a group and kind held, and says how many there were.';
+is 'tokenlimits: Takes back what some expired holds of a group and kind held, and says how many there were.';
 
 revoke execute on function tokenlimits.sweep(uuid, text, timestamptz)
 from public, anon, authenticated, service_role;
@@ -2671,7 +2953,8 @@ end
 $$;
 
 comment on function tokenlimits.tidy()
-is 'Sweeps expired holds of the group and kind with the oldest one, some at a time, and says how many there were.';
+is 'tokenlimits: Sweeps expired holds of the group and kind with the oldest one, some at a time, and says how many '
+'there were.';
 
 revoke execute on function tokenlimits.tidy()
 from public, anon, authenticated, service_role;
@@ -2775,7 +3058,7 @@ comment on function tokenlimits.write_ledger(
   text[],
   timestamptz
 )
-is 'Writes usages into the ledger, sweeps, and answers what moves by it.';
+is 'tokenlimits: Writes usages into the ledger, sweeps, and answers what moves by it.';
 
 revoke execute on function tokenlimits.write_ledger(
   public.generation_usage[],
@@ -2849,7 +3132,7 @@ end
 $$;
 
 comment on function tokenlimits.settled_status(public.generation_usage, text, bigint, timestamptz)
-is 'The status that a settlement leads to; null when it was made before.';
+is 'tokenlimits: The status that a settlement leads to; null when it was made before.';
 
 revoke execute on function tokenlimits.settled_status(public.generation_usage, text, bigint, timestamptz)
 from public, anon, authenticated, service_role;
@@ -2879,7 +3162,7 @@ end
 $$;
 
 comment on function tokenlimits.require_room(public.generation_usage, bigint, timestamptz)
-is 'Raises TL007 unless an expired hold may still be committed.';
+is 'tokenlimits: Raises TL007 unless an expired hold may still be committed.';
 
 revoke execute on function tokenlimits.require_room(public.generation_usage, bigint, timestamptz)
 from public, anon, authenticated, service_role;
@@ -2960,7 +3243,7 @@ end
 $$;
 
 comment on function tokenlimits.settle(uuid, text, bigint)
-is 'What commit, release and refund have in common.';
+is 'tokenlimits: What commit, release and refund have in common.';
 
 revoke execute on function tokenlimits.settle(uuid, text, bigint)
 from public, anon, authenticated, service_role;
@@ -3023,7 +3306,7 @@ end
 $$;
 
 comment on function public.commit_generation(uuid, bigint)
-is 'Settles a hold for what was reserved, or for less.';
+is 'tokenlimits: Settles a hold for what was reserved, or for less.';
 
 revoke execute on function public.commit_generation(uuid, bigint)
 from public, anon, authenticated, service_role;
@@ -3032,7 +3315,7 @@ grant execute on function public.commit_generation(uuid, bigint)
 to service_role;
 
 comment on function tokenlimits.commit_generation(uuid, bigint)
-is 'The private half of public.commit_generation.';
+is 'tokenlimits: The private half of public.commit_generation.';
 
 revoke execute on function tokenlimits.commit_generation(uuid, bigint)
 from public, anon, authenticated, service_role;
@@ -3056,7 +3339,7 @@ end
 $$;
 
 comment on function public.release_generation(uuid)
-is 'Gives back all that a hold holds.';
+is 'tokenlimits: Gives back all that a hold holds.';
 
 revoke execute on function public.release_generation(uuid)
 from public, anon, authenticated, service_role;
@@ -3065,7 +3348,7 @@ grant execute on function public.release_generation(uuid)
 to service_role;
 
 comment on function tokenlimits.release_generation(uuid)
-is 'The private half of public.release_generation.';
+is 'tokenlimits: The private half of public.release_generation.';
 
 revoke execute on function tokenlimits.release_generation(uuid)
 from public, anon, authenticated, service_role;
@@ -3089,7 +3372,7 @@ end
 $$;
 
 comment on function public.refund_generation(uuid)
-is 'Gives back what a committed usage cost.';
+is 'tokenlimits: Gives back what a committed usage cost.';
 
 revoke execute on function public.refund_generation(uuid)
 from public, anon, authenticated, service_role;
@@ -3098,7 +3381,7 @@ grant execute on function public.refund_generation(uuid)
 to authenticated, service_role;
 
 comment on function tokenlimits.refund_generation(uuid)
-is 'The private half of public.refund_generation.';
+is 'tokenlimits: The private half of public.refund_generation.';
 
 revoke execute on function tokenlimits.refund_generation(uuid)
 from public, anon, authenticated, service_role;
@@ -3173,7 +3456,7 @@ end
 $$;
 
 comment on function tokenlimits.refused(tokenlimits.batch_item, text, text, text, text)
-is 'The answer to a request of a batch that a single call would refuse with this error.';
+is 'tokenlimits: The answer to a request of a batch that a single call would refuse with this error.';
 
 revoke execute on function tokenlimits.refused(tokenlimits.batch_item, text, text, text, text)
 from public, anon, authenticated, service_role;
@@ -3212,7 +3495,7 @@ end
 $$;
 
 comment on function tokenlimits.read_request(jsonb, integer)
-is 'One request of a batch; a bad one is answered.';
+is 'tokenlimits: One request of a batch; a bad one is answered.';
 
 revoke execute on function tokenlimits.read_request(jsonb, integer)
 from public, anon, authenticated, service_role;
@@ -3294,7 +3577,7 @@ end
 $$;
 
 comment on function tokenlimits.read_requests(jsonb)
-is 'The requests of a batch.';
+is 'tokenlimits: The requests of a batch.';
 
 revoke execute on function tokenlimits.read_requests(jsonb)
 from public, anon, authenticated, service_role;
@@ -3322,7 +3605,7 @@ end
 $$;
 
 comment on function tokenlimits.replay(tokenlimits.batch_item[])
-is 'A batch with the items answered whose idempotency keys are taken.';
+is 'tokenlimits: A batch with the items answered whose idempotency keys are taken.';
 
 revoke execute on function tokenlimits.replay(tokenlimits.batch_item[])
 from public, anon, authenticated, service_role;
@@ -3357,7 +3640,7 @@ end
 $$;
 
 comment on function tokenlimits.replay_item(tokenlimits.batch_item)
-is 'An item, answered when its idempotency key is taken.';
+is 'tokenlimits: An item, answered when its idempotency key is taken.';
 
 revoke execute on function tokenlimits.replay_item(tokenlimits.batch_item)
 from public, anon, authenticated, service_role;
@@ -3400,7 +3683,7 @@ end
 $$;
 
 comment on function tokenlimits.deny_item(tokenlimits.batch_item, tokenlimits.verdict, uuid)
-is 'The answer to an item that is not charged.';
+is 'tokenlimits: The answer to an item that is not charged.';
 
 revoke execute on function tokenlimits.deny_item(tokenlimits.batch_item, tokenlimits.verdict, uuid)
 from public, anon, authenticated, service_role;
@@ -3429,7 +3712,7 @@ end
 $$;
 
 comment on function tokenlimits.states_at(tokenlimits.limit_state[], integer[])
-is 'Those of some states.';
+is 'tokenlimits: Those of some states.';
 
 revoke execute on function tokenlimits.states_at(tokenlimits.limit_state[], integer[])
 from public, anon, authenticated, service_role;
@@ -3564,7 +3847,7 @@ end
 $$;
 
 comment on function tokenlimits.judge_batch(timestamptz, tokenlimits.batch_item[])
-is 'Judges the items of a batch in their order; writes nothing.';
+is 'tokenlimits: Judges the items of a batch in their order; writes nothing.';
 
 revoke execute on function tokenlimits.judge_batch(timestamptz, tokenlimits.batch_item[])
 from public, anon, authenticated, service_role;
@@ -3712,7 +3995,7 @@ comment on function tokenlimits.write_batch(
   tokenlimits.batch_charge[],
   timestamptz
 )
-is 'Writes what a batch is charged for, and sweeps.';
+is 'tokenlimits: Writes what a batch is charged for, and sweeps.';
 
 revoke execute on function tokenlimits.write_batch(
   tokenlimits.batch_item[],
@@ -3793,7 +4076,7 @@ comment on function tokenlimits.answer_charges(
   tokenlimits.batch_charge[],
   tokenlimits.limit_state[]
 )
-is 'A batch with its charges answered.';
+is 'tokenlimits: A batch with its charges answered.';
 
 revoke execute on function tokenlimits.answer_charges(
   tokenlimits.batch_item[],
@@ -3829,7 +4112,7 @@ end
 $$;
 
 comment on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid)
-is 'A batch with the items answered whose group is held by somebody else.';
+is 'tokenlimits: A batch with the items answered whose group is held by somebody else.';
 
 revoke execute on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid)
 from public, anon, authenticated, service_role;
@@ -3872,7 +4155,7 @@ end
 $$;
 
 comment on function tokenlimits.lock_batch(tokenlimits.batch_item[])
-is 'Holds the limits of a batch''s groups still.';
+is 'tokenlimits: Holds the limits of a batch''s groups still.';
 
 revoke execute on function tokenlimits.lock_batch(tokenlimits.batch_item[])
 from public, anon, authenticated, service_role;
@@ -3941,7 +4224,7 @@ end
 $$;
 
 comment on function public.track_generations(jsonb, bigint)
-is 'Tracks up to 1,000 generations in one transaction: each is judged by itself, in this order.';
+is 'tokenlimits: Tracks up to 1,000 generations in one transaction: each is judged by itself, in this order.';
 
 revoke execute on function public.track_generations(jsonb, bigint)
 from public, anon, authenticated, service_role;
@@ -3950,7 +4233,7 @@ grant execute on function public.track_generations(jsonb, bigint)
 to service_role;
 
 comment on function tokenlimits.track_generations(jsonb, bigint)
-is 'The private half of public.track_generations.';
+is 'tokenlimits: The private half of public.track_generations.';
 
 revoke execute on function tokenlimits.track_generations(jsonb, bigint)
 from public, anon, authenticated, service_role;
@@ -3988,7 +4271,7 @@ end
 $$;
 
 comment on function tokenlimits.group_json(public.user_groups)
-is 'A group with its limits, as clients see it.';
+is 'tokenlimits: A group with its limits, as clients see it.';
 
 revoke execute on function tokenlimits.group_json(public.user_groups)
 from public, anon, authenticated, service_role;
@@ -4044,7 +4327,7 @@ end
 $$;
 
 comment on function tokenlimits.check_limits(jsonb)
-is 'Refuses limits that are not valid, before anything is written.';
+is 'tokenlimits: Refuses limits that are not valid, before anything is written.';
 
 revoke execute on function tokenlimits.check_limits(jsonb)
 from public, anon, authenticated, service_role;
@@ -4083,12 +4366,81 @@ end
 $$;
 
 comment on function tokenlimits.replace_limits(uuid, jsonb)
-is 'Makes a group''s limits these.';
+is 'tokenlimits: Makes a group''s limits these.';
 
 revoke execute on function tokenlimits.replace_limits(uuid, jsonb)
 from public, anon, authenticated, service_role;
 
 grant execute on function tokenlimits.replace_limits(uuid, jsonb)
+to authenticated, service_role;
+
+-- A group of the caller's choice of id: it was never used, or what the ledger says of another would be its usage.
+create or replace function tokenlimits.check_new_id(p_id uuid)
+returns void
+language plpgsql
+volatile
+-- definer: which groups were deleted is private
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform tokenlimits.require_admin();
+  if exists (select from public.user_groups as g where g.id = p_id)
+    or exists (select from tokenlimits.deleted_groups as d where d.id = p_id)
+    or exists (select from public.generation_usage as u where u.group_id = p_id)
+  then
+    perform tokenlimits.refuse(
+      'TL001', format('id: %s is, or was, another group''s', p_id), 'id', 'Choose an id that was never used.'
+    );
+  end if;
+end
+$$;
+
+comment on function tokenlimits.check_new_id(uuid)
+is 'tokenlimits: Refuses an id that a group has or had.';
+
+revoke execute on function tokenlimits.check_new_id(uuid)
+from public, anon, authenticated, service_role;
+
+grant execute on function tokenlimits.check_new_id(uuid)
+to authenticated, service_role;
+
+create or replace function tokenlimits.insert_group(
+  p_id uuid,
+  p_name text,
+  p_description text,
+  p_priority integer,
+  p_timezone text,
+  p_is_default boolean
+)
+returns public.user_groups
+language plpgsql
+volatile
+-- definer: nobody else may set an id
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_group public.user_groups;
+begin
+  perform tokenlimits.require_admin();
+  insert into public.user_groups as g (id, name, description, priority, timezone, is_default)
+  values (
+    coalesce(p_id, gen_random_uuid()), p_name, coalesce(p_description, ''), coalesce(p_priority, 0),
+    coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false)
+  )
+  returning * into v_group;
+  return v_group;
+end
+$$;
+
+comment on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean)
+is 'tokenlimits: Makes a group, with an id of its own where none is given.';
+
+revoke execute on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean)
+from public, anon, authenticated, service_role;
+
+grant execute on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean)
 to authenticated, service_role;
 
 create or replace function public.save_group(
@@ -4098,7 +4450,8 @@ create or replace function public.save_group(
   p_priority integer default null,
   p_timezone text default null,
   p_is_default boolean default null,
-  p_limits jsonb default null
+  p_limits jsonb default null,
+  p_id uuid default null
 )
 returns jsonb
 language plpgsql
@@ -4108,13 +4461,19 @@ as $$
 declare
   v_group public.user_groups;
   v_limits jsonb := case jsonb_typeof(p_limits) when 'string' then (p_limits #>> '{}')::jsonb else p_limits end;
+  v_constraint text;
 begin
   perform tokenlimits.require_admin();
   if v_limits is not null then
     perform tokenlimits.check_limits(v_limits);
   end if;
   if p_group_id is not null then
+    if p_id is not null then
+      perform tokenlimits.refuse('TL001', 'id: is of a new group; group_id names one that is there', 'id');
+    end if;
     v_group := tokenlimits.require_group(p_group_id);
+  elsif p_id is not null then
+    perform tokenlimits.check_new_id(p_id);
   end if;
   if p_is_default then
     -- the stripes of groups are 0 to 255
@@ -4125,12 +4484,7 @@ begin
   end if;
   begin
     if p_group_id is null then
-      insert into public.user_groups as g (name, description, priority, timezone, is_default)
-      values (
-        p_name, coalesce(p_description, ''), coalesce(p_priority, 0),
-        coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false)
-      )
-      returning * into v_group;
+      v_group := tokenlimits.insert_group(p_id, p_name, p_description, p_priority, p_timezone, p_is_default);
     else
       update public.user_groups as g
       set
@@ -4144,6 +4498,11 @@ begin
     end if;
   exception
     when unique_violation then
+      get stacked diagnostics v_constraint = constraint_name;
+      if v_constraint = 'user_groups_pkey' then
+        -- somebody else was faster
+        perform tokenlimits.check_new_id(p_id);
+      end if;
       perform tokenlimits.refuse(
         'TL003',
         format('there is a group named %L already', normalize(
@@ -4170,13 +4529,14 @@ begin
 end
 $$;
 
-comment on function public.save_group(uuid, text, text, integer, text, boolean, jsonb)
-is 'Makes a group, or changes what is not null of an existing one, with its whole set of limits, in one step.';
+comment on function public.save_group(uuid, text, text, integer, text, boolean, jsonb, uuid)
+is 'tokenlimits: Makes a group (p_id: with this id, which was never used), or changes what is not null of an existing '
+'one, with its whole set of limits, in one step.';
 
-revoke execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb)
+revoke execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb, uuid)
 from public, anon, authenticated, service_role;
 
-grant execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb)
+grant execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb, uuid)
 to authenticated, service_role;
 
 create or replace function public.set_group_limit(p_group_id uuid, p_limit jsonb)
@@ -4203,7 +4563,7 @@ end
 $$;
 
 comment on function public.set_group_limit(uuid, jsonb)
-is 'Adds one limit to a group, or changes its max.';
+is 'tokenlimits: Adds one limit to a group, or changes its max.';
 
 revoke execute on function public.set_group_limit(uuid, jsonb)
 from public, anon, authenticated, service_role;
@@ -4227,7 +4587,7 @@ end
 $$;
 
 comment on function public.remove_group_limit(uuid, text, text, text)
-is 'Removes one limit of a group; without the limit that is no error.';
+is 'tokenlimits: Removes one limit of a group; without the limit that is no error.';
 
 revoke execute on function public.remove_group_limit(uuid, text, text, text)
 from public, anon, authenticated, service_role;
@@ -4252,7 +4612,7 @@ end
 $$;
 
 comment on function public.delete_group(uuid)
-is 'Deletes a group with its limits and memberships; the ledger stays.';
+is 'tokenlimits: Deletes a group with its limits and memberships; the ledger stays.';
 
 revoke execute on function public.delete_group(uuid)
 from public, anon, authenticated, service_role;
@@ -4305,7 +4665,8 @@ end
 $$;
 
 comment on function public.find_groups(uuid, text, text, text, integer)
-is 'Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, in order.';
+is 'tokenlimits: Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, '
+'in order.';
 
 revoke execute on function public.find_groups(uuid, text, text, text, integer)
 from public, anon, authenticated, service_role;
@@ -4317,7 +4678,7 @@ create or replace function tokenlimits.add_group_members(p_group_id uuid, p_user
 returns jsonb
 language plpgsql
 volatile
--- definer: auth.users is not open to admins
+-- definer: users are not open to admins
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -4330,7 +4691,7 @@ begin
   if p_user_ids is null or array_position(p_user_ids, null) is not null then
     perform tokenlimits.refuse('TL001', 'user_ids: must be an array of ids', 'user_ids');
   end if;
-  v_known := array(select u.id from auth.users as u where u.id = any(p_user_ids) order by u.id);
+  v_known := array(select distinct u.id from tokenlimits.known_users(p_user_ids) as u order by u.id);
   insert into public.group_memberships as m (group_id, user_id)
   select p_group_id, k.id
   from unnest(v_known) as k (id)
@@ -4366,7 +4727,8 @@ end
 $$;
 
 comment on function public.add_group_members(uuid, uuid[])
-is 'Adds users to a group: how many were added, how many were there already, and which ids are of no user.';
+is 'tokenlimits: Adds users to a group: how many were added, how many were there already, and which ids are of no '
+'user.';
 
 revoke execute on function public.add_group_members(uuid, uuid[])
 from public, anon, authenticated, service_role;
@@ -4375,7 +4737,7 @@ grant execute on function public.add_group_members(uuid, uuid[])
 to authenticated, service_role;
 
 comment on function tokenlimits.add_group_members(uuid, uuid[])
-is 'The private half of public.add_group_members.';
+is 'tokenlimits: The private half of public.add_group_members.';
 
 revoke execute on function tokenlimits.add_group_members(uuid, uuid[])
 from public, anon, authenticated, service_role;
@@ -4402,7 +4764,7 @@ end
 $$;
 
 comment on function public.remove_group_members(uuid, uuid[])
-is 'Removes users from a group, and says how many were in it; their usage stays.';
+is 'tokenlimits: Removes users from a group, and says how many were in it; their usage stays.';
 
 revoke execute on function public.remove_group_members(uuid, uuid[])
 from public, anon, authenticated, service_role;
@@ -4435,7 +4797,7 @@ end
 $$;
 
 comment on function public.move_group_member(uuid, uuid, uuid)
-is 'Moves a user from one group to another in one step; false when the user was not in the first.';
+is 'tokenlimits: Moves a user from one group to another in one step; false when the user was not in the first.';
 
 revoke execute on function public.move_group_member(uuid, uuid, uuid)
 from public, anon, authenticated, service_role;
@@ -4504,7 +4866,7 @@ end
 $$;
 
 comment on function public.reset_group_usage(uuid, text)
-is 'A fresh start for a group''s current periods, of a kind or of all; the ledger keeps everything.';
+is 'tokenlimits: A fresh start for a group''s current periods, of a kind or of all; the ledger keeps everything.';
 
 revoke execute on function public.reset_group_usage(uuid, text)
 from public, anon, authenticated, service_role;
@@ -4513,7 +4875,7 @@ grant execute on function public.reset_group_usage(uuid, text)
 to authenticated, service_role;
 
 comment on function tokenlimits.reset_group_usage(uuid, text)
-is 'The private half of public.reset_group_usage.';
+is 'tokenlimits: The private half of public.reset_group_usage.';
 
 revoke execute on function tokenlimits.reset_group_usage(uuid, text)
 from public, anon, authenticated, service_role;
@@ -4525,30 +4887,41 @@ create or replace function tokenlimits.group_members(p_group_id uuid, p_after uu
 returns jsonb
 language plpgsql
 stable
--- definer: e-mail addresses are in auth.users, which is not open to admins
+-- definer: e-mail addresses are not open to admins
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_search text := nullif(lower(btrim(p_search)), '');
+  v_page_size integer := least(greatest(p_page_size, 1), 1000);
+  v_user_ids uuid[];
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
+  v_user_ids := array(
+    select m.user_id
+    from public.group_memberships as m
+    where
+      m.group_id = p_group_id
+      -- "p_after is null or" would read the pages before, too
+      and m.user_id >= coalesce(p_after, '00000000-0000-0000-0000-000000000000')
+      and m.user_id is distinct from p_after
+    order by m.user_id
+    -- of a search nobody knows yet how many it takes
+    limit case when v_search is null then v_page_size end
+  );
   return coalesce((
     select jsonb_agg(to_jsonb(page) order by page.user_id)
     from (
       select m.user_id, u.email, m.joined_at
       from public.group_memberships as m
-      -- the offset: member by member, or a search may read all users of the project
-      cross join lateral (select u.email from auth.users as u where u.id = m.user_id offset 0) as u
+      left join tokenlimits.known_users(v_user_ids) as u on u.id = m.user_id
       where
         m.group_id = p_group_id
-        -- "p_after is null or" would read the pages before, too
-        and m.user_id >= coalesce(p_after, '00000000-0000-0000-0000-000000000000')
-        and m.user_id is distinct from p_after
+        and m.user_id = any(v_user_ids)
         and (v_search is null or strpos(lower(u.email), v_search) > 0)
       order by m.user_id
-      limit least(greatest(p_page_size, 1), 1000)
+      limit v_page_size
     ) as page
   ), '[]');
 end
@@ -4576,7 +4949,8 @@ end
 $$;
 
 comment on function public.group_members(uuid, uuid, integer, text)
-is 'A group''s members, or those whose e-mail address contains a text: the page after a user id, in the order of ids.';
+is 'tokenlimits: A group''s members, or those whose e-mail address contains a text: the page after a user id, in the '
+'order of ids.';
 
 revoke execute on function public.group_members(uuid, uuid, integer, text)
 from public, anon, authenticated, service_role;
@@ -4585,7 +4959,7 @@ grant execute on function public.group_members(uuid, uuid, integer, text)
 to authenticated, service_role;
 
 comment on function tokenlimits.group_members(uuid, uuid, integer, text)
-is 'The private half of public.group_members.';
+is 'tokenlimits: The private half of public.group_members.';
 
 revoke execute on function tokenlimits.group_members(uuid, uuid, integer, text)
 from public, anon, authenticated, service_role;
@@ -4634,7 +5008,7 @@ end
 $$;
 
 comment on function public.find_users(text, integer)
-is 'Users whose e-mail address contains a text, whatever its case.';
+is 'tokenlimits: Users whose e-mail address contains a text, whatever its case.';
 
 revoke execute on function public.find_users(text, integer)
 from public, anon, authenticated, service_role;
@@ -4643,7 +5017,7 @@ grant execute on function public.find_users(text, integer)
 to authenticated, service_role;
 
 comment on function tokenlimits.find_users(text, integer)
-is 'The private half of public.find_users.';
+is 'tokenlimits: The private half of public.find_users.';
 
 revoke execute on function tokenlimits.find_users(text, integer)
 from public, anon, authenticated, service_role;
@@ -4695,7 +5069,7 @@ end
 $$;
 
 comment on function tokenlimits.user_usage(uuid)
-is 'Every limit that binds a user, in the order in which groups pay.';
+is 'tokenlimits: Every limit that binds a user, in the order in which groups pay.';
 
 revoke execute on function tokenlimits.user_usage(uuid)
 from public, anon, authenticated, service_role;
@@ -4732,7 +5106,7 @@ end
 $$;
 
 comment on function public.user_generation_usage(uuid)
-is 'Every limit that binds a user: group, kind, period, scope, max, used, remaining, reset_at.';
+is 'tokenlimits: Every limit that binds a user: group, kind, period, scope, max, used, remaining, reset_at.';
 
 revoke execute on function public.user_generation_usage(uuid)
 from public, anon, authenticated, service_role;
@@ -4741,7 +5115,7 @@ grant execute on function public.user_generation_usage(uuid)
 to service_role;
 
 comment on function tokenlimits.user_generation_usage(uuid)
-is 'The private half of public.user_generation_usage.';
+is 'tokenlimits: The private half of public.user_generation_usage.';
 
 revoke execute on function tokenlimits.user_generation_usage(uuid)
 from public, anon, authenticated, service_role;
@@ -4780,7 +5154,8 @@ end
 $$;
 
 comment on function public.my_generation_usage()
-is 'Every limit that binds the signed-in user: group, kind, period, scope, max, used, remaining, reset_at.';
+is 'tokenlimits: Every limit that binds the signed-in user: group, kind, period, scope, max, used, remaining, '
+'reset_at.';
 
 revoke execute on function public.my_generation_usage()
 from public, anon, authenticated, service_role;
@@ -4789,7 +5164,7 @@ grant execute on function public.my_generation_usage()
 to authenticated;
 
 comment on function tokenlimits.my_generation_usage()
-is 'The private half of public.my_generation_usage.';
+is 'tokenlimits: The private half of public.my_generation_usage.';
 
 revoke execute on function tokenlimits.my_generation_usage()
 from public, anon, authenticated, service_role;
@@ -4833,6 +5208,8 @@ security definer
 set search_path = pg_catalog, pg_temp
 -- the planner takes its own steps for small, and would compare each row of one with each of the next
 set enable_nestloop = off
+-- and a plan for the very ids would look at statistics of each: half of the time of a thousand
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_now timestamptz := tokenlimits.clock();
@@ -4983,7 +5360,8 @@ end
 $$;
 
 comment on function public.group_usage(uuid, text, integer)
-is 'Usage of one group, of all, or of a page of them after a name: of each limit used, capacity, reset_at.';
+is 'tokenlimits: Usage of one group, of all, or of a page of them after a name: of each limit used, capacity, '
+'reset_at.';
 
 revoke execute on function public.group_usage(uuid, text, integer)
 from public, anon, authenticated, service_role;
@@ -4992,7 +5370,7 @@ grant execute on function public.group_usage(uuid, text, integer)
 to authenticated, service_role;
 
 comment on function tokenlimits.group_usage(uuid, text, integer)
-is 'The private half of public.group_usage.';
+is 'tokenlimits: The private half of public.group_usage.';
 
 revoke execute on function tokenlimits.group_usage(uuid, text, integer)
 from public, anon, authenticated, service_role;
@@ -5014,7 +5392,7 @@ end
 $$;
 
 comment on function tokenlimits.check_bucket(text)
-is 'Raises TL001 unless it is a step of the history.';
+is 'tokenlimits: Raises TL001 unless it is a step of the history.';
 
 revoke execute on function tokenlimits.check_bucket(text)
 from public, anon, authenticated, service_role;
@@ -5032,7 +5410,7 @@ end
 $$;
 
 comment on function tokenlimits.timezone_of(uuid)
-is 'The time zone in which a group''s periods begin.';
+is 'tokenlimits: The time zone in which a group''s periods begin.';
 
 revoke execute on function tokenlimits.timezone_of(uuid)
 from public, anon, authenticated, service_role;
@@ -5118,7 +5496,8 @@ end
 $$;
 
 comment on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
-is 'Live usage per kind and bucket in a group''s time zone (of all groups, in UTC, when null); 30 days by default.';
+is 'tokenlimits: Live usage per kind and bucket in a group''s time zone (of all groups, in UTC, when null); 30 days by '
+'default.';
 
 revoke execute on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
@@ -5127,7 +5506,7 @@ grant execute on function public.generation_history(uuid, text, text, timestampt
 to authenticated, service_role;
 
 comment on function tokenlimits.generation_history(uuid, text, text, timestamptz, timestamptz)
-is 'The private half of public.generation_history.';
+is 'tokenlimits: The private half of public.generation_history.';
 
 revoke execute on function tokenlimits.generation_history(uuid, text, text, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
@@ -5145,7 +5524,7 @@ to authenticated, service_role;
 --   * Pages follow each other by columns that never change. What was committed before the first page, and created
 --     before "until", is in exactly one of them, as a row or in a sum.
 
-create or replace function tokenlimits.usage_json(p_usage public.generation_usage)
+create or replace function tokenlimits.usage_json(p_usage public.generation_usage, p_email text)
 returns jsonb
 language sql
 stable
@@ -5158,7 +5537,7 @@ as $$
       'name', (select g.name from public.user_groups as g where g.id = p_usage.group_id)
     ),
     'user_id', p_usage.user_id,
-    'email', (select u.email from auth.users as u where u.id = p_usage.user_id),
+    'email', p_email,
     'kind', p_usage.kind,
     'cost', p_usage.cost,
     'status', p_usage.status,
@@ -5170,10 +5549,10 @@ as $$
   )
 $$;
 
-comment on function tokenlimits.usage_json(public.generation_usage)
-is 'A row of the ledger, as an export shows it.';
+comment on function tokenlimits.usage_json(public.generation_usage, text)
+is 'tokenlimits: A row of the ledger and the user''s e-mail address, as an export shows them.';
 
-revoke execute on function tokenlimits.usage_json(public.generation_usage)
+revoke execute on function tokenlimits.usage_json(public.generation_usage, text)
 from public, anon, authenticated, service_role;
 
 -- Of one user by their own index, else of one group after the other by theirs: no index of its own, which every call
@@ -5190,7 +5569,7 @@ create or replace function tokenlimits.export_usage(
 returns jsonb
 language plpgsql
 stable
--- definer: e-mail addresses are in auth.users, which is not open to admins
+-- definer: e-mail addresses are not open to admins
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -5229,8 +5608,10 @@ begin
       );
     end if;
     v_rows := v_rows || coalesce((
-      select jsonb_agg(tokenlimits.usage_json(row(p.*)::public.generation_usage) order by p.created_at, p.id)
+      select jsonb_agg(tokenlimits.usage_json(row(p.*)::public.generation_usage, k.email) order by p.created_at, p.id)
       from unnest(v_page) as p
+      left join tokenlimits.known_users(array(select distinct q.user_id from unnest(v_page) as q)) as k
+        on k.id = p.user_id
       where (p_kind is null or p.kind = p_kind) and (p_group_id is null or p.group_id = p_group_id)
     ), '[]');
     v_left := v_left - cardinality(v_page);
@@ -5284,7 +5665,8 @@ end
 $$;
 
 comment on function public.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
-is 'The ledger, page by page: ask again with p_after and p_until as the ''next'' and ''until'' of the page before.';
+is 'tokenlimits: The ledger, page by page: ask again with p_after and p_until as the ''next'' and ''until'' of the '
+'page before.';
 
 revoke execute on function public.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
 from public, anon, authenticated, service_role;
@@ -5293,7 +5675,7 @@ grant execute on function public.export_usage(uuid, uuid, text, timestamptz, tim
 to authenticated, service_role;
 
 comment on function tokenlimits.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
-is 'The private half of public.export_usage.';
+is 'tokenlimits: The private half of public.export_usage.';
 
 revoke execute on function tokenlimits.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
 from public, anon, authenticated, service_role;
@@ -5435,7 +5817,7 @@ end
 $$;
 
 comment on function public.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
-is 'Live usage per group, kind and bucket in the group''s time zone, page by page as export_usage.';
+is 'tokenlimits: Live usage per group, kind and bucket in the group''s time zone, page by page as export_usage.';
 
 revoke execute on function public.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
 from public, anon, authenticated, service_role;
@@ -5444,7 +5826,7 @@ grant execute on function public.export_history(uuid, text, text, timestamptz, t
 to authenticated, service_role;
 
 comment on function tokenlimits.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
-is 'The private half of public.export_history.';
+is 'tokenlimits: The private half of public.export_history.';
 
 revoke execute on function tokenlimits.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
 from public, anon, authenticated, service_role;
@@ -5463,7 +5845,7 @@ create or replace function tokenlimits.top_members(
 returns jsonb
 language plpgsql
 stable
--- definer: e-mail addresses are in auth.users, which is not open to admins
+-- definer: e-mail addresses are not open to admins
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -5473,11 +5855,7 @@ begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
   return coalesce((
-    select jsonb_agg(
-      to_jsonb(top) || jsonb_build_object('email', (select a.email from auth.users as a where a.id = top.user_id))
-      order by top.used desc, top.user_id
-    )
-    from (
+    with top as materialized (
       select u.user_id, sum(u.cost) as used, count(*) as generations
       from public.generation_usage as u
       where
@@ -5490,7 +5868,11 @@ or (u.status = 'reserved' and u.expires_at <= v_now))
       group by u.user_id
       order by used desc, u.user_id
       limit least(greatest(p_count, 1), 1000)
-    ) as top
+    )
+
+    select jsonb_agg(to_jsonb(top) || jsonb_build_object('email', k.email) order by top.used desc, top.user_id)
+    from top
+    left join tokenlimits.known_users(array(select t.user_id from top as t)) as k on k.id = top.user_id
   ), '[]');
 end
 $$;
@@ -5519,7 +5901,7 @@ end
 $$;
 
 comment on function public.top_members(uuid, text, timestamptz, timestamptz, integer)
-is 'Who used most in a group, also those who left; in the last 30 days by default.';
+is 'tokenlimits: Who used most in a group, also those who left; in the last 30 days by default.';
 
 revoke execute on function public.top_members(uuid, text, timestamptz, timestamptz, integer)
 from public, anon, authenticated, service_role;
@@ -5528,7 +5910,7 @@ grant execute on function public.top_members(uuid, text, timestamptz, timestampt
 to authenticated, service_role;
 
 comment on function tokenlimits.top_members(uuid, text, timestamptz, timestamptz, integer)
-is 'The private half of public.top_members.';
+is 'tokenlimits: The private half of public.top_members.';
 
 revoke execute on function tokenlimits.top_members(uuid, text, timestamptz, timestamptz, integer)
 from public, anon, authenticated, service_role;
@@ -5583,7 +5965,7 @@ end
 $$;
 
 comment on function tokenlimits.rollup_differences(uuid, timestamptz)
-is 'Where the history since a moment differs from the ledger, and by how many generations.';
+is 'tokenlimits: Where the history since a moment differs from the ledger, and by how many generations.';
 
 revoke execute on function tokenlimits.rollup_differences(uuid, timestamptz)
 from public, anon, authenticated, service_role;
@@ -5622,9 +6004,34 @@ end
 $$;
 
 comment on function tokenlimits.counter_differences(uuid, timestamptz, integer)
-is 'Where a group''s counters differ from the ledger.';
+is 'tokenlimits: Where a group''s counters differ from the ledger.';
 
 revoke execute on function tokenlimits.counter_differences(uuid, timestamptz, integer)
+from public, anon, authenticated, service_role;
+
+-- As after a restored dump of the ledger alone.
+create or replace function tokenlimits.missing_holds(p_group_id uuid, p_since timestamptz)
+returns setof public.generation_usage
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+  select u.*
+  from public.generation_usage as u
+  where
+    u.group_id = p_group_id
+    and u.created_at >= p_since
+    and u.status = 'reserved'
+    and not exists (select from tokenlimits.holds as h where h.user_id = u.user_id and h.usage_id = u.id);
+end
+$$;
+
+comment on function tokenlimits.missing_holds(uuid, timestamptz)
+is 'tokenlimits: Usages that are reserved, but would never expire: nobody would find them.';
+
+revoke execute on function tokenlimits.missing_holds(uuid, timestamptz)
 from public, anon, authenticated, service_role;
 
 -- One group at a time, and since a moment, for a statement ends after 8 s. Answers what differed, as it was and as it
@@ -5640,10 +6047,18 @@ as $$
 declare
   v_counters jsonb;
   v_rollup jsonb;
+  v_holds bigint;
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
   perform tokenlimits.lock_groups(array[p_group_id], true);
+
+  insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+  select
+    u.id, u.group_id, u.user_id, u.kind, u.cost,
+    u.created_at, u.expires_at
+  from tokenlimits.missing_holds(p_group_id, coalesce(p_since, '-infinity')) as u;
+  get diagnostics v_holds = row_count;
 
   -- first, for the group's counters are counted from it
   with differences as (
@@ -5677,7 +6092,9 @@ begin
   select jsonb_agg(to_jsonb(d) - 'counter_id' order by d.kind, d.period, d.subject) into v_counters
   from differences as d;
 
-  return jsonb_build_object('counters', coalesce(v_counters, '[]'), 'rollup', coalesce(v_rollup, '[]'));
+  return jsonb_build_object(
+    'counters', coalesce(v_counters, '[]'), 'rollup', coalesce(v_rollup, '[]'), 'holds', v_holds
+  );
 end
 $$;
 
@@ -5699,7 +6116,7 @@ end
 $$;
 
 comment on function public.reconcile_usage(uuid, timestamptz)
-is 'Counts a group''s usage again from the ledger, mends counters and rollup, and answers what differed.';
+is 'tokenlimits: Counts a group''s usage again from the ledger, mends counters and rollup, and answers what differed.';
 
 revoke execute on function public.reconcile_usage(uuid, timestamptz)
 from public, anon, authenticated, service_role;
@@ -5708,7 +6125,7 @@ grant execute on function public.reconcile_usage(uuid, timestamptz)
 to authenticated, service_role;
 
 comment on function tokenlimits.reconcile_usage(uuid, timestamptz)
-is 'The private half of public.reconcile_usage.';
+is 'tokenlimits: The private half of public.reconcile_usage.';
 
 revoke execute on function tokenlimits.reconcile_usage(uuid, timestamptz)
 from public, anon, authenticated, service_role;
@@ -5761,7 +6178,7 @@ end
 $$;
 
 comment on function public.find_users_by_email(text[])
-is 'The users who have one of up to 5,000 e-mail addresses, whatever its case.';
+is 'tokenlimits: The users who have one of up to 5,000 e-mail addresses, whatever its case.';
 
 revoke execute on function public.find_users_by_email(text[])
 from public, anon, authenticated, service_role;
@@ -5770,7 +6187,7 @@ grant execute on function public.find_users_by_email(text[])
 to authenticated, service_role;
 
 comment on function tokenlimits.find_users_by_email(text[])
-is 'The private half of public.find_users_by_email.';
+is 'tokenlimits: The private half of public.find_users_by_email.';
 
 revoke execute on function tokenlimits.find_users_by_email(text[])
 from public, anon, authenticated, service_role;
@@ -5802,7 +6219,11 @@ begin
     'rollup', coalesce((
       select jsonb_agg(to_jsonb(d) - 'generations' order by d.kind, d.bucket)
       from tokenlimits.rollup_differences(p_group_id, coalesce(p_since, v_now - interval '1 day')) as d
-    ), '[]')
+    ), '[]'),
+    'holds', (
+      select count(*)
+      from tokenlimits.missing_holds(p_group_id, coalesce(p_since, v_now - interval '1 day')) as m
+    )
   );
 end
 $$;
@@ -5825,7 +6246,8 @@ end
 $$;
 
 comment on function public.usage_drift(uuid, timestamptz)
-is 'Where a group''s counters and history differ from the ledger; changes nothing. The history of a day by default.';
+is 'tokenlimits: Where a group''s counters and history differ from the ledger; changes nothing. The history of a day '
+'by default.';
 
 revoke execute on function public.usage_drift(uuid, timestamptz)
 from public, anon, authenticated, service_role;
@@ -5834,7 +6256,7 @@ grant execute on function public.usage_drift(uuid, timestamptz)
 to authenticated, service_role;
 
 comment on function tokenlimits.usage_drift(uuid, timestamptz)
-is 'The private half of public.usage_drift.';
+is 'tokenlimits: The private half of public.usage_drift.';
 
 revoke execute on function tokenlimits.usage_drift(uuid, timestamptz)
 from public, anon, authenticated, service_role;
@@ -5865,7 +6287,7 @@ end
 $$;
 
 comment on function tokenlimits.would_be_admin(jsonb)
-is 'Would a caller with these claims be an admin? Null: it failed.';
+is 'tokenlimits: Would a caller with these claims be an admin? Null: it failed.';
 
 revoke execute on function tokenlimits.would_be_admin(jsonb)
 from public, anon, authenticated, service_role;
@@ -5928,16 +6350,55 @@ end
 $$;
 
 comment on function tokenlimits.storage()
-is 'Dead rows, and how large indexes are and need to be.';
+is 'tokenlimits: Dead rows, and how large indexes are and need to be.';
 
 revoke execute on function tokenlimits.storage()
+from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.users_in_no_group()
+returns bigint
+language plpgsql
+stable
+-- definer: auth.users is not open to admins
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform tokenlimits.require_admin();
+  if exists (
+    select
+    from pg_catalog.pg_proc as p
+    where
+      p.pronamespace = 'tokenlimits'::regnamespace
+      and p.proname = 'known_users'
+      and p.prosrc not like '%the default of tokenlimits%'
+  ) then
+    return null;
+  end if;
+  -- of many it is enough to know that they are many
+  return (
+    select count(*)
+    from (
+      select
+      from auth.users as u
+      where not exists (select from public.group_memberships as m where m.user_id = u.id)
+      limit 1001
+    ) as n
+  );
+end
+$$;
+
+comment on function tokenlimits.users_in_no_group()
+is 'tokenlimits: How many users are in no group, up to 1,001; null where users are elsewhere.';
+
+revoke execute on function tokenlimits.users_in_no_group()
 from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.tokenlimits_diagnosis()
 returns jsonb
 language plpgsql
 volatile
--- definer: auth.users is not open to admins
+-- definer: counters are private
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -5955,11 +6416,16 @@ begin
         'rls', t.relrowsecurity,
         'anon', has_any_column_privilege('anon', t.oid, 'select, insert, update')
         or has_table_privilege('anon', t.oid, 'delete'),
+        -- of the whole table: what is granted column by column is meant so
         'authenticated', (
           select coalesce(jsonb_agg(a.name order by a.name), '[]')
           from unnest(array['select', 'insert', 'update', 'delete']) as a (name)
-          -- of the whole table: what is granted column by column is meant so
           where has_table_privilege('authenticated', t.oid, a.name)
+        ),
+        'service_role', (
+          select coalesce(jsonb_agg(a.name order by a.name), '[]')
+          from unnest(array['select', 'insert', 'update', 'delete']) as a (name)
+          where has_table_privilege('service_role', t.oid, a.name)
         )
       ))
       from pg_catalog.pg_class as t
@@ -5980,9 +6446,7 @@ begin
         where has_function_privilege(r.name, f.oid, 'execute')
       ))
       from pg_catalog.pg_proc as f
-      where
-        f.pronamespace = 'public'::regnamespace
-        and (f.prosrc like '%tokenlimits.%' or f.proname = 'tokenlimits_version')
+      where f.pronamespace = 'public'::regnamespace and coalesce(obj_description(f.oid, 'pg_proc') like 'tokenlimits:%', false)
     ),
     'private_schema_open', has_schema_privilege('anon', 'tokenlimits', 'usage'),
     'triggers', (
@@ -6017,15 +6481,29 @@ begin
       from public.user_groups as g
       where not exists (select from public.group_limits as l where l.group_id = g.id)
     ),
-    -- of many it is enough to know that they are many
-    'users_in_no_group', (
+    'users_in_no_group', tokenlimits.users_in_no_group(),
+    -- a restored ledger whose sums were not restored: a group's oldest live usage is in none of them
+    'groups_not_summed', (
       select count(*)
-      from (
+      from public.user_groups as g
+      cross join lateral (
+        select u.kind, u.created_at
+        from (
+          select l.kind, l.created_at, l.status
+          from public.generation_usage as l
+          where l.group_id = g.id
+          order by l.created_at
+          limit 100
+        ) as u
+        where u.status in ('reserved', 'committed')
+        order by u.created_at
+        limit 1
+      ) as o
+      where not exists (
         select
-        from auth.users as u
-        where not exists (select from public.group_memberships as m where m.user_id = u.id)
-        limit 1001
-      ) as n
+        from tokenlimits.usage_rollup as r
+        where r.group_id = g.id and r.kind = o.kind and r.bucket = date_bin('15 minutes', o.created_at, '2000-01-01 00:00:00+00')
+      )
     ),
     'ledger_rows', (
       select greatest(c.reltuples, 0)::bigint
@@ -6048,7 +6526,8 @@ end
 $$;
 
 comment on function public.tokenlimits_diagnosis()
-is 'How tokenlimits is installed here: tables, policies, functions, triggers, indexes, who is an admin, users.';
+is 'tokenlimits: How tokenlimits is installed here: tables, policies, functions, triggers, indexes, who is an admin, '
+'users.';
 
 revoke execute on function public.tokenlimits_diagnosis()
 from public, anon, authenticated, service_role;
@@ -6057,7 +6536,7 @@ grant execute on function public.tokenlimits_diagnosis()
 to authenticated, service_role;
 
 comment on function tokenlimits.tokenlimits_diagnosis()
-is 'The private half of public.tokenlimits_diagnosis.';
+is 'tokenlimits: The private half of public.tokenlimits_diagnosis.';
 
 revoke execute on function tokenlimits.tokenlimits_diagnosis()
 from public, anon, authenticated, service_role;

@@ -2,7 +2,8 @@
 --
 -- Invariants
 --   * Nothing in the schema tokenlimits is exposed through the API: it is not in PostgREST's list of schemas.
---   * A project's own tokenlimits.is_admin() survives another application of this file.
+--   * A project's own tokenlimits.is_admin() and tokenlimits.known_users() survive another application of this file.
+--   * Nothing but known_users, and what looks for users by their address, reads auth.users.
 --
 -- SQLSTATEs that our functions raise (PostgREST passes them on as "code", with 400)
 --   TL001  invalid request; DETAIL is the name of the field
@@ -14,14 +15,30 @@
 --   TL007  the hold has expired and its cost no longer fits
 --   TL008  idempotency key used for another request
 --   TL009  the transaction is not READ COMMITTED
+--   TL010  names that tokenlimits needs are taken, or it is installed in another schema; raised when it is applied
 --   TL099  overtaken by another call; caught inside, never leaves
 --   42501  the caller is no admin
 
 create schema if not exists tokenlimits;
-comment on schema tokenlimits is 'Private parts of tokenlimits: counters, rollup, helpers. Not for the API.';
+comment on schema tokenlimits is 'tokenlimits: Private parts: counters, rollup, helpers. Not for the API.';
 
 revoke all on schema tokenlimits from public, anon, authenticated, service_role;
 grant usage on schema tokenlimits to authenticated, service_role;
+
+-- Where the public part goes: Supabase has made "public", another schema may be ours to make.
+do $do$
+begin
+  if to_regnamespace('public') is null then
+    create schema public;
+    comment on schema public is 'tokenlimits: Limits on generations. Expose it in the API.';
+  end if;
+  if not has_schema_privilege('authenticated', 'public', 'usage')
+    or not has_schema_privilege('service_role', 'public', 'usage')
+  then
+    grant usage on schema public to authenticated, service_role;
+  end if;
+end
+$do$;
 
 -- Signed-in users with app_metadata.role = 'admin' are admins; a user can write user_metadata, but never app_metadata.
 -- Made only if it is not there, so that a project can put its own rule in its place.
@@ -34,13 +51,39 @@ begin
     stable
     {{ search_path() }}
     as $body$
+      -- the default of tokenlimits
       select coalesce((select auth.jwt()) -> 'app_metadata' ->> 'role' = 'admin', false)
     $body$;
     comment on function tokenlimits.is_admin() is
-      'Is the caller an admin? Replace its body to use your own rule; applying tokenlimits again keeps it.';
+      'tokenlimits: Is the caller an admin? Replace its body to use your own rule; applying tokenlimits again keeps it.';
   end if;
 end
 $do$;
+
+-- Users as the project knows them. Made only if it is not there: a project that keeps its users elsewhere makes its own
+-- before, and memberships have no foreign key to auth.users then.
+do $do$
+begin
+  if to_regprocedure('tokenlimits.known_users(uuid[])') is null then
+    create function tokenlimits.known_users(p_user_ids uuid[])
+    returns table (id uuid, email text)
+    language sql
+    stable
+    {{ search_path() }}
+    as $body$
+      -- the default of tokenlimits
+      -- one by one, by the primary key: a search among members must not read all users
+      select u.id, u.email
+      from unnest(p_user_ids) as p (id)
+      cross join lateral (select a.id, a.email::text from auth.users as a where a.id = p.id offset 0) as u
+    $body$;
+    comment on function tokenlimits.known_users(uuid[]) is
+      'tokenlimits: Which of these users exist, with their e-mail addresses. Replace its body to keep users elsewhere.';
+  end if;
+end
+$do$;
+
+revoke execute on function tokenlimits.known_users(uuid[]) from public, anon, authenticated, service_role;
 
 revoke execute on function tokenlimits.is_admin() from public, anon, authenticated;
 grant execute on function tokenlimits.is_admin() to authenticated, service_role;

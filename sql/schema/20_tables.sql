@@ -30,7 +30,7 @@ create table if not exists public.user_groups (
     {{ is_moment('updated_at') }}
   )
 );
-comment on table public.user_groups is 'Groups of users that share limits on generations.';
+comment on table public.user_groups is 'tokenlimits: Groups of users that share limits on generations.';
 comment on column public.user_groups.priority is 'A user''s groups are tried from high to low.';
 comment on column public.user_groups.timezone is 'IANA name; calendar periods of the group''s limits begin in it.';
 comment on column public.user_groups.is_default is 'Judges the users who are in no group at all; one group at most.';
@@ -55,7 +55,8 @@ create table if not exists public.group_limits (
   constraint group_limits_scope_check check (scope in ('group', 'member')),
   constraint group_limits_max_check check (max between 0 and {{ most_of_a_limit() }})
 );
-comment on table public.group_limits is 'How much of a kind a group (or each of its members) may use in a period.';
+comment on table public.group_limits
+is 'tokenlimits: How much of a kind a group (or each of its members) may use in a period.';
 comment on column public.group_limits.max is 'Null: unlimited. 0: blocked.';
 comment on column public.group_limits.counter_id is 'Names the limit''s counters; set by tokenlimits alone.';
 
@@ -68,11 +69,26 @@ create table if not exists public.group_memberships (
     {{ is_moment('joined_at') }}
   ),
   constraint group_memberships_group_id_fkey foreign key (group_id)
-  references public.user_groups (id) on delete cascade,
-  constraint group_memberships_user_id_fkey foreign key (user_id) references auth.users (id) on delete cascade
+  references public.user_groups (id) on delete cascade
 );
-comment on table public.group_memberships is 'Who is in which group.';
+comment on table public.group_memberships is 'tokenlimits: Who is in which group.';
 create index if not exists group_memberships_user_id_idx on public.group_memberships (user_id);
+
+-- Whether users are in auth.users is for known_users to say.
+do $do$
+begin
+  if {{ is_own('known_users') | indent(2) }} then
+    alter table public.group_memberships drop constraint if exists group_memberships_user_id_fkey;
+  elsif not exists (
+    select
+    from pg_catalog.pg_constraint as c
+    where c.conrelid = 'public.group_memberships'::regclass and c.conname = 'group_memberships_user_id_fkey'
+  ) then
+    alter table public.group_memberships add constraint group_memberships_user_id_fkey
+    foreign key (user_id) references auth.users (id) on delete cascade;
+  end if;
+end
+$do$;
 
 create table if not exists public.generation_usage (
   id uuid not null,
@@ -92,7 +108,7 @@ create table if not exists public.generation_usage (
   constraint generation_usage_key_key unique (idempotency_key, user_id)
 );
 comment on table public.generation_usage
-is 'The ledger: one row per generation, kept for ever. Written by functions of tokenlimits alone.';
+is 'tokenlimits: The ledger: one row per generation, kept for ever. Written by functions of tokenlimits alone.';
 comment on column public.generation_usage.id
 is 'A UUIDv7 of created_at; the last four hex digits are those of the group''s id.';
 comment on column public.generation_usage.status is 'reserved, committed, released, refunded or expired.';
@@ -156,3 +172,55 @@ $$;
 create or replace trigger user_groups_check
 before insert or update on public.user_groups
 for each row execute function tokenlimits.check_group();
+
+-- The ids of groups that are gone: no group gets one of them again, since the ledger goes on naming them.
+create table if not exists tokenlimits.deleted_groups (
+  id uuid not null,
+  deleted_at timestamptz not null,
+  constraint deleted_groups_pkey primary key (id)
+);
+comment on table tokenlimits.deleted_groups is 'tokenlimits: Groups that were deleted.';
+revoke all on tokenlimits.deleted_groups from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.remember_group()
+returns trigger
+language plpgsql
+-- definer: the table is private
+security definer
+{{ search_path() }}
+as $$
+begin
+  insert into tokenlimits.deleted_groups (id, deleted_at)
+  values (old.id, tokenlimits.clock())
+  on conflict on constraint deleted_groups_pkey do nothing;
+  return null;
+end
+$$;
+{{ private('remember_group()', 'Trigger: the id of a group that was deleted is never used again.') }}
+
+create or replace trigger user_groups_remember
+after delete on public.user_groups
+for each row execute function tokenlimits.remember_group();
+
+-- Only our functions write the ledger, and they run as its owner. A restored dump may have brought grants that a
+-- project's default privileges add; what this asks costs a call nothing that can be measured.
+create or replace function tokenlimits.refuse_write()
+returns trigger
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+begin
+  raise exception using
+    errcode = '42501',
+    message = 'the ledger is written by functions of tokenlimits alone',
+    hint = 'Call track_generation, record_generation or refund_generation. Nothing was saved.';
+end
+$$;
+{{ private('refuse_write()', 'Trigger: refuses whoever writes the ledger past our functions.') }}
+
+create or replace trigger generation_usage_refuse_write
+before insert or update or delete or truncate on public.generation_usage
+for each statement
+when (current_user in ('anon', 'authenticated', 'service_role'))
+execute function tokenlimits.refuse_write();

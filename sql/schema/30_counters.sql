@@ -25,7 +25,7 @@ create table if not exists tokenlimits.counters (
   used bigint not null,
   constraint counters_pkey primary key (subject, counter_id)
 ) with (fillfactor = 50);
-comment on table tokenlimits.counters is 'What is used of a limit by a subject in [since, until).';
+comment on table tokenlimits.counters is 'tokenlimits: What is used of a limit by a subject in [since, until).';
 
 -- Members of one group write different slots, so they do not wait for each other; readers sum the slots. A slot may be
 -- negative (a refund from another connection); their sum is not.
@@ -39,7 +39,7 @@ create table if not exists tokenlimits.usage_rollup (
   constraint usage_rollup_pkey primary key (group_id, kind, bucket, slot)
 ) with (fillfactor = 50);
 comment on table tokenlimits.usage_rollup
-is 'Live usage in buckets of 15 minutes UTC, on which every time zone''s hours begin; 16 slots.';
+is 'tokenlimits: Live usage in buckets of 15 minutes UTC, on which every time zone''s hours begin; 16 slots.';
 
 -- Holds are not in the ledger's indexes, so that settling a usage stays cheap. user_id first in the key: the holds of
 -- one member are found by it, whatever the group holds.
@@ -53,22 +53,17 @@ create table if not exists tokenlimits.holds (
   expires_at timestamptz not null,
   constraint holds_pkey primary key (user_id, usage_id)
 );
-comment on table tokenlimits.holds is 'Reserved usages that nobody has settled or swept yet.';
+comment on table tokenlimits.holds is 'tokenlimits: Reserved usages that nobody has settled or swept yet.';
 create index if not exists holds_expires_at_idx
 on tokenlimits.holds (group_id, kind, expires_at) include (cost, created_at);
 
 -- After an uninstallation that kept the ledger, its holds and its history come back.
-insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
-select
-  u.id,
-  u.group_id,
-  u.user_id,
-  u.kind,
-  u.cost,
-  u.created_at,
-  u.expires_at
-from public.generation_usage as u
-where u.status = 'reserved' and not exists (select from tokenlimits.usage_rollup);
+do $do$
+begin
+  {{ into_holds('u', "from public.generation_usage as u
+  where u.status = 'reserved' and not exists (select from tokenlimits.usage_rollup)") | indent(2) }}
+end
+$do$;
 
 insert into tokenlimits.usage_rollup (group_id, kind, bucket, slot, cost, generations)
 select
@@ -89,7 +84,8 @@ create table if not exists tokenlimits.usage_resets (
   reset_at timestamptz not null,
   constraint usage_resets_pkey primary key (group_id, kind)
 );
-comment on table tokenlimits.usage_resets is 'When an admin last gave a group a fresh start: counters count from then.';
+comment on table tokenlimits.usage_resets
+is 'tokenlimits: When an admin last gave a group a fresh start: counters count from then.';
 
 revoke all on tokenlimits.counters, tokenlimits.usage_rollup, tokenlimits.usage_resets, tokenlimits.holds
 from public, anon, authenticated, service_role;

@@ -117,6 +117,67 @@ $$;
   to='authenticated, service_role'
 ) }}
 
+-- A group of the caller's choice of id: it was never used, or what the ledger says of another would be its usage.
+create or replace function tokenlimits.check_new_id(p_id uuid)
+returns void
+language plpgsql
+volatile
+-- definer: which groups were deleted is private
+security definer
+{{ search_path() }}
+as $$
+begin
+  perform tokenlimits.require_admin();
+  if exists (select from public.user_groups as g where g.id = p_id)
+    or exists (select from tokenlimits.deleted_groups as d where d.id = p_id)
+    or exists (select from public.generation_usage as u where u.group_id = p_id)
+  then
+    perform tokenlimits.refuse(
+      'TL001', format('id: %s is, or was, another group''s', p_id), 'id', 'Choose an id that was never used.'
+    );
+  end if;
+end
+$$;
+{{ private(
+  'check_new_id(uuid)',
+  "Refuses an id that a group has or had.",
+  to='authenticated, service_role'
+) }}
+
+create or replace function tokenlimits.insert_group(
+  p_id uuid,
+  p_name text,
+  p_description text,
+  p_priority integer,
+  p_timezone text,
+  p_is_default boolean
+)
+returns public.user_groups
+language plpgsql
+volatile
+-- definer: nobody else may set an id
+security definer
+{{ search_path() }}
+as $$
+declare
+  v_group public.user_groups;
+begin
+  perform tokenlimits.require_admin();
+  insert into public.user_groups as g (id, name, description, priority, timezone, is_default)
+  values (
+    coalesce(p_id, gen_random_uuid()), p_name, coalesce(p_description, ''), coalesce(p_priority, 0),
+    coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false)
+  )
+  returning * into v_group;
+  return v_group;
+end
+$$;
+{{ private(
+  'insert_group(uuid, text, text, integer, text, boolean)',
+  "Makes a group, with an id of its own where none is given.",
+  to='authenticated, service_role'
+) }}
+
 create or replace function public.save_group(
   p_group_id uuid default null,
   p_name text default null,
@@ -124,7 +185,8 @@ create or replace function public.save_group(
   p_priority integer default null,
   p_timezone text default null,
   p_is_default boolean default null,
-  p_limits jsonb default null
+  p_limits jsonb default null,
+  p_id uuid default null
 )
 returns jsonb
 language plpgsql
@@ -134,13 +196,19 @@ as $$
 declare
   v_group public.user_groups;
   v_limits jsonb := {{ json_argument('p_limits') }};
+  v_constraint text;
 begin
   perform tokenlimits.require_admin();
   if v_limits is not null then
     perform tokenlimits.check_limits(v_limits);
   end if;
   if p_group_id is not null then
+    if p_id is not null then
+      perform tokenlimits.refuse('TL001', 'id: is of a new group; group_id names one that is there', 'id');
+    end if;
     v_group := tokenlimits.require_group(p_group_id);
+  elsif p_id is not null then
+    perform tokenlimits.check_new_id(p_id);
   end if;
   if p_is_default then
     -- the stripes of groups are 0 to 255
@@ -151,12 +219,7 @@ begin
   end if;
   begin
     if p_group_id is null then
-      insert into public.user_groups as g (name, description, priority, timezone, is_default)
-      values (
-        p_name, coalesce(p_description, ''), coalesce(p_priority, 0),
-        coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false)
-      )
-      returning * into v_group;
+      v_group := tokenlimits.insert_group(p_id, p_name, p_description, p_priority, p_timezone, p_is_default);
     else
       update public.user_groups as g
       set
@@ -170,6 +233,11 @@ begin
     end if;
   exception
     when unique_violation then
+      get stacked diagnostics v_constraint = constraint_name;
+      if v_constraint = 'user_groups_pkey' then
+        -- somebody else was faster
+        perform tokenlimits.check_new_id(p_id);
+      end if;
       perform tokenlimits.refuse(
         'TL003',
         format('there is a group named %L already', {{ tidied('p_name') | indent(8) }}),
@@ -184,8 +252,8 @@ begin
 end
 $$;
 {{ opened(
-  'save_group(uuid, text, text, integer, text, boolean, jsonb)',
-  "Makes a group, or changes what is not null of an existing one, with its whole set of limits, in one step.",
+  'save_group(uuid, text, text, integer, text, boolean, jsonb, uuid)',
+  "Makes a group (p_id: with this id, which was never used), or changes what is not null of an existing one, with its whole set of limits, in one step.",
   to='authenticated, service_role'
 ) }}
 
@@ -299,7 +367,7 @@ create or replace function tokenlimits.add_group_members(p_group_id uuid, p_user
 returns jsonb
 language plpgsql
 volatile
--- definer: auth.users is not open to admins
+-- definer: users are not open to admins
 security definer
 {{ search_path() }}
 as $$
@@ -312,7 +380,7 @@ begin
   if p_user_ids is null or array_position(p_user_ids, null) is not null then
     perform tokenlimits.refuse('TL001', 'user_ids: must be an array of ids', 'user_ids');
   end if;
-  v_known := array(select u.id from auth.users as u where u.id = any(p_user_ids) order by u.id);
+  v_known := array(select distinct u.id from tokenlimits.known_users(p_user_ids) as u order by u.id);
   insert into public.group_memberships as m (group_id, user_id)
   select p_group_id, k.id
   from unnest(v_known) as k (id)
@@ -441,30 +509,41 @@ create or replace function tokenlimits.group_members(p_group_id uuid, p_after uu
 returns jsonb
 language plpgsql
 stable
--- definer: e-mail addresses are in auth.users, which is not open to admins
+-- definer: e-mail addresses are not open to admins
 security definer
 {{ search_path() }}
 as $$
 declare
   v_search text := nullif(lower(btrim(p_search)), '');
+  v_page_size integer := least(greatest(p_page_size, 1), 1000);
+  v_user_ids uuid[];
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
+  v_user_ids := array(
+    select m.user_id
+    from public.group_memberships as m
+    where
+      m.group_id = p_group_id
+      -- "p_after is null or" would read the pages before, too
+      and m.user_id >= coalesce(p_after, '00000000-0000-0000-0000-000000000000')
+      and m.user_id is distinct from p_after
+    order by m.user_id
+    -- of a search nobody knows yet how many it takes
+    limit case when v_search is null then v_page_size end
+  );
   return coalesce((
     select jsonb_agg(to_jsonb(page) order by page.user_id)
     from (
       select m.user_id, u.email, m.joined_at
       from public.group_memberships as m
-      -- the offset: member by member, or a search may read all users of the project
-      cross join lateral (select u.email from auth.users as u where u.id = m.user_id offset 0) as u
+      left join tokenlimits.known_users(v_user_ids) as u on u.id = m.user_id
       where
         m.group_id = p_group_id
-        -- "p_after is null or" would read the pages before, too
-        and m.user_id >= coalesce(p_after, '00000000-0000-0000-0000-000000000000')
-        and m.user_id is distinct from p_after
+        and m.user_id = any(v_user_ids)
         and (v_search is null or strpos(lower(u.email), v_search) > 0)
       order by m.user_id
-      limit least(greatest(p_page_size, 1), 1000)
+      limit v_page_size
     ) as page
   ), '[]');
 end

@@ -111,6 +111,8 @@ security definer
 {{ search_path() }}
 -- the planner takes its own steps for small, and would compare each row of one with each of the next
 set enable_nestloop = off
+-- and a plan for the very ids would look at statistics of each: half of the time of a thousand
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_now timestamptz := tokenlimits.clock();

@@ -6,7 +6,7 @@
 --   * Pages follow each other by columns that never change. What was committed before the first page, and created
 --     before "until", is in exactly one of them, as a row or in a sum.
 
-create or replace function tokenlimits.usage_json(p_usage public.generation_usage)
+create or replace function tokenlimits.usage_json(p_usage public.generation_usage, p_email text)
 returns jsonb
 language sql
 stable
@@ -19,7 +19,7 @@ as $$
       'name', (select g.name from public.user_groups as g where g.id = p_usage.group_id)
     ),
     'user_id', p_usage.user_id,
-    'email', (select u.email from auth.users as u where u.id = p_usage.user_id),
+    'email', p_email,
     'kind', p_usage.kind,
     'cost', p_usage.cost,
     'status', p_usage.status,
@@ -31,8 +31,8 @@ as $$
   )
 $$;
 {{ private(
-  'usage_json(public.generation_usage)',
-  "A row of the ledger, as an export shows it."
+  'usage_json(public.generation_usage, text)',
+  "A row of the ledger and the user's e-mail address, as an export shows them."
 ) }}
 
 -- Of one user by their own index, else of one group after the other by theirs: no index of its own, which every call
@@ -49,7 +49,7 @@ create or replace function tokenlimits.export_usage(
 returns jsonb
 language plpgsql
 stable
--- definer: e-mail addresses are in auth.users, which is not open to admins
+-- definer: e-mail addresses are not open to admins
 security definer
 {{ search_path() }}
 as $$
@@ -88,8 +88,10 @@ begin
       );
     end if;
     v_rows := v_rows || coalesce((
-      select jsonb_agg(tokenlimits.usage_json(row(p.*)::public.generation_usage) order by p.created_at, p.id)
+      select jsonb_agg(tokenlimits.usage_json(row(p.*)::public.generation_usage, k.email) order by p.created_at, p.id)
       from unnest(v_page) as p
+      left join tokenlimits.known_users(array(select distinct q.user_id from unnest(v_page) as q)) as k
+        on k.id = p.user_id
       where (p_kind is null or p.kind = p_kind) and (p_group_id is null or p.group_id = p_group_id)
     ), '[]');
     v_left := v_left - cardinality(v_page);
@@ -241,7 +243,7 @@ create or replace function tokenlimits.top_members(
 returns jsonb
 language plpgsql
 stable
--- definer: e-mail addresses are in auth.users, which is not open to admins
+-- definer: e-mail addresses are not open to admins
 security definer
 {{ search_path() }}
 as $$
@@ -251,11 +253,7 @@ begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
   return coalesce((
-    select jsonb_agg(
-      to_jsonb(top) || jsonb_build_object('email', (select a.email from auth.users as a where a.id = top.user_id))
-      order by top.used desc, top.user_id
-    )
-    from (
+    with top as materialized (
       select u.user_id, sum(u.cost) as used, count(*) as generations
       from public.generation_usage as u
       where
@@ -267,7 +265,11 @@ begin
       group by u.user_id
       order by used desc, u.user_id
       limit least(greatest(p_count, 1), 1000)
-    ) as top
+    )
+
+    select jsonb_agg(to_jsonb(top) || jsonb_build_object('email', k.email) order by top.used desc, top.user_id)
+    from top
+    left join tokenlimits.known_users(array(select t.user_id from top as t)) as k on k.id = top.user_id
   ), '[]');
 end
 $$;

@@ -83,6 +83,29 @@ $$;
   "Where a group's counters differ from the ledger."
 ) }}
 
+-- As after a restored dump of the ledger alone.
+create or replace function tokenlimits.missing_holds(p_group_id uuid, p_since timestamptz)
+returns setof public.generation_usage
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+begin
+  return query
+  select u.*
+  from public.generation_usage as u
+  where
+    u.group_id = p_group_id
+    and u.created_at >= p_since
+    and u.status = 'reserved'
+    and not exists (select from tokenlimits.holds as h where h.user_id = u.user_id and h.usage_id = u.id);
+end
+$$;
+{{ private(
+  'missing_holds(uuid, timestamptz)',
+  "Usages that are reserved, but would never expire: nobody would find them."
+) }}
+
 -- One group at a time, and since a moment, for a statement ends after 8 s. Answers what differed, as it was and as it
 -- is now.
 create or replace function tokenlimits.reconcile_usage(p_group_id uuid, p_since timestamptz)
@@ -96,10 +119,14 @@ as $$
 declare
   v_counters jsonb;
   v_rollup jsonb;
+  v_holds bigint;
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
   perform tokenlimits.lock_groups(array[p_group_id], true);
+
+  {{ into_holds('u', "from tokenlimits.missing_holds(p_group_id, coalesce(p_since, '-infinity')) as u") | indent(2) }}
+  get diagnostics v_holds = row_count;
 
   -- first, for the group's counters are counted from it
   with differences as (
@@ -131,7 +158,9 @@ begin
   select jsonb_agg(to_jsonb(d) - 'counter_id' order by d.kind, d.period, d.subject) into v_counters
   from differences as d;
 
-  return jsonb_build_object('counters', coalesce(v_counters, '[]'), 'rollup', coalesce(v_rollup, '[]'));
+  return jsonb_build_object(
+    'counters', coalesce(v_counters, '[]'), 'rollup', coalesce(v_rollup, '[]'), 'holds', v_holds
+  );
 end
 $$;
 {{ rpc(

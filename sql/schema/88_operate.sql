@@ -56,7 +56,11 @@ begin
     'rollup', coalesce((
       select jsonb_agg(to_jsonb(d) - 'generations' order by d.kind, d.bucket)
       from tokenlimits.rollup_differences(p_group_id, coalesce(p_since, v_now - interval '1 day')) as d
-    ), '[]')
+    ), '[]'),
+    'holds', (
+      select count(*)
+      from tokenlimits.missing_holds(p_group_id, coalesce(p_since, v_now - interval '1 day')) as m
+    )
   );
 end
 $$;
@@ -155,11 +159,38 @@ $$;
   "Dead rows, and how large indexes are and need to be."
 ) }}
 
+create or replace function tokenlimits.users_in_no_group()
+returns bigint
+language plpgsql
+stable
+-- definer: auth.users is not open to admins
+security definer
+{{ search_path() }}
+as $$
+begin
+  perform tokenlimits.require_admin();
+  if {{ is_own('known_users') | indent(2) }} then
+    return null;
+  end if;
+  -- of many it is enough to know that they are many
+  return (
+    select count(*)
+    from (
+      select
+      from auth.users as u
+      where not exists (select from public.group_memberships as m where m.user_id = u.id)
+      limit 1001
+    ) as n
+  );
+end
+$$;
+{{ private('users_in_no_group()', "How many users are in no group, up to 1,001; null where users are elsewhere.") }}
+
 create or replace function tokenlimits.tokenlimits_diagnosis()
 returns jsonb
 language plpgsql
 volatile
--- definer: auth.users is not open to admins
+-- definer: counters are private
 security definer
 {{ search_path() }}
 as $$
@@ -177,12 +208,14 @@ begin
         'rls', t.relrowsecurity,
         'anon', has_any_column_privilege('anon', t.oid, 'select, insert, update')
         or has_table_privilege('anon', t.oid, 'delete'),
-        'authenticated', (
+        -- of the whole table: what is granted column by column is meant so
+{%- for role in ['authenticated', 'service_role'] %}
+        '{{ role }}', (
           select coalesce(jsonb_agg(a.name order by a.name), '[]')
           from unnest(array['select', 'insert', 'update', 'delete']) as a (name)
-          -- of the whole table: what is granted column by column is meant so
-          where has_table_privilege('authenticated', t.oid, a.name)
-        )
+          where has_table_privilege('{{ role }}', t.oid, a.name)
+        ){{ ',' if not loop.last }}
+{%- endfor %}
       ))
       from pg_catalog.pg_class as t
       where t.relnamespace = 'public'::regnamespace and t.relname = any(c_tables)
@@ -202,9 +235,7 @@ begin
         where has_function_privilege(r.name, f.oid, 'execute')
       ))
       from pg_catalog.pg_proc as f
-      where
-        f.pronamespace = 'public'::regnamespace
-        and (f.prosrc like '%tokenlimits.%' or f.proname = 'tokenlimits_version')
+      where f.pronamespace = 'public'::regnamespace and {{ is_marked('f.oid', 'pg_proc') }}
     ),
     'private_schema_open', has_schema_privilege('anon', 'tokenlimits', 'usage'),
     'triggers', (
@@ -239,15 +270,29 @@ begin
       from public.user_groups as g
       where not exists (select from public.group_limits as l where l.group_id = g.id)
     ),
-    -- of many it is enough to know that they are many
-    'users_in_no_group', (
+    'users_in_no_group', tokenlimits.users_in_no_group(),
+    -- a restored ledger whose sums were not restored: a group's oldest live usage is in none of them
+    'groups_not_summed', (
       select count(*)
-      from (
+      from public.user_groups as g
+      cross join lateral (
+        select u.kind, u.created_at
+        from (
+          select l.kind, l.created_at, l.status
+          from public.generation_usage as l
+          where l.group_id = g.id
+          order by l.created_at
+          limit 100
+        ) as u
+        where u.status in ('reserved', 'committed')
+        order by u.created_at
+        limit 1
+      ) as o
+      where not exists (
         select
-        from auth.users as u
-        where not exists (select from public.group_memberships as m where m.user_id = u.id)
-        limit 1001
-      ) as n
+        from tokenlimits.usage_rollup as r
+        where r.group_id = g.id and r.kind = o.kind and r.bucket = {{ bucket('o.created_at') }}
+      )
     ),
     'ledger_rows', (
       select greatest(c.reltuples, 0)::bigint

@@ -336,15 +336,19 @@ class HistoryDrift(Model):
 
 
 class Reconciliation(Model):
-    """What differed from the ledger, and was mended: nothing, unless somebody wrote past the functions."""
+    """What differed from the ledger: nothing, unless somebody wrote past the functions, or restored the ledger alone.
+
+    `holds` is the number of holds that would never have expired.
+    """
 
     counters: tuple[CounterDrift, ...]
     rollup: tuple[HistoryDrift, ...]
+    holds: int = 0
 
     @property
     def drifted(self) -> bool:
         """Whether anything did."""
-        return bool(self.counters or self.rollup)
+        return bool(self.counters or self.rollup or self.holds)
 
 
 class User(Model):

@@ -1,41 +1,111 @@
-"""The SQL that ships with the package, as files to apply or to read.
+"""The SQL that ships with the package, as text to apply or to read.
 
-A wheel carries it as `tokenlimits/sql`; in a checkout it's the directory `sql` of the repository.
+A wheel carries it as `tokenlimits/sql`; in a checkout it's the directory `sql` of the repository. It is written for the
+schema `public`; for another one its names are replaced.
 """
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-__all__ = ["migrations", "one_paste"]
+__all__ = ["SqlFile", "checked_schema", "migrations", "one_paste", "uninstall"]
+
+_NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
+_TAKEN = re.compile(
+    r"pg_.*|_?supabase_.*|_?(analytics|realtime)|information_schema|tokenlimits|auth|cron|dbdev|extensions|graphql"
+    r"|graphql_public|net|pgbouncer|pgmq|pgmq_public|pgsodium(_masks)?|pgtle|repack|storage|tiger(_data)?|topology|vault"
+)
+# a qualified name, a name in a catalog, and the schema itself; "public" in a grant is everybody, and stays
+_PUBLIC = re.compile(r"\bpublic(?=\.[\w%])|(?<=')public(?=')|(?<=\bschema )public\b")
 
 
-def migrations() -> tuple[Traversable, ...]:
+class SqlFile(NamedTuple):
+    """A migration: its file name, and the SQL in it."""
+
+    name: str
+    text: str
+
+
+def checked_schema(schema: str) -> str:
+    """Check the name of a schema for tables and functions of tokenlimits.
+
+    Raises:
+        ValueError: It isn't a plain lower-case name, or a schema of Supabase's or PostgreSQL's own.
+
+    Example:
+        >>> checked_schema("limits")
+        'limits'
+    """
+    if not _NAME.fullmatch(schema):
+        raise ValueError(
+            f"{schema[:80]!r} can't be the schema: use lower-case letters, digits and underscores, as in limits."
+        )
+    if _TAKEN.fullmatch(schema):
+        raise ValueError(
+            f"{schema!r} can't be the schema: it is reserved. Use public, or one of your own, such as limits."
+        )
+    return schema
+
+
+def migrations(schema: str = "public") -> tuple[SqlFile, ...]:
     """List the migrations, oldest first, named as the Supabase CLI names them (`YYYYMMDDHHMMSS_topic.sql`).
 
     Copy them into your project's `supabase/migrations/`.
+
+    Raises:
+        ValueError: `schema` can't hold tables and functions of tokenlimits.
 
     Example:
         >>> migrations()[0].name.endswith("_tokenlimits.sql")
         True
     """
     found = (file for file in _sql().joinpath("migrations").iterdir() if file.name.endswith(".sql"))
-    return tuple(sorted(found, key=lambda file: file.name))
+    return tuple(
+        SqlFile(file.name, _in_schema(file.read_text(encoding="utf-8"), schema))
+        for file in sorted(found, key=lambda file: file.name)
+    )
 
 
-def one_paste() -> str:
+def one_paste(schema: str = "public") -> str:
     """Return all of the SQL in one text, for Supabase's SQL editor; applying it again does no harm.
+
+    Raises:
+        ValueError: `schema` can't hold tables and functions of tokenlimits.
 
     Example:
         >>> "notify pgrst" in one_paste()
         True
+        >>> 'create table if not exists "limits".user_groups' in one_paste("limits")
+        True
     """
-    return _sql().joinpath("tokenlimits.sql").read_text(encoding="utf-8")
+    return _in_schema(_sql().joinpath("tokenlimits.sql").read_text(encoding="utf-8"), schema)
+
+
+def uninstall() -> str:
+    """Return the SQL that removes tokenlimits, from whichever schema it is in, and keeps the ledger.
+
+    Example:
+        >>> "drop_ledger" in uninstall()
+        True
+    """
+    return _sql().joinpath("uninstall.sql").read_text(encoding="utf-8")
+
+
+def _in_schema(sql: str, schema: str) -> str:
+    if checked_schema(schema) == "public":
+        return sql
+
+    def renamed(found: re.Match[str]) -> str:
+        # in a literal it is a name already; elsewhere quotes make it one, whatever words PostgreSQL reserves
+        return schema if found.string[found.start() - 1] == "'" and found.string[found.end()] == "'" else f'"{schema}"'
+
+    return _PUBLIC.sub(renamed, sql)
 
 
 def _sql() -> Traversable:

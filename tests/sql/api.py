@@ -94,6 +94,7 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
         "p_timezone": "UTC",
         "p_is_default": False,
         "p_limits": [{"kind": "image", "period": "day", "scope": "member", "max": 5}],
+        "p_id": None,
     },
     "set_group_limit": {
         "p_group_id": GROUP_ID,

@@ -170,6 +170,8 @@ HELPERS: Final = {
     "require_group",
     "group_json",
     "check_limits",
+    "check_new_id",
+    "insert_group",
     "replace_limits",
 }
 
@@ -467,13 +469,14 @@ FAULTS: Final = {
         where pronamespace = 'public'::regnamespace
           and (prorettype not in ('json'::regtype, 'jsonb'::regtype) or proretset)
     """,
-    "every function has a comment": f"""
-        select oid::regprocedure from pg_proc where {OURS} and obj_description(oid, 'pg_proc') is null
+    "every function has a comment, with our mark": f"""
+        select oid::regprocedure from pg_proc
+        where {OURS} and (obj_description(oid, 'pg_proc') like 'tokenlimits: %') is not true
     """,
-    "every table has a comment": """
+    "every table has a comment, with our mark": """
         select oid::regclass from pg_class
         where relnamespace::regnamespace::text in ('public', 'tokenlimits') and relkind in ('r', 'p', 'v', 'm')
-          and obj_description(oid, 'pg_class') is null
+          and (obj_description(oid, 'pg_class') like 'tokenlimits: %') is not true
     """,
     "every foreign key has an index that begins with it": """
         select conname from pg_constraint as c

@@ -15,7 +15,24 @@ set search_path = pg_catalog, pg_temp
 
 {% macro comment_on_function(signature, comment) -%}
 comment on function {{ signed(signature) }}
-is '{{ comment | replace("'", "''") }}';
+is '{{ ('tokenlimits: ' ~ comment) | replace("'", "''") | wordwrap(114, wrapstring=" '\n'") }}';
+{%- endmacro %}
+
+{# Whether something is ours: its comment begins with the mark, whoever has restored it. #}
+{% macro is_marked(oid, catalog) -%}
+coalesce(obj_description({{ oid }}, '{{ catalog }}') like 'tokenlimits:%', false)
+{%- endmacro %}
+
+{# Whether one of the two functions that a project may replace is its own; of ours, the body says so. #}
+{% macro is_own(name) -%}
+exists (
+  select
+  from pg_catalog.pg_proc as p
+  where
+    p.pronamespace = 'tokenlimits'::regnamespace
+    and p.proname = '{{ name }}'
+    and p.prosrc not like '%the default of tokenlimits%'
+)
 {%- endmacro %}
 
 {# Of a private function: its comment, and who may execute it. #}

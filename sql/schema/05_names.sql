@@ -1,0 +1,100 @@
+-- Whether all of this may go here.
+--
+-- Invariants
+--   * What we make says so in its comment, which begins with our mark. So the mark travels with dumps, and a ledger
+--     that is kept has it when the schema tokenlimits is gone.
+--   * Where this refuses, nothing has changed; what has no mark is never changed.
+
+do $do$
+declare
+  v_elsewhere text;
+  v_taken text[];
+begin
+  select format('%I.%I', n.nspname, c.relname) into v_elsewhere
+  from pg_catalog.pg_class as c
+  inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
+  where
+    c.relname in ({{ table_names }})
+    and n.nspname <> 'public'
+    and {{ is_marked('c.oid', 'pg_class') }}
+  limit 1;
+  if found then
+    raise exception using
+      errcode = 'TL010',
+      message = format('tokenlimits is installed in another schema, and a database has it once: %s (TL010)', v_elsewhere),
+      hint = 'Nothing was changed. Apply the SQL of that schema (tokenlimits sql --schema NAME), or uninstall it there '
+        'first; a ledger that was kept can be moved: alter table OLD.generation_usage set schema NEW.';
+  end if;
+
+  v_taken := array(
+    select format(
+      '%s %I.%I',
+      case c.relkind
+        when 'i' then 'index'
+        when 'S' then 'sequence'
+        when 'v' then 'view'
+        when 'm' then 'materialized view'
+        when 'c' then 'type'
+        else 'table'
+      end,
+      'public', c.relname
+    )
+    from pg_catalog.pg_class as c
+    left join pg_catalog.pg_index as i on i.indexrelid = c.oid
+    left join pg_catalog.pg_depend as d
+      on
+        c.relkind = 'S' and d.objid = c.oid and d.deptype in ('a', 'i')
+        and d.classid = 'pg_class'::regclass and d.refclassid = 'pg_class'::regclass
+    where
+      c.relnamespace = to_regnamespace('public')
+      and c.relname in (
+        {{ table_names }},
+        {{ index_names | indent(8) }}
+      )
+      -- an index and an identity's sequence are their table's
+      and not {{ is_marked('coalesce(i.indrelid, d.refobjid, c.oid)', 'pg_class') }}
+    union all
+    select format('type %I.%I', 'public', t.typname)
+    from pg_catalog.pg_type as t
+    where
+      t.typnamespace = to_regnamespace('public')
+      and t.typname in ({{ table_names }})
+      and t.typrelid = 0
+    union all
+    select format('function %I.%I(%s)', 'public', p.proname, pg_get_function_identity_arguments(p.oid))
+    from pg_catalog.pg_proc as p
+    where
+      p.pronamespace = to_regnamespace('public')
+      and p.proname in (
+        {{ function_names | indent(8) }}
+      )
+      and not {{ is_marked('p.oid', 'pg_proc') }}
+    union all
+    -- two functions there may be a project's own, and be made before
+    select 'schema tokenlimits'
+    from pg_catalog.pg_namespace as n
+    where
+      n.nspname = 'tokenlimits'
+      and not {{ is_marked('n.oid', 'pg_namespace') }}
+      and (
+        exists (select from pg_catalog.pg_class as c where c.relnamespace = n.oid)
+        or exists (
+          select
+          from pg_catalog.pg_proc as p
+          where p.pronamespace = n.oid and p.proname not in ('is_admin', 'known_users')
+        )
+      )
+    order by 1
+  );
+  if v_taken <> '{}' then
+    raise exception using
+      errcode = 'TL010',
+      message = format(
+        'tokenlimits needs names that other objects have, which it did not make: %s (TL010)',
+        array_to_string(v_taken, ', ')
+      ),
+      hint = 'Nothing was changed. Rename them, or install in a schema of its own: tokenlimits sql --schema limits. '
+        'What tokenlimits made has a comment that begins with "tokenlimits:"; if it was lost, put it back.';
+  end if;
+end
+$do$;

@@ -1,0 +1,400 @@
+"""A project's database has tables of its own: nothing of them is taken over, changed or dropped."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from psycopg import errors
+from tests.conftest import ROOT
+from tests.sql.api import ACTORS, GROUP_ID, USER_ID, request_by, seed
+from tests.support.postgres import create_hosted_database, servers
+
+from tokenlimits.sql_files import checked_schema, one_paste, uninstall
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.conftest import Connect
+    from tests.sql.api import Connection
+    from tests.support.postgres import PostgresServer
+
+    NewDatabase = Callable[..., Connect]
+
+GUARD = (ROOT / "sql" / "tokenlimits.sql").read_text(encoding="utf-8").partition("-- 10_schema.sql")[0]
+TAKEN = {
+    "table public.user_groups": """
+        create table public.user_groups (id bigint primary key, name text);
+        insert into public.user_groups values (1, 'theirs')
+    """,
+    "table public.group_memberships": """
+        create table public.group_memberships (group_id uuid, user_id uuid, joined_at timestamptz);
+        grant select on public.group_memberships to authenticated
+    """,
+    "table public.generation_usage": "create table public.generation_usage (id uuid primary key, tokens bigint)",
+    "view public.group_limits": "create view public.group_limits as select 1 as max",
+    "materialized view public.group_limits": "create materialized view public.group_limits as select 1 as max",
+    "type public.user_groups": "create type public.user_groups as enum ('free', 'pro')",
+    "sequence public.group_limits_counter_id_seq": "create sequence public.group_limits_counter_id_seq",
+    "index public.user_groups_pkey": "create table public.teams (id bigint constraint user_groups_pkey primary key)",
+    "index public.user_groups_name_key": """
+        create table public.teams (name text); create index user_groups_name_key on public.teams (name)
+    """,
+    "function public.delete_group(p_group_id uuid)": """
+        create function public.delete_group(p_group_id uuid) returns jsonb language sql as $$ select '{}'::jsonb $$;
+        grant execute on function public.delete_group(uuid) to authenticated
+    """,
+    "function public.find_users(p_project bigint)": """
+        create function public.find_users(p_project bigint) returns bigint language sql as $$ select p_project $$
+    """,
+    "schema tokenlimits": "create schema tokenlimits; create table tokenlimits.prices (id bigint)",
+}
+NO_AUTH = """
+create schema tokenlimits;
+create function tokenlimits.is_admin() returns boolean language sql as $$ select false $$;
+create table public.people (id uuid primary key, address text);
+create function tokenlimits.known_users(p_user_ids uuid[]) returns table (id uuid, email text) language sql stable
+set search_path = pg_catalog, pg_temp as
+$$ select p.id, p.address from public.people as p where p.id = any(p_user_ids) $$;
+"""
+FOREIGN_KEY = "select from pg_constraint where conname = 'group_memberships_user_id_fkey'"
+
+
+def dump(connection: Connection) -> list[str]:
+    """All that is in the database: objects, rows, comments and privileges."""
+    info = connection.info
+    done = subprocess.run(
+        [
+            servers()[str(info.server_version // 10000)] / "pg_dump",
+            *("--inserts", f"postgresql://supabase_admin@{info.host}:{info.port}/{info.dbname}"),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return [line for line in done.stdout.splitlines() if not re.match(r"--|\\|SET |$", line)]
+
+
+def refusal(connection: Connection, sql: str) -> psycopg.errors.Error:
+    """The error with which the SQL ends."""
+    with pytest.raises(psycopg.Error) as raised:
+        connection.execute(sql.encode())
+    connection.rollback()
+    return raised.value
+
+
+class TestTakenNames:
+    @pytest.mark.parametrize("name", TAKEN)
+    def test_are_refused_before_anything_changes(self, new_database: NewDatabase, name: str) -> None:
+        with new_database(installed=False)("postgres") as postgres:
+            postgres.execute(TAKEN[name].encode())
+            before = dump(postgres)
+            error = refusal(postgres, one_paste())
+            assert error.sqlstate == "TL010"
+            assert name in str(error.diag.message_primary)
+            assert "--schema" in str(error.diag.message_hint)
+            assert dump(postgres) == before
+
+    def test_are_all_named(self, new_database: NewDatabase) -> None:
+        with new_database(installed=False)("postgres") as postgres:
+            for sql in (TAKEN["table public.user_groups"], TAKEN["function public.find_users(p_project bigint)"]):
+                postgres.execute(sql.encode())
+            message = str(refusal(postgres, one_paste()).diag.message_primary)
+            assert "table public.user_groups" in message
+            assert "function public.find_users(p_project bigint)" in message
+
+    def test_are_refused_where_statements_come_one_by_one(self, new_database: NewDatabase) -> None:
+        with new_database(installed=False)("postgres") as postgres:
+            postgres.execute(TAKEN["table public.user_groups"].encode())
+            before = dump(postgres)
+            info = postgres.info
+            psql = servers()[str(info.server_version // 10000)] / "psql"
+            url = f"postgresql://postgres@{info.host}:{info.port}/{info.dbname}"
+            done = subprocess.run([psql, "-X", url], input=one_paste(), capture_output=True, text=True, check=True)
+            assert "table public.user_groups" in done.stderr
+            assert dump(postgres) == before
+
+    def test_are_all_that_it_makes(self, new_database: NewDatabase) -> None:
+        with new_database()("supabase_admin") as catalog:
+            made = catalog.execute(
+                """
+                select relname from pg_class where relnamespace = 'public'::regnamespace
+                union all
+                select proname from pg_proc where pronamespace = 'public'::regnamespace
+                """
+            ).fetchall()
+        assert len(made) > 40
+        assert [name for (name,) in made if f"'{name}'" not in GUARD] == []
+
+    @pytest.mark.parametrize("name", TAKEN)
+    def test_are_not_dropped(self, new_database: NewDatabase, name: str) -> None:
+        with new_database(installed=False)("postgres") as postgres:
+            postgres.execute(TAKEN[name].encode())
+            before = dump(postgres)
+            postgres.execute(uninstall().encode())
+            assert dump(postgres) == before
+
+
+class TestUninstalling:
+    def test_leaves_nothing_but_the_ledger(self, new_database: NewDatabase) -> None:
+        with new_database(installed=False)("postgres") as postgres:
+            postgres.execute("create table public.projects (id bigint)")
+            before = dump(postgres)
+            postgres.execute(one_paste().encode())
+            postgres.execute("set tokenlimits.drop_ledger = 'yes'")
+            postgres.execute(uninstall().encode())
+            assert dump(postgres) == before
+
+    def test_and_installing_again_take_up_the_ledger(self, new_database: NewDatabase) -> None:
+        with new_database()("postgres") as postgres:
+            seed(postgres)
+            rows = postgres.execute("select * from public.generation_usage order by id").fetchall()
+            for _ in range(2):
+                postgres.execute(uninstall().encode())
+                postgres.execute(one_paste().encode())
+            assert postgres.execute("select * from public.generation_usage order by id").fetchall() == rows
+
+    def test_leaves_what_a_project_keeps_in_our_schema(self, new_database: NewDatabase) -> None:
+        with new_database(installed=False)("postgres") as postgres:
+            postgres.execute(NO_AUTH)
+            postgres.execute(one_paste().encode())
+            # a body that was replaced is the project's too, though the comment stays
+            postgres.execute("create table tokenlimits.prices (id bigint)")
+            before = dump(postgres)
+            postgres.execute(uninstall().encode())
+            left = dump(postgres)
+            for ours in (
+                "FUNCTION tokenlimits.is_admin()",
+                "FUNCTION tokenlimits.known_users(",
+                "TABLE tokenlimits.prices",
+            ):
+                assert any(ours in line for line in before)
+                assert any(ours in line for line in left)
+            assert not any("FUNCTION tokenlimits.clock()" in line for line in left)
+            postgres.execute(one_paste().encode())
+            # revoking and granting again puts privileges in another order
+            assert sorted(dump(postgres)) == sorted(before)
+
+    def test_leaves_a_rule_whose_body_was_replaced(self, new_database: NewDatabase) -> None:
+        with new_database()("postgres") as postgres:
+            postgres.execute(
+                "create or replace function tokenlimits.is_admin() returns boolean language sql as $$ select false $$"
+            )
+            postgres.execute(uninstall().encode())
+            assert postgres.execute("select tokenlimits.is_admin()").fetchone() == (False,)
+            assert postgres.execute("select to_regprocedure('tokenlimits.known_users(uuid[])')").fetchone() == (None,)
+
+
+class TestAnotherSchema:
+    def test_leaves_public_alone(self, new_database: NewDatabase) -> None:
+        with new_database(installed=False)("postgres") as postgres:
+            for name in ("table public.user_groups", "function public.delete_group(p_group_id uuid)"):
+                postgres.execute(TAKEN[name].encode())
+            before = dump(postgres)
+            postgres.execute(one_paste("limits").encode())
+            postgres.execute(one_paste("limits").encode())
+            assert [line for line in before if line not in dump(postgres)] == []
+            postgres.execute("set tokenlimits.drop_ledger = 'yes'")
+            postgres.execute(uninstall().encode())
+            assert dump(postgres) == before
+
+    def test_of_the_projects_keeps_what_is_in_it(self, new_database: NewDatabase) -> None:
+        with new_database(installed=False)("postgres") as postgres:
+            postgres.execute("create schema app; comment on schema app is 'ours'; create table app.teams (id bigint)")
+            before = dump(postgres)
+            postgres.execute(one_paste("app").encode())
+            postgres.execute("set tokenlimits.drop_ledger = 'yes'")
+            postgres.execute(uninstall().encode())
+            # the API's roles may still use the schema
+            assert [line for line in dump(postgres) if line not in before] == [
+                "GRANT USAGE ON SCHEMA app TO authenticated;",
+                "GRANT USAGE ON SCHEMA app TO service_role;",
+            ]
+
+    @pytest.mark.parametrize("word", ["order", "user", "limit", "a_b1"])
+    def test_may_have_any_plain_name(self, new_database: NewDatabase, word: str) -> None:
+        with new_database(installed=False)("postgres") as postgres:
+            postgres.execute(one_paste(word).encode())
+            postgres.execute(one_paste(word).encode())
+            assert postgres.execute(f'select "{word}".tokenlimits_version()').fetchone() is not None
+
+    @pytest.mark.parametrize(("first", "second"), [("public", "limits"), ("limits", "public"), ("limits", "more")])
+    @pytest.mark.parametrize("removed", [False, True])
+    def test_beside_another_installation_is_refused(
+        self, new_database: NewDatabase, first: str, second: str, removed: bool
+    ) -> None:
+        with new_database(installed=False)("postgres") as postgres:
+            postgres.execute(one_paste(first).encode())
+            if removed:  # but for the ledger
+                postgres.execute(uninstall().encode())
+            before = dump(postgres)
+            error = refusal(postgres, one_paste(second))
+            assert error.sqlstate == "TL010"
+            assert f"{first}." in str(error.diag.message_primary)
+            assert dump(postgres) == before
+            if removed:
+                postgres.execute(f"create schema if not exists {second}".encode())
+                postgres.execute(f"alter table {first}.generation_usage set schema {second}".encode())
+                postgres.execute(one_paste(second).encode())
+
+    @pytest.mark.parametrize(
+        "name", ["", "Limits", "1st", "a-b", "a b", "pg_limits", "auth", "tokenlimits", "storage", "x" * 64, 'a";drop']
+    )
+    def test_of_another_kind_of_name_is_refused(self, name: str) -> None:
+        with pytest.raises(ValueError, match="can't be the schema"):
+            checked_schema(name)
+
+    def test_has_no_word_of_public_left(self) -> None:
+        for line in one_paste("limits").splitlines():
+            if not line.lstrip().startswith("--"):
+                assert "public" not in line.replace("from public", ""), line
+
+
+class TestKnownUsers:
+    def test_from_elsewhere_need_no_auth(self, postgres_server: PostgresServer) -> None:
+        name = f"no_auth_{uuid4().hex}"
+        create_hosted_database(postgres_server, name)
+        with postgres_server.connect(name) as superuser:
+            superuser.execute("drop schema auth cascade")
+        person, stranger = uuid4(), uuid4()
+        with postgres_server.connect(name, "postgres") as postgres:
+            postgres.execute(NO_AUTH)
+            postgres.execute("insert into public.people values (%s, 'someone@example.com')", [person])
+            postgres.execute(one_paste().encode())
+            postgres.execute(one_paste().encode())
+
+            def call(function: str, **arguments: Any) -> Any:
+                named = ", ".join(f"p_{name} => %({name})s" for name in arguments)
+                row = postgres.execute(f"select public.{function}({named})".encode(), arguments).fetchone()
+                assert row is not None
+                return row[0]
+
+            group = call(
+                "save_group", name="Pro", limits='[{"kind": "image", "period": "day", "scope": "member", "max": 2}]'
+            )["id"]
+            added = call("add_group_members", group_id=group, user_ids=[person, stranger])
+            assert added == {"added": 1, "already": 0, "unknown": [str(stranger)]}
+            assert call("track_generation", user_id=person, kind="image")["allowed"] is True
+            assert [m["email"] for m in call("group_members", group_id=group)] == ["someone@example.com"]
+            assert [m["email"] for m in call("group_members", group_id=group, search="SOME")] == ["someone@example.com"]
+            assert call("group_members", group_id=group, search="nobody") == []
+            assert [m["email"] for m in call("top_members", group_id=group)] == ["someone@example.com"]
+            assert [row["email"] for row in call("export_usage")["rows"]] == ["someone@example.com"]
+            facts = call("tokenlimits_diagnosis")
+            assert (facts["users_in_no_group"], facts["groups"]) == (None, 1)
+        postgres_server.drop_database(name)
+
+    def test_decide_on_the_foreign_key(self, new_database: NewDatabase) -> None:
+        own = NO_AUTH.partition("create function tokenlimits.known_users")[2]
+        with new_database()("postgres") as postgres:
+
+            def constraints() -> int:
+                return len(postgres.execute(FOREIGN_KEY).fetchall())
+
+            assert constraints() == 1
+            definition = postgres.execute("select pg_get_functiondef('tokenlimits.known_users'::regproc)").fetchone()
+            assert definition is not None
+            postgres.execute("create table public.people (id uuid primary key, address text)")
+            postgres.execute(f"create or replace function tokenlimits.known_users{own}".encode())
+            postgres.execute(one_paste().encode())
+            assert constraints() == 0
+            body = postgres.execute("select prosrc from pg_proc where proname = 'known_users'").fetchone()
+            assert "public.people" in str(body)
+            postgres.execute(definition[0])
+            postgres.execute(one_paste().encode())
+            assert constraints() == 1
+
+    def test_are_not_told_to_anybody(self, new_database: NewDatabase) -> None:
+        with new_database()("postgres") as postgres:
+            for actor in ACTORS.values():
+                with request_by(postgres, actor), pytest.raises(errors.InsufficientPrivilege):
+                    postgres.execute("select * from tokenlimits.known_users('{}')")
+
+
+class TestIdsOfGroups:
+    @pytest.fixture
+    def postgres(self, new_database: NewDatabase) -> Any:
+        with new_database()("postgres") as postgres:
+            yield postgres
+
+    @staticmethod
+    def save(connection: Connection, name: str, group_id: UUID | str | None) -> Any:
+        row = connection.execute("select public.save_group(p_name => %s, p_id => %s)", [name, group_id]).fetchone()
+        assert row is not None
+        return row[0]
+
+    def refused(self, connection: Connection, name: str, group_id: UUID | str) -> None:
+        with pytest.raises(psycopg.Error) as raised:
+            self.save(connection, name, group_id)
+        assert (raised.value.sqlstate, raised.value.diag.message_detail) == ("TL001", "id")
+        assert "never used" in str(raised.value.diag.message_hint)
+
+    def test_are_of_the_callers_choice(self, postgres: Connection) -> None:
+        group_id = uuid4()
+        for number, actor in enumerate([ACTORS["admin"], ACTORS["service"]]):
+            chosen = UUID(int=group_id.int ^ number)
+            with request_by(postgres, actor):
+                assert self.save(postgres, f"group {number}", chosen)["id"] == str(chosen)
+                assert self.save(postgres, f"another {number}", None)["id"] != str(chosen)
+        with request_by(postgres, ACTORS["user"]), pytest.raises(errors.InsufficientPrivilege):
+            self.save(postgres, "mine", uuid4())
+
+    def test_are_used_once(self, postgres: Connection) -> None:
+        group_id = uuid4()
+        self.save(postgres, "first", group_id)
+        self.refused(postgres, "second", group_id)
+        postgres.execute("select public.delete_group(%s)", [group_id])
+        self.refused(postgres, "second", group_id)
+        # though a restored dump may bring the group back
+        postgres.execute("insert into public.user_groups (id, name) values (%s, 'first')", [group_id])
+
+    def test_of_the_ledger_are_used(self, postgres: Connection) -> None:
+        seed(postgres)
+        postgres.execute(f"select public.track_generation('{USER_ID}', 'image')")
+        postgres.execute(uninstall().encode())
+        postgres.execute(one_paste().encode())
+        self.refused(postgres, "again", GROUP_ID)
+
+    def test_name_a_group_that_is_there_or_a_new_one(self, postgres: Connection) -> None:
+        made = self.save(postgres, "first", None)["id"]
+        with pytest.raises(psycopg.Error) as raised:
+            postgres.execute("select public.save_group(p_group_id => %s, p_id => %s)", [made, uuid4()])
+        assert (raised.value.sqlstate, raised.value.diag.message_detail) == ("TL001", "id")
+
+    def test_are_used_once_also_where_two_are_first(self, new_database: NewDatabase) -> None:
+        database, group_id = new_database(), uuid4()
+        with database("postgres") as one, database("postgres") as two, ThreadPoolExecutor(1) as threads:
+            with one.transaction():
+                self.save(one, "one", group_id)
+                waiting = threads.submit(self.refused, two, "two", group_id)
+                while not one.execute(
+                    "select from pg_locks where pid = %s and not granted", [two.info.backend_pid]
+                ).fetchall():
+                    assert not waiting.done()
+            waiting.result()
+
+
+class TestTheLedger:
+    @pytest.mark.parametrize("role", ["anon", "authenticated", "service_role"])
+    def test_is_closed_whatever_was_granted(self, new_database: NewDatabase, role: str) -> None:
+        with new_database()("postgres") as postgres:
+            seed(postgres)
+            # as the default privileges of old projects do, where a dump is restored
+            postgres.execute(f"grant all on all tables in schema public to {role}".encode())
+            before = postgres.execute("select * from public.generation_usage order by id").fetchall()
+            postgres.execute(f"set role {role}".encode())
+            for statement in (
+                "insert into public.generation_usage select * from public.generation_usage",
+                "update public.generation_usage set cost = 0",
+                "delete from public.generation_usage",
+                "truncate public.generation_usage",
+            ):
+                with pytest.raises(errors.InsufficientPrivilege, match="by functions of tokenlimits alone"):
+                    postgres.execute(statement)
+            postgres.execute("reset role")
+            assert postgres.execute("select * from public.generation_usage order by id").fetchall() == before
