@@ -8,6 +8,7 @@ from supabase import AsyncClient, Client
 
 from ._transport import AsyncTransport, Transport
 from .errors import ConfigurationError
+from .settings import named_schema
 
 DEFAULT_TIMEOUT = 10.0
 """Seconds for one call, with all its retries."""
@@ -21,13 +22,17 @@ def _checked_timeout(timeout: object) -> float:
     raise ConfigurationError(f"timeout: must be more than 0 seconds, and finite (got {timeout!r})")
 
 
+def _checked_schema(schema: object) -> str | None:
+    return None if schema is None else named_schema(schema)
+
+
 class Base:
     """Holds the transport; a context manager that closes what was made here."""
 
-    def __init__(self, client: object, timeout: float) -> None:
+    def __init__(self, client: object, timeout: float, schema: object = None) -> None:
         if not isinstance(client, Client | None):
             raise ConfigurationError(f"client: must be a supabase.Client (got {type(client).__name__})")
-        self._transport = Transport(client, _checked_timeout(timeout))
+        self._transport = Transport(client, _checked_timeout(timeout), schema=_checked_schema(schema))
 
     def close(self) -> None:
         """Close the connections that were made here; a client that you passed in stays open.
@@ -47,10 +52,10 @@ class Base:
 class AsyncBase:
     """Holds the transport; an async context manager that closes what was made here."""
 
-    def __init__(self, client: object, timeout: float) -> None:
+    def __init__(self, client: object, timeout: float, schema: object = None) -> None:
         if not isinstance(client, AsyncClient | None):
             raise ConfigurationError(f"client: must be a supabase.AsyncClient (got {type(client).__name__})")
-        self._transport = AsyncTransport(client, _checked_timeout(timeout))
+        self._transport = AsyncTransport(client, _checked_timeout(timeout), schema=_checked_schema(schema))
 
     async def aclose(self) -> None:
         """Close the connections that were made here; a client that you passed in stays open."""

@@ -162,10 +162,13 @@ def version() -> Call[int]:
     return Call("tokenlimits_version", {}, parse)
 
 
-def create_group(**fields: Any) -> Call[Group]:
-    """Create a group."""
+def create_group(id_: Id | None = None, **fields: Any) -> Call[Group]:
+    """Create a group, with an id of the caller's choice if there is one."""
+    params = {"p_group_id": None, **_arguments.group(fields)}
+    if id_ is not None:
+        params["p_id"] = _arguments.id_(id_, "id")
     # after a lost answer, creating again would meet its own group's name
-    return Call("save_group", {"p_group_id": None, **_arguments.group(fields)}, _GROUP, retry_safe=False)
+    return Call("save_group", params, _GROUP, retry_safe=False)
 
 
 def update_group(group_id: Id, **fields: Any) -> Call[Group]:

@@ -24,8 +24,10 @@ from .models import TrackResult
 class Holding(Base):
     """Reserves and settles, in single steps or around a body of work."""
 
-    def __init__(self, client: object, timeout: float, on_unavailable: OnUnavailable, *, coalesce: bool) -> None:
-        super().__init__(client, timeout)
+    def __init__(
+        self, client: object, timeout: float, on_unavailable: OnUnavailable, *, coalesce: bool, schema: str | None
+    ) -> None:
+        super().__init__(client, timeout, schema)
         self._on_unavailable: OnUnavailable = _arguments.policy(on_unavailable)
         self._coalesce = _arguments.flag(coalesce, "coalesce")
         self._travel_by(self._transport)

@@ -13,6 +13,7 @@ from supabase import AsyncClient, Client
 
 from ._calls import Call
 from .errors import ConfigurationError
+from .settings import load_schema
 
 _forks = 0
 # supabase makes `client.postgrest` on first touch and after a change of session: threads would make several
@@ -20,6 +21,8 @@ _lock = threading.Lock()
 # of clients that callers made: before which fork, and in which loop, they were first seen
 _seen_at: weakref.WeakKeyDictionary[Client | AsyncClient, int] = weakref.WeakKeyDictionary()
 _seen_in: weakref.WeakKeyDictionary[AsyncClient, weakref.ref[asyncio.AbstractEventLoop]] = weakref.WeakKeyDictionary()
+# where the environment says that tokenlimits is: read once for a client, for some wrap theirs anew for each call
+_schemas: weakref.WeakKeyDictionary[Client | AsyncClient, str] = weakref.WeakKeyDictionary()
 # with which session supabase made a `client.postgrest`
 _made_with: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
 
@@ -100,23 +103,27 @@ def unsendable_key() -> ConfigurationError:
     return ConfigurationError("The Supabase key can't be sent: it has characters that no HTTP header may have.")
 
 
-def request(client: Client | AsyncClient, call: Call[Any]) -> Any:
-    """Make the request for a call, with the client's session of this moment."""
+def request(client: Client | AsyncClient, call: Call[Any], schema: str | None) -> Any:
+    """Make the request for a call, with the client's session of this moment.
+
+    Without a schema, the environment says which; the client's own is for its other calls.
+    """
+    if schema is None:
+        schema = _schemas.get(client) or _schemas.setdefault(client, load_schema())
     with suppress(UnicodeError):  # it holds the key
-        return _request(client, call)
+        return _request(client, call, schema)
     raise unsendable_key()
 
 
-def _request(client: Client | AsyncClient, call: Call[Any]) -> Any:
+def _request(client: Client | AsyncClient, call: Call[Any], schema: str) -> Any:
     with _lock:
         authorization = client.options.headers.get("Authorization")
         postgrest: Any = None
         while postgrest is None:  # for a moment, while another thread signs in or out
             postgrest = client.postgrest
         made_with = _made_with.setdefault(postgrest, authorization)
-    if client.options.schema != "public":
-        postgrest = postgrest.schema("public")
     made = postgrest.rpc(call.function, dict(call.params)).request
+    made.headers["Content-Profile"] = made.headers["Accept-Profile"] = schema
     if made_with != authorization:
         # in that moment it was made with the session that has ended, and supabase keeps it
         made.headers["Authorization"] = authorization

@@ -82,9 +82,17 @@ class _Own(NamedTuple):
 class Transport:
     """Sends calls from any thread; notices forks; closes what it made."""
 
-    def __init__(self, client: Client | None, timeout: float, settings: Callable[[], Settings] = load) -> None:
+    def __init__(
+        self,
+        client: Client | None,
+        timeout: float,
+        settings: Callable[[], Settings] = load,
+        *,
+        schema: str | None = None,
+    ) -> None:
         self._foreign = client
         self._settings = settings
+        self._schema = schema
         self.timeout = timeout
         if client is not None:
             _sessions.notice(client)
@@ -146,7 +154,7 @@ class Transport:
 
     def _attempt(self, call: Call[T], deadline: Deadline) -> T:
         with self._client() as client:
-            request = _sessions.request(client, call)
+            request = _sessions.request(client, call, self._schema)
             try:
                 response = request.session.request(
                     request.http_method,
@@ -199,9 +207,17 @@ class _OfLoop(NamedTuple):
 class AsyncTransport:
     """Sends calls from any event loop; closes what it made, also when the loop ends."""
 
-    def __init__(self, client: AsyncClient | None, timeout: float, settings: Callable[[], Settings] = load) -> None:
+    def __init__(
+        self,
+        client: AsyncClient | None,
+        timeout: float,
+        settings: Callable[[], Settings] = load,
+        *,
+        schema: str | None = None,
+    ) -> None:
         self._foreign = client
         self._settings = settings
+        self._schema = schema
         self.timeout = timeout
         if client is not None:
             _sessions.notice(client)
@@ -263,7 +279,7 @@ class AsyncTransport:
 
     async def _attempt(self, call: Call[T], deadline: Deadline) -> T:
         async with self._client() as client:
-            request = _sessions.request(client, call)
+            request = _sessions.request(client, call, self._schema)
             attempt = deadline.attempt(retry_safe=call.retry_safe)
             try:
                 async with asyncio.timeout(attempt.left()):

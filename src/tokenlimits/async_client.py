@@ -30,6 +30,8 @@ class AsyncTokenLimits(AsyncHolding):
             `commit` or `release` raises it either. A wrong key or a missing schema always raises.
         coalesce: Let calls of `track` that wait at once travel together: while one request is under way, others queue,
             and go as one. Each still has its own answer, error and timeout. A call that is alone goes at once.
+        schema: Where tokenlimits is installed, if not in public; by default what `TOKENLIMITS_SCHEMA` in the
+            environment or `.env` says on first use. Which schema the client itself uses doesn't matter.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class AsyncTokenLimits(AsyncHolding):
         timeout: float = DEFAULT_TIMEOUT,
         on_unavailable: OnUnavailable = "raise",
         coalesce: bool = False,
+        schema: str | None = None,
     ) -> None:
-        super().__init__(client, timeout, on_unavailable, coalesce=coalesce)
+        super().__init__(client, timeout, on_unavailable, coalesce=coalesce, schema=schema)
 
     @classmethod
     def from_env(
@@ -49,6 +52,7 @@ class AsyncTokenLimits(AsyncHolding):
         timeout: float = DEFAULT_TIMEOUT,
         on_unavailable: OnUnavailable = "raise",
         coalesce: bool = False,
+        schema: str | None = None,
     ) -> Self:
         """Make one for `SUPABASE_URL` and `SUPABASE_SECRET_KEY` (or `SUPABASE_SERVICE_ROLE_KEY`), read on first use.
 
@@ -56,11 +60,12 @@ class AsyncTokenLimits(AsyncHolding):
             timeout: Seconds for one call, with all its retries.
             on_unavailable: See the class.
             coalesce: See the class.
+            schema: See the class.
 
         Raises:
             ConfigurationError: On first use, when a variable is missing.
         """
-        return cls(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce)
+        return cls(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema)
 
     async def track(
         self,

@@ -41,22 +41,27 @@ class AsyncGroupManager(AsyncBase):
         client: A `supabase.AsyncClient` with the secret key, or with the session of an admin. It stays yours.
             Without one, see `from_env`.
         timeout: Seconds for one call, with all its retries.
+        schema: Where tokenlimits is installed, if not in public; by default what `TOKENLIMITS_SCHEMA` in the
+            environment or `.env` says on first use. Which schema the client itself uses doesn't matter.
     """
 
-    def __init__(self, client: AsyncClient | None = None, *, timeout: float = DEFAULT_TIMEOUT) -> None:
-        super().__init__(client, timeout)
+    def __init__(
+        self, client: AsyncClient | None = None, *, timeout: float = DEFAULT_TIMEOUT, schema: str | None = None
+    ) -> None:
+        super().__init__(client, timeout, schema)
 
     @classmethod
-    def from_env(cls, *, timeout: float = DEFAULT_TIMEOUT) -> Self:
+    def from_env(cls, *, timeout: float = DEFAULT_TIMEOUT, schema: str | None = None) -> Self:
         """Make one for `SUPABASE_URL` and `SUPABASE_SECRET_KEY` (or `SUPABASE_SERVICE_ROLE_KEY`), read on first use.
 
         Args:
             timeout: Seconds for one call, with all its retries.
+            schema: See the class.
 
         Raises:
             ConfigurationError: On first use, when a variable is missing.
         """
-        return cls(timeout=timeout)
+        return cls(timeout=timeout, schema=schema)
 
     async def create(
         self,
@@ -67,6 +72,7 @@ class AsyncGroupManager(AsyncBase):
         priority: int = 0,
         timezone: str = "UTC",
         is_default: bool = False,
+        id: UUID | str | None = None,  # noqa: A002  # as the field of what it answers
     ) -> Group:
         """Create a group with its limits, in one step: an error leaves nothing behind.
 
@@ -77,12 +83,15 @@ class AsyncGroupManager(AsyncBase):
             priority: A user's groups are tried from high to low.
             timezone: An IANA name, in which the calendar periods begin.
             is_default: Judges users who are in no group at all; the group that was the default is not any more.
+            id: An id of your choice, which no group has ever had; without it, one is made up.
 
         Raises:
             GroupExists: Another group has the name.
+            InvalidRequest: An argument is not valid; its field is `id` when a group has, or had, that id.
         """
         return await self._transport.send(
             _calls.create_group(
+                id,
                 name=name,
                 description=description,
                 priority=priority,

@@ -30,6 +30,8 @@ class TokenLimits(Holding):
             `commit` or `release` raises it either. A wrong key or a missing schema always raises.
         coalesce: Let calls of `track` that wait at once travel together: while one request is under way, others queue,
             and go as one. Each still has its own answer, error and timeout. A call that is alone goes at once.
+        schema: Where tokenlimits is installed, if not in public; by default what `TOKENLIMITS_SCHEMA` in the
+            environment or `.env` says on first use. Which schema the client itself uses doesn't matter.
 
     Example:
         >>> with TokenLimits.from_env() as limits:
@@ -44,8 +46,9 @@ class TokenLimits(Holding):
         timeout: float = DEFAULT_TIMEOUT,
         on_unavailable: OnUnavailable = "raise",
         coalesce: bool = False,
+        schema: str | None = None,
     ) -> None:
-        super().__init__(client, timeout, on_unavailable, coalesce=coalesce)
+        super().__init__(client, timeout, on_unavailable, coalesce=coalesce, schema=schema)
 
     @classmethod
     def from_env(
@@ -54,6 +57,7 @@ class TokenLimits(Holding):
         timeout: float = DEFAULT_TIMEOUT,
         on_unavailable: OnUnavailable = "raise",
         coalesce: bool = False,
+        schema: str | None = None,
     ) -> Self:
         """Make one for `SUPABASE_URL` and `SUPABASE_SECRET_KEY` (or `SUPABASE_SERVICE_ROLE_KEY`), read on first use.
 
@@ -61,6 +65,7 @@ class TokenLimits(Holding):
             timeout: Seconds for one call, with all its retries.
             on_unavailable: See the class.
             coalesce: See the class.
+            schema: See the class.
 
         Raises:
             ConfigurationError: On first use, when a variable is missing.
@@ -68,7 +73,7 @@ class TokenLimits(Holding):
         Example:
             >>> limits = TokenLimits.from_env(timeout=5, on_unavailable="allow")
         """
-        return cls(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce)
+        return cls(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema)
 
     def track(
         self,

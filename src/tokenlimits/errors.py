@@ -47,7 +47,8 @@ class SchemaNotInstalled(TokenLimitsError):
 
     default_hint = (
         "Apply sql/tokenlimits.sql in Supabase's SQL editor (or as a migration). "
-        "If you just did, run: notify pgrst, 'reload schema'"
+        "If you just did, run: notify pgrst, 'reload schema'. "
+        "If it is installed in another schema, name that: schema=, or TOKENLIMITS_SCHEMA in the environment"
     )
 
 
@@ -151,18 +152,27 @@ BY_CODE: Mapping[str, type[TokenLimitsError]] = {
     "TL007": HoldExpired,
     "TL008": IdempotencyConflict,
     "TL009": ConfigurationError,
+    "TL010": ConfigurationError,
     "42501": AccessDenied,  # insufficient_privilege
     "42883": SchemaNotInstalled,  # undefined_function
     "3F000": SchemaNotInstalled,  # invalid_schema_name
     "23502": InvalidRequest,  # not_null_violation
     "23503": UnknownUser,  # foreign_key_violation: only memberships have one to a row that isn't ours
     "23514": InvalidRequest,  # check_violation
+    "PGRST106": ConfigurationError,  # the schema is not exposed
     "PGRST202": SchemaNotInstalled,  # function not in the schema cache
     "PGRST301": AccessDenied,  # the JWT is not valid
     "PGRST302": AccessDenied,  # anonymous access is off
     "PGRST303": AccessDenied,  # the JWT's claims are not valid
 }
 """Classes by SQLSTATE (sql/schema/10_schema.sql lists ours) or PostgREST code."""
+
+HOW_TO_EXPOSE = (
+    "Expose the schema that tokenlimits is installed in: on hosted Supabase under Project Settings > Data API > "
+    "Exposed schemas, for the Supabase CLI in supabase/config.toml as [api] schemas. If it is installed in another "
+    "one, name that: schema=, or TOKENLIMITS_SCHEMA in the environment (without them it is public)."
+)
+"""What to do when PostgREST refuses the schema; it knows which ones are exposed, and not how to change that."""
 
 
 def refusal(status: int, answer: Mapping[str, object]) -> TokenLimitsError:
@@ -174,9 +184,10 @@ def refusal(status: int, answer: Mapping[str, object]) -> TokenLimitsError:
         code = in_message[1]
     code = code if isinstance(code, str) else None
     cls = _class_of(status, code)
-    hint = answer.get("hint") or cls.default_hint
+    hints = [answer.get("hint") or cls.default_hint, HOW_TO_EXPOSE if code == "PGRST106" else ""]
     detail = answer.get("details")
-    return cls(f"{text}. {hint}" if hint else text, code=code, detail=None if detail is None else str(detail))
+    message = ". ".join(str(part) for part in (text, *hints) if part)
+    return cls(message, code=code, detail=None if detail is None else str(detail))
 
 
 def _class_of(status: int, code: str | None) -> type[TokenLimitsError]:

@@ -49,6 +49,8 @@ class GroupManager(Base):
         client: A `supabase.Client` with the secret key, or with the session of an admin. It stays yours.
             Without one, see `from_env`.
         timeout: Seconds for one call, with all its retries.
+        schema: Where tokenlimits is installed, if not in public; by default what `TOKENLIMITS_SCHEMA` in the
+            environment or `.env` says on first use. Which schema the client itself uses doesn't matter.
 
     Example:
         >>> with GroupManager.from_env() as groups:
@@ -57,15 +59,18 @@ class GroupManager(Base):
         [('image', 100, 'lifetime'), ('video', 20, 'lifetime')]
     """
 
-    def __init__(self, client: Client | None = None, *, timeout: float = DEFAULT_TIMEOUT) -> None:
-        super().__init__(client, timeout)
+    def __init__(
+        self, client: Client | None = None, *, timeout: float = DEFAULT_TIMEOUT, schema: str | None = None
+    ) -> None:
+        super().__init__(client, timeout, schema)
 
     @classmethod
-    def from_env(cls, *, timeout: float = DEFAULT_TIMEOUT) -> Self:
+    def from_env(cls, *, timeout: float = DEFAULT_TIMEOUT, schema: str | None = None) -> Self:
         """Make one for `SUPABASE_URL` and `SUPABASE_SECRET_KEY` (or `SUPABASE_SERVICE_ROLE_KEY`), read on first use.
 
         Args:
             timeout: Seconds for one call, with all its retries.
+            schema: See the class.
 
         Raises:
             ConfigurationError: On first use, when a variable is missing.
@@ -73,7 +78,7 @@ class GroupManager(Base):
         Example:
             >>> groups = GroupManager.from_env(timeout=30)
         """
-        return cls(timeout=timeout)
+        return cls(timeout=timeout, schema=schema)
 
     def create(
         self,
@@ -84,6 +89,7 @@ class GroupManager(Base):
         priority: int = 0,
         timezone: str = "UTC",
         is_default: bool = False,
+        id: UUID | str | None = None,  # noqa: A002  # as the field of what it answers
     ) -> Group:
         """Create a group with its limits, in one step: an error leaves nothing behind.
 
@@ -94,9 +100,11 @@ class GroupManager(Base):
             priority: A user's groups are tried from high to low.
             timezone: An IANA name, in which the calendar periods begin.
             is_default: Judges users who are in no group at all; the group that was the default is not any more.
+            id: An id of your choice, which no group has ever had; without it, one is made up.
 
         Raises:
             GroupExists: Another group has the name.
+            InvalidRequest: An argument is not valid; its field is `id` when a group has, or had, that id.
 
         Example:
             >>> studio = groups.create("Studio", limits=[Limit(kind="image", max=50, period="day", scope="member")])
@@ -105,6 +113,7 @@ class GroupManager(Base):
         """
         return self._transport.send(
             _calls.create_group(
+                id,
                 name=name,
                 description=description,
                 priority=priority,

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, AliasChoices, AnyHttpUrl, Field, SecretStr,
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .errors import ConfigurationError
+from .sql_files import checked_schema
 
 _URL = TypeAdapter(AnyHttpUrl)
 
@@ -28,6 +29,11 @@ def checked_key(value: SecretStr) -> SecretStr:
     return SecretStr(key)
 
 
+def stripped_schema(value: str) -> str:
+    """Check the name of a schema that a variable holds."""
+    return checked_schema(value.strip())
+
+
 class Settings(BaseSettings):
     """`SUPABASE_URL`, and `SUPABASE_SECRET_KEY` or `SUPABASE_SERVICE_ROLE_KEY`; the environment wins over `.env`."""
 
@@ -37,6 +43,46 @@ class Settings(BaseSettings):
     key: Annotated[SecretStr, AfterValidator(checked_key)] = Field(
         validation_alias=AliasChoices("SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY")
     )
+
+
+class _Installation(BaseSettings):
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
+
+    name: Annotated[str, AfterValidator(stripped_schema)] = Field("public", validation_alias="TOKENLIMITS_SCHEMA")
+
+
+def load_schema() -> str:
+    """Read in which schema tokenlimits is installed: `TOKENLIMITS_SCHEMA`, or public.
+
+    Raises:
+        ConfigurationError: It can't be the name of that schema.
+    """
+    try:
+        return _Installation().name
+    except ValidationError as error:
+        problem = f"TOKENLIMITS_SCHEMA: {_words(error)}"
+    except UnicodeDecodeError:
+        problem = "The file .env is not UTF-8 text, so TOKENLIMITS_SCHEMA can't be read from it."
+    raise ConfigurationError(problem)
+
+
+def named_schema(name: object) -> str:
+    """Check the name of the schema that a caller names.
+
+    Raises:
+        ConfigurationError: It can't be that of a schema with tokenlimits.
+    """
+    try:
+        if isinstance(name, str):
+            return checked_schema(name)
+        problem = f"must be a name, like 'limits' (got {name!r:.100})"
+    except ValueError as error:
+        problem = str(error)
+    raise ConfigurationError(f"schema: {problem}")
+
+
+def _words(error: ValidationError) -> str:
+    return error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
 
 
 def load() -> Settings:

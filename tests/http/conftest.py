@@ -131,7 +131,7 @@ def _one_ssl_context(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.upper().startswith("SUPABASE_")]:
+    for name in [name for name in os.environ if name.upper().startswith(("SUPABASE_", "TOKENLIMITS_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SUPABASE_URL", URL)
     monkeypatch.setenv("SUPABASE_SECRET_KEY", KEY)
@@ -160,7 +160,7 @@ class Shell:
 
     def _call(self, which: str, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         cls = CLASSES[self.colour][which]
-        ours = {name: options.pop(name) for name in ("timeout", "on_unavailable") if name in options}
+        ours = {name: options.pop(name) for name in ("timeout", "on_unavailable", "schema") if name in options}
         foreign = options.pop("foreign", None)
         if self.colour == "async":
             return asyncio.run(self._wait(cls, method, args, options, ours, foreign))

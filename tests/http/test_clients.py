@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,13 +17,14 @@ import pytest
 import supabase
 from postgrest import AsyncPostgrestClient, SyncPostgrestClient
 from supabase import AsyncClientOptions, Client, ClientOptions, create_async_client, create_client
-from tests.http.conftest import ANN, KEY, URL, Server, Shell
+from tests.http.conftest import ANN, KEY, URL, Clock, Server, Shell
 
 import tokenlimits
 from tokenlimits import (
     AsyncTokenLimits,
     ConfigurationError,
     GroupManager,
+    SchemaOutdated,
     TokenLimits,
     atrack_generation,
     track_generation,
@@ -59,18 +61,125 @@ def _no_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AsyncDefault, "current", None)
 
 
+def schemas(server: Server) -> list[str]:
+    """Where each request asked for its function."""
+    return [request.headers["content-profile"] for request in server.requests]
+
+
 class TestSchema:
-    @pytest.mark.parametrize("schema", ["public", "api", "graphql_public"])
-    def test_is_always_public(self, shell: Shell, server: Server, schema: str) -> None:
-        assert shell.track(foreign={"schema": schema})
-        assert server.requests[0].headers["content-profile"] == "public"
+    @pytest.mark.parametrize("name", ["public", "api", "graphql_public"])
+    def test_is_public_whatever_the_clients_own(self, shell: Shell, server: Server, name: str) -> None:
+        assert shell.track(foreign={"schema": name})
+        assert schemas(server) == ["public"]
+
+    @pytest.mark.parametrize("foreign", [None, {}, {"schema": "api"}], ids=["own client", "theirs", "in a schema"])
+    @pytest.mark.parametrize("from_file", [False, True], ids=["environment", "file"])
+    def test_is_what_the_environment_says(
+        self, shell: Shell, server: Server, monkeypatch: pytest.MonkeyPatch, foreign: Any, from_file: bool
+    ) -> None:
+        if from_file:
+            Path(".env").write_text("TOKENLIMITS_SCHEMA=limits\n")
+        else:
+            monkeypatch.setenv("TOKENLIMITS_SCHEMA", " limits ")
+        shell.track(foreign=foreign and {**foreign})
+        shell.groups("list", foreign=foreign and {**foreign})
+        assert schemas(server) == ["limits"] * 2
+
+    @pytest.mark.parametrize("foreign", [False, True])
+    @pytest.mark.parametrize("name", ["limits", "public"])
+    def test_is_the_argument_before_all(
+        self, shell: Shell, server: Server, monkeypatch: pytest.MonkeyPatch, foreign: bool, name: str
+    ) -> None:
+        monkeypatch.setenv("TOKENLIMITS_SCHEMA", "other")
+        shell.track(schema=name, foreign={"schema": "api"} if foreign else None)
+        shell.groups("list", schema=name, foreign={} if foreign else None)
+        assert schemas(server) == [name] * 2
+
+    def test_is_kept_through_every_call_of_a_flow(self, shell: Shell, server: Server) -> None:
+        missing = httpx.Response(404, json={"code": "PGRST202", "message": "no such function"})
+        server.then(httpx.Response(503), missing)
+        with pytest.raises(SchemaOutdated):
+            shell.track(schema="limits")
+        assert server.functions == ["track_generation", "track_generation", "tokenlimits_version"]
+        assert schemas(server) == ["limits"] * 3
 
     def test_of_the_client_stays(self, server: Server) -> None:
         with httpx.Client() as http:
             client = create_client(URL, KEY, ClientOptions(schema="api", httpx_client=http))
+            TokenLimits(client, schema="limits").track(ANN, "image")
             TokenLimits(client).track(ANN, "image")
             assert client.postgrest.headers["content-profile"] == "api"
+            assert client.options.schema == "api"
+        assert schemas(server) == ["limits", "public"]
+
+    def test_is_read_once_for_a_client(self, client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who passes theirs to each call shouldn't read a file for each."""
+        monkeypatch.setenv("TOKENLIMITS_SCHEMA", "limits")
+        track_generation(ANN, "image", client=client)
+        monkeypatch.setenv("TOKENLIMITS_SCHEMA", "other")
+        track_generation(ANN, "image", client=client)
+        track_generation(ANN, "image", client=TokenLimits(client, schema="third"))
+        assert schemas(server) == ["limits", "limits", "third"]
+
+    def test_is_that_of_the_functions_too(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TOKENLIMITS_SCHEMA", "limits")
+        track_generation(ANN, "image")
+
+        async def atrack() -> None:
+            await atrack_generation(ANN, "image")
+
+        asyncio.run(atrack())
+        assert schemas(server) == ["limits"] * 2
+        assert Default.current is not None
+        Default.current.close()
+
+    @pytest.mark.parametrize("name", ["auth", "Limits", "pg_temp", "tokenlimits", "", 'x"; drop', 7])
+    @pytest.mark.parametrize("make", [TokenLimits, TokenLimits.from_env, AsyncTokenLimits, GroupManager.from_env])
+    def test_that_can_not_be_is_refused_at_once(self, make: Any, name: Any) -> None:
+        with pytest.raises(ConfigurationError, match=r"^schema: "):
+            make(schema=name)
+
+    @pytest.mark.parametrize("foreign", [False, True])
+    def test_that_the_environment_has_wrong_is_refused_before_anything_is_sent(
+        self, shell: Shell, server: Server, monkeypatch: pytest.MonkeyPatch, foreign: bool
+    ) -> None:
+        monkeypatch.setenv("TOKENLIMITS_SCHEMA", "auth")
+        with pytest.raises(ConfigurationError, match=r"^TOKENLIMITS_SCHEMA: .*auth"):
+            shell.track(foreign={} if foreign else None, on_unavailable="allow")
+        assert server.requests == []
+
+    def test_nothing_is_read_where_it_is_named(self, shell: Shell, server: Server) -> None:
+        Path(".env").write_bytes("TOKENLIMITS_SCHEMA=limits".encode("utf-16"))
+        shell.track(foreign={}, schema="public")
+        with pytest.raises(ConfigurationError, match=r"\.env is not UTF-8.*TOKENLIMITS_SCHEMA"):
+            shell.track(foreign={})
+        assert schemas(server) == ["public"]
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            {
+                "message": "Invalid schema: limits",
+                "hint": "Only the following schemas are exposed: graphql_public, public",
+            },
+            {"message": "The schema must be one of the following: graphql_public, public", "hint": None},
+        ],
+        ids=["newer", "older"],
+    )
+    @pytest.mark.parametrize("policy", ["raise", "allow", "deny"])
+    def test_that_is_not_exposed(
+        self, shell: Shell, server: Server, clock: Clock, body: dict[str, Any], policy: str
+    ) -> None:
+        server.then(httpx.Response(406, json={"code": "PGRST106", "details": None, **body}))
+        with pytest.raises(ConfigurationError, match="Exposed schemas") as caught:
+            shell.track(schema="limits", on_unavailable=policy)
+        assert type(caught.value) is ConfigurationError
+        assert caught.value.code == "PGRST106"
+        for words in ("graphql_public, public. ", "[api] schemas", "supabase/config.toml", "TOKENLIMITS_SCHEMA"):
+            assert words in str(caught.value)
+        assert str(caught.value).startswith(str(body["message"]))
         assert len(server.requests) == 1
+        assert clock.slept == []
 
 
 class TestKeys:

@@ -37,6 +37,7 @@ OURS: dict[str, type[TokenLimitsError]] = {
     "TL007": HoldExpired,
     "TL008": IdempotencyConflict,
     "TL009": ConfigurationError,
+    "TL010": ConfigurationError,
 }
 MISSING = httpx.Response(
     404, json={"code": "PGRST202", "message": "Could not find the function public.x in the schema cache"}

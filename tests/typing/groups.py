@@ -31,9 +31,12 @@ from tokenlimits import (
 def manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], texts: set[str], now: datetime) -> None:
     assert_type(GroupManager.from_env(), GroupManager)
     GroupManager(aclient)  # pyright: ignore[reportArgumentType]
-    with GroupManager(client, timeout=30) as groups:
+    assert_type(GroupManager.from_env(schema="limits"), GroupManager)
+    with GroupManager(client, timeout=30, schema="limits") as groups:
         assert_type(groups.create("Pro", limits={"image": 100, "video": None}), Group)
         assert_type(groups.create("Pro", limits=[Limit(kind="image", max=1, period="day", scope="member")]), Group)
+        assert_type(groups.create("Pro", id=id_), Group)
+        assert_type(groups.create("Pro", id=str(id_)), Group)
         assert_type(groups.update(id_, name="Pro", timezone="Europe/Paris", is_default=True), Group)
         assert_type(groups.set_limits(str(id_), {"image": 1}).limits, tuple[Limit, ...])
         assert_type(groups.set_limit(id_, Limit(kind="image", max=1)), Group)
@@ -66,6 +69,7 @@ def manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], te
         groups.create("Pro", limits={"image": "many"})  # pyright: ignore[reportArgumentType]
         groups.create("Pro", limits=[{"kind": "image", "max": 1}])  # pyright: ignore[reportArgumentType]
         groups.create("Pro", "for teams")  # pyright: ignore[reportCallIssue]
+        groups.create("Pro", id=7)  # pyright: ignore[reportArgumentType]
         groups.create(None)  # pyright: ignore[reportArgumentType]
         groups.set_limits(id_, None)  # pyright: ignore[reportArgumentType]
         groups.remove_limit(id_, "image", period="fortnight")  # pyright: ignore[reportArgumentType]
@@ -80,8 +84,8 @@ def manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], te
 
 async def async_manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], now: datetime) -> None:
     AsyncGroupManager(client)  # pyright: ignore[reportArgumentType]
-    async with AsyncGroupManager(aclient, timeout=30) as groups:
-        assert_type(await groups.create("Pro", limits={"image": 100}), Group)
+    async with AsyncGroupManager(aclient, timeout=30, schema="limits") as groups:
+        assert_type(await groups.create("Pro", limits={"image": 100}, id=id_), Group)
         assert_type(await groups.update(id_, name="Pro"), Group)
         assert_type(await groups.set_limits(id_, {"image": 1}), Group)
         assert_type(await groups.set_limit(id_, Limit(kind="image", max=1)), Group)

@@ -79,8 +79,8 @@ def result(result: TrackResult) -> str | None:
 
 
 def client(client: Client, aclient: AsyncClient, user_id: UUID, now: datetime, more: Mapping[str, Any]) -> None:
-    assert_type(TokenLimits.from_env(timeout=5, on_unavailable="allow"), TokenLimits)
-    with TokenLimits(client, timeout=5, on_unavailable="deny") as limits:
+    assert_type(TokenLimits.from_env(timeout=5, on_unavailable="allow", schema="limits"), TokenLimits)
+    with TokenLimits(client, timeout=5, on_unavailable="deny", schema="limits") as limits:
         assert_type(limits, TokenLimits)
         assert_type(limits.track(user_id, "video", cost=8, metadata=more).raise_if_denied(), TrackResult)
         assert_type(limits.track_many([GenerationRequest(user_id=user_id, kind="image")]), list[TrackResult])
@@ -96,6 +96,7 @@ def client(client: Client, aclient: AsyncClient, user_id: UUID, now: datetime, m
     TokenLimits(aclient)  # pyright: ignore[reportArgumentType]
     TokenLimits("https://abc.supabase.co")  # pyright: ignore[reportArgumentType]
     TokenLimits(client, on_unavailable="ignore")  # pyright: ignore[reportArgumentType]
+    TokenLimits(client, schema=7)  # pyright: ignore[reportArgumentType]
     TokenLimits(client, 5)  # pyright: ignore[reportCallIssue]
 
 

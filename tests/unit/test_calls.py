@@ -89,6 +89,14 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         RESULT,
         A_RESULT,
     ),
+    "create_group with an id": (
+        _calls.create_group(UUID(PRO), name="Pro"),
+        "save_group",
+        {"p_group_id": None, "p_name": "Pro", "p_id": PRO},
+        False,
+        GROUP,
+        A_GROUP,
+    ),
     "check": (
         _calls.check(UUID(ANN), "image", 2, None),
         "check_generation",

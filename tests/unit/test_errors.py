@@ -30,7 +30,7 @@ from tokenlimits import (
     UsageNotFound,
     errors,
 )
-from tokenlimits.errors import BY_CODE, refusal
+from tokenlimits.errors import BY_CODE, HOW_TO_EXPOSE, refusal
 
 SQL = Path(__file__).parents[2] / "sql" / "schema"
 # caught inside the SQL, never leaves it
@@ -49,6 +49,7 @@ EXPECTED: dict[str, type[TokenLimitsError]] = {
     "TL007": HoldExpired,
     "TL008": IdempotencyConflict,
     "TL009": ConfigurationError,
+    "TL010": ConfigurationError,
     "42501": AccessDenied,
     "42883": SchemaNotInstalled,
     "PGRST202": SchemaNotInstalled,
@@ -77,6 +78,13 @@ def test_a_code_is_a_class(code: str, cls: type[TokenLimitsError]) -> None:
     assert type(error) is cls
     assert (error.code, error.detail) == (code, "the detail")
     assert str(error) == "no. do this"
+
+
+def test_a_schema_that_is_not_exposed_says_how_to_expose_it_whatever_the_server_hints() -> None:
+    hint = "Only the following schemas are exposed: public"
+    error = refusal(406, {"code": "PGRST106", "message": "Invalid schema: limits", "hint": hint})
+    assert type(error) is ConfigurationError
+    assert str(error) == f"Invalid schema: limits. {hint}. {HOW_TO_EXPOSE}"
 
 
 def test_each_code_of_ours_is_expected_here() -> None:

@@ -65,6 +65,37 @@ def no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     Default.current, AsyncDefault.current = before
 
 
+class TestGroupIds:
+    def test_may_be_chosen_and_are_never_used_again(self) -> None:
+        groups = FakeTokenLimits().groups
+        id_ = uuid4()
+        assert groups.create("Pro", id=id_).id == id_
+        for again in (id_, str(id_).upper()):
+            with pytest.raises(InvalidRequest) as raised:
+                groups.create("Other", id=again)
+            assert (raised.value.field, raised.value.code) == ("id", "TL001")
+        groups.delete(id_)
+        with pytest.raises(InvalidRequest, match="is, or was, another group's") as raised:
+            groups.create("Pro", id=id_)
+        assert raised.value.field == "id"
+        assert groups.create("Pro").id != id_
+
+    def test_are_checked_before_anything_is_asked(self) -> None:
+        fake = FakeTokenLimits()
+        fake.fail(AssertionError("it was asked"))
+        with pytest.raises(InvalidRequest) as raised:
+            fake.groups.create("Pro", id="pro")
+        assert raised.value.field == "id"
+
+
+def test_a_schema_is_checked_and_makes_no_difference() -> None:
+    assert FakeTokenLimits({"image": 1}, schema="limits").track(ANN, "image")
+    assert FakeTokenLimits.from_env(schema="limits").track(ANN, "image")
+    for fake in (FakeTokenLimits, FakeAsyncTokenLimits):
+        with pytest.raises(ConfigurationError, match=r"^schema: "):
+            fake(schema="auth")
+
+
 class TestLimits:
     def test_everybody_shares_the_pools(self) -> None:
         fake = FakeTokenLimits(limits={"image": 2})

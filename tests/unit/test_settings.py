@@ -11,7 +11,7 @@ import pytest
 from tests.http.leaks import text_of
 
 from tokenlimits import ConfigurationError, TokenLimits
-from tokenlimits.settings import load
+from tokenlimits.settings import load, load_schema
 
 URL = "https://abc.supabase.co"
 ID = "0197f0a0-0000-7000-8000-000000000001"
@@ -21,7 +21,7 @@ SECRET = "sb_secret_7Hn9wQz"
 @pytest.fixture(autouse=True)
 def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.upper().startswith("SUPABASE_")]:
+    for name in [name for name in os.environ if name.upper().startswith(("SUPABASE_", "TOKENLIMITS_"))]:
         monkeypatch.delenv(name)
 
 
@@ -145,6 +145,32 @@ class TestProblems:
         with pytest.raises(ConfigurationError, match="publishable") as caught:
             load()
         assert "7Hn9wQz" not in text_of(caught.value)
+
+
+class TestSchema:
+    def test_is_public_unless_said_otherwise(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert load_schema() == "public"
+        monkeypatch.setenv("TOKENLIMITS_SCHEMA", "")
+        assert load_schema() == "public"
+
+    def test_of_the_environment_wins(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        given(monkeypatch, "TOKENLIMITS_SCHEMA=limits\r\n")
+        assert load_schema() == "limits"
+        monkeypatch.setenv("TOKENLIMITS_SCHEMA", "\tquotas \n")
+        assert load_schema() == "quotas"
+
+    def test_needs_no_other_variable_and_no_other_needs_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TOKENLIMITS_SCHEMA", "pg_catalog")
+        given(monkeypatch, URL=URL, SECRET_KEY=SECRET)
+        assert loaded() == (URL, SECRET)
+        with pytest.raises(ConfigurationError, match=r"^TOKENLIMITS_SCHEMA: .*pg_catalog"):
+            load_schema()
+
+    @pytest.mark.parametrize("name", ["tokenlimits", "auth", "My Limits", "limits;", "1st", "x" * 64])
+    def test_that_can_not_be_is_refused(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        monkeypatch.setenv("TOKENLIMITS_SCHEMA", name)
+        with pytest.raises(ConfigurationError, match=r"^TOKENLIMITS_SCHEMA: "):
+            load_schema()
 
 
 def test_no_value_in_a_repr(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -29,10 +29,12 @@ class AdminFunctions(State):
         p_timezone: str | None = None,
         p_is_default: bool | None = None,
         p_limits: list[Json] | None = None,
+        p_id: str | None = None,
     ) -> Json:
         """Make a group, or change what is not null of one; everything is checked before anything changes."""
         limits = None if p_limits is None else _limits(p_limits)
         group = None if p_group_id is None else self._group(p_group_id)
+        id_ = self._new_id(group, p_id)
         name = p_name if p_name is not None else group.name if group else ""
         timezone = None if p_timezone is None else _timezone(p_timezone)
         if any(other is not group and other.name.lower() == name.lower() for other in self._groups.values()):
@@ -43,8 +45,9 @@ class AdminFunctions(State):
                 hint="Names are unique whatever their case; nothing was saved.",
             )
         if group is None:
-            group = Group(str(uuid4()), name, "", 0, "UTC", is_default=False, created_at=self.now, updated_at=self.now)
-            self._groups[group.id] = group
+            group = Group(id_, name, "", 0, "UTC", is_default=False, created_at=self.now, updated_at=self.now)
+            self._groups[id_] = group
+            self._group_ids.add(id_)
         if p_is_default:
             self._clear_default()
         group.name = name
@@ -198,6 +201,17 @@ class AdminFunctions(State):
             {"bucket": at.isoformat(), "kind": kind, "used": used[at, kind], "generations": generations[at, kind]}
             for at, kind in sorted(generations)
         ]
+
+    def _new_id(self, group: Group | None, wanted: str | None) -> str:
+        """Choose the id of a new group, or refuse the one that is wanted: the ledger goes on naming old ones."""
+        if wanted is None:
+            return str(uuid4())
+        if group is not None:
+            refuse("TL001", "id: is of a new group; group_id names one that is there", detail="id")
+        if wanted in self._group_ids:
+            message = f"id: {wanted} is, or was, another group's"
+            refuse("TL001", message, detail="id", hint="Choose an id that was never used.")
+        return wanted
 
     def _after(self, name: str | None, size: int | None) -> list[Group]:
         groups = [group for group in self._by_name() if name is None or group.name.lower() > name.lower()]

@@ -156,6 +156,7 @@ class FakeTokenLimits(_Controls, TokenLimits):
         on_unavailable: As of the real one: what `track`, `check` and `reserve` do after `fail(ServiceUnavailable(…))`.
         coalesce: As of the real one: calls that wait at once are one call of `track_generations`, which may `fail` as
             a whole.
+        schema: As of the real one; it is checked, and makes no difference here.
 
     Example:
         >>> fake = FakeTokenLimits(limits={"image": 2})
@@ -174,8 +175,9 @@ class FakeTokenLimits(_Controls, TokenLimits):
         timeout: float = DEFAULT_TIMEOUT,
         on_unavailable: OnUnavailable = "raise",
         coalesce: bool = False,
+        schema: str | None = None,
     ) -> None:
-        super().__init__(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce)
+        super().__init__(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema)
         self._use(_make_engine(limits, users))
 
     @property
@@ -207,6 +209,7 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
         on_unavailable: As of the real one: what `track`, `check` and `reserve` do after `fail(ServiceUnavailable(…))`.
         coalesce: As of the real one: calls that wait at once are one call of `track_generations`, which may `fail` as
             a whole.
+        schema: As of the real one; it is checked, and makes no difference here.
 
     Example:
         >>> fake = FakeAsyncTokenLimits(limits={"image": 2})
@@ -222,8 +225,9 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
         timeout: float = DEFAULT_TIMEOUT,
         on_unavailable: OnUnavailable = "raise",
         coalesce: bool = False,
+        schema: str | None = None,
     ) -> None:
-        super().__init__(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce)
+        super().__init__(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema)
         self._use(_make_engine(limits, users))
 
     @property

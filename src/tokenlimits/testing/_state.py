@@ -116,6 +116,8 @@ class State:
         self.now = datetime.now(UTC)
         self.ledger: list[Usage] = []
         self._groups: dict[str, Group] = {}
+        # also of those that were deleted
+        self._group_ids: set[str] = set()
         self._users = users
         self._places = count()
         self._resets: dict[tuple[str, str], datetime] = {}
