@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, help="default: a free one")
     parser.add_argument("--database-url", help="a PostgreSQL to serve; default: an embedded one")
     parser.add_argument("--sql-dir", help="the migrations to apply; default: those of tokenlimits")
+    parser.add_argument("--schema", default="public", help="where to install tokenlimits; default: public")
     options = parser.parse_args(arguments)
     ended = threading.Event()
 
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
     try:
-        with LocalStack(options.database_url, options.port, options.sql_dir) as stack:
+        with LocalStack(options.database_url, options.port, options.sql_dir, schema=options.schema) as stack:
             for name, value in stack.environment().items():
                 print(f"{name}={value}", flush=True)  # noqa: T201 - what the command is for
             while not ended.wait(3600):

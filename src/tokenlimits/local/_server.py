@@ -19,7 +19,8 @@ from ._errors import LocalStackError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from importlib.resources.abc import Traversable
+
+    from tokenlimits.sql_files import SqlFile
 
 _GRACE: Final = 3.0  # seconds for each step of ending the process
 
@@ -30,7 +31,7 @@ class LiteServer:
     The process ends by itself when its stdin does, so it can't outlive this one, however this one ends.
     """
 
-    def __init__(self, command: Sequence[str], migrations: Sequence[Traversable]) -> None:
+    def __init__(self, command: Sequence[str], migrations: Sequence[SqlFile]) -> None:
         self._pid = os.getpid()
         self._asking = threading.Lock()
         self._stopping = threading.Lock()
@@ -100,11 +101,11 @@ class LiteServer:
                     pipe.close()
             self._remove()
 
-    def _copy(self, migrations: Sequence[Traversable]) -> None:
+    def _copy(self, migrations: Sequence[SqlFile]) -> None:
         target = self._directory / "supabase" / "migrations"
         target.mkdir(parents=True)
         for migration in migrations:
-            target.joinpath(migration.name).write_bytes(migration.read_bytes())
+            target.joinpath(migration.name).write_text(migration.text, encoding="utf-8")
 
     def _read(self) -> None:
         stream = self._process.stdout

@@ -10,7 +10,9 @@ from uuid import UUID
 
 import httpx
 
-from tokenlimits.sql_files import migrations
+from tokenlimits.errors import ConfigurationError
+from tokenlimits.settings import named_schema
+from tokenlimits.sql_files import SqlFile, migrations
 
 from ._errors import LocalStackError
 from ._node import find_node
@@ -19,10 +21,11 @@ from ._server import LiteServer
 from ._users import GRANT_ADMIN, INSERT_USERS, REVOKE_ADMIN, LocalUser
 
 if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
     from types import TracebackType
 
 _ALPHABET: Final = string.ascii_letters + string.digits
+# as a hosted project does, unless told otherwise
+_EXPOSED: Final = ("public", "graphql_public")
 
 
 class LocalStack:
@@ -36,6 +39,8 @@ class LocalStack:
         port: The port to listen on. None: a free one.
         sql_dir: The migrations to apply, in the order of their names (`YYYYMMDDHHMMSS_topic.sql`).
             None: those of this package.
+        schema: Where the migrations of this package install tokenlimits. It is exposed in the API besides `public`;
+            any other schema is refused, as on a hosted project (406, `PGRST106`).
         pool_size: The most connections to a PostgreSQL at once. PGlite has one.
         like_hosted: Put right where Lite answers differently from hosted Supabase: the grants of the API
             roles, the SQLSTATEs of errors, read-only `stable` functions, the metadata in access tokens
@@ -43,7 +48,8 @@ class LocalStack:
         timeout: Seconds that a start may take, and each call of `sql`. A first start also fetches Lite.
 
     Raises:
-        LocalStackError: On start: Node or Lite can't be had, the port is taken, or a migration fails.
+        LocalStackError: `schema` can't be that. On start: Node or Lite can't be had, the port is taken, or a
+            migration fails.
 
     Example:
         with LocalStack() as stack:
@@ -56,11 +62,13 @@ class LocalStack:
         port: int | None = None,
         sql_dir: str | Path | None = None,
         *,
+        schema: str = "public",
         pool_size: int = 32,
         like_hosted: bool = True,
         timeout: float = 60,
     ) -> None:
         self.database_url: Final = database_url
+        self.schema: Final = _checked(schema)
         self.secret_key: Final = f"sb_secret_{_token(22)}_{_token(8)}"
         self.publishable_key: Final = f"sb_publishable_{_token(22)}_{_token(8)}"
         self._wanted_port = port
@@ -118,6 +126,7 @@ class LocalStack:
             "SUPABASE_URL": self.url,
             "SUPABASE_SECRET_KEY": self.secret_key,
             "SUPABASE_PUBLISHABLE_KEY": self.publishable_key,
+            "TOKENLIMITS_SCHEMA": self.schema,
         }
 
     def create_user(self, email: str, password: str | None = None, *, admin: bool = False) -> LocalUser:
@@ -162,12 +171,13 @@ class LocalStack:
             raise LocalStackError("The local stack isn't running")
         return self._server.query(statement, parameters, timeout=self._timeout)
 
-    def _migrations(self) -> tuple[Traversable, ...]:
+    def _migrations(self) -> tuple[SqlFile, ...]:
         if self._sql_dir is None:
-            return migrations()
+            return migrations(self.schema)
         if not self._sql_dir.is_dir():
             raise LocalStackError(f"sql_dir {self._sql_dir} is no directory")
-        return tuple(sorted(self._sql_dir.glob("*.sql")))
+        found = sorted(self._sql_dir.glob("*.sql"))
+        return tuple(SqlFile(path.name, path.read_text(encoding="utf-8")) for path in found)
 
     def _configuration(self, packages: Path) -> dict[str, object]:
         return {
@@ -176,6 +186,7 @@ class LocalStack:
             "pool_size": self._pool_size,
             "blank_database": str(packages / "blank.tar"),
             "like_hosted": self._like_hosted,
+            "exposed_schemas": list(dict.fromkeys([*_EXPOSED, self.schema])),
             "secret_key": self.secret_key,
             "publishable_key": self.publishable_key,
             "jwt_secret": secrets.token_urlsafe(48),
@@ -207,6 +218,14 @@ class LocalStack:
     def _change(self, statement: str, user_id: UUID | str) -> None:
         if not self.sql(statement, str(user_id)):
             raise LocalStackError(f"There is no user {user_id}")
+
+
+def _checked(schema: str) -> str:
+    try:
+        return named_schema(schema)
+    except ConfigurationError as error:
+        problem = str(error)
+    raise LocalStackError(problem)
 
 
 def _token(length: int) -> str:

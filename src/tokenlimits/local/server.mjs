@@ -58,6 +58,8 @@ function withSqlState(error) {
    return { code: "PGRST", message: JSON.stringify(body), detail: JSON.stringify({ status, headers: {} }) };
 }
 
+const qualified = ({ schema, name }) => `${schema}.${name}`;
+
 function likeHosted(Base) {
    return class extends Base {
       #readOnly;
@@ -71,18 +73,19 @@ function likeHosted(Base) {
       }
 
       async withContext(variables, run, options) {
-         if (options?.rpc && !options.rpc.readOnly && (await this.#runsReadOnly(options.rpc.path))) {
+         if (options?.rpc && !options.rpc.readOnly && (await this.#runsReadOnly(options.rpc))) {
             options = { ...options, rpc: { ...options.rpc, readOnly: true } };
          }
          return super.withContext(variables, run, options);
       }
 
-      async #runsReadOnly(path) {
+      async #runsReadOnly({ path, requestHeaders }) {
          this.#readOnly ??= this.introspect({ useCache: true }).then(({ functions = [] }) => {
-            const volatile = new Set(functions.filter((f) => f.volatility === "v").map((f) => f.name));
-            return new Set(functions.map((f) => f.name).filter((name) => !volatile.has(name)));
+            const volatile = new Set(functions.filter((f) => f.volatility === "v").map(qualified));
+            return new Set(functions.map(qualified).filter((name) => !volatile.has(name)));
          });
-         return (await this.#readOnly).has(path.slice("/rpc/".length));
+         const schema = requestHeaders?.["content-profile"] ?? "public";
+         return (await this.#readOnly).has(qualified({ schema, name: path.slice("/rpc/".length) }));
       }
    };
 }
@@ -210,6 +213,7 @@ async function start(config) {
    ]);
    const { migrating, close, serving } = await connect(config);
    const settings = {
+      api: { schemas: config.exposed_schemas },
       auth: {
          enabled: true,
          jwt_secret: config.jwt_secret,
