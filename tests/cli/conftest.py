@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from os import environ
 from pathlib import Path
@@ -24,7 +24,7 @@ from tests.support.postgres import PostgresServer, create_hosted_database, serve
 from tokenlimits import GroupManager, TokenLimits
 from tokenlimits.local import LocalStack
 
-_OURS = ("SUPABASE_", "DATABASE_URL", "COLUMNS", "NO_COLOR", "FORCE_COLOR", "PG")
+_OURS = ("SUPABASE_", "TOKENLIMITS_", "DATABASE_URL", "COLUMNS", "NO_COLOR", "FORCE_COLOR", "PG")
 NUMBERS = count(1)
 
 Done = subprocess.CompletedProcess[str]
@@ -107,12 +107,24 @@ def stack(server: PostgresServer) -> Iterator[LocalStack]:
 
 
 @pytest.fixture
-def hosted(server: PostgresServer) -> Iterator[str]:
+def new_hosted(server: PostgresServer) -> Iterator[Callable[[], str]]:
+    """Make databases of hosted projects without tokenlimits; it returns a URL of each."""
+    names: list[str] = []
+
+    def make() -> str:
+        names.append(f"hosted_{next(NUMBERS)}")
+        create_hosted_database(server, names[-1])
+        return server.url(names[-1], "postgres")
+
+    yield make
+    for name in names:
+        server.drop_database(name)
+
+
+@pytest.fixture
+def hosted(new_hosted: Callable[[], str]) -> str:
     """The URL of a hosted project's database without tokenlimits."""
-    name = f"hosted_{next(NUMBERS)}"
-    create_hosted_database(server, name)
-    yield server.url(name, "postgres")
-    server.drop_database(name)
+    return new_hosted()
 
 
 @pytest.fixture

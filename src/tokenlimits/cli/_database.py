@@ -69,6 +69,13 @@ def _problem(error: psycopg.Error) -> Problem:
     if error.sqlstate is None:
         reason = str(error).strip().splitlines()[0]
         return Problem(f"The database can't be reached: {reason}. Is the URL right, and the password in it?")
-    message = error.diag.message_primary or str(error)
-    hint = f" {error.diag.message_hint}" if error.diag.message_hint else ""
-    return Problem(f"PostgreSQL refused ({error.sqlstate}): {message}.{hint}")
+    return Problem(refusal(error))
+
+
+def refusal(error: psycopg.Error) -> str:
+    """Say in one line why PostgreSQL refused a statement; what our own SQL says needs no more words."""
+    said = error.diag.message_primary or str(error)
+    ours = (error.sqlstate or "").startswith("TL")
+    sentences = [said if ours else f"PostgreSQL refused ({error.sqlstate}): {said}", error.diag.message_hint]
+    whole = (" ".join(sentence.split()) for sentence in sentences if sentence)
+    return " ".join(sentence if sentence.endswith((".", "?", "!")) else f"{sentence}." for sentence in whole)

@@ -11,6 +11,7 @@ import typer
 
 from tokenlimits.local import LocalStack
 
+from ._options import Schema, find_schema
 from ._terminal import err, note
 
 _EMAIL = "admin@example.com"
@@ -28,12 +29,14 @@ def dev(
         str | None,
         typer.Option("--db-url", help="A PostgreSQL to serve; else one in memory.", show_default=False),
     ] = None,
+    schema: Schema = None,
 ) -> None:
     """Run a Supabase on this machine until Ctrl-C.
 
     It has the migrations applied and an admin, who can sign in. What it prints on stdout is a .env file. It needs
     pip install 'tokenlimits[local]'.
     """
+    where = find_schema(schema)
     ended = threading.Event()
 
     def end(_number: int, _frame: FrameType | None) -> None:
@@ -41,7 +44,7 @@ def dev(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-    stack = LocalStack(db_url, port, timeout=120)
+    stack = LocalStack(db_url, port, schema=where, timeout=120)
     with err.status("Starting a local Supabase (the first time, it is fetched)"):
         stack.start()
     try:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from importlib.resources.abc import Traversable
+import re
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
+import psycopg
 import typer
 from psycopg import errors
 
-from tokenlimits.sql_files import migrations
+from tokenlimits.sql_files import SqlFile, migrations, one_paste
 
-from ._database import Connection, connect
-from ._options import AsJson, DatabaseUrl
-from ._terminal import Problem, print_json, say
+from ._database import Connection, connect, refusal
+from ._options import AsJson, DatabaseUrl, Schema, find_schema
+from ._setup import MIGRATIONS, copy, version_of, warn_of_difference
+from ._terminal import Misunderstood, Problem, note, print_json, say
 
 # as the Supabase CLI makes it
 _HISTORY = """
@@ -24,6 +29,12 @@ alter table supabase_migrations.schema_migrations add column if not exists name 
 # 'tokm' in ASCII: two of us at once would apply everything twice
 _LOCK = "select pg_advisory_xact_lock(1953459053)"
 _RECORD = "insert into supabase_migrations.schema_migrations (version, name, statements) values (%s, %s, %s)"
+_INSTALLED = """
+select n.nspname
+from pg_catalog.pg_proc as p
+inner join pg_catalog.pg_namespace as n on n.oid = p.pronamespace
+where p.proname = 'tokenlimits_version' and n.nspname <> 'tokenlimits'
+"""
 
 
 def register(app: typer.Typer) -> None:
@@ -34,39 +45,59 @@ def register(app: typer.Typer) -> None:
 def migrate(
     *,
     db_url: DatabaseUrl = None,
+    schema: Schema = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--dir",
+            help="Where your project's migrations are. Without it, supabase/migrations where a project is.",
+            file_okay=False,
+            show_default=False,
+        ),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Change nothing; the exit status is 1 when something is pending.")
+    ] = False,
+    reapply: Annotated[
+        bool,
+        typer.Option(
+            "--reapply",
+            help="Apply everything again, in one transaction: for row-level security that was switched off, "
+            "a dropped trigger, rights after a restore. Data stays.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Apply the pending migrations.
 
-    Each in a transaction of its own. They are recorded in Supabase's own history, so `supabase db push` agrees. What
-    the SQL editor has applied is not in it, and is applied again, without harm.
+    Each in a transaction of its own. They are recorded in Supabase's own history, and copied into your project's
+    supabase/migrations, so `supabase db push` agrees. What the SQL editor has applied is not in the history, and is
+    applied again, without harm.
     """
+    if check and reapply:
+        raise Misunderstood("--check changes nothing, and --reapply applies everything again: choose one of them.")
+    where = find_schema(schema)
     with connect(db_url) as connection:
-        todo = pending(connection)
-        for migration in todo:
-            if not check:
-                _apply(connection, migration)
+        todo = pending(connection, where)
+        _require_installed(connection, where, recorded=len(todo) < len(migrations(where)), reapply=reapply)
+        states = ["pending"] if check else ["applied", "reapplied"] if reapply else ["applied"]
+        done: dict[str, list[str]] = {state: [] for state in states}
+        for state, migration in _steps(connection, where, todo, directory, check=check, reapply=reapply):
+            done[state].append(migration.name)
             if not as_json:
-                say(f"{'pending' if check else 'applied'}  {migration.name}")
+                say(f"{state}  {migration.name}")
     if as_json:
-        print_json({"pending" if check else "applied": [migration.name for migration in todo]})
-    elif not todo:
+        print_json(done)
+    elif not any(done.values()):
         say("Nothing is pending.", style="green")
     if todo and check:
         raise typer.Exit(1)
 
 
-def pending(connection: Connection) -> list[Traversable]:
+def pending(connection: Connection, schema: str = "public") -> list[SqlFile]:
     """List the migrations that are not in the database's history."""
     applied = _applied(connection)
-    return [migration for migration in migrations() if _version(migration) not in applied]
-
-
-def _version(migration: Traversable) -> str:
-    return migration.name.partition("_")[0]
+    return [migration for migration in migrations(schema) if version_of(migration.name) not in applied]
 
 
 def _applied(connection: Connection) -> set[object]:
@@ -75,18 +106,114 @@ def _applied(connection: Connection) -> set[object]:
     return {version for (version,) in connection.execute("select version from supabase_migrations.schema_migrations")}
 
 
-def _apply(connection: Connection, migration: Traversable) -> None:
-    text = migration.read_bytes()
+def _require_installed(connection: Connection, schema: str, *, recorded: bool, reapply: bool) -> None:
+    """Compare with what is there, since the history knows neither of schemas nor of an uninstallation."""
+    found = sorted(str(name) for (name,) in connection.execute(_INSTALLED))
+    if found and schema not in found:
+        raise Problem(
+            f"The database has tokenlimits in schema {', '.join(found)}, not in {schema}. "
+            f"Use --schema {found[0]} (or TOKENLIMITS_SCHEMA), or uninstall it first: tokenlimits sql --uninstall"
+        )
+    if recorded and not found and not reapply:
+        raise Problem(
+            "The history says that migrations of tokenlimits were applied, but it is not there: was it uninstalled? "
+            "Apply them again: tokenlimits migrate --reapply"
+        )
+
+
+def _steps(
+    connection: Connection,
+    schema: str,
+    todo: list[SqlFile],
+    directory: Path | None,
+    *,
+    check: bool,
+    reapply: bool,
+) -> Iterator[tuple[str, SqlFile]]:
+    if check:
+        yield from (("pending", migration) for migration in todo)
+        return
+    folder = _folder(directory)
+    if folder is None and (todo or reapply):
+        _explain_files(schema)
+    if reapply:
+        yield from _reapply(connection, schema, folder)
+        return
+    for migration in migrations(schema):
+        if migration not in todo:
+            _keep(migration, folder)
+        else:
+            with _transaction(connection, migration.name):
+                _apply(connection, migration, folder)
+            yield "applied", migration
+
+
+def _reapply(connection: Connection, schema: str, folder: Path | None) -> Iterator[tuple[str, SqlFile]]:
+    """Apply the one paste, which is made to be applied over every version, and then what the history lacks."""
+    with _transaction(connection, "it"):
+        lacking = pending(connection, schema)
+        # it would end the transaction, in which the history is written too
+        connection.execute(re.sub(r"^(begin|commit);$", "", one_paste(schema), flags=re.MULTILINE).encode())
+        for migration in migrations(schema):
+            _apply(connection, migration, folder)
+    for migration in migrations(schema):
+        yield "applied" if migration in lacking else "reapplied", migration
+
+
+@contextmanager
+def _transaction(connection: Connection, what: str) -> Generator[None]:
     try:
         with connection.transaction():
             # who waits for a lock on a table in use makes everybody else wait behind it
             connection.execute("set local lock_timeout = '10s'")
             connection.execute(_LOCK)
             connection.execute(_HISTORY)
-            if _version(migration) not in _applied(connection):
-                connection.execute(text)
-                name = migration.name.removesuffix(".sql").partition("_")[2]
-                connection.execute(_RECORD, [_version(migration), name, [text.decode()]])
+            yield
     except errors.LockNotAvailable:
-        name = migration.name
-        raise Problem(f"{name} waited 10 s for a lock, and was taken back. Try again at a quieter time.") from None
+        problem = f"It waited 10 s for a lock: nothing of {what} was applied. Try again at a quieter time."
+    except psycopg.Error as error:
+        if error.sqlstate is None:  # the connection is gone, and nobody knows what was done last
+            raise
+        # what our own SQL refuses, it says itself
+        kept = "" if error.sqlstate.startswith("TL") else f" Nothing of {what} was applied."
+        problem = f"{refusal(error)}{kept}"
+    else:
+        return
+    raise Problem(problem)
+
+
+def _apply(connection: Connection, migration: SqlFile, folder: Path | None) -> None:
+    """Apply and record a migration unless the history has it. Its file is written before all is committed."""
+    version = version_of(migration.name)
+    if version not in _applied(connection):
+        connection.execute(migration.text.encode())
+        name = migration.name.removesuffix(".sql").partition("_")[2]
+        connection.execute(_RECORD, [version, name, [migration.text]])
+    _keep(migration, folder)
+
+
+def _folder(given: Path | None) -> Path | None:
+    """Find where the project's migrations go; None where there is no project."""
+    project = MIGRATIONS.parent
+    is_project = MIGRATIONS.is_dir() or any((project / f"config.{kind}").is_file() for kind in ("toml", "json"))
+    return given or (MIGRATIONS if is_project else None)
+
+
+def _keep(migration: SqlFile, folder: Path | None) -> None:
+    """Write the file, without which the next `supabase db push` would find a version that it doesn't know."""
+    if folder is None:
+        return
+    state, path = copy(migration, folder)
+    if state == "new":
+        note(f"Wrote {path}: your next `supabase db push` needs it.")
+    elif state == "differs":
+        warn_of_difference(path)
+
+
+def _explain_files(schema: str) -> None:
+    option = "" if schema == "public" else f" --schema {schema}"
+    note(
+        "There is no Supabase project here. Where your project is, its next `supabase db push` needs the migrations "
+        f"as files too: run tokenlimits init{option} there.",
+        style="yellow",
+    )

@@ -7,6 +7,12 @@ from typing import Annotated
 
 import typer
 
+from tokenlimits.errors import ConfigurationError
+from tokenlimits.settings import load_schema
+from tokenlimits.sql_files import checked_schema
+
+from ._terminal import Misunderstood
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
 GroupArgument = Annotated[str, typer.Argument(metavar="GROUP", help="A group's name or id.", show_default=False)]
@@ -23,6 +29,39 @@ DatabaseUrl = Annotated[
         show_default=False,
     ),
 ]
+
+
+def schema_name(text: str) -> str:
+    """Read the name of a schema."""
+    try:
+        return checked_schema(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+Schema = Annotated[
+    str | None,
+    typer.Option(
+        "--schema",
+        parser=schema_name,
+        metavar="NAME",
+        help="The schema of the tables and functions. Without it, TOKENLIMITS_SCHEMA of the environment or .env, "
+        "else public.",
+        show_default=False,
+    ),
+]
+
+
+def find_schema(given: str | None) -> str:
+    """Choose the schema: the option's, else that of the environment or `.env`, else public.
+
+    Raises:
+        Misunderstood: That of the environment can't be one.
+    """
+    try:
+        return given or load_schema()
+    except ConfigurationError as error:
+        raise Misunderstood(str(error)) from None
 
 
 def moment(text: str) -> datetime:
