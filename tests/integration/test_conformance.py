@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from unittest.mock import patch
@@ -10,6 +11,7 @@ from uuid import RFC_4122, UUID, uuid4
 
 import psycopg
 import pytest
+from tests.sql.semantics.elsewhere import at_home
 from tests.support import clock, invariants
 from tests.support.conformance import (
     ANN,
@@ -1528,25 +1530,56 @@ def nothing_drifts(world: World) -> None:
     refused(GroupNotFound, world.groups.drift, NOBODY)
 
 
+@scenario
+def groups_have_an_id_of_the_callers_choice(world: World) -> None:
+    id_, other = uuid4(), uuid4()
+    assert world.groups.create("Mine", id=id_, limits={"image": 9}).id == id_
+    world.groups.add_member(id_, ANN)
+    usage = world.limits.track(ANN, "image")
+    assert (usage.group.id, str(usage.usage_id)[-4:]) == (id_, str(id_)[-4:])
+    assert refused(InvalidRequest, world.groups.create, "Another", id=str(id_).upper()).field == "id"
+    # what fails uses up no id
+    refused(GroupExists, world.groups.create, "MINE", id=other)
+    refused(InvalidRequest, world.groups.create, "Another", timezone="Mars/Base", id=other)
+    assert world.groups.create("Another", id=str(other)).id == other
+    world.groups.delete(id_)
+    assert refused(InvalidRequest, world.groups.create, "Mine", id=id_).field == "id"
+    assert refused(InvalidRequest, world.groups.create, "Mine", id="mine").field == "id"
+    assert world.groups.create("Mine").id not in (id_, other)
+    assert [usage.group.id for usage in world.groups.export_usage(user_id=ANN)] == [id_]
+
+
 # Playing them
 
+Site = tuple[LocalStack, psycopg.Connection[Any]]
 USERS = EMAILS | {UUID(int=1000): "many@many.org"}
 
 
 @pytest.fixture(scope="module")
-def owner() -> Iterator[psycopg.Connection[Any]]:
+def server() -> Iterator[PostgresServer]:
     with PostgresServer(next(iter(servers().values()))) as server:
-        server.create_database("conformance")
-        with server.connect("conformance") as connection:
-            yield connection
+        yield server
+
+
+@contextmanager
+def site(server: PostgresServer, schema: str) -> Iterator[Site]:
+    """A stack with tokenlimits in a schema, and a connection to its database as the owner, with a clock to turn."""
+    server.create_database(schema)
+    with LocalStack(server.url(schema), schema=schema) as stack, at_home(server.connect(schema)) as owner:
+        clock.install(owner)
+        yield stack, owner
 
 
 @pytest.fixture(scope="module")
-def stack(owner: psycopg.Connection[Any]) -> Iterator[LocalStack]:
-    info = owner.info
-    with LocalStack(f"postgresql://{info.user}@{info.host}:{info.port}/{info.dbname}") as running:
-        clock.install(owner)
-        yield running
+def in_public(server: PostgresServer) -> Iterator[Site]:
+    with site(server, "public") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def in_limits(server: PostgresServer) -> Iterator[Site]:
+    with site(server, "limits") as made:
+        yield made
 
 
 @pytest.mark.parametrize(("play", "colour"), SCENARIOS)
@@ -1556,9 +1589,17 @@ def test_fake(play: Scenario, colour: Colour) -> None:
 
 
 @pytest.mark.parametrize(("play", "colour"), SCENARIOS)
-def test_the_real_thing_answers_the_same(
-    play: Scenario, colour: Colour, stack: LocalStack, owner: psycopg.Connection[Any]
-) -> None:
+def test_the_real_thing_answers_the_same(play: Scenario, colour: Colour, in_public: Site) -> None:
+    answers_the_same(play, colour, *in_public)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("play", "colour"), [case for case in SCENARIOS if "sync" in case.values])
+def test_the_real_thing_answers_the_same_in_another_schema(play: Scenario, colour: Colour, in_limits: Site) -> None:
+    answers_the_same(play, colour, *in_limits)
+
+
+def answers_the_same(play: Scenario, colour: Colour, stack: LocalStack, owner: psycopg.Connection[Any]) -> None:
     with real_world(colour, stack, owner, USERS) as real:
         play(real)
     with fake_world(colour, USERS) as fake:

@@ -156,6 +156,7 @@ class TestAnswers:
             "SUPABASE_URL": stack.url,
             "SUPABASE_SECRET_KEY": stack.secret_key,
             "SUPABASE_PUBLISHABLE_KEY": stack.publishable_key,
+            "TOKENLIMITS_SCHEMA": "public",
         }
         assert stack.secret_key not in repr(stack)
 
@@ -340,6 +341,58 @@ class TestPostgres:
         ):
             pass
         assert "s3cret" not in str(failed.value)
+
+
+SCHEMAS = """
+create schema api;
+grant usage on schema api to service_role;
+create function api.is_read_only() returns text language sql stable as $$
+   select current_setting('transaction_read_only')
+$$;
+create function public.is_read_only() returns text language sql volatile as $$
+   select current_setting('transaction_read_only')
+$$;
+create schema hidden;
+grant usage on schema hidden to service_role;
+create function hidden.is_read_only() returns text language sql stable as $$ select 'no'::text $$;
+create table hidden.secrets (id bigint);
+"""
+
+
+class TestSchemas:
+    def test_that_are_exposed_are_served_each_with_its_own_functions(self, database: str, tmp_path: Path) -> None:
+        (tmp_path / "20250101000000_schemas.sql").write_text(SCHEMAS)
+        with (
+            LocalStack(database, sql_dir=tmp_path, schema="api") as stack,
+            client(stack, stack.secret_key) as supabase,
+        ):
+            assert supabase.schema("api").rpc("is_read_only", {}).execute().data == "on"
+            assert supabase.rpc("is_read_only").execute().data == "off"
+
+    @pytest.mark.parametrize("name", ["hidden", "tokenlimits", "auth", "nowhere"])
+    def test_that_are_not_are_refused_as_on_a_hosted_project(self, stack: LocalStack, name: str) -> None:
+        rest = f"{stack.url}/rest/v1"
+        keys = {"apikey": stack.secret_key}
+        called = httpx.post(f"{rest}/rpc/secret", json={}, headers={**keys, "Content-Profile": name}, trust_env=False)
+        read = httpx.get(f"{rest}/shown", headers={**keys, "Accept-Profile": name}, trust_env=False)
+        for answer in (called, read):
+            assert (answer.status_code, answer.json()["code"]) == (406, "PGRST106")
+            assert name in answer.json()["message"]
+            assert answer.json()["hint"] == "Only the following schemas are exposed: graphql_public, public"
+
+    def test_has_tokenlimits_in_the_one_that_is_named(self, database: str) -> None:
+        with LocalStack(database, schema="limits") as stack, client(stack, stack.secret_key) as supabase:
+            assert supabase.schema("limits").rpc("tokenlimits_version", {}).execute().data["version"] >= 1
+            with pytest.raises(APIError) as missing:
+                supabase.rpc("tokenlimits_version").execute()
+            assert missing.value.code == "PGRST202"
+            assert stack.environment()["TOKENLIMITS_SCHEMA"] == stack.schema == "limits"
+            assert stack.sql("select from pg_class where relname = 'user_groups' and relkind = 'r'") == [{}]
+            assert stack.sql("select to_regclass('limits.user_groups') is not null as there") == [{"there": True}]
+
+    def test_of_a_bad_name_is_refused(self) -> None:
+        with pytest.raises(LocalStackError, match=r"^schema: .*auth"):
+            LocalStack(schema="auth")
 
 
 class TestStarts:

@@ -59,7 +59,7 @@ class World:
         self._runner = asyncio.Runner()
         self._labels: dict[str, str] = {}
         self._set_clock = set_clock
-        self._client = limits
+        self.client = limits
         self.limits: Any = _Heard(self, limits)
         self.groups: Any = _Heard(self, groups)
         self.now = BASE
@@ -93,7 +93,7 @@ class World:
 
     def generation(self, body: Callable[[Hold], object], *args: Any, **kwargs: Any) -> Hold:
         """Run a body inside of a generation, and write down how that ends."""
-        manager = self._client.generation(*args, **kwargs)
+        manager = self.client.generation(*args, **kwargs)
         holds: list[Hold] = []
 
         def generation() -> TrackResult:
@@ -200,10 +200,11 @@ def real_world(
     async_http = httpx.AsyncClient(trust_env=False, verify=False)
     if colour != "async":
         client = Client(stack.url, stack.secret_key, ClientOptions(httpx_client=sync_http))
-        clients: Any = TokenLimits(client, coalesce=colour == "batches"), GroupManager(client)
+        limits = TokenLimits(client, coalesce=colour == "batches", schema=stack.schema)
+        clients: Any = limits, GroupManager(client, schema=stack.schema)
     else:
         aclient = AsyncClient(stack.url, stack.secret_key, AsyncClientOptions(httpx_client=async_http))
-        clients = AsyncTokenLimits(aclient), AsyncGroupManager(aclient)
+        clients = AsyncTokenLimits(aclient, schema=stack.schema), AsyncGroupManager(aclient, schema=stack.schema)
     world = World(*clients, lambda moment: clock.freeze(owner, moment))
     with sync_http, _flights_of(colour):
         try:
