@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
-from supabase import Client, ClientOptions
+from supabase import AsyncClientOptions, Client, ClientOptions, create_async_client
+from tests.support.doctests import top_level_await
 
-from tokenlimits import GroupManager, Limit, TokenLimits
+from tokenlimits import AsyncGroupManager, AsyncTokenLimits, GroupManager, Limit, TokenLimits
+from tokenlimits.async_client import AsyncDefault
 from tokenlimits.local import LocalStack
 
 
@@ -31,7 +35,8 @@ def names_of_examples(
     stack: LocalStack = request.getfixturevalue("example_stack")
     for name, value in stack.environment().items():
         monkeypatch.setenv(name, value)
-    with httpx.Client(http2=False) as http:
+    monkeypatch.setattr(AsyncDefault, "current", None)
+    with httpx.Client(http2=False) as http, asyncio.Runner() as loop, top_level_await(loop.run):
         client = Client(stack.url, stack.secret_key, ClientOptions(httpx_client=http))
         groups = GroupManager(client)
         (user_id,) = stack.create_users(1)
@@ -46,6 +51,24 @@ def names_of_examples(
             "Limit": Limit,
             "TokenLimits": TokenLimits,
         }
-        yield
+        if "async" in request.node.name.lower():
+            with async_clients(stack, loop) as clients:
+                doctest_namespace |= clients
+                yield
+        else:
+            yield
         for group in groups.list():
             groups.delete(group.id)
+
+
+@contextmanager
+def async_clients(stack: LocalStack, loop: asyncio.Runner) -> Iterator[dict[str, Any]]:
+    """The same names for the examples of the async classes and functions, in one event loop."""
+    http = httpx.AsyncClient(http2=False)
+    client = loop.run(create_async_client(stack.url, stack.secret_key, AsyncClientOptions(httpx_client=http)))
+    try:
+        yield {"limits": AsyncTokenLimits(client), "groups": AsyncGroupManager(client)}
+    finally:
+        loop.run(http.aclose())
+        if AsyncDefault.current is not None:  # the client of atrack_generation
+            loop.run(AsyncDefault.current.aclose())
