@@ -115,7 +115,8 @@ class Backend:
     async def groups(self, token: str) -> Groups:
         """Make a group manager that acts as the bearer of a token: an access token, or a secret key of their own."""
         key = token if token.startswith("sb_secret_") else self.settings.publishable_key
-        return Groups(await self._client(key, token), timeout=self.settings.timeout)
+        client = await self._client(key, token)
+        return Groups(client, timeout=self.settings.timeout, schema=self.settings.schema_name)
 
     async def limits(self) -> AsyncTokenLimits:
         """Make the client that tracks, with the server's secret key.
@@ -128,7 +129,8 @@ class Backend:
         if self.settings.secret_key is None:
             raise ConfigurationError("Set SUPABASE_SECRET_KEY to track generations.")
         key = self.settings.secret_key.get_secret_value()
-        return AsyncTokenLimits(await self._client(key, key), timeout=self.settings.timeout)
+        client = await self._client(key, key)
+        return AsyncTokenLimits(client, timeout=self.settings.timeout, schema=self.settings.schema_name)
 
     def is_worker(self, token: str) -> bool:
         """Whether a token is the server's own secret key."""
@@ -188,6 +190,8 @@ class Backend:
         self, method: str, path: str, *, token: str | None = None, json: dict[str, str] | None = None
     ) -> httpx.Response:
         headers = {"apikey": self.settings.publishable_key}
+        if path.startswith("rest/"):
+            headers["Accept-Profile"] = self.settings.schema_name
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
         url = f"{self.settings.url.rstrip('/')}/{path}"

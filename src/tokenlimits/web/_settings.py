@@ -8,7 +8,7 @@ from pydantic import AfterValidator, AliasChoices, Field, SecretStr, ValidationE
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tokenlimits.errors import ConfigurationError
-from tokenlimits.settings import checked_key, checked_url
+from tokenlimits.settings import checked_key, checked_url, stripped_schema
 
 
 def _long_enough(value: SecretStr) -> SecretStr:
@@ -36,11 +36,18 @@ class WebSettings(BaseSettings):
             session cookies. The API needs none.
         requests_per_minute: `TOKENLIMITS_WEB_REQUESTS_PER_MINUTE`, for each caller of the API.
         sign_ins_per_minute: `TOKENLIMITS_WEB_SIGN_INS_PER_MINUTE`, for each address, and for each account.
+        schema_name: `TOKENLIMITS_SCHEMA`: where tokenlimits is installed, if not in public.
         timeout: Seconds that Supabase may take for one call.
     """
 
+    # case-sensitive, or another program's SECRET_KEY, URL and TIMEOUT would be taken for the fields of these names
     model_config = SettingsConfigDict(
-        env_file=".env", extra="ignore", env_ignore_empty=True, populate_by_name=True, frozen=True
+        env_file=".env",
+        extra="ignore",
+        env_ignore_empty=True,
+        populate_by_name=True,
+        case_sensitive=True,
+        frozen=True,
     )
 
     url: Annotated[str, AfterValidator(checked_url)] = Field(validation_alias=AliasChoices("url", "SUPABASE_URL"))
@@ -58,6 +65,9 @@ class WebSettings(BaseSettings):
     )
     sign_ins_per_minute: int = Field(
         10, ge=1, validation_alias=AliasChoices("sign_ins_per_minute", "TOKENLIMITS_WEB_SIGN_INS_PER_MINUTE")
+    )
+    schema_name: Annotated[str, AfterValidator(stripped_schema)] = Field(
+        "public", validation_alias=AliasChoices("schema_name", "TOKENLIMITS_SCHEMA")
     )
     timeout: float = Field(5, gt=0, le=60)
 
