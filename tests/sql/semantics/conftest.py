@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import count
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -14,21 +15,22 @@ from tests.sql.semantics.world import World
 from tests.support import clock, invariants
 from tests.support.postgres import PostgresServer, create_hosted_database
 
-TEMPLATE = "semantics"
+from tokenlimits.sql_files import one_paste
 
 
 @pytest.fixture(scope="session")
-def databases(postgres_server: PostgresServer, install_sql: str) -> Callable[[], Database]:
+def databases(postgres_server: PostgresServer, schema: str) -> Callable[[], Database]:
     """Make databases of their own, with tokenlimits and a clock to turn."""
     numbers = count(1)
-    create_hosted_database(postgres_server, TEMPLATE)
-    with postgres_server.connect(TEMPLATE, "postgres") as owner:
-        owner.execute(install_sql)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    template = f"semantics_in_{schema}"
+    create_hosted_database(postgres_server, template)
+    with postgres_server.connect(template, "postgres") as owner:
+        owner.execute(one_paste(schema))  # pyright: ignore[reportArgumentType, reportCallIssue]
         clock.install(owner)
 
     def make() -> Database:
-        name = f"{TEMPLATE}_{next(numbers)}"
-        postgres_server.create_database(name, TEMPLATE)
+        name = f"{template}_{next(numbers)}"
+        postgres_server.create_database(name, template)
         return Database(postgres_server, name)
 
     return make
@@ -85,11 +87,12 @@ def zones(postgres_server: PostgresServer) -> Callable[[str], ZoneInfo]:
 
 
 def _zones(server: PostgresServer) -> Callable[[str], ZoneInfo]:
-    own = server._bin.parent / "share" / "timezone"
+    share = server._bin.parent / "share"
+    own = next(filter(Path.is_dir, (share / "timezone", share / "postgresql" / "timezone")), None)
     made: dict[str, ZoneInfo] = {}
 
     def zone(name: str) -> ZoneInfo:
-        if not own.is_dir():
+        if own is None:
             return ZoneInfo(name)
         if name not in made:
             with (own / name).open("rb") as file:

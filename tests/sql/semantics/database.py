@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import psycopg
+from tests.sql.semantics.elsewhere import at_home
 from tests.support import clock
 from tests.support.postgres import PostgresServer
 
@@ -17,7 +18,7 @@ class Database:
         self._server = server
         self._connections: list[psycopg.Connection[Any]] = []
         self.name = name
-        self.owner = server.connect(name, "postgres")
+        self.owner = at_home(server.connect(name, "postgres"))
         self.owner.execute("set statement_timeout = '60s'")
 
     @property
@@ -26,7 +27,7 @@ class Database:
 
     def connect(self, role: str = "service_role") -> psycopg.Connection[Any]:
         """Open another connection, as workers do."""
-        connection = self._server.connect(self.name, "postgres")
+        connection = at_home(self._server.connect(self.name, "postgres"))
         connection.execute(f"set role {role}")
         connection.execute("set statement_timeout = '60s'")
         self._connections.append(connection)

@@ -20,6 +20,7 @@ from uuid import UUID
 import psycopg
 from psycopg import sql
 from psycopg.types.json import Jsonb
+from tests.sql.semantics.elsewhere import at_home
 
 PROCESSES = 8
 CONNECTIONS = 32
@@ -156,7 +157,7 @@ def _run(url: str, scripts: list[Script], cycles: int | None, stop: str) -> list
 
 
 def _connect_and_call(url: str, script: Script, cycles: int | None, stop: str) -> list[Answer]:
-    with psycopg.connect(url, autocommit=True) as connection:
+    with at_home(psycopg.connect(url, autocommit=True)) as connection:
         connection.execute("set role service_role")
         connection.execute("set statement_timeout = '30s'")
         connection.execute("select pg_advisory_lock_shared(%s)", [_GUN])
