@@ -1,5 +1,8 @@
 // The history, by Chart.js, and the same numbers as a table.
-const COLOURS = { dark: ["#34d399", "#38bdf8", "#a78bfa", "#fbbf24", "#fb7185", "#2dd4bf"], light: ["#059669", "#0284c7", "#7c3aed", "#d97706", "#e11d48", "#0d9488"] };
+const COLOURS = {
+  dark: ["#34d399", "#38bdf8", "#a78bfa", "#fbbf24", "#fb7185", "#2dd4bf"],
+  light: ["#059669", "#0284c7", "#7c3aed", "#d97706", "#e11d48", "#0d9488"],
+};
 const numbers = new Intl.NumberFormat("en-US");
 const compact = new Intl.NumberFormat("en-US", { notation: "compact" });
 const place = document.querySelector("[data-chart]");
@@ -20,7 +23,11 @@ function draw({ labels, kinds }) {
     data: {
       labels,
       datasets: kinds.map(({ kind, used }, index) => ({
-        label: kind, data: used, backgroundColor: colours[index % colours.length], borderRadius: 3, maxBarThickness: 34,
+        label: kind,
+        data: used,
+        backgroundColor: colours[index % colours.length],
+        borderRadius: 3,
+        maxBarThickness: 34,
       })),
     },
     options: {
@@ -29,12 +36,38 @@ function draw({ labels, kinds }) {
       maintainAspectRatio: false,
       interaction: { mode: "index", intersect: false },
       scales: {
-        x: { stacked: true, grid: { display: false }, border: { color: variable("--line") }, ticks: { maxRotation: 0, autoSkipPadding: 18 } },
-        y: { stacked: true, grid, border: { display: false }, beginAtZero: true, ticks: { padding: 8, maxTicksLimit: 6, callback: (value) => compact.format(value) } },
+        x: {
+          stacked: true,
+          grid: { display: false },
+          border: { color: variable("--line") },
+          ticks: { maxRotation: 0, autoSkipPadding: 18 },
+        },
+        y: {
+          stacked: true,
+          grid,
+          border: { display: false },
+          beginAtZero: true,
+          ticks: { padding: 8, maxTicksLimit: 6, callback: (value) => compact.format(value) },
+        },
       },
       plugins: {
-        legend: { position: "bottom", align: "start", labels: { usePointStyle: true, pointStyle: "circle", boxHeight: 7, padding: 18, color: variable("--text") } },
-        tooltip: { backgroundColor: variable("--raised"), titleColor: variable("--text"), bodyColor: variable("--text"), borderColor: variable("--line-strong"), borderWidth: 1, padding: 12, cornerRadius: 10, usePointStyle: true, boxPadding: 6, filter: (item) => item.raw > 0 },
+        legend: {
+          position: "bottom",
+          align: "start",
+          labels: { usePointStyle: true, pointStyle: "circle", boxHeight: 7, padding: 18, color: variable("--text") },
+        },
+        tooltip: {
+          backgroundColor: variable("--raised"),
+          titleColor: variable("--text"),
+          bodyColor: variable("--text"),
+          borderColor: variable("--line-strong"),
+          borderWidth: 1,
+          padding: 12,
+          cornerRadius: 10,
+          usePointStyle: true,
+          boxPadding: 6,
+          filter: (item) => item.raw > 0,
+        },
       },
     },
   });
@@ -84,7 +117,7 @@ async function load(step) {
 const steps = document.querySelectorAll("[data-step]");
 for (const button of steps) {
   button.addEventListener("click", () => {
-    steps.forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
+    for (const other of steps) other.setAttribute("aria-pressed", String(other === button));
     load(button.dataset.step);
   });
 }
@@ -94,6 +127,6 @@ document.body.addEventListener("done", () => load(now()));
 document.body.addEventListener("click", (event) => {
   if (!event.target.closest("[data-look-again]")) return;
   load(now());
-  document.querySelectorAll("[data-refresh]").forEach((element) => htmx.trigger(element, "refresh"));
+  for (const element of document.querySelectorAll("[data-refresh]")) htmx.trigger(element, "refresh");
 });
 load("day");

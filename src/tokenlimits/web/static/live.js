@@ -9,7 +9,11 @@ const level = (fraction) => (fraction === null ? "none" : fraction < 0.7 ? "ok" 
 
 // as `short` in _format.py
 function short(value) {
-  for (const [size, name] of [[1e12, "T"], [1e9, "B"], [1e6, "M"]]) {
+  for (const [size, name] of [
+    [1e12, "T"],
+    [1e9, "B"],
+    [1e6, "M"],
+  ]) {
     if (value >= size) return `${(value / size).toFixed(1).replace(/\.0$/, "")}${name}`;
   }
   return numbers.format(value);
@@ -51,7 +55,9 @@ function showGroup(card, [members, limits]) {
     card.querySelector("[data-word]").textContent = members === 1 ? "member" : "members";
   }
   const rows = card.querySelectorAll("[data-limit]");
-  limits.forEach((limit, index) => rows[index] && showLimit(rows[index], limit));
+  for (const [index, limit] of limits.entries()) {
+    if (rows[index]) showLimit(rows[index], limit);
+  }
   const fullest = limits.map((limit) => limit[2]).filter((fraction) => fraction !== null);
   if (card.classList.contains("card")) setLevel(card, level(fullest.length ? Math.max(...fullest) : null));
 }

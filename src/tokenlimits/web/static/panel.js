@@ -66,7 +66,7 @@ document.body.addEventListener("htmx:confirm", (event) => {
 document.body.addEventListener("done", (event) => {
   if (!event.detail.stay) modal.close();
   toast(event.detail.message);
-  document.querySelectorAll("[data-live], [data-refresh]").forEach((element) => htmx.trigger(element, "refresh"));
+  for (const element of document.querySelectorAll("[data-live], [data-refresh]")) htmx.trigger(element, "refresh");
 });
 document.body.addEventListener("go", (event) => location.assign(event.detail.to));
 document.body.addEventListener("htmx:responseError", (event) => {
@@ -136,7 +136,11 @@ document.querySelector("[data-theme-switch]")?.addEventListener("click", () => {
 // countdowns, and moments in the reader's own time zone
 function inWords(milliseconds) {
   const seconds = Math.max(0, Math.ceil(milliseconds / 1000));
-  const [days, hours, minutes] = [Math.floor(seconds / 86400), Math.floor(seconds / 3600) % 24, Math.floor(seconds / 60) % 60];
+  const [days, hours, minutes] = [
+    Math.floor(seconds / 86400),
+    Math.floor(seconds / 3600) % 24,
+    Math.floor(seconds / 60) % 60,
+  ];
   const two = (number) => String(number).padStart(2, "0");
   if (days) return `resets in ${days}d ${hours}h`;
   if (hours) return `resets in ${hours}h ${two(minutes)}m ${two(seconds % 60)}s`;
@@ -152,7 +156,13 @@ function tick() {
     const moment = new Date(element.dateTime);
     element.title = moment.toISOString();
     const year = moment.getFullYear() === new Date(now).getFullYear() ? undefined : "numeric";
-    element.textContent = moment.toLocaleString(undefined, { year, month: "short", day: "numeric", hour: "numeric", minute: "2-digit" });
+    element.textContent = moment.toLocaleString(undefined, {
+      year,
+      month: "short",
+      day: "numeric",
+      hour: "numeric",
+      minute: "2-digit",
+    });
   }
 }
 tick();
