@@ -7,7 +7,7 @@ import json
 import threading
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import psycopg
@@ -103,6 +103,8 @@ def token(**claims: object) -> str:
         ),
         ({"SUPABASE_SECRET_KEY": "postgres"}, "key", "no key of Supabase's"),
         ({"DATABASE_URL": "postgresql://a:hush@127.0.0.1:1/x"}, "migrations", "can't be reached"),
+        ({"TOKENLIMITS_SCHEMA": "auth"}, "schema", "TOKENLIMITS_SCHEMA: "),
+        ({"TOKENLIMITS_SCHEMA": "quotas"}, "schema", "The API doesn't serve the schema quotas."),
     ],
 )
 def test_what_is_configured_wrongly(patient: Program, environment: dict[str, str], check: str, says: str) -> None:
@@ -172,6 +174,18 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
         "",
         "rights",
         "insert on generation_usage",
+    ),
+    "the secret key may write the ledger": (
+        "grant insert on public.generation_usage to service_role",
+        "",
+        "rights",
+        "insert on generation_usage to service_role",
+    ),
+    "a restored ledger was never added up": (
+        "create table tokenlimits.aside as table tokenlimits.usage_rollup; delete from tokenlimits.usage_rollup",
+        "insert into tokenlimits.usage_rollup table tokenlimits.aside; drop table tokenlimits.aside",
+        "history",
+        "1 group has usage",
     ),
     "admins may set ids": (
         "grant insert, update on public.user_groups to authenticated",
@@ -361,6 +375,103 @@ def test_pending_migrations(patient: Program, clinic: tuple[LocalStack, str]) ->
     assert findings(newer, "--db-url", clinic[1]) == {
         "migrations": ("warning", f"Not in the database's history: {newer.MIGRATION}.")
     }
+
+
+INDEX_ELSEWHERE = INDEX.replace("public", "limits")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(server: PostgresServer) -> Iterator[tuple[LocalStack, str]]:
+    server.create_database("elsewhere")
+    url = server.url("elsewhere")
+    with LocalStack(url, schema="limits") as stack, httpx.Client(trust_env=False) as http:
+        client = create_client(stack.url, stack.secret_key, ClientOptions(httpx_client=http))
+        groups = GroupManager(client, timeout=60, schema="limits")
+        groups.add_members(groups.create("Pro", limits={"image": 9}).id, stack.create_users(2))
+        yield stack, url
+
+
+class TestElsewhere:
+    """Where tokenlimits is in a schema of its own."""
+
+    @pytest.fixture
+    def guest(self, elsewhere: tuple[LocalStack, str], tmp_path: Path) -> Program:
+        return Program(tmp_path, {**elsewhere[0].environment(), "no_proxy": "127.0.0.1"})
+
+    def found(self, program: Program, **environment: str) -> dict[str, Any]:
+        done = program("doctor", "--json", status=1, **environment)
+        return next(each for each in json.loads(done.stdout)["findings"] if each["level"] == "error")
+
+    def test_all_is_well(self, guest: Program, elsewhere: tuple[LocalStack, str]) -> None:
+        assert findings(guest, "--db-url", elsewhere[1]) == {}
+        assert guest.json("doctor")["schema"] == "limits"
+
+    def test_where_it_is_not_looked_for(self, guest: Program) -> None:
+        found = self.found(guest, TOKENLIMITS_SCHEMA="public")
+        assert "not installed in the schema public" in found["says"]
+        assert "Set TOKENLIMITS_SCHEMA" in found["remedy"]
+
+    def test_where_the_api_does_not_look(self, guest: Program) -> None:
+        found = self.found(guest, TOKENLIMITS_SCHEMA="quotas")
+        assert found["says"] == "The API doesn't serve the schema quotas."
+        for words in ("Exposed schemas", "supabase/config.toml", "TOKENLIMITS_SCHEMA"):
+            assert words in found["remedy"]
+
+    @pytest.mark.parametrize(
+        ("fault", "remedy", "check", "says", "does"),
+        [
+            (
+                "create policy everybody on limits.group_limits for select to authenticated using (true)",
+                "drop policy everybody on limits.group_limits",
+                "policies",
+                "everybody",
+                "on limits.",
+            ),
+            (
+                "alter table limits.generation_usage disable row level security",
+                "alter table limits.generation_usage enable row level security",
+                "tables",
+                "generation_usage",
+                "tokenlimits migrate",
+            ),
+            (
+                "alter table limits.group_limits disable trigger group_limits_apply_insert",
+                "alter table limits.group_limits enable trigger group_limits_apply_insert",
+                "triggers",
+                "group_limits_apply_insert",
+                "tokenlimits migrate",
+            ),
+            (
+                "grant execute on function limits.track_generation to anon",
+                "revoke execute on function limits.track_generation from anon",
+                "rights",
+                "track_generation to anon",
+                "tokenlimits migrate",
+            ),
+            (
+                f"update pg_index set indisvalid = false where indexrelid = '{INDEX_ELSEWHERE}'::regclass",
+                f"update pg_index set indisvalid = true where indexrelid = '{INDEX_ELSEWHERE}'::regclass",
+                "indexes",
+                INDEX_ELSEWHERE,
+                f"reindex index concurrently {INDEX_ELSEWHERE}",
+            ),
+        ],
+    )
+    def test_what_is_wrong_there(
+        self,
+        guest: Program,
+        elsewhere: tuple[LocalStack, str],
+        fault: str,
+        remedy: str,
+        check: str,
+        says: str,
+        does: str,
+    ) -> None:
+        with planted(elsewhere[1], fault, remedy):
+            found = self.found(guest)
+        assert found["check"] == check
+        assert says in found["says"]
+        assert does in found["remedy"]
 
 
 def test_what_is_expected_is_read_from_the_sql() -> None:

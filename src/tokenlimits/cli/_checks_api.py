@@ -15,6 +15,9 @@ import httpx
 from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from tokenlimits.errors import HOW_TO_EXPOSE
+from tokenlimits.sql_files import checked_schema
+
 from ._expected import REAPPLY
 from ._findings import Finding, Findings, error, listed, ok, warning
 
@@ -40,6 +43,7 @@ class Configuration(BaseSettings):
 
     url: str = Field("", validation_alias="SUPABASE_URL")
     key: SecretStr = Field(SecretStr(""), validation_alias=AliasChoices(*_KEY_NAMES))
+    schema_name: str = Field("public", validation_alias="TOKENLIMITS_SCHEMA")
 
     @property
     def text_of_key(self) -> str:
@@ -49,7 +53,22 @@ class Configuration(BaseSettings):
     @property
     def usable(self) -> bool:
         """Whether a request can be made of it."""
-        return urlsplit(self.url).scheme in ("http", "https") and bool(self.host) and _can_be_sent(self.text_of_key)
+        named = urlsplit(self.url).scheme in ("http", "https") and bool(self.host)
+        return named and _can_be_sent(self.text_of_key) and not self.problem_of_schema
+
+    @property
+    def text_of_schema(self) -> str:
+        """The schema that tokenlimits is called in."""
+        return self.schema_name.strip()
+
+    @property
+    def problem_of_schema(self) -> str:
+        """Why it can't be that schema; empty when it can."""
+        try:
+            checked_schema(self.text_of_schema)
+        except ValueError as reason:
+            return str(reason)
+        return ""
 
     @property
     def host(self) -> str:
@@ -80,6 +99,11 @@ class Answer:
         """Whether there is no such function."""
         return self.code in ("PGRST202", "42883")
 
+    @property
+    def is_not_exposed(self) -> bool:
+        """Whether the API doesn't serve the schema."""
+        return self.code == "PGRST106"
+
 
 class Api:
     """The project's API; `call` answers None when it can't be reached."""
@@ -87,6 +111,7 @@ class Api:
     def __init__(self, configuration: Configuration, http: httpx.Client) -> None:
         self._base = configuration.url.rstrip("/")
         self._key = configuration.text_of_key
+        self._schema = configuration.text_of_schema
         self._http = http
 
     def call(self, function: str, params: Mapping[str, object] | None = None) -> Answer:
@@ -95,7 +120,7 @@ class Api:
         Raises:
             httpx.HTTPError: There was no answer.
         """
-        headers = {"apikey": self._key, "Authorization": f"Bearer {self._key}"}
+        headers = {"apikey": self._key, "Authorization": f"Bearer {self._key}", "Content-Profile": self._schema}
         url = f"{self._base}/rest/v1/rpc/{function}"
         return Answer(self._http.post(url, json=params or {}, headers=headers))
 
@@ -106,6 +131,9 @@ def check_configuration(configuration: Configuration) -> Findings:
         yield error("configuration", "SUPABASE_URL is not set.", _WHERE)
     elif urlsplit(configuration.url).scheme not in ("http", "https") or not configuration.host:
         yield error("configuration", "SUPABASE_URL is no URL like https://abc.supabase.co.", _WHERE)
+    if configuration.problem_of_schema:
+        remedy = "It names the schema that tokenlimits is installed in; where that is public, unset it."
+        yield error("schema", f"TOKENLIMITS_SCHEMA: {configuration.problem_of_schema}", remedy)
     yield _key_finding(configuration.text_of_key, configuration.host)
 
 
@@ -170,6 +198,20 @@ def check_answer(answer: Answer, took: float, host: str) -> Findings:
     else:
         yield ok("url", f"{host} answers.")
         yield _speed(took)
+
+
+def check_schema(answer: Answer, schema: str) -> Findings:
+    """Tell whether the API serves the schema, and whether tokenlimits is in it; nothing when both are so."""
+    if answer.is_not_exposed:
+        yield error("schema", f"The API doesn't serve the schema {schema}.", HOW_TO_EXPOSE)
+    elif answer.is_missing:
+        elsewhere = "Is it in another schema than public? Set TOKENLIMITS_SCHEMA."
+        remedy = f"{REAPPLY} If you just did: notify pgrst, 'reload schema'."
+        yield error(
+            "version",
+            f"tokenlimits is not installed in the schema {schema}, or the API has not noticed.",
+            f"{remedy} {elsewhere}" if schema == "public" else remedy,
+        )
 
 
 def _speed(took: float) -> Finding:

@@ -25,6 +25,7 @@ class Table(BaseModel):
     rls: bool
     anon: bool
     authenticated: list[str]
+    service_role: list[str]
 
 
 class Policy(BaseModel):
@@ -60,7 +61,8 @@ class Diagnosis(BaseModel):
     groups: int
     default_group: str | None
     groups_without_limits: int
-    users_in_no_group: int
+    users_in_no_group: int | None
+    groups_not_summed: int
     ledger_rows: int
     storage: Storage
 
@@ -78,16 +80,17 @@ def check_version(installed: int) -> Finding:
     return ok("version", f"The schema is installed, in version {installed}.")
 
 
-def check_database(facts: Diagnosis, before: datetime) -> Findings:
-    """Judge the facts; `before` is when they were asked for."""
+def check_database(facts: Diagnosis, before: datetime, schema: str) -> Findings:
+    """Judge the facts; `before` is when they were asked for, `schema` where tokenlimits is."""
     yield _tables(facts)
-    yield _policies(facts)
+    yield _policies(facts, schema)
     yield _rights(facts)
     yield _admin_rule(facts.is_admin)
     if facts.version == expected().version:
         yield _all_there("triggers", expected().triggers - set(facts.triggers), "Counters go wrong without them.")
         yield _all_there("indexes", _missing_indexes(facts), "Calls get slower with every row.")
     yield from check_storage(facts.storage)
+    yield _history(facts.groups_not_summed)
     yield _clocks(facts.at, before)
     yield from _people(facts)
 
@@ -102,12 +105,12 @@ def _tables(facts: Diagnosis) -> Finding:
     return ok("tables", "Row-level security is on for all.")
 
 
-def _policies(facts: Diagnosis) -> Finding:
+def _policies(facts: Diagnosis, schema: str) -> Finding:
     ours = {(table, f"admins may {action}") for table, actions in POLICIES.items() for action in actions}
     loose = [f"“{p.name}” on {p.table}" for p in facts.policies if not p.asks_is_admin]
     missing = ours - {(policy.table, policy.name) for policy in facts.policies}
     if loose:
-        remedy = "Drop it (drop policy … on public.…), unless you made it and mean it."
+        remedy = f"Drop it (drop policy … on {schema}.…), unless you made it and mean it."
         return error("policies", f"Others than admins get in by {listed(loose)}.", remedy)
     if missing:
         names = [f"“{name}” on {table}" for table, name in sorted(missing)]
@@ -118,9 +121,10 @@ def _policies(facts: Diagnosis) -> Finding:
 def _rights(facts: Diagnosis) -> Finding:
     to_anon = [f"table {name}" for name, table in facts.tables.items() if table.anon]
     too_much = [
-        f"{action} on {name}"
+        f"{action} on {name}{to}"
         for name, table in facts.tables.items()
-        for action in table.authenticated
+        for actions, to in ((table.authenticated, ""), (table.service_role, " to service_role"))
+        for action in actions
         if action not in POLICIES[name] - COLUMN_BY_COLUMN
     ]
     wanted = expected().functions
@@ -177,8 +181,16 @@ def _clocks(at: datetime, before: datetime) -> Finding:
     return ok("clocks", "This machine's and the database's agree.")
 
 
+def _history(not_summed: int) -> Finding:
+    if not not_summed:
+        return ok("history", "It has what the ledger has, from the beginning.")
+    groups = "1 group has" if not_summed == 1 else f"{not_summed:,} groups have"
+    says = f"{groups} usage in the ledger that was never added up, as after a restore of these tables alone."
+    remedy = "GroupManager.reconcile(group_id) adds it up. Until then limits count too little: do it for each group."
+    return error("history", says, remedy)
+
+
 def _people(facts: Diagnosis) -> Findings:
-    many = f"{facts.users_in_no_group:,}" if facts.users_in_no_group <= 1000 else "more than 1,000"
     if facts.groups == 0:
         yield warning(
             "groups", "There are none: everybody is denied.", "tokenlimits groups create Pro --limit image=100/month"
@@ -189,13 +201,19 @@ def _people(facts: Diagnosis) -> Findings:
         yield warning("groups", says, "tokenlimits limits set GROUP image=100/month (or image=unlimited)")
     else:
         yield ok("groups", f"{facts.groups:,}, each with limits.")
+    yield _users(facts)
+
+
+def _users(facts: Diagnosis) -> Finding:
+    if facts.users_in_no_group is None:
+        return ok("users", "Your own tokenlimits.known_users() says who there is.")
+    many = f"{facts.users_in_no_group:,}" if facts.users_in_no_group <= 1000 else "more than 1,000"
     if not facts.users_in_no_group:
-        yield ok("users", "Everybody is in a group.")
-    elif facts.default_group is not None:
-        yield ok("users", f"The group {facts.default_group} judges the {many} who are in none.")
-    else:
-        remedy = "tokenlimits members add GROUP, or a group for them: tokenlimits groups edit GROUP --default"
-        yield warning("users", f"In no group, and so denied everything: {many}.", remedy)
+        return ok("users", "Everybody is in a group.")
+    if facts.default_group is not None:
+        return ok("users", f"The group {facts.default_group} judges the {many} who are in none.")
+    remedy = "tokenlimits members add GROUP, or a group for them: tokenlimits groups edit GROUP --default"
+    return warning("users", f"In no group, and so denied everything: {many}.", remedy)
 
 
 def check_ledger(groups: GroupManager) -> Findings:

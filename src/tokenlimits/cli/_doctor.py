@@ -20,6 +20,7 @@ from ._checks_api import (
     check_answer,
     check_configuration,
     check_functions,
+    check_schema,
     timed_call,
     unreachable,
 )
@@ -65,6 +66,7 @@ def _print_json(configuration: Configuration, findings: Iterable[Finding]) -> No
             "python": platform.python_version(),
             "system": platform.system(),
             "host": configuration.host,
+            "schema": configuration.text_of_schema,
             "at": datetime.now(UTC),
             "findings": list(findings),
         }
@@ -95,23 +97,20 @@ def _examine(configuration: Configuration) -> Findings:
 
 def _examine_api(configuration: Configuration, api: Api) -> Findings:
     answer, took = timed_call(api, "tokenlimits_version")
-    findings = list(check_answer(answer, took, configuration.host))
+    schema = configuration.text_of_schema
+    findings = [*check_answer(answer, took, configuration.host), *check_schema(answer, schema)]
     yield from findings
     if any(finding.level == "error" for finding in findings):
         return
     if answer.code == "42501":
         yield error("api", "The key may not even ask for the version.", f"{SECRET} If it is that one: {REAPPLY}")
         return
-    if answer.is_missing:
-        remedy = f"{REAPPLY} If you just did: notify pgrst, 'reload schema'."
-        yield error("version", "tokenlimits is not installed, or the API has not noticed.", remedy)
-        return
     yield check_version(int(answer.json["version"]))
     yield from check_functions(api)
-    yield from _examine_database(api)
+    yield from _examine_database(api, schema)
 
 
-def _examine_database(api: Api) -> Findings:
+def _examine_database(api: Api, schema: str) -> Findings:
     before = datetime.now(UTC)
     answer = api.call("tokenlimits_diagnosis")
     if answer.is_missing:
@@ -124,7 +123,7 @@ def _examine_database(api: Api) -> Findings:
         except ValidationError as problem:
             yield warning("database", f"It describes itself in a newer way ({problem.error_count()} fields).", REAPPLY)
             return
-        yield from check_database(facts, before)
+        yield from check_database(facts, before, schema)
         yield from _examine_ledger(manager())
 
 

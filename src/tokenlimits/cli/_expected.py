@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from tokenlimits.sql_files import one_paste
 
-REAPPLY = "Apply the SQL again, which keeps all data: tokenlimits migrate, or paste what `tokenlimits sql` prints."
+REAPPLY = (
+    "Apply the SQL again, which keeps all data: tokenlimits migrate --reapply, or paste what `tokenlimits sql` prints."
+)
 
 
 class Expected(NamedTuple):
