@@ -1,0 +1,85 @@
+"""The generated pages have what the SQL, the command line and the errors have."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer.main
+from tests.docs.pages import DOCS, anchors, generated
+from tools import build_reference
+
+import tokenlimits
+from tokenlimits.cli._app import app
+from tokenlimits.sql_files import one_paste
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[Path, str]:
+    return build_reference.pages()
+
+
+def test_are_those_that_git_ignores(made: dict[Path, str]) -> None:
+    assert set(made) == generated()
+
+
+def test_every_public_function_has_its_comment_and_its_section(made: dict[Path, str]) -> None:
+    page = made[DOCS / "reference" / "sql.md"]
+    names = set(re.findall(r"^create or replace function public\.(\w+)\(", one_paste(), re.MULTILINE))
+    assert names <= anchors(page)
+    for function in build_reference.functions(one_paste()):
+        assert function.comment in page
+        assert function.roles, function.name
+
+
+@pytest.mark.parametrize(
+    ("name", "who"),
+    [
+        ("track_generation", "workers"),
+        ("user_generation_usage", "workers"),
+        ("save_group", "admins"),
+        ("group_usage", "admins"),
+        ("my_generation_usage", "users"),
+        ("tokenlimits_version", "users"),
+    ],
+)
+def test_tells_who_may_call_it(name: str, who: str) -> None:
+    [found] = [function for function in build_reference.functions(one_paste()) if function.name == name]
+    assert found.who == who
+
+
+def test_shows_arguments_with_their_defaults(made: dict[Path, str]) -> None:
+    section = made[DOCS / "reference" / "sql.md"].partition("### track_generation\n")[2].partition("### ")[0]
+    assert "  p_user_id uuid,\n  p_kind text,\n  p_cost bigint default 1,\n" in section
+    assert ") returns jsonb\n" in section
+
+
+def test_shows_the_columns_of_the_ledger(made: dict[Path, str]) -> None:
+    section = made[DOCS / "reference" / "sql.md"].partition("### generation_usage\n")[2]
+    assert "| `created_at` | timestamptz | Decides the period that it belongs to" in section
+
+
+def test_every_command_has_its_section(made: dict[Path, str]) -> None:
+    page = made[DOCS / "reference" / "command-line.md"]
+
+    def commands(command: object, name: str) -> list[str]:
+        beneath = getattr(command, "commands", {})
+        return [name, *(each for sub, of in beneath.items() for each in commands(of, f"{name} {sub}"))]
+
+    named = commands(typer.main.get_command(app), "tokenlimits")
+    assert len(named) > 20
+    for name in named[1:]:
+        assert f" `{name}`\n" in page, name
+
+
+def test_every_error_has_its_line(made: dict[Path, str]) -> None:
+    page = made[DOCS / "reference" / "errors.md"]
+    errors = [getattr(tokenlimits, name) for name in tokenlimits.__all__]
+    names = {
+        each.__name__ for each in errors if isinstance(each, type) and issubclass(each, tokenlimits.TokenLimitsError)
+    }
+    assert {name for name in names if f"| [`{name}`]" not in page} == set()
+    assert set(re.findall(r"^--   (TL\d{3})", one_paste(), re.MULTILINE)) - set(re.findall(r"TL\d{3}", page)) == {
+        "TL099"
+    }
