@@ -86,11 +86,14 @@ def test_through_the_auth_api(tl: Program, stack: LocalStack, auth_api: tuple[st
     assert "--db-url" in tl.fails("admin", "grant", user.id)
 
 
-def test_dev_is_a_stack_with_an_admin_until_ctrl_c(tl: Program, server: PostgresServer) -> None:
-    server.create_database("dev")
-    with tl.on_terminal("dev", "--db-url", server.url("dev")) as terminal:
+@pytest.mark.parametrize("home", ["public", "limits"])
+def test_dev_is_a_stack_with_an_admin_until_ctrl_c(tl: Program, server: PostgresServer, home: str) -> None:
+    url = server.url(f"dev_{home}")
+    server.create_database(f"dev_{home}")
+    with tl.on_terminal("dev", "--db-url", url, "--schema", home) as terminal:
         terminal.wait_for("Ready")
         env = dict(line.split("=", 1) for line in terminal.text.split() if "=" in line)
+        assert env["TOKENLIMITS_SCHEMA"] == home
         key = env["SUPABASE_PUBLISHABLE_KEY"]
         answer = httpx.post(
             f"{env['SUPABASE_URL']}/auth/v1/token?grant_type=password",
@@ -100,7 +103,11 @@ def test_dev_is_a_stack_with_an_admin_until_ctrl_c(tl: Program, server: Postgres
         )
         listed = httpx.post(
             f"{env['SUPABASE_URL']}/rest/v1/rpc/find_groups",
-            headers={"apikey": key, "Authorization": f"Bearer {answer.json()['access_token']}"},
+            headers={
+                "apikey": key,
+                "Authorization": f"Bearer {answer.json()['access_token']}",
+                "Content-Profile": home,
+            },
             json={},
             trust_env=False,
         )
@@ -110,9 +117,9 @@ def test_dev_is_a_stack_with_an_admin_until_ctrl_c(tl: Program, server: Postgres
         assert "Stopped" in terminal.text
     with pytest.raises(httpx.ConnectError):
         httpx.get(env["SUPABASE_URL"], trust_env=False)
-    with psycopg.connect(server.url("dev")) as connection:
+    with psycopg.connect(url) as connection:
         assert connection.execute("select count(*) from auth.users").fetchone() == (1,)
-    assert "taken" in tl.fails("dev", "--port", env_port(tl), "--db-url", server.url("dev"))
+    assert "taken" in tl.fails("dev", "--port", env_port(tl), "--db-url", url)
 
 
 def env_port(tl: Program) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
@@ -20,7 +22,6 @@ from tokenlimits.sql_files import migrations, one_paste
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from tests.support.postgres import PostgresServer
 
@@ -31,21 +32,28 @@ NAMES: Final = [migration.name for migration in MIGRATIONS]
 HOMES: Final = pytest.mark.parametrize("home", ["public", "limits"])
 
 
-def supabase(directory: Path, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+@cache
+def program() -> str:
+    """Where npm keeps it, which takes longer to tell than most of its commands take."""
     npm = find_node()
+    where = "process.env.PATH.split(require('path').delimiter)[0]"
+    command = ["exec", "--yes", "--prefer-offline", f"--package={SUPABASE_CLI}", "--", "node", "--print", where]
+    found = subprocess.run([*npm.npm, *command], check=True, capture_output=True, text=True, env=environment())
+    return str(Path(found.stdout.strip(), "supabase"))
+
+
+def environment(**others: str) -> dict[str, str]:
+    return {**os.environ, "PATH": f"{find_node().executable.parent}{os.pathsep}{os.environ['PATH']}", **others}
+
+
+def supabase(directory: Path, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [*npm.npm, "exec", "--yes", "--prefer-offline", f"--package={SUPABASE_CLI}", "--", "supabase", *arguments],
+        [program(), *arguments],
         check=False,
         capture_output=True,
         text=True,
         cwd=directory,
-        env={
-            **os.environ,
-            "PATH": f"{npm.executable.parent}{os.pathsep}{os.environ['PATH']}",
-            "SUPABASE_HOME": str(directory),
-            "SUPABASE_NO_UPDATE_NOTIFIER": "1",
-            "SUPABASE_TELEMETRY_DISABLED": "1",
-        },
+        env=environment(SUPABASE_HOME=str(directory), SUPABASE_NO_UPDATE_NOTIFIER="1", SUPABASE_TELEMETRY_DISABLED="1"),
     )
     assert done.returncode == status, done.stdout + done.stderr
     return done
