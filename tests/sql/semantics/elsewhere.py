@@ -28,7 +28,7 @@ class Elsewhere(psycopg.Cursor[Any]):
 
     def execute(self, query: Any, params: Any = None, **options: Any) -> Self:
         text = query.as_string(self) if isinstance(query, sql.Composable) else query
-        return super().execute(re.sub(r"\bpublic\.", f"{self.home}.", text), params, **options)
+        return super().execute(re.sub(r"\bpublic\b(?=[.'])", self.home, text), params, **options)
 
 
 def at_home(connection: Connection) -> Connection:
