@@ -195,7 +195,7 @@ create or replace function tokenlimits.{{ operation }}_generation(
   {{ parameter.split(' default ')[0] }}{{ ',' if not loop.last }}
 {%- endfor %}
 )
-returns jsonb
+returns json
 language plpgsql
 volatile
 -- definer: counters are private, and nobody else writes the ledger
@@ -330,11 +330,11 @@ begin
   end loop;
 end
 $$;
-{{ rpc(operation ~ '_generation', parameters, to='service_role', comment=comment) }}
+{{ rpc(operation ~ '_generation', parameters, to='service_role', comment=comment, returns='json') }}
 {%- endfor %}
 
 create or replace function tokenlimits.check_generation(p_user_id uuid, p_kind text, p_cost bigint, p_group_id uuid)
-returns jsonb
+returns json
 language plpgsql
 stable
 -- definer: counters are private
@@ -366,5 +366,6 @@ $$;
   ['p_user_id uuid', 'p_kind text', 'p_cost bigint default 1', 'p_group_id uuid default null'],
   to='service_role',
   comment="What track_generation would answer now; records nothing.",
-  volatility='stable'
+  volatility='stable',
+  returns='json'
 ) }}

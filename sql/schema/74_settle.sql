@@ -90,7 +90,7 @@ $$;
 ) }}
 
 create or replace function tokenlimits.settle(p_usage_id uuid, p_action text, p_cost bigint default null)
-returns jsonb
+returns json
 language plpgsql
 volatile
 {{ search_path() }}
@@ -172,7 +172,7 @@ $$;
 {%- for action, parameter, argument, reason in settlements %}
 
 create or replace function tokenlimits.{{ action }}_generation(p_usage_id uuid{{ parameter }})
-returns jsonb
+returns json
 language plpgsql
 volatile
 -- {{ reason }}
@@ -192,19 +192,22 @@ $$;
   'commit_generation',
   ['p_usage_id uuid', 'p_cost bigint default null'],
   to='service_role',
-  comment="Settles a hold for what was reserved, or for less."
+  comment="Settles a hold for what was reserved, or for less.",
+  returns='json'
 ) }}
 
 {{ rpc(
   'release_generation',
   ['p_usage_id uuid'],
   to='service_role',
-  comment="Gives back all that a hold holds."
+  comment="Gives back all that a hold holds.",
+  returns='json'
 ) }}
 
 {{ rpc(
   'refund_generation',
   ['p_usage_id uuid'],
   to='authenticated, service_role',
-  comment="Gives back what a committed usage cost."
+  comment="Gives back what a committed usage cost.",
+  returns='json'
 ) }}

@@ -23,7 +23,7 @@ begin
       group_ids uuid[],
       -- the usage that had the key before, and counts no more
       dead_id uuid,
-      answer jsonb
+      answer json
     );
     -- what an item is charged for: the place of its usage among those that are written, of its limits among those that
     -- the batch is about, and what was used of them right after it; a repeated key is the same usage, replayed
@@ -46,7 +46,7 @@ create or replace function tokenlimits.refused(
   p_detail text,
   p_hint text
 )
-returns jsonb
+returns json
 language plpgsql
 stable
 {{ search_path() }}
@@ -55,7 +55,7 @@ declare
   v_verdict tokenlimits.verdict;
 begin
   v_verdict.reason := 'refused';
-  return tokenlimits.answer(v_verdict, p_item.kind, p_item.cost, null, p_replayed => false)
+  return tokenlimits.answer(v_verdict, p_item.kind, p_item.cost, null, p_replayed => false)::jsonb
     || jsonb_build_object(
       'error', concat_ws('. ', p_message, nullif(p_hint, '')), 'code', p_code, 'detail', nullif(p_detail, '')
     );
@@ -229,13 +229,13 @@ create or replace function tokenlimits.deny_item(
   p_verdict tokenlimits.verdict,
   p_holder_id uuid
 )
-returns jsonb
+returns json
 language plpgsql
 volatile
 {{ search_path() }}
 as $$
 declare
-  v_answer jsonb;
+  v_answer json;
   {{ variables_of_an_error() | indent(2) }}
 begin
   if p_holder_id is not null then

@@ -179,7 +179,7 @@ $$;
 {{ private('lock_batch(tokenlimits.batch_item[])', "Holds the limits of a batch's groups still.") }}
 
 create or replace function tokenlimits.track_generations(p_requests jsonb, p_max_wait bigint)
-returns jsonb
+returns json
 language plpgsql
 volatile
 -- definer: counters are private, and nobody else writes the ledger
@@ -217,7 +217,7 @@ begin
     v_judged.items, v_judged.states, v_judged.usages, v_judged.charges, v_written.moved
   );
   perform set_config('lock_timeout', v_lock_timeout, true);
-  return coalesce((select jsonb_agg(i.answer order by i.place) from unnest(v_items) as i), '[]');
+  return coalesce((select json_agg(i.answer order by i.place) from unnest(v_items) as i), '[]');
 end
 $$;
 
@@ -228,5 +228,6 @@ $$;
   'track_generations',
   ['p_requests jsonb', 'p_max_wait bigint default null'],
   to='service_role',
-  comment="Tracks up to 1,000 generations in one transaction: each is judged by itself, in this order."
+  comment="Tracks up to 1,000 generations in one transaction: each is judged by itself, in this order.",
+  returns='json'
 ) }}

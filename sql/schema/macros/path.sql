@@ -427,7 +427,7 @@ one, reset_at is when the limit that denied it will have room (null: never by it
 #}
 {% macro answer(kind, cost, group_id, group_name, usage_id, status, expires_at, replayed,
   reason='null', error='null', denied_by='null', reset_at='v_tightest.until', retry_after='null') -%}
-to_jsonb(row(
+row_to_json(row(
   {{ 'true' if reason == 'null' else reason ~ ' is null' }}, {{ reason }}, {{ error }},
   {{ usage_id }}, {{ status }}, {{ expires_at }},
   case when {{ group_id }} is not null then row({{ group_id }}, {{ group_name }})::tokenlimits.group_answer end,

@@ -207,7 +207,7 @@ class TestAnswers:
         world.at("2026-11-23 12:01Z")
         answers = world.api.track_many([(user, "image", 3)] * 3)
         assert [answer["remaining"] for answer in answers] == [5, 2, 2]
-        assert world.api.reconcile(user) == {"counters": [], "rollup": []}
+        assert world.api.reconcile(user) == {"counters": [], "rollup": [], "holds": 0}
         world.api.delete_group(user)
 
     def test_only_in_read_committed(self, world: World) -> None:
@@ -435,4 +435,4 @@ class TestAtOnce:
         assert_right(answers, "TL008")
         assert allowed(answers) > 0
         for group in groups:
-            assert world.api.reconcile(group) == {"counters": [], "rollup": []}
+            assert world.api.reconcile(group) == {"counters": [], "rollup": [], "holds": 0}

@@ -421,12 +421,12 @@ def test_a_clock_that_is_set_back_over_midnight_does_not_go_round_for_ever(world
     world.api.set_limit(group, "image", "day", "member", 5)
     world.api.execute("set statement_timeout = '5s'")
     SETTLEMENTS[how](world, usage)
-    assert world.api.reconcile(group) == {"counters": [], "rollup": []}
+    assert world.api.reconcile(group) == {"counters": [], "rollup": [], "holds": 0}
 
 
 def test_reconciling_finds_nothing_wrong_with_holds(world: World, user: UUID) -> None:
     group = world.api.user_usage(user)[0]["group"]["id"]
-    nothing: dict[str, list[Any]] = {"counters": [], "rollup": []}
+    nothing: dict[str, Any] = {"counters": [], "rollup": [], "holds": 0}
     usages = [hold(world, user, 2) for _ in range(4)]
     assert world.api.reconcile(group) == nothing
     world.api.commit(usages[0], 1)

@@ -484,7 +484,7 @@ class HoldsMachine(Machine):
     @precondition(lambda self: self.model.groups)
     @rule(data=st.data())
     def reconcile(self, data: st.DataObject) -> None:
-        assert self.api.reconcile(data.draw(self.groups())) == {"counters": [], "rollup": []}
+        assert self.api.reconcile(data.draw(self.groups())) == {"counters": [], "rollup": [], "holds": 0}
 
     @rule()
     def tidy(self) -> None:

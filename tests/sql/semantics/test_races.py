@@ -607,7 +607,7 @@ def sweeping(database: Database) -> Iterator[None]:
 
 def assert_sound(world: World, group: UUID) -> None:
     """When all holds have expired, there is room for exactly what was not charged, and all sums are right."""
-    nothing: dict[str, list[object]] = {"counters": [], "rollup": []}
+    nothing: dict[str, object] = {"counters": [], "rollup": [], "holds": 0}
     assert world.api.reconcile(group) == nothing
     world.at((clock.read(world.owner.connection) + timedelta(minutes=2)).isoformat())
     charged = dict(

@@ -10,7 +10,7 @@ import pytest
 from tests.sql.semantics.world import World, limit
 
 NOON = "2026-11-23 12:00Z"
-NOTHING: dict[str, list[Any]] = {"counters": [], "rollup": []}
+NOTHING: dict[str, Any] = {"counters": [], "rollup": [], "holds": 0}
 
 FAULTS = {
     "a counter is ahead": "update tokenlimits.counters set used = used + 5 where until = 'infinity'",
@@ -28,6 +28,10 @@ FAULTS = {
         from public.generation_usage limit 1
     """,
     "the ledger has lost one": "delete from public.generation_usage where cost = 2",
+    "a hold would never expire": """
+        update public.generation_usage set status = 'reserved', expires_at = created_at + interval '1 hour'
+        where cost = 2
+    """,
 }
 
 
@@ -53,7 +57,7 @@ def test_what_is_found_is_what_is_mended(world: World, group: UUID, fault: str) 
     found = drift(world, group)
     assert found != NOTHING
     mended = world.api.reconcile(group)
-    assert mended["rollup"] == found["rollup"]
+    assert (mended["rollup"], mended["holds"]) == (found["rollup"], found["holds"])
     assert drift(world, group) == NOTHING == world.api.reconcile(group)
 
 
@@ -65,6 +69,7 @@ def test_it_says_how_it_was_and_how_it_is(world: World, group: UUID) -> None:
             {"subject": str(group), "kind": "image", "period": "lifetime", "scope": "group", "was": 8, "used": 3}
         ],
         "rollup": [{"kind": "image", "bucket": datetime.fromisoformat(NOON), "was": 8, "used": 3}],
+        "holds": 0,
     }
     assert world.api.reconcile(group) == expected
 
