@@ -177,7 +177,7 @@ def errors_page(schema: str) -> str:
 
 def subclasses(cls: type) -> set[type]:
     """Find a class and all beneath it that are in its module."""
-    return {cls}.union(*map(subclasses, cls.__subclasses__()))
+    return {cls}.union(*(subclasses(each) for each in cls.__subclasses__() if each.__module__ == cls.__module__))
 
 
 def results_page(results: str) -> str:
