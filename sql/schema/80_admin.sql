@@ -128,7 +128,10 @@ security definer
 as $$
 begin
   perform tokenlimits.require_admin();
-  if exists (select from public.user_groups as g where g.id = p_id)
+  -- pages begin after the nil UUID
+  if p_id = '00000000-0000-0000-0000-000000000000' then
+    perform tokenlimits.refuse('TL001', 'id: must not be the nil UUID', 'id', 'Choose an id that was never used.');
+  elsif exists (select from public.user_groups as g where g.id = p_id)
     or exists (select from tokenlimits.deleted_groups as d where d.id = p_id)
     or exists (select from public.generation_usage as u where u.group_id = p_id)
   then

@@ -353,6 +353,9 @@ class TestIdsOfGroups:
         # though a restored dump may bring the group back
         postgres.execute("insert into public.user_groups (id, name) values (%s, 'first')", [group_id])
 
+    def test_are_not_nil(self, postgres: Connection) -> None:
+        self.refused(postgres, "nobody", UUID(int=0))
+
     def test_of_the_ledger_are_used(self, postgres: Connection) -> None:
         seed(postgres)
         postgres.execute(f"select public.track_generation('{USER_ID}', 'image')")
