@@ -48,7 +48,7 @@ class Settings(BaseSettings):
 class _Installation(BaseSettings):
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
 
-    name: Annotated[str, AfterValidator(stripped_schema)] = Field("public", validation_alias="TOKENLIMITS_SCHEMA")
+    name: Annotated[str, AfterValidator(stripped_schema)] = Field(default="public", alias="TOKENLIMITS_SCHEMA")
 
 
 def load_schema() -> str:

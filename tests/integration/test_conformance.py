@@ -1545,6 +1545,7 @@ def groups_have_an_id_of_the_callers_choice(world: World) -> None:
     world.groups.delete(id_)
     assert refused(InvalidRequest, world.groups.create, "Mine", id=id_).field == "id"
     assert refused(InvalidRequest, world.groups.create, "Mine", id="mine").field == "id"
+    assert refused(InvalidRequest, world.groups.create, "Mine", id=UUID(int=0)).field == "id"
     assert world.groups.create("Mine").id not in (id_, other)
     assert [usage.group.id for usage in world.groups.export_usage(user_id=ANN)] == [id_]
 

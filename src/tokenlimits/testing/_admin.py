@@ -6,7 +6,7 @@ from collections import Counter
 from datetime import datetime, timedelta
 from functools import cache
 from typing import get_args
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from tokenlimits.models import Period
 
@@ -14,6 +14,7 @@ from ._answers import group_json, group_limit_json
 from ._periods import canonical, period_of, quarter
 from ._state import ALL_KINDS, Group, Json, Rule, State, refuse
 
+_NIL = str(UUID(int=0))
 _PERIODS: tuple[str, ...] = get_args(Period)
 
 
@@ -144,7 +145,7 @@ class AdminFunctions(State):
     def reconcile_usage(self, p_group_id: str, p_since: str | None = None) -> Json:  # noqa: ARG002  # as the SQL's
         """Count a group's usage again; here nobody can write past the functions, so nothing ever differs."""
         self._group(p_group_id)
-        return {"counters": [], "rollup": []}
+        return {"counters": [], "rollup": [], "holds": 0}
 
     def find_users(self, p_email: str, p_page_size: int = 20) -> list[Json]:
         """Find users by a part of their e-mail address."""
@@ -208,9 +209,9 @@ class AdminFunctions(State):
             return str(uuid4())
         if group is not None:
             refuse("TL001", "id: is of a new group; group_id names one that is there", detail="id")
-        if wanted in self._group_ids:
-            message = f"id: {wanted} is, or was, another group's"
-            refuse("TL001", message, detail="id", hint="Choose an id that was never used.")
+        problem = "must not be the nil UUID" if wanted == _NIL else f"{wanted} is, or was, another group's"
+        if wanted == _NIL or wanted in self._group_ids:
+            refuse("TL001", f"id: {problem}", detail="id", hint="Choose an id that was never used.")
         return wanted
 
     def _after(self, name: str | None, size: int | None) -> list[Group]:

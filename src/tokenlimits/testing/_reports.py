@@ -117,7 +117,7 @@ class ReportFunctions(State):
     def usage_drift(self, p_group_id: str, p_since: str | None = None) -> Json:  # noqa: ARG002  # as the SQL's
         """Compare counters with the ledger; here nobody can write past the functions, so nothing ever differs."""
         self._group(p_group_id)
-        return {"counters": [], "rollup": []}
+        return {"counters": [], "rollup": [], "holds": 0}
 
     def _between(self, group_id: str | None, kind: str | None, since: str | None, until: datetime) -> list[Usage]:
         first = BEGINNING if since is None else datetime.fromisoformat(since)
