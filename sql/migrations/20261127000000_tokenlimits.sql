@@ -361,7 +361,7 @@ create table if not exists public.user_groups (
   updated_at timestamptz not null default now(),
   constraint user_groups_pkey primary key (id),
   constraint user_groups_name_check check (
-    char_length(name) between 1 and 200 and name = normalize(
+    char_length(name) >= 1 and char_length(name) <= 200 and name = normalize(
       btrim(
         name,
         e' \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000'
@@ -519,7 +519,7 @@ begin
     nfc
   );
   new.updated_at := tokenlimits.clock();
-  if (char_length(new.name) between 1 and 200 and new.name = normalize(
+  if (char_length(new.name) >= 1 and char_length(new.name) <= 200 and new.name = normalize(
   btrim(
     new.name,
     e' \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000'
@@ -1239,7 +1239,11 @@ from public, anon, authenticated, service_role;
 create or replace trigger group_limits_renew_counter
 before update on public.group_limits
 for each row
-when ((old.group_id, old.kind, old.period, old.scope) is distinct from (new.group_id, new.kind, new.period, new.scope))
+-- one by one: of rows, a restored dump would have another expression
+when (
+  old.group_id is distinct from new.group_id or old.kind is distinct from new.kind
+  or old.period is distinct from new.period or old.scope is distinct from new.scope
+)
 execute function tokenlimits.renew_counter();
 
 -- Waits for the calls that judge by the old limits, then drops the group's counters that no limit uses any more and

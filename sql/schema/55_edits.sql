@@ -24,7 +24,11 @@ $$;
 create or replace trigger group_limits_renew_counter
 before update on public.group_limits
 for each row
-when ((old.group_id, old.kind, old.period, old.scope) is distinct from (new.group_id, new.kind, new.period, new.scope))
+-- one by one: of rows, a restored dump would have another expression
+when (
+  old.group_id is distinct from new.group_id or old.kind is distinct from new.kind
+  or old.period is distinct from new.period or old.scope is distinct from new.scope
+)
 execute function tokenlimits.renew_counter();
 
 -- Waits for the calls that judge by the old limits, then drops the group's counters that no limit uses any more and
