@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 from tests.docs.pages import ROOT
 from tests.support.postgres import PostgresServer, servers
 
 from tokenlimits import GroupManager, Limit
 from tokenlimits.local import LocalStack
+from tokenlimits.sql_files import one_paste
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -34,6 +36,22 @@ class Docs:
             "COLUMNS": "110",
             "no_proxy": "127.0.0.1",
         }
+
+    def rules(self) -> list[str]:
+        """Whom the database takes for an admin and for a user, which a project may replace."""
+        functions = ("is_admin()", "known_users(uuid[])")
+        query = "select pg_get_functiondef(to_regprocedure('tokenlimits.' || $1)) as text"
+        return [self.stack.sql(query, function)[0]["text"] for function in functions]
+
+    def restore(self, rules: list[str]) -> None:
+        """Undo what a page has shown of rules of its own."""
+        if self.rules() == rules:
+            return
+        with psycopg.connect(self.environment["DATABASE_URL"], autocommit=True) as connection:
+            connection.execute("delete from public.user_groups")  # whose members may be users no more
+            for rule in rules:
+                connection.execute(rule.encode())
+            connection.execute(one_paste().encode())
 
     def begin(self) -> list[str]:
         """Remove all groups and users; make a default group that allows much, and three users. Return their ids."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from tests.docs.conftest import Docs
 from tests.docs.pages import DOCS, anchors, generated
 from tools import build_reference
 
@@ -47,6 +48,18 @@ def test_every_public_function_has_its_comment_and_its_section(made: dict[Path, 
 def test_tells_who_may_call_it(name: str, who: str) -> None:
     [found] = [function for function in build_reference.functions(one_paste()) if function.name == name]
     assert found.who == who
+
+
+def test_tells_whom_the_database_lets(docs: Docs) -> None:
+    granted = docs.stack.sql(
+        "select proname as name, array(select role from unnest(array['authenticated', 'service_role']) as role"
+        " where has_function_privilege(role, oid, 'execute')) as roles,"
+        " has_function_privilege('anon', oid, 'execute') as anon"
+        " from pg_proc where pronamespace = 'public'::regnamespace"
+    )
+    told = {function.name: function.roles for function in build_reference.functions(one_paste())}
+    assert told == {row["name"]: set(row["roles"]) for row in granted}
+    assert [row["name"] for row in granted if row["anon"]] == []
 
 
 def test_shows_arguments_with_their_defaults(made: dict[Path, str]) -> None:
