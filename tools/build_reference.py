@@ -102,7 +102,7 @@ def sql_page(sql: str) -> str:
                     "",
                     function.comment,
                     "",
-                    '```sql title="signature"',
+                    "```sql",
                     *signature(function),
                     "```",
                     "",
