@@ -85,15 +85,24 @@ class TestRunner:
         assert matches(told, output) is same
 
     @pytest.mark.parametrize(
-        ("code", "problem"),
+        ("language", "code", "problem"),
         [
-            ("print(1)  # 2", "line 2 printed"),
-            ("1 / 0", "ZeroDivisionError"),
-            ("for n in []:\n    print(n)  # 1", "line 3"),
+            ("python", "print(1)  # 2", "line 2 printed"),
+            ("python", "1 / 0", "ZeroDivisionError"),
+            ("python", "for n in []:\n    print(n)  # 1", "line 3"),
+            ("python", "import warnings; warnings.warn('old')", "UserWarning: old"),
+            ("python", "print('other')", "should print:\nthis"),
+            ("sh", "echo this\nfalse", "exit status 1"),
+            ("sh", "echo other", "should print:\nthis"),
+            ("sh", "pip install 'tokenlimits[no_such_extra]'", "exit status 1"),
+            ("sh", "tokenlimits no-such-command", "exit status 2"),
+            ("sql", "select no_such_column", "no_such_column"),
         ],
     )
-    def test_fails_where_a_page_is_wrong(self, docs: Docs, tmp_path: Path, code: str, problem: str) -> None:
-        block = Block("python", None, f"{code}\n", 1)
+    def test_fails_where_a_page_is_wrong(
+        self, docs: Docs, tmp_path: Path, language: str, code: str, problem: str
+    ) -> None:
+        block = Block(language, None, f"{code}\n", 1, "this\n" if "this" in problem else None)
         asked = {"page": "wrong.md", "users": docs.begin(), "blocks": [asdict(block)]}
         done = processes.run(asked, tmp_path, docs.environment)
         assert done.status == 1
