@@ -1,6 +1,7 @@
 """PostgreSQL servers, and databases on them that have tokenlimits installed.
 
-A test that asks for one of these runs on every version that is at hand; none is skipped for want of one.
+A test that asks for one of these runs on the newest and the oldest version at hand, some on those between too; none is
+skipped for want of one.
 """
 
 from __future__ import annotations
@@ -23,12 +24,18 @@ Connect = Callable[[str], psycopg.Connection[tuple[Any, ...]]]
 """Connects to one database as a role of its server."""
 
 
+ON_ALL_VERSIONS = {"test_contract", "test_dumps", "test_install", "test_neighbours", "test_security"}
+"""What runs on those between the newest and the oldest, too; all else would take longer than it tells."""
+IN_PUBLIC_ALONE = {"test_model", "test_races"}
+"""What takes its time, and is about nothing that a schema's name changes."""
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """On which PostgreSQL, and in which schema, a test runs."""
-    newest, *_ = servers()
-    places = [(version, "public") for version in servers()]
-    if "schema" in metafunc.fixturenames:
-        # last, for then each server has the number that it has for tests that know no schema
+    newest, *between, oldest = servers()
+    module = metafunc.module.__name__.rpartition(".")[2]
+    places = [(version, "public") for version in (newest, *(between if module in ON_ALL_VERSIONS else ()), oldest)]
+    if "schema" in metafunc.fixturenames and module not in IN_PUBLIC_ALONE:
         places.append((newest, "limits"))
     names = [name for name in ("postgres_server", "schema") if name in metafunc.fixturenames]
     if names:
@@ -37,7 +44,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             [
                 pytest.param(
                     *place[: len(names)],
-                    id=f"postgres-{place[0]}" + (f"-in-{place[1]}" if place[1] != "public" else ""),
+                    id=f"postgres-{place[0]}" + ("" if place[1] == "public" else f"-in-{place[1]}"),
                     marks=() if place == places[0] else pytest.mark.full,
                 )
                 for place in places

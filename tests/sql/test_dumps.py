@@ -51,12 +51,12 @@ WRITES: Final = {
 RESTORATIONS: Final[dict[str, Restore]] = {"a project": restore_project, "public alone": restore_public}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def programs(postgres_server: PostgresServer) -> Programs:
     return Programs(postgres_server._bin)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def source(new_database: NewDatabase) -> Connect:
     """A project in use."""
     database = new_database()
@@ -64,7 +64,7 @@ def source(new_database: NewDatabase) -> Connect:
     return database
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def restore(
     programs: Programs, source: Connect, new_database: NewDatabase, postgres_server: PostgresServer
 ) -> Callable[[str, DefaultGrants], Connect]:
@@ -134,7 +134,7 @@ def test_an_older_postgresql_moves_to_the_newest(
     assert_goes_on(target)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def newest(postgres_server: PostgresServer) -> Iterator[PostgresServer]:
     """The newest server, with the roles of hosted projects."""
     programs = next(iter(servers().values()))
