@@ -578,18 +578,19 @@ class TestLeavesNothingBehind:
 class TestCommand:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_runs_until_it_is_told_to_end(self, scratch: str, sql_dir: Path, number: signal.Signals) -> None:
-        with _python(None, "-m", "tokenlimits.local", "--database-url", scratch, "--sql-dir", str(sql_dir)) as process:
+        options = ["--database-url", scratch, "--sql-dir", str(sql_dir), "--schema", "quotas"]
+        with _python(None, "-m", "tokenlimits.local", *options) as process:
             assert process.stdout is not None
-            variables = dict(process.stdout.readline().strip().split("=", 1) for _ in range(3))
-            answer = httpx.post(
-                f"{variables['SUPABASE_URL']}/rest/v1/rpc/secret",
-                headers={"apikey": variables["SUPABASE_SECRET_KEY"]},
-                json={},
-                trust_env=False,
-            )
+            variables = dict(process.stdout.readline().strip().split("=", 1) for _ in range(4))
+            url, key = f"{variables['SUPABASE_URL']}/rest/v1/rpc/secret", variables["SUPABASE_SECRET_KEY"]
+            answer = httpx.post(url, headers={"apikey": key}, json={}, trust_env=False)
+            headers = {"apikey": key, "Content-Profile": variables["TOKENLIMITS_SCHEMA"]}
+            elsewhere = httpx.post(url, headers=headers, json={}, trust_env=False)
             process.send_signal(number)
             _, errors = process.communicate(timeout=10)
         assert answer.json() == 42
+        assert variables["TOKENLIMITS_SCHEMA"] == "quotas"
+        assert elsewhere.json()["code"] == "PGRST202"  # it looked there
         assert errors == ""
         assert process.returncode == 0
 
@@ -598,6 +599,10 @@ class TestCommand:
             output, errors = process.communicate(timeout=60)
         assert (output, process.returncode) == ("", 1)
         assert "is no directory" in errors
+        with _python(None, "-m", "tokenlimits.local", "--schema", "auth") as process:
+            output, errors = process.communicate(timeout=60)
+        assert (output, process.returncode) == ("", 1)
+        assert "schema: 'auth'" in errors
         assert "Traceback" not in errors
 
 
