@@ -4920,6 +4920,16 @@ begin
     -- of a search nobody knows yet how many it takes
     limit case when v_search is null then v_page_size end
   );
+  if v_search is not null then
+    -- by itself: joined to all members at once, a plan that is kept would compare each with each
+    v_user_ids := array(
+      select u.id
+      from tokenlimits.known_users(v_user_ids) as u
+      where strpos(lower(u.email), v_search) > 0
+      order by u.id
+      limit v_page_size
+    );
+  end if;
   return coalesce((
     select jsonb_agg(to_jsonb(page) order by page.user_id)
     from (
@@ -4929,9 +4939,7 @@ begin
       where
         m.group_id = p_group_id
         and m.user_id = any(v_user_ids)
-        and (v_search is null or strpos(lower(u.email), v_search) > 0)
       order by m.user_id
-      limit v_page_size
     ) as page
   ), '[]');
 end
@@ -5593,6 +5601,7 @@ declare
   v_at timestamptz := coalesce((p_after ->> 'created_at')::timestamptz, v_since);
   v_id uuid := coalesce((p_after ->> 'id')::uuid, '00000000-0000-0000-0000-000000000000');
   v_page public.generation_usage[];
+  v_emails jsonb;
   v_rows jsonb := '[]';
 begin
   perform tokenlimits.require_admin();
@@ -5617,11 +5626,17 @@ begin
         limit v_left
       );
     end if;
+    -- looked up, not joined: a plan that is kept would compare each row with each user
+    v_emails := (
+      select jsonb_object_agg(k.id, k.email)
+      from tokenlimits.known_users(array(select distinct p.user_id from unnest(v_page) as p)) as k
+    );
     v_rows := v_rows || coalesce((
-      select jsonb_agg(tokenlimits.usage_json(row(p.*)::public.generation_usage, k.email) order by p.created_at, p.id)
+      select jsonb_agg(
+        tokenlimits.usage_json(row(p.*)::public.generation_usage, v_emails ->> p.user_id::text)
+        order by p.created_at, p.id
+      )
       from unnest(v_page) as p
-      left join tokenlimits.known_users(array(select distinct q.user_id from unnest(v_page) as q)) as k
-        on k.id = p.user_id
       where (p_kind is null or p.kind = p_kind) and (p_group_id is null or p.group_id = p_group_id)
     ), '[]');
     v_left := v_left - cardinality(v_page);

@@ -535,6 +535,16 @@ begin
     -- of a search nobody knows yet how many it takes
     limit case when v_search is null then v_page_size end
   );
+  if v_search is not null then
+    -- by itself: joined to all members at once, a plan that is kept would compare each with each
+    v_user_ids := array(
+      select u.id
+      from tokenlimits.known_users(v_user_ids) as u
+      where strpos(lower(u.email), v_search) > 0
+      order by u.id
+      limit v_page_size
+    );
+  end if;
   return coalesce((
     select jsonb_agg(to_jsonb(page) order by page.user_id)
     from (
@@ -544,9 +554,7 @@ begin
       where
         m.group_id = p_group_id
         and m.user_id = any(v_user_ids)
-        and (v_search is null or strpos(lower(u.email), v_search) > 0)
       order by m.user_id
-      limit v_page_size
     ) as page
   ), '[]');
 end

@@ -63,6 +63,7 @@ declare
   v_at timestamptz := coalesce((p_after ->> 'created_at')::timestamptz, v_since);
   v_id uuid := coalesce((p_after ->> 'id')::uuid, '00000000-0000-0000-0000-000000000000');
   v_page public.generation_usage[];
+  v_emails jsonb;
   v_rows jsonb := '[]';
 begin
   perform tokenlimits.require_admin();
@@ -87,11 +88,17 @@ begin
         limit v_left
       );
     end if;
+    -- looked up, not joined: a plan that is kept would compare each row with each user
+    v_emails := (
+      select jsonb_object_agg(k.id, k.email)
+      from tokenlimits.known_users(array(select distinct p.user_id from unnest(v_page) as p)) as k
+    );
     v_rows := v_rows || coalesce((
-      select jsonb_agg(tokenlimits.usage_json(row(p.*)::public.generation_usage, k.email) order by p.created_at, p.id)
+      select jsonb_agg(
+        tokenlimits.usage_json(row(p.*)::public.generation_usage, v_emails ->> p.user_id::text)
+        order by p.created_at, p.id
+      )
       from unnest(v_page) as p
-      left join tokenlimits.known_users(array(select distinct q.user_id from unnest(v_page) as q)) as k
-        on k.id = p.user_id
       where (p_kind is null or p.kind = p_kind) and (p_group_id is null or p.group_id = p_group_id)
     ), '[]');
     v_left := v_left - cardinality(v_page);
