@@ -247,6 +247,8 @@ export type Functions = {
       p_timezone?: string
       p_is_default?: boolean
       p_limits?: Limit[]
+      /** A new group's id, if it is of your choice; it was never used. */
+      p_id?: Uuid
     }
     Returns: Group
   }
