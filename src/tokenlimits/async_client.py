@@ -1,25 +1,34 @@
 """For generation workers in asyncio: ask before money is spent."""
+# SYNC: workers in asyncio => workers
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from typing import Any, Self
 from uuid import UUID
 
 from supabase import AsyncClient
 
-from . import _batches, _calls, _sessions
+from . import _arguments, _batches, _calls, _limited, _sessions, _settlements
 from ._arguments import OnUnavailable
-from ._async_holding import AsyncHolding
-from ._base import DEFAULT_TIMEOUT
+from ._base import DEFAULT_TIMEOUT, AsyncBase
+from ._calls import Call
+from ._coalescing import AsyncCoalescer
+from ._generations import AsyncGeneration
+from ._hold import Hold
+from ._limited import AsyncFunction
+from ._settlements import DEFAULT_TTL, Settlement
+from ._transport import AsyncTransport
+from .errors import ServiceUnavailable
 from .models import GenerationRequest, TrackResult, UserLimit
 
 
-class AsyncTokenLimits(AsyncHolding):
+class AsyncTokenLimits(AsyncBase):
     """Checks and records generations.
 
-    Made by `from_env` it has a client for each event loop, and may be used after a fork.
+    Safe to share between tasks, and to use in several event loops and after a fork when made by `from_env`.
 
     Args:
         client: A `supabase.AsyncClient` with the secret (service_role) key. It stays yours: closing this doesn't
@@ -32,7 +41,14 @@ class AsyncTokenLimits(AsyncHolding):
             and go as one. Each still has its own answer, error and timeout. A call that is alone goes at once.
         schema: Where tokenlimits is installed, if not in public; by default what `TOKENLIMITS_SCHEMA` in the
             environment or `.env` says on first use. Which schema the client itself uses doesn't matter.
+
+    Example:
+        >>> async with AsyncTokenLimits.from_env() as limits:
+        ...     (await limits.track(user_id, "image")).allowed
+        True
     """
+
+    # SYNC: between tasks, and to use in several event loops and after => between threads, and to use after
 
     def __init__(
         self,
@@ -43,7 +59,10 @@ class AsyncTokenLimits(AsyncHolding):
         coalesce: bool = False,
         schema: str | None = None,
     ) -> None:
-        super().__init__(client, timeout, on_unavailable, coalesce=coalesce, schema=schema)
+        super().__init__(client, timeout, schema)
+        self._on_unavailable: OnUnavailable = _arguments.policy(on_unavailable)
+        self._coalesce = _arguments.flag(coalesce, "coalesce")
+        self._travel_by(self._transport)
 
     @classmethod
     def from_env(
@@ -64,6 +83,9 @@ class AsyncTokenLimits(AsyncHolding):
 
         Raises:
             ConfigurationError: On first use, when a variable is missing.
+
+        Example:
+            >>> limits = AsyncTokenLimits.from_env(timeout=5, on_unavailable="allow")
         """
         return cls(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema)
 
@@ -99,6 +121,13 @@ class AsyncTokenLimits(AsyncHolding):
             GroupNotFound: There is no group `group_id`.
             ServiceUnavailable: Supabase could not be reached in time (see `on_unavailable`).
             AccessDenied, SchemaNotInstalled, SchemaOutdated, ConfigurationError: It is not set up right.
+
+        Example:
+            >>> result = await limits.track(user_id, "image", idempotency_key="job-1")
+            >>> result.allowed, result.remaining
+            (True, 99)
+            >>> (await limits.track(user_id, "image", idempotency_key="job-1")).replayed
+            True
         """
         call = _calls.track(user_id, kind, cost, idempotency_key, group_id, metadata)
         return await self._judged(call, by=self._coalescer)
@@ -122,6 +151,11 @@ class AsyncTokenLimits(AsyncHolding):
             ServiceUnavailable: Supabase could not be reached in time (see `on_unavailable`). Of more than a thousand,
                 some may have been recorded.
             AccessDenied, SchemaNotInstalled, SchemaOutdated, ConfigurationError: It is not set up right.
+
+        Example:
+            >>> jobs = [GenerationRequest(user_id=user_id, kind="image", cost=cost) for cost in (1, 200, 2)]
+            >>> [(result.allowed, result.remaining) for result in await limits.track_many(jobs)]
+            [(True, 99), (False, 99), (True, 97)]
         """
         return [result for call in _batches.track_many(requests) for result in await self._judged_together(call)]
 
@@ -145,6 +179,10 @@ class AsyncTokenLimits(AsyncHolding):
             InvalidRequest: An argument is not valid; nothing was sent.
             GroupNotFound: There is no group `group_id`.
             ServiceUnavailable: Supabase could not be reached in time (see `on_unavailable`).
+
+        Example:
+            >>> (await limits.check(user_id, "image", cost=101)).error
+            'Image generation limit exceeded: 0 of 100 used in total, 101 more asked for'
         """
         return await self._judged(_calls.check(user_id, kind, cost, group_id))
 
@@ -179,6 +217,11 @@ class AsyncTokenLimits(AsyncHolding):
             IdempotencyConflict: The key was used for another request of this user.
             GroupNotFound: There is no group `group_id`.
             ServiceUnavailable: Supabase could not be reached in time.
+
+        Example:
+            >>> from datetime import datetime, timezone
+            >>> (await limits.record(user_id, "image", created_at=datetime(2026, 1, 31, tzinfo=timezone.utc))).status
+            'committed'
         """
         call = _calls.record(user_id, kind, cost, created_at, idempotency_key, group_id, metadata)
         return await self._transport.send(call)
@@ -196,8 +239,263 @@ class AsyncTokenLimits(AsyncHolding):
         Raises:
             InvalidRequest: `user_id` is not a UUID.
             ServiceUnavailable: Supabase could not be reached in time.
+
+        Example:
+            >>> [(limit.kind, limit.used, limit.max) for limit in await limits.usage(user_id)]
+            [('image', 0, 100), ('video', 0, 20)]
         """
         return await self._transport.send(_calls.usage(user_id))
+
+    async def reserve(
+        self,
+        user_id: UUID | str,
+        kind: str,
+        cost: int = 1,
+        *,
+        ttl: int = DEFAULT_TTL,
+        idempotency_key: str | None = None,
+        group_id: UUID | str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> TrackResult:
+        """Hold the cost of a generation until it is committed or released, or until `ttl` is over.
+
+        It counts as used meanwhile. `generation` does this and the settling in one `with`.
+
+        Args:
+            user_id: Who generates.
+            kind: What is generated, like `"image"` or `"video"`.
+            cost: The most that it may take from the limits.
+            ttl: For how many seconds it holds, up to 30 days: longer than the work takes at worst. What is left behind
+                by a worker that died is given back then.
+            idempotency_key: The job's own id: a repeated call answers the same hold, `replayed`. Take it from your job,
+                never from an end user. Without one the client makes one for its own retries.
+            group_id: Which of the user's groups pays; without it the first that has room, by priority.
+            metadata: A JSON object that is kept with the usage, at most 8 kB.
+
+        Returns:
+            Whether it is allowed, and the `usage_id` to settle; see `track`.
+
+        Raises:
+            InvalidRequest: An argument is not valid; nothing was sent.
+            IdempotencyConflict: The key was used for another request of this user.
+            GroupNotFound: There is no group `group_id`.
+            ServiceUnavailable: Supabase could not be reached in time (see `on_unavailable`).
+
+        Example:
+            >>> hold = await limits.reserve(user_id, "video", cost=8, ttl=600)
+            >>> hold.status, hold.remaining
+            ('reserved', 12)
+        """
+        call = _settlements.reserve(user_id, kind, cost, ttl, idempotency_key, group_id, metadata)
+        return await self._judged(call)
+
+    async def commit(self, usage_id: UUID | str | None, cost: int | None = None) -> TrackResult:
+        """Settle a hold for what was reserved, or for less; the same commit again changes nothing.
+
+        Args:
+            usage_id: Of the hold. With None (nothing was recorded, as `on_unavailable` allowed) nothing is done.
+            cost: From 0 to what was reserved, which is meant when None.
+
+        Returns:
+            The usage, and what remains of the limits now. Its `reason` is `"unavailable"` when nothing was done.
+
+        Raises:
+            InvalidRequest: An argument is not valid, or more than was reserved.
+            UsageNotFound: There is no such usage.
+            AlreadySettled: It was released or refunded, or committed for another cost.
+            HoldExpired: Its time was over, and its period is too, or there is no room for it any more; not charged.
+            ServiceUnavailable: Supabase could not be reached in time; it may be repeated (see `on_unavailable`).
+
+        Example:
+            >>> hold = await limits.reserve(user_id, "video", cost=8)
+            >>> result = await limits.commit(hold.usage_id, cost=5)
+            >>> result.status, result.cost, result.remaining
+            ('committed', 5, 15)
+        """
+        return await self._settled(_settlements.commit(usage_id, cost))
+
+    async def release(self, usage_id: UUID | str | None) -> TrackResult:
+        """Give back all that a hold holds; the same again changes nothing, also when the hold has expired.
+
+        Args:
+            usage_id: Of the hold. With None (nothing was recorded, as `on_unavailable` allowed) nothing is done.
+
+        Returns:
+            The usage, and what remains of the limits now. Its `reason` is `"unavailable"` when nothing was done.
+
+        Raises:
+            InvalidRequest: `usage_id` is not a UUID.
+            UsageNotFound: There is no such usage.
+            AlreadySettled: It was committed or refunded.
+            ServiceUnavailable: Supabase could not be reached in time; it may be repeated (see `on_unavailable`).
+
+        Example:
+            >>> hold = await limits.reserve(user_id, "video", cost=8)
+            >>> (await limits.release(hold.usage_id)).remaining
+            20
+        """
+        return await self._settled(_settlements.release(usage_id))
+
+    async def refund(self, usage_id: UUID | str | None) -> TrackResult:
+        """Give back what a committed usage cost, tracked or held; the same again changes nothing.
+
+        Args:
+            usage_id: Of the usage. With None (nothing was recorded, as `on_unavailable` allowed) nothing is done.
+
+        Returns:
+            The usage, and what remains of the limits now. Its `reason` is `"unavailable"` when nothing was done.
+
+        Raises:
+            InvalidRequest: `usage_id` is not a UUID, or a hold's that was not committed: release that.
+            UsageNotFound: There is no such usage.
+            AlreadySettled: It was released, or has expired.
+            ServiceUnavailable: Supabase could not be reached in time, whatever `on_unavailable` says.
+
+        Example:
+            >>> tracked = await limits.track(user_id, "image")
+            >>> (await limits.refund(tracked.usage_id)).status
+            'refunded'
+        """
+        return await self._settled(_settlements.refund_if_recorded(usage_id))
+
+    def generation(
+        self,
+        user_id: UUID | str,
+        kind: str,
+        cost: int = 1,
+        *,
+        ttl: int = DEFAULT_TTL,
+        idempotency_key: str | None = None,
+        group_id: UUID | str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> AbstractAsyncContextManager[Hold, None]:
+        """Reserve before the body, settle after it: `async with limits.generation(user_id, "video", cost=8) as hold`.
+
+        A normal end commits what was reserved, or what `hold.commit` said. An abnormal one (an exception of any kind, a
+        cancellation, a generator that is closed early) commits what `hold.used` declared so far, and releases all when
+        nothing was declared. The body's own error always goes on: one of settling is logged, and is a note of it.
+
+        A cancelled task settles before it ends. A process that is killed doesn't settle: `ttl` gives the hold back.
+
+        With the key of a job that was committed before, the body runs (see `hold.replayed`), and is not charged again.
+
+        Args:
+            user_id: Who generates.
+            kind: What is generated, like `"image"` or `"video"`.
+            cost: The most that it may take from the limits.
+            ttl: For how many seconds it holds, up to 30 days: longer than the work takes at worst.
+            idempotency_key: The job's own id: charged once, however often the job is tried.
+            group_id: Which of the user's groups pays; without it the first that has room, by priority.
+            metadata: A JSON object that is kept with the usage, at most 8 kB.
+
+        Raises:
+            GenerationDenied: As `LimitExceeded`, `NotInGroup` or `NoLimitForKind`; the body doesn't run.
+            HoldExpired: After a good body that took longer than `ttl`: there is no room for it any more. Not charged.
+            AlreadySettled: After a good body: somebody else settled the hold.
+            ServiceUnavailable: Supabase could not be reached in time. After a good body: the hold lasts until `ttl` is
+                over, and `limits.commit(hold.usage_id)` may be repeated until then. With `on_unavailable="allow"`
+                neither end raises this, and `hold.result.reason` is `"unavailable"`.
+            InvalidRequest, IdempotencyConflict, GroupNotFound: See `reserve`.
+
+        Example:
+            >>> async with limits.generation(user_id, "video", cost=8) as hold:
+            ...     for seconds in (1.5, 3.2):
+            ...         hold.used(round(seconds))
+            >>> hold.status, hold.result.cost
+            ('committed', 8)
+        """
+        # SYNC: A cancelled task settles before it ends. A process => A process
+        return self._open(_settlements.reserve(user_id, kind, cost, ttl, idempotency_key, group_id, metadata))
+
+    def limited(
+        self,
+        kind: str,
+        *,
+        user: str | Callable[..., UUID | str],
+        cost: int | Callable[..., int] = 1,
+        ttl: int = DEFAULT_TTL,
+        idempotency_key: str | Callable[..., str | None] | None = None,
+        group_id: UUID | str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Callable[[AsyncFunction], AsyncFunction]:
+        """Run each call of an async function or generator inside a `generation`.
+
+        A generator reserves when it is first asked for an item. One that is closed before its end has ended abnormally
+        and is released: to charge for a part, use `generation` in its body, and `hold.used`.
+
+        When only settling fails after the function returned, the error's `returned` is what it returned.
+
+        Args:
+            kind: What is generated, like `"image"` or `"video"`.
+            user: The name of the parameter that is the user's id, or a function of the same arguments that answers it.
+            cost: The most that a call may take from the limits, or a function of the same arguments that answers it.
+            ttl: For how many seconds it holds, up to 30 days: longer than the work takes at worst.
+            idempotency_key: The name of the parameter that is the job's own id, or a function of the same arguments
+                that answers it.
+            group_id: Which of the user's groups pays; without it the first that has room, by priority.
+            metadata: A JSON object that is kept with the usage, at most 8 kB.
+
+        Raises:
+            ConfigurationError: When decorated: the function has no such parameter, or is not async.
+            InvalidRequest: When decorated: an argument can't be valid.
+            GenerationDenied: When called, and what else `generation` raises.
+
+        Example:
+            >>> @limits.limited("image", user="user_id", cost=lambda prompt, **_: len(prompt.split()))
+            ... async def generate(prompt, user_id):
+            ...     return f"a picture of {prompt}"
+            >>> await generate("two cats", user_id=user_id)
+            'a picture of two cats'
+            >>> (await limits.usage(user_id))[0].used
+            2
+        """
+        # SYNC: or is not async => or is async
+        return lambda function: _limited.async_decorated(
+            function,
+            _limited.reservation(function, kind, user, cost, ttl, idempotency_key, group_id, metadata),
+            self._open,
+        )
+
+    async def aclose(self) -> None:
+        """Close the connections that were made here; a client that you passed in stays open.
+
+        Calls that travel together have their answers first.
+
+        Example:
+            >>> await limits.aclose()
+        """
+        try:
+            if self._coalescer is not None:
+                await self._coalescer.drain()
+        finally:
+            await super().aclose()
+
+    def _travel_by(self, transport: AsyncTransport) -> None:
+        self._transport = transport
+        self._coalescer = AsyncCoalescer(transport.send, transport.timeout) if self._coalesce else None
+
+    def _open(self, call: Call[TrackResult]) -> AsyncGeneration:
+        return AsyncGeneration(call, self._judged, self._settled)
+
+    async def _judged(self, call: Call[TrackResult], by: AsyncCoalescer | AsyncTransport | None = None) -> TrackResult:
+        try:
+            return await (by or self._transport).send(call)
+        except ServiceUnavailable as error:
+            return _calls.without_service(call, self._on_unavailable, error)
+
+    async def _judged_together(self, call: Call[list[TrackResult]]) -> list[TrackResult]:
+        try:
+            return await self._transport.send(call)
+        except ServiceUnavailable as error:
+            return _batches.without_service(call, self._on_unavailable, error)
+
+    async def _settled(self, settlement: Settlement) -> TrackResult:
+        if isinstance(settlement, TrackResult):
+            return settlement
+        try:
+            return await self._transport.send(settlement)
+        except ServiceUnavailable as error:
+            return _settlements.without_service(settlement, self._on_unavailable, error)
 
 
 class AsyncDefault:
@@ -237,11 +535,15 @@ async def atrack_generation(
         idempotency_key: The job's own id: a repeated call charges once.
         group_id: Which of the user's groups pays.
         metadata: A JSON object that is kept with the usage.
-        client: An `AsyncTokenLimits` or an async Supabase client; without it, one is made from the environment on
-            first use.
+        client: An `AsyncTokenLimits` or an async Supabase client; made from the environment on first use if None.
 
     Returns:
         Whether it is allowed, what remains, and when it resets. It is true when allowed.
+
+    Example:
+        >>> result = await atrack_generation(user_id, "image")
+        >>> if not result:
+        ...     raise RuntimeError(result.error)
     """
     return await AsyncDefault.choose(client).track(
         user_id, kind, cost, idempotency_key=idempotency_key, group_id=group_id, metadata=metadata

@@ -1,4 +1,5 @@
 """For backend scripts and admins in asyncio: groups, limits, members, usage."""
+# SYNC: admins in asyncio => admins
 
 from __future__ import annotations
 
@@ -13,21 +14,29 @@ from . import _calls, _flows, _reports, _settlements
 from ._arguments import Limits
 from ._base import DEFAULT_TIMEOUT, AsyncBase
 from ._flows import OnProgress
-from .groups import Groups, GroupUsages, HistoryPoints, TopMembers, Users
 from .models import (
     Bucket,
     BulkResult,
     Group,
     GroupUsage,
+    HistoryPoint,
     Limit,
     Member,
     Period,
     Reconciliation,
     Scope,
+    TopMember,
     TrackResult,
     UsageRecord,
     UsageSum,
+    User,
 )
+
+Groups = list[Group]
+GroupUsages = list[GroupUsage]
+HistoryPoints = list[HistoryPoint]
+TopMembers = list[TopMember]
+Users = list[User]
 
 
 class AsyncGroupManager(AsyncBase):
@@ -43,6 +52,12 @@ class AsyncGroupManager(AsyncBase):
         timeout: Seconds for one call, with all its retries.
         schema: Where tokenlimits is installed, if not in public; by default what `TOKENLIMITS_SCHEMA` in the
             environment or `.env` says on first use. Which schema the client itself uses doesn't matter.
+
+    Example:
+        >>> async with AsyncGroupManager.from_env() as groups:
+        ...     pro = await groups.create("Pro", limits={"image": 100, "video": 20})
+        >>> [(limit.kind, limit.max, limit.period) for limit in pro.limits]
+        [('image', 100, 'lifetime'), ('video', 20, 'lifetime')]
     """
 
     def __init__(
@@ -60,6 +75,9 @@ class AsyncGroupManager(AsyncBase):
 
         Raises:
             ConfigurationError: On first use, when a variable is missing.
+
+        Example:
+            >>> groups = AsyncGroupManager.from_env(timeout=30)
         """
         return cls(timeout=timeout, schema=schema)
 
@@ -88,6 +106,11 @@ class AsyncGroupManager(AsyncBase):
         Raises:
             GroupExists: Another group has the name.
             InvalidRequest: An argument is not valid; its field is `id` when a group has, or had, that id.
+
+        Example:
+            >>> limit = Limit(kind="image", max=50, period="day", scope="member")
+            >>> (await groups.create("Studio", limits=[limit])).limits[0].max
+            50
         """
         return await self._transport.send(
             _calls.create_group(
@@ -125,6 +148,10 @@ class AsyncGroupManager(AsyncBase):
 
         Raises:
             GroupExists: Another group has the name.
+
+        Example:
+            >>> (await groups.update(team.id, timezone="Europe/Paris")).timezone
+            'Europe/Paris'
         """
         return await self._transport.send(
             _calls.update_group(
@@ -143,6 +170,10 @@ class AsyncGroupManager(AsyncBase):
         Args:
             group_id: Which group.
             limits: A list of `Limit`, or the shorthand `{"image": 100}` for lifetime pools.
+
+        Example:
+            >>> len((await groups.set_limits(team.id, [Limit(kind="image", max=1000, period="month")])).limits)
+            1
         """
         return await self._transport.send(_calls.set_limits(group_id, limits))
 
@@ -152,6 +183,10 @@ class AsyncGroupManager(AsyncBase):
         Args:
             group_id: Which group.
             limit: The limit; one that is new counts what was already used in its current period.
+
+        Example:
+            >>> (await groups.set_limit(team.id, Limit(kind="video", max=None))).limits[-1].max is None
+            True
         """
         return await self._transport.send(_calls.set_limit(group_id, limit))
 
@@ -165,6 +200,10 @@ class AsyncGroupManager(AsyncBase):
             kind: The limit's kind.
             period: The limit's period.
             scope: The limit's scope.
+
+        Example:
+            >>> (await groups.remove_limit(team.id, "image")).limits
+            ()
         """
         return await self._transport.send(_calls.remove_limit(group_id, kind, period, scope))
 
@@ -173,6 +212,10 @@ class AsyncGroupManager(AsyncBase):
 
         Args:
             group_id: Which group.
+
+        Example:
+            >>> (await groups.get(team.id)).name
+            'Team'
         """
         return await self._transport.send(_calls.get_group(group_id))
 
@@ -184,6 +227,10 @@ class AsyncGroupManager(AsyncBase):
 
         Raises:
             GroupNotFound: No group has the name.
+
+        Example:
+            >>> (await groups.get_by_name("team")).name
+            'Team'
         """
         return await self._transport.send(_calls.get_group_by_name(name))
 
@@ -192,6 +239,10 @@ class AsyncGroupManager(AsyncBase):
 
         Args:
             search: The text; all groups when None.
+
+        Example:
+            >>> [group.name for group in await groups.list(search="tea")]
+            ['Team']
         """
         return await self._transport.run(_flows.all_groups(search))
 
@@ -200,6 +251,10 @@ class AsyncGroupManager(AsyncBase):
 
         Args:
             group_id: Which group.
+
+        Example:
+            >>> (await groups.delete(team.id)).name
+            'Team'
         """
         return await self._transport.send(_calls.delete_group(group_id))
 
@@ -215,6 +270,10 @@ class AsyncGroupManager(AsyncBase):
 
         Raises:
             UnknownUser: `auth.users` has no such user.
+
+        Example:
+            >>> await groups.add_member(team.id, user_id), await groups.add_member(team.id, user_id)
+            (True, False)
         """
         return await self._transport.send(_calls.add_member(group_id, user_id))
 
@@ -227,6 +286,10 @@ class AsyncGroupManager(AsyncBase):
 
         Returns:
             False when the user was no member.
+
+        Example:
+            >>> await groups.remove_member(team.id, user_id)
+            False
         """
         return await self._transport.run(_flows.remove_members(group_id, [user_id], None)) == 1
 
@@ -240,6 +303,10 @@ class AsyncGroupManager(AsyncBase):
 
         Returns:
             False, with nothing changed, when the user was not in `from_`.
+
+        Example:
+            >>> await groups.move_member(user_id, from_=team.id, to=team.id)
+            False
         """
         return await self._transport.send(_calls.move_member(user_id, from_, to))
 
@@ -255,6 +322,12 @@ class AsyncGroupManager(AsyncBase):
 
         Returns:
             How many were added, how many were members already, and who was refused, with the reason.
+
+        Example:
+            >>> from uuid import uuid4
+            >>> result = await groups.add_members(team.id, [user_id, uuid4()])
+            >>> result.added, len(result.refused), result.refused[0].reason
+            (1, 1, 'there is no such user')
         """
         return await self._transport.run(_flows.add_members(group_id, user_ids, on_progress))
 
@@ -270,6 +343,10 @@ class AsyncGroupManager(AsyncBase):
 
         Returns:
             How many were members.
+
+        Example:
+            >>> await groups.remove_members(team.id, [user_id])
+            0
         """
         return await self._transport.run(_flows.remove_members(group_id, user_ids, on_progress))
 
@@ -279,6 +356,12 @@ class AsyncGroupManager(AsyncBase):
         Args:
             group_id: Which group.
             search: A part of their e-mail address, whatever its case; all members when None.
+
+        Example:
+            >>> [member.email async for member in groups.members(team.id)]
+            []
+            >>> [member.email async for member in groups.members(team.id, search="@example.com")]
+            []
         """
         return self._transport.iterate(_flows.all_members(group_id, search))
 
@@ -287,6 +370,10 @@ class AsyncGroupManager(AsyncBase):
 
         Args:
             email: The part.
+
+        Example:
+            >>> await groups.find_users("nobody@nowhere")
+            []
         """
         return await self._transport.send(_calls.find_users(email))
 
@@ -295,6 +382,10 @@ class AsyncGroupManager(AsyncBase):
 
         Args:
             emails: The addresses; one that nobody has is left out.
+
+        Example:
+            >>> await groups.find_users_by_email(["nobody@nowhere.example"])
+            []
         """
         return await self._transport.run(_flows.users_by_email(emails))
 
@@ -303,11 +394,20 @@ class AsyncGroupManager(AsyncBase):
 
         Args:
             group_id: Which group.
+
+        Example:
+            >>> (await groups.usage(team.id)).limits[0].fraction
+            0.0
         """
         return await self._transport.send(_calls.group_usage(group_id))
 
     async def usage_all(self) -> GroupUsages:
-        """Read the usage of all groups, by name."""
+        """Read the usage of all groups, by name.
+
+        Example:
+            >>> "Team" in [usage.group.name for usage in await groups.usage_all()]
+            True
+        """
         return await self._transport.run(_flows.all_usage())
 
     async def history(
@@ -327,6 +427,10 @@ class AsyncGroupManager(AsyncBase):
             bucket: The step.
             since: From the bucket of this moment on, with a time zone; 30 days ago when None.
             until: Before this moment, to the quarter of an hour; up to now when None.
+
+        Example:
+            >>> await groups.history(team.id, kind="image", bucket="day")
+            []
         """
         return await self._transport.send(_calls.history(group_id, kind, bucket, since, until))
 
@@ -377,6 +481,13 @@ class AsyncGroupManager(AsyncBase):
             until: Before this moment; up to now when None. Sums end to the quarter of an hour.
             bucket: What each group used per kind and hour, day, week or month of its time zone (of a deleted one in
                 UTC), in place of single rows.
+
+        Example:
+            >>> paid_by = (await limits.track(user_id, "image")).group
+            >>> [(usage.kind, usage.cost, usage.status) async for usage in groups.export_usage(user_id=user_id)]
+            [('image', 1, 'committed')]
+            >>> [(total.kind, total.used) async for total in groups.export_usage(paid_by.id, bucket="month")]
+            [('image', 1)]
         """
         return self._transport.iterate(_flows.exported(_reports.export(group_id, user_id, kind, since, until, bucket)))
 
@@ -399,6 +510,10 @@ class AsyncGroupManager(AsyncBase):
             since: From this moment on, with a time zone; 30 days ago when None.
             until: Before this moment; up to now when None.
             count: How many users, at most 1,000.
+
+        Example:
+            >>> await groups.top_members(team.id, count=3)
+            []
         """
         return await self._transport.send(_reports.top_members(group_id, kind, since, until, count))
 
@@ -411,6 +526,10 @@ class AsyncGroupManager(AsyncBase):
 
         Returns:
             The moment from which usage counts.
+
+        Example:
+            >>> (await groups.reset_usage(team.id, kind="image")).tzinfo is not None
+            True
         """
         return await self._transport.send(_calls.reset_usage(group_id, kind))
 
@@ -427,6 +546,11 @@ class AsyncGroupManager(AsyncBase):
             InvalidRequest: It is a hold that was not committed yet.
             UsageNotFound: There is no such usage.
             AlreadySettled: It was released, or has expired.
+
+        Example:
+            >>> tracked = await limits.track(user_id, "image")
+            >>> (await groups.refund(tracked.usage_id)).status
+            'refunded'
         """
         return await self._transport.send(_settlements.refund(usage_id))
 
@@ -441,6 +565,10 @@ class AsyncGroupManager(AsyncBase):
 
         Returns:
             What differed, as it was and as it is now.
+
+        Example:
+            >>> (await groups.reconcile(team.id)).drifted
+            False
         """
         return await self._transport.send(_reports.reconcile(group_id, since))
 
@@ -455,5 +583,9 @@ class AsyncGroupManager(AsyncBase):
 
         Returns:
             What differs, as it is and as it should be.
+
+        Example:
+            >>> (await groups.drift(team.id)).drifted
+            False
         """
         return await self._transport.send(_reports.drift(group_id, since))

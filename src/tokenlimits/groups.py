@@ -1,3 +1,4 @@
+# Generated from async_groups.py by `make sync`; edit it there.
 """For backend scripts and admins: groups, limits, members, usage."""
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ class GroupManager(Base):
             InvalidRequest: An argument is not valid; its field is `id` when a group has, or had, that id.
 
         Example:
-            >>> studio = groups.create("Studio", limits=[Limit(kind="image", max=50, period="day", scope="member")])
-            >>> studio.limits[0].max
+            >>> limit = Limit(kind="image", max=50, period="day", scope="member")
+            >>> groups.create("Studio", limits=[limit]).limits[0].max
             50
         """
         return self._transport.send(
