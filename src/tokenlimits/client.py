@@ -33,12 +33,12 @@ class TokenLimits(Base):
     Args:
         client: A `supabase.Client` with the secret (service_role) key. It stays yours: closing this doesn't
             close it. Without one, see `from_env`.
-        timeout: Seconds for one call, with all its retries.
+        timeout: Seconds for one call, including its retries.
         on_unavailable: What `track`, `check` and `reserve` do when Supabase can't be reached: `"raise"`
             ServiceUnavailable, `"allow"` the generation (it is not recorded), or `"deny"` it. With `"allow"` no
             `commit` or `release` raises it either. A wrong key or a missing schema always raises.
-        coalesce: Let calls of `track` that wait at once travel together: while one request is under way, others queue,
-            and go as one. Each still has its own answer, error and timeout. A call that is alone goes at once.
+        coalesce: Send calls of `track` that wait at the same time as one request: while one is under way, others queue.
+            Each still has its own result, error and timeout. A call that is alone is sent at once.
         schema: Where tokenlimits is installed, if not in public; by default what `TOKENLIMITS_SCHEMA` in the
             environment or `.env` says on first use. Which schema the client itself uses doesn't matter.
 
@@ -74,7 +74,7 @@ class TokenLimits(Base):
         """Make one for `SUPABASE_URL` and `SUPABASE_SECRET_KEY` (or `SUPABASE_SERVICE_ROLE_KEY`), read on first use.
 
         Args:
-            timeout: Seconds for one call, with all its retries.
+            timeout: Seconds for one call, including its retries.
             on_unavailable: See the class.
             coalesce: See the class.
             schema: See the class.
@@ -105,20 +105,20 @@ class TokenLimits(Base):
             user_id: Who generates.
             kind: What is generated, like `"image"` or `"video"`.
             cost: How much it takes from the limits.
-            idempotency_key: The job's own id: a repeated call charges once and answers the same, `replayed`. Take it
-                from your job, never from an end user. Without one the client makes one for its own retries.
-            group_id: Which of the user's groups pays; without it the first that has room, by priority.
+            idempotency_key: The job's own id: repeated calls charge once and return the same result, `replayed`. Take
+                it from your job, never from an end user. Without one, the client makes one for its own retries.
+            group_id: Which of the user's groups pays; by default the first that has room, by priority.
             metadata: A JSON object that is kept with the usage, at most 8 kB.
 
         Returns:
-            Whether it is allowed, what remains, and when it resets. It is true when allowed.
+            Whether it is allowed, what remains, and when it resets. Truthy when allowed.
 
         Raises:
             InvalidRequest: An argument is not valid; nothing was sent.
             IdempotencyConflict: The key was used for another request of this user.
             GroupNotFound: There is no group `group_id`.
             ServiceUnavailable: Supabase could not be reached in time (see `on_unavailable`).
-            AccessDenied, SchemaNotInstalled, SchemaOutdated, ConfigurationError: It is not set up right.
+            AccessDenied, SchemaNotInstalled, SchemaOutdated, ConfigurationError: The setup is wrong or incomplete.
 
         Example:
             >>> result = limits.track(user_id, "image", idempotency_key="job-1")
@@ -133,22 +133,22 @@ class TokenLimits(Base):
     def track_many(self, requests: Iterable[GenerationRequest | Mapping[str, Any]]) -> list[TrackResult]:
         """Track many generations at once: each is judged by itself, in the order given.
 
-        A thousand travel and are judged as one call, so it is many times faster than one after another. More are split.
+        Up to a thousand are sent and judged as one call, many times faster than one after another. More are split.
 
         Args:
             requests: What `track` takes, as `GenerationRequest`s (or mappings with their fields). With idempotency keys
-                all may be repeated after an error: what was recorded before is answered, `replayed`.
+                all may be sent again after an error: what is already recorded is returned as `replayed`.
 
         Returns:
-            The answers, at the same places. A request that `track` would raise an error for (its key was used for
-            another request, its group doesn't exist) touches no other: it is denied, with the reason `"refused"`, and
-            `raise_if_denied` raises that error.
+            One result for each request, in the same order. A request that `track` would raise an error for (its key was
+            used for another request, its group doesn't exist) affects no other: it is denied with the reason
+            `"refused"`, and `raise_if_denied` raises that error.
 
         Raises:
             InvalidRequest: An argument is not valid; nothing was sent. Its field is like `requests[3].cost`.
             ServiceUnavailable: Supabase could not be reached in time (see `on_unavailable`). Of more than a thousand,
                 some may have been recorded.
-            AccessDenied, SchemaNotInstalled, SchemaOutdated, ConfigurationError: It is not set up right.
+            AccessDenied, SchemaNotInstalled, SchemaOutdated, ConfigurationError: The setup is wrong or incomplete.
 
         Example:
             >>> jobs = [GenerationRequest(user_id=user_id, kind="image", cost=cost) for cost in (1, 200, 2)]
@@ -162,7 +162,7 @@ class TokenLimits(Base):
     ) -> TrackResult:
         """Say what `track` would answer now; record nothing.
 
-        By the time that you track, others may have used the room: only `track` decides.
+        Others may use the room before you call `track`, which alone decides.
 
         Args:
             user_id: Who would generate.
@@ -195,16 +195,16 @@ class TokenLimits(Base):
         group_id: UUID | str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> TrackResult:
-        """Record usage that has happened, here or elsewhere; never denied, so counters may pass their max.
+        """Record usage that has already happened; this is never denied, so counters may pass their max.
 
         Args:
             user_id: Who generated.
             kind: What was generated.
             cost: How much it takes from the limits of its period.
             created_at: When it happened, with a time zone; now when None.
-            idempotency_key: The same call with the same key is recorded once: use one when you import.
-            group_id: Which group it is booked on (the user may have left it); without it, the first of the user's
-                groups that has a limit for the kind.
+            idempotency_key: Calls with the same key are recorded once: pass one when you import.
+            group_id: Which group it is recorded for (the user may have left it); by default the first of the
+                user's groups that has a limit for the kind.
             metadata: A JSON object that is kept with the usage, at most 8 kB.
 
         Returns:
@@ -231,8 +231,8 @@ class TokenLimits(Base):
             user_id: Whose.
 
         Returns:
-            The limits of all the user's groups, in the order in which groups pay; those of the default group for a user
-            in none.
+            The limits of all the user's groups, in the order in which groups pay; for a user in no group, those of the
+            default group.
 
         Raises:
             InvalidRequest: `user_id` is not a UUID.
@@ -255,19 +255,19 @@ class TokenLimits(Base):
         group_id: UUID | str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> TrackResult:
-        """Hold the cost of a generation until it is committed or released, or until `ttl` is over.
+        """Hold the cost of a generation until it is committed or released, or `ttl` expires.
 
-        It counts as used meanwhile. `generation` does this and the settling in one `with`.
+        Meanwhile it counts as used. `generation` reserves and settles in one `with` statement.
 
         Args:
             user_id: Who generates.
             kind: What is generated, like `"image"` or `"video"`.
             cost: The most that it may take from the limits.
-            ttl: For how many seconds it holds, up to 30 days: longer than the work takes at worst. What is left behind
-                by a worker that died is given back then.
-            idempotency_key: The job's own id: a repeated call answers the same hold, `replayed`. Take it from your job,
-                never from an end user. Without one the client makes one for its own retries.
-            group_id: Which of the user's groups pays; without it the first that has room, by priority.
+            ttl: Seconds until the hold expires, up to 30 days; allow for the longest that the work can take. What a
+                killed worker leaves behind is given back then.
+            idempotency_key: The job's own id: repeated calls return the same hold, `replayed`. Take it from your job,
+                never from an end user. Without one, the client makes one for its own retries.
+            group_id: Which of the user's groups pays; by default the first that has room, by priority.
             metadata: A JSON object that is kept with the usage, at most 8 kB.
 
         Returns:
@@ -288,11 +288,11 @@ class TokenLimits(Base):
         return self._judged(call)
 
     def commit(self, usage_id: UUID | str | None, cost: int | None = None) -> TrackResult:
-        """Settle a hold for what was reserved, or for less; the same commit again changes nothing.
+        """Settle a hold for what was reserved, or for less; repeating the commit changes nothing.
 
         Args:
-            usage_id: Of the hold. With None (nothing was recorded, as `on_unavailable` allowed) nothing is done.
-            cost: From 0 to what was reserved, which is meant when None.
+            usage_id: The hold's. With None (`on_unavailable` allowed it unrecorded), nothing is done.
+            cost: From 0 to what was reserved; all of that when None.
 
         Returns:
             The usage, and what remains of the limits now. Its `reason` is `"unavailable"` when nothing was done.
@@ -301,8 +301,8 @@ class TokenLimits(Base):
             InvalidRequest: An argument is not valid, or more than was reserved.
             UsageNotFound: There is no such usage.
             AlreadySettled: It was released or refunded, or committed for another cost.
-            HoldExpired: Its time was over, and its period is too, or there is no room for it any more; not charged.
-            ServiceUnavailable: Supabase could not be reached in time; it may be repeated (see `on_unavailable`).
+            HoldExpired: It has expired, and its period has ended or has no room left for it; nothing was charged.
+            ServiceUnavailable: Supabase could not be reached in time; it is safe to repeat (see `on_unavailable`).
 
         Example:
             >>> hold = limits.reserve(user_id, "video", cost=8)
@@ -313,10 +313,10 @@ class TokenLimits(Base):
         return self._settled(_settlements.commit(usage_id, cost))
 
     def release(self, usage_id: UUID | str | None) -> TrackResult:
-        """Give back all that a hold holds; the same again changes nothing, also when the hold has expired.
+        """Give back all that a hold holds; repeating it changes nothing, nor does releasing an expired hold.
 
         Args:
-            usage_id: Of the hold. With None (nothing was recorded, as `on_unavailable` allowed) nothing is done.
+            usage_id: The hold's. With None (`on_unavailable` allowed it unrecorded), nothing is done.
 
         Returns:
             The usage, and what remains of the limits now. Its `reason` is `"unavailable"` when nothing was done.
@@ -325,7 +325,7 @@ class TokenLimits(Base):
             InvalidRequest: `usage_id` is not a UUID.
             UsageNotFound: There is no such usage.
             AlreadySettled: It was committed or refunded.
-            ServiceUnavailable: Supabase could not be reached in time; it may be repeated (see `on_unavailable`).
+            ServiceUnavailable: Supabase could not be reached in time; it is safe to repeat (see `on_unavailable`).
 
         Example:
             >>> hold = limits.reserve(user_id, "video", cost=8)
@@ -335,16 +335,16 @@ class TokenLimits(Base):
         return self._settled(_settlements.release(usage_id))
 
     def refund(self, usage_id: UUID | str | None) -> TrackResult:
-        """Give back what a committed usage cost, tracked or held; the same again changes nothing.
+        """Give back what a committed usage cost, tracked or held; repeating it changes nothing.
 
         Args:
-            usage_id: Of the usage. With None (nothing was recorded, as `on_unavailable` allowed) nothing is done.
+            usage_id: The usage's. With None (`on_unavailable` allowed it unrecorded), nothing is done.
 
         Returns:
             The usage, and what remains of the limits now. Its `reason` is `"unavailable"` when nothing was done.
 
         Raises:
-            InvalidRequest: `usage_id` is not a UUID, or a hold's that was not committed: release that.
+            InvalidRequest: `usage_id` is not a UUID, or is that of a hold that isn't committed: release it instead.
             UsageNotFound: There is no such usage.
             AlreadySettled: It was released, or has expired.
             ServiceUnavailable: Supabase could not be reached in time, whatever `on_unavailable` says.
@@ -369,30 +369,31 @@ class TokenLimits(Base):
     ) -> AbstractContextManager[Hold, None]:
         """Reserve before the body, settle after it: `with limits.generation(user_id, "video", cost=8) as hold`.
 
-        A normal end commits what was reserved, or what `hold.commit` said. An abnormal one (an exception of any kind, a
-        cancellation, a generator that is closed early) commits what `hold.used` declared so far, and releases all when
-        nothing was declared. The body's own error always goes on: one of settling is logged, and is a note of it.
+        A normal end commits what was reserved, or what `hold.commit` said. An abnormal end (an exception of any kind, a
+        cancellation, a generator that is closed early) commits what `hold.used` declared so far, or releases everything
+        if nothing was declared. The body's own exception always propagates; an error of settling is logged, and added
+        to it as a note.
 
         A process that is killed doesn't settle: `ttl` gives the hold back.
 
-        With the key of a job that was committed before, the body runs (see `hold.replayed`), and is not charged again.
+        With the key of a job that is already committed, the body runs (see `hold.replayed`) and isn't charged again.
 
         Args:
             user_id: Who generates.
             kind: What is generated, like `"image"` or `"video"`.
             cost: The most that it may take from the limits.
-            ttl: For how many seconds it holds, up to 30 days: longer than the work takes at worst.
-            idempotency_key: The job's own id: charged once, however often the job is tried.
-            group_id: Which of the user's groups pays; without it the first that has room, by priority.
+            ttl: Seconds until the hold expires, up to 30 days; allow for the longest that the work can take.
+            idempotency_key: The job's own id: charged once, however often the job is retried.
+            group_id: Which of the user's groups pays; by default the first that has room, by priority.
             metadata: A JSON object that is kept with the usage, at most 8 kB.
 
         Raises:
             GenerationDenied: As `LimitExceeded`, `NotInGroup` or `NoLimitForKind`; the body doesn't run.
-            HoldExpired: After a good body that took longer than `ttl`: there is no room for it any more. Not charged.
-            AlreadySettled: After a good body: somebody else settled the hold.
-            ServiceUnavailable: Supabase could not be reached in time. After a good body: the hold lasts until `ttl` is
-                over, and `limits.commit(hold.usage_id)` may be repeated until then. With `on_unavailable="allow"`
-                neither end raises this, and `hold.result.reason` is `"unavailable"`.
+            HoldExpired: The body ended normally, after `ttl`, and there is no room left for it; nothing was charged.
+            AlreadySettled: The body ended normally, but somebody else has settled the hold.
+            ServiceUnavailable: Supabase could not be reached in time. If the body ended normally, the hold lasts until
+                `ttl` expires; until then, retry `limits.commit(hold.usage_id)`. With `on_unavailable="allow"` neither
+                reserving nor settling raises this, and `hold.result.reason` is `"unavailable"`.
             InvalidRequest, IdempotencyConflict, GroupNotFound: See `reserve`.
 
         Example:
@@ -417,25 +418,25 @@ class TokenLimits(Base):
     ) -> Callable[[Function], Function]:
         """Run each call of a function or generator inside a `generation`.
 
-        A generator reserves when it is first asked for an item. One that is closed before its end has ended abnormally
-        and is released: to charge for a part, use `generation` in its body, and `hold.used`.
+        A generator reserves when it is first asked for an item. Closing it early is an abnormal end, so its hold is
+        released: to charge for a part, use `generation` and `hold.used` in its body.
 
-        When only settling fails after the function returned, the error's `returned` is what it returned.
+        If only settling fails, the error's `returned` is what the function returned.
 
         Args:
             kind: What is generated, like `"image"` or `"video"`.
-            user: The name of the parameter that is the user's id, or a function of the same arguments that answers it.
-            cost: The most that a call may take from the limits, or a function of the same arguments that answers it.
-            ttl: For how many seconds it holds, up to 30 days: longer than the work takes at worst.
+            user: The name of the parameter that is the user's id, or a function of the same arguments that returns it.
+            cost: The most that a call may take from the limits, or a function of the same arguments that returns it.
+            ttl: Seconds until the hold expires, up to 30 days; allow for the longest that the work can take.
             idempotency_key: The name of the parameter that is the job's own id, or a function of the same arguments
-                that answers it.
-            group_id: Which of the user's groups pays; without it the first that has room, by priority.
+                that returns it.
+            group_id: Which of the user's groups pays; by default the first that has room, by priority.
             metadata: A JSON object that is kept with the usage, at most 8 kB.
 
         Raises:
             ConfigurationError: When decorated: the function has no such parameter, or is async.
             InvalidRequest: When decorated: an argument can't be valid.
-            GenerationDenied: When called, and what else `generation` raises.
+            GenerationDenied: When called; so is whatever else `generation` raises.
 
         Example:
             >>> @limits.limited("image", user="user_id", cost=lambda prompt, **_: len(prompt.split()))
@@ -455,7 +456,7 @@ class TokenLimits(Base):
     def close(self) -> None:
         """Close the connections that were made here; a client that you passed in stays open.
 
-        Calls that travel together have their answers first.
+        Calls that are queued or under way together get their results first.
 
         Example:
             >>> limits.close()
@@ -530,11 +531,11 @@ def track_generation(
         cost: How much it takes from the limits.
         idempotency_key: The job's own id: a repeated call charges once.
         group_id: Which of the user's groups pays.
-        metadata: A JSON object that is kept with the usage.
+        metadata: A JSON object that is kept with the usage, at most 8 kB.
         client: A `TokenLimits` or a Supabase client; made from the environment on first use if None.
 
     Returns:
-        Whether it is allowed, what remains, and when it resets. It is true when allowed.
+        Whether it is allowed, what remains, and when it resets. Truthy when allowed.
 
     Example:
         >>> result = track_generation(user_id, "image")

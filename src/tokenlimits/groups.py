@@ -49,7 +49,7 @@ class GroupManager(Base):
     Args:
         client: A `supabase.Client` with the secret key, or with the session of an admin. It stays yours.
             Without one, see `from_env`.
-        timeout: Seconds for one call, with all its retries.
+        timeout: Seconds for one call, including its retries.
         schema: Where tokenlimits is installed, if not in public; by default what `TOKENLIMITS_SCHEMA` in the
             environment or `.env` says on first use. Which schema the client itself uses doesn't matter.
 
@@ -70,7 +70,7 @@ class GroupManager(Base):
         """Make one for `SUPABASE_URL` and `SUPABASE_SECRET_KEY` (or `SUPABASE_SERVICE_ROLE_KEY`), read on first use.
 
         Args:
-            timeout: Seconds for one call, with all its retries.
+            timeout: Seconds for one call, including its retries.
             schema: See the class.
 
         Raises:
@@ -100,7 +100,7 @@ class GroupManager(Base):
             limits: A list of `Limit`, or the shorthand `{"image": 100}` for lifetime pools.
             priority: A user's groups are tried from high to low.
             timezone: An IANA name, in which the calendar periods begin.
-            is_default: Judges users who are in no group at all; the group that was the default is not any more.
+            is_default: Users who are in no group have this group's limits. It replaces the previous default.
             id: An id of your choice, which no group has ever had; without it, one is made up.
 
         Raises:
@@ -136,7 +136,7 @@ class GroupManager(Base):
     ) -> Group:
         """Change what is not None of a group.
 
-        Another time zone makes every period begin at another moment: usage is counted afresh from the ledger.
+        Another time zone moves the beginning of every period: usage is counted afresh from the ledger.
 
         Args:
             group_id: Which group.
@@ -144,7 +144,7 @@ class GroupManager(Base):
             description: For people, at most 2,000 characters.
             priority: A user's groups are tried from high to low.
             timezone: An IANA name, in which the calendar periods begin.
-            is_default: Judges users who are in no group at all; the group that was the default is not any more.
+            is_default: Users who are in no group have this group's limits. It replaces the previous default.
 
         Raises:
             GroupExists: Another group has the name.
@@ -165,7 +165,7 @@ class GroupManager(Base):
         )
 
     def set_limits(self, group_id: UUID | str, limits: Limits) -> Group:
-        """Replace a group's whole set of limits, in one step; those that stay the same keep what is used.
+        """Replace a group's whole set of limits, in one step; those that stay keep their usage.
 
         Args:
             group_id: Which group.
@@ -182,7 +182,7 @@ class GroupManager(Base):
 
         Args:
             group_id: Which group.
-            limit: The limit; one that is new counts what was already used in its current period.
+            limit: The limit; a new one counts what was already used in its current period.
 
         Example:
             >>> groups.set_limit(team.id, Limit(kind="video", max=None)).limits[-1].max is None
@@ -266,7 +266,7 @@ class GroupManager(Base):
             user_id: Which user.
 
         Returns:
-            False when the user was a member already.
+            False if the user already was a member.
 
         Raises:
             UnknownUser: `auth.users` has no such user.
@@ -285,7 +285,7 @@ class GroupManager(Base):
             user_id: Which user.
 
         Returns:
-            False when the user was no member.
+            False if the user wasn't a member.
 
         Example:
             >>> groups.remove_member(team.id, user_id)
@@ -302,7 +302,7 @@ class GroupManager(Base):
             to: The group that they join, if they are not in it yet.
 
         Returns:
-            False, with nothing changed, when the user was not in `from_`.
+            False, with nothing changed, if the user wasn't in `from_`.
 
         Example:
             >>> groups.move_member(user_id, from_=team.id, to=team.id)
@@ -313,15 +313,15 @@ class GroupManager(Base):
     def add_members(
         self, group_id: UUID | str, user_ids: Iterable[UUID | str], *, on_progress: OnProgress | None = None
     ) -> BulkResult:
-        """Add any number of users to a group, in parts of 5,000; one that is unknown doesn't stop the others.
+        """Add any number of users to a group, in batches of 5,000; unknown users don't stop the others.
 
         Args:
             group_id: Which group.
             user_ids: The users; repeated ids count once.
-            on_progress: Called after each part with how many are done, and of how many.
+            on_progress: Called after each batch with the number done and the total.
 
         Returns:
-            How many were added, how many were members already, and who was refused, with the reason.
+            How many were added, how many already were members, and who was refused and why.
 
         Example:
             >>> from uuid import uuid4
@@ -334,12 +334,12 @@ class GroupManager(Base):
     def remove_members(
         self, group_id: UUID | str, user_ids: Iterable[UUID | str], *, on_progress: OnProgress | None = None
     ) -> int:
-        """Remove any number of users from a group, in parts of 5,000; their usage stays.
+        """Remove any number of users from a group, in batches of 5,000; their usage stays.
 
         Args:
             group_id: Which group.
             user_ids: The users.
-            on_progress: Called after each part with how many are done, and of how many.
+            on_progress: Called after each batch with the number done and the total.
 
         Returns:
             How many were members.
@@ -378,10 +378,10 @@ class GroupManager(Base):
         return self._transport.send(_calls.find_users(email))
 
     def find_users_by_email(self, emails: Iterable[str]) -> Users:
-        """Find the users of any number of whole e-mail addresses, whatever their case, in parts of 5,000.
+        """Find the users of any number of whole e-mail addresses, whatever their case, in batches of 5,000.
 
         Args:
-            emails: The addresses; one that nobody has is left out.
+            emails: The addresses; those that nobody has are left out.
 
         Example:
             >>> groups.find_users_by_email(["nobody@nowhere.example"])
@@ -423,7 +423,7 @@ class GroupManager(Base):
 
         Args:
             group_id: Which group, whose time zone the buckets begin in; all groups, in UTC, when None.
-            kind: Of this kind alone.
+            kind: Only this kind.
             bucket: The step.
             since: From the bucket of this moment on, with a time zone; 30 days ago when None.
             until: Before this moment, to the quarter of an hour; up to now when None.
@@ -474,9 +474,9 @@ class GroupManager(Base):
         sum, whatever is recorded meanwhile; a group that was deleted has no name.
 
         Args:
-            group_id: Of this group alone; of all, also deleted ones, when None.
-            user_id: Of this user alone; not with a bucket, for there are no sums of single users.
-            kind: Of this kind alone.
+            group_id: Only this group; all groups, including deleted ones, when None.
+            user_id: Only this user; not with a bucket, as there are no sums of single users.
+            kind: Only this kind.
             since: From this moment on, with a time zone; from the beginning when None. Sums begin with its bucket.
             until: Before this moment; up to now when None. Sums end to the quarter of an hour.
             bucket: What each group used per kind and hour, day, week or month of its time zone (of a deleted one in
@@ -500,13 +500,13 @@ class GroupManager(Base):
         until: datetime | None = None,
         count: int = 10,
     ) -> TopMembers:
-        """Read who used most in a group, also of those who left it.
+        """Read who used the most in a group, including those who have left it.
 
-        It reads the ledger of that time, and takes as long as that is large.
+        It reads the ledger of that time, so it takes longer the more there is.
 
         Args:
             group_id: Which group.
-            kind: Of this kind alone; of all kinds together when None.
+            kind: Only this kind; all kinds together when None.
             since: From this moment on, with a time zone; 30 days ago when None.
             until: Before this moment; up to now when None.
             count: How many users, at most 1,000.
@@ -522,7 +522,7 @@ class GroupManager(Base):
 
         Args:
             group_id: Which group.
-            kind: Of this kind alone; of all when None.
+            kind: Only this kind; all when None.
 
         Returns:
             The moment from which usage counts.
@@ -534,16 +534,16 @@ class GroupManager(Base):
         return self._transport.send(_calls.reset_usage(group_id, kind))
 
     def refund(self, usage_id: UUID | str) -> TrackResult:
-        """Give back what a committed usage cost; the same again changes nothing.
+        """Give back what a committed usage cost; repeating it changes nothing.
 
         Args:
-            usage_id: Of the usage.
+            usage_id: The usage's.
 
         Returns:
             The usage, and what remains of the limits now.
 
         Raises:
-            InvalidRequest: It is a hold that was not committed yet.
+            InvalidRequest: It is a hold that isn't committed yet.
             UsageNotFound: There is no such usage.
             AlreadySettled: It was released, or has expired.
 
@@ -555,13 +555,13 @@ class GroupManager(Base):
         return self._transport.send(_settlements.refund(usage_id))
 
     def reconcile(self, group_id: UUID | str, *, since: datetime | None = None) -> Reconciliation:
-        """Count a group's usage again from the ledger, and mend what differs.
+        """Recount a group's usage from the ledger, and correct what differs.
 
-        Nobody can track for the group meanwhile, and it reads the group's whole ledger: name `since` for a long one.
+        Calls for the group wait meanwhile, and it reads the group's whole ledger: pass `since` if that is long.
 
         Args:
             group_id: Which group.
-            since: The history before it is not looked at; all of it when None.
+            since: History before it is ignored; None recounts all of it.
 
         Returns:
             What differed, as it was and as it is now.
@@ -573,13 +573,13 @@ class GroupManager(Base):
         return self._transport.send(_reports.reconcile(group_id, since))
 
     def drift(self, group_id: UUID | str, *, since: datetime | None = None) -> Reconciliation:
-        """Say where a group's counters and history differ from the ledger; nothing is changed, and nobody waits.
+        """Find where a group's counters and history differ from the ledger; changes and blocks nothing.
 
-        `reconcile` mends what it finds. Of a very large group it looks at some of the members.
+        `reconcile` corrects what it finds. In a very large group, it checks only some of the members.
 
         Args:
             group_id: Which group.
-            since: From when on the history is compared; the last day when None.
+            since: Compare history from this moment on; of the last day when None.
 
         Returns:
             What differs, as it is and as it should be.
