@@ -142,6 +142,10 @@ def test_a_comment_that_does_not_fit_is_refused(source: str) -> None:
         build_sync.sync_code(source)
 
 
+def test_what_is_checked_in_is_fresh() -> None:
+    assert build_sync.main(["--check"]) == 0
+
+
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     """Two sources, and what they were built to."""
