@@ -1,9 +1,11 @@
 # Everything runs in .venv, which any target makes first. It needs Python 3.11+ and make, nothing else:
-# PostgreSQL and Node come as Python packages.
+# PostgreSQL and Node come as Python packages. requirements-dev.txt pins all of them, with hashes.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+BIOME := tools/biome/node_modules
 
-.PHONY: help demo admin test test-all check format sql sync bench postgres15 clean
+.PHONY: help demo admin test test-all check hooks format sql sync bench docs lock dist sbom postgres15 clean
 
 help:
 	@echo 'make demo        run examples/quickstart.py on an embedded Supabase'
@@ -11,15 +13,25 @@ help:
 	@echo 'make test        the quick tests, on real servers, with the newest PostgreSQL'
 	@echo 'make test-all    all tests: every PostgreSQL at hand, and what takes long'
 	@echo 'make check       all linters and type checkers'
-	@echo 'make format      format Python and SQL'
+	@echo 'make hooks       let git run the linters before each commit'
+	@echo 'make format      format Python, SQL and JavaScript'
 	@echo 'make sql         rebuild sql/tokenlimits.sql and the newest migration from sql/schema/'
 	@echo 'make sync        rebuild the sync clients, client.py and groups.py, from the async ones'
+	@echo 'make docs        build the documentation, build/site/index.html'
 	@echo 'make bench       measure, and write benchmarks/RESULTS.md'
+	@echo 'make lock        pin what pyproject.toml asks for; UPGRADE=--upgrade takes the newest versions'
+	@echo 'make dist sbom   build the wheel, the sdist and the SBOM of a release'
 	@echo 'make postgres15  (Debian 12, as root) install PostgreSQL 15, which the tests then use beside 16, 17 and 18'
 
-.venv/.ready: pyproject.toml constraints.txt
+.venv/.ready: pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --require-hashes --requirement requirements-dev.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+# npm is in .venv, too.
+$(BIOME)/.ready: .venv/.ready tools/biome/package-lock.json
+	cd tools/biome && PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 	touch $@
 
 demo: .venv/.ready
@@ -37,7 +49,7 @@ test: .venv/.ready
 test-all: .venv/.ready
 	$(PYTEST)
 
-check: .venv/.ready
+check: .venv/.ready $(BIOME)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -46,11 +58,18 @@ check: .venv/.ready
 	$(BIN)/python tools/build_sync.py --check
 	$(BIN)/sqlfluff lint --processes 0 sql
 	$(BIN)/squawk sql/tokenlimits.sql sql/migrations/*.sql sql/uninstall.sql
+	$(BIN)/djlint --lint --quiet src/tokenlimits/web
+	$(BIOME)/.bin/biome check --error-on-warnings
+	$(BIN)/zizmor --offline --quiet --strict-collection .github
 
-format: .venv/.ready
+hooks: .venv/.ready $(BIOME)/.ready
+	$(BIN)/pre-commit install
+
+format: .venv/.ready $(BIOME)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/sqlfluff fix sql/schema sql/uninstall.sql
+	$(BIOME)/.bin/biome check --write
 
 sql: .venv/.ready
 	$(BIN)/python tools/build_sql.py
@@ -58,12 +77,36 @@ sql: .venv/.ready
 sync: .venv/.ready
 	$(BIN)/python tools/build_sync.py
 
+docs: .venv/.ready
+	$(BIN)/python tools/build_reference.py
+	$(BIN)/zensical build --strict --clean
+
 bench: .venv/.ready
 	$(BIN)/python -m benchmarks
+
+# Versions stay as they are, but for UPGRADE=--upgrade or UPGRADE=--upgrade-package=NAME.
+lock: .venv/.ready
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes $(UPGRADE) \
+	  pyproject.toml --output-file requirements-dev.txt
+
+dist: .venv/.ready
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+# What users install: the wheel with its extras, in the versions that it was tested with.
+sbom: dist
+	rm -rf build/sbom
+	$(PYTHON) -m venv --without-pip build/sbom
+	$(BIN)/uv pip compile --quiet --extra cli --extra local --extra web --generate-hashes \
+	  --constraint requirements-dev.txt pyproject.toml --output-file build/sbom/requirements.txt
+	$(BIN)/uv pip install --quiet --python build/sbom --require-hashes --requirement build/sbom/requirements.txt
+	$(BIN)/uv pip install --quiet --python build/sbom --no-deps dist/*.whl
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible \
+	  --output-file build/sbom.cdx.json build/sbom
 
 postgres15:
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends postgresql-15 postgresql-15-plpgsql-check
 
 clean:
-	rm -rf .venv dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(BIOME) dist build .pytest_cache .ruff_cache .hypothesis

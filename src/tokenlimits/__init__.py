@@ -1,5 +1,7 @@
 """Exact limits on AI generations for users and groups, on top of Supabase."""
 
+from importlib.metadata import version as _version
+
 from ._arguments import OnUnavailable
 from ._hold import Hold
 from .async_client import AsyncTokenLimits, atrack_generation
@@ -54,7 +56,7 @@ from .models import (
     UserLimit,
 )
 
-__version__ = "0.1.0"
+__version__ = _version("tokenlimits")
 
 __all__ = [
     "AccessDenied",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import sysconfig
 import textwrap
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from email.message import Message
@@ -17,7 +19,10 @@ from venv import EnvBuilder
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAME = "tokenlimits-0.1.0"
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+NAME = f"tokenlimits-{VERSION}"
+# as if GitHub's release workflow did it
+REPOSITORY = {"GITHUB_SERVER_URL": "https://git.example", "GITHUB_REPOSITORY": "ann/limits", "GITHUB_REF_NAME": "v1"}
 # what nothing else would miss until somebody installs the package
 MUST_HAVE = {
     "tokenlimits/py.typed",
@@ -33,8 +38,9 @@ MUST_HAVE = {
 }
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    environment = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -42,7 +48,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", directory, ROOT, cwd=directory)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", directory, ROOT, cwd=directory, **REPOSITORY)
     assert {file.name for file in directory.iterdir()} == {f"{NAME}.tar.gz", f"{NAME}-py3-none-any.whl"}
     return directory / f"{NAME}-py3-none-any.whl"
 
@@ -81,8 +87,15 @@ class TestTheWheel:
         assert "Typing :: Typed" in about.get_all("Classifier", [])
         needed = [line for line in about.get_all("Requires-Dist", []) if "extra ==" not in line]
         names = sorted(re.split(r"[<>=]", line)[0] for line in needed)
-        assert names == ["httpx", "postgrest", "pydantic", "pydantic-settings", "supabase", "tenacity"]
+        assert names == ["httpcore", "httpx", "postgrest", "pydantic", "pydantic-settings", "supabase", "tenacity"]
         assert str(about.get_payload()).strip().startswith("# tokenlimits")
+
+    def test_says_where_it_comes_from(self, wheel: Path) -> None:
+        with zipfile.ZipFile(wheel) as archive:
+            about: Message = Parser().parsestr(archive.read(f"{NAME}.dist-info/METADATA").decode())
+        urls = dict(line.split(", ") for line in about.get_all("Project-URL", []))
+        assert urls["Source"] == "https://git.example/ann/limits"
+        assert urls["Changelog"] == "https://git.example/ann/limits/blob/v1/CHANGELOG.md"
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +125,9 @@ def test_it_works_where_it_is_installed(python: Path, tmp_path: Path) -> None:
         site = Path(sys.prefix).resolve()
         assert Path(tokenlimits.__file__).resolve().is_relative_to(site), tokenlimits.__file__
         assert version("tokenlimits") == tokenlimits.__version__
-        assert migrations()
-        assert all(Path(str(file)).resolve().is_relative_to(site) for file in migrations())
+        shipped = Path(tokenlimits.__file__).parent / "sql"
+        assert one_paste() == (shipped / "tokenlimits.sql").read_text(encoding="utf-8")
+        assert [file.name for file in migrations()] == sorted(path.name for path in (shipped / "migrations").iterdir())
         assert "create or replace function public.track_generation" in one_paste()
 
         with LocalStack() as stack:
