@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,9 +55,10 @@ def test_without_a_command_it_explains_itself(nowhere: Program) -> None:
 
 
 def test_version(nowhere: Program) -> None:
-    assert nowhere("--version").stdout == "tokenlimits 0.1.0\n"
+    expected = f"tokenlimits {version('tokenlimits')}\n"
+    assert nowhere("--version").stdout == expected
     script = Path(sys.executable).with_name("tokenlimits")
-    assert subprocess.run([script, "--version"], capture_output=True, check=True).stdout == b"tokenlimits 0.1.0\n"
+    assert subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout == expected
 
 
 @pytest.mark.parametrize(
