@@ -93,6 +93,12 @@ class Newer(Program):
         return done
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_above(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A project is looked for upwards, as far as a repository goes."""
+    tmp_path_factory.getbasetemp().joinpath(".git").mkdir(exist_ok=True)
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[PostgresServer]:
     with PostgresServer(servers()["18"]) as server:

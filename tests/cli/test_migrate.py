@@ -10,10 +10,10 @@ import pytest
 
 from tokenlimits.sql_files import migrations, uninstall
 
+from .conftest import Newer, Program
+
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from .conftest import Newer, Program
 
 NAMES = [migration.name for migration in migrations()]
 # what the advisory lock of `migrate` is
@@ -37,6 +37,12 @@ def history(url: str) -> list[tuple[object, ...]]:
     return ask(
         url, "select version, name, cardinality(statements) from supabase_migrations.schema_migrations order by 1"
     )
+
+
+def started(program: Program, *arguments: str) -> subprocess.Popen[bytes]:
+    command = program.command(*arguments)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=program.directory, env=program.environment, stdout=pipe, stderr=pipe)
 
 
 def make_project(directory: Path) -> Path:
@@ -97,6 +103,28 @@ class TestApplies:
         found = ask(hosted, "select relrowsecurity from pg_class where oid = 'public.user_groups'::regclass")
         assert found == [(False,)]
 
+    @pytest.mark.parametrize("comment", ["null", "'of the app'"])
+    def test_beside_a_function_of_the_project_of_the_same_name(
+        self, nowhere: Program, hosted: str, comment: str
+    ) -> None:
+        own = "app.tokenlimits_version()"
+        ask(hosted, f"create schema app; create function {own} returns integer language sql return 1")
+        ask(hosted, f"comment on function {own} is {comment}")
+        nowhere("migrate", "--db-url", hosted)
+        assert where(hosted) == ["public"]
+        assert "Nothing is pending" in nowhere("migrate", "--db-url", hosted).stdout
+
+    @pytest.mark.parametrize("options", [[], ["--reapply"]])
+    def test_in_one_transaction_with_the_history(self, nowhere: Program, hosted: str, options: list[str]) -> None:
+        """Whatever begin and commit are in the files."""
+        make_project(nowhere.directory)
+        assert all("\nbegin;\n" in each.text and "\ncommit;\n" in each.text for each in migrations())
+        ask(hosted, "create schema supabase_migrations")
+        ask(hosted, "create table supabase_migrations.schema_migrations (version text check (false))")
+        says = nowhere.fails("migrate", *options, "--db-url", hosted)
+        assert "PostgreSQL refused (23514)" in says
+        assert where(hosted) == []
+
 
 class TestRefuses:
     def test_names_that_are_taken(self, nowhere: Program, hosted: str) -> None:
@@ -105,7 +133,7 @@ class TestRefuses:
         for options in ([], ["--reapply"]):
             says = nowhere.fails("migrate", "--db-url", hosted, *options)
             assert "public.user_groups" in says
-            assert "--schema limits" in says
+            assert "--schema" in says
             assert "Nothing was changed" in says
         assert where(hosted) == []
         assert not files.exists()
@@ -129,6 +157,18 @@ class TestRefuses:
         assert "TOKENLIMITS_SCHEMA" in says
         assert where(hosted) == ["limits"]
         assert not files.exists()
+
+    @pytest.mark.parametrize("options", [[], ["--check"], ["--reapply"]])
+    @pytest.mark.parametrize(("there", "asked"), [("limits", "public"), ("public", "limits")])
+    def test_a_schema_beside_that_of_the_files(
+        self, nowhere: Program, hosted: str, there: str, asked: str, options: list[str]
+    ) -> None:
+        """The next `supabase db reset` would install it in the other one."""
+        nowhere("init", "--schema", there)
+        says = nowhere.fails("migrate", "--schema", asked, *options, "--db-url", hosted)
+        assert f"supabase/migrations/{NAMES[0]} is for schema {there}; pass --schema {there}" in says
+        assert where(hosted) == []
+        assert ask(hosted, "select to_regnamespace('supabase_migrations')") == [(None,)]
 
     def test_to_check_and_to_apply_again(self, nowhere: Program) -> None:
         assert "--reapply" in nowhere.fails("migrate", "--check", "--reapply", "--db-url", "postgresql://x", status=2)
@@ -173,11 +213,47 @@ class TestFiles:
     def test_of_others_are_left_alone(self, nowhere: Program, hosted: str) -> None:
         files = make_project(nowhere.directory)
         files.mkdir()
-        files.joinpath(NAMES[0]).write_text("-- ours")
-        done = nowhere("migrate", "--db-url", hosted)
-        assert "left alone" in done.stderr
-        assert files.joinpath(NAMES[0]).read_text() == "-- ours"
+        ours = "create or replace function app.own() returns integer language sql return 1;\n"
+        files.joinpath(NAMES[0]).write_text(ours)
+        with psycopg.connect(hosted) as holder, started(nowhere, "migrate", "--db-url", hosted) as process:
+            holder.execute(LOCK)
+            assert process.stderr is not None
+            # before anything is applied
+            assert b"left alone" in process.stderr.readline()
+            assert where(hosted) == []
+            holder.rollback()
+            assert process.wait(60) == 0
+            assert process.stderr.read() == b""
+        assert files.joinpath(NAMES[0]).read_text() == ours
         assert where(hosted) == ["public"]
+
+    @pytest.mark.parametrize("below", ["supabase", "supabase/functions", "apps/web"])
+    def test_go_to_the_project_that_it_is_run_in(self, nowhere: Program, hosted: str, below: str) -> None:
+        project = nowhere.directory
+        make_project(project)
+        directory = project / below
+        directory.mkdir(parents=True, exist_ok=True)
+        said = Program(directory, {})("migrate", "--db-url", hosted).stderr
+        assert "supabase db push" in said
+        assert "no Supabase project" not in said
+        assert [path.name for path in sorted(project.joinpath("supabase", "migrations").iterdir())] == NAMES
+        assert not directory.joinpath("supabase").exists()
+
+    def test_go_to_the_configured_project_above(self, nowhere: Program, hosted: str) -> None:
+        """As Supabase's command line does: it is the configuration that makes a project."""
+        make_project(nowhere.directory)
+        directory = nowhere.directory / "below"
+        directory.joinpath("supabase", "migrations").mkdir(parents=True)
+        Program(directory, {})("migrate", "--db-url", hosted)
+        assert list(directory.joinpath("supabase", "migrations").iterdir()) == []
+        assert len(list(nowhere.directory.joinpath("supabase", "migrations").iterdir())) == len(NAMES)
+
+    def test_do_not_leave_the_repository(self, nowhere: Program, hosted: str) -> None:
+        make_project(nowhere.directory)
+        repository = nowhere.directory / "another"
+        repository.joinpath(".git").mkdir(parents=True)
+        assert "no Supabase project here" in Program(repository, {})("migrate", "--db-url", hosted).stderr
+        assert not nowhere.directory.joinpath("supabase", "migrations").exists()
 
     def test_that_can_not_be_written_stop_it(self, nowhere: Program, hosted: str) -> None:
         nowhere.directory.joinpath("taken").write_text("a file")
@@ -187,13 +263,8 @@ class TestFiles:
 
     @pytest.mark.parametrize("options", [[], ["--reapply"]])
     def test_are_spoken_of_before_where_no_project_is(self, nowhere: Program, hosted: str, options: list[str]) -> None:
-        command = nowhere.command("migrate", "--schema", "limits", "--db-url", hosted, *options)
-        with (
-            psycopg.connect(hosted) as holder,
-            subprocess.Popen(
-                command, cwd=nowhere.directory, env=nowhere.environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-            ) as process,
-        ):
+        command = ["migrate", "--schema", "limits", "--db-url", hosted, *options]
+        with psycopg.connect(hosted) as holder, started(nowhere, *command) as process:
             holder.execute(LOCK)
             assert process.stderr is not None
             said = process.stderr.readline()

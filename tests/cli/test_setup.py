@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from tokenlimits.sql_files import migrations, one_paste, uninstall
 
-if TYPE_CHECKING:
-    from .conftest import Newer, Program
+from .conftest import Newer, Program
 
 NAMES = [migration.name for migration in migrations()]
 
@@ -84,8 +82,16 @@ class TestInit:
         for directory in ("limits", "by_name"):
             paths = sorted(nowhere.directory.joinpath(directory).iterdir())
             assert [path.read_text() for path in paths] == [m.text for m in migrations("limits")]
-        # in one history they are the same versions
-        assert "differs" in nowhere("init", "--dir", "limits").stdout
+
+    @pytest.mark.parametrize(("there", "asked"), [("limits", "public"), ("public", "limits"), ("public", "quotas")])
+    def test_refuses_those_of_another_schema(self, newer: Newer, there: str, asked: str) -> None:
+        """In one history they are the same versions, and a later one of another schema would not fit."""
+        directory = newer.directory / "supabase" / "migrations"
+        Program(newer.directory, {})("init", "--schema", there)
+        before = {path.name: path.read_text() for path in directory.iterdir()}
+        says = newer("init", "--schema", asked, status=1).stderr
+        assert f"supabase/migrations/{NAMES[0]} is for schema {there}; pass --schema {there}" in says
+        assert {path.name: path.read_text() for path in directory.iterdir()} == before
 
     def test_copies_a_later_migration_beside_the_earlier(self, nowhere: Program, newer: Newer) -> None:
         nowhere("init")
@@ -99,6 +105,16 @@ class TestInit:
         directory.mkdir()
         directory.joinpath("29991231000000_yours.sql").write_text("select 1")
         assert "--include-all" in nowhere("init", "--dir", "db").stderr
+
+    def test_finds_the_project_that_it_is_in(self, nowhere: Program) -> None:
+        project = nowhere.directory
+        below = project / "apps" / "web"
+        below.mkdir(parents=True)
+        project.joinpath("supabase").mkdir()
+        project.joinpath("supabase", "config.toml").write_text('project_id = "here"\n')
+        assert f"../../supabase/migrations/{NAMES[0]}" in Program(below, {})("init").stdout
+        assert [path.name for path in sorted(project.joinpath("supabase", "migrations").iterdir())] == NAMES
+        assert list(below.iterdir()) == []
 
     def test_where_it_may_not_write(self, nowhere: Program) -> None:
         Path(nowhere.directory, "supabase").write_text("a file")

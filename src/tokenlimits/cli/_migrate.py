@@ -16,7 +16,7 @@ from tokenlimits.sql_files import SqlFile, migrations, one_paste
 
 from ._database import Connection, connect, refusal
 from ._options import AsJson, DatabaseUrl, Schema, find_schema
-from ._setup import MIGRATIONS, copy, version_of, warn_of_difference
+from ._setup import compare, copy, find_migrations, version_of
 from ._terminal import Misunderstood, Problem, note, print_json, say
 
 # as the Supabase CLI makes it
@@ -33,7 +33,10 @@ _INSTALLED = """
 select n.nspname
 from pg_catalog.pg_proc as p
 inner join pg_catalog.pg_namespace as n on n.oid = p.pronamespace
-where p.proname = 'tokenlimits_version' and n.nspname <> 'tokenlimits'
+where
+  p.proname = 'tokenlimits_version' and n.nspname <> 'tokenlimits'
+  -- a project may have a function of that name; ours says so in its comment
+  and pg_catalog.obj_description(p.oid, 'pg_proc') like 'tokenlimits:%'
 """
 
 
@@ -50,7 +53,7 @@ def migrate(
         Path | None,
         typer.Option(
             "--dir",
-            help="Where your project's migrations are. Without it, supabase/migrations where a project is.",
+            help="Where your project's migrations are. Without it, supabase/migrations of the project that you are in.",
             file_okay=False,
             show_default=False,
         ),
@@ -79,10 +82,13 @@ def migrate(
     where = find_schema(schema)
     with connect(db_url) as connection:
         todo = pending(connection, where)
+        folder = directory or find_migrations()
         _require_installed(connection, where, recorded=len(todo) < len(migrations(where)), reapply=reapply)
+        if folder is not None:
+            compare(folder, where)
         states = ["pending"] if check else ["applied", "reapplied"] if reapply else ["applied"]
         done: dict[str, list[str]] = {state: [] for state in states}
-        for state, migration in _steps(connection, where, todo, directory, check=check, reapply=reapply):
+        for state, migration in _steps(connection, where, todo, folder, check=check, reapply=reapply):
             done[state].append(migration.name)
             if not as_json:
                 say(f"{state}  {migration.name}")
@@ -125,7 +131,7 @@ def _steps(
     connection: Connection,
     schema: str,
     todo: list[SqlFile],
-    directory: Path | None,
+    folder: Path | None,
     *,
     check: bool,
     reapply: bool,
@@ -133,7 +139,6 @@ def _steps(
     if check:
         yield from (("pending", migration) for migration in todo)
         return
-    folder = _folder(directory)
     if folder is None and (todo or reapply):
         _explain_files(schema)
     if reapply:
@@ -152,8 +157,7 @@ def _reapply(connection: Connection, schema: str, folder: Path | None) -> Iterat
     """Apply the one paste, which is made to be applied over every version, and then what the history lacks."""
     with _transaction(connection, "it"):
         lacking = pending(connection, schema)
-        # it would end the transaction, in which the history is written too
-        connection.execute(re.sub(r"^(begin|commit);$", "", one_paste(schema), flags=re.MULTILINE).encode())
+        _execute(connection, one_paste(schema))
         for migration in migrations(schema):
             _apply(connection, migration, folder)
     for migration in migrations(schema):
@@ -186,17 +190,15 @@ def _apply(connection: Connection, migration: SqlFile, folder: Path | None) -> N
     """Apply and record a migration unless the history has it. Its file is written before all is committed."""
     version = version_of(migration.name)
     if version not in _applied(connection):
-        connection.execute(migration.text.encode())
+        _execute(connection, migration.text)
         name = migration.name.removesuffix(".sql").partition("_")[2]
         connection.execute(_RECORD, [version, name, [migration.text]])
     _keep(migration, folder)
 
 
-def _folder(given: Path | None) -> Path | None:
-    """Find where the project's migrations go; None where there is no project."""
-    project = MIGRATIONS.parent
-    is_project = MIGRATIONS.is_dir() or any((project / f"config.{kind}").is_file() for kind in ("toml", "json"))
-    return given or (MIGRATIONS if is_project else None)
+def _execute(connection: Connection, sql: str) -> None:
+    # its own commit would end the transaction in which the history is written too
+    connection.execute(re.sub(r"^(begin|commit);$", "", sql, flags=re.MULTILINE).encode())
 
 
 def _keep(migration: SqlFile, folder: Path | None) -> None:
@@ -206,8 +208,6 @@ def _keep(migration: SqlFile, folder: Path | None) -> None:
     state, path = copy(migration, folder)
     if state == "new":
         note(f"Wrote {path}: your next `supabase db push` needs it.")
-    elif state == "differs":
-        warn_of_difference(path)
 
 
 def _explain_files(schema: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,10 +14,14 @@ import typer
 from tokenlimits.sql_files import SqlFile, migrations, one_paste, uninstall
 
 from ._options import Schema, find_schema
-from ._terminal import note, say
+from ._terminal import Problem, note, say
 
 MIGRATIONS = Path("supabase", "migrations")
-"""Where Supabase's own command line looks for them."""
+"""Where Supabase's own command line looks for them, in the project's directory."""
+
+_CONFIGS = ("toml", "json")
+_HEADER = "-- tokenlimits:"
+_OF_SCHEMA = re.compile(r'^create or replace function "?(?!tokenlimits\b)(\w+)"?\.\w+\(', re.MULTILINE)
 
 
 def register(app: typer.Typer) -> None:
@@ -42,22 +48,66 @@ def sql(
 def init(
     *,
     directory: Annotated[
-        Path, typer.Option("--dir", help="Where your project's migrations are.", file_okay=False)
-    ] = MIGRATIONS,
+        Path | None,
+        typer.Option(
+            "--dir",
+            help="Where your project's migrations are. Without it, supabase/migrations of the project that you are in, "
+            "or here.",
+            file_okay=False,
+            show_default=False,
+        ),
+    ] = None,
     schema: Schema = None,
 ) -> None:
     """Copy the missing migrations into your project.
 
     They go into supabase/migrations, where `supabase db push` finds them.
     """
-    ours = migrations(find_schema(schema))
-    earlier = set(_present(directory))
+    where = find_schema(schema)
+    ours = migrations(where)
+    folder = directory or find_migrations() or MIGRATIONS
+    compare(folder, where)
+    earlier = set(_present(folder))
     for migration in ours:
-        state, path = copy(migration, directory)
+        state, path = copy(migration, folder)
         say(f"{state:<7}  {path}", style="yellow" if state == "differs" else "")
-        if state == "differs":
-            warn_of_difference(path)
     _explain_order(earlier, {version_of(migration.name) for migration in ours})
+
+
+def find_migrations() -> Path | None:
+    """Find where the migrations of the project go that we are in, here or above; None where there is no project."""
+    here = Path.cwd()
+    above = list(_within_repository(here))
+    # as Supabase's command line does, which takes the directory of a configuration however far above it is
+    configured = (each for each in above if any((each / "supabase" / f"config.{kind}").is_file() for kind in _CONFIGS))
+    used = (each for each in above if (each / MIGRATIONS).is_dir())
+    project = next(configured, None) or next(used, None)
+    return None if project is None else Path(os.path.relpath(project / MIGRATIONS, here))
+
+
+def _within_repository(here: Path) -> Iterator[Path]:
+    for each in (here, *here.parents):
+        yield each
+        if (each / ".git").exists():
+            return
+
+
+def compare(folder: Path, schema: str) -> None:
+    """Look at the files of our migrations that are there already.
+
+    Raises:
+        Problem: One is for another schema.
+    """
+    present = _present(folder)
+    for migration in migrations(schema):
+        path = present.get(version_of(migration.name))
+        if path is None or path.read_bytes() == migration.text.encode():
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        other = _OF_SCHEMA.search(text) if text.startswith(_HEADER) else None
+        if other and other[1] != schema:
+            raise Problem(f"{path} is for schema {other[1]}; pass --schema {other[1]}. Nothing was changed.")
+        _warn_of_difference(path)
 
 
 def copy(migration: SqlFile, directory: Path) -> tuple[Literal["new", "present", "differs"], Path]:
@@ -72,10 +122,10 @@ def copy(migration: SqlFile, directory: Path) -> tuple[Literal["new", "present",
     return "new", path
 
 
-def warn_of_difference(path: Path) -> None:
+def _warn_of_difference(path: Path) -> None:
     """Say that a file is not what this package would write."""
     note(
-        f"{path} is not the migration of this package and schema; it was left alone. Move it away to have it written.",
+        f"{path} is not the migration of this package; it is left alone. Move it away to have it written.",
         style="yellow",
     )
 
