@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -15,6 +19,7 @@ import pytest
 from supabase import ClientOptions, create_client
 from tests.conftest import ROOT
 from tests.sql.test_security import FUNCTIONS
+from tests.support.postgres import servers
 
 from tokenlimits import GroupManager, Limit, TokenLimits
 from tokenlimits.cli._expected import POLICIES, expected
@@ -24,13 +29,37 @@ from .conftest import Newer, Program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.support.postgres import PostgresServer
 
 INSTALL = (ROOT / "sql" / "tokenlimits.sql").read_text(encoding="utf-8")
 UNINSTALL = (ROOT / "sql" / "uninstall.sql").read_text(encoding="utf-8")
 IS_ADMIN = "create or replace function tokenlimits.is_admin() returns boolean language sql stable as $$ select {} $$"
+ADOPT = "set tokenlimits.adopt = 'yes'"
+UNCOMMENTED = """
+do $do$
+declare
+  v_object text;
+begin
+  for v_object in
+    select format('function %s', p.oid::regprocedure)
+    from pg_proc as p
+    where p.pronamespace in ('public'::regnamespace, 'tokenlimits'::regnamespace)
+    union all
+    select format('table %s', c.oid::regclass)
+    from pg_class as c
+    where c.relkind = 'r' and c.relnamespace in ('public'::regnamespace, 'tokenlimits'::regnamespace)
+  loop
+    execute format('comment on %s is null', v_object);
+  end loop;
+  comment on schema tokenlimits is null;
+end
+$do$
+"""
+DESCRIBED = """
+create or replace function public.tokenlimits_diagnosis() returns jsonb language sql
+set search_path = pg_catalog, pg_temp as $$ select (tokenlimits.tokenlimits_diagnosis() || '%s'::jsonb) %s $$
+"""
 CLOCK = """
 create or replace function tokenlimits.clock() returns timestamptz language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$ begin return clock_timestamp(){}; end $$
@@ -150,6 +179,38 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
         "version 0",
     ),
     "a function is gone": ("drop function public.check_generation", "", "functions", "check_generation"),
+    "a function that no probe calls is gone": (
+        "drop function public.commit_generation",
+        "",
+        "functions",
+        "The database has no commit_generation.",
+    ),
+    "a function has lost its mark": (
+        "comment on function public.commit_generation is 'of mine'",
+        ADOPT,
+        "marks",
+        "commit_generation, as after a restore without comments",
+    ),
+    "a table has lost its mark": ("comment on table public.user_groups is null", ADOPT, "marks", "user_groups"),
+    "all comments are lost": (UNCOMMENTED, ADOPT, "marks", "and 3"),
+    "all comments and rights are lost": (
+        f"{UNCOMMENTED}; grant execute on all functions in schema public to anon",
+        ADOPT,
+        "rights",
+        "to anon",
+    ),
+    "it describes itself with a null": (
+        DESCRIBED % ('{"functions": null}', ""),
+        "",
+        "database",
+        "can't be judged by what it says of itself: functions",
+    ),
+    "it describes itself with less": (
+        DESCRIBED % ("{}", "- 'unmarked' - 'triggers'"),
+        "",
+        "database",
+        "triggers, unmarked",
+    ),
     "a function is closed": (
         "revoke execute on function public.track_generation from service_role",
         "",
@@ -279,6 +340,36 @@ def test_what_is_wrong_in_the_database(patient: Program, clinic: tuple[LocalStac
         restore(clinic)
 
 
+def test_a_newer_version_that_describes_itself_otherwise(patient: Program, clinic: tuple[LocalStack, str]) -> None:
+    for changed, level in (("", "warning"), (', "triggers": null', "error")):
+        newer = DESCRIBED % (f'{{"version": 99{changed}}}', "- 'unmarked'")
+        with planted(clinic[1], newer, INSTALL):
+            found = findings(patient)
+        assert found["database"][0] == level, found
+        assert "unmarked" in found["database"][1]
+
+
+def test_what_was_restored_without_comments_is_taken_over_again(
+    patient: Program, clinic: tuple[LocalStack, str]
+) -> None:
+    """As the remedy says."""
+    with planted(clinic[1], UNCOMMENTED, f"{ADOPT};\n{INSTALL}"):
+        report = json.loads(patient("doctor", "--json", status=1).stdout)["findings"]
+        (marks,) = [each for each in report if each["check"] == "marks"]
+        assert marks["level"] == "error"
+        command = marks["remedy"][marks["remedy"].index("(echo") :]
+        path = os.pathsep.join([str(servers()["18"]), str(Path(sys.executable).parent), os.environ["PATH"]])
+        done = subprocess.run(
+            ["bash", "-c", command.replace("psql", "psql --quiet --set ON_ERROR_STOP=1")],
+            check=False,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PATH": path, "DATABASE_URL": clinic[1]},
+        )
+        assert (done.returncode, "ERROR" in done.stderr) == (0, False), done.stderr
+        assert findings(patient) == {}
+
+
 LEDGER = """
 insert into public.generation_usage (id, group_id, user_id, kind, cost, status, created_at)
 select gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), 'bloat', 1, 'committed', now()
@@ -405,6 +496,18 @@ class TestElsewhere:
     def test_all_is_well(self, guest: Program, elsewhere: tuple[LocalStack, str]) -> None:
         assert findings(guest, "--db-url", elsewhere[1]) == {}
         assert guest.json("doctor")["schema"] == "limits"
+
+    def test_all_is_well_by_the_option(self, guest: Program) -> None:
+        for environment in ({"TOKENLIMITS_SCHEMA": ""}, {"TOKENLIMITS_SCHEMA": "quotas"}):
+            assert findings(guest, "--schema", "limits", **environment) == {}
+        assert "not installed in the schema public" in findings(guest, "--schema", "public")["version"][1]
+
+    def test_what_lost_its_mark(self, guest: Program, elsewhere: tuple[LocalStack, str]) -> None:
+        comment = "comment on table limits.user_groups is {}"
+        with planted(elsewhere[1], comment.format("null"), comment.format("'tokenlimits: A group.'")):
+            found = self.found(guest)
+        assert found["check"] == "marks"
+        assert "tokenlimits sql --schema limits)" in found["remedy"]
 
     def test_where_it_is_not_looked_for(self, guest: Program) -> None:
         found = self.found(guest, TOKENLIMITS_SCHEMA="public")

@@ -66,7 +66,12 @@ def remote(url: str) -> str:
 def push(directory: Path, url: str) -> str:
     """Push what isn't there yet; return what it says of that."""
     done = supabase(directory, "db", "push", remote(url), "--yes")
+    assert complaints(done.stdout + done.stderr) == []
     return done.stdout + done.stderr
+
+
+def complaints(said: str) -> list[str]:
+    return [line for line in said.splitlines() if "WARN" in line or "ERROR" in line]
 
 
 def difference(directory: Path, before: str, after: str) -> str:
@@ -139,7 +144,7 @@ def test_a_reset_makes_it_again(nowhere: Program, new_hosted: Callable[[], str],
         nowhere("migrate", "--schema", home, "--db-url", url)
     use(used, home)
     said = supabase(nowhere.directory, "db", "reset", "--no-seed", remote(used), "--yes").stderr
-    assert [line for line in said.splitlines() if "WARN" in line or "ERROR" in line] == []
+    assert complaints(said) == []
     assert ask(used, f"count(*) from {home}.user_groups") == 0
     assert difference(nowhere.directory, fresh, used) == ""
     assert nowhere("migrate", "--schema", home, "--db-url", used).stdout == "Nothing is pending.\n"

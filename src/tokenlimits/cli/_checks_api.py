@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, Self, cast
 from urllib.parse import urlsplit
 
 import httpx
@@ -22,6 +22,7 @@ from ._expected import REAPPLY
 from ._findings import Finding, Findings, error, listed, ok, warning
 
 _KEY_NAMES = ("SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY")
+_SCHEMA_NAME = "TOKENLIMITS_SCHEMA"
 _SLOW = 1.0
 _WHERE = "Copy both from your project's API settings into the environment or .env."
 SECRET = "Set SUPABASE_SECRET_KEY to the project's secret key (sb_secret_…), and keep it on the server."  # noqa: S105
@@ -43,7 +44,13 @@ class Configuration(BaseSettings):
 
     url: str = Field("", validation_alias="SUPABASE_URL")
     key: SecretStr = Field(SecretStr(""), validation_alias=AliasChoices(*_KEY_NAMES))
-    schema_name: str = Field("public", validation_alias="TOKENLIMITS_SCHEMA")
+    schema_name: str = Field("public", validation_alias=_SCHEMA_NAME)
+
+    @classmethod
+    def load(cls, schema: str | None) -> Self:
+        """Read the environment and `.env`; a schema that is given wins."""
+        given: dict[str, Any] = {} if schema is None else {_SCHEMA_NAME: schema}
+        return cls(**given)
 
     @property
     def text_of_key(self) -> str:
@@ -205,7 +212,7 @@ def check_schema(answer: Answer, schema: str) -> Findings:
     if answer.is_not_exposed:
         yield error("schema", f"The API doesn't serve the schema {schema}.", HOW_TO_EXPOSE)
     elif answer.is_missing:
-        elsewhere = "Is it in another schema than public? Set TOKENLIMITS_SCHEMA."
+        elsewhere = "Is it in another schema than public? Set TOKENLIMITS_SCHEMA, or pass --schema."
         remedy = f"{REAPPLY} If you just did: notify pgrst, 'reload schema'."
         yield error(
             "version",
@@ -241,4 +248,4 @@ def check_functions(api: Api) -> Findings:
     if closed:
         yield error("functions", f"This key may not call {listed(closed)}.", f"{SECRET} {REAPPLY}")
     if not missing and not closed:
-        yield ok("functions", "The API serves them.")
+        yield ok("functions", "The API serves those that workers call.")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
-from pydantic import AwareDatetime, BaseModel
+from pydantic import AwareDatetime, BaseModel, ValidationError
 
 from tokenlimits import GroupManager, ServiceUnavailable
 from tokenlimits._calls import SCHEMA_VERSION
 
 from ._checks_storage import Storage, check_storage
-from ._expected import COLUMN_BY_COLUMN, POLICIES, REAPPLY, expected
+from ._expected import COLUMN_BY_COLUMN, POLICIES, REAPPLY, adopt, expected
 from ._findings import Finding, Findings, error, listed, ok, warning
 
 _MOST_GROUPS = 50
@@ -54,6 +54,7 @@ class Diagnosis(BaseModel):
     tables: dict[str, Table]
     policies: list[Policy]
     functions: dict[str, list[str]]
+    unmarked: list[str]
     private_schema_open: bool
     triggers: list[str]
     indexes: list[str]
@@ -82,7 +83,9 @@ def check_version(installed: int) -> Finding:
 
 def check_database(facts: Diagnosis, before: datetime, schema: str) -> Findings:
     """Judge the facts; `before` is when they were asked for, `schema` where tokenlimits is."""
+    yield _marks(facts.unmarked, schema)
     yield _tables(facts)
+    yield from _functions(facts)
     yield _policies(facts, schema)
     yield _rights(facts)
     yield _admin_rule(facts.is_admin)
@@ -93,6 +96,20 @@ def check_database(facts: Diagnosis, before: datetime, schema: str) -> Findings:
     yield _history(facts.groups_not_summed)
     yield _clocks(facts.at, before)
     yield from _people(facts)
+
+
+def _marks(unmarked: Sequence[str], schema: str) -> Finding:
+    if unmarked:
+        says = f"The comment that says that tokenlimits made it is gone from {listed(unmarked)}, as after a restore "
+        return error("marks", f"{says}without comments. Installing again refuses these names.", adopt(schema))
+    return ok("marks", "Everything says that tokenlimits made it.")
+
+
+def _functions(facts: Diagnosis) -> Findings:
+    # later versions take no function away, earlier ones don't have all yet
+    missing = sorted(expected().functions.keys() - facts.functions.keys())
+    if missing and facts.version >= expected().version:
+        yield error("functions", f"The database has no {listed(missing)}.", REAPPLY)
 
 
 def _tables(facts: Diagnosis) -> Finding:
@@ -239,6 +256,18 @@ def _ledger(drifted: Sequence[str], late: Sequence[str], count: int) -> Finding:
         return warning("counters", f"Too large to be counted here: {listed(late)}.", remedy)
     some = f", in the first {_MOST_GROUPS} of {count:,} groups" if count > _MOST_GROUPS else ""
     return ok("counters", f"They agree with the ledger{some}.")
+
+
+def unreadable(answer: Any, problem: ValidationError) -> Finding:
+    """Judge an answer that `read` refuses: a newer version may have other fields, and nulls are never meant."""
+    wrong = problem.errors(include_url=False)
+    fields = listed(sorted({".".join(map(str, each["loc"])) or "the whole" for each in wrong}))
+    version: Any = cast("dict[str, Any]", answer).get("version") if isinstance(answer, dict) else None
+    newer = isinstance(version, int) and version > expected().version
+    if newer and all(each["input"] is not None for each in wrong):
+        remedy = "Upgrade the package: pip install --upgrade tokenlimits"
+        return warning("database", f"It describes itself in a newer way ({fields}).", remedy)
+    return error("database", f"It can't be judged by what it says of itself: {fields}.", REAPPLY)
 
 
 def read(answer: Any) -> Diagnosis:

@@ -24,14 +24,16 @@ from ._checks_api import (
     timed_call,
     unreachable,
 )
-from ._checks_database import check_database, check_ledger, check_version, read
+from ._checks_database import check_database, check_ledger, check_version, read, unreadable
 from ._database import connect, find_url
 from ._expected import REAPPLY
-from ._find import manager
 from ._findings import Finding, Findings, error, findings_table, ok, warning
 from ._migrate import pending
-from ._options import AsJson, DatabaseUrl
+from ._options import AsJson, DatabaseUrl, Schema
 from ._terminal import Problem, err, print_json, say, show
+
+# twice what Supabase allows a statement
+_TIMEOUT = 20
 
 
 def register(app: typer.Typer) -> None:
@@ -39,13 +41,13 @@ def register(app: typer.Typer) -> None:
     app.command("doctor")(doctor)
 
 
-def doctor(*, db_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
+def doctor(*, db_url: DatabaseUrl = None, schema: Schema = None, as_json: AsJson = False) -> None:
     """Find out what is wrong, and what to do.
 
     It changes nothing. The exit status is 1 when something is red. With a database's URL it also sees which migrations
     are pending. What --json prints has no secret in it, and helps in a support ticket.
     """
-    configuration = Configuration()  # pyright: ignore[reportCallIssue]  # the fields come from the environment
+    configuration = Configuration.load(schema)
     with err.status("Looking"):
         findings = [*_examine(configuration), *_migrations(db_url)]
     bad = [finding for finding in findings if finding.level == "error"]
@@ -121,10 +123,10 @@ def _examine_database(api: Api, schema: str) -> Findings:
         try:
             facts = read(answer.json)
         except ValidationError as problem:
-            yield warning("database", f"It describes itself in a newer way ({problem.error_count()} fields).", REAPPLY)
+            yield unreadable(answer.json, problem)
             return
         yield from check_database(facts, before, schema)
-        yield from _examine_ledger(manager())
+        yield from _examine_ledger(GroupManager.from_env(timeout=_TIMEOUT, schema=schema))
 
 
 def _examine_ledger(groups: GroupManager) -> Findings:

@@ -14,6 +14,13 @@ REAPPLY = (
 )
 
 
+def adopt(schema: str) -> str:
+    """Say how objects that have lost their mark are taken for ours again."""
+    option = "" if schema == "public" else f" --schema {schema}"
+    paste = f'(echo "set tokenlimits.adopt = \'yes\';"; tokenlimits sql{option}) | psql "$DATABASE_URL"'
+    return f"Are they tokenlimits'? Then apply the SQL and let it take them over: {paste}"
+
+
 class Expected(NamedTuple):
     """The installation that this package's SQL makes."""
 

@@ -122,8 +122,8 @@ def _require_installed(connection: Connection, schema: str, *, recorded: bool, r
         )
     if recorded and not found and not reapply:
         raise Problem(
-            "The history says that migrations of tokenlimits were applied, but it is not there: was it uninstalled? "
-            "Apply them again: tokenlimits migrate --reapply"
+            "The history says that migrations of tokenlimits were applied, but it is not there: was it uninstalled, "
+            "or restored from a dump without comments? Apply them again: tokenlimits migrate --reapply"
         )
 
 
