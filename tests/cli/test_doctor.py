@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 INSTALL = (ROOT / "sql" / "tokenlimits.sql").read_text(encoding="utf-8")
 UNINSTALL = (ROOT / "sql" / "uninstall.sql").read_text(encoding="utf-8")
 IS_ADMIN = "create or replace function tokenlimits.is_admin() returns boolean language sql stable as $$ select {} $$"
+# longer than a name can be, so no server is asked for it
+NO_HOST = ".".join(["a" * 60] * 5) + ".invalid"
 ADOPT = "set tokenlimits.adopt = 'yes'"
 UNCOMMENTED = """
 do $do$
@@ -118,7 +120,7 @@ def token(**claims: object) -> str:
         ({"SUPABASE_URL": ""}, "configuration", "not set"),
         ({"SUPABASE_URL": "abc.supabase.co"}, "configuration", "no URL"),
         ({"SUPABASE_URL": "http://127.0.0.1:1"}, "url", "can't be reached"),
-        ({"SUPABASE_URL": "http://no-such-host.invalid"}, "url", "no such host"),
+        ({"SUPABASE_URL": f"http://{NO_HOST}"}, "url", "no such host"),
         ({"SUPABASE_SECRET_KEY": ""}, "key", "none"),
         ({"SUPABASE_SECRET_KEY": "sb_secret_\u2026"}, "key", "characters"),
         ({"SUPABASE_SECRET_KEY": "{publishable}"}, "key", "publishable"),
