@@ -119,6 +119,8 @@ def token(**claims: object) -> str:
     [
         ({"SUPABASE_URL": ""}, "configuration", "not set"),
         ({"SUPABASE_URL": "abc.supabase.co"}, "configuration", "no URL"),
+        ({"SUPABASE_URL": "https://abc..supabase.co"}, "configuration", "no URL"),
+        ({"SUPABASE_URL": "https://"}, "configuration", "no URL"),
         ({"SUPABASE_URL": "http://127.0.0.1:1"}, "url", "can't be reached"),
         ({"SUPABASE_URL": f"http://{NO_HOST}"}, "url", "no such host"),
         ({"SUPABASE_SECRET_KEY": ""}, "key", "none"),

@@ -60,8 +60,15 @@ class Configuration(BaseSettings):
     @property
     def usable(self) -> bool:
         """Whether a request can be made of it."""
-        named = urlsplit(self.url).scheme in ("http", "https") and bool(self.host)
-        return named and _can_be_sent(self.text_of_key) and not self.problem_of_schema
+        return self.is_url and _can_be_sent(self.text_of_key) and not self.problem_of_schema
+
+    @property
+    def is_url(self) -> bool:
+        """Whether the URL is one, with a host that can be looked for."""
+        try:
+            return urlsplit(self.url).scheme in ("http", "https") and bool(self.host.encode("idna"))
+        except UnicodeError:  # a..b
+            return False
 
     @property
     def text_of_schema(self) -> str:
@@ -136,7 +143,7 @@ def check_configuration(configuration: Configuration) -> Findings:
     """Look at the settings without using them."""
     if not configuration.url:
         yield error("configuration", "SUPABASE_URL is not set.", _WHERE)
-    elif urlsplit(configuration.url).scheme not in ("http", "https") or not configuration.host:
+    elif not configuration.is_url:
         yield error("configuration", "SUPABASE_URL is no URL like https://abc.supabase.co.", _WHERE)
     if configuration.problem_of_schema:
         remedy = "It names the schema that tokenlimits is installed in; where that is public, unset it."
