@@ -1,4 +1,4 @@
-"""Measure on every PostgreSQL at hand, print ratios, and write RESULTS.md: `make bench` or `python -m benchmarks`."""
+"""Measure on the newest and the oldest PostgreSQL, print ratios, and write RESULTS.md: `make bench`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SECTIONS: dict[str, Callable[[Run], Iterator[Row]]] = {
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--postgres", choices=list(servers()), help="one major version, instead of all at hand")
+    parser.add_argument("--postgres", choices=list(servers()), help="instead of the newest and the oldest")
     parser.add_argument("--rows", type=int, default=10_000_000, help="of history (default: 10 million)")
     parser.add_argument("--rounds", type=int, default=6, help="of every comparison, in turns")
     parser.add_argument("--seconds", type=float, default=2, help="of every measurement")
@@ -72,9 +72,10 @@ def main() -> int:
     ours, against = Sql.of(OURS), Sql.of(options.against) if options.against else None
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
     beginning = results.head(command, SETTINGS, options.rounds, options.seconds, against)
-    chosen = {version: path for version, path in servers().items() if options.postgres in {None, version}}
+    newest, *_, oldest = servers()
+    chosen = [options.postgres] if options.postgres else [newest, oldest]
     sections: list[results.Section] = []
-    for programs in chosen.values():
+    for programs in (servers()[version] for version in chosen):
         with PostgresServer(programs, durable=True, settings=SETTINGS) as server:
             run = Run(
                 server=server,

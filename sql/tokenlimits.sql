@@ -5,6 +5,8 @@
 -- All or nothing, also where statements come one by one, as from psql.
 -- squawk-ignore transaction-nesting
 begin;
+-- Who waits for a lock on a table in use makes everybody else wait behind it.
+set local lock_timeout = '10s';
 
 -- 05_names.sql
 
@@ -13,27 +15,39 @@ begin;
 -- Invariants
 --   * What we make says so in its comment, which begins with our mark. So the mark travels with dumps, and a ledger
 --     that is kept has it when the schema tokenlimits is gone.
---   * Where this refuses, nothing has changed; what has no mark is never changed.
+--   * Where this refuses, nothing has changed; tables and functions without our mark are never changed.
 
 do $do$
 declare
   v_elsewhere text;
   v_taken text[];
 begin
+  perform pg_advisory_xact_lock(1953459052, 257);
   select format('%I.%I', n.nspname, c.relname) into v_elsewhere
   from pg_catalog.pg_class as c
   inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
   where
     c.relname in ('user_groups', 'group_limits', 'group_memberships', 'generation_usage')
     and n.nspname <> 'public'
+    -- anybody can make a temporary table
+    and c.relpersistence = 'p'
     and coalesce(obj_description(c.oid, 'pg_class') like 'tokenlimits:%', false)
+    -- a copy beside what is here is the project's
+    and not exists (
+      select
+      from pg_catalog.pg_class as h
+      where
+        h.relnamespace = to_regnamespace('public')
+        and h.relname in ('user_groups', 'group_limits', 'group_memberships', 'generation_usage')
+        and coalesce(obj_description(h.oid, 'pg_class') like 'tokenlimits:%', false)
+    )
   limit 1;
   if found then
     raise exception using
       errcode = 'TL010',
       message = format('tokenlimits is installed in another schema, and a database has it once: %s (TL010)', v_elsewhere),
       hint = 'Nothing was changed. Apply the SQL of that schema (tokenlimits sql --schema NAME), or uninstall it there '
-        'first; a ledger that was kept can be moved: alter table OLD.generation_usage set schema NEW.';
+        'first. A ledger that was kept can be moved: alter table OLD.generation_usage set schema NEW, once NEW is there.';
   end if;
 
   v_taken := array(
@@ -83,7 +97,11 @@ begin
       and t.typname in ('user_groups', 'group_limits', 'group_memberships', 'generation_usage')
       and t.typrelid = 0
     union all
-    select format('function %I.%I(%s)', 'public', p.proname, pg_get_function_identity_arguments(p.oid))
+    select format(
+      '%s %I.%I(%s)',
+      case p.prokind when 'p' then 'procedure' when 'a' then 'aggregate' else 'function' end,
+      'public', p.proname, pg_get_function_identity_arguments(p.oid)
+    )
     from pg_catalog.pg_proc as p
     where
       p.pronamespace = to_regnamespace('public')
@@ -105,6 +123,7 @@ begin
         'reconcile_usage',
         'record_generation',
         'refund_generation',
+        'refuse_ledger_write',
         'release_generation',
         'remove_group_limit',
         'remove_group_members',
@@ -122,31 +141,130 @@ begin
       )
       and not coalesce(obj_description(p.oid, 'pg_proc') like 'tokenlimits:%', false)
     union all
-    -- two functions there may be a project's own, and be made before
-    select 'schema tokenlimits'
-    from pg_catalog.pg_namespace as n
+    -- the private schema may be the project's, and two functions there its own
+    select format('%s tokenlimits.%I', case c.relkind when 'c' then 'type' else 'table' end, c.relname)
+    from pg_catalog.pg_class as c
     where
-      n.nspname = 'tokenlimits'
-      and not coalesce(obj_description(n.oid, 'pg_namespace') like 'tokenlimits:%', false)
-      and (
-        exists (select from pg_catalog.pg_class as c where c.relnamespace = n.oid)
-        or exists (
-          select
-          from pg_catalog.pg_proc as p
-          where p.pronamespace = n.oid and p.proname not in ('is_admin', 'known_users')
-        )
+      c.relnamespace = to_regnamespace('tokenlimits')
+      and c.relname in ('deleted_groups', 'counters', 'usage_rollup', 'holds', 'usage_resets')
+      and not coalesce(obj_description(c.oid, 'pg_class') like 'tokenlimits:%', false)
+    union all
+    select format('type tokenlimits.%I', t.typname)
+    from pg_catalog.pg_type as t
+    where
+      t.typnamespace = to_regnamespace('tokenlimits')
+      and t.typname in ('deleted_groups', 'counters', 'usage_rollup', 'holds', 'usage_resets', 'limit_state', 'usage_move', 'verdict', 'limit_answer', 'group_answer', 'generation_answer', 'batch_item', 'batch_charge', 'group_limit_answer', 'group_usage_answer')
+      and t.typrelid = 0
+    union all
+    select format('function tokenlimits.%I(%s)', p.proname, pg_get_function_identity_arguments(p.oid))
+    from pg_catalog.pg_proc as p
+    where
+      p.pronamespace = to_regnamespace('tokenlimits')
+      and p.proname in (
+        'add_group_members',
+        'answer',
+        'answer_busy',
+        'answer_charges',
+        'apply_limits',
+        'check_bucket',
+        'check_generation',
+        'check_group',
+        'check_limits',
+        'clock',
+        'commit_generation',
+        'count_usage',
+        'counter_differences',
+        'denial_text',
+        'deny_item',
+        'drop_stale_counters',
+        'expire_holds',
+        'expired_cost',
+        'export_history',
+        'export_usage',
+        'find_users',
+        'find_users_by_email',
+        'first_moment',
+        'free_slot',
+        'generation_history',
+        'group_json',
+        'group_members',
+        'group_usage',
+        'groups_not_summed',
+        'insert_group',
+        'is_metadata',
+        'judge_batch',
+        'limit_states',
+        'lock_batch',
+        'lock_expired',
+        'lock_groups',
+        'missing_holds',
+        'move_usage',
+        'my_generation_usage',
+        'open_counter',
+        'period_of',
+        'read_request',
+        'read_requests',
+        'reconcile_usage',
+        'record_generation',
+        'recording_group',
+        'refund_generation',
+        'refuse',
+        'refuse_group',
+        'refuse_id',
+        'refuse_isolation',
+        'refuse_key',
+        'refuse_request',
+        'refused',
+        'release_generation',
+        'remember_group',
+        'renew_counter',
+        'renew_counters',
+        'replace_limits',
+        'replay',
+        'replay_item',
+        'require_admin',
+        'require_group',
+        'require_room',
+        'reserve_generation',
+        'reset_group_usage',
+        'rollup_differences',
+        'settle',
+        'settled_status',
+        'squeeze',
+        'states_at',
+        'storage',
+        'sweep',
+        'tidy',
+        'timezone_of',
+        'tokenlimits_diagnosis',
+        'top_members',
+        'track_generation',
+        'track_generations',
+        'usage_answer',
+        'usage_drift',
+        'usage_json',
+        'usage_under_key',
+        'user_generation_usage',
+        'user_usage',
+        'users',
+        'users_in_no_group',
+        'would_be_admin',
+        'write_batch',
+        'write_ledger'
       )
+      and not coalesce(obj_description(p.oid, 'pg_proc') like 'tokenlimits:%', false)
     order by 1
   );
-  if v_taken <> '{}' then
+  if v_taken <> '{}' and coalesce(current_setting('tokenlimits.adopt', true), '') <> 'yes' then
     raise exception using
       errcode = 'TL010',
       message = format(
         'tokenlimits needs names that other objects have, which it did not make: %s (TL010)',
         array_to_string(v_taken, ', ')
       ),
-      hint = 'Nothing was changed. Rename them, or install in a schema of its own: tokenlimits sql --schema limits. '
-        'What tokenlimits made has a comment that begins with "tokenlimits:"; if it was lost, put it back.';
+      hint = 'Nothing was changed. Rename them, or install in a schema of its own: tokenlimits sql --schema NAME. '
+        'What tokenlimits made has a comment that begins with "tokenlimits:"; where a restored dump has lost the '
+        'comments, say so first, in the same session: set tokenlimits.adopt = ''yes''.';
   end if;
 end
 $do$;
@@ -174,8 +292,15 @@ $do$;
 --   TL099  overtaken by another call; caught inside, never leaves
 --   42501  the caller is no admin
 
-create schema if not exists tokenlimits;
-comment on schema tokenlimits is 'tokenlimits: Private parts: counters, rollup, helpers. Not for the API.';
+do $do$
+begin
+  -- a project may have made it, for its own is_admin() or known_users(); then it stays the project's
+  if to_regnamespace('tokenlimits') is null then
+    create schema tokenlimits;
+    comment on schema tokenlimits is 'tokenlimits: Private parts: counters, rollup, helpers. Not for the API.';
+  end if;
+end
+$do$;
 
 revoke all on schema tokenlimits from public, anon, authenticated, service_role;
 grant usage on schema tokenlimits to authenticated, service_role;
@@ -196,7 +321,8 @@ end
 $do$;
 
 -- Signed-in users with app_metadata.role = 'admin' are admins; a user can write user_metadata, but never app_metadata.
--- Made only if it is not there, so that a project can put its own rule in its place.
+-- Made only if it is not there, so that a project can put its own rule in its place; what is the project's own is left
+-- as it is, with its privileges.
 do $do$
 begin
   if to_regprocedure('tokenlimits.is_admin()') is null then
@@ -206,11 +332,12 @@ begin
     stable
     set search_path = pg_catalog, pg_temp
     as $body$
-      -- the default of tokenlimits
       select coalesce((select auth.jwt()) -> 'app_metadata' ->> 'role' = 'admin', false)
     $body$;
-    comment on function tokenlimits.is_admin() is
-      'tokenlimits: Is the caller an admin? Replace its body to use your own rule; applying tokenlimits again keeps it.';
+    comment on function tokenlimits.is_admin()
+    is 'tokenlimits: Is the caller an admin? Replace its body to use your own rule; applying the SQL again keeps it.';
+    revoke execute on function tokenlimits.is_admin() from public, anon, authenticated;
+    grant execute on function tokenlimits.is_admin() to authenticated, service_role;
   end if;
 end
 $do$;
@@ -226,22 +353,43 @@ begin
     stable
     set search_path = pg_catalog, pg_temp
     as $body$
-      -- the default of tokenlimits
-      -- one by one, by the primary key: a search among members must not read all users
       select u.id, u.email
       from unnest(p_user_ids) as p (id)
       cross join lateral (select a.id, a.email::text from auth.users as a where a.id = p.id offset 0) as u
     $body$;
-    comment on function tokenlimits.known_users(uuid[]) is
-      'tokenlimits: Which of these users exist, with their e-mail addresses. Replace its body to keep users elsewhere.';
+    comment on function tokenlimits.known_users(uuid[])
+    is 'tokenlimits: Which of these users exist, with their e-mail addresses. Replace its body to keep users elsewhere.';
+    revoke execute on function tokenlimits.known_users(uuid[]) from public, anon, authenticated, service_role;
+  elsif pg_get_function_result('tokenlimits.known_users(uuid[])'::regprocedure) <> 'TABLE(id uuid, email text)' then
+    raise exception using
+      errcode = 'TL010',
+      message = 'tokenlimits.known_users(uuid[]) must return table (id uuid, email text) (TL010)',
+      hint = 'Nothing was changed. Create it anew with these columns.';
   end if;
 end
 $do$;
 
-revoke execute on function tokenlimits.known_users(uuid[]) from public, anon, authenticated, service_role;
-
-revoke execute on function tokenlimits.is_admin() from public, anon, authenticated;
-grant execute on function tokenlimits.is_admin() to authenticated, service_role;
+-- Each known user once, whatever a project's own rule answers. Never row by row with each other: a plan that is kept
+-- takes both sides for small.
+create or replace function tokenlimits.users(p_user_ids uuid[])
+returns table (id uuid, email text)
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+set enable_nestloop = off
+as $$
+begin
+  return query
+  select distinct on (k.id) k.id, k.email
+  from (select distinct u.id from unnest(p_user_ids) as u (id) where u.id is not null) as p
+  inner join tokenlimits.known_users(p_user_ids) as k on k.id = p.id
+  order by k.id;
+end
+$$;
+comment on function tokenlimits.users(uuid[])
+is 'tokenlimits: Which of these users exist, each once, with their e-mail addresses.';
+revoke execute on function tokenlimits.users(uuid[])
+from public, anon, authenticated, service_role;
 
 -- Admin functions open with this. Besides admins it lets pass whoever may act as service_role: the service key and the
 -- database's owner. The GUC "role" still names the caller inside a definer function, where current_user does not.
@@ -421,9 +569,8 @@ begin
     select
     from pg_catalog.pg_proc as p
     where
-      p.pronamespace = 'tokenlimits'::regnamespace
-      and p.proname = 'known_users'
-      and p.prosrc not like '%the default of tokenlimits%'
+      p.oid = to_regprocedure('tokenlimits.known_users(uuid[])')
+      and not btrim(regexp_replace(p.prosrc, '\s+', ' ', 'g')) = 'select u.id, u.email from unnest(p_user_ids) as p (id) cross join lateral (select a.id, a.email::text from auth.users as a where a.id = p.id offset 0) as u'
   ) then
     alter table public.group_memberships drop constraint if exists group_memberships_user_id_fkey;
   elsif not exists (
@@ -571,9 +718,9 @@ after delete on public.user_groups
 for each row execute function tokenlimits.remember_group();
 
 -- Only our functions write the ledger, and they run as its owner: also where a dump was restored in a project whose
--- default privileges grant everything. It costs a call a fiftieth; as a condition of the trigger, which is parsed anew
--- by every statement, it would cost a tenth.
-create or replace function tokenlimits.refuse_write()
+-- default privileges grant everything. In public, so that a dump of public alone has it. It costs a call a fiftieth; as
+-- a condition of the trigger, which is parsed anew by every statement, it would cost a tenth.
+create or replace function public.refuse_ledger_write()
 returns trigger
 language plpgsql
 volatile
@@ -589,14 +736,13 @@ begin
     hint = 'Call track_generation, record_generation or refund_generation. Nothing was saved.';
 end
 $$;
-comment on function tokenlimits.refuse_write()
-is 'tokenlimits: Trigger: refuses whoever writes the ledger past our functions.';
-revoke execute on function tokenlimits.refuse_write()
-from public, anon, authenticated, service_role;
+comment on function public.refuse_ledger_write()
+is 'tokenlimits: Trigger: refuses who writes the ledger past our functions.';
+revoke execute on function public.refuse_ledger_write() from public, anon, authenticated, service_role;
 
 create or replace trigger generation_usage_refuse_write
 before insert or update or delete or truncate on public.generation_usage
-for each statement execute function tokenlimits.refuse_write();
+for each statement execute function public.refuse_ledger_write();
 
 -- 30_counters.sql
 
@@ -4197,36 +4343,22 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.replace_limits(uuid, jsonb)
 to authenticated, service_role;
 
--- A group of the caller's choice of id: it was never used, or what the ledger says of another would be its usage.
-create or replace function tokenlimits.check_new_id(p_id uuid)
+create or replace function tokenlimits.refuse_id(p_id uuid)
 returns void
 language plpgsql
 volatile
--- definer: which groups were deleted is private
-security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform tokenlimits.require_admin();
-  -- pages begin after the nil UUID
-  if p_id = '00000000-0000-0000-0000-000000000000' then
-    perform tokenlimits.refuse('TL001', 'id: must not be the nil UUID', 'id', 'Choose an id that was never used.');
-  elsif exists (select from public.user_groups as g where g.id = p_id)
-    or exists (select from tokenlimits.deleted_groups as d where d.id = p_id)
-    or exists (select from public.generation_usage as u where u.group_id = p_id)
-  then
-    perform tokenlimits.refuse(
-      'TL001', format('id: %s is, or was, another group''s', p_id), 'id', 'Choose an id that was never used.'
-    );
-  end if;
+  perform tokenlimits.refuse(
+    'TL001', format('id: %s is, or was, another group''s', p_id), 'id', 'Choose an id that was never used.'
+  );
 end
 $$;
-comment on function tokenlimits.check_new_id(uuid)
+comment on function tokenlimits.refuse_id(uuid)
 is 'tokenlimits: Refuses an id that a group has or had.';
-revoke execute on function tokenlimits.check_new_id(uuid)
+revoke execute on function tokenlimits.refuse_id(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function tokenlimits.check_new_id(uuid)
-to authenticated, service_role;
 
 create or replace function tokenlimits.insert_group(
   p_id uuid,
@@ -4245,15 +4377,35 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_group public.user_groups;
+  v_constraint text;
 begin
   perform tokenlimits.require_admin();
+  -- pages begin after the nil UUID
+  if p_id = '00000000-0000-0000-0000-000000000000' then
+    perform tokenlimits.refuse('TL001', 'id: must not be the nil UUID', 'id', 'Choose an id that was never used.');
+  end if;
   insert into public.user_groups as g (id, name, description, priority, timezone, is_default)
   values (
     coalesce(p_id, gen_random_uuid()), p_name, coalesce(p_description, ''), coalesce(p_priority, 0),
     coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false)
   )
   returning * into v_group;
+  -- only now: who had the id may have been deleted while this waited for it. What the ledger says of another group would
+  -- be this one's usage.
+  if p_id is not null and (
+    exists (select from tokenlimits.deleted_groups as d where d.id = p_id)
+    or exists (select from public.generation_usage as u where u.group_id = p_id)
+  ) then
+    perform tokenlimits.refuse_id(p_id);
+  end if;
   return v_group;
+exception
+  when unique_violation then
+    get stacked diagnostics v_constraint = constraint_name;
+    if v_constraint = 'user_groups_pkey' then
+      perform tokenlimits.refuse_id(p_id);
+    end if;
+    raise;
 end
 $$;
 comment on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean)
@@ -4281,7 +4433,6 @@ as $$
 declare
   v_group public.user_groups;
   v_limits jsonb := case jsonb_typeof(p_limits) when 'string' then (p_limits #>> '{}')::jsonb else p_limits end;
-  v_constraint text;
 begin
   perform tokenlimits.require_admin();
   if v_limits is not null then
@@ -4292,8 +4443,6 @@ begin
       perform tokenlimits.refuse('TL001', 'id: is of a new group; group_id names one that is there', 'id');
     end if;
     v_group := tokenlimits.require_group(p_group_id);
-  elsif p_id is not null then
-    perform tokenlimits.check_new_id(p_id);
   end if;
   if p_is_default then
     -- the stripes of groups are 0 to 255
@@ -4318,11 +4467,6 @@ begin
     end if;
   exception
     when unique_violation then
-      get stacked diagnostics v_constraint = constraint_name;
-      if v_constraint = 'user_groups_pkey' then
-        -- somebody else was faster
-        perform tokenlimits.check_new_id(p_id);
-      end if;
       perform tokenlimits.refuse(
         'TL003',
         format('there is a group named %L already', normalize(
@@ -4496,7 +4640,7 @@ begin
   if p_user_ids is null or array_position(p_user_ids, null) is not null then
     perform tokenlimits.refuse('TL001', 'user_ids: must be an array of ids', 'user_ids');
   end if;
-  v_known := array(select distinct u.id from tokenlimits.known_users(p_user_ids) as u order by u.id);
+  v_known := array(select u.id from tokenlimits.users(p_user_ids) as u order by u.id);
   insert into public.group_memberships as m (group_id, user_id)
   select p_group_id, k.id
   from unnest(v_known) as k (id)
@@ -4701,7 +4845,7 @@ begin
     -- by itself: joined to all members at once, a plan that is kept would compare each with each
     v_user_ids := array(
       select u.id
-      from tokenlimits.known_users(v_user_ids) as u
+      from tokenlimits.users(v_user_ids) as u
       where strpos(lower(u.email), v_search) > 0
       order by u.id
       limit v_page_size
@@ -4712,7 +4856,7 @@ begin
     from (
       select m.user_id, u.email, m.joined_at
       from public.group_memberships as m
-      left join tokenlimits.known_users(v_user_ids) as u on u.id = m.user_id
+      left join tokenlimits.users(v_user_ids) as u on u.id = m.user_id
       where
         m.group_id = p_group_id
         and m.user_id = any(v_user_ids)
@@ -5362,7 +5506,7 @@ begin
     -- looked up, not joined: a plan that is kept would compare each row with each user
     v_emails := (
       select jsonb_object_agg(k.id, k.email)
-      from tokenlimits.known_users(array(select distinct p.user_id from unnest(v_page) as p)) as k
+      from tokenlimits.users(array(select distinct p.user_id from unnest(v_page) as p)) as k
     );
     v_rows := v_rows || coalesce((
       select jsonb_agg(
@@ -5618,7 +5762,7 @@ or (u.status = 'reserved' and u.expires_at <= v_now))
 
     select jsonb_agg(to_jsonb(top) || jsonb_build_object('email', k.email) order by top.used desc, top.user_id)
     from top
-    left join tokenlimits.known_users(array(select t.user_id from top as t)) as k on k.id = top.user_id
+    left join tokenlimits.users(array(select t.user_id from top as t)) as k on k.id = top.user_id
   ), '[]');
 end
 $$;
@@ -5944,7 +6088,8 @@ begin
     ), '[]'),
     'holds', (
       select count(*)
-      from tokenlimits.missing_holds(p_group_id, coalesce(p_since, v_now - interval '1 day')) as m
+      -- a hold lives for 30 days at most
+      from tokenlimits.missing_holds(p_group_id, coalesce(p_since, v_now - interval '31 days')) as m
     )
   );
 end
@@ -5993,7 +6138,8 @@ declare
 begin
   perform set_config('request.jwt.claims', p_claims::text, true);
   begin
-    v_answer := tokenlimits.is_admin();
+    -- as row-level security takes it
+    v_answer := coalesce(tokenlimits.is_admin(), false);
   exception when others then
     v_answer := null;
   end;
@@ -6081,9 +6227,8 @@ begin
     select
     from pg_catalog.pg_proc as p
     where
-      p.pronamespace = 'tokenlimits'::regnamespace
-      and p.proname = 'known_users'
-      and p.prosrc not like '%the default of tokenlimits%'
+      p.oid = to_regprocedure('tokenlimits.known_users(uuid[])')
+      and not btrim(regexp_replace(p.prosrc, '\s+', ' ', 'g')) = 'select u.id, u.email from unnest(p_user_ids) as p (id) cross join lateral (select a.id, a.email::text from auth.users as a where a.id = p.id offset 0) as u'
   ) then
     return null;
   end if;
@@ -6104,6 +6249,54 @@ is 'tokenlimits: How many users are in no group, up to 1,001; null where users a
 revoke execute on function tokenlimits.users_in_no_group()
 from public, anon, authenticated, service_role;
 
+-- After a ledger was restored alone, its rows are in none of the sums. Most often it shows at both ends of a group's
+-- history; to be sure, reconcile.
+create or replace function tokenlimits.groups_not_summed()
+returns bigint
+language plpgsql
+stable
+-- definer: the rollup is private
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform tokenlimits.require_admin();
+  return (
+    select count(*)
+    from public.user_groups as g
+    where exists (
+      select
+      from (
+        (
+          select l.kind, l.created_at
+          from public.generation_usage as l
+          where l.group_id = g.id and l.status in ('reserved', 'committed')
+          order by l.created_at
+          limit 1
+        )
+        union all
+        (
+          select l.kind, l.created_at
+          from public.generation_usage as l
+          where l.group_id = g.id and l.status in ('reserved', 'committed')
+          order by l.created_at desc
+          limit 1
+        )
+      ) as u
+      where not exists (
+        select
+        from tokenlimits.usage_rollup as r
+        where r.group_id = g.id and r.kind = u.kind and r.bucket = date_bin('15 minutes', u.created_at, '2000-01-01 00:00:00+00')
+      )
+    )
+  );
+end
+$$;
+comment on function tokenlimits.groups_not_summed()
+is 'tokenlimits: How many groups have usage in the ledger that is in none of the sums.';
+revoke execute on function tokenlimits.groups_not_summed()
+from public, anon, authenticated, service_role;
+
 create or replace function tokenlimits.tokenlimits_diagnosis()
 returns jsonb
 language plpgsql
@@ -6114,6 +6307,40 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   c_tables constant text[] := array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'];
+  c_functions constant text[] := array[
+    'add_group_members',
+    'check_generation',
+    'commit_generation',
+    'delete_group',
+    'export_history',
+    'export_usage',
+    'find_groups',
+    'find_users',
+    'find_users_by_email',
+    'generation_history',
+    'group_members',
+    'group_usage',
+    'move_group_member',
+    'my_generation_usage',
+    'reconcile_usage',
+    'record_generation',
+    'refund_generation',
+    'refuse_ledger_write',
+    'release_generation',
+    'remove_group_limit',
+    'remove_group_members',
+    'reserve_generation',
+    'reset_group_usage',
+    'save_group',
+    'set_group_limit',
+    'tokenlimits_diagnosis',
+    'tokenlimits_version',
+    'top_members',
+    'track_generation',
+    'track_generations',
+    'usage_drift',
+    'user_generation_usage'
+  ];
   c_user constant jsonb := '{"role": "authenticated", "sub": "00000000-0000-4000-8000-000000000000"}';
 begin
   perform tokenlimits.require_admin();
@@ -6150,13 +6377,30 @@ begin
       where p.schemaname = 'public' and p.tablename = any(c_tables)
     ),
     'functions', (
-      select jsonb_object_agg(f.proname, (
+      select coalesce(jsonb_object_agg(f.proname, (
         select coalesce(jsonb_agg(r.name order by r.name), '[]')
         from unnest(array['anon', 'authenticated', 'service_role']) as r (name)
         where has_function_privilege(r.name, f.oid, 'execute')
-      ))
+      )), '{}')
       from pg_catalog.pg_proc as f
-      where f.pronamespace = 'public'::regnamespace and coalesce(obj_description(f.oid, 'pg_proc') like 'tokenlimits:%', false)
+      where f.pronamespace = 'public'::regnamespace and f.proname = any(c_functions)
+    ),
+    -- a dump without comments was restored: applying the SQL, or removing it, wouldn't take them for ours
+    'unmarked', (
+      select coalesce(jsonb_agg(o.name order by o.name), '[]')
+      from (
+        select f.proname as name
+        from pg_catalog.pg_proc as f
+        where
+          f.pronamespace = 'public'::regnamespace and f.proname = any(c_functions)
+          and not coalesce(obj_description(f.oid, 'pg_proc') like 'tokenlimits:%', false)
+        union all
+        select t.relname
+        from pg_catalog.pg_class as t
+        where
+          t.relnamespace = 'public'::regnamespace and t.relname = any(c_tables)
+          and not coalesce(obj_description(t.oid, 'pg_class') like 'tokenlimits:%', false)
+      ) as o
     ),
     'private_schema_open', has_schema_privilege('anon', 'tokenlimits', 'usage'),
     'triggers', (
@@ -6192,29 +6436,7 @@ begin
       where not exists (select from public.group_limits as l where l.group_id = g.id)
     ),
     'users_in_no_group', tokenlimits.users_in_no_group(),
-    -- a restored ledger whose sums were not restored: a group's oldest live usage is in none of them
-    'groups_not_summed', (
-      select count(*)
-      from public.user_groups as g
-      cross join lateral (
-        select u.kind, u.created_at
-        from (
-          select l.kind, l.created_at, l.status
-          from public.generation_usage as l
-          where l.group_id = g.id
-          order by l.created_at
-          limit 100
-        ) as u
-        where u.status in ('reserved', 'committed')
-        order by u.created_at
-        limit 1
-      ) as o
-      where not exists (
-        select
-        from tokenlimits.usage_rollup as r
-        where r.group_id = g.id and r.kind = o.kind and r.bucket = date_bin('15 minutes', o.created_at, '2000-01-01 00:00:00+00')
-      )
-    ),
+    'groups_not_summed', tokenlimits.groups_not_summed(),
     'ledger_rows', (
       select greatest(c.reltuples, 0)::bigint
       from pg_catalog.pg_class as c

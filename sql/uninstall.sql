@@ -1,52 +1,148 @@
 -- Removes tokenlimits: groups, limits, memberships, counters and every function, and nothing that it did not make.
--- Keeps the ledger (generation_usage), which the service key may go on reading; installing tokenlimits again takes it
--- up. To drop it too, run this first, in the same session:  set tokenlimits.drop_ledger = 'yes';
+-- Where something of the project's depends on it, it says so, and changes nothing.
+-- Keeps the ledger (generation_usage), which the service key may go on reading; installing tokenlimits again takes up
+-- its history, holds and keys. To drop it too, run this first, in the same session:
+--   set tokenlimits.drop_ledger = 'yes';
 -- Keeps tokenlimits.is_admin() and tokenlimits.known_users() where they are the project's own.
+-- Generated from sql/schema/ by `make sql`; edit it there.
 
 do $do$
 declare
-  v_object text;
+  v_home regnamespace;
+  v_private regnamespace := to_regnamespace('tokenlimits');
+  v_ours text[];
+  v_object record;
+  v_detail text;
 begin
-  -- what tokenlimits made says so in its comment; where the body of a function was replaced, it is the project's
-  for v_object in
-    select p.oid::regprocedure
-    from pg_catalog.pg_proc as p
-    where
-      obj_description(p.oid, 'pg_proc') like 'tokenlimits:%'
-      and (p.proname not in ('is_admin', 'known_users') or p.prosrc like '%the default of tokenlimits%')
-  loop
-    -- with functions go the triggers and policies that use them
-    execute format('drop function if exists %s cascade', v_object);
-  end loop;
-  for v_object in
-    select c.oid::regclass
-    from pg_catalog.pg_class as c
-    where
-      c.relkind = 'r'
-      and obj_description(c.oid, 'pg_class') like 'tokenlimits:%'
-      and (c.relname <> 'generation_usage' or current_setting('tokenlimits.drop_ledger', true) = 'yes')
-  loop
-    execute format('drop table if exists %s cascade', v_object);
-  end loop;
-  for v_object in
-    select c.oid::regclass
-    from pg_catalog.pg_class as c
-    where c.relnamespace = to_regnamespace('tokenlimits') and c.relkind = 'c'
-  loop
-    execute format('drop type if exists %s cascade', v_object);
-  end loop;
+  perform pg_advisory_xact_lock(1953459052, 257);
+  -- in which schema the public part is: by the marks of its tables, of which no temporary one is ours
+  select c.relnamespace into v_home
+  from pg_catalog.pg_class as c
+  where
+    c.relname in ('user_groups', 'group_limits', 'group_memberships', 'generation_usage')
+    and c.relpersistence = 'p'
+    and coalesce(obj_description(c.oid, 'pg_class') like 'tokenlimits:%', false)
+  -- a copy in another schema has none of our triggers
+  order by c.relhastriggers desc, c.oid
+  limit 1;
+
+  begin
+    -- what hangs on our functions is ours, by its name
+    for v_object in
+      select p.polname as name, p.polrelid::regclass as relation, 'policy' as sort
+      from pg_catalog.pg_policy as p
+      inner join pg_catalog.pg_class as c on c.oid = p.polrelid
+      -- also of a table that was renamed since
+      where c.relnamespace = v_home and coalesce(obj_description(c.oid, 'pg_class') like 'tokenlimits:%', false) and p.polname like 'admins may %'
+      union all
+      select t.tgname, t.tgrelid::regclass, 'trigger'
+      from pg_catalog.pg_trigger as t
+      inner join pg_catalog.pg_class as c on c.oid = t.tgrelid
+      inner join pg_catalog.pg_proc as f on f.oid = t.tgfoid
+      where
+        c.relnamespace = v_home and coalesce(obj_description(c.oid, 'pg_class') like 'tokenlimits:%', false)
+        and not t.tgisinternal and coalesce(obj_description(f.oid, 'pg_proc') like 'tokenlimits:%', false)
+    loop
+      execute format('drop %s %I on %s', v_object.sort, v_object.name, v_object.relation);
+    end loop;
+    -- all at once, since some are made of others; never by cascade, which would take what is the project's
+    v_ours := array(
+      select p.oid::regprocedure
+      from pg_catalog.pg_proc as p
+      where
+        p.prokind = 'f'
+        and coalesce(obj_description(p.oid, 'pg_proc') like 'tokenlimits:%', false)
+        and (
+          p.pronamespace = v_private
+          or (p.pronamespace = v_home and p.proname in (
+            'add_group_members',
+            'check_generation',
+            'commit_generation',
+            'delete_group',
+            'export_history',
+            'export_usage',
+            'find_groups',
+            'find_users',
+            'find_users_by_email',
+            'generation_history',
+            'group_members',
+            'group_usage',
+            'move_group_member',
+            'my_generation_usage',
+            'reconcile_usage',
+            'record_generation',
+            'refund_generation',
+            'refuse_ledger_write',
+            'release_generation',
+            'remove_group_limit',
+            'remove_group_members',
+            'reserve_generation',
+            'reset_group_usage',
+            'save_group',
+            'set_group_limit',
+            'tokenlimits_diagnosis',
+            'tokenlimits_version',
+            'top_members',
+            'track_generation',
+            'track_generations',
+            'usage_drift',
+            'user_generation_usage'
+          ))
+        )
+        and case p.proname
+          when 'is_admin' then btrim(regexp_replace(p.prosrc, '\s+', ' ', 'g')) = 'select coalesce((select auth.jwt()) -> ''app_metadata'' ->> ''role'' = ''admin'', false)'
+          when 'known_users' then btrim(regexp_replace(p.prosrc, '\s+', ' ', 'g')) = 'select u.id, u.email from unnest(p_user_ids) as p (id) cross join lateral (select a.id, a.email::text from auth.users as a where a.id = p.id offset 0) as u'
+          else true
+        end
+    );
+    if v_ours <> '{}' then
+      execute 'drop function ' || array_to_string(v_ours, ', ');
+    end if;
+    v_ours := array(
+      select c.oid::regclass
+      from pg_catalog.pg_class as c
+      where c.relnamespace = v_private and c.relkind = 'c' and c.relname in ('limit_state', 'usage_move', 'verdict', 'limit_answer', 'group_answer', 'generation_answer', 'batch_item', 'batch_charge', 'group_limit_answer', 'group_usage_answer')
+    );
+    if v_ours <> '{}' then
+      execute 'drop type ' || array_to_string(v_ours, ', ');
+    end if;
+    v_ours := array(
+      select c.oid::regclass
+      from pg_catalog.pg_class as c
+      where
+        c.relkind = 'r'
+        and coalesce(obj_description(c.oid, 'pg_class') like 'tokenlimits:%', false)
+        and (c.relnamespace = v_private or (c.relnamespace = v_home and c.relname in ('user_groups', 'group_limits', 'group_memberships', 'generation_usage')))
+        and (c.relname <> 'generation_usage' or current_setting('tokenlimits.drop_ledger', true) = 'yes')
+    );
+    if v_ours <> '{}' then
+      execute 'drop table ' || array_to_string(v_ours, ', ');
+    end if;
+  exception
+    when dependent_objects_still_exist then
+      get stacked diagnostics v_detail = pg_exception_detail;
+      raise exception using
+        errcode = 'TL010',
+        message = 'objects of the project depend on tokenlimits (TL010)',
+        detail = v_detail,
+        hint = 'Nothing was changed. Drop or change them first.';
+  end;
+
   -- schemas that it made, unless something else is in them by now
   for v_object in
-    select n.oid::regnamespace
+    select n.oid::regnamespace as name
     from pg_catalog.pg_namespace as n
-    where
-      obj_description(n.oid, 'pg_namespace') like 'tokenlimits:%'
-      and not exists (select from pg_catalog.pg_class as c where c.relnamespace = n.oid)
-      and not exists (select from pg_catalog.pg_proc as p where p.pronamespace = n.oid)
-      and not exists (select from pg_catalog.pg_type as t where t.typnamespace = n.oid)
+    where n.oid in (v_private, v_home) and coalesce(obj_description(n.oid, 'pg_namespace') like 'tokenlimits:%', false)
   loop
-    execute format('drop schema %s', v_object);
+    begin
+      execute format('drop schema %s', v_object.name);
+    exception
+      when dependent_objects_still_exist then
+        null;
+    end;
   end loop;
+  -- it was said for this time
+  perform set_config('tokenlimits.drop_ledger', '', false);
 end
 $do$;
 

@@ -6,6 +6,7 @@ skipped for want of one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -85,8 +86,8 @@ def default_grants(request: pytest.FixtureRequest) -> DefaultGrants:
 
 @pytest.fixture(scope="session")
 def install_sql() -> str:
-    """The SQL without the begin and commit of the one paste, for tests that take back what they do."""
-    return "\n".join(migration.text for migration in migrations())
+    """The SQL without its begin and commit, for tests that take back what they do."""
+    return "\n".join(re.sub(r"^(begin|commit);$", "", migration.text, flags=re.MULTILINE) for migration in migrations())
 
 
 @pytest.fixture(scope="session")

@@ -22,23 +22,36 @@ ONE_PASTE_HEADER = """\
 -- It can be applied again without harm: data, and your own tokenlimits.is_admin() and known_users(), stay.
 -- Generated from sql/schema/ by `make sql`; edit it there.
 
+"""
+# squawk takes it that a migration runs in a transaction of the tool's; psql makes none
+BEGIN = """\
 -- All or nothing, also where statements come one by one, as from psql.
 -- squawk-ignore transaction-nesting
 begin;
+-- Who waits for a lock on a table in use makes everybody else wait behind it.
+set local lock_timeout = '10s';
 
 """
-ONE_PASTE_END = "\n-- squawk-ignore transaction-nesting\ncommit;\n"
+COMMIT = "\n-- squawk-ignore transaction-nesting\ncommit;\n"
 MIGRATION_HEADER = """\
 -- tokenlimits: what is new since the migration before this one.
 -- Generated from sql/schema/ by `make sql`; edit it there.
 
 """
+NAMES = (
+    "table_names",
+    "type_names",
+    "function_names",
+    "index_names",
+    "private_table_names",
+    "private_function_names",
+)
 # PostgREST has to look again after each
 RELOAD = "notify pgrst, 'reload schema';"
 
 
-def schema() -> str:
-    """Fill in the templates of the schema."""
+def schema() -> tuple[str, str]:
+    """Fill in the templates of the schema, and of its uninstallation."""
     templates = Environment(
         loader=FileSystemLoader(SQL / "schema"),
         extensions=["jinja2.ext.do"],
@@ -49,19 +62,20 @@ def schema() -> str:
     for path in sorted((SQL / "schema" / "macros").glob("*.sql")):
         macros = templates.from_string(path.read_text()).module
         templates.globals |= {name: value for name, value in vars(macros).items() if not name.startswith("_")}
-    first, *others = sorted(path.name for path in (SQL / "schema").glob("*.sql"))
+    paths = sorted((SQL / "schema").glob("*.sql"))
 
-    def render(name: str, **context: str) -> str:
-        built = f"-- {name}\n\n{templates.get_template(name).render(**context)}"
+    def render(path: Path, context: dict[str, str]) -> str:
+        built = templates.get_template(path.relative_to(SQL / "schema").as_posix()).render(context)
         return re.sub(r"[ \t]+$", "", built, flags=re.MULTILINE)
 
-    # the first asks for the names that the others use
-    rest = "\n".join(render(name) for name in others)
-    return "\n".join([render(first, **public_names(rest)), rest])
+    # some statements ask for the names that all of them make
+    names = made_names("".join(render(path, dict.fromkeys(NAMES, "")) for path in paths))
+    built = "\n".join(f"-- {path.name}\n\n{render(path, names)}" for path in paths)
+    return built, render(SQL / "schema" / "uninstall" / "uninstall.sql", names)
 
 
-def public_names(sql: str) -> dict[str, str]:
-    """List what the SQL makes in the public schema, as the guard asks for it."""
+def made_names(sql: str) -> dict[str, str]:
+    """List what the SQL makes, for who asks whether a name is taken, or is ours."""
     tables = re.findall(r"^create table if not exists public\.(\w+)", sql, re.MULTILINE)
     functions = re.findall(r"^create or replace function public\.(\w+)", sql, re.MULTILINE)
     # keys are indexes too, and all names begin with their table's; a sequence is named where it is closed
@@ -70,11 +84,18 @@ def public_names(sql: str) -> dict[str, str]:
     )
     sequences = re.findall(r"on sequence public\.(\w+)", sql)
     named = sorted(name for name in (*indexes, *sequences) if name.startswith(tuple(tables)))
-    return {
-        "table_names": ", ".join(f"'{name}'" for name in tables),
-        "function_names": ",\n".join(f"'{name}'" for name in sorted(set(functions))),
-        "index_names": ",\n".join(f"'{name}'" for name in named),
+    types = re.findall(r"^ +create type tokenlimits\.(\w+)", sql, re.MULTILINE)
+    private = set(re.findall(r"^create or replace function tokenlimits\.(\w+)", sql, re.MULTILINE))
+    separators = {"table_names": ", ", "type_names": ", ", "private_table_names": ", "}
+    made = {
+        "table_names": tables,
+        "type_names": types,
+        "function_names": sorted(set(functions)),
+        "index_names": named,
+        "private_table_names": re.findall(r"^create table if not exists tokenlimits\.(\w+)", sql, re.MULTILINE),
+        "private_function_names": sorted(private),
     }
+    return {key: separators.get(key, ",\n").join(f"'{name}'" for name in made[key]) for key in NAMES}
 
 
 def statements(sql: str) -> Iterator[str]:
@@ -101,15 +122,16 @@ def migration(schema: str, earlier: list[str]) -> str:
     """Write what a schema has beyond its earlier migrations."""
     known = {code(statement) for text in earlier for statement in statements(text)} - {RELOAD}
     new = [statement for statement in statements(schema) if code(statement) not in known]
-    return MIGRATION_HEADER + "\n\n".join(new) + "\n"
+    return MIGRATION_HEADER + BEGIN + "\n\n".join(new) + "\n" + COMMIT
 
 
 def main() -> int:
     """Write the generated files, or say which are stale."""
-    built_schema = schema()
+    built_schema, uninstallation = schema()
     *released, newest = sorted((SQL / "migrations").glob("*.sql"))
     built = {
-        SQL / "tokenlimits.sql": ONE_PASTE_HEADER + built_schema + ONE_PASTE_END,
+        SQL / "tokenlimits.sql": ONE_PASTE_HEADER + BEGIN + built_schema + COMMIT,
+        SQL / "uninstall.sql": uninstallation,
         newest: migration(built_schema, [path.read_text() for path in released]),
     }
     stale = [path for path, content in built.items() if not path.exists() or path.read_text() != content]

@@ -3,27 +3,39 @@
 -- Invariants
 --   * What we make says so in its comment, which begins with our mark. So the mark travels with dumps, and a ledger
 --     that is kept has it when the schema tokenlimits is gone.
---   * Where this refuses, nothing has changed; what has no mark is never changed.
+--   * Where this refuses, nothing has changed; tables and functions without our mark are never changed.
 
 do $do$
 declare
   v_elsewhere text;
   v_taken text[];
 begin
+  {{ lock_installation() }}
   select format('%I.%I', n.nspname, c.relname) into v_elsewhere
   from pg_catalog.pg_class as c
   inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
   where
     c.relname in ({{ table_names }})
     and n.nspname <> 'public'
+    -- anybody can make a temporary table
+    and c.relpersistence = 'p'
     and {{ is_marked('c.oid', 'pg_class') }}
+    -- a copy beside what is here is the project's
+    and not exists (
+      select
+      from pg_catalog.pg_class as h
+      where
+        h.relnamespace = to_regnamespace('public')
+        and h.relname in ({{ table_names }})
+        and {{ is_marked('h.oid', 'pg_class') }}
+    )
   limit 1;
   if found then
     raise exception using
       errcode = 'TL010',
       message = format('tokenlimits is installed in another schema, and a database has it once: %s (TL010)', v_elsewhere),
       hint = 'Nothing was changed. Apply the SQL of that schema (tokenlimits sql --schema NAME), or uninstall it there '
-        'first; a ledger that was kept can be moved: alter table OLD.generation_usage set schema NEW.';
+        'first. A ledger that was kept can be moved: alter table OLD.generation_usage set schema NEW, once NEW is there.';
   end if;
 
   v_taken := array(
@@ -61,7 +73,11 @@ begin
       and t.typname in ({{ table_names }})
       and t.typrelid = 0
     union all
-    select format('function %I.%I(%s)', 'public', p.proname, pg_get_function_identity_arguments(p.oid))
+    select format(
+      '%s %I.%I(%s)',
+      case p.prokind when 'p' then 'procedure' when 'a' then 'aggregate' else 'function' end,
+      'public', p.proname, pg_get_function_identity_arguments(p.oid)
+    )
     from pg_catalog.pg_proc as p
     where
       p.pronamespace = to_regnamespace('public')
@@ -70,31 +86,41 @@ begin
       )
       and not {{ is_marked('p.oid', 'pg_proc') }}
     union all
-    -- two functions there may be a project's own, and be made before
-    select 'schema tokenlimits'
-    from pg_catalog.pg_namespace as n
+    -- the private schema may be the project's, and two functions there its own
+    select format('%s tokenlimits.%I', case c.relkind when 'c' then 'type' else 'table' end, c.relname)
+    from pg_catalog.pg_class as c
     where
-      n.nspname = 'tokenlimits'
-      and not {{ is_marked('n.oid', 'pg_namespace') }}
-      and (
-        exists (select from pg_catalog.pg_class as c where c.relnamespace = n.oid)
-        or exists (
-          select
-          from pg_catalog.pg_proc as p
-          where p.pronamespace = n.oid and p.proname not in ('is_admin', 'known_users')
-        )
+      c.relnamespace = to_regnamespace('tokenlimits')
+      and c.relname in ({{ private_table_names }})
+      and not {{ is_marked('c.oid', 'pg_class') }}
+    union all
+    select format('type tokenlimits.%I', t.typname)
+    from pg_catalog.pg_type as t
+    where
+      t.typnamespace = to_regnamespace('tokenlimits')
+      and t.typname in ({{ private_table_names }}, {{ type_names }})
+      and t.typrelid = 0
+    union all
+    select format('function tokenlimits.%I(%s)', p.proname, pg_get_function_identity_arguments(p.oid))
+    from pg_catalog.pg_proc as p
+    where
+      p.pronamespace = to_regnamespace('tokenlimits')
+      and p.proname in (
+        {{ private_function_names | indent(8) }}
       )
+      and not {{ is_marked('p.oid', 'pg_proc') }}
     order by 1
   );
-  if v_taken <> '{}' then
+  if v_taken <> '{}' and coalesce(current_setting('tokenlimits.adopt', true), '') <> 'yes' then
     raise exception using
       errcode = 'TL010',
       message = format(
         'tokenlimits needs names that other objects have, which it did not make: %s (TL010)',
         array_to_string(v_taken, ', ')
       ),
-      hint = 'Nothing was changed. Rename them, or install in a schema of its own: tokenlimits sql --schema limits. '
-        'What tokenlimits made has a comment that begins with "tokenlimits:"; if it was lost, put it back.';
+      hint = 'Nothing was changed. Rename them, or install in a schema of its own: tokenlimits sql --schema NAME. '
+        'What tokenlimits made has a comment that begins with "tokenlimits:"; where a restored dump has lost the '
+        'comments, say so first, in the same session: set tokenlimits.adopt = ''yes''.';
   end if;
 end
 $do$;

@@ -19,8 +19,15 @@
 --   TL099  overtaken by another call; caught inside, never leaves
 --   42501  the caller is no admin
 
-create schema if not exists tokenlimits;
-comment on schema tokenlimits is 'tokenlimits: Private parts: counters, rollup, helpers. Not for the API.';
+do $do$
+begin
+  -- a project may have made it, for its own is_admin() or known_users(); then it stays the project's
+  if to_regnamespace('tokenlimits') is null then
+    create schema tokenlimits;
+    comment on schema tokenlimits is 'tokenlimits: Private parts: counters, rollup, helpers. Not for the API.';
+  end if;
+end
+$do$;
 
 revoke all on schema tokenlimits from public, anon, authenticated, service_role;
 grant usage on schema tokenlimits to authenticated, service_role;
@@ -41,7 +48,8 @@ end
 $do$;
 
 -- Signed-in users with app_metadata.role = 'admin' are admins; a user can write user_metadata, but never app_metadata.
--- Made only if it is not there, so that a project can put its own rule in its place.
+-- Made only if it is not there, so that a project can put its own rule in its place; what is the project's own is left
+-- as it is, with its privileges.
 do $do$
 begin
   if to_regprocedure('tokenlimits.is_admin()') is null then
@@ -50,12 +58,11 @@ begin
     language sql
     stable
     {{ search_path() }}
-    as $body$
-      -- the default of tokenlimits
-      select coalesce((select auth.jwt()) -> 'app_metadata' ->> 'role' = 'admin', false)
-    $body$;
-    comment on function tokenlimits.is_admin() is
-      'tokenlimits: Is the caller an admin? Replace its body to use your own rule; applying tokenlimits again keeps it.';
+    as $body${{ default_is_admin() }}$body$;
+    comment on function tokenlimits.is_admin()
+    is 'tokenlimits: Is the caller an admin? Replace its body to use your own rule; applying the SQL again keeps it.';
+    revoke execute on function tokenlimits.is_admin() from public, anon, authenticated;
+    grant execute on function tokenlimits.is_admin() to authenticated, service_role;
   end if;
 end
 $do$;
@@ -70,23 +77,37 @@ begin
     language sql
     stable
     {{ search_path() }}
-    as $body$
-      -- the default of tokenlimits
-      -- one by one, by the primary key: a search among members must not read all users
-      select u.id, u.email
-      from unnest(p_user_ids) as p (id)
-      cross join lateral (select a.id, a.email::text from auth.users as a where a.id = p.id offset 0) as u
-    $body$;
-    comment on function tokenlimits.known_users(uuid[]) is
-      'tokenlimits: Which of these users exist, with their e-mail addresses. Replace its body to keep users elsewhere.';
+    as $body${{ default_known_users() }}$body$;
+    comment on function tokenlimits.known_users(uuid[])
+    is 'tokenlimits: Which of these users exist, with their e-mail addresses. Replace its body to keep users elsewhere.';
+    revoke execute on function tokenlimits.known_users(uuid[]) from public, anon, authenticated, service_role;
+  elsif pg_get_function_result('tokenlimits.known_users(uuid[])'::regprocedure) <> 'TABLE(id uuid, email text)' then
+    raise exception using
+      errcode = 'TL010',
+      message = 'tokenlimits.known_users(uuid[]) must return table (id uuid, email text) (TL010)',
+      hint = 'Nothing was changed. Create it anew with these columns.';
   end if;
 end
 $do$;
 
-revoke execute on function tokenlimits.known_users(uuid[]) from public, anon, authenticated, service_role;
-
-revoke execute on function tokenlimits.is_admin() from public, anon, authenticated;
-grant execute on function tokenlimits.is_admin() to authenticated, service_role;
+-- Each known user once, whatever a project's own rule answers. Never row by row with each other: a plan that is kept
+-- takes both sides for small.
+create or replace function tokenlimits.users(p_user_ids uuid[])
+returns table (id uuid, email text)
+language plpgsql
+stable
+{{ search_path() }}
+set enable_nestloop = off
+as $$
+begin
+  return query
+  select distinct on (k.id) k.id, k.email
+  from (select distinct u.id from unnest(p_user_ids) as u (id) where u.id is not null) as p
+  inner join tokenlimits.known_users(p_user_ids) as k on k.id = p.id
+  order by k.id;
+end
+$$;
+{{ private('users(uuid[])', 'Which of these users exist, each once, with their e-mail addresses.') }}
 
 -- Admin functions open with this. Besides admins it lets pass whoever may act as service_role: the service key and the
 -- database's owner. The GUC "role" still names the caller inside a definer function, where current_user does not.

@@ -77,7 +77,7 @@ create index if not exists group_memberships_user_id_idx on public.group_members
 -- Whether users are in auth.users is for known_users to say.
 do $do$
 begin
-  if {{ is_own('known_users') | indent(2) }} then
+  if {{ has_own_users() | indent(2) }} then
     alter table public.group_memberships drop constraint if exists group_memberships_user_id_fkey;
   elsif not exists (
     select
@@ -204,9 +204,9 @@ after delete on public.user_groups
 for each row execute function tokenlimits.remember_group();
 
 -- Only our functions write the ledger, and they run as its owner: also where a dump was restored in a project whose
--- default privileges grant everything. It costs a call a fiftieth; as a condition of the trigger, which is parsed anew
--- by every statement, it would cost a tenth.
-create or replace function tokenlimits.refuse_write()
+-- default privileges grant everything. In public, so that a dump of public alone has it. It costs a call a fiftieth; as
+-- a condition of the trigger, which is parsed anew by every statement, it would cost a tenth.
+create or replace function public.refuse_ledger_write()
 returns trigger
 language plpgsql
 volatile
@@ -222,8 +222,9 @@ begin
     hint = 'Call track_generation, record_generation or refund_generation. Nothing was saved.';
 end
 $$;
-{{ private('refuse_write()', 'Trigger: refuses whoever writes the ledger past our functions.') }}
+{{ comment_on_function('public.refuse_ledger_write()', 'Trigger: refuses who writes the ledger past our functions.') }}
+revoke execute on function public.refuse_ledger_write() from public, anon, authenticated, service_role;
 
 create or replace trigger generation_usage_refuse_write
 before insert or update or delete or truncate on public.generation_usage
-for each statement execute function tokenlimits.refuse_write();
+for each statement execute function public.refuse_ledger_write();

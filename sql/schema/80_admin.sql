@@ -117,35 +117,19 @@ $$;
   to='authenticated, service_role'
 ) }}
 
--- A group of the caller's choice of id: it was never used, or what the ledger says of another would be its usage.
-create or replace function tokenlimits.check_new_id(p_id uuid)
+create or replace function tokenlimits.refuse_id(p_id uuid)
 returns void
 language plpgsql
 volatile
--- definer: which groups were deleted is private
-security definer
 {{ search_path() }}
 as $$
 begin
-  perform tokenlimits.require_admin();
-  -- pages begin after the nil UUID
-  if p_id = '00000000-0000-0000-0000-000000000000' then
-    perform tokenlimits.refuse('TL001', 'id: must not be the nil UUID', 'id', 'Choose an id that was never used.');
-  elsif exists (select from public.user_groups as g where g.id = p_id)
-    or exists (select from tokenlimits.deleted_groups as d where d.id = p_id)
-    or exists (select from public.generation_usage as u where u.group_id = p_id)
-  then
-    perform tokenlimits.refuse(
-      'TL001', format('id: %s is, or was, another group''s', p_id), 'id', 'Choose an id that was never used.'
-    );
-  end if;
+  perform tokenlimits.refuse(
+    'TL001', format('id: %s is, or was, another group''s', p_id), 'id', 'Choose an id that was never used.'
+  );
 end
 $$;
-{{ private(
-  'check_new_id(uuid)',
-  "Refuses an id that a group has or had.",
-  to='authenticated, service_role'
-) }}
+{{ private('refuse_id(uuid)', 'Refuses an id that a group has or had.') }}
 
 create or replace function tokenlimits.insert_group(
   p_id uuid,
@@ -164,15 +148,35 @@ security definer
 as $$
 declare
   v_group public.user_groups;
+  v_constraint text;
 begin
   perform tokenlimits.require_admin();
+  -- pages begin after the nil UUID
+  if p_id = '00000000-0000-0000-0000-000000000000' then
+    perform tokenlimits.refuse('TL001', 'id: must not be the nil UUID', 'id', 'Choose an id that was never used.');
+  end if;
   insert into public.user_groups as g (id, name, description, priority, timezone, is_default)
   values (
     coalesce(p_id, gen_random_uuid()), p_name, coalesce(p_description, ''), coalesce(p_priority, 0),
     coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false)
   )
   returning * into v_group;
+  -- only now: who had the id may have been deleted while this waited for it. What the ledger says of another group would
+  -- be this one's usage.
+  if p_id is not null and (
+    exists (select from tokenlimits.deleted_groups as d where d.id = p_id)
+    or exists (select from public.generation_usage as u where u.group_id = p_id)
+  ) then
+    perform tokenlimits.refuse_id(p_id);
+  end if;
   return v_group;
+exception
+  when unique_violation then
+    get stacked diagnostics v_constraint = constraint_name;
+    if v_constraint = 'user_groups_pkey' then
+      perform tokenlimits.refuse_id(p_id);
+    end if;
+    raise;
 end
 $$;
 {{ private(
@@ -199,7 +203,6 @@ as $$
 declare
   v_group public.user_groups;
   v_limits jsonb := {{ json_argument('p_limits') }};
-  v_constraint text;
 begin
   perform tokenlimits.require_admin();
   if v_limits is not null then
@@ -210,8 +213,6 @@ begin
       perform tokenlimits.refuse('TL001', 'id: is of a new group; group_id names one that is there', 'id');
     end if;
     v_group := tokenlimits.require_group(p_group_id);
-  elsif p_id is not null then
-    perform tokenlimits.check_new_id(p_id);
   end if;
   if p_is_default then
     -- the stripes of groups are 0 to 255
@@ -236,11 +237,6 @@ begin
     end if;
   exception
     when unique_violation then
-      get stacked diagnostics v_constraint = constraint_name;
-      if v_constraint = 'user_groups_pkey' then
-        -- somebody else was faster
-        perform tokenlimits.check_new_id(p_id);
-      end if;
       perform tokenlimits.refuse(
         'TL003',
         format('there is a group named %L already', {{ tidied('p_name') | indent(8) }}),
@@ -383,7 +379,7 @@ begin
   if p_user_ids is null or array_position(p_user_ids, null) is not null then
     perform tokenlimits.refuse('TL001', 'user_ids: must be an array of ids', 'user_ids');
   end if;
-  v_known := array(select distinct u.id from tokenlimits.known_users(p_user_ids) as u order by u.id);
+  v_known := array(select u.id from tokenlimits.users(p_user_ids) as u order by u.id);
   insert into public.group_memberships as m (group_id, user_id)
   select p_group_id, k.id
   from unnest(v_known) as k (id)
@@ -539,7 +535,7 @@ begin
     -- by itself: joined to all members at once, a plan that is kept would compare each with each
     v_user_ids := array(
       select u.id
-      from tokenlimits.known_users(v_user_ids) as u
+      from tokenlimits.users(v_user_ids) as u
       where strpos(lower(u.email), v_search) > 0
       order by u.id
       limit v_page_size
@@ -550,7 +546,7 @@ begin
     from (
       select m.user_id, u.email, m.joined_at
       from public.group_memberships as m
-      left join tokenlimits.known_users(v_user_ids) as u on u.id = m.user_id
+      left join tokenlimits.users(v_user_ids) as u on u.id = m.user_id
       where
         m.group_id = p_group_id
         and m.user_id = any(v_user_ids)

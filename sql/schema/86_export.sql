@@ -91,7 +91,7 @@ begin
     -- looked up, not joined: a plan that is kept would compare each row with each user
     v_emails := (
       select jsonb_object_agg(k.id, k.email)
-      from tokenlimits.known_users(array(select distinct p.user_id from unnest(v_page) as p)) as k
+      from tokenlimits.users(array(select distinct p.user_id from unnest(v_page) as p)) as k
     );
     v_rows := v_rows || coalesce((
       select jsonb_agg(
@@ -276,7 +276,7 @@ begin
 
     select jsonb_agg(to_jsonb(top) || jsonb_build_object('email', k.email) order by top.used desc, top.user_id)
     from top
-    left join tokenlimits.known_users(array(select t.user_id from top as t)) as k on k.id = top.user_id
+    left join tokenlimits.users(array(select t.user_id from top as t)) as k on k.id = top.user_id
   ), '[]');
 end
 $$;

@@ -59,7 +59,8 @@ begin
     ), '[]'),
     'holds', (
       select count(*)
-      from tokenlimits.missing_holds(p_group_id, coalesce(p_since, v_now - interval '1 day')) as m
+      -- a hold lives for 30 days at most
+      from tokenlimits.missing_holds(p_group_id, coalesce(p_since, v_now - interval '31 days')) as m
     )
   );
 end
@@ -85,7 +86,8 @@ declare
 begin
   perform set_config('request.jwt.claims', p_claims::text, true);
   begin
-    v_answer := tokenlimits.is_admin();
+    -- as row-level security takes it
+    v_answer := coalesce(tokenlimits.is_admin(), false);
   exception when others then
     v_answer := null;
   end;
@@ -111,7 +113,7 @@ security definer
 {{ search_path() }}
 as $$
 declare
-  c_tables constant text[] := array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'];
+  c_tables constant text[] := array[{{ table_names }}];
   c_unknown_width constant integer := 32;
 begin
   perform tokenlimits.require_admin();
@@ -169,7 +171,7 @@ security definer
 as $$
 begin
   perform tokenlimits.require_admin();
-  if {{ is_own('known_users') | indent(2) }} then
+  if {{ has_own_users() | indent(2) }} then
     return null;
   end if;
   -- of many it is enough to know that they are many
@@ -186,6 +188,46 @@ end
 $$;
 {{ private('users_in_no_group()', "How many users are in no group, up to 1,001; null where users are elsewhere.") }}
 
+-- After a ledger was restored alone, its rows are in none of the sums. Most often it shows at both ends of a group's
+-- history; to be sure, reconcile.
+create or replace function tokenlimits.groups_not_summed()
+returns bigint
+language plpgsql
+stable
+-- definer: the rollup is private
+security definer
+{{ search_path() }}
+as $$
+begin
+  perform tokenlimits.require_admin();
+  return (
+    select count(*)
+    from public.user_groups as g
+    where exists (
+      select
+      from (
+{%- for direction in ['', ' desc'] %}
+        (
+          select l.kind, l.created_at
+          from public.generation_usage as l
+          where l.group_id = g.id and l.status in ('reserved', 'committed')
+          order by l.created_at{{ direction }}
+          limit 1
+        )
+{{- '\n        union all' if not loop.last }}
+{%- endfor %}
+      ) as u
+      where not exists (
+        select
+        from tokenlimits.usage_rollup as r
+        where r.group_id = g.id and r.kind = u.kind and r.bucket = {{ bucket('u.created_at') }}
+      )
+    )
+  );
+end
+$$;
+{{ private('groups_not_summed()', "How many groups have usage in the ledger that is in none of the sums.") }}
+
 create or replace function tokenlimits.tokenlimits_diagnosis()
 returns jsonb
 language plpgsql
@@ -195,7 +237,10 @@ security definer
 {{ search_path() }}
 as $$
 declare
-  c_tables constant text[] := array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'];
+  c_tables constant text[] := array[{{ table_names }}];
+  c_functions constant text[] := array[
+    {{ function_names | indent(4) }}
+  ];
   c_user constant jsonb := '{"role": "authenticated", "sub": "00000000-0000-4000-8000-000000000000"}';
 begin
   perform tokenlimits.require_admin();
@@ -229,13 +274,30 @@ begin
       where p.schemaname = 'public' and p.tablename = any(c_tables)
     ),
     'functions', (
-      select jsonb_object_agg(f.proname, (
+      select coalesce(jsonb_object_agg(f.proname, (
         select coalesce(jsonb_agg(r.name order by r.name), '[]')
         from unnest(array['anon', 'authenticated', 'service_role']) as r (name)
         where has_function_privilege(r.name, f.oid, 'execute')
-      ))
+      )), '{}')
       from pg_catalog.pg_proc as f
-      where f.pronamespace = 'public'::regnamespace and {{ is_marked('f.oid', 'pg_proc') }}
+      where f.pronamespace = 'public'::regnamespace and f.proname = any(c_functions)
+    ),
+    -- a dump without comments was restored: applying the SQL, or removing it, wouldn't take them for ours
+    'unmarked', (
+      select coalesce(jsonb_agg(o.name order by o.name), '[]')
+      from (
+        select f.proname as name
+        from pg_catalog.pg_proc as f
+        where
+          f.pronamespace = 'public'::regnamespace and f.proname = any(c_functions)
+          and not {{ is_marked('f.oid', 'pg_proc') }}
+        union all
+        select t.relname
+        from pg_catalog.pg_class as t
+        where
+          t.relnamespace = 'public'::regnamespace and t.relname = any(c_tables)
+          and not {{ is_marked('t.oid', 'pg_class') }}
+      ) as o
     ),
     'private_schema_open', has_schema_privilege('anon', 'tokenlimits', 'usage'),
     'triggers', (
@@ -271,29 +333,7 @@ begin
       where not exists (select from public.group_limits as l where l.group_id = g.id)
     ),
     'users_in_no_group', tokenlimits.users_in_no_group(),
-    -- a restored ledger whose sums were not restored: a group's oldest live usage is in none of them
-    'groups_not_summed', (
-      select count(*)
-      from public.user_groups as g
-      cross join lateral (
-        select u.kind, u.created_at
-        from (
-          select l.kind, l.created_at, l.status
-          from public.generation_usage as l
-          where l.group_id = g.id
-          order by l.created_at
-          limit 100
-        ) as u
-        where u.status in ('reserved', 'committed')
-        order by u.created_at
-        limit 1
-      ) as o
-      where not exists (
-        select
-        from tokenlimits.usage_rollup as r
-        where r.group_id = g.id and r.kind = o.kind and r.bucket = {{ bucket('o.created_at') }}
-      )
-    ),
+    'groups_not_summed', tokenlimits.groups_not_summed(),
     'ledger_rows', (
       select greatest(c.reltuples, 0)::bigint
       from pg_catalog.pg_class as c

@@ -183,8 +183,8 @@ def written(database: Connect) -> dict[str, Any]:
         }
 
 
-def test_nobody_writes_a_restored_ledger(project: Connect) -> None:
-    assert written(project) == {}
+def test_nobody_writes_a_restored_ledger(restored: Connect) -> None:
+    assert written(restored) == {}
 
 
 def test_nobody_writes_what_was_restored_once_the_sql_is_applied(restored: Connect, install_sql: str) -> None:

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.sql.api import ACTORS, GROUP_ID, USER_ID, request_by, seed
 from tests.support.postgres import create_hosted_database, servers
 
-from tokenlimits.sql_files import checked_schema, one_paste, uninstall
+from tokenlimits.sql_files import checked_schema, migrations, one_paste, uninstall
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +52,12 @@ TAKEN = {
     "function public.find_users(p_project bigint)": """
         create function public.find_users(p_project bigint) returns bigint language sql as $$ select p_project $$
     """,
-    "schema tokenlimits": "create schema tokenlimits; create table tokenlimits.prices (id bigint)",
+    "table tokenlimits.counters": "create schema tokenlimits; create table tokenlimits.counters (id bigint)",
+    "type tokenlimits.verdict": "create schema tokenlimits; create type tokenlimits.verdict as enum ('yes', 'no')",
+    "function tokenlimits.clock()": """
+        create schema tokenlimits;
+        create function tokenlimits.clock() returns timestamptz language sql as 'select now()'
+    """,
 }
 NO_AUTH = """
 create schema tokenlimits;
@@ -97,7 +102,7 @@ class TestTakenNames:
             error = refusal(postgres, one_paste())
             assert error.sqlstate == "TL010"
             assert name in str(error.diag.message_primary)
-            assert "--schema" in str(error.diag.message_hint)
+            assert "Rename" in str(error.diag.message_hint)
             assert dump(postgres) == before
 
     def test_are_all_named(self, new_database: NewDatabase) -> None:
@@ -108,16 +113,54 @@ class TestTakenNames:
             assert "table public.user_groups" in message
             assert "function public.find_users(p_project bigint)" in message
 
-    def test_are_refused_where_statements_come_one_by_one(self, new_database: NewDatabase) -> None:
+    @pytest.mark.parametrize(
+        "sql", [one_paste(), *(migration.text for migration in migrations())], ids=["paste", "migration"]
+    )
+    def test_are_refused_where_statements_come_one_by_one(self, new_database: NewDatabase, sql: str) -> None:
         with new_database(installed=False)("postgres") as postgres:
             postgres.execute(TAKEN["table public.user_groups"].encode())
             before = dump(postgres)
             info = postgres.info
             psql = servers()[str(info.server_version // 10000)] / "psql"
             url = f"postgresql://postgres@{info.host}:{info.port}/{info.dbname}"
-            done = subprocess.run([psql, "-X", url], input=one_paste(), capture_output=True, text=True, check=True)
+            done = subprocess.run([psql, "-X", url], input=sql, capture_output=True, text=True, check=True)
             assert "table public.user_groups" in done.stderr
             assert dump(postgres) == before
+
+    def test_of_a_temporary_table_or_a_copy_are_nobodys(self, new_database: NewDatabase) -> None:
+        with new_database()("postgres") as postgres:
+            postgres.execute("create temp table user_groups (i int); comment on table user_groups is 'tokenlimits: x'")
+            postgres.execute("create schema backup; create table backup.user_groups (like public.user_groups)")
+            postgres.execute("comment on table backup.user_groups is 'tokenlimits: Groups of users'")
+            postgres.execute(one_paste().encode())
+            postgres.execute(uninstall().encode())
+            assert postgres.execute("select to_regclass('backup.user_groups') is not null").fetchone() == (True,)
+            assert postgres.execute("select to_regclass('public.user_groups')").fetchone() == (None,)
+
+    def test_are_ours_where_comments_were_lost_and_that_is_said(self, new_database: NewDatabase) -> None:
+        with new_database()("postgres") as postgres:
+            seed(postgres)
+            before = dump(postgres)
+            for (comment,) in postgres.execute(
+                """
+                select format('comment on table %s is null', c.oid::regclass) from pg_class as c
+                where c.relkind = 'r' and obj_description(c.oid, 'pg_class') like 'tokenlimits:%'
+                union all
+                select format('comment on function %s is null', p.oid::regprocedure) from pg_proc as p
+                where obj_description(p.oid, 'pg_proc') like 'tokenlimits:%'
+                """
+            ).fetchall():
+                postgres.execute(comment)
+            facts = postgres.execute("select public.tokenlimits_diagnosis()").fetchone()
+            assert facts is not None
+            assert {"user_groups", "track_generation"} <= set(facts[0]["unmarked"])
+            assert "track_generation" in facts[0]["functions"]
+            assert "tokenlimits.adopt" in str(refusal(postgres, one_paste()).diag.message_hint)
+            postgres.execute("set tokenlimits.adopt = 'yes'")
+            postgres.execute(one_paste().encode())
+            # but for the comments of two functions that might be the project's own by now
+            after = dump(postgres)
+            assert [line for line in before if line not in after and "COMMENT" not in line] == []
 
     def test_are_all_that_it_makes(self, new_database: NewDatabase) -> None:
         with new_database()("supabase_admin") as catalog:
@@ -180,6 +223,58 @@ class TestUninstalling:
             # revoking and granting again puts privileges in another order
             assert sorted(dump(postgres)) == sorted(before)
 
+    @pytest.mark.parametrize(
+        "theirs",
+        [
+            "create view public.theirs as select name from public.user_groups",
+            "create table public.theirs (group_id uuid references public.user_groups)",
+            "create table public.theirs (g public.user_groups)",
+            "create table public.theirs () inherits (public.user_groups)",
+            "create table public.theirs (i int); create policy p on public.theirs using (tokenlimits.is_admin())",
+            "create function public.theirs() returns setof public.user_groups language sql as 'table public.user_groups'",
+        ],
+    )
+    def test_refuses_to_drop_what_depends_on_it(self, new_database: NewDatabase, theirs: str) -> None:
+        with new_database()("postgres") as postgres:
+            postgres.execute(theirs.encode())
+            before = dump(postgres)
+            error = refusal(postgres, uninstall())
+            assert error.sqlstate == "TL010"
+            assert "theirs" in str(error.diag.message_detail)
+            assert dump(postgres) == before
+
+    def test_leaves_what_only_says_that_it_is_ours(self, new_database: NewDatabase) -> None:
+        with new_database()("postgres") as postgres:
+            postgres.execute("create schema billing; create table billing.settings (id bigint)")
+            postgres.execute("comment on table billing.settings is 'tokenlimits: our settings for the package'")
+            postgres.execute("create function public.my_charge() returns int language sql as 'select 1'")
+            postgres.execute("comment on function public.my_charge() is 'tokenlimits: charge wrapper'")
+            postgres.execute("create procedure public.sweep() language sql as 'select 1'")
+            postgres.execute("comment on procedure public.sweep() is 'tokenlimits: sweeps'")
+            postgres.execute("alter table public.generation_usage rename to generation_usage_2026")
+            postgres.execute(uninstall().encode())
+            for name in ("billing.settings", "public.generation_usage_2026"):
+                assert postgres.execute("select to_regclass(%s) is not null", [name]).fetchone() == (True,)
+            for name in ("public.my_charge()", "public.sweep()"):
+                assert postgres.execute("select to_regprocedure(%s) is not null", [name]).fetchone() == (True,)
+
+    def test_drops_the_ledger_once_when_told_so(self, new_database: NewDatabase) -> None:
+        with new_database()("postgres") as postgres:
+            postgres.execute("set tokenlimits.drop_ledger = 'yes'")
+            for kept in (None, "generation_usage"):
+                postgres.execute(uninstall().encode())
+                assert postgres.execute("select to_regclass('public.generation_usage')::text").fetchone() == (kept,)
+                postgres.execute(one_paste().encode())
+
+    def test_leaves_a_rule_that_began_as_ours(self, new_database: NewDatabase) -> None:
+        with new_database()("postgres") as postgres:
+            found = postgres.execute("select pg_get_functiondef('tokenlimits.is_admin'::regproc)").fetchone()
+            assert found is not None
+            postgres.execute(found[0].replace("'admin'", "'boss'"))
+            postgres.execute(uninstall().encode())
+            body = postgres.execute("select prosrc from pg_proc where proname = 'is_admin'").fetchone()
+            assert "boss" in str(body)
+
     def test_leaves_a_rule_whose_body_was_replaced(self, new_database: NewDatabase) -> None:
         with new_database()("postgres") as postgres:
             postgres.execute(
@@ -198,7 +293,8 @@ class TestAnotherSchema:
             before = dump(postgres)
             postgres.execute(one_paste("limits").encode())
             postgres.execute(one_paste("limits").encode())
-            assert [line for line in before if line not in dump(postgres)] == []
+            after = dump(postgres)
+            assert [line for line in before if line not in after] == []
             postgres.execute("set tokenlimits.drop_ledger = 'yes'")
             postgres.execute(uninstall().encode())
             assert dump(postgres) == before
@@ -309,6 +405,49 @@ class TestKnownUsers:
             postgres.execute(one_paste().encode())
             assert constraints() == 1
 
+    def test_are_each_one_that_was_asked_for(self, new_database: NewDatabase) -> None:
+        user, other = uuid4(), uuid4()
+        with new_database(installed=False)("postgres") as postgres:
+            # whoever is asked for, it answers all, and twice
+            postgres.execute(
+                f"""
+                create schema tokenlimits;
+                create function tokenlimits.known_users(uuid[]) returns table (id uuid, email text) language sql as $$
+                select u.id, 'a@example.com' from unnest(array['{user}', '{other}', '{user}', null]::uuid[]) as u (id)
+                $$
+                """.encode()
+            )
+            postgres.execute(one_paste().encode())
+            group = postgres.execute("select public.save_group(p_name => 'Pro') ->> 'id'").fetchone()
+            assert group is not None
+            added = postgres.execute(
+                "select public.add_group_members(%s, %s)", [group[0], [user, user, uuid4()]]
+            ).fetchone()
+            assert added is not None
+            assert (added[0]["added"], len(added[0]["unknown"])) == (1, 1)
+            assert postgres.execute("select user_id from public.group_memberships").fetchall() == [(user,)]
+            members = postgres.execute("select public.group_members(%s)", [group[0]]).fetchone()
+            assert [member["user_id"] for member in (members or [[]])[0]] == [str(user)]
+
+    def test_of_another_shape_are_refused(self, new_database: NewDatabase) -> None:
+        with new_database(installed=False)("postgres") as postgres:
+            postgres.execute("create schema tokenlimits")
+            postgres.execute(
+                "create function tokenlimits.known_users(uuid[]) returns setof uuid language sql as 'select null::uuid'"
+            )
+            before = dump(postgres)
+            error = refusal(postgres, one_paste())
+            assert (error.sqlstate, "table (id uuid, email text)" in str(error.diag.message_primary)) == ("TL010", True)
+            assert dump(postgres) == before
+
+    def test_of_a_projects_own_keep_their_privileges(self, new_database: NewDatabase) -> None:
+        with new_database(installed=False)("postgres") as postgres:
+            postgres.execute(NO_AUTH)
+            postgres.execute("grant execute on function tokenlimits.is_admin() to anon")
+            postgres.execute(one_paste().encode())
+            query = "select has_function_privilege('anon', 'tokenlimits.is_admin()', 'execute')"
+            assert postgres.execute(query).fetchone() == (True,)
+
     def test_are_not_told_to_anybody(self, new_database: NewDatabase) -> None:
         with new_database()("postgres") as postgres:
             for actor in ACTORS.values():
@@ -374,6 +513,19 @@ class TestIdsOfGroups:
         with database("postgres") as one, database("postgres") as two, ThreadPoolExecutor(1) as threads:
             with one.transaction():
                 self.save(one, "one", group_id)
+                waiting = threads.submit(self.refused, two, "two", group_id)
+                while not one.execute(
+                    "select from pg_locks where pid = %s and not granted", [two.info.backend_pid]
+                ).fetchall():
+                    assert not waiting.done()
+            waiting.result()
+
+    def test_of_a_group_that_is_deleted_meanwhile_are_used(self, new_database: NewDatabase) -> None:
+        database, group_id = new_database(), uuid4()
+        with database("postgres") as one, database("postgres") as two, ThreadPoolExecutor(1) as threads:
+            with one.transaction():
+                self.save(one, "one", group_id)
+                one.execute("select public.delete_group(%s)", [group_id])
                 waiting = threads.submit(self.refused, two, "two", group_id)
                 while not one.execute(
                     "select from pg_locks where pid = %s and not granted", [two.info.backend_pid]

@@ -23,16 +23,37 @@ is '{{ ('tokenlimits: ' ~ comment) | replace("'", "''") | wordwrap(114, wrapstri
 coalesce(obj_description({{ oid }}, '{{ catalog }}') like 'tokenlimits:%', false)
 {%- endmacro %}
 
-{# Whether one of the two functions that a project may replace is its own; of ours, the body says so. #}
-{% macro is_own(name) -%}
+{# The two functions that a project may replace, as they are by default. #}
+{% macro default_is_admin() %}
+      select coalesce((select auth.jwt()) -> 'app_metadata' ->> 'role' = 'admin', false)
+    {% endmacro %}
+
+{# One by one, by the primary key: a search among members must not read all users. #}
+{% macro default_known_users() %}
+      select u.id, u.email
+      from unnest(p_user_ids) as p (id)
+      cross join lateral (select a.id, a.email::text from auth.users as a where a.id = p.id offset 0) as u
+    {% endmacro %}
+
+{# Whether a function has the body that it has by default, however it is spaced. #}
+{% macro is_default(prosrc, body) -%}
+btrim(regexp_replace({{ prosrc }}, '\s+', ' ', 'g')) = '{{ body.split() | join(' ') | replace("'", "''") }}'
+{%- endmacro %}
+
+{# Whether a project has its own rule of which users there are. #}
+{% macro has_own_users() -%}
 exists (
   select
   from pg_catalog.pg_proc as p
   where
-    p.pronamespace = 'tokenlimits'::regnamespace
-    and p.proname = '{{ name }}'
-    and p.prosrc not like '%the default of tokenlimits%'
+    p.oid = to_regprocedure('tokenlimits.known_users(uuid[])')
+    and not {{ is_default('p.prosrc', default_known_users()) }}
 )
+{%- endmacro %}
+
+{# 'tokl' in ASCII, beside stripes and the default group: installations and uninstallations wait for each other. #}
+{% macro lock_installation() -%}
+perform pg_advisory_xact_lock(1953459052, 257);
 {%- endmacro %}
 
 {# Of a private function: its comment, and who may execute it. #}

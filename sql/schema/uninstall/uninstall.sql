@@ -1,0 +1,118 @@
+-- Removes tokenlimits: groups, limits, memberships, counters and every function, and nothing that it did not make.
+-- Where something of the project's depends on it, it says so, and changes nothing.
+-- Keeps the ledger (generation_usage), which the service key may go on reading; installing tokenlimits again takes up
+-- its history, holds and keys. To drop it too, run this first, in the same session:
+--   set tokenlimits.drop_ledger = 'yes';
+-- Keeps tokenlimits.is_admin() and tokenlimits.known_users() where they are the project's own.
+-- Generated from sql/schema/ by `make sql`; edit it there.
+
+do $do$
+declare
+  v_home regnamespace;
+  v_private regnamespace := to_regnamespace('tokenlimits');
+  v_ours text[];
+  v_object record;
+  v_detail text;
+begin
+  {{ lock_installation() }}
+  -- in which schema the public part is: by the marks of its tables, of which no temporary one is ours
+  select c.relnamespace into v_home
+  from pg_catalog.pg_class as c
+  where
+    c.relname in ({{ table_names }})
+    and c.relpersistence = 'p'
+    and {{ is_marked('c.oid', 'pg_class') }}
+  -- a copy in another schema has none of our triggers
+  order by c.relhastriggers desc, c.oid
+  limit 1;
+
+  begin
+    -- what hangs on our functions is ours, by its name
+    for v_object in
+      select p.polname as name, p.polrelid::regclass as relation, 'policy' as sort
+      from pg_catalog.pg_policy as p
+      inner join pg_catalog.pg_class as c on c.oid = p.polrelid
+      -- also of a table that was renamed since
+      where c.relnamespace = v_home and {{ is_marked('c.oid', 'pg_class') }} and p.polname like 'admins may %'
+      union all
+      select t.tgname, t.tgrelid::regclass, 'trigger'
+      from pg_catalog.pg_trigger as t
+      inner join pg_catalog.pg_class as c on c.oid = t.tgrelid
+      inner join pg_catalog.pg_proc as f on f.oid = t.tgfoid
+      where
+        c.relnamespace = v_home and {{ is_marked('c.oid', 'pg_class') }}
+        and not t.tgisinternal and {{ is_marked('f.oid', 'pg_proc') }}
+    loop
+      execute format('drop %s %I on %s', v_object.sort, v_object.name, v_object.relation);
+    end loop;
+    -- all at once, since some are made of others; never by cascade, which would take what is the project's
+    v_ours := array(
+      select p.oid::regprocedure
+      from pg_catalog.pg_proc as p
+      where
+        p.prokind = 'f'
+        and {{ is_marked('p.oid', 'pg_proc') }}
+        and (
+          p.pronamespace = v_private
+          or (p.pronamespace = v_home and p.proname in (
+            {{ function_names | indent(12) }}
+          ))
+        )
+        and case p.proname
+          when 'is_admin' then {{ is_default('p.prosrc', default_is_admin()) }}
+          when 'known_users' then {{ is_default('p.prosrc', default_known_users()) }}
+          else true
+        end
+    );
+    if v_ours <> '{}' then
+      execute 'drop function ' || array_to_string(v_ours, ', ');
+    end if;
+    v_ours := array(
+      select c.oid::regclass
+      from pg_catalog.pg_class as c
+      where c.relnamespace = v_private and c.relkind = 'c' and c.relname in ({{ type_names }})
+    );
+    if v_ours <> '{}' then
+      execute 'drop type ' || array_to_string(v_ours, ', ');
+    end if;
+    v_ours := array(
+      select c.oid::regclass
+      from pg_catalog.pg_class as c
+      where
+        c.relkind = 'r'
+        and {{ is_marked('c.oid', 'pg_class') }}
+        and (c.relnamespace = v_private or (c.relnamespace = v_home and c.relname in ({{ table_names }})))
+        and (c.relname <> 'generation_usage' or current_setting('tokenlimits.drop_ledger', true) = 'yes')
+    );
+    if v_ours <> '{}' then
+      execute 'drop table ' || array_to_string(v_ours, ', ');
+    end if;
+  exception
+    when dependent_objects_still_exist then
+      get stacked diagnostics v_detail = pg_exception_detail;
+      raise exception using
+        errcode = 'TL010',
+        message = 'objects of the project depend on tokenlimits (TL010)',
+        detail = v_detail,
+        hint = 'Nothing was changed. Drop or change them first.';
+  end;
+
+  -- schemas that it made, unless something else is in them by now
+  for v_object in
+    select n.oid::regnamespace as name
+    from pg_catalog.pg_namespace as n
+    where n.oid in (v_private, v_home) and {{ is_marked('n.oid', 'pg_namespace') }}
+  loop
+    begin
+      execute format('drop schema %s', v_object.name);
+    exception
+      when dependent_objects_still_exist then
+        null;
+    end;
+  end loop;
+  -- it was said for this time
+  perform set_config('tokenlimits.drop_ledger', '', false);
+end
+$do$;
+
+notify pgrst, 'reload schema';
