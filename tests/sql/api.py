@@ -213,7 +213,7 @@ def argument_types(connection: Connection) -> dict[str, dict[str, str]]:
           coalesce(array_agg(format_type(a.type, null) order by a.place) filter (where a.name is not null), '{}')
         from pg_proc as p
         left join lateral unnest(p.proargnames, p.proargtypes::oid[]) with ordinality as a (name, type, place) on true
-        where p.pronamespace = 'public'::regnamespace
+        where p.pronamespace = 'public'::regnamespace and p.prorettype <> 'trigger'::regtype
         group by p.oid
         """
     )

@@ -231,7 +231,7 @@ class TestUninstalling:
             "create table public.theirs (g public.user_groups)",
             "create table public.theirs () inherits (public.user_groups)",
             "create table public.theirs (i int); create policy p on public.theirs using (tokenlimits.is_admin())",
-            "create function public.theirs() returns setof public.user_groups language sql as 'table public.user_groups'",
+            "create function public.theirs() returns setof public.user_groups language sql as 'table user_groups'",
         ],
     )
     def test_refuses_to_drop_what_depends_on_it(self, new_database: NewDatabase, theirs: str) -> None:

@@ -51,11 +51,6 @@ exists (
 )
 {%- endmacro %}
 
-{# 'tokl' in ASCII, beside stripes and the default group: installations and uninstallations wait for each other. #}
-{% macro lock_installation() -%}
-perform pg_advisory_xact_lock(1953459052, 257);
-{%- endmacro %}
-
 {# Of a private function: its comment, and who may execute it. #}
 {% macro private(signature, comment, to='') -%}
 {{ comment_on_function('tokenlimits.' ~ signature, comment) }}

@@ -80,9 +80,17 @@ or ({{ usage }}.status = 'reserved' and {{ usage }}.expires_at <= {{ at }}))
 get_byte(uuid_send({{ group_id }}), 15)
 {%- endmacro %}
 
-{# Advisory locks on stripes: 'tokl' in ASCII, so that they do not meet a project's own. 256: which group is default. #}
+{#
+Advisory locks on stripes: 'tokl' in ASCII, so that they do not meet a project's own. 256: which group is default. 257:
+installing and uninstalling.
+#}
 {% macro stripe_class() -%}
 1953459052
+{%- endmacro %}
+
+{# Installations and uninstallations wait for each other. #}
+{% macro lock_installation() -%}
+perform pg_advisory_xact_lock({{ stripe_class() }}, 257);
 {%- endmacro %}
 
 {# The beginning of the rollup bucket that a moment lies in. #}
