@@ -3455,10 +3455,12 @@ declare
   v_verdict tokenlimits.verdict;
 begin
   v_verdict.reason := 'refused';
-  return tokenlimits.answer(v_verdict, p_item.kind, p_item.cost, null, p_replayed => false)::jsonb
+  return (
+    tokenlimits.answer(v_verdict, p_item.kind, p_item.cost, null, p_replayed => false)::jsonb
     || jsonb_build_object(
       'error', concat_ws('. ', p_message, nullif(p_hint, '')), 'code', p_code, 'detail', nullif(p_detail, '')
-    );
+    )
+  )::json;
 end
 $$;
 comment on function tokenlimits.refused(tokenlimits.batch_item, text, text, text, text)

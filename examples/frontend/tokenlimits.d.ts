@@ -161,6 +161,8 @@ export type Member = User & { joined_at: Timestamp }
 export type Reconciliation = {
   counters: { kind: string; period: Period; scope: Scope; subject: Uuid; was: number; used: number }[]
   rollup: { kind: string; bucket: Timestamp; was: number; used: number }[]
+  /** How many holds would never have expired. */
+  holds: number
 }
 
 /** A row of the ledger. */

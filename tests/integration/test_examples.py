@@ -386,7 +386,8 @@ def catalogue(stack: LocalStack) -> str:
     """TypeScript that is valid only if the types name exactly these functions, arguments and defaults."""
     functions = stack.sql(
         "select proname as name, coalesce(proargnames, '{}') as arguments, pronargdefaults as defaults"
-        " from pg_proc where pronamespace = 'public'::regnamespace order by proname"
+        " from pg_proc where pronamespace = 'public'::regnamespace and prorettype <> 'trigger'::regtype"
+        " order by proname"
     )
     lines = [
         "import type { Functions } from './tokenlimits.d.ts'",

@@ -188,7 +188,8 @@ def countdown(until: datetime | None, now: datetime) -> str:
     days, hours = divmod(hours, 24)
     if days:
         return f"{days}d {hours:02}h"
-    return f"{hours}h {minutes:02}m {seconds:02}s" if hours else f"{minutes}m {seconds:02}s"
+    # no seconds beside hours: in a narrow terminal they would cost a number its digits
+    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {seconds:02}s"
 
 
 def colour(fraction: float | None) -> str:
