@@ -507,7 +507,7 @@ class TestThreads:
         assert threads.unfinished() == []
 
     def test_closing_waits_for_what_nobody_waits_for_any_more(self, make_threads: Callable[..., Threads]) -> None:
-        threads = make_threads(timeout=0.2)
+        threads = make_threads(timeout=2)
         threads.track(1)
         alone = threads.gate.next()
         late, leader = threads.queued(2), threads.queued(3)
