@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import count
 from types import FrameType
 from typing import Any, TypeVar
@@ -507,18 +507,24 @@ class TestThreads:
         assert threads.unfinished() == []
 
     def test_closing_waits_for_what_nobody_waits_for_any_more(self, make_threads: Callable[..., Threads]) -> None:
-        threads = make_threads(timeout=2)
+        threads = make_threads(timeout=1)
         threads.track(1)
         alone = threads.gate.next()
-        late, leader = threads.queued(2), threads.queued(3)
+        meeting: Any = threads.limits._coalescer._meeting()  # type: ignore[union-attr]
+        queued = {threads.queued(2), threads.queued(3)}
         threads.gate.let(alone)
         together = threads.gate.next()
-        closing = threads.threads.submit(threads.limits.close)
+        # either sends for both; the other gives up
+        (late,) = wait(queued, PATIENCE, FIRST_COMPLETED).done
         with pytest.raises(ServiceUnavailable):
             result(late)
+        # only now: closing has no more patience than a call
+        closing = threads.threads.submit(threads.limits.close)
+        until(lambda: meeting._drains)
         assert threads.gate.closed == 0
         threads.gate.let(together)
         result(closing)
+        (leader,) = queued - {late}
         assert result(leader)
 
     def test_closing_doesnt_wait_for_later_calls(self, threads: Threads) -> None:
