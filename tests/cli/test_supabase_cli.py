@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,11 +12,10 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 from tests.sql.api import GROUP_ID, USER_ID, seed
-from tests.sql.test_lints import SUPABASE_CLI
 from tests.support.invariants import drift
+from tests.support.node import supabase
 from tests.support.postgres import servers
 
-from tokenlimits.local._node import find_node
 from tokenlimits.sql_files import migrations, one_paste
 
 if TYPE_CHECKING:
@@ -30,33 +28,6 @@ if TYPE_CHECKING:
 MIGRATIONS: Final = migrations()
 NAMES: Final = [migration.name for migration in MIGRATIONS]
 HOMES: Final = pytest.mark.parametrize("home", ["public", "limits"])
-
-
-@cache
-def program() -> str:
-    """Where npm keeps it, which takes longer to tell than most of its commands take."""
-    npm = find_node()
-    where = "process.env.PATH.split(require('path').delimiter)[0]"
-    command = ["exec", "--yes", "--prefer-offline", f"--package={SUPABASE_CLI}", "--", "node", "--print", where]
-    found = subprocess.run([*npm.npm, *command], check=True, capture_output=True, text=True, env=environment())
-    return str(Path(found.stdout.strip(), "supabase"))
-
-
-def environment(**others: str) -> dict[str, str]:
-    return {**os.environ, "PATH": f"{find_node().executable.parent}{os.pathsep}{os.environ['PATH']}", **others}
-
-
-def supabase(directory: Path, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [program(), *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=directory,
-        env=environment(SUPABASE_HOME=str(directory), SUPABASE_NO_UPDATE_NOTIFIER="1", SUPABASE_TELEMETRY_DISABLED="1"),
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
 
 
 def remote(url: str) -> str:

@@ -22,13 +22,14 @@ import django.test
 import httpx
 import pytest
 from tests.docs.conftest import Docs
-from tests.docs.node import FRONTEND, node, node_modules
-from tests.docs.pages import DOCS, blocks
+from tests.docs.pages import DOCS, ROOT, blocks
+from tests.support.node import kept, wheel_node
 
 from tokenlimits import GroupManager, Limit, LimitExceeded, TokenLimits
 from tokenlimits.local import LocalUser
 from tokenlimits.local._node import Node
 
+FRONTEND = ROOT / "examples" / "frontend"
 HANDLE = Path(__file__).with_name("handle.mjs")
 # as a recipe in Deno sees it
 DENO = """
@@ -219,12 +220,12 @@ class TestLlmStreaming:
 
 @pytest.fixture(scope="module")
 def runtime() -> Node:
-    return node()
+    return wheel_node()
 
 
 @pytest.fixture(scope="module")
-def packages(runtime: Node) -> Path:
-    return node_modules(runtime)
+def packages() -> Path:
+    return kept("frontend", FRONTEND) / "node_modules"
 
 
 def handled(made: Recipe, runtime: Node, packages: Path, file: str, *asked: tuple[dict[str, str], str]) -> list[Any]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -18,11 +16,12 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from tests.support.node import kept, wheel_node
 from tests.support.postgres import PostgresServer, servers
 
 from tokenlimits import Group, GroupManager, Limit, TokenLimits
 from tokenlimits.local import LocalStack
-from tokenlimits.local._node import Node, find_node
+from tokenlimits.local._node import Node
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -303,28 +302,12 @@ class TestTestMyApp:
 
 @pytest.fixture(scope="module")
 def node() -> Node:
-    """The one from PyPI: supabase-js needs a newer one than the local stack does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", "")
-        return find_node()
+    return wheel_node()
 
 
 @pytest.fixture(scope="module")
-def node_modules(node: Node) -> Path:
-    """What package-lock.json names, fetched once and kept in the user's cache directory."""
-    lock = (EXAMPLES / "frontend" / "package-lock.json").read_bytes()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenlimits"
-    directory = cache / f"frontend-{hashlib.sha256(lock).hexdigest()[:12]}"
-    if not directory.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as unfinished:
-            for name in ("package.json", "package-lock.json"):
-                shutil.copy(EXAMPLES / "frontend" / name, unfinished)
-            path = os.pathsep.join([str(node.executable.parent), os.environ["PATH"]])
-            command = [*node.npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-            subprocess.run(command, cwd=unfinished, env={**os.environ, "PATH": path}, check=True, timeout=300)
-            shutil.copytree(unfinished, directory, symlinks=True)
-    return directory / "node_modules"
+def node_modules() -> Path:
+    return kept("frontend", EXAMPLES / "frontend") / "node_modules"
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 from typing import TYPE_CHECKING, Final
 
 import psycopg
@@ -13,8 +11,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.sql.api import ACTORS, CALLS, GROUP_ID, USER_ID, argument_types, call_sql, request_by, seed
 from tests.sql.test_security import FUNCTIONS
-
-from tokenlimits.local._node import find_node
+from tests.support.node import supabase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,9 +20,7 @@ if TYPE_CHECKING:
     from tests.conftest import Connect, DefaultGrants
     from tests.sql.api import Connection
 
-# npm keeps it in its cache after the first time
-SUPABASE_CLI: Final = "supabase@3.1.0"
-ADVISORS: Final = "--level=info --fail-on=none --output-format=json"
+ADVISORS: Final = ("--level=info", "--fail-on=none", "--output-format=json")
 SOURCES: Final = sorted((ROOT / "sql" / "schema").glob("*.sql"))
 MACROS: Final = sorted((ROOT / "sql" / "schema" / "macros").glob("*.sql"))
 BUILT: Final = (ROOT / "sql" / "tokenlimits.sql").read_text(encoding="utf-8")
@@ -183,22 +178,7 @@ def test_supabases_advisors_have_no_complaint(
     with new_database(default_grants)("postgres") as connection:
         connection.execute(PLANTED_TABLE)
         url = f"postgresql://postgres@{connection.info.host}:{connection.info.port}/{connection.info.dbname}"
-    command = f"exec --yes --prefer-offline --package={SUPABASE_CLI} -- supabase db advisors {ADVISORS}"
-    done = subprocess.run(
-        [*find_node().npm, *command.split(), f"--remote={url}?sslmode=disable"],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PATH": f"{find_node().executable.parent}{os.pathsep}{os.environ['PATH']}",
-            "SUPABASE_HOME": str(tmp_path),
-            "SUPABASE_NO_UPDATE_NOTIFIER": "1",
-            "SUPABASE_TELEMETRY_DISABLED": "1",
-        },
-    )
-    assert done.returncode == 0, done.stderr
+    done = supabase(tmp_path, "db", "advisors", *ADVISORS, f"--remote={url}?sslmode=disable")
     findings = {(found["name"], found["metadata"]["name"]) for found in json.loads(done.stdout)["results"]}
     # nothing has used an index yet
     assert {found for found in findings if found[0] != "unused_index"} == {("rls_disabled_in_public", "planted")}

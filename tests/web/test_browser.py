@@ -444,6 +444,8 @@ class TestForEverybody:
         page = sign_in(theme=theme)
         script, found = axe(), {}
         for place in visit_all(page, group):
+            # what is being fetched is pale meanwhile
+            expect(page.locator(".htmx-request")).to_have_count(0)
             # by the protocol, which the page's policy doesn't bind; after all has been faded in
             page.evaluate("Promise.all(document.getAnimations().map(animation => animation.finished.catch(() => 0)))")
             page.evaluate(script)

@@ -33,7 +33,7 @@ def installed_packages(node: Node) -> Path:
         LocalStackError: npm is missing, or can't fetch the packages.
     """
     pins = {name: _HERE.joinpath(name).read_bytes() for name in _PINS}
-    directory = _cache() / f"lite-{hashlib.sha256(pins['package-lock.json']).hexdigest()[:12]}"
+    directory = cache_directory() / f"lite-{hashlib.sha256(pins['package-lock.json']).hexdigest()[:12]}"
     if not directory.is_dir():
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".installing-", dir=directory.parent) as unfinished:
@@ -53,7 +53,8 @@ def server_script(packages: Path) -> Path:
     return script
 
 
-def _cache() -> Path:
+def cache_directory() -> Path:
+    """Return the user's cache directory, ours of it."""
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (configured if configured.is_absolute() else Path.home() / ".cache") / "tokenlimits"
 
