@@ -50,6 +50,7 @@ begin
         'first. A ledger that was kept can be moved: alter table OLD.generation_usage set schema NEW, once NEW is there.';
   end if;
 
+  -- the private schema may be the project's, and two functions in it, which are in none of our lists
   v_taken := array(
     select format(
       '%s %I.%I',
@@ -94,7 +95,9 @@ begin
     from pg_catalog.pg_type as t
     where
       t.typnamespace = to_regnamespace('public')
-      and t.typname in ('user_groups', 'group_limits', 'group_memberships', 'generation_usage')
+      and t.typname in (
+        'user_groups', 'group_limits', 'group_memberships', 'generation_usage'
+      )
       and t.typrelid = 0
     union all
     select format(
@@ -141,22 +144,47 @@ begin
       )
       and not coalesce(obj_description(p.oid, 'pg_proc') like 'tokenlimits:%', false)
     union all
-    -- the private schema may be the project's, and two functions there its own
-    select format('%s tokenlimits.%I', case c.relkind when 'c' then 'type' else 'table' end, c.relname)
+    select format(
+      '%s %I.%I',
+      case c.relkind
+        when 'i' then 'index'
+        when 'S' then 'sequence'
+        when 'v' then 'view'
+        when 'm' then 'materialized view'
+        when 'c' then 'type'
+        else 'table'
+      end,
+      'tokenlimits', c.relname
+    )
     from pg_catalog.pg_class as c
+    left join pg_catalog.pg_index as i on i.indexrelid = c.oid
+    left join pg_catalog.pg_depend as d
+      on
+        c.relkind = 'S' and d.objid = c.oid and d.deptype in ('a', 'i')
+        and d.classid = 'pg_class'::regclass and d.refclassid = 'pg_class'::regclass
     where
       c.relnamespace = to_regnamespace('tokenlimits')
-      and c.relname in ('deleted_groups', 'counters', 'usage_rollup', 'holds', 'usage_resets')
-      and not coalesce(obj_description(c.oid, 'pg_class') like 'tokenlimits:%', false)
+      and c.relname in (
+        'deleted_groups', 'counters', 'usage_rollup', 'holds', 'usage_resets'
+      )
+      -- an index and an identity's sequence are their table's
+      and not coalesce(obj_description(coalesce(i.indrelid, d.refobjid, c.oid), 'pg_class') like 'tokenlimits:%', false)
     union all
-    select format('type tokenlimits.%I', t.typname)
+    select format('type %I.%I', 'tokenlimits', t.typname)
     from pg_catalog.pg_type as t
     where
       t.typnamespace = to_regnamespace('tokenlimits')
-      and t.typname in ('deleted_groups', 'counters', 'usage_rollup', 'holds', 'usage_resets', 'limit_state', 'usage_move', 'verdict', 'limit_answer', 'group_answer', 'generation_answer', 'batch_item', 'batch_charge', 'group_limit_answer', 'group_usage_answer')
+      and t.typname in (
+        'deleted_groups', 'counters', 'usage_rollup', 'holds', 'usage_resets',
+        'limit_state', 'usage_move', 'verdict', 'limit_answer', 'group_answer', 'generation_answer', 'batch_item', 'batch_charge', 'group_limit_answer', 'group_usage_answer'
+      )
       and t.typrelid = 0
     union all
-    select format('function tokenlimits.%I(%s)', p.proname, pg_get_function_identity_arguments(p.oid))
+    select format(
+      '%s %I.%I(%s)',
+      case p.prokind when 'p' then 'procedure' when 'a' then 'aggregate' else 'function' end,
+      'tokenlimits', p.proname, pg_get_function_identity_arguments(p.oid)
+    )
     from pg_catalog.pg_proc as p
     where
       p.pronamespace = to_regnamespace('tokenlimits')

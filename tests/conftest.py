@@ -6,7 +6,6 @@ skipped for want of one.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -16,7 +15,7 @@ import psycopg
 import pytest
 from tests.support.postgres import PostgresServer, create_hosted_database, servers
 
-from tokenlimits.sql_files import migrations
+from tokenlimits.sql_files import migrations, without_transaction
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,7 +86,7 @@ def default_grants(request: pytest.FixtureRequest) -> DefaultGrants:
 @pytest.fixture(scope="session")
 def install_sql() -> str:
     """The SQL without its begin and commit, for tests that take back what they do."""
-    return "\n".join(re.sub(r"^(begin|commit);$", "", migration.text, flags=re.MULTILINE) for migration in migrations())
+    return "\n".join(without_transaction(migration.text) for migration in migrations())
 
 
 @pytest.fixture(scope="session")

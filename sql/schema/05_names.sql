@@ -38,7 +38,12 @@ begin
         'first. A ledger that was kept can be moved: alter table OLD.generation_usage set schema NEW, once NEW is there.';
   end if;
 
+  -- the private schema may be the project's, and two functions in it, which are in none of our lists
   v_taken := array(
+{%- for place, relations, types, functions in [
+  ('public', table_names ~ ',\n' ~ index_names, table_names, function_names),
+  ('tokenlimits', private_table_names, private_table_names ~ ',\n' ~ type_names, private_function_names)
+] %}
     select format(
       '%s %I.%I',
       case c.relkind
@@ -49,7 +54,7 @@ begin
         when 'c' then 'type'
         else 'table'
       end,
-      'public', c.relname
+      '{{ place }}', c.relname
     )
     from pg_catalog.pg_class as c
     left join pg_catalog.pg_index as i on i.indexrelid = c.oid
@@ -58,58 +63,36 @@ begin
         c.relkind = 'S' and d.objid = c.oid and d.deptype in ('a', 'i')
         and d.classid = 'pg_class'::regclass and d.refclassid = 'pg_class'::regclass
     where
-      c.relnamespace = to_regnamespace('public')
+      c.relnamespace = to_regnamespace('{{ place }}')
       and c.relname in (
-        {{ table_names }},
-        {{ index_names | indent(8) }}
+        {{ relations | indent(8) }}
       )
       -- an index and an identity's sequence are their table's
       and not {{ is_marked('coalesce(i.indrelid, d.refobjid, c.oid)', 'pg_class') }}
     union all
-    select format('type %I.%I', 'public', t.typname)
+    select format('type %I.%I', '{{ place }}', t.typname)
     from pg_catalog.pg_type as t
     where
-      t.typnamespace = to_regnamespace('public')
-      and t.typname in ({{ table_names }})
+      t.typnamespace = to_regnamespace('{{ place }}')
+      and t.typname in (
+        {{ types | indent(8) }}
+      )
       and t.typrelid = 0
     union all
     select format(
       '%s %I.%I(%s)',
       case p.prokind when 'p' then 'procedure' when 'a' then 'aggregate' else 'function' end,
-      'public', p.proname, pg_get_function_identity_arguments(p.oid)
+      '{{ place }}', p.proname, pg_get_function_identity_arguments(p.oid)
     )
     from pg_catalog.pg_proc as p
     where
-      p.pronamespace = to_regnamespace('public')
+      p.pronamespace = to_regnamespace('{{ place }}')
       and p.proname in (
-        {{ function_names | indent(8) }}
+        {{ functions | indent(8) }}
       )
       and not {{ is_marked('p.oid', 'pg_proc') }}
-    union all
-    -- the private schema may be the project's, and two functions there its own
-    select format('%s tokenlimits.%I', case c.relkind when 'c' then 'type' else 'table' end, c.relname)
-    from pg_catalog.pg_class as c
-    where
-      c.relnamespace = to_regnamespace('tokenlimits')
-      and c.relname in ({{ private_table_names }})
-      and not {{ is_marked('c.oid', 'pg_class') }}
-    union all
-    select format('type tokenlimits.%I', t.typname)
-    from pg_catalog.pg_type as t
-    where
-      t.typnamespace = to_regnamespace('tokenlimits')
-      and t.typname in ({{ private_table_names }}, {{ type_names }})
-      and t.typrelid = 0
-    union all
-    select format('function tokenlimits.%I(%s)', p.proname, pg_get_function_identity_arguments(p.oid))
-    from pg_catalog.pg_proc as p
-    where
-      p.pronamespace = to_regnamespace('tokenlimits')
-      and p.proname in (
-        {{ private_function_names | indent(8) }}
-      )
-      and not {{ is_marked('p.oid', 'pg_proc') }}
-    order by 1
+    {{ 'union all' if not loop.last else 'order by 1' }}
+{%- endfor %}
   );
   if v_taken <> '{}' and coalesce(current_setting('tokenlimits.adopt', true), '') <> 'yes' then
     raise exception using

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-__all__ = ["SqlFile", "checked_schema", "migrations", "one_paste", "uninstall"]
+__all__ = ["SqlFile", "checked_schema", "migrations", "one_paste", "uninstall", "without_transaction"]
 
 _NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 _TAKEN = re.compile(
@@ -95,6 +95,16 @@ def uninstall() -> str:
         True
     """
     return _sql().joinpath("uninstall.sql").read_text(encoding="utf-8")
+
+
+def without_transaction(sql: str) -> str:
+    """Take the `begin` and `commit` out of the SQL, to apply it in a transaction of your own.
+
+    Example:
+        >>> "begin;" in one_paste().splitlines(), "begin;" in without_transaction(one_paste()).splitlines()
+        (True, False)
+    """
+    return re.sub(r"^(begin|commit);$", "", sql, flags=re.MULTILINE)
 
 
 def _in_schema(sql: str, schema: str) -> str:

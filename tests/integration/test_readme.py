@@ -7,10 +7,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.docs.pages import ROOT, blocks
 from tests.support.postgres import PostgresServer, servers
 
 from tokenlimits import GroupManager
@@ -19,7 +19,6 @@ from tokenlimits.local import LocalStack
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 RUNNER = """
@@ -42,11 +41,10 @@ for line, code in given["blocks"]:
 """
 
 
-def blocks(document: str, language: str) -> list[tuple[int, str]]:
-    """The fenced code of a language, each with the number of the line of its fence."""
-    text = (ROOT / document).read_text()
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [(text[: match.start()].count("\n") + 1, match[1]) for match in found]
+def python_blocks() -> list[tuple[int, str]]:
+    """The README's Python, each with the number of the line of its fence."""
+    found = blocks((ROOT / "README.md").read_text())
+    return [(block.line, block.code) for block in found if block.language == "python"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +66,7 @@ def output(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> str:
     users = [str(stack.create_user("ann@example.com").id), *map(str, stack.create_users(2))]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", RUNNER],
-        input=json.dumps({"users": users, "blocks": blocks("README.md", "python")}),
+        input=json.dumps({"users": users, "blocks": python_blocks()}),
         cwd=directory,
         env=env,
         capture_output=True,
@@ -83,7 +81,7 @@ def output(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 class TestPython:
     def test_runs(self, output: str) -> None:
-        assert output.count("README.md:") == len(blocks("README.md", "python")) == 3
+        assert output.count("README.md:") == len(python_blocks()) == 3
 
     def test_of_the_worker_stops_at_the_limit(self, output: str) -> None:
         """Two newcomers' images pass; a job that comes twice is charged once; the last is denied."""

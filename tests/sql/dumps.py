@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tests.sql.api import GROUP_ID, OTHER_GROUP_ID, OTHER_ID, USER_ID
 from tests.support import invariants
+from tests.support.postgres import servers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,6 +68,22 @@ NOT_THEIR_SCHEMA: Final = (
     "--exclude-schema=information_schema|pg_*|auth|extensions|realtime|storage|supabase_migrations"
 )
 NOT_THEIR_DATA: Final = "--exclude-schema=information_schema|pg_*|extensions|realtime|supabase_migrations"
+
+
+def dump(connection: Connection, *options: str) -> list[str]:
+    """What pg_dump says, line by line, without what differs from run to run."""
+    info = connection.info
+    program = servers()[str(info.server_version // 10000)] / "pg_dump"
+    address = f"postgresql://supabase_admin@{info.host}:{info.port}/{info.dbname}"
+    done = subprocess.run([program, *options, address], check=True, capture_output=True, text=True)
+    return [line for line in done.stdout.splitlines() if not re.match(r"--|\\|SET |$", line)]
+
+
+def dump_of_ours(connection: Connection, *options: str) -> str:
+    """The same of our schemas, as one text."""
+    lines = dump(connection, "--schema=public", "--schema=tokenlimits", *options)
+    # privileges last and in order: revoking and granting again puts them in another one
+    return "\n".join(sorted(lines, key=lambda line: line if line.startswith("GRANT ") else ""))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from tests.sql.dumps import (
     apply,
     as_hosted,
     assert_goes_on,
+    dump_of_ours,
     name_of,
     one,
     picture,
@@ -28,7 +29,7 @@ from tests.sql.dumps import (
     url,
     used,
 )
-from tests.sql.test_install import UNINSTALL, dump, objects
+from tests.sql.test_install import UNINSTALL, objects
 from tests.sql.test_security import DENIED, FUNCTIONS, INSERTS, UPDATES, WORKERS
 from tests.support.postgres import PostgresServer, create_hosted_database, servers
 
@@ -169,7 +170,7 @@ def test_applying_makes_of_what_was_restored_what_a_new_installation_is(
 
 def defined(connection: Connection) -> list[str]:
     """All that is defined, line by line; PostgreSQL writes fewer parentheses after a restoration."""
-    return re.sub(r"[()]", "", dump(connection, "--schema-only")).splitlines()
+    return re.sub(r"[()]", "", dump_of_ours(connection, "--schema-only")).splitlines()
 
 
 def written(database: Connect) -> dict[str, Any]:

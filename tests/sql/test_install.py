@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.conftest import ROOT
 from tests.sql.api import ACTORS, GROUP_ID, USER_ID, outcome, seed
-from tests.support.postgres import servers
+from tests.sql.dumps import dump_of_ours
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,24 +64,6 @@ def objects(connection: Connection) -> set[str]:
     return {name for (name,) in connection.execute(OBJECTS)}
 
 
-def dump(connection: Connection, *options: str) -> str:
-    """What pg_dump says about our schemas, without what differs from run to run."""
-    info = connection.info
-    done = subprocess.run(
-        [
-            servers()[str(info.server_version // 10000)] / "pg_dump",
-            *("--schema=public", "--schema=tokenlimits", *options),
-            f"postgresql://supabase_admin@{info.host}:{info.port}/{info.dbname}",
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    lines = [line for line in done.stdout.splitlines() if not re.match(r"--|\\|SET |$", line)]
-    # privileges last and in order: revoking and granting again puts them in another one
-    return "\n".join(sorted(lines, key=lambda line: line if line.startswith("GRANT ") else ""))
-
-
 def migrate(connection: Connection) -> None:
     for migration in MIGRATIONS:
         connection.execute(migration.read_text(encoding="utf-8"))  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -106,19 +87,19 @@ def test_another_application_changes_nothing(
 ) -> None:
     with new_database(default_grants)("postgres") as postgres:
         seed(postgres)
-        before = dump(postgres, "--inserts")
+        before = dump_of_ours(postgres, "--inserts")
         assert "other''s key" in before
         postgres.execute(install_sql)
-        assert dump(postgres, "--inserts") == before
+        assert dump_of_ours(postgres, "--inserts") == before
 
 
 def test_migrations_build_what_the_one_paste_builds(new_database: NewDatabase, default_grants: DefaultGrants) -> None:
     migrated, pasted = new_database(default_grants, installed=False), new_database(default_grants)
     with migrated("postgres") as by_steps, pasted("postgres") as at_once:
         migrate(by_steps)
-        schema = dump(by_steps, "--schema-only")
+        schema = dump_of_ours(by_steps, "--schema-only")
         assert "CREATE TABLE public.generation_usage" in schema
-        assert schema == dump(at_once, "--schema-only")
+        assert schema == dump_of_ours(at_once, "--schema-only")
 
 
 @pytest.mark.parametrize("script", ["tokenlimits.sql", "uninstall.sql"])

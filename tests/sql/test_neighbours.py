@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import psycopg
 import pytest
 from psycopg import errors
 from tests.conftest import ROOT
+from tests.sql import dumps
 from tests.sql.api import ACTORS, GROUP_ID, USER_ID, request_by, seed
 from tests.support.postgres import create_hosted_database, servers
 
@@ -72,17 +72,7 @@ FOREIGN_KEY = "select from pg_constraint where conname = 'group_memberships_user
 
 def dump(connection: Connection) -> list[str]:
     """All that is in the database: objects, rows, comments and privileges."""
-    info = connection.info
-    done = subprocess.run(
-        [
-            servers()[str(info.server_version // 10000)] / "pg_dump",
-            *("--inserts", f"postgresql://supabase_admin@{info.host}:{info.port}/{info.dbname}"),
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return [line for line in done.stdout.splitlines() if not re.match(r"--|\\|SET |$", line)]
+    return dumps.dump(connection, "--inserts")
 
 
 def refusal(connection: Connection, sql: str) -> psycopg.errors.Error:

@@ -27,13 +27,11 @@ from ._checks_api import (
 from ._checks_database import check_database, check_ledger, check_version, read, unreadable
 from ._database import connect, find_url
 from ._expected import REAPPLY
+from ._find import manager
 from ._findings import Finding, Findings, error, findings_table, ok, warning
 from ._migrate import pending
 from ._options import AsJson, DatabaseUrl, Schema
 from ._terminal import Problem, err, print_json, say, show
-
-# twice what Supabase allows a statement
-_TIMEOUT = 20
 
 
 def register(app: typer.Typer) -> None:
@@ -126,7 +124,7 @@ def _examine_database(api: Api, schema: str) -> Findings:
             yield unreadable(answer.json, problem)
             return
         yield from check_database(facts, before, schema)
-        yield from _examine_ledger(GroupManager.from_env(timeout=_TIMEOUT, schema=schema))
+        yield from _examine_ledger(manager(schema))
 
 
 def _examine_ledger(groups: GroupManager) -> Findings:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from tokenlimits.sql_files import one_paste
 
+from ._options import schema_option
+
 REAPPLY = (
     "Apply the SQL again, which keeps all data: tokenlimits migrate --reapply, or paste what `tokenlimits sql` prints."
 )
@@ -16,8 +18,7 @@ REAPPLY = (
 
 def adopt(schema: str) -> str:
     """Say how objects that have lost their mark are taken for ours again."""
-    option = "" if schema == "public" else f" --schema {schema}"
-    paste = f'(echo "set tokenlimits.adopt = \'yes\';"; tokenlimits sql{option}) | psql "$DATABASE_URL"'
+    paste = f'(echo "set tokenlimits.adopt = \'yes\';"; tokenlimits sql{schema_option(schema)}) | psql "$DATABASE_URL"'
     return f"Are they tokenlimits'? Then apply the SQL and let it take them over: {paste}"
 
 

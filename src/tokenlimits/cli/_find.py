@@ -14,9 +14,9 @@ from ._terminal import Problem
 _TIMEOUT = 20
 
 
-def manager() -> GroupManager:
-    """Make the client for groups."""
-    return GroupManager.from_env(timeout=_TIMEOUT)
+def manager(schema: str | None = None) -> GroupManager:
+    """Make the client for groups; without a schema, the environment says which."""
+    return GroupManager.from_env(timeout=_TIMEOUT, schema=schema)
 
 
 def worker() -> TokenLimits:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +11,10 @@ import psycopg
 import typer
 from psycopg import errors
 
-from tokenlimits.sql_files import SqlFile, migrations, one_paste
+from tokenlimits.sql_files import SqlFile, migrations, one_paste, without_transaction
 
 from ._database import Connection, connect, refusal
-from ._options import AsJson, DatabaseUrl, Schema, find_schema
+from ._options import AsJson, DatabaseUrl, Schema, find_schema, schema_option
 from ._setup import compare, copy, find_migrations, version_of
 from ._terminal import Misunderstood, Problem, note, print_json, say
 
@@ -198,7 +197,7 @@ def _apply(connection: Connection, migration: SqlFile, folder: Path | None) -> N
 
 def _execute(connection: Connection, sql: str) -> None:
     # its own commit would end the transaction in which the history is written too
-    connection.execute(re.sub(r"^(begin|commit);$", "", sql, flags=re.MULTILINE).encode())
+    connection.execute(without_transaction(sql).encode())
 
 
 def _keep(migration: SqlFile, folder: Path | None) -> None:
@@ -211,9 +210,8 @@ def _keep(migration: SqlFile, folder: Path | None) -> None:
 
 
 def _explain_files(schema: str) -> None:
-    option = "" if schema == "public" else f" --schema {schema}"
     note(
         "There is no Supabase project here. Where your project is, its next `supabase db push` needs the migrations "
-        f"as files too: run tokenlimits init{option} there.",
+        f"as files too: run tokenlimits init{schema_option(schema)} there.",
         style="yellow",
     )

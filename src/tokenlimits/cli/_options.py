@@ -52,6 +52,11 @@ Schema = Annotated[
 ]
 
 
+def schema_option(schema: str) -> str:
+    """Write the option, with a space before it, for a command that somebody is told to type; nothing for public."""
+    return "" if schema == "public" else f" --schema {schema}"
+
+
 def find_schema(given: str | None) -> str:
     """Choose the schema: the option's, else that of the environment or `.env`, else public.
 
