@@ -3,7 +3,7 @@
 -- Invariants
 --   * Nothing in the schema tokenlimits is exposed through the API: it is not in PostgREST's list of schemas.
 --   * A project's own tokenlimits.is_admin() and tokenlimits.known_users() survive another application of this file.
---   * Nothing but known_users, and what looks for users by their address, reads auth.users.
+--   * Nothing reads auth.users but known_users, what looks for users by their address, and what counts those in no group.
 --
 -- SQLSTATEs that our functions raise (PostgREST passes them on as "code", with 400)
 --   TL001  invalid request; DETAIL is the name of the field
