@@ -2,8 +2,8 @@
 
 from importlib.metadata import version as _version
 
-from ._arguments import OnUnavailable
-from ._hold import Hold
+from ._core.arguments import OnUnavailable
+from ._core.hold import Hold
 from .async_client import AsyncTokenLimits, atrack_generation
 from .async_groups import AsyncGroupManager
 from .client import TokenLimits, track_generation

@@ -11,16 +11,17 @@ from uuid import UUID
 
 from supabase import AsyncClient
 
-from . import _arguments, _batches, _calls, _limited, _sessions, _settlements
-from ._arguments import OnUnavailable
-from ._base import DEFAULT_TIMEOUT, AsyncBase
-from ._calls import Call
-from ._coalescing import AsyncCoalescer
-from ._generations import AsyncGeneration
-from ._hold import Hold
-from ._limited import AsyncFunction
-from ._settlements import DEFAULT_TTL, Settlement
-from ._transport import AsyncTransport
+from ._core import arguments, workers
+from ._core.arguments import OnUnavailable
+from ._core.call import Call
+from ._core.hold import Hold
+from ._core.workers import DEFAULT_TTL, Settlement
+from ._drivers import limited, sessions
+from ._drivers.base import DEFAULT_TIMEOUT, AsyncBase
+from ._drivers.coalescing import AsyncCoalescer
+from ._drivers.generations import AsyncGeneration
+from ._drivers.limited import AsyncFunction
+from ._drivers.transport import AsyncTransport
 from .errors import ServiceUnavailable
 from .models import GenerationRequest, TrackResult, UserLimit
 
@@ -60,8 +61,8 @@ class AsyncTokenLimits(AsyncBase):
         schema: str | None = None,
     ) -> None:
         super().__init__(client, timeout, schema)
-        self._on_unavailable: OnUnavailable = _arguments.policy(on_unavailable)
-        self._coalesce = _arguments.flag(coalesce, "coalesce")
+        self._on_unavailable: OnUnavailable = arguments.policy(on_unavailable)
+        self._coalesce = arguments.flag(coalesce, "coalesce")
         self._travel_by(self._transport)
 
     @classmethod
@@ -129,7 +130,7 @@ class AsyncTokenLimits(AsyncBase):
             >>> (await limits.track(user_id, "image", idempotency_key="job-1")).replayed
             True
         """
-        call = _calls.track(user_id, kind, cost, idempotency_key, group_id, metadata)
+        call = workers.track(user_id, kind, cost, idempotency_key, group_id, metadata)
         return await self._judged(call, by=self._coalescer)
 
     async def track_many(self, requests: Iterable[GenerationRequest | Mapping[str, Any]]) -> list[TrackResult]:
@@ -157,7 +158,7 @@ class AsyncTokenLimits(AsyncBase):
             >>> [(result.allowed, result.remaining) for result in await limits.track_many(jobs)]
             [(True, 99), (False, 99), (True, 97)]
         """
-        return [result for call in _batches.track_many(requests) for result in await self._judged_together(call)]
+        return [result for call in workers.track_many(requests) for result in await self._judged_together(call)]
 
     async def check(
         self, user_id: UUID | str, kind: str, cost: int = 1, *, group_id: UUID | str | None = None
@@ -184,7 +185,7 @@ class AsyncTokenLimits(AsyncBase):
             >>> (await limits.check(user_id, "image", cost=101)).error
             'Image generation limit exceeded: 0 of 100 used in total, 101 more asked for'
         """
-        return await self._judged(_calls.check(user_id, kind, cost, group_id))
+        return await self._judged(workers.check(user_id, kind, cost, group_id))
 
     async def record(
         self,
@@ -223,7 +224,7 @@ class AsyncTokenLimits(AsyncBase):
             >>> (await limits.record(user_id, "image", created_at=datetime(2026, 1, 31, tzinfo=timezone.utc))).status
             'committed'
         """
-        call = _calls.record(user_id, kind, cost, created_at, idempotency_key, group_id, metadata)
+        call = workers.record(user_id, kind, cost, created_at, idempotency_key, group_id, metadata)
         return await self._transport.send(call)
 
     async def usage(self, user_id: UUID | str) -> tuple[UserLimit, ...]:
@@ -244,7 +245,7 @@ class AsyncTokenLimits(AsyncBase):
             >>> [(limit.kind, limit.used, limit.max) for limit in await limits.usage(user_id)]
             [('image', 0, 100), ('video', 0, 20)]
         """
-        return await self._transport.send(_calls.usage(user_id))
+        return await self._transport.send(workers.usage(user_id))
 
     async def reserve(
         self,
@@ -286,7 +287,7 @@ class AsyncTokenLimits(AsyncBase):
             >>> hold.status, hold.remaining
             ('reserved', 12)
         """
-        call = _settlements.reserve(user_id, kind, cost, ttl, idempotency_key, group_id, metadata)
+        call = workers.reserve(user_id, kind, cost, ttl, idempotency_key, group_id, metadata)
         return await self._judged(call)
 
     async def commit(self, usage_id: UUID | str | None, cost: int | None = None) -> TrackResult:
@@ -312,7 +313,7 @@ class AsyncTokenLimits(AsyncBase):
             >>> result.status, result.cost, result.remaining
             ('committed', 5, 15)
         """
-        return await self._settled(_settlements.commit(usage_id, cost))
+        return await self._settled(workers.commit(usage_id, cost))
 
     async def release(self, usage_id: UUID | str | None) -> TrackResult:
         """Give back all that a hold holds; repeating it changes nothing, nor does releasing an expired hold.
@@ -334,7 +335,7 @@ class AsyncTokenLimits(AsyncBase):
             >>> (await limits.release(hold.usage_id)).remaining
             20
         """
-        return await self._settled(_settlements.release(usage_id))
+        return await self._settled(workers.release(usage_id))
 
     async def refund(self, usage_id: UUID | str | None) -> TrackResult:
         """Give back what a committed usage cost, tracked or held; repeating it changes nothing.
@@ -356,7 +357,7 @@ class AsyncTokenLimits(AsyncBase):
             >>> (await limits.refund(tracked.usage_id)).status
             'refunded'
         """
-        return await self._settled(_settlements.refund_if_recorded(usage_id))
+        return await self._settled(workers.refund_if_recorded(usage_id))
 
     def generation(
         self,
@@ -406,7 +407,7 @@ class AsyncTokenLimits(AsyncBase):
             ('committed', 8)
         """
         # SYNC: A cancelled task settles before it ends. A process => A process
-        return self._open(_settlements.reserve(user_id, kind, cost, ttl, idempotency_key, group_id, metadata))
+        return self._open(workers.reserve(user_id, kind, cost, ttl, idempotency_key, group_id, metadata))
 
     def limited(
         self,
@@ -451,9 +452,9 @@ class AsyncTokenLimits(AsyncBase):
             2
         """
         # SYNC: or is not async => or is async
-        return lambda function: _limited.async_decorated(
+        return lambda function: limited.async_decorated(
             function,
-            _limited.reservation(function, kind, user, cost, ttl, idempotency_key, group_id, metadata),
+            limited.reservation(function, kind, user, cost, ttl, idempotency_key, group_id, metadata),
             self._open,
         )
 
@@ -482,13 +483,13 @@ class AsyncTokenLimits(AsyncBase):
         try:
             return await (by or self._transport).send(call)
         except ServiceUnavailable as error:
-            return _calls.without_service(call, self._on_unavailable, error)
+            return workers.without_service(call, self._on_unavailable, error)
 
     async def _judged_together(self, call: Call[list[TrackResult]]) -> list[TrackResult]:
         try:
             return await self._transport.send(call)
         except ServiceUnavailable as error:
-            return _batches.without_service(call, self._on_unavailable, error)
+            return workers.batch_without_service(call, self._on_unavailable, error)
 
     async def _settled(self, settlement: Settlement) -> TrackResult:
         if isinstance(settlement, TrackResult):
@@ -496,7 +497,7 @@ class AsyncTokenLimits(AsyncBase):
         try:
             return await self._transport.send(settlement)
         except ServiceUnavailable as error:
-            return _settlements.without_service(settlement, self._on_unavailable, error)
+            return workers.settlement_without_service(settlement, self._on_unavailable, error)
 
 
 class AsyncDefault:
@@ -511,7 +512,7 @@ class AsyncDefault:
             return client
         if client is not None:
             return AsyncTokenLimits(client)
-        with _sessions.lock():
+        with sessions.lock():
             if cls.current is None:
                 cls.current = AsyncTokenLimits.from_env()
             return cls.current

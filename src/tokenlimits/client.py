@@ -11,16 +11,17 @@ from uuid import UUID
 
 from supabase import Client
 
-from . import _arguments, _batches, _calls, _limited, _sessions, _settlements
-from ._arguments import OnUnavailable
-from ._base import DEFAULT_TIMEOUT, Base
-from ._calls import Call
-from ._coalescing import Coalescer
-from ._generations import Generation
-from ._hold import Hold
-from ._limited import Function
-from ._settlements import DEFAULT_TTL, Settlement
-from ._transport import Transport
+from ._core import arguments, workers
+from ._core.arguments import OnUnavailable
+from ._core.call import Call
+from ._core.hold import Hold
+from ._core.workers import DEFAULT_TTL, Settlement
+from ._drivers import limited, sessions
+from ._drivers.base import DEFAULT_TIMEOUT, Base
+from ._drivers.coalescing import Coalescer
+from ._drivers.generations import Generation
+from ._drivers.limited import Function
+from ._drivers.transport import Transport
 from .errors import ServiceUnavailable
 from .models import GenerationRequest, TrackResult, UserLimit
 
@@ -58,8 +59,8 @@ class TokenLimits(Base):
         schema: str | None = None,
     ) -> None:
         super().__init__(client, timeout, schema)
-        self._on_unavailable: OnUnavailable = _arguments.policy(on_unavailable)
-        self._coalesce = _arguments.flag(coalesce, "coalesce")
+        self._on_unavailable: OnUnavailable = arguments.policy(on_unavailable)
+        self._coalesce = arguments.flag(coalesce, "coalesce")
         self._travel_by(self._transport)
 
     @classmethod
@@ -127,7 +128,7 @@ class TokenLimits(Base):
             >>> limits.track(user_id, "image", idempotency_key="job-1").replayed
             True
         """
-        call = _calls.track(user_id, kind, cost, idempotency_key, group_id, metadata)
+        call = workers.track(user_id, kind, cost, idempotency_key, group_id, metadata)
         return self._judged(call, by=self._coalescer)
 
     def track_many(self, requests: Iterable[GenerationRequest | Mapping[str, Any]]) -> list[TrackResult]:
@@ -155,7 +156,7 @@ class TokenLimits(Base):
             >>> [(result.allowed, result.remaining) for result in limits.track_many(jobs)]
             [(True, 99), (False, 99), (True, 97)]
         """
-        return [result for call in _batches.track_many(requests) for result in self._judged_together(call)]
+        return [result for call in workers.track_many(requests) for result in self._judged_together(call)]
 
     def check(
         self, user_id: UUID | str, kind: str, cost: int = 1, *, group_id: UUID | str | None = None
@@ -182,7 +183,7 @@ class TokenLimits(Base):
             >>> limits.check(user_id, "image", cost=101).error
             'Image generation limit exceeded: 0 of 100 used in total, 101 more asked for'
         """
-        return self._judged(_calls.check(user_id, kind, cost, group_id))
+        return self._judged(workers.check(user_id, kind, cost, group_id))
 
     def record(
         self,
@@ -221,7 +222,7 @@ class TokenLimits(Base):
             >>> limits.record(user_id, "image", created_at=datetime(2026, 1, 31, tzinfo=timezone.utc)).status
             'committed'
         """
-        call = _calls.record(user_id, kind, cost, created_at, idempotency_key, group_id, metadata)
+        call = workers.record(user_id, kind, cost, created_at, idempotency_key, group_id, metadata)
         return self._transport.send(call)
 
     def usage(self, user_id: UUID | str) -> tuple[UserLimit, ...]:
@@ -242,7 +243,7 @@ class TokenLimits(Base):
             >>> [(limit.kind, limit.used, limit.max) for limit in limits.usage(user_id)]
             [('image', 0, 100), ('video', 0, 20)]
         """
-        return self._transport.send(_calls.usage(user_id))
+        return self._transport.send(workers.usage(user_id))
 
     def reserve(
         self,
@@ -284,7 +285,7 @@ class TokenLimits(Base):
             >>> hold.status, hold.remaining
             ('reserved', 12)
         """
-        call = _settlements.reserve(user_id, kind, cost, ttl, idempotency_key, group_id, metadata)
+        call = workers.reserve(user_id, kind, cost, ttl, idempotency_key, group_id, metadata)
         return self._judged(call)
 
     def commit(self, usage_id: UUID | str | None, cost: int | None = None) -> TrackResult:
@@ -310,7 +311,7 @@ class TokenLimits(Base):
             >>> result.status, result.cost, result.remaining
             ('committed', 5, 15)
         """
-        return self._settled(_settlements.commit(usage_id, cost))
+        return self._settled(workers.commit(usage_id, cost))
 
     def release(self, usage_id: UUID | str | None) -> TrackResult:
         """Give back all that a hold holds; repeating it changes nothing, nor does releasing an expired hold.
@@ -332,7 +333,7 @@ class TokenLimits(Base):
             >>> limits.release(hold.usage_id).remaining
             20
         """
-        return self._settled(_settlements.release(usage_id))
+        return self._settled(workers.release(usage_id))
 
     def refund(self, usage_id: UUID | str | None) -> TrackResult:
         """Give back what a committed usage cost, tracked or held; repeating it changes nothing.
@@ -354,7 +355,7 @@ class TokenLimits(Base):
             >>> limits.refund(tracked.usage_id).status
             'refunded'
         """
-        return self._settled(_settlements.refund_if_recorded(usage_id))
+        return self._settled(workers.refund_if_recorded(usage_id))
 
     def generation(
         self,
@@ -403,7 +404,7 @@ class TokenLimits(Base):
             >>> hold.status, hold.result.cost
             ('committed', 8)
         """
-        return self._open(_settlements.reserve(user_id, kind, cost, ttl, idempotency_key, group_id, metadata))
+        return self._open(workers.reserve(user_id, kind, cost, ttl, idempotency_key, group_id, metadata))
 
     def limited(
         self,
@@ -447,9 +448,9 @@ class TokenLimits(Base):
             >>> limits.usage(user_id)[0].used
             2
         """
-        return lambda function: _limited.decorated(
+        return lambda function: limited.decorated(
             function,
-            _limited.reservation(function, kind, user, cost, ttl, idempotency_key, group_id, metadata),
+            limited.reservation(function, kind, user, cost, ttl, idempotency_key, group_id, metadata),
             self._open,
         )
 
@@ -478,13 +479,13 @@ class TokenLimits(Base):
         try:
             return (by or self._transport).send(call)
         except ServiceUnavailable as error:
-            return _calls.without_service(call, self._on_unavailable, error)
+            return workers.without_service(call, self._on_unavailable, error)
 
     def _judged_together(self, call: Call[list[TrackResult]]) -> list[TrackResult]:
         try:
             return self._transport.send(call)
         except ServiceUnavailable as error:
-            return _batches.without_service(call, self._on_unavailable, error)
+            return workers.batch_without_service(call, self._on_unavailable, error)
 
     def _settled(self, settlement: Settlement) -> TrackResult:
         if isinstance(settlement, TrackResult):
@@ -492,7 +493,7 @@ class TokenLimits(Base):
         try:
             return self._transport.send(settlement)
         except ServiceUnavailable as error:
-            return _settlements.without_service(settlement, self._on_unavailable, error)
+            return workers.settlement_without_service(settlement, self._on_unavailable, error)
 
 
 class Default:
@@ -507,7 +508,7 @@ class Default:
             return client
         if client is not None:
             return TokenLimits(client)
-        with _sessions.lock():
+        with sessions.lock():
             if cls.current is None:
                 cls.current = TokenLimits.from_env()
             return cls.current

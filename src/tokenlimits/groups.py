@@ -10,10 +10,10 @@ from uuid import UUID
 
 from supabase import Client
 
-from . import _calls, _flows, _reports, _settlements
-from ._arguments import Limits
-from ._base import DEFAULT_TIMEOUT, Base
-from ._flows import OnProgress
+from ._core import admins, flows, reports, workers
+from ._core.arguments import Limits
+from ._core.flows import OnProgress
+from ._drivers.base import DEFAULT_TIMEOUT, Base
 from .models import (
     Bucket,
     BulkResult,
@@ -113,7 +113,7 @@ class GroupManager(Base):
             50
         """
         return self._transport.send(
-            _calls.create_group(
+            admins.create_group(
                 id,
                 name=name,
                 description=description,
@@ -154,7 +154,7 @@ class GroupManager(Base):
             'Europe/Paris'
         """
         return self._transport.send(
-            _calls.update_group(
+            admins.update_group(
                 group_id,
                 name=name,
                 description=description,
@@ -175,7 +175,7 @@ class GroupManager(Base):
             >>> len(groups.set_limits(team.id, [Limit(kind="image", max=1000, period="month")]).limits)
             1
         """
-        return self._transport.send(_calls.set_limits(group_id, limits))
+        return self._transport.send(admins.set_limits(group_id, limits))
 
     def set_limit(self, group_id: UUID | str, limit: Limit) -> Group:
         """Add one limit, or change the max of the one with its kind, period and scope.
@@ -188,7 +188,7 @@ class GroupManager(Base):
             >>> groups.set_limit(team.id, Limit(kind="video", max=None)).limits[-1].max is None
             True
         """
-        return self._transport.send(_calls.set_limit(group_id, limit))
+        return self._transport.send(admins.set_limit(group_id, limit))
 
     def remove_limit(
         self, group_id: UUID | str, kind: str, *, period: Period = "lifetime", scope: Scope = "group"
@@ -205,7 +205,7 @@ class GroupManager(Base):
             >>> groups.remove_limit(team.id, "image").limits
             ()
         """
-        return self._transport.send(_calls.remove_limit(group_id, kind, period, scope))
+        return self._transport.send(admins.remove_limit(group_id, kind, period, scope))
 
     def get(self, group_id: UUID | str) -> Group:
         """Read one group with its limits.
@@ -217,7 +217,7 @@ class GroupManager(Base):
             >>> groups.get(team.id).name
             'Team'
         """
-        return self._transport.send(_calls.get_group(group_id))
+        return self._transport.send(admins.get_group(group_id))
 
     def get_by_name(self, name: str) -> Group:
         """Read one group by its name, whatever its case.
@@ -232,7 +232,7 @@ class GroupManager(Base):
             >>> groups.get_by_name("team").name
             'Team'
         """
-        return self._transport.send(_calls.get_group_by_name(name))
+        return self._transport.send(admins.get_group_by_name(name))
 
     def list(self, *, search: str | None = None) -> Groups:
         """Read all groups by name, or those whose name contains a text, whatever its case.
@@ -244,7 +244,7 @@ class GroupManager(Base):
             >>> [group.name for group in groups.list(search="tea")]
             ['Team']
         """
-        return self._transport.run(_flows.all_groups(search))
+        return self._transport.run(flows.all_groups(search))
 
     def delete(self, group_id: UUID | str) -> Group:
         """Delete a group with its limits and memberships; the ledger stays. Returns what it was.
@@ -256,7 +256,7 @@ class GroupManager(Base):
             >>> groups.delete(team.id).name
             'Team'
         """
-        return self._transport.send(_calls.delete_group(group_id))
+        return self._transport.send(admins.delete_group(group_id))
 
     def add_member(self, group_id: UUID | str, user_id: UUID | str) -> bool:
         """Add a user to a group.
@@ -275,7 +275,7 @@ class GroupManager(Base):
             >>> groups.add_member(team.id, user_id), groups.add_member(team.id, user_id)
             (True, False)
         """
-        return self._transport.send(_calls.add_member(group_id, user_id))
+        return self._transport.send(admins.add_member(group_id, user_id))
 
     def remove_member(self, group_id: UUID | str, user_id: UUID | str) -> bool:
         """Remove a user from a group; their usage stays, and is found again if they return.
@@ -291,7 +291,7 @@ class GroupManager(Base):
             >>> groups.remove_member(team.id, user_id)
             False
         """
-        return self._transport.run(_flows.remove_members(group_id, [user_id], None)) == 1
+        return self._transport.run(flows.remove_members(group_id, [user_id], None)) == 1
 
     def move_member(self, user_id: UUID | str, *, from_: UUID | str, to: UUID | str) -> bool:
         """Move a user from one group to another, in one step.
@@ -308,7 +308,7 @@ class GroupManager(Base):
             >>> groups.move_member(user_id, from_=team.id, to=team.id)
             False
         """
-        return self._transport.send(_calls.move_member(user_id, from_, to))
+        return self._transport.send(admins.move_member(user_id, from_, to))
 
     def add_members(
         self, group_id: UUID | str, user_ids: Iterable[UUID | str], *, on_progress: OnProgress | None = None
@@ -329,7 +329,7 @@ class GroupManager(Base):
             >>> result.added, len(result.refused), result.refused[0].reason
             (1, 1, 'there is no such user')
         """
-        return self._transport.run(_flows.add_members(group_id, user_ids, on_progress))
+        return self._transport.run(flows.add_members(group_id, user_ids, on_progress))
 
     def remove_members(
         self, group_id: UUID | str, user_ids: Iterable[UUID | str], *, on_progress: OnProgress | None = None
@@ -348,7 +348,7 @@ class GroupManager(Base):
             >>> groups.remove_members(team.id, [user_id])
             0
         """
-        return self._transport.run(_flows.remove_members(group_id, user_ids, on_progress))
+        return self._transport.run(flows.remove_members(group_id, user_ids, on_progress))
 
     def members(self, group_id: UUID | str, *, search: str | None = None) -> Iterator[Member]:
         """Iterate over a group's members in the order of their ids, reading page by page.
@@ -363,7 +363,7 @@ class GroupManager(Base):
             >>> [member.email for member in groups.members(team.id, search="@example.com")]
             []
         """
-        return self._transport.iterate(_flows.all_members(group_id, search))
+        return self._transport.iterate(flows.all_members(group_id, search))
 
     def find_users(self, email: str) -> Users:
         """Find up to 20 users by a part of their e-mail address, whatever its case.
@@ -375,7 +375,7 @@ class GroupManager(Base):
             >>> groups.find_users("nobody@nowhere")
             []
         """
-        return self._transport.send(_calls.find_users(email))
+        return self._transport.send(admins.find_users(email))
 
     def find_users_by_email(self, emails: Iterable[str]) -> Users:
         """Find the users of any number of whole e-mail addresses, whatever their case, in batches of 5,000.
@@ -387,7 +387,7 @@ class GroupManager(Base):
             >>> groups.find_users_by_email(["nobody@nowhere.example"])
             []
         """
-        return self._transport.run(_flows.users_by_email(emails))
+        return self._transport.run(flows.users_by_email(emails))
 
     def usage(self, group_id: UUID | str) -> GroupUsage:
         """Read a group's member count, and of each limit used, remaining, fraction and reset_at.
@@ -399,7 +399,7 @@ class GroupManager(Base):
             >>> groups.usage(team.id).limits[0].fraction
             0.0
         """
-        return self._transport.send(_calls.group_usage(group_id))
+        return self._transport.send(reports.group_usage(group_id))
 
     def usage_all(self) -> GroupUsages:
         """Read the usage of all groups, by name.
@@ -408,7 +408,7 @@ class GroupManager(Base):
             >>> "Team" in [usage.group.name for usage in groups.usage_all()]
             True
         """
-        return self._transport.run(_flows.all_usage())
+        return self._transport.run(flows.all_usage())
 
     def history(
         self,
@@ -432,7 +432,7 @@ class GroupManager(Base):
             >>> groups.history(team.id, kind="image", bucket="day")
             []
         """
-        return self._transport.send(_calls.history(group_id, kind, bucket, since, until))
+        return self._transport.send(reports.history(group_id, kind, bucket, since, until))
 
     @overload
     def export_usage(
@@ -489,7 +489,7 @@ class GroupManager(Base):
             >>> [(total.kind, total.used) for total in groups.export_usage(paid_by.id, bucket="month")]
             [('image', 1)]
         """
-        return self._transport.iterate(_flows.exported(_reports.export(group_id, user_id, kind, since, until, bucket)))
+        return self._transport.iterate(flows.exported(reports.export(group_id, user_id, kind, since, until, bucket)))
 
     def top_members(
         self,
@@ -515,7 +515,7 @@ class GroupManager(Base):
             >>> groups.top_members(team.id, count=3)
             []
         """
-        return self._transport.send(_reports.top_members(group_id, kind, since, until, count))
+        return self._transport.send(reports.top_members(group_id, kind, since, until, count))
 
     def reset_usage(self, group_id: UUID | str, *, kind: str | None = None) -> datetime:
         """Give a group a fresh start in its current periods; the ledger keeps everything.
@@ -531,7 +531,7 @@ class GroupManager(Base):
             >>> groups.reset_usage(team.id, kind="image").tzinfo is not None
             True
         """
-        return self._transport.send(_calls.reset_usage(group_id, kind))
+        return self._transport.send(reports.reset_usage(group_id, kind))
 
     def refund(self, usage_id: UUID | str) -> TrackResult:
         """Give back what a committed usage cost; repeating it changes nothing.
@@ -552,7 +552,7 @@ class GroupManager(Base):
             >>> groups.refund(tracked.usage_id).status
             'refunded'
         """
-        return self._transport.send(_settlements.refund(usage_id))
+        return self._transport.send(workers.refund(usage_id))
 
     def reconcile(self, group_id: UUID | str, *, since: datetime | None = None) -> Reconciliation:
         """Recount a group's usage from the ledger, and correct what differs.
@@ -570,7 +570,7 @@ class GroupManager(Base):
             >>> groups.reconcile(team.id).drifted
             False
         """
-        return self._transport.send(_reports.reconcile(group_id, since))
+        return self._transport.send(reports.reconcile(group_id, since))
 
     def drift(self, group_id: UUID | str, *, since: datetime | None = None) -> Reconciliation:
         """Find where a group's counters and history differ from the ledger; changes and blocks nothing.
@@ -588,4 +588,4 @@ class GroupManager(Base):
             >>> groups.drift(team.id).drifted
             False
         """
-        return self._transport.send(_reports.drift(group_id, since))
+        return self._transport.send(reports.drift(group_id, since))

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-__all__ = ["SqlFile", "checked_schema", "migrations", "one_paste", "uninstall", "without_transaction"]
+__all__ = ["SCHEMA_VERSION", "SqlFile", "checked_schema", "migrations", "one_paste", "uninstall", "without_transaction"]
+
+SCHEMA_VERSION = 1
+"""The least version of the SQL that this package needs; it works with newer ones."""
 
 _NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 _TAKEN = re.compile(

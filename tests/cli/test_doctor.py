@@ -22,7 +22,7 @@ from tests.sql.test_security import FUNCTIONS
 from tests.support.postgres import servers
 
 from tokenlimits import GroupManager, Limit, TokenLimits
-from tokenlimits.cli._expected import POLICIES, expected
+from tokenlimits.cli.doctor._expected import POLICIES, expected
 from tokenlimits.local import LocalStack
 
 from .conftest import Newer, Program

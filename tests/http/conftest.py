@@ -15,7 +15,8 @@ import pytest
 import respx
 from supabase import AsyncClientOptions, ClientOptions, create_async_client, create_client
 
-from tokenlimits import AsyncGroupManager, AsyncTokenLimits, GroupManager, TokenLimits, _deadline
+from tokenlimits import AsyncGroupManager, AsyncTokenLimits, GroupManager, TokenLimits
+from tokenlimits._drivers import deadline
 
 URL = "https://abc.supabase.co"
 KEY = "sb_secret_7Hn9wQzR4tYp_plantedA"
@@ -75,7 +76,7 @@ class Clock:
         monkeypatch.setattr("time.sleep", sleep)
         monkeypatch.setattr("asyncio.sleep", asleep)
         monkeypatch.setattr("time.monotonic", now)
-        monkeypatch.setattr(_deadline, "monotonic", now)
+        monkeypatch.setattr(deadline, "monotonic", now)
         self.pass_ = sleep
 
 

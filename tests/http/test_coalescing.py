@@ -9,15 +9,8 @@ import httpx
 import pytest
 from tests.http.conftest import ANN, USUAL, Clock, Server
 
-from tokenlimits import (
-    AccessDenied,
-    AsyncTokenLimits,
-    SchemaOutdated,
-    ServiceUnavailable,
-    TokenLimits,
-    TrackResult,
-    _calls,
-)
+from tokenlimits import AccessDenied, AsyncTokenLimits, SchemaOutdated, ServiceUnavailable, TokenLimits, TrackResult
+from tokenlimits._core import workers
 
 
 def two_at_once(**options: Any) -> list[Any]:
@@ -78,5 +71,5 @@ def test_a_leader_has_the_time_that_is_left_to_them(server: Server, clock: Clock
     """A call of the transport may be given less than its own."""
     server.then(*[httpx.ConnectError("connection refused")] * 50)
     with TokenLimits.from_env(timeout=10) as limits, pytest.raises(ServiceUnavailable):
-        limits._transport.send(_calls.track(ANN, "image", 1, None, None, None), 2.0)
+        limits._transport.send(workers.track(ANN, "image", 1, None, None, None), 2.0)
     assert 0 < sum(clock.slept) < 2

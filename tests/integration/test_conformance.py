@@ -44,8 +44,8 @@ from tokenlimits import (
     TokenLimitsError,
     UnknownUser,
     UsageNotFound,
-    _flows,
 )
+from tokenlimits._core import flows
 from tokenlimits.local import LocalStack
 
 TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
@@ -1255,7 +1255,7 @@ def usage_of_all_groups_page_by_page(world: World) -> None:
     for name in names:
         team(world, {"image": 3}, name=name)
     for size in (1, 2, 5):
-        with patch.object(_flows, "USAGE_PAGE", size):
+        with patch.object(flows, "USAGE_PAGE", size):
             assert [usage.group.name for usage in world.groups.usage_all()] == names
 
 

@@ -24,7 +24,7 @@ from tokenlimits import (
     Refused,
     TokenLimits,
 )
-from tokenlimits._calls import Call
+from tokenlimits._core.call import Call
 from tokenlimits.local import LocalStack, LocalUser
 from tokenlimits.models import AddedPage
 

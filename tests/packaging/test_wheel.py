@@ -31,10 +31,10 @@ MUST_HAVE = {
     "tokenlimits/local/server.mjs",
     "tokenlimits/sql/tokenlimits.sql",
     "tokenlimits/sql/uninstall.sql",
-    "tokenlimits/web/static/LICENSES.txt",
-    "tokenlimits/web/static/VENDORED.md",
-    "tokenlimits/web/static/htmx.min.js",
-    "tokenlimits/web/templates/base.html",
+    "tokenlimits/web/panel/static/LICENSES.txt",
+    "tokenlimits/web/panel/static/VENDORED.md",
+    "tokenlimits/web/panel/static/htmx.min.js",
+    "tokenlimits/web/panel/templates/base.html",
 }
 
 

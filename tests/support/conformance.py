@@ -34,8 +34,8 @@ from tokenlimits import (
     TrackResult,
     UsageSum,
 )
-from tokenlimits._batches import track_together
-from tokenlimits._queue import MAX_WAIT, Flight
+from tokenlimits._core.queue import MAX_WAIT, Flight
+from tokenlimits._core.workers import track_together
 from tokenlimits.local import LocalStack
 from tokenlimits.testing import FakeAsyncTokenLimits, FakeTokenLimits
 

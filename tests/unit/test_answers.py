@@ -18,17 +18,17 @@ from tokenlimits import (
     SchemaNotInstalled,
     ServiceUnavailable,
     TokenLimitsError,
-    _answers,
 )
-from tokenlimits._calls import Call
-from tokenlimits._retry import Transient
+from tokenlimits._core import answers
+from tokenlimits._core.call import Call
+from tokenlimits._core.retry import Transient
 
 CALL: Call[int] = Call("count_things", {}, lambda answer: int(answer["things"]))
 
 
 def read(status: int, body: object = None, *, text: str | None = None, **headers: str) -> int:
     content = json.dumps(body) if text is None else text
-    return _answers.read(CALL, status, headers, content.encode())
+    return answers.read(CALL, status, headers, content.encode())
 
 
 @pytest.mark.parametrize("status", [200, 201, 206])
@@ -67,7 +67,7 @@ def test_what_a_parser_refuses_is_final() -> None:
         raise InvalidRequest("no")
 
     with pytest.raises(InvalidRequest):
-        _answers.read(Call("count_things", {}, refuse), 200, {}, b"{}")
+        answers.read(Call("count_things", {}, refuse), 200, {}, b"{}")
 
 
 @pytest.mark.parametrize("status", [301, 302, 400, 404, 405, 406, 418, 421])
@@ -126,7 +126,7 @@ def test_a_server_that_is_busy_is_worth_another_try(status: int, text: str) -> N
 
 
 def test_outdated_names_the_function() -> None:
-    error = _answers.outdated("reserve_generation", SchemaNotInstalled("no", code="PGRST202"))
+    error = answers.outdated("reserve_generation", SchemaNotInstalled("no", code="PGRST202"))
     assert "no function reserve_generation" in str(error)
     assert "sql/tokenlimits.sql" in str(error)
     assert error.code == "PGRST202"
@@ -143,4 +143,4 @@ JSON = st.recursive(
 def test_whatever_comes_is_understood(status: int, body: str, headers: Mapping[str, Any]) -> None:
     """An answer of whatever kind is a result, worth another try, or an error of ours; nothing else gets out."""
     with suppress(Transient, TokenLimitsError):
-        _answers.read(CALL, status, headers, body.encode("utf-8", "surrogatepass"))
+        answers.read(CALL, status, headers, body.encode("utf-8", "surrogatepass"))

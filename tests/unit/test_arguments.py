@@ -24,9 +24,9 @@ from tokenlimits import (
     InvalidRequest,
     Limit,
     TokenLimits,
-    _calls,
 )
-from tokenlimits._transport import AsyncTransport, Transport
+from tokenlimits._core import admins, workers
+from tokenlimits._drivers.transport import AsyncTransport, Transport
 from tokenlimits.models import NO_PLACES
 
 ID = "0197f0a0-0000-7000-8000-000000000001"
@@ -345,20 +345,20 @@ def test_a_rule_of_ours_reads_as_one() -> None:
     ],
 )
 def test_metadata_that_can_be_kept(metadata: dict[str, Any]) -> None:
-    sent = _calls.track(ID, "image", 1, None, None, metadata).params["p_metadata"]
+    sent = workers.track(ID, "image", 1, None, None, metadata).params["p_metadata"]
     assert json.loads(json.dumps(sent)) == dict(metadata)
 
 
 def test_a_name_is_sent_as_it_is_stored() -> None:
     decomposed = "Cafe\u0301 \u05e9\u05dc\u05d5\u05dd \U0001f600"
-    for call in (_calls.create_group(name=f" {decomposed} "), _calls.get_group_by_name(decomposed)):
+    for call in (admins.create_group(name=f" {decomposed} "), admins.get_group_by_name(decomposed)):
         assert call.params["p_name"] == "Caf\xe9 \u05e9\u05dc\u05d5\u05dd \U0001f600"
-    assert _calls.groups_page("e\u0301", None, 7).params["p_search"] == "\xe9"
+    assert admins.groups_page("e\u0301", None, 7).params["p_search"] == "\xe9"
 
 
 def test_the_oldest_moment() -> None:
     created_at = datetime.fromisoformat("1970-01-01T01:00:00+01:00")
-    params = _calls.record(ID, "image", 1, created_at, None, None, None).params
+    params = workers.record(ID, "image", 1, created_at, None, None, None).params
     assert params["p_created_at"] == "1970-01-01T01:00:00+01:00"
 
 

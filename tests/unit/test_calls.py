@@ -24,15 +24,12 @@ from tokenlimits import (
     TokenLimitsError,
     TrackResult,
     UnknownUser,
-    _answers,
-    _calls,
-    _reports,
-    _settlements,
 )
-from tokenlimits._arguments import new_key
-from tokenlimits._calls import Call
-from tokenlimits._retry import Transient
-from tokenlimits.sql_files import one_paste
+from tokenlimits._core import admins, answers, reports, workers
+from tokenlimits._core.arguments import new_key
+from tokenlimits._core.call import Call
+from tokenlimits._core.retry import Transient
+from tokenlimits.sql_files import SCHEMA_VERSION, one_paste
 
 ANN = "0197f0a0-0000-7000-8000-000000000001"
 PRO = "0197f0a0-0000-7000-8000-000000000002"
@@ -75,7 +72,7 @@ A_RESULT = TrackResult.model_validate(RESULT)
 
 CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
     "track": (
-        _calls.track(ANN, "image", 2, "job-1", UUID(PRO), {"model": "x"}),
+        workers.track(ANN, "image", 2, "job-1", UUID(PRO), {"model": "x"}),
         "track_generation",
         {
             "p_user_id": ANN,
@@ -90,7 +87,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         A_RESULT,
     ),
     "create_group with an id": (
-        _calls.create_group(UUID(PRO), name="Pro"),
+        admins.create_group(UUID(PRO), name="Pro"),
         "save_group",
         {"p_group_id": None, "p_name": "Pro", "p_id": PRO},
         False,
@@ -98,7 +95,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         A_GROUP,
     ),
     "check": (
-        _calls.check(UUID(ANN), "image", 2, None),
+        workers.check(UUID(ANN), "image", 2, None),
         "check_generation",
         {"p_user_id": ANN, "p_kind": "image", "p_cost": 2},
         True,
@@ -106,7 +103,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         A_RESULT,
     ),
     "record": (
-        _calls.record(ANN, "image", 2, NOW, "job-1", PRO, None),
+        workers.record(ANN, "image", 2, NOW, "job-1", PRO, None),
         "record_generation",
         {
             "p_user_id": ANN,
@@ -121,7 +118,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         A_RESULT,
     ),
     "reserve": (
-        _settlements.reserve(ANN, "image", 2, 600, "job-1", PRO, {"model": "x"}),
+        workers.reserve(ANN, "image", 2, 600, "job-1", PRO, {"model": "x"}),
         "reserve_generation",
         {
             "p_user_id": ANN,
@@ -137,7 +134,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         A_RESULT,
     ),
     "commit": (
-        _settlements.commit(TEAM, None),
+        workers.commit(TEAM, None),
         "commit_generation",
         {"p_usage_id": TEAM},
         True,
@@ -145,26 +142,26 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         A_RESULT,
     ),
     "commit for less": (
-        _settlements.commit(UUID(TEAM), 0),
+        workers.commit(UUID(TEAM), 0),
         "commit_generation",
         {"p_usage_id": TEAM, "p_cost": 0},
         True,
         RESULT,
         A_RESULT,
     ),
-    "release": (_settlements.release(TEAM), "release_generation", {"p_usage_id": TEAM}, True, RESULT, A_RESULT),
-    "refund": (_settlements.refund(TEAM), "refund_generation", {"p_usage_id": TEAM}, True, RESULT, A_RESULT),
+    "release": (workers.release(TEAM), "release_generation", {"p_usage_id": TEAM}, True, RESULT, A_RESULT),
+    "refund": (workers.refund(TEAM), "refund_generation", {"p_usage_id": TEAM}, True, RESULT, A_RESULT),
     "usage": (
-        _calls.usage(ANN),
+        workers.usage(ANN),
         "user_generation_usage",
         {"p_user_id": ANN},
         True,
         [{**STATUS, "group": {"id": PRO, "name": "Pro"}}],
         lambda limits: limits[0].group == GroupRef(id=UUID(PRO), name="Pro") and limits[0].reset_at == NOW,
     ),
-    "version": (_calls.version(), "tokenlimits_version", {}, True, {"version": 7}, 7),
+    "version": (answers.version(), "tokenlimits_version", {}, True, {"version": 7}, 7),
     "create": (
-        _calls.create_group(
+        admins.create_group(
             name="Pro",
             description="",
             limits={"image": 5},
@@ -187,7 +184,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         A_GROUP,
     ),
     "update": (
-        _calls.update_group(PRO, name=None, description="x", is_default=False, priority=0),
+        admins.update_group(PRO, name=None, description="x", is_default=False, priority=0),
         "save_group",
         {"p_group_id": PRO, "p_description": "x", "p_is_default": False, "p_priority": 0},
         True,
@@ -195,7 +192,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         A_GROUP,
     ),
     "set_limits": (
-        _calls.set_limits(PRO, [Limit.model_validate(LIMIT)]),
+        admins.set_limits(PRO, [Limit.model_validate(LIMIT)]),
         "save_group",
         {"p_group_id": PRO, "p_limits": [LIMIT]},
         True,
@@ -203,7 +200,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         A_GROUP,
     ),
     "set_limit": (
-        _calls.set_limit(PRO, Limit.model_validate(LIMIT)),
+        admins.set_limit(PRO, Limit.model_validate(LIMIT)),
         "set_group_limit",
         {"p_group_id": PRO, "p_limit": LIMIT},
         True,
@@ -211,26 +208,26 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         A_GROUP,
     ),
     "remove_limit": (
-        _calls.remove_limit(PRO, "image", "day", "member"),
+        admins.remove_limit(PRO, "image", "day", "member"),
         "remove_group_limit",
         {"p_group_id": PRO, "p_kind": "image", "p_period": "day", "p_scope": "member"},
         True,
         GROUP,
         A_GROUP,
     ),
-    "get": (_calls.get_group(PRO), "find_groups", {"p_group_id": PRO}, True, [GROUP], A_GROUP),
-    "get_by_name": (_calls.get_group_by_name("pro"), "find_groups", {"p_name": "pro"}, True, [GROUP], A_GROUP),
+    "get": (admins.get_group(PRO), "find_groups", {"p_group_id": PRO}, True, [GROUP], A_GROUP),
+    "get_by_name": (admins.get_group_by_name("pro"), "find_groups", {"p_name": "pro"}, True, [GROUP], A_GROUP),
     "groups_page": (
-        _calls.groups_page("pr", "Pro", 200),
+        admins.groups_page("pr", "Pro", 200),
         "find_groups",
         {"p_search": "pr", "p_after": "Pro", "p_page_size": 200},
         True,
         [GROUP],
         [A_GROUP],
     ),
-    "delete": (_calls.delete_group(PRO), "delete_group", {"p_group_id": PRO}, False, GROUP, A_GROUP),
+    "delete": (admins.delete_group(PRO), "delete_group", {"p_group_id": PRO}, False, GROUP, A_GROUP),
     "add_members": (
-        _calls.add_members(PRO, [ANN]),
+        admins.add_members(PRO, [ANN]),
         "add_group_members",
         {"p_group_id": PRO, "p_user_ids": [ANN]},
         True,
@@ -238,7 +235,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         lambda page: (page.added, page.already, page.unknown) == (1, 0, (UUID(TEAM),)),
     ),
     "add_member": (
-        _calls.add_member(PRO, ANN),
+        admins.add_member(PRO, ANN),
         "add_group_members",
         {"p_group_id": PRO, "p_user_ids": [ANN]},
         True,
@@ -246,7 +243,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         True,
     ),
     "add_member again": (
-        _calls.add_member(PRO, ANN),
+        admins.add_member(PRO, ANN),
         "add_group_members",
         {"p_group_id": PRO, "p_user_ids": [ANN]},
         True,
@@ -254,7 +251,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         False,
     ),
     "remove_members": (
-        _calls.remove_members(PRO, [ANN]),
+        admins.remove_members(PRO, [ANN]),
         "remove_group_members",
         {"p_group_id": PRO, "p_user_ids": [ANN]},
         True,
@@ -262,7 +259,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         1,
     ),
     "move_member": (
-        _calls.move_member(ANN, PRO, TEAM),
+        admins.move_member(ANN, PRO, TEAM),
         "move_group_member",
         {"p_user_id": ANN, "p_from": PRO, "p_to": TEAM},
         False,
@@ -270,7 +267,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         True,
     ),
     "members_page": (
-        _calls.members_page(PRO, None, UUID(ANN), 500),
+        admins.members_page(PRO, None, UUID(ANN), 500),
         "group_members",
         {"p_group_id": PRO, "p_after": ANN, "p_page_size": 500},
         True,
@@ -278,7 +275,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         lambda members: members[0].joined_at == NOW,
     ),
     "members_page of a search": (
-        _calls.members_page(PRO, "ann@", None, 500),
+        admins.members_page(PRO, "ann@", None, 500),
         "group_members",
         {"p_group_id": PRO, "p_after": None, "p_page_size": 500, "p_search": "ann@"},
         True,
@@ -286,7 +283,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         [],
     ),
     "find_users": (
-        _calls.find_users("ann@"),
+        admins.find_users("ann@"),
         "find_users",
         {"p_email": "ann@"},
         True,
@@ -294,7 +291,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         lambda users: users[0].email == "ann@example.com",
     ),
     "users_by_email": (
-        _reports.users_by_email(["ann@example.com"]),
+        admins.users_by_email(["ann@example.com"]),
         "find_users_by_email",
         {"p_emails": ["ann@example.com"]},
         True,
@@ -302,7 +299,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         lambda users: users[0].email == "ann@example.com",
     ),
     "ledger": (
-        _reports.ledger(PRO, ANN, "image", NOW, NOW).page(None, 7),
+        reports.ledger(PRO, ANN, "image", NOW, NOW).page(None, 7),
         "export_usage",
         {"p_group_id": PRO, "p_user_id": ANN, "p_kind": "image", "p_since": WHEN, "p_until": WHEN, "p_page_size": 7},
         True,
@@ -310,7 +307,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         lambda page: (list(page), page.next) == ([], {"p_after": {"id": ANN}, "p_until": WHEN}),
     ),
     "sums": (
-        _reports.export(PRO, None, "image", NOW, NOW, "week").page(None, 7),
+        reports.export(PRO, None, "image", NOW, NOW, "week").page(None, 7),
         "export_history",
         {"p_group_id": PRO, "p_kind": "image", "p_since": WHEN, "p_until": WHEN, "p_bucket": "week", "p_page_size": 7},
         True,
@@ -324,7 +321,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         lambda page: (page[0].group.id, page[0].used, page.next) == (UUID(PRO), 3, None),
     ),
     "top_members": (
-        _reports.top_members(PRO, "image", NOW, None, 3),
+        reports.top_members(PRO, "image", NOW, None, 3),
         "top_members",
         {"p_group_id": PRO, "p_kind": "image", "p_since": WHEN, "p_until": None, "p_count": 3},
         True,
@@ -332,7 +329,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         lambda top: (top[0].used, top[0].generations) == (3, 2),
     ),
     "drift": (
-        _reports.drift(PRO, NOW),
+        reports.drift(PRO, NOW),
         "usage_drift",
         {"p_group_id": PRO, "p_since": WHEN},
         True,
@@ -340,7 +337,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         lambda drift: not drift.drifted,
     ),
     "group_usage": (
-        _calls.group_usage(PRO),
+        reports.group_usage(PRO),
         "group_usage",
         {"p_group_id": PRO},
         True,
@@ -354,7 +351,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         lambda usage: (usage.member_count, usage.limits[0].capacity, usage.limits[0].fraction) == (3, 150, 0.5),
     ),
     "usage_page": (
-        _calls.usage_page("Pro", 1000),
+        reports.usage_page("Pro", 1000),
         "group_usage",
         {"p_after": "Pro", "p_page_size": 1000},
         True,
@@ -362,7 +359,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         [],
     ),
     "history": (
-        _calls.history(PRO, "image", "hour", NOW, NOW),
+        reports.history(PRO, "image", "hour", NOW, NOW),
         "generation_history",
         {"p_group_id": PRO, "p_kind": "image", "p_bucket": "hour", "p_since": WHEN, "p_until": WHEN},
         True,
@@ -370,7 +367,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         lambda points: (points[0].bucket, points[0].used) == (NOW, 3),
     ),
     "reset_usage": (
-        _calls.reset_usage(PRO, None),
+        reports.reset_usage(PRO, None),
         "reset_group_usage",
         {"p_group_id": PRO, "p_kind": None},
         False,
@@ -411,23 +408,23 @@ def test_what_is_read_of_a_spoilt_answer(case: tuple[Call[Any], str, dict[str, A
     call, *_, answer, _ = case
     for other in spoilt(answer):
         with suppress(Transient, TokenLimitsError):
-            _answers.read(call, 200, {}, json.dumps(other).encode())
+            answers.read(call, 200, {}, json.dumps(other).encode())
 
 
 @pytest.mark.parametrize(
     ("call", "answer"),
     [
-        (_calls.version(), {"version": math.inf}),
-        (_calls.remove_members(PRO, [ANN]), {"removed": math.inf}),
-        (_calls.remove_members(PRO, [ANN]), {"removed": 1.5}),
-        (_calls.move_member(ANN, PRO, TEAM), {"moved": "perhaps"}),
-        (_calls.reset_usage(PRO, None), {"reset_at": "2026-03-01T12:00:00"}),
+        (answers.version(), {"version": math.inf}),
+        (admins.remove_members(PRO, [ANN]), {"removed": math.inf}),
+        (admins.remove_members(PRO, [ANN]), {"removed": 1.5}),
+        (admins.move_member(ANN, PRO, TEAM), {"moved": "perhaps"}),
+        (reports.reset_usage(PRO, None), {"reset_at": "2026-03-01T12:00:00"}),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_a_field_of_another_type_is_worth_another_try(call: Call[Any], answer: dict[str, Any]) -> None:
     with pytest.raises(Transient):
-        _answers.read(call, 200, {}, json.dumps(answer).encode())
+        answers.read(call, 200, {}, json.dumps(answer).encode())
 
 
 def functions() -> dict[str, dict[str, bool]]:
@@ -450,11 +447,11 @@ def test_the_sql_has_the_function(case: tuple[Call[Any], str, dict[str, Any], bo
 def test_the_sql_is_new_enough() -> None:
     found = re.search(r"jsonb_build_object\('version', (\d+)\)", one_paste())
     assert found is not None
-    assert int(found[1]) >= _calls.SCHEMA_VERSION
+    assert int(found[1]) >= SCHEMA_VERSION
 
 
 class TestNoGroup:
-    @pytest.mark.parametrize("call", [_calls.get_group(PRO), _calls.get_group_by_name("nobody")])
+    @pytest.mark.parametrize("call", [admins.get_group(PRO), admins.get_group_by_name("nobody")])
     def test_is_an_error_that_says_which(self, call: Call[Group]) -> None:
         with pytest.raises(GroupNotFound, match=f"{PRO}|'nobody'") as caught:
             call.parse([])
@@ -463,41 +460,41 @@ class TestNoGroup:
 
 def test_an_unknown_user_cannot_be_added() -> None:
     with pytest.raises(UnknownUser, match=ANN) as caught:
-        _calls.add_member(PRO, ANN).parse({"added": 0, "already": 0, "unknown": [ANN]})
+        admins.add_member(PRO, ANN).parse({"added": 0, "already": 0, "unknown": [ANN]})
     assert caught.value.code == "TL004"
 
 
 def test_an_old_schema_is_outdated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_calls, "SCHEMA_VERSION", 3)
+    monkeypatch.setattr(answers, "SCHEMA_VERSION", 3)
     with pytest.raises(SchemaOutdated, match=r"version 2 .* needs 3.*sql/tokenlimits\.sql"):
-        _calls.version().parse({"version": 2})
-    assert _calls.version().parse({"version": 4}) == 4
+        answers.version().parse({"version": 2})
+    assert answers.version().parse({"version": 4}) == 4
 
 
 @pytest.mark.parametrize("answer", [None, [], {}, "ok", 7, {"allowed": "perhaps"}, [RESULT]])
 def test_an_answer_of_another_shape_is_refused(answer: Any) -> None:
     with pytest.raises((ValueError, TypeError, KeyError, IndexError)):
-        _calls.track(ANN, "image", 1, None, None, None).parse(answer)
+        workers.track(ANN, "image", 1, None, None, None).parse(answer)
     with pytest.raises((ValueError, TypeError, KeyError, IndexError)):
-        _calls.version().parse(answer)
+        answers.version().parse(answer)
 
 
 class TestWithoutService:
-    CALL = _calls.track(ANN, "video", 8, None, None, None)
+    CALL = workers.track(ANN, "video", 8, None, None, None)
     ERROR = ServiceUnavailable("Supabase could not be reached", retry_after=7)
 
     def test_raise(self) -> None:
         with pytest.raises(ServiceUnavailable) as caught:
-            _calls.without_service(self.CALL, "raise", self.ERROR)
+            workers.without_service(self.CALL, "raise", self.ERROR)
         assert caught.value is self.ERROR
 
     def test_allow(self) -> None:
-        assert _calls.without_service(self.CALL, "allow", self.ERROR) == TrackResult(
+        assert workers.without_service(self.CALL, "allow", self.ERROR) == TrackResult(
             allowed=True, reason="unavailable", kind="video", cost=8, retry_after=7
         )
 
     def test_deny(self) -> None:
-        assert _calls.without_service(self.CALL, "deny", self.ERROR) == TrackResult(
+        assert workers.without_service(self.CALL, "deny", self.ERROR) == TrackResult(
             allowed=False,
             reason="unavailable",
             error="Supabase could not be reached",
@@ -509,10 +506,10 @@ class TestWithoutService:
 
 class TestNewKey:
     def test_is_made_when_there_is_none(self) -> None:
-        calls = [_calls.track(ANN, "image", 1, None, None, None) for _ in range(2)]
+        calls = [workers.track(ANN, "image", 1, None, None, None) for _ in range(2)]
         keys = [UUID(call.params["p_idempotency_key"]) for call in calls]
         assert keys[0] != keys[1]
-        assert UUID(_calls.record(ANN, "image", 1, None, None, None, None).params["p_idempotency_key"]).version == 7
+        assert UUID(workers.record(ANN, "image", 1, None, None, None, None).params["p_idempotency_key"]).version == 7
 
     def test_is_a_uuid_of_version_7(self) -> None:
         before = time.time_ns() // 1_000_000

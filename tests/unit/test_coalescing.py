@@ -27,12 +27,12 @@ from tokenlimits import (
     ServiceUnavailable,
     TokenLimits,
     TrackResult,
-    _calls,
-    _coalescing,
-    _queue,
 )
-from tokenlimits._calls import Call
-from tokenlimits._transport import AsyncTransport, Transport
+from tokenlimits._core import queue as _queue
+from tokenlimits._core import workers
+from tokenlimits._core.call import Call
+from tokenlimits._drivers import coalescing
+from tokenlimits._drivers.transport import AsyncTransport, Transport
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """By default nothing is set aside, however slow this machine is."""
 
     def set_(seconds: float) -> None:
-        monkeypatch.setattr(_coalescing, "_PATIENCE", seconds)
+        monkeypatch.setattr(coalescing, "_PATIENCE", seconds)
 
     set_(PATIENCE)
     return set_
@@ -217,7 +217,7 @@ class Blow:
         self.left = moment
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
-        ours = frame.f_globals["__name__"] in (_coalescing.__name__, _queue.__name__, "threading")
+        ours = frame.f_globals["__name__"] in (coalescing.__name__, _queue.__name__, "threading")
         if ours and event in ("call", "c_return"):
             self.left -= 1
             if self.left == 0:
@@ -500,7 +500,7 @@ class TestThreads:
         threads = make_threads(timeout=0.5)
         threads.gate.open = True
         meeting: Any = threads.limits._coalescer._meeting()  # type: ignore[union-attr]
-        gone: Any = _queue.Ticket(_calls.track(ANN, "image", 1, None, None, None), _coalescing.Bell())
+        gone: Any = _queue.Ticket(workers.track(ANN, "image", 1, None, None, None), coalescing.Bell())
         meeting._queue.join(gone)
         result(threads.threads.submit(threads.limits.close))
         assert threads.limits.track(ANN, "image", 2).cost == 2

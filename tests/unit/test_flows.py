@@ -9,20 +9,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tokenlimits import (
-    BulkResult,
-    Group,
-    GroupUsage,
-    InvalidRequest,
-    Member,
-    Refused,
-    UsageRecord,
-    User,
-    _flows,
-    _reports,
-)
-from tokenlimits._calls import Call
-from tokenlimits._reports import Page
+from tokenlimits import BulkResult, Group, GroupUsage, InvalidRequest, Member, Refused, UsageRecord, User
+from tokenlimits._core import flows, reports
+from tokenlimits._core.call import Call
+from tokenlimits._core.reports import Page
 from tokenlimits.models import AddedPage
 
 T = TypeVar("T")
@@ -80,7 +70,7 @@ LENGTHS = [
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_groups_are_read_until_a_page_is_empty(lengths: list[int]) -> None:
     groups = [group(f"group {n:03}") for n in range(400)]
-    read, calls = drive(_flows.all_groups("gr"), Pages(groups, lengths, "name"))
+    read, calls = drive(flows.all_groups("gr"), Pages(groups, lengths, "name"))
     assert read == groups
     assert {call.function for call in calls} == {"find_groups"}
     assert {call.params["p_search"] for call in calls} == {"gr"}
@@ -89,7 +79,7 @@ def test_groups_are_read_until_a_page_is_empty(lengths: list[int]) -> None:
 
 
 def test_no_groups() -> None:
-    assert drive(_flows.all_groups(None), lambda _: [])[0] == []
+    assert drive(flows.all_groups(None), lambda _: [])[0] == []
 
 
 def usage(name: str | None, id_: UUID | None = None) -> GroupUsage:
@@ -107,7 +97,7 @@ class TestUsageOfAllGroups:
             start = next((n for n, each in enumerate(usages) if (each.group.name or "") > after), len(usages))
             return usages[start : start + call.params["p_page_size"]]
 
-        read, calls = drive(_flows.all_usage(), server)
+        read, calls = drive(flows.all_usage(), server)
         assert read == usages
         assert {(call.function, call.params["p_page_size"]) for call in calls} == {("group_usage", 1000)}
         assert calls[0].params["p_after"] is None
@@ -115,22 +105,22 @@ class TestUsageOfAllGroups:
         assert len(calls) == groups // 1000 + 1
 
     def test_has_a_group_once_that_is_renamed_meanwhile(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_flows, "USAGE_PAGE", 2)
+        monkeypatch.setattr(flows, "USAGE_PAGE", 2)
         first, second, third = (usage(name) for name in "abc")
         pages = iter([[first, second], [usage("b2", first.group.id), third], []])
-        assert drive(_flows.all_usage(), lambda _: next(pages))[0] == [first, second, third]
+        assert drive(flows.all_usage(), lambda _: next(pages))[0] == [first, second, third]
 
     def test_ends_though_a_group_is_renamed_for_ever(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_flows, "USAGE_PAGE", 1)
+        monkeypatch.setattr(flows, "USAGE_PAGE", 1)
         names = (f"group {n:05}" for n in range(100_000))
-        read, calls = drive(_flows.all_usage(), lambda _: [usage(next(names), PRO)])
+        read, calls = drive(flows.all_usage(), lambda _: [usage(next(names), PRO)])
         assert [each.group.name for each in read] == ["group 00000"]
         assert len(calls) == 2
 
     @pytest.mark.parametrize("name", ["Pro", None])
     def test_ends_on_a_server_that_has_one_page_for_all(self, name: str | None) -> None:
         all_ = [usage("Free"), usage(name)]
-        assert drive(_flows.all_usage(), lambda _: all_)[0] == all_
+        assert drive(flows.all_usage(), lambda _: all_)[0] == all_
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -145,13 +135,13 @@ def test_members_are_read_until_a_page_is_empty(lengths: list[int]) -> None:
         seen.extend(page)
         return page
 
-    _, calls = drive(_flows.all_members(PRO, None), remember)
+    _, calls = drive(flows.all_members(PRO, None), remember)
     assert seen == members
-    assert calls[-1].params == {"p_group_id": str(PRO), "p_after": str(ids[-1]), "p_page_size": _flows.MEMBERS_PAGE}
+    assert calls[-1].params == {"p_group_id": str(PRO), "p_after": str(ids[-1]), "p_page_size": flows.MEMBERS_PAGE}
 
 
 def test_members_are_read_page_by_page() -> None:
-    pages = _flows.all_members(PRO, None)
+    pages = flows.all_members(PRO, None)
     first = next(pages)
     assert first.params["p_after"] is None
     second = pages.send([Member(user_id=PRO, email=None, joined_at=NOW)])
@@ -161,14 +151,14 @@ def test_members_are_read_page_by_page() -> None:
 
 
 def test_every_page_of_members_is_one_of_the_search() -> None:
-    pages = _flows.all_members(PRO, "ann@")
+    pages = flows.all_members(PRO, "ann@")
     assert next(pages).params["p_search"] == "ann@"
     assert pages.send([Member(user_id=PRO, email=None, joined_at=NOW)]).params["p_search"] == "ann@"
 
 
 def test_members_of_no_id_are_refused_before_the_first_is_asked_for() -> None:
     with pytest.raises(InvalidRequest, match="group_id"):
-        _flows.all_members("Pro", None)
+        flows.all_members("Pro", None)
 
 
 class TestAddMembers:
@@ -182,7 +172,7 @@ class TestAddMembers:
             missing = [UUID(id_) for id_ in part if id_ in unknown]
             return AddedPage(added=len(part) - len(missing) - 1, already=1, unknown=tuple(missing))
 
-        result, calls = drive(_flows.add_members(PRO, ids, lambda *done: progress.append(done)), server)
+        result, calls = drive(flows.add_members(PRO, ids, lambda *done: progress.append(done)), server)
         assert [len(call.params["p_user_ids"]) for call in calls] == [5000, 5000, 2001]
         assert [id_ for call in calls for id_ in call.params["p_user_ids"]] == [str(id_) for id_ in ids]
         assert progress == [(5000, 12_001), (10_000, 12_001), (12_001, 12_001)]
@@ -198,22 +188,22 @@ class TestAddMembers:
         one, two = uuid4(), uuid4()
         written = [one, str(one), str(one).upper(), one.hex, f"{{{one}}}", one.urn, two]
         answer = AddedPage(added=2, already=0, unknown=())
-        _, calls = drive(_flows.add_members(PRO, written, None), lambda _: answer)
+        _, calls = drive(flows.add_members(PRO, written, None), lambda _: answer)
         assert [call.params["p_user_ids"] for call in calls] == [[str(one), str(two)]]
 
     def test_nobody(self) -> None:
         progress: list[tuple[int, int]] = []
-        result, calls = drive(_flows.add_members(PRO, [], lambda *done: progress.append(done)), lambda _: None)
+        result, calls = drive(flows.add_members(PRO, [], lambda *done: progress.append(done)), lambda _: None)
         assert result == BulkResult(added=0, already=0, refused=())
         assert calls == progress == []
 
     def test_any_iterable(self) -> None:
         answer = AddedPage(added=2, already=0, unknown=())
-        flow = _flows.add_members(PRO, (uuid4() for _ in range(2)), None)
+        flow = flows.add_members(PRO, (uuid4() for _ in range(2)), None)
         assert drive(flow, lambda _: answer)[0].added == 2
 
     def test_a_bad_id_far_behind_stops_all_before_anything_is_sent(self) -> None:
-        flow = _flows.add_members(PRO, [*(uuid4() for _ in range(6_000)), "ann"], None)
+        flow = flows.add_members(PRO, [*(uuid4() for _ in range(6_000)), "ann"], None)
         with pytest.raises(ValueError, match=r"^user_ids\[6000\]: "):
             next(flow)
 
@@ -223,7 +213,7 @@ class TestRemoveMembers:
         ids = [uuid4() for _ in range(5_001)]
         progress: list[tuple[int, int]] = []
         removed, calls = drive(
-            _flows.remove_members(PRO, [*ids, ids[0]], lambda *done: progress.append(done)),
+            flows.remove_members(PRO, [*ids, ids[0]], lambda *done: progress.append(done)),
             lambda call: len(call.params["p_user_ids"]),
         )
         assert removed == 5_001
@@ -240,7 +230,7 @@ def test_the_ledger_is_read_to_its_end_also_through_empty_pages() -> None:
         rows, after = next(answers)
         return Page(rows, {"until": "then", "next": after})
 
-    _, calls = drive(_flows.exported(_reports.ledger(PRO, None, "image", None, None)), server)
+    _, calls = drive(flows.exported(reports.ledger(PRO, None, "image", None, None)), server)
     assert all(call.params.items() >= {f"p_{k}": v for k, v in begin.items()}.items() for call in calls)
     assert [(call.params.get("p_after"), call.params["p_until"]) for call in calls] == [
         (None, None),
@@ -250,10 +240,10 @@ def test_the_ledger_is_read_to_its_end_also_through_empty_pages() -> None:
 
 
 def test_addresses_go_in_parts_and_count_once() -> None:
-    asked = [f"user{number}@example.com" for number in range(_flows.CHUNK + 1)]
+    asked = [f"user{number}@example.com" for number in range(flows.CHUNK + 1)]
     users, calls = drive(
-        _flows.users_by_email([*asked, *asked]),
+        flows.users_by_email([*asked, *asked]),
         lambda call: [User(user_id=uuid4(), email=email) for email in call.params["p_emails"]],
     )
-    assert [len(call.params["p_emails"]) for call in calls] == [_flows.CHUNK, 1]
+    assert [len(call.params["p_emails"]) for call in calls] == [flows.CHUNK, 1]
     assert [user.email for user in users] == asked

@@ -24,16 +24,16 @@ from tokenlimits import (
     LimitExceeded,
     ServiceUnavailable,
     TrackResult,
-    _limited,
-    _settlements,
 )
-from tokenlimits._calls import Call
-from tokenlimits._hold import RunningHold
+from tokenlimits._core import workers
+from tokenlimits._core.call import Call
+from tokenlimits._core.hold import RunningHold
+from tokenlimits._drivers import limited
 
 ANN = "0197f0a0-0000-7000-8000-000000000001"
 USAGE = UUID("0197f0a0-0000-7000-8000-000000000009")
 WHEN = datetime(2026, 3, 1, 12, tzinfo=UTC)
-RESERVE = _settlements.reserve(ANN, "video", 8, 600, "job-1", None, None)
+RESERVE = workers.reserve(ANN, "video", 8, 600, "job-1", None, None)
 RESERVED = TrackResult(allowed=True, usage_id=USAGE, status="reserved", expires_at=WHEN, kind="video", cost=8)
 UNRECORDED = TrackResult(allowed=True, reason="unavailable", kind="video", cost=8)
 
@@ -207,22 +207,22 @@ class TestNothingRecorded:
     @pytest.mark.parametrize(
         "settle",
         [
-            lambda: _settlements.commit(None, None),
-            lambda: _settlements.release(None),
-            lambda: _settlements.refund_if_recorded(None),
+            lambda: workers.commit(None, None),
+            lambda: workers.release(None),
+            lambda: workers.refund_if_recorded(None),
         ],
     )
     def test_is_no_call(self, settle: Callable[[], Any]) -> None:
         assert settle() == TrackResult(allowed=True, reason="unavailable", kind="", cost=0)
 
     def test_keeps_the_cost(self) -> None:
-        answer = _settlements.commit(None, 5)
+        answer = workers.commit(None, 5)
         assert isinstance(answer, TrackResult)
         assert answer.cost == 5
 
     def test_still_checks_the_cost(self) -> None:
         with pytest.raises(InvalidRequest) as caught:
-            _settlements.commit(None, -1)
+            workers.commit(None, -1)
         assert caught.value.field == "cost"
 
 
@@ -231,26 +231,26 @@ class TestWithoutService:
 
     @pytest.mark.parametrize("policy", ["raise", "deny"])
     def test_is_raised(self, policy: Any) -> None:
-        call = _settlements.commit(USAGE, 5)
+        call = workers.commit(USAGE, 5)
         assert isinstance(call, Call)
         with pytest.raises(ServiceUnavailable):
-            _settlements.without_service(call, policy, self.ERROR)
+            workers.settlement_without_service(call, policy, self.ERROR)
 
     def test_is_allowed(self) -> None:
-        call = _settlements.commit(USAGE, 5)
+        call = workers.commit(USAGE, 5)
         assert isinstance(call, Call)
-        answer = _settlements.without_service(call, "allow", self.ERROR)
+        answer = workers.settlement_without_service(call, "allow", self.ERROR)
         assert answer == TrackResult(allowed=True, reason="unavailable", usage_id=USAGE, kind="", cost=5)
 
     def test_never_loses_a_refund(self) -> None:
         with pytest.raises(ServiceUnavailable):
-            _settlements.without_service(_settlements.refund(USAGE), "allow", self.ERROR)
+            workers.settlement_without_service(workers.refund(USAGE), "allow", self.ERROR)
 
 
 @pytest.mark.parametrize("ttl", [0, -1, 30 * 86_400 + 1, 1.5, "600", None, True])
 def test_a_ttl_that_cannot_be(ttl: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        _settlements.reserve(ANN, "video", 8, ttl, None, None, None)
+        workers.reserve(ANN, "video", 8, ttl, None, None, None)
     assert caught.value.field == "ttl"
 
 
@@ -277,12 +277,12 @@ class CallsAsync:
     async def __call__(self, user_id: str) -> None: ...
 
 
-def reservation(function: Any = plain, **options: Any) -> _limited.Reserve:
+def reservation(function: Any = plain, **options: Any) -> limited.Reserve:
     settings: dict[str, Any] = {
         "kind": "image", "user": "user_id", "cost": 1, "ttl": 60,
         "idempotency_key": None, "group_id": None, "metadata": None,
     }  # fmt: skip
-    return _limited.reservation(function, **settings | options)
+    return limited.reservation(function, **settings | options)
 
 
 class TestArguments:
@@ -369,12 +369,12 @@ class TestRefusedWhenDecorated:
     @pytest.mark.parametrize("function", [coroutine, async_generator, CallsAsync(), functools.partial(coroutine, ANN)])
     def test_an_async_one_by_the_sync_client(self, function: Any) -> None:
         with pytest.raises(ConfigurationError, match=r"\(\) is async, so that it needs an AsyncTokenLimits"):
-            _limited.decorated(function, reservation(user=lambda: ANN), unused)
+            limited.decorated(function, reservation(user=lambda: ANN), unused)
 
     @pytest.mark.parametrize("function", [plain, generator, functools.partial(plain, "p")])
     def test_a_plain_one_by_the_async_client(self, function: Any) -> None:
         with pytest.raises(ConfigurationError, match=r"\(\) is not async, so that it needs a TokenLimits"):
-            _limited.async_decorated(function, reservation(user=lambda: ANN), unused)
+            limited.async_decorated(function, reservation(user=lambda: ANN), unused)
 
 
 def unused(call: Call[TrackResult]) -> Any:
@@ -383,13 +383,13 @@ def unused(call: Call[TrackResult]) -> Any:
 
 class TestDecorated:
     def test_keeps_what_the_function_is(self) -> None:
-        decorated = _limited.decorated(plain, reservation(), unused)
+        decorated = limited.decorated(plain, reservation(), unused)
         assert inspect.signature(decorated) == inspect.signature(plain)
         assert (decorated.__name__, decorated.__doc__, decorated.__module__) == ("plain", "Make a picture.", __name__)
 
     def test_keeps_its_sort(self) -> None:
-        assert inspect.isgeneratorfunction(_limited.decorated(generator, reservation(generator), unused))
-        made = [_limited.async_decorated(f, reservation(f), unused) for f in (coroutine, async_generator)]
+        assert inspect.isgeneratorfunction(limited.decorated(generator, reservation(generator), unused))
+        made = [limited.async_decorated(f, reservation(f), unused) for f in (coroutine, async_generator)]
         assert inspect.iscoroutinefunction(made[0])
         assert inspect.isasyncgenfunction(made[1])
 
@@ -397,6 +397,6 @@ class TestDecorated:
         def disguised(user_id: str) -> Any:
             return coroutine(user_id)
 
-        decorated = _limited.decorated(disguised, reservation(disguised), lambda _: nullcontext(held()))
+        decorated = limited.decorated(disguised, reservation(disguised), lambda _: nullcontext(held()))
         with pytest.raises(ConfigurationError, match=r"disguised.* is async"):
             decorated(ANN)

@@ -9,9 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tokenlimits import IdempotencyConflict, ServiceUnavailable, TrackResult, _calls
-from tokenlimits._batches import LARGEST, Busy
-from tokenlimits._queue import MAX_WAIT, Flight, Lane, Queue, Ticket
+from tokenlimits import IdempotencyConflict, ServiceUnavailable, TrackResult
+from tokenlimits._core import workers
+from tokenlimits._core.queue import MAX_WAIT, Flight, Lane, Queue, Ticket
+from tokenlimits._core.workers import LARGEST, Busy
 
 ANN, BOB = ("0197f0a0-0000-7000-8000-00000000000a", "0197f0a0-0000-7000-8000-00000000000b")
 TEAM = "0197f0a0-0000-7000-8000-000000000001"
@@ -22,7 +23,7 @@ AnyFlight = Flight[None]
 
 
 def ticket(key: str, user: str = ANN) -> AnyTicket:
-    return Ticket(_calls.track(user, "image", 1, key, None, None), None)
+    return Ticket(workers.track(user, "image", 1, key, None, None), None)
 
 
 def yes(n: int = 1) -> TrackResult:
@@ -78,7 +79,7 @@ class TestFlights:
         assert call.parse(item(cost=7)) == [yes(7)]
 
     def test_of_several_is_a_batch(self, queue: Queue[None]) -> None:
-        pinned = Ticket(_calls.track(BOB, "video", 8, "2", TEAM, {"seconds": 8}), None)
+        pinned = Ticket(workers.track(BOB, "video", 8, "2", TEAM, {"seconds": 8}), None)
         joined(queue, ticket("1"), pinned)
         call = take_off(queue).call
         assert call.function == "track_generations"

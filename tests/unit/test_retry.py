@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tenacity import Retrying
 
-from tokenlimits import _deadline, _retry
-from tokenlimits._deadline import Deadline, extensions
-from tokenlimits._retry import Transient, from_answer, give_up, seconds
+from tokenlimits._core import retry
+from tokenlimits._core.retry import Transient, from_answer, give_up, seconds
+from tokenlimits._drivers import deadline
+from tokenlimits._drivers.deadline import Deadline, extensions
 
 
 class TestRetryAfter:
@@ -108,7 +109,7 @@ class Run:
             self.slept.append(wait)
             self.now += wait
 
-        policy: Any = _retry.policy("track_generation", retry_safe=retry_safe, timeout=timeout)
+        policy: Any = retry.policy("track_generation", retry_safe=retry_safe, timeout=timeout)
         Retrying(**policy, sleep=sleep)(attempt)
 
 
@@ -186,7 +187,7 @@ class TestDeadline:
     @pytest.fixture(autouse=True)
     def _clock(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(_deadline, "monotonic", lambda: self.now)
+        monkeypatch.setattr(deadline, "monotonic", lambda: self.now)
 
     def test_what_is_left_is_never_nothing(self) -> None:
         deadline = Deadline(10)

@@ -14,9 +14,9 @@ from starlette.datastructures import FormData
 
 from tokenlimits import GroupExists, GroupRef, HistoryPoint, InvalidRequest
 from tokenlimits.models import UsageRecord
-from tokenlimits.web import _charts
-from tokenlimits.web._export import as_csv
-from tokenlimits.web._forms import GroupForm, LimitRow, ids, pasted
+from tokenlimits.web.panel import _charts
+from tokenlimits.web.panel._export import as_csv
+from tokenlimits.web.panel._forms import GroupForm, LimitRow, ids, pasted
 
 
 def typed(**fields: str) -> FormData:

@@ -256,7 +256,7 @@ class TestHeaders:
 
 class TestVendoredFiles:
     def test_are_named_with_their_licences(self) -> None:
-        static = ROOT / "src" / "tokenlimits" / "web" / "static"
+        static = ROOT / "src" / "tokenlimits" / "web" / "panel" / "static"
         named = set(re.findall(r"^\| `([^`]+)`", (static / "VENDORED.md").read_text(), re.MULTILINE))
         assert named == {file.name for file in static.iterdir() if ".min." in file.name or file.suffix == ".woff2"}
         licences = (static / "LICENSES.txt").read_text()

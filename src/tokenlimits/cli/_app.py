@@ -13,22 +13,9 @@ import typer.main
 import tokenlimits
 from tokenlimits.errors import TokenLimitsError
 
-from . import (
-    _admin,
-    _dev,
-    _doctor,
-    _export,
-    _groups,
-    _history,
-    _import,
-    _limits,
-    _members,
-    _migrate,
-    _setup,
-    _track,
-    _usage,
-)
+from . import _admin, _dev, _export, _groups, _history, _import, _limits, _members, _migrate, _setup, _track, _usage
 from ._terminal import Problem, note
+from .doctor import _command
 
 _HELP = """Exact limits on AI generations for users and groups, on Supabase.
 
@@ -43,7 +30,7 @@ app = typer.Typer(
 )
 _logger = logging.getLogger("tokenlimits")
 _IN_ORDER = (
-    *(_setup, _migrate, _doctor, _dev),
+    *(_setup, _migrate, _command, _dev),
     *(_groups, _members, _limits, _admin),
     *(_usage, _history, _export, _import, _track),
 )

@@ -12,11 +12,11 @@ from uuid import UUID
 
 from pydantic import AwareDatetime, JsonValue
 
-from tokenlimits import _arguments
-from tokenlimits._arguments import Limits, OnUnavailable
-from tokenlimits._base import DEFAULT_TIMEOUT
-from tokenlimits._calls import Call
-from tokenlimits._transport import AsyncTransport, Transport
+from tokenlimits._core import arguments
+from tokenlimits._core.arguments import Limits, OnUnavailable
+from tokenlimits._core.call import Call
+from tokenlimits._drivers.base import DEFAULT_TIMEOUT
+from tokenlimits._drivers.transport import AsyncTransport, Transport
 from tokenlimits.async_client import AsyncDefault, AsyncTokenLimits
 from tokenlimits.async_groups import AsyncGroupManager
 from tokenlimits.client import Default, TokenLimits
@@ -136,8 +136,8 @@ class _Controls:
 
 def _make_engine(limits: Limits | None, users: Users | None) -> Engine:
     return Engine(
-        None if limits is None else _arguments.limits(limits),
-        None if users is None else dict(zip(_arguments.ids(users, "users"), users.values(), strict=True)),
+        None if limits is None else arguments.limits(limits),
+        None if users is None else dict(zip(arguments.ids(users, "users"), users.values(), strict=True)),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from threading import RLock
 from typing import Any
 
-from tokenlimits._calls import SCHEMA_VERSION
+from tokenlimits.sql_files import SCHEMA_VERSION
 
 from ._admin import AdminFunctions
 from ._holds import HoldFunctions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from tokenlimits._arguments import EPOCH, uuid7
+from tokenlimits._core.arguments import EPOCH, uuid7
 from tokenlimits.errors import TokenLimitsError
 
 from ._answers import Verdict, allowed_json, denied_json, limit_json, refused_json

@@ -15,11 +15,11 @@ Example:
 """
 
 try:
-    from ._api import router
     from ._app import create_app
     from ._generation import require_generation
     from ._serve import serve
     from ._settings import WebSettings
+    from .api._routes import router
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("tokenlimits"):
         raise

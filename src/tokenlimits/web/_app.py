@@ -16,11 +16,11 @@ from starlette.types import Scope
 import tokenlimits
 
 from . import _problems
-from ._api import api_of
 from ._backend import Backend
-from ._panel import nothing_here, panel_for, routes_of
 from ._security import BodyLimit, SecurityHeaders
 from ._settings import WebSettings, load
+from .api._routes import api_of
+from .panel._routes import nothing_here, panel_for, routes_of
 
 
 def create_app(settings: WebSettings | None = None) -> FastAPI:
@@ -55,7 +55,7 @@ def create_app(settings: WebSettings | None = None) -> FastAPI:
     )
     app.include_router(api_of(backend))
     app.include_router(routes_of(panel))
-    app.mount("/static", _Static(packages=[("tokenlimits.web", "static")]))
+    app.mount("/static", _Static(packages=[("tokenlimits.web.panel", "static")]))
     app.add_middleware(GZipMiddleware)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(BodyLimit)

@@ -26,10 +26,9 @@ from tokenlimits import (
     UsageRecord,
     UserLimit,
 )
-from tokenlimits import _calls as calls
-from tokenlimits import _reports as reports
-from tokenlimits._arguments import parser
-from tokenlimits._transport import until_loop_ends
+from tokenlimits._core import admins, call, reports
+from tokenlimits._core.arguments import parser
+from tokenlimits._drivers.transport import until_loop_ends
 
 from ._problems import SignInRequired
 from ._settings import WebSettings
@@ -46,17 +45,17 @@ class Groups(AsyncGroupManager):
 
     async def my_usage(self) -> tuple[UserLimit, ...]:
         """List every limit that binds the caller."""
-        return await self._transport.send(calls.Call("my_generation_usage", {}, _MY_USAGE))
+        return await self._transport.send(call.Call("my_generation_usage", {}, _MY_USAGE))
 
     async def save(self, group_id: UUID | None, fields: dict[str, Any]) -> Group:
         """Create a group, or change what is named of one, with its limits: in one step."""
         if group_id is None:
-            return await self._transport.send(calls.create_group(**fields))
-        return await self._transport.send(calls.update_group(group_id, **fields))
+            return await self._transport.send(admins.create_group(**fields))
+        return await self._transport.send(admins.update_group(group_id, **fields))
 
     async def page(self, search: str | None, after: str | None, size: int) -> list[Group]:
         """Read the page of groups after a name."""
-        return await self._transport.send(calls.groups_page(search, after, size))
+        return await self._transport.send(admins.groups_page(search, after, size))
 
     async def usage_since(self, group_id: UUID, since: datetime | None) -> list[UsageRecord]:
         """Read the first page of a group's ledger from a moment on, oldest first."""
@@ -65,7 +64,7 @@ class Groups(AsyncGroupManager):
 
     async def members_page(self, group_id: UUID, search: str | None, after: UUID | None, size: int) -> list[Member]:
         """Read the page of members after a user's id."""
-        return await self._transport.send(calls.members_page(group_id, search, after, size))
+        return await self._transport.send(admins.members_page(group_id, search, after, size))
 
 
 class Person(BaseModel):

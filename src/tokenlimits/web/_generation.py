@@ -8,15 +8,8 @@ from uuid import UUID
 
 from fastapi import Depends, HTTPException, Request, Response
 
-from tokenlimits import (
-    AsyncTokenLimits,
-    GenerationDenied,
-    Hold,
-    InvalidRequest,
-    LimitExceeded,
-    ServiceUnavailable,
-    _arguments,
-)
+from tokenlimits import AsyncTokenLimits, GenerationDenied, Hold, InvalidRequest, LimitExceeded, ServiceUnavailable
+from tokenlimits._core import arguments
 
 from . import _ratelimit
 from ._backend import Backend
@@ -60,7 +53,7 @@ def require_generation(
         ... async def image(prompt: str) -> str:
         ...     return f"an image of {prompt}"
     """
-    _arguments.kind(kind)
+    arguments.kind(kind)
     client = limits if limits is not None else AsyncTokenLimits.from_env()
     payer = user if user is not None else _Bearer(settings)
     price = cost if callable(cost) else _Constant(cost)

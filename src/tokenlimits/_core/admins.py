@@ -1,0 +1,154 @@
+"""What admins ask about groups, limits and members, as pure calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from tokenlimits.errors import GroupNotFound, UnknownUser
+from tokenlimits.models import AddedPage, Group, Limit, Member, Period, Scope, User
+
+from . import arguments
+from .arguments import Id, Limits, parser
+from .call import Call, field_parser
+
+_GROUP = parser(Group)
+_GROUPS = parser(list[Group])
+_MEMBERS = parser(list[Member])
+_ADDED = parser(AddedPage)
+_MOVED = field_parser("moved", bool)
+_REMOVED = field_parser("removed", int)
+_USERS = parser(list[User])
+
+
+def _group_id(value: Id) -> dict[str, str]:
+    return {"p_group_id": arguments.id_(value, "group_id")}
+
+
+def create_group(id_: Id | None = None, **fields: Any) -> Call[Group]:
+    """Create a group, with an id of the caller's choice if there is one."""
+    params = {"p_group_id": None, **arguments.group(fields)}
+    if id_ is not None:
+        params["p_id"] = arguments.id_(id_, "id")
+    # after a lost answer, creating again would meet its own group's name
+    return Call("save_group", params, _GROUP, retry_safe=False)
+
+
+def update_group(group_id: Id, **fields: Any) -> Call[Group]:
+    """Change what is not None of a group."""
+    changes = {name: value for name, value in fields.items() if value is not None}
+    return Call("save_group", {**_group_id(group_id), **arguments.group(changes)}, _GROUP)
+
+
+def set_limits(group_id: Id, limits: Limits) -> Call[Group]:
+    """Replace a group's set of limits."""
+    return Call("save_group", {**_group_id(group_id), "p_limits": arguments.limits(limits)}, _GROUP)
+
+
+def set_limit(group_id: Id, limit: Limit) -> Call[Group]:
+    """Add one limit, or change its max."""
+    params = {**_group_id(group_id), "p_limit": arguments.limit(limit)}
+    return Call("set_group_limit", params, _GROUP)
+
+
+def remove_limit(group_id: Id, kind: str, period: Period, scope: Scope) -> Call[Group]:
+    """Remove one limit."""
+    params = {
+        **_group_id(group_id),
+        "p_kind": arguments.kind(kind),
+        "p_period": arguments.period(period),
+        "p_scope": arguments.scope(scope),
+    }
+    return Call("remove_group_limit", params, _GROUP)
+
+
+def get_group(group_id: Id) -> Call[Group]:
+    """Read one group by its id."""
+    return Call("find_groups", _group_id(group_id), lambda answer: _only(_GROUPS(answer), f"of id {group_id}"))
+
+
+def get_group_by_name(name: str) -> Call[Group]:
+    """Read one group by its name, whatever its case."""
+    params = {"p_name": arguments.name(name)}
+    return Call("find_groups", params, lambda answer: _only(_GROUPS(answer), f"named {name!r}"))
+
+
+def _only(groups: list[Group], what: str) -> Group:
+    if not groups:
+        raise GroupNotFound(f"There is no group {what}. List the groups to see which there are.", code="TL002")
+    return groups[0]
+
+
+def groups_page(search: str | None, after: str | None, size: int) -> Call[list[Group]]:
+    """Read the page of groups after a name."""
+    params = {"p_search": arguments.group_search(search), "p_after": after, "p_page_size": size}
+    return Call("find_groups", params, _GROUPS)
+
+
+def delete_group(group_id: Id) -> Call[Group]:
+    """Delete a group."""
+    # after a lost answer, deleting again would not find it
+    return Call("delete_group", _group_id(group_id), _GROUP, retry_safe=False)
+
+
+def add_members(group_id: Id, user_ids: list[str]) -> Call[AddedPage]:
+    """Add up to a few thousand users to a group."""
+    return Call("add_group_members", {**_group_id(group_id), "p_user_ids": user_ids}, _ADDED)
+
+
+def add_member(group_id: Id, user_id: Id) -> Call[bool]:
+    """Add one user to a group."""
+    id_ = arguments.id_(user_id, "user_id")
+
+    def parse(answer: Any) -> bool:
+        page: AddedPage = _ADDED(answer)
+        if page.unknown:
+            raise UnknownUser(
+                f"There is no user {id_} in auth.users. Users sign up through Supabase Auth.", code="TL004"
+            )
+        return page.added == 1
+
+    return Call("add_group_members", {**_group_id(group_id), "p_user_ids": [id_]}, parse)
+
+
+def remove_members(group_id: Id, user_ids: list[str]) -> Call[int]:
+    """Remove up to a few thousand users from a group."""
+    params = {**_group_id(group_id), "p_user_ids": user_ids}
+    return Call("remove_group_members", params, _REMOVED)
+
+
+def move_member(user_id: Id, from_: Id, to: Id) -> Call[bool]:
+    """Move a user from one group to another."""
+    params = {
+        "p_user_id": arguments.id_(user_id, "user_id"),
+        "p_from": arguments.id_(from_, "from_"),
+        "p_to": arguments.id_(to, "to"),
+    }
+    return Call("move_group_member", params, _MOVED, retry_safe=False)
+
+
+def members_page(group_id: Id, search: str | None, after: Id | None, size: int) -> Call[list[Member]]:
+    """Read the page of members after a user id."""
+    params = {
+        **_group_id(group_id),
+        "p_after": None if after is None else str(after),
+        "p_page_size": size,
+    }
+    if search is not None:  # older SQL doesn't know it
+        params["p_search"] = arguments.search(search)
+    return Call("group_members", params, _MEMBERS)
+
+
+def find_users(email: str) -> Call[list[User]]:
+    """Find users by a part of their e-mail address."""
+    return Call("find_users", {"p_email": arguments.email(email)}, _USERS)
+
+
+def emails(values: Iterable[str]) -> list[str]:
+    """Check e-mail addresses; repeated ones count once."""
+    return list(dict.fromkeys(arguments.emails(values)))
+
+
+def users_by_email(addresses: list[str]) -> Call[list[User]]:
+    """Find the users of up to a few thousand addresses."""
+    return Call("find_users_by_email", {"p_emails": addresses}, _USERS)

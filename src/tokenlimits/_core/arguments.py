@@ -1,0 +1,288 @@
+"""Checks what callers pass, so that bad input is refused with the field's name before anything is sent."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from functools import partial
+from typing import Annotated, Any, Literal, TypeVar, cast
+from uuid import UUID
+
+from pydantic import Field, StrictBool, StrictInt, TypeAdapter, ValidationError
+
+from tokenlimits.errors import InvalidRequest
+from tokenlimits.models import (
+    Bucket,
+    GenerationRequest,
+    Kind,
+    Limit,
+    Model,
+    Name,
+    Period,
+    Scope,
+    Text,
+    TimeZone,
+    composed,
+)
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Model)
+
+Id = UUID | str
+Limits = Mapping[str, int | None] | Iterable[Limit]
+OnUnavailable = Literal["raise", "allow", "deny"]
+"""What a worker gets when Supabase can't be reached."""
+
+
+def parser(type_: Any) -> Callable[[Any], Any]:
+    """Make a function that validates a value as a type."""
+    return TypeAdapter[Any](type_).validate_python
+
+
+_BUCKET = parser(Bucket)
+_COUNT = parser(Annotated[StrictInt, Field(ge=1, le=1000)])
+_DESCRIPTION = parser(Annotated[Text, Field(max_length=2000)])
+_FLAG = parser(StrictBool)
+_KIND = parser(Kind)
+_NAME = parser(Name)
+_ON_UNAVAILABLE = parser(OnUnavailable)
+_PERIOD = parser(Period)
+_PRIORITY = parser(Annotated[StrictInt, Field(ge=-(2**31), lt=2**31)])
+_SCOPE = parser(Scope)
+_SETTLED_COST = parser(Annotated[StrictInt, Field(ge=0, le=1_000_000_000)])
+_TEXT = parser(Text)
+_TIMEZONE = parser(TimeZone)
+_TTL = parser(Annotated[StrictInt, Field(ge=1, le=30 * 86_400)])
+_UUID = parser(UUID)
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+"""No usage is older: ids count the milliseconds since."""
+
+
+def checked(parse: Callable[[Any], T], value: object, field: str = "") -> T:
+    """Parse an argument, or refuse it with the field's name."""
+    try:
+        return parse(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    path = field
+    for part in first["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    pattern = str(first.get("ctx", {}).get("pattern"))
+    raise refused(path, _PATTERNS.get(pattern, first["msg"].removeprefix("Value error, ")), first["input"])
+
+
+# in words, what the patterns of the models say
+_PATTERNS = {
+    r"^[a-z][a-z0-9_]{0,31}$": "must be of a to z, 0 to 9 and _, begin with a letter, and have at most 32 characters",
+    r"^[^\x00]*$": "must not have the character \\0",
+}
+
+
+def refused(field: str, rule: str, value: object) -> InvalidRequest:
+    """Make the error for an argument that is not valid."""
+    return InvalidRequest(f"{field}: {rule} (got {_shown(value)})", code="TL001", detail=field)
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.100}"
+    except Exception:  # noqa: BLE001  # nested too deeply, a number of too many digits, a repr that is broken
+        return f"a {type(value).__name__}"
+
+
+def _model(model: type[M], value: object, field: str) -> M:
+    """Check a model or a mapping with its fields; one that it doesn't have is a slip, and would be its default."""
+    parsed = checked(model.model_validate, value, field)
+    if isinstance(value, Mapping):
+        for name, given in cast("Mapping[object, object]", value).items():
+            if name not in model.model_fields:
+                raise refused(f"{field}.{name}".lstrip("."), f"is no field of {model.__name__}", given)
+    return parsed
+
+
+def id_(value: Id, field: str) -> str:
+    """Check an id."""
+    return str(checked(_UUID, value, field))
+
+
+def ids(values: Iterable[Id], field: str) -> list[str]:
+    """Check many ids; a bad one is refused with its place."""
+    return [id_(value, f"{field}[{index}]") for index, value in enumerate(_iterable(values, field))]
+
+
+def _iterable(values: Iterable[T], field: str) -> Iterable[T]:
+    if isinstance(values, str | bytes) or not isinstance(cast("object", values), Iterable):
+        raise refused(field, "must be a list", values)
+    return values
+
+
+def optional_id(value: Id | None, field: str) -> str | None:
+    """Check an id, or None."""
+    return None if value is None else id_(value, field)
+
+
+def kind(value: str) -> str:
+    """Check a kind."""
+    return checked(_KIND, value, "kind")
+
+
+def optional_kind(value: str | None) -> str | None:
+    """Check a kind, or None."""
+    return None if value is None else kind(value)
+
+
+def period(value: Period) -> Period:
+    """Check a period."""
+    return checked(_PERIOD, value, "period")
+
+
+def scope(value: Scope) -> Scope:
+    """Check a scope."""
+    return checked(_SCOPE, value, "scope")
+
+
+def bucket(value: Bucket) -> Bucket:
+    """Check the step of a history."""
+    return checked(_BUCKET, value, "bucket")
+
+
+def name(value: str) -> str:
+    """Check a group's name."""
+    return checked(_NAME, value, "name")
+
+
+def email(value: str) -> str:
+    """Check a part of an e-mail address."""
+    return checked(_TEXT, value, "email")
+
+
+def emails(values: Iterable[str]) -> list[str]:
+    """Check e-mail addresses; a bad one is refused with its place."""
+    return [checked(_TEXT, value, f"emails[{index}]") for index, value in enumerate(_iterable(values, "emails"))]
+
+
+def count(value: int) -> int:
+    """Check how many are asked for."""
+    return checked(_COUNT, value, "count")
+
+
+def search(value: str | None) -> str | None:
+    """Check a text to look for, or None."""
+    return None if value is None else checked(_TEXT, value, "search")
+
+
+def group_search(value: str | None) -> str | None:
+    """Check a part of a group's name, or None."""
+    text = search(value)
+    return None if text is None else composed(text)
+
+
+def ttl(value: int) -> int:
+    """Check for how many seconds a hold holds."""
+    return checked(_TTL, value, "ttl")
+
+
+def settled_cost(value: int) -> int:
+    """Check what a hold is settled for."""
+    return checked(_SETTLED_COST, value, "cost")
+
+
+def policy(value: OnUnavailable) -> OnUnavailable:
+    """Check what happens when Supabase can't be reached."""
+    return checked(_ON_UNAVAILABLE, value, "on_unavailable")
+
+
+def flag(value: bool, field: str) -> bool:
+    """Check what is true or false."""
+    return checked(_FLAG, value, field)
+
+
+def callback(value: Callable[..., object] | None, field: str) -> None:
+    """Check a function that is to be called, or None."""
+    if value is not None and not callable(value):
+        raise refused(field, "must be a function", value)
+
+
+def moment(value: datetime | None, field: str) -> str | None:
+    """Check a moment, which must say in which time zone it is, or None."""
+    if value is None:
+        return None
+    if not isinstance(cast("object", value), datetime):
+        raise refused(field, "must be a datetime", value)
+    if value.utcoffset() is None:
+        raise refused(field, "needs a time zone, like datetime.now(timezone.utc)", value)
+    return value.isoformat()
+
+
+def recorded_at(value: datetime | None) -> str | None:
+    """Check when a usage was, or None: now."""
+    text = moment(value, "created_at")
+    if value is not None and value < EPOCH:
+        raise refused("created_at", "must not lie before 1970", value)
+    return text
+
+
+def request(**fields: Any) -> dict[str, Any]:
+    """Check a generation, and make the parameters of its call, with a key of its own if it has none."""
+    return {f"p_{name}": value for name, value in _generation(fields).items()}
+
+
+def requests(values: Iterable[GenerationRequest | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Check many generations, each with a key of its own if it has none; a bad one is refused with its place."""
+    return [_generation(value, f"requests[{index}]") for index, value in enumerate(_iterable(values, "requests"))]
+
+
+def _generation(value: object, field: str = "") -> dict[str, Any]:
+    given = _model(GenerationRequest, value, field).model_dump(mode="json", exclude_none=True)
+    return {"idempotency_key": new_key()} | given
+
+
+def limit(value: Limit) -> dict[str, Any]:
+    """Check one limit."""
+    return _model(Limit, value, "limit").model_dump()
+
+
+def limits(value: Limits) -> list[dict[str, Any]]:
+    """Check a set of limits, or its shorthand."""
+    if isinstance(value, Mapping):
+        shorthand = cast("Mapping[str, int | None]", value)
+        given: list[Any] = [{"kind": kind_, "max": max_} for kind_, max_ in shorthand.items()]
+    else:
+        given = list(_iterable(value, "limits"))
+    parsed = [_model(Limit, each, f"limits[{index}]") for index, each in enumerate(given)]
+    seen: set[tuple[str, str, str]] = set()
+    for index, each in enumerate(parsed):
+        identity = (each.kind, each.period, each.scope)
+        if identity in seen:
+            raise refused(f"limits[{index}]", "is there twice; there is one max per kind, period and scope", each)
+        seen.add(identity)
+    return [each.model_dump() for each in parsed]
+
+
+def group(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a group's fields, and make the parameters of its call."""
+    return {f"p_{field}": _GROUP_FIELDS[field](value) for field, value in fields.items()}
+
+
+_GROUP_FIELDS: Mapping[str, Callable[[Any], Any]] = {
+    "name": name,
+    "description": partial(checked, _DESCRIPTION, field="description"),
+    "priority": partial(checked, _PRIORITY, field="priority"),
+    "timezone": partial(checked, _TIMEZONE, field="timezone"),
+    "is_default": partial(checked, _FLAG, field="is_default"),
+    "limits": limits,
+}
+
+
+def new_key() -> str:
+    """Make a time-ordered key (UUIDv7): the index of keys stays hot at its right edge."""
+    return str(uuid7(time.time_ns() // 1_000_000))
+
+
+def uuid7(milliseconds: int) -> UUID:
+    """Make a UUIDv7 (RFC 9562) of a moment, in milliseconds since 1970."""
+    value = (milliseconds << 80) | (0x7 << 76) | (secrets.randbits(12) << 64) | (0b10 << 62) | secrets.randbits(62)
+    return UUID(int=value)

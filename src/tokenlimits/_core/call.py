@@ -1,0 +1,31 @@
+"""One request to the database as a value: which SQL function, with what, and how its answer is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from .arguments import parser
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One request to PostgREST.
+
+    `retry_safe`: sent again after a lost answer, it leaves the same state, and its answer is still of use (it may say
+    that there was nothing left to do).
+    """
+
+    function: str
+    params: Mapping[str, Any]
+    parse: Callable[[Any], T]
+    retry_safe: bool = True
+
+
+def field_parser(name: str, type_: Any) -> Callable[[Any], Any]:
+    """Make a parser for an answer of which one field matters."""
+    parse = parser(type_)
+    return lambda answer: parse(answer[name])

@@ -1,0 +1,146 @@
+"""What is read and corrected afterwards: usage, history, exports, rankings, drift; as pure calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+from pydantic import AwareDatetime
+
+from tokenlimits.errors import InvalidRequest
+from tokenlimits.models import Bucket, GroupUsage, HistoryPoint, Reconciliation, TopMember, UsageRecord, UsageSum
+
+from . import arguments
+from .arguments import Id, parser
+from .call import Call, field_parser
+
+T = TypeVar("T")
+
+_RECONCILIATION = parser(Reconciliation)
+_RECORDS = parser(list[UsageRecord])
+_SUMS = parser(list[UsageSum])
+_TOP = parser(list[TopMember])
+_GROUP_USAGES = parser(list[GroupUsage])
+_HISTORY = parser(list[HistoryPoint])
+_RESET_AT = field_parser("reset_at", AwareDatetime)
+
+
+class Page(list[T]):
+    """A page of an export; `next` is how the one after it is asked for (None: there is none)."""
+
+    def __init__(self, rows: list[T], answer: Any) -> None:
+        super().__init__(rows)
+        after, until = answer["next"], answer["until"]
+        self.next: Mapping[str, Any] | None = None if after is None else {"p_after": after, "p_until": until}
+
+
+@dataclass(frozen=True, slots=True)
+class Export(Generic[T]):
+    """What is to be exported: a function that answers pages, parameters that were checked, and what its rows are."""
+
+    function: str
+    params: Mapping[str, Any]
+    parse: Callable[[Any], list[T]]
+
+    def page(self, before: Page[T] | None, size: int) -> Call[list[T]]:
+        """Read the page after another."""
+        after = before.next if before is not None else None
+        params = {**self.params, **(after or {}), "p_page_size": size}
+        return Call(self.function, params, lambda answer: Page(self.parse(answer["rows"]), answer))
+
+
+def export(
+    group_id: Id | None,
+    user_id: Id | None,
+    kind: str | None,
+    since: datetime | None,
+    until: datetime | None,
+    bucket: Bucket | None,
+) -> Export[Any]:
+    """Check what is to be exported: rows of the ledger or, with a bucket, sums."""
+    if bucket is None:
+        return ledger(group_id, user_id, kind, since, until)
+    if user_id is not None:
+        raise InvalidRequest(
+            "user_id: there are no sums of single users. Leave out bucket, and add up.", code="TL001", detail="user_id"
+        )
+    params = {**_wanted(group_id, kind, since, until), "p_bucket": arguments.bucket(bucket)}
+    return Export("export_history", params, _SUMS)
+
+
+def ledger(
+    group_id: Id | None, user_id: Id | None, kind: str | None, since: datetime | None, until: datetime | None
+) -> Export[UsageRecord]:
+    """Check which rows of the ledger are to be exported."""
+    params = {**_wanted(group_id, kind, since, until), "p_user_id": arguments.optional_id(user_id, "user_id")}
+    return Export("export_usage", params, _RECORDS)
+
+
+def _wanted(group_id: Id | None, kind: str | None, since: datetime | None, until: datetime | None) -> dict[str, Any]:
+    return {
+        "p_group_id": arguments.optional_id(group_id, "group_id"),
+        "p_kind": arguments.optional_kind(kind),
+        "p_since": arguments.moment(since, "since"),
+        "p_until": arguments.moment(until, "until"),
+    }
+
+
+def top_members(
+    group_id: Id, kind: str | None, since: datetime | None, until: datetime | None, count: int
+) -> Call[list[TopMember]]:
+    """Read who used most."""
+    params = {
+        "p_group_id": arguments.id_(group_id, "group_id"),
+        "p_kind": arguments.optional_kind(kind),
+        "p_since": arguments.moment(since, "since"),
+        "p_until": arguments.moment(until, "until"),
+        "p_count": arguments.count(count),
+    }
+    return Call("top_members", params, _TOP)
+
+
+def drift(group_id: Id, since: datetime | None) -> Call[Reconciliation]:
+    """Compare a group's counters and history with the ledger."""
+    params = {"p_group_id": arguments.id_(group_id, "group_id"), "p_since": arguments.moment(since, "since")}
+    return Call("usage_drift", params, _RECONCILIATION)
+
+
+def reconcile(group_id: Id, since: datetime | None) -> Call[Reconciliation]:
+    """Count a group's usage again."""
+    params = {"p_group_id": arguments.id_(group_id, "group_id"), "p_since": arguments.moment(since, "since")}
+    return Call("reconcile_usage", params, _RECONCILIATION)
+
+
+def group_usage(group_id: Id) -> Call[GroupUsage]:
+    """Read the usage of one group."""
+    return Call(
+        "group_usage", {"p_group_id": arguments.id_(group_id, "group_id")}, lambda answer: _GROUP_USAGES(answer)[0]
+    )
+
+
+def usage_page(after: str | None, size: int) -> Call[list[GroupUsage]]:
+    """Read the usage of the page of groups after a name."""
+    return Call("group_usage", {"p_after": after, "p_page_size": size}, _GROUP_USAGES)
+
+
+def history(
+    group_id: Id | None, kind: str | None, bucket: Bucket, since: datetime | None, until: datetime | None
+) -> Call[list[HistoryPoint]]:
+    """Read what was used over time."""
+    params = {
+        "p_group_id": arguments.optional_id(group_id, "group_id"),
+        "p_kind": arguments.optional_kind(kind),
+        "p_bucket": arguments.bucket(bucket),
+        "p_since": arguments.moment(since, "since"),
+        "p_until": arguments.moment(until, "until"),
+    }
+    return Call("generation_history", params, _HISTORY)
+
+
+def reset_usage(group_id: Id, kind: str | None) -> Call[datetime]:
+    """Give a group a fresh start."""
+    params = {"p_group_id": arguments.id_(group_id, "group_id"), "p_kind": arguments.optional_kind(kind)}
+    # a second reset would also forgive what was used since the first
+    return Call("reset_group_usage", params, _RESET_AT, retry_safe=False)

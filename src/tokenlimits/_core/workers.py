@@ -1,0 +1,215 @@
+"""What generation workers ask: track, check, record, reserve, settle, one or many; as pure calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any
+from uuid import UUID
+
+from tokenlimits.errors import ServiceUnavailable
+from tokenlimits.models import GenerationRequest, GroupRef, TrackResult, UserLimit
+
+from . import arguments
+from .arguments import Id, OnUnavailable, parser
+from .call import Call
+
+RESULT = parser(TrackResult)
+_USER_LIMITS = parser(tuple[UserLimit, ...])
+DEFAULT_TTL = 3600
+"""Seconds for which a hold holds."""
+Settlement = Call[TrackResult] | TrackResult
+"""The call that settles a usage, or the answer when nothing was recorded that could be settled."""
+LARGEST = 1_000
+"""As many requests as the server takes in one call."""
+Json = dict[str, Any]
+_GROUP = parser(GroupRef)
+
+
+def track(
+    user_id: Id,
+    kind: str,
+    cost: int,
+    idempotency_key: str | None,
+    group_id: Id | None,
+    metadata: Mapping[str, Any] | None,
+) -> Call[TrackResult]:
+    """Check and record a generation."""
+    params = arguments.request(
+        user_id=user_id,
+        kind=kind,
+        cost=cost,
+        idempotency_key=idempotency_key,
+        group_id=group_id,
+        metadata=metadata,
+    )
+    return Call("track_generation", params, RESULT)
+
+
+def without_service(call: Call[TrackResult], on_unavailable: OnUnavailable, error: ServiceUnavailable) -> TrackResult:
+    """Make the answer for when Supabase can't be reached, or raise its error."""
+    return unavailable(call.params["p_kind"], call.params["p_cost"], on_unavailable, error)
+
+
+def unavailable(kind: str, cost: int, on_unavailable: OnUnavailable, error: ServiceUnavailable) -> TrackResult:
+    """Make the answer to a generation for when Supabase can't be reached, or raise its error."""
+    if on_unavailable == "raise":
+        raise error
+    allowed = on_unavailable == "allow"
+    return TrackResult(
+        allowed=allowed,
+        reason="unavailable",
+        error=None if allowed else str(error),
+        kind=kind,
+        cost=cost,
+        retry_after=error.retry_after,
+    )
+
+
+def check(user_id: Id, kind: str, cost: int, group_id: Id | None) -> Call[TrackResult]:
+    """Ask what tracking would answer."""
+    params = arguments.request(user_id=user_id, kind=kind, cost=cost, group_id=group_id)
+    del params["p_idempotency_key"]
+    return Call("check_generation", params, RESULT)
+
+
+def record(
+    user_id: Id,
+    kind: str,
+    cost: int,
+    created_at: datetime | None,
+    idempotency_key: str | None,
+    group_id: Id | None,
+    metadata: Mapping[str, Any] | None,
+) -> Call[TrackResult]:
+    """Record past or outside usage."""
+    params = arguments.request(
+        user_id=user_id,
+        kind=kind,
+        cost=cost,
+        idempotency_key=idempotency_key,
+        group_id=group_id,
+        metadata=metadata,
+    )
+    return Call("record_generation", {**params, "p_created_at": arguments.recorded_at(created_at)}, RESULT)
+
+
+def usage(user_id: Id) -> Call[tuple[UserLimit, ...]]:
+    """List every limit that binds a user."""
+    return Call("user_generation_usage", {"p_user_id": arguments.id_(user_id, "user_id")}, _USER_LIMITS)
+
+
+def reserve(
+    user_id: Id,
+    kind: str,
+    cost: int,
+    ttl: int,
+    idempotency_key: str | None,
+    group_id: Id | None,
+    metadata: Mapping[str, Any] | None,
+) -> Call[TrackResult]:
+    """Hold the cost of a generation."""
+    params = arguments.request(
+        user_id=user_id,
+        kind=kind,
+        cost=cost,
+        idempotency_key=idempotency_key,
+        group_id=group_id,
+        metadata=metadata,
+    )
+    return Call("reserve_generation", {**params, "p_ttl": arguments.ttl(ttl)}, RESULT)
+
+
+def commit(usage_id: Id | None, cost: int | None) -> Settlement:
+    """Settle a hold for its cost, or for less."""
+    params = {} if cost is None else {"p_cost": arguments.settled_cost(cost)}
+    if usage_id is None:
+        return unsettled(None, cost)
+    return Call("commit_generation", {**_usage_id(usage_id), **params}, RESULT)
+
+
+def release(usage_id: Id | None) -> Settlement:
+    """Give back what a hold holds."""
+    return unsettled(None) if usage_id is None else Call("release_generation", _usage_id(usage_id), RESULT)
+
+
+def refund(usage_id: Id) -> Call[TrackResult]:
+    """Give back what a committed usage cost."""
+    return Call("refund_generation", _usage_id(usage_id), RESULT)
+
+
+def refund_if_recorded(usage_id: Id | None) -> Settlement:
+    """Give back what a committed usage cost, if there is one."""
+    return unsettled(None) if usage_id is None else refund(usage_id)
+
+
+def settlement_without_service(
+    call: Call[TrackResult], on_unavailable: OnUnavailable, error: ServiceUnavailable
+) -> TrackResult:
+    """Make the answer for when Supabase can't be reached, or raise its error.
+
+    Nothing is left to deny when a usage is settled. What can't be committed or released is given back at the hold's
+    end, as if it had never been recorded; a refund would be lost.
+    """
+    if on_unavailable != "allow" or call.function == "refund_generation":
+        raise error
+    return unsettled(UUID(call.params["p_usage_id"]), call.params.get("p_cost"))
+
+
+def unsettled(usage_id: UUID | None, cost: int | None = None) -> TrackResult:
+    """Make the answer of a settlement that did not take place; nobody knows the kind any more."""
+    return TrackResult(allowed=True, reason="unavailable", usage_id=usage_id, kind="", cost=cost or 0)
+
+
+def _usage_id(value: Id) -> dict[str, str]:
+    return {"p_usage_id": arguments.id_(value, "usage_id")}
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """Somebody else held the group of a request for too long; nothing was recorded, and it may be sent again."""
+
+    group_id: str | None
+
+
+def track_many(requests: Iterable[GenerationRequest | Mapping[str, Any]]) -> list[Call[list[TrackResult]]]:
+    """Check and record any number of generations, in as few calls as the server takes."""
+    checked = arguments.requests(requests)
+    chunks = [checked[start : start + LARGEST] for start in range(0, len(checked), LARGEST)]
+    return [Call("track_generations", {"p_requests": chunk}, partial(_results, chunk)) for chunk in chunks]
+
+
+def track_together(calls: Sequence[Call[TrackResult]], max_wait: int | None) -> Call[list[TrackResult | Busy]]:
+    """Send calls of `track` as one, which waits up to so many milliseconds for a group that somebody else holds."""
+    requests = [{name.removeprefix("p_"): value for name, value in call.params.items()} for call in calls]
+    return Call("track_generations", {"p_requests": requests, "p_max_wait": max_wait}, partial(_outcomes, requests))
+
+
+def _outcomes(requests: list[Json], answers: list[Json]) -> list[TrackResult | Busy]:
+    return [
+        _busy(answer["group"]) if answer["reason"] == "busy" else _result(request, answer)
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+
+
+def _busy(group: object) -> Busy:
+    return Busy(None if group is None else str(_GROUP(group).id))
+
+
+def _results(requests: list[Json], answers: list[Json]) -> list[TrackResult]:
+    return [_result(request, answer) for request, answer in zip(requests, answers, strict=True)]
+
+
+def _result(request: Json, answer: Json) -> TrackResult:
+    # the server can't say the kind and the cost of what it could not read
+    return RESULT({**answer, "kind": request["kind"], "cost": request["cost"]})
+
+
+def batch_without_service(
+    call: Call[list[TrackResult]], on_unavailable: OnUnavailable, error: ServiceUnavailable
+) -> list[TrackResult]:
+    """Make the answers of a call for when Supabase can't be reached, or raise its error."""
+    requests: list[Json] = call.params["p_requests"]
+    return [unavailable(request["kind"], request["cost"], on_unavailable, error) for request in requests]

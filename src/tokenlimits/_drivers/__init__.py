@@ -1,0 +1,1 @@
+"""What sends calls: each file has its sync and its async half side by side."""

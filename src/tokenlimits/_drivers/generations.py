@@ -1,0 +1,129 @@
+"""Reserve, run the body, settle: the context managers, one for each colour."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from types import TracebackType
+from typing import Any, TypeVar
+
+from tokenlimits._core.call import Call
+from tokenlimits._core.hold import Hold, RunningHold
+from tokenlimits._core.workers import Settlement
+from tokenlimits.errors import ConfigurationError
+from tokenlimits.models import TrackResult
+
+T = TypeVar("T")
+
+
+class _Generation:
+    def __init__(self, call: Call[TrackResult]) -> None:
+        self._call = call
+        self._entered = False
+        self._hold: RunningHold
+
+    def _enter_once(self) -> Call[TrackResult]:
+        if self._entered:
+            raise ConfigurationError("A generation is entered once: call generation() again for each one")
+        self._entered = True
+        return self._call
+
+
+class Generation(_Generation, AbstractContextManager[Hold, None]):
+    """Reserves, and settles when the body has ended."""
+
+    def __init__(
+        self,
+        call: Call[TrackResult],
+        judge: Callable[[Call[TrackResult]], TrackResult],
+        settle: Callable[[Settlement], TrackResult],
+    ) -> None:
+        super().__init__(call)
+        self._judge, self._settle = judge, settle
+
+    def __enter__(self) -> Hold:
+        """Reserve, or raise why not."""
+        call = self._enter_once()
+        self._hold = RunningHold(call, self._judge(call))
+        return self._hold
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Settle, and let the body's error pass."""
+        settlement = self._hold.settlement(error)
+        if settlement is None:
+            return
+        try:
+            answer = self._settle(settlement)
+        except Exception as failure:  # noqa: BLE001  # whatever it is, the body's own error goes first
+            self._hold.failed(failure, error)
+        else:
+            self._hold.settled(answer)
+
+
+class AsyncGeneration(_Generation, AbstractAsyncContextManager[Hold, None]):
+    """Reserves, and settles when the body has ended, also when the task is cancelled."""
+
+    def __init__(
+        self,
+        call: Call[TrackResult],
+        judge: Callable[[Call[TrackResult]], Coroutine[Any, Any, TrackResult]],
+        settle: Callable[[Settlement], Coroutine[Any, Any, TrackResult]],
+    ) -> None:
+        super().__init__(call)
+        self._judge, self._settle = judge, settle
+
+    async def __aenter__(self) -> Hold:
+        """Reserve, or raise why not; what was reserved for a task that is cancelled meanwhile is released."""
+        call = self._enter_once()
+        reserving, cancelled = await _outlast(lambda: self._judge(call))
+        if cancelled is None or reserving.cancelled():
+            self._hold = RunningHold(call, reserving.result())
+        elif reserving.exception() is None and reserving.result().allowed:
+            self._hold = RunningHold(call, reserving.result())
+            await self._end(cancelled)
+        if cancelled is not None:
+            raise cancelled
+        return self._hold
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Settle, and let the body's error pass."""
+        await self._end(error)
+
+    async def _end(self, error: BaseException | None) -> None:
+        settlement = self._hold.settlement(error)
+        if settlement is None:
+            return
+        settling, cancelled = await _outlast(lambda: self._settle(settlement))
+        failure = settling.exception()
+        if failure is None:
+            self._hold.settled(settling.result())
+        else:
+            self._hold.failed(failure, error or cancelled)
+        if cancelled is not None:
+            raise cancelled
+
+
+async def _outlast(
+    make: Callable[[], Coroutine[Any, Any, T]],
+) -> tuple[asyncio.Task[T], asyncio.CancelledError | None]:
+    """Run a call to its end in a task of its own, and answer how whoever waits for it was cancelled meanwhile.
+
+    It ends in time, for the transport has a deadline. If it is cancelled itself, as all tasks are at the end of
+    `asyncio.run`, it is sent once more: nothing changes when the first had arrived.
+    """
+    cancelled = None
+    task = asyncio.create_task(make())
+    for again in (True, False):
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if again and task.cancelled():
+            task = asyncio.create_task(make())
+    return task, cancelled

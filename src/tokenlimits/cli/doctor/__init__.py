@@ -1,0 +1,1 @@
+"""`tokenlimits doctor`: what is wrong, and what to do about it."""

@@ -1,0 +1,80 @@
+"""`/groups`: list, create, read, edit, delete; usage and history."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Query
+
+from tokenlimits import Bucket, Group, GroupUsage
+from tokenlimits.models import Kind, Text
+from tokenlimits.web._problems import documented
+
+from ._routing import ApiRoute, CallersGroups
+from ._shapes import GROUP, USAGE, GroupChanges, GroupIn, Groups, History, Moment
+
+routes = APIRouter(route_class=ApiRoute, tags=["groups"])
+
+_GROUP_EXAMPLE = {"content": {"application/json": {"example": GROUP}}}
+_ONE = {200: _GROUP_EXAMPLE, **documented(404)}
+
+
+@routes.get("/groups", responses=documented())
+async def list_groups(
+    groups: CallersGroups,
+    search: Annotated[Text, Query(max_length=200, description="A part of the name, whatever its case")] = "",
+    after: Annotated[Text, Query(max_length=200, description="`next` of the page before")] = "",
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+) -> Groups:
+    """List groups with their limits, by name."""
+    page = await groups.page(search or None, after or None, limit)
+    return Groups(items=page, next=page[-1].name if len(page) == limit else None)
+
+
+@routes.post("/groups", status_code=201, responses={201: _GROUP_EXAMPLE, **documented(409)})
+async def create_group(groups: CallersGroups, group: GroupIn) -> Group:
+    """Create a group with its limits, in one step."""
+    return await groups.save(None, _fields(group))
+
+
+@routes.get("/groups/{group_id}", responses=_ONE)
+async def read_group(groups: CallersGroups, group_id: UUID) -> Group:
+    """Read one group with its limits."""
+    return await groups.get(group_id)
+
+
+@routes.patch("/groups/{group_id}", responses={**_ONE, **documented(404, 409)})
+async def edit_group(groups: CallersGroups, group_id: UUID, changes: GroupChanges) -> Group:
+    """Change what is named of a group, in one step. Usage stays."""
+    return await groups.save(group_id, _fields(changes))
+
+
+@routes.delete("/groups/{group_id}", responses=_ONE)
+async def delete_group(groups: CallersGroups, group_id: UUID) -> Group:
+    """Delete a group with its limits and memberships, and answer what it was. What was recorded stays."""
+    return await groups.delete(group_id)
+
+
+@routes.get("/groups/{group_id}/usage", responses={200: {"content": {"application/json": {"example": USAGE}}}, **_ONE})
+async def read_usage(groups: CallersGroups, group_id: UUID) -> GroupUsage:
+    """Count the members, and say of each limit what is used, what remains, and when it resets."""
+    return await groups.usage(group_id)
+
+
+@routes.get("/groups/{group_id}/history", responses=documented(404))
+async def read_history(
+    groups: CallersGroups,
+    group_id: UUID,
+    kind: Annotated[Kind | None, Query()] = None,
+    bucket: Annotated[Bucket, Query()] = "day",
+    since: Annotated[Moment | None, Query(description="30 days ago, if not said")] = None,
+    until: Annotated[Moment | None, Query(description="Now, if not said")] = None,
+) -> History:
+    """Read what was used per kind and hour, day, week or month of the group's time zone; empty ones are left out."""
+    points = await groups.history(group_id, kind=kind, bucket=bucket, since=since, until=until)
+    return History(items=points)
+
+
+def _fields(group: GroupIn | GroupChanges) -> dict[str, object]:
+    return {name: getattr(group, name) for name in type(group).model_fields}

@@ -1,0 +1,51 @@
+"""The API as a router, for any FastAPI app."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Depends
+
+from tokenlimits import AsyncTokenLimits
+from tokenlimits.web._backend import Backend
+from tokenlimits.web._problems import Problem
+from tokenlimits.web._settings import WebSettings, load
+
+from . import _groups, _members, _usage
+from ._routing import ApiRoute, Gate
+
+
+def router(settings: WebSettings | None = None, *, limits: AsyncTokenLimits | None = None) -> APIRouter:
+    """Make the router of the API: `/api/groups`, `/api/group-members`, `/api/usage/me`, `/api/track-generation`.
+
+    Everything is done with the caller's own access token, so that the database decides. `/api/track-generation` alone
+    uses the server's secret key, and isn't there without one.
+
+    Args:
+        settings: Where Supabase is; from the environment when None.
+        limits: What tracks; by default a client with the settings' secret key.
+
+    Raises:
+        ConfigurationError: A variable is missing or can't be right.
+
+    Example:
+        >>> from fastapi import FastAPI
+        >>> app = FastAPI()
+        >>> app.include_router(router())
+    """
+    return api_of(Backend(settings or load(), limits))
+
+
+def api_of(backend: Backend) -> APIRouter:
+    """Make the router for a backend."""
+    # a response without a model of its own puts the schema of problems among the others
+    api = APIRouter(
+        prefix="/api",
+        route_class=ApiRoute,
+        dependencies=[Depends(Gate(backend))],
+        responses={"default": {"model": Problem, "description": "What went wrong, as RFC 9457 problem details"}},
+    )
+    api.include_router(_groups.routes)
+    api.include_router(_members.routes)
+    api.include_router(_usage.usage_routes)
+    if backend.can_track:
+        api.include_router(_usage.track_routes)
+    return api

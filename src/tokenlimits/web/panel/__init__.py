@@ -1,0 +1,1 @@
+"""The admin panel: pages made on the server."""

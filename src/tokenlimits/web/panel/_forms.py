@@ -1,0 +1,179 @@
+"""What people type into the dialogs, and what is wrong with it, beside each field."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from uuid import UUID
+
+from pydantic import ValidationError
+from starlette.datastructures import FormData
+
+from tokenlimits import Group, GroupExists, InvalidRequest, TokenLimitsError
+from tokenlimits._core.arguments import parser
+from tokenlimits.models import Name, TimeZone
+
+_KIND = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_MOST = 1_000_000_000_000_000
+_PERIODS = ("minute", "hour", "day", "week", "month", "lifetime")
+_SCOPES = ("group", "member")
+_NAME = parser(Name)
+_TIMEZONE = parser(TimeZone)
+_LIMIT_FIELD = re.compile(r"limits\[(\d+)\](?:\.(\w+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class LimitRow:
+    """One limit, as it was typed."""
+
+    kind: str = ""
+    max: str = ""
+    period: str = "month"
+    scope: str = "group"
+    unlimited: bool = False
+    error: str = ""
+    wrong: str = ""
+    """The field that the error is about; none: the limit as a whole."""
+
+    def checked(self) -> tuple[LimitRow, dict[str, Any]]:
+        """Return it with what is wrong with it, and as the library takes it."""
+        typed = self.max.replace(",", "").replace("_", "").replace(" ", "")
+        if not _KIND.fullmatch(self.kind):
+            wrong, error = "kind", "A kind begins with a letter a-z; then a-z, 0-9 and _, 32 at most."
+        elif not self.unlimited and not (typed.isascii() and typed.isdigit() and int(typed) <= _MOST):
+            wrong, error = "max", "A maximum is a whole number, 0 or more; 0 blocks."
+        elif self.period not in _PERIODS or self.scope not in _SCOPES:
+            wrong, error = "", "There is no such period or scope."
+        else:
+            max_ = None if self.unlimited else int(typed)
+            return self, {"kind": self.kind, "max": max_, "period": self.period, "scope": self.scope}
+        return replace(self, error=error, wrong=wrong), {}
+
+
+@dataclass(frozen=True, slots=True)
+class GroupForm:
+    """A group, as it was typed."""
+
+    name: str = ""
+    description: str = ""
+    priority: str = "0"
+    timezone: str = "UTC"
+    is_default: bool = False
+    rows: Sequence[LimitRow] = ()
+    errors: dict[str, str] = field(default_factory=dict[str, str])
+
+    @classmethod
+    def of_group(cls, group: Group) -> GroupForm:
+        """Show what a group is."""
+        rows = [
+            LimitRow(
+                limit.kind, "" if limit.max is None else str(limit.max), limit.period, limit.scope, limit.max is None
+            )
+            for limit in group.limits
+        ]
+        return cls(group.name, group.description, str(group.priority), group.timezone, group.is_default, rows)
+
+    @classmethod
+    def of_typed(cls, form: FormData) -> GroupForm:
+        """Read what was sent."""
+        columns = zip(
+            *(_texts(form, name) for name in ("kind", "max", "period", "scope", "unlimited")),
+            strict=False,
+        )
+        rows = [
+            LimitRow(kind, max_, period, scope, unlimited == "yes") for kind, max_, period, scope, unlimited in columns
+        ]
+        name, description, priority, timezone = (
+            str(form.get(name, "")).strip() for name in ("name", "description", "priority", "timezone")
+        )
+        return cls(name, description, priority, timezone, "is_default" in form, rows)
+
+    def checked(self) -> tuple[GroupForm, dict[str, Any]]:
+        """Return it with what is wrong with it, and as the library takes it."""
+        errors = dict(self._wrong())
+        checked = [row.checked() for row in self.rows]
+        form = replace(self, errors=errors, rows=[row for row, _ in checked])
+        if not form.is_good():
+            return form, {}
+        fields = {"name": self.name, "description": self.description, "priority": int(self.priority)}
+        limits = [limit for _, limit in checked]
+        return form, {**fields, "timezone": self.timezone, "is_default": self.is_default, "limits": limits}
+
+    def is_good(self) -> bool:
+        """Whether nothing is wrong with it."""
+        return not self.errors and not any(row.error for row in self.rows)
+
+    def refused(self, error: TokenLimitsError) -> GroupForm:
+        """Return it with what the database said is wrong with it."""
+        if isinstance(error, GroupExists):
+            return replace(self, errors={"name": "Another group has this name."})
+        place = error.field or "" if isinstance(error, InvalidRequest) else ""
+        if (found := _LIMIT_FIELD.match(place)) and int(found[1]) < len(self.rows):
+            words = "This limit is there twice." if not found[2] else "This limit is not valid."
+            rows = [replace(row, error=words) if n == int(found[1]) else row for n, row in enumerate(self.rows)]
+            return replace(self, rows=rows)
+        words = "There is no such time zone." if place == "timezone" else str(error)
+        return replace(self, errors={place if place in ("name", "description", "priority", "timezone") else "": words})
+
+    def _wrong(self) -> Iterable[tuple[str, str]]:
+        if not _passes(_NAME, self.name):
+            yield "name", "A name has 1 to 200 characters that can be seen."
+        if len(self.description) > 2000 or "\0" in self.description:
+            yield "description", "A description has at most 2,000 characters."
+        if not re.fullmatch(r"-?[0-9]{1,9}", self.priority):
+            yield "priority", "A priority is a whole number."
+        if not _passes(_TIMEZONE, self.timezone):
+            yield "timezone", "A time zone is a name like Europe/Paris."
+
+
+def _passes(parse: Callable[[Any], Any], value: str) -> bool:
+    try:
+        parse(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def _texts(form: FormData, name: str) -> list[str]:
+    return [str(value).strip() for value in form.getlist(name)]
+
+
+@dataclass(frozen=True, slots=True)
+class Pasted:
+    """A list of users, as it was pasted: ids, addresses, and what is neither."""
+
+    ids: list[UUID]
+    emails: list[str]
+    unknown: list[str]
+
+
+def pasted(text: str) -> Pasted:
+    """Read a list of ids and e-mail addresses, between which there is anything but letters.
+
+    Example:
+        >>> pasted("ann@example.com, 0b5e1f6c-7a39-4d52-9c0e-2f6a1b3c4d5e; who?").emails
+        ['ann@example.com']
+    """
+    found = Pasted([], [], [])
+    for word in dict.fromkeys(re.split(r"[\s,;\"']+", text)):
+        if "@" in word:
+            found.emails.append(word)
+        elif re.fullmatch(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}", word):
+            found.ids.append(UUID(word))
+        elif word:
+            found.unknown.append(word)
+    return found
+
+
+def ids(form: FormData, name: str) -> list[UUID]:
+    """Read ids that boxes were ticked for.
+
+    Raises:
+        InvalidRequest: One is none.
+    """
+    try:
+        return [UUID(value) for value in _texts(form, name)]
+    except ValueError:
+        raise InvalidRequest(f"{name}: is no id", detail=name) from None

@@ -1,0 +1,119 @@
+"""The dialog of a group's members: list, search, add, remove, move."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Query
+from starlette.responses import Response
+
+from tokenlimits import BulkResult, InvalidRequest
+from tokenlimits.web._backend import Groups
+
+from ._forms import ids, pasted
+from ._pages import PageRoute, Signed, Visit, stay
+
+routes = APIRouter(route_class=PageRoute, include_in_schema=False)
+
+_PAGE = 50
+
+
+@routes.get("/groups/{group_id}/members")
+async def members_dialog(visit: Signed, group_id: UUID) -> Response:
+    """Show the dialog, with the first members."""
+    return await _dialog(visit, group_id)
+
+
+@routes.get("/groups/{group_id}/members/rows")
+async def member_rows(
+    visit: Signed,
+    group_id: UUID,
+    search: Annotated[str, Query(max_length=320)] = "",
+    after: Annotated[UUID | None, Query()] = None,
+) -> Response:
+    """Show the members that are searched for, or the next ones."""
+    page = await visit.groups.members_page(group_id, search or None, after, _PAGE)
+    return visit.page("member_rows.html", group_id=group_id, search=search, members=page, size=_PAGE)
+
+
+@routes.get("/groups/{group_id}/members/search")
+async def find_users(visit: Signed, group_id: UUID, email: Annotated[str, Query(max_length=320)] = "") -> Response:
+    """Show users whose address has a part."""
+    users = await visit.groups.find_users(email.strip()) if len(email.strip()) > 1 else None
+    return visit.page("found_users.html", group_id=group_id, email=email.strip(), users=users)
+
+
+@routes.post("/groups/{group_id}/members")
+async def add(visit: Signed, group_id: UUID) -> Response:
+    """Add the users that were ticked, and those of a pasted list."""
+    form = await visit.form()
+    listed = pasted(str(form.get("list", "")))
+    found, unknown = await _by_email(visit.groups, listed.emails)
+    wanted = [*ids(form, "user_id"), *listed.ids, *found]
+    result = await visit.groups.add_members(group_id, wanted)
+    missing = [*listed.unknown, *unknown, *(str(refused.user_id) for refused in result.refused)]
+    return stay(await _dialog(visit, group_id, missing), _added(result, missing))
+
+
+@routes.post("/groups/{group_id}/members/remove")
+async def remove(visit: Signed, group_id: UUID) -> Response:
+    """Remove the members that were ticked."""
+    form = await visit.form()
+    removed = await visit.groups.remove_members(group_id, ids(form, "member"))
+    dialog = await _dialog(visit, group_id, search=str(form.get("search", "")))
+    return stay(dialog, f"{_people(removed)} removed. Their usage stays.")
+
+
+@routes.post("/groups/{group_id}/members/move")
+async def move(visit: Signed, group_id: UUID) -> Response:
+    """Move the members that were ticked to another group."""
+    form = await visit.form()
+    to = ids(form, "to")
+    if not to:
+        raise InvalidRequest("Choose the group that they move to.", detail="to")
+    members = ids(form, "member")
+    moved = [await visit.groups.move_member(member, from_=group_id, to=to[0]) for member in members]
+    dialog = await _dialog(visit, group_id, search=str(form.get("search", "")))
+    return stay(dialog, f"{_people(sum(moved))} moved.")
+
+
+async def _dialog(visit: Visit, group_id: UUID, missing: Iterable[str] = (), search: str = "") -> Response:
+    usage, page, groups = await asyncio.gather(
+        visit.groups.usage(group_id),
+        visit.groups.members_page(group_id, search or None, None, _PAGE),
+        visit.groups.list(),
+    )
+    others = [group for group in groups if group.id != group_id]
+    return visit.page(
+        "members.html",
+        group_id=group_id,
+        usage=usage,
+        search=search if usage.member_count else "",  # then there is nothing to search
+        members=page,
+        size=_PAGE,
+        others=others,
+        missing=list(missing),
+    )
+
+
+async def _by_email(groups: Groups, emails: list[str]) -> tuple[list[UUID], list[str]]:
+    """Find the users of whole addresses, and the addresses that nobody has."""
+    users = await groups.find_users_by_email(emails) if emails else []
+    known = {(user.email or "").lower() for user in users}
+    return [user.user_id for user in users], [email for email in emails if email.lower() not in known]
+
+
+def _added(result: BulkResult, missing: list[str]) -> str:
+    words = [f"{_people(result.added)} added"]
+    if result.already:
+        words.append(f"{result.already:,} there already")
+    if missing:
+        words.append(f"{len(missing):,} not found")
+    return ", ".join(words) + "."
+
+
+def _people(count: int) -> str:
+    return "1 member" if count == 1 else f"{count:,} members"

@@ -1,0 +1,215 @@
+"""What every page of the panel has in common: sessions, CSRF, templates, and errors as pages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Annotated, Any, Final
+from urllib.parse import quote
+
+from fastapi import Depends, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import SecretStr
+from starlette.datastructures import FormData
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+
+from tokenlimits import errors
+from tokenlimits.web._backend import Backend, Groups, Tokens
+from tokenlimits.web._limiter import Limiter
+from tokenlimits.web._problems import SignInRequired, TooManyRequests, is_sign_in_required
+from tokenlimits.web._sessions import BadOrigin, Session, Sessions
+
+from . import _format
+
+_Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+_SAFE: Final = frozenset({"GET", "HEAD"})
+
+logger = logging.getLogger("tokenlimits")
+
+templates: Final = Environment(
+    loader=PackageLoader("tokenlimits.web.panel"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+)
+templates.filters.update(_format.FILTERS)
+
+
+def _version() -> str:
+    """Name what is in `static`, so that browsers may keep it."""
+    static = files("tokenlimits.web.panel").joinpath("static")
+    contents = (file.read_bytes() for file in sorted(static.iterdir(), key=lambda file: file.name))
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:12]
+
+
+_VERSION: Final = _version()
+
+
+class Panel:
+    """What all requests of the panel share.
+
+    Args:
+        backend: Where the answers come from.
+        secret: What seals the cookies.
+    """
+
+    def __init__(self, backend: Backend, secret: SecretStr) -> None:
+        self.backend = backend
+        self.sessions = Sessions(backend, secret)
+        self.sign_ins = Limiter(backend.settings.sign_ins_per_minute, "sign-ins")
+
+    async def __call__(self, request: Request) -> None:
+        """Let a request in: the first dependency of each page.
+
+        Raises:
+            BadOrigin: It would change something, and doesn't come from a page of the panel.
+        """
+        request.state.panel = self
+        request.state.session = session = self.sessions.read(request)
+        if request.method not in _SAFE:
+            token = request.headers.get("x-csrf-token") or (await read_form(request)).get("csrf")
+            self.sessions.check_csrf(request, session, token)
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A request of somebody who is signed in."""
+
+    request: Request
+    tokens: Tokens
+    groups: Groups
+
+    def page(self, template: str, status: int = 200, **more: Any) -> Response:
+        """Render a template."""
+        return render(self.request, template, status, **more)
+
+    async def form(self) -> FormData:
+        """Return what was sent."""
+        return await read_form(self.request)
+
+
+async def _visit(request: Request) -> Visit:
+    panel: Panel = request.state.panel
+    before: Session = request.state.session
+    session = await panel.sessions.fresh(before)
+    if session is not before:
+        request.state.session = request.state.written = session
+    assert session.tokens is not None  # noqa: S101  # fresh() answers no other
+    groups = await panel.backend.groups(session.tokens.access.get_secret_value())
+    return Visit(request, session.tokens, groups)
+
+
+Signed = Annotated[Visit, Depends(_visit)]
+
+
+def render(request: Request, template: str, status: int = 200, **more: Any) -> Response:
+    """Render a template with what all of them need."""
+    panel: Panel = request.state.panel
+    session: Session = request.state.session
+    content = templates.get_template(template).render(
+        root=request.scope.get("root_path", ""),
+        csrf=panel.sessions.csrf(session),
+        version=_VERSION,
+        person=session.tokens.person if session.tokens else None,
+        path=request.url.path,
+        **more,
+    )
+    return HTMLResponse(content, status)
+
+
+def done(message: str, **events: Any) -> Response:
+    """Answer that something was done: the browser closes the dialog, says so, and looks again."""
+    return Response(status_code=204, headers=_event(done={"message": message}, **events))
+
+
+def stay(response: Response, message: str) -> Response:
+    """Let the browser say that something was done, with the dialog open."""
+    response.headers.update(_event(done={"message": message, "stay": True}))
+    return response
+
+
+def _event(**events: Any) -> dict[str, str]:
+    # json.dumps writes ASCII alone, as a header needs
+    return {"HX-Trigger": json.dumps(events)}
+
+
+async def read_form(request: Request) -> FormData:
+    """Read what was sent, up to a list of a hundred thousand users."""
+    return await request.form(max_fields=5_000, max_part_size=8_000_000)
+
+
+def is_fragment(request: Request) -> bool:
+    """Whether a script asks, and not the address bar."""
+    return "hx-request" in request.headers
+
+
+class PageRoute(APIRoute):
+    """Answers errors as pages, or in plain words where a script asked."""
+
+    def get_route_handler(self) -> _Handler:
+        """Wrap FastAPI's handler."""
+        handler = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                response = await handler(request)
+                _keep(request, response)
+            except (
+                BadOrigin,
+                SignInRequired,
+                TooManyRequests,
+                RequestValidationError,
+                errors.TokenLimitsError,
+            ) as error:
+                response = _sign_in(request) if is_sign_in_required(error) else _failed(request, error)
+                _keep(request, response)
+            response.headers["Cache-Control"] = "no-store"
+            return response
+
+        return answer
+
+
+def _keep(request: Request, response: Response) -> None:
+    session: Session | None = getattr(request.state, "written", None)
+    if session is not None:
+        request.state.written = None  # one that can't be written is not tried again for the page that says so
+        request.state.panel.sessions.write(request, response, session)
+
+
+def _sign_in(request: Request) -> Response:
+    if is_fragment(request):
+        return PlainTextResponse("Please sign in again.", 401)
+    path = request.url.path if request.method in _SAFE else f"{request.scope.get('root_path', '')}/"
+    return RedirectResponse(f"{request.scope.get('root_path', '')}/sign-in?next={quote(path)}", 303)
+
+
+_WORDS: Final = (
+    (BadOrigin, 403, "This page is too old", "Load it again, and try once more."),
+    (TooManyRequests, 429, "Too many attempts", "Please wait a minute."),
+    (RequestValidationError, 404, "There is nothing here", "The address may be mistyped."),
+    (errors.AccessDenied, 403, "You are not an admin", ""),
+    (errors.GroupNotFound, 404, "This group is gone", "Somebody may have deleted it meanwhile."),
+    (errors.UsageNotFound, 404, "This usage is gone", ""),
+    (errors.AlreadySettled, 409, "This usage was given back before", "Load the page again to see it."),
+    (errors.InvalidRequest, 422, "That is not valid", ""),
+    (errors.SchemaNotInstalled, 503, "The database is not set up", "Apply sql/tokenlimits.sql to it."),
+    (errors.SchemaOutdated, 503, "The database is not up to date", "Apply the newest sql/tokenlimits.sql to it."),
+    (errors.ServiceUnavailable, 503, "Supabase can't be reached", "Nothing was changed. Please try again soon."),
+    (errors.TokenLimitsError, 500, "Something is not set up right", "The server's log says more."),
+)
+
+
+def _failed(request: Request, error: Exception) -> Response:
+    status, title, advice = next(words[1:] for words in _WORDS if isinstance(error, words[0]))
+    if status == 500:
+        logger.error("%s: %s", type(error).__name__, error)
+    if isinstance(error, errors.AccessDenied) and not is_fragment(request):
+        return render(request, "not_admin.html", status)
+    if isinstance(error, errors.InvalidRequest):
+        advice = str(error)
+    if is_fragment(request):
+        return PlainTextResponse(f"{title}. {advice}".strip(), status)
+    return render(request, "problem.html", status, title=title, advice=advice, retry=status == 503)

@@ -1,0 +1,48 @@
+"""The panel as a router."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from tokenlimits import ConfigurationError
+from tokenlimits.web._backend import Backend
+
+from . import _group, _groups, _members, _overview, _sign_in, _tokens
+from ._pages import PageRoute, Panel, render
+
+
+def panel_for(backend: Backend) -> Panel:
+    """Make what the panel's requests share, for a backend.
+
+    Raises:
+        ConfigurationError: There is no secret to seal the sessions with.
+    """
+    secret = backend.settings.web_secret
+    if secret is None:
+        raise ConfigurationError(
+            "The panel needs TOKENLIMITS_WEB_SECRET, 32 characters or more that nobody can guess, the same in all its "
+            "processes. Make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+        )
+    return Panel(backend, secret)
+
+
+def routes_of(panel: Panel) -> APIRouter:
+    """Make the router."""
+    routes = APIRouter(route_class=PageRoute, dependencies=[Depends(panel)], include_in_schema=False)
+    routes.include_router(_sign_in.routes)
+    routes.include_router(_tokens.routes)
+    routes.include_router(_groups.routes)
+    routes.include_router(_members.routes)
+    routes.include_router(_group.routes)
+    routes.include_router(_overview.routes)
+    return routes
+
+
+async def nothing_here(panel: Panel, request: Request) -> Response:
+    """Show that there is no such page."""
+    await panel(request)
+    words = {"title": "There is nothing here", "advice": "The address may be mistyped.", "retry": False}
+    response = render(request, "problem.html", 404, **words)
+    response.headers["Cache-Control"] = "no-store"
+    return response

@@ -1,0 +1,67 @@
+"""Sign in and out."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import RedirectResponse, Response
+
+from tokenlimits import AccessDenied, ServiceUnavailable
+from tokenlimits.web._limiter import address
+from tokenlimits.web._problems import TooManyRequests
+from tokenlimits.web._sessions import Session
+
+from ._pages import PageRoute, Panel, read_form, render
+
+routes = APIRouter(route_class=PageRoute, include_in_schema=False)
+
+
+@routes.get("/sign-in")
+async def sign_in_page(request: Request, next_: Annotated[str, Query(alias="next")] = "") -> Response:
+    """Show the form."""
+    request.state.written = request.state.session
+    return _form(request, 200, next_, "", "")
+
+
+@routes.post("/sign-in")
+async def sign_in(request: Request) -> Response:
+    """Begin a session."""
+    panel: Panel = request.state.panel
+    form = await read_form(request)
+    email, password, next_ = (str(form.get(name, "")) for name in ("email", "password", "next"))
+    try:
+        for who in (address(request), email.strip().lower()[:320]):
+            panel.sign_ins.hit(who)
+        tokens = await panel.backend.sign_in(email.strip(), password)
+    except TooManyRequests:
+        return _form(request, 429, next_, email, "Too many attempts. Please wait a minute.")
+    except AccessDenied:
+        return _form(request, 401, next_, email, "This e-mail address and password don't belong together.")
+    except ServiceUnavailable:
+        return _form(request, 503, next_, email, "Supabase can't be reached. Please try again soon.")
+    # a new id: whoever knew the old one knows nothing of this session
+    request.state.written = Session(secrets.token_urlsafe(24), tokens)
+    return RedirectResponse(_local(request, next_), 303)
+
+
+@routes.post("/sign-out")
+async def sign_out(request: Request) -> Response:
+    """End the session, here and in Supabase."""
+    session: Session = request.state.session
+    request.state.written = Session(secrets.token_urlsafe(24))
+    if session.tokens is not None:
+        await request.state.panel.backend.sign_out(session.tokens)
+    return RedirectResponse(f"{request.scope.get('root_path', '')}/sign-in", 303)
+
+
+def _form(request: Request, status: int, next_: str, email: str, error: str) -> Response:
+    return render(request, "sign_in.html", status, next=next_, email=email, error=error)
+
+
+def _local(request: Request, next_: str) -> str:
+    """Lead back to where somebody came from, and nowhere else."""
+    root = f"{request.scope.get('root_path', '')}/"
+    safe = next_.startswith(root) and not next_.startswith(("//", "/\\"))
+    return next_ if safe and next_.isprintable() else root
