@@ -68,6 +68,7 @@ def files(directory: Path, as_: str) -> Iterator[str]:
 class TestTheWheel:
     def test_holds_the_modules_the_sql_and_the_licence_and_nothing_else(self, names: list[str]) -> None:
         shipped = {*files(ROOT / "src" / "tokenlimits", "tokenlimits"), *files(ROOT / "sql", "tokenlimits/sql")}
+        shipped.add("_tokenlimits_pytest.py")
         about = {f"{NAME}.dist-info/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
         optional = {f"{NAME}.dist-info/entry_points.txt"}
         assert len(names) == len(set(names))
