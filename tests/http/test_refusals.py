@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
@@ -160,24 +161,32 @@ class TestMissingFunction:
             shell.track()
 
 
+# a database in trouble, as PostgREST passes it on; each of its own kind
+IN_TROUBLE = {
+    code or "no code": httpx.Response(status, json={"code": code, "details": None, "hint": None, "message": ""})
+    for status, code in [(400, ""), (405, "25006"), (503, "53100"), (500, "55P03"), (500, "57014"), (503, "57P01")]
+}
+
+
 class TestOnUnavailable:
-    @pytest.fixture(params=["connect", "garbage", "busy"])
+    @pytest.fixture(params=["connect", "garbage", "busy", *IN_TROUBLE])
     def outage(self, request: pytest.FixtureRequest, server: Server) -> None:
         answers: dict[str, httpx.Response | Exception] = {
             "connect": httpx.ConnectError("refused"),
             "garbage": httpx.Response(200, text=HTML),
             "busy": httpx.Response(429, headers={"Retry-After": "60"}),
+            **IN_TROUBLE,
         }
         server.then(*[answers[request.param]] * 100)
 
     @pytest.mark.usefixtures("outage")
-    @pytest.mark.parametrize("method", ["track", "check"])
+    @pytest.mark.parametrize("method", ["track", "check", "reserve"])
     def test_raise(self, shell: Shell, method: str) -> None:
         with pytest.raises(ServiceUnavailable):
             shell.limits(method, ANN, "image", on_unavailable="raise")
 
     @pytest.mark.usefixtures("outage")
-    @pytest.mark.parametrize("method", ["track", "check"])
+    @pytest.mark.parametrize("method", ["track", "check", "reserve"])
     def test_allow(self, shell: Shell, method: str) -> None:
         result = shell.limits(method, ANN, "video", 8, on_unavailable="allow")
         assert result
@@ -186,12 +195,22 @@ class TestOnUnavailable:
         assert result.error is None
 
     @pytest.mark.usefixtures("outage")
-    @pytest.mark.parametrize("method", ["track", "check"])
+    @pytest.mark.parametrize("method", ["track", "check", "reserve"])
     def test_deny(self, shell: Shell, method: str) -> None:
         result = shell.limits(method, ANN, "video", 8, on_unavailable="deny")
         assert not result
         assert (result.reason, result.usage_id, result.cost) == ("unavailable", None, 8)
         assert "could not be reached" in result.error
+
+    @pytest.mark.parametrize("code", IN_TROUBLE)
+    @pytest.mark.parametrize("function", ["commit", "release"])
+    def test_a_settlement_that_gets_no_answer(self, shell: Shell, server: Server, function: str, code: str) -> None:
+        server.then(*[IN_TROUBLE[code]] * 200)
+        result = shell.limits(function, ANN, on_unavailable="allow")
+        assert (result.allowed, result.reason, result.usage_id) == (True, "unavailable", UUID(ANN))
+        with pytest.raises(ServiceUnavailable) as caught:
+            shell.limits(function, ANN, on_unavailable="deny")
+        assert caught.value.code == ("" if code == "no code" else code)
 
     def test_it_says_when(self, shell: Shell, server: Server) -> None:
         server.then(httpx.Response(429, headers={"Retry-After": "60"}))

@@ -38,6 +38,13 @@ GARBAGE = {
     "another shape": httpx.Response(200, json={"added": 3}),
 }
 
+# the database went away: perhaps before it committed, perhaps after
+AROUND_A_COMMIT = [
+    httpx.Response(400, json={"code": "", "details": None, "hint": None, "message": ""}),
+    httpx.Response(503, json={"code": "57P01", "message": "terminating connection due to administrator command"}),
+    httpx.Response(503, json={"code": "08006", "message": "connection failure"}),
+]
+
 FAILURES = [
     *(pytest.param(error, id=name) for name, error in (LOST | NEVER_SENT).items()),
     *(pytest.param(lambda status=s: httpx.Response(status, text=HTML), id=str(s)) for s in (502, 503, 504, 520)),
@@ -67,9 +74,10 @@ def unsafe(request: pytest.FixtureRequest) -> str:
 class Ledger:
     """A database that commits what it is sent, once per key, whether its answer arrives or not."""
 
-    def __init__(self, *, lose: int) -> None:
+    def __init__(self, *, lose: int, answer: httpx.Response | None = None) -> None:
         self.usages: dict[str, str] = {}
         self._lose = lose
+        self._answer = answer
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         key = httpx.Response(200, content=request.content).json()["p_idempotency_key"]
@@ -77,14 +85,19 @@ class Ledger:
         usage_id = self.usages.setdefault(key, f"0197f0a0-0000-7000-8000-{len(self.usages):012}")
         if self._lose:
             self._lose -= 1
+            if self._answer is not None:
+                return self._answer
             raise httpx.ReadError("connection reset by peer", request=request)
         answer = USUAL["track_generation"] | {"usage_id": usage_id, "replayed": replayed, "remaining": 7}
         return httpx.Response(200, json=answer)
 
 
 class TestLostAnswer:
-    def test_one_charge_and_the_first_calls_answer(self, shell: Shell, server: Server) -> None:
-        ledger = Ledger(lose=2)
+    @pytest.mark.parametrize("answer", [None, *AROUND_A_COMMIT])
+    def test_one_charge_and_the_first_calls_answer(
+        self, shell: Shell, server: Server, answer: httpx.Response | None
+    ) -> None:
+        ledger = Ledger(lose=2, answer=answer)
         server.then(ledger, ledger, ledger)
         result = shell.track()
         assert len(ledger.usages) == 1
@@ -150,7 +163,9 @@ def test_giving_up_is_logged_once_each_try_too(shell: Shell, server: Server, cap
     levels = [record.levelno for record in caplog.records if record.name == "tokenlimits"]
     assert levels == [logging.WARNING] * (len(server.requests) - 1) + [logging.ERROR]
 
-    def test_of_many_each_is_sent_again_with_its_key(self, shell: Shell, server: Server) -> None:
+
+class TestMany:
+    def test_each_is_sent_again_with_its_key(self, shell: Shell, server: Server) -> None:
         results = [USUAL["track_generation"]] * 3
         server.then(httpx.ReadError("connection reset by peer"), httpx.Response(200, json=results))
         requests = [{"user_id": ANN, "kind": "image", "idempotency_key": key} for key in ("a", None, "b")]
@@ -162,7 +177,7 @@ def test_giving_up_is_logged_once_each_try_too(shell: Shell, server: Server, cap
         assert UUID(keys[1]).version == 7
 
     @pytest.mark.parametrize("policy", ["allow", "deny"])
-    def test_of_many_each_is_answered_when_there_is_no_service(self, shell: Shell, server: Server, policy: str) -> None:
+    def test_each_is_answered_when_there_is_no_service(self, shell: Shell, server: Server, policy: str) -> None:
         server.then(*[httpx.ConnectError("connection refused")] * 100)
         requests = [{"user_id": ANN, "kind": kind} for kind in ("image", "video")]
         results = shell.limits("track_many", requests, on_unavailable=policy, timeout=5)
@@ -217,7 +232,8 @@ class TestRetryAfter:
         assert len(clock.slept) == 1
 
 
-@pytest.mark.parametrize("code", ["40P01", "40001"])
+# by each of these PostgreSQL says that the transaction is rolled back, or that it was never begun
+@pytest.mark.parametrize("code", ["40P01", "40001", "25006", "53100", "53300", "55P03", "57014", "57P03"])
 class TestRolledBack:
     @pytest.mark.parametrize("status", [400, 409, 500])
     def test_is_tried_again(self, shell: Shell, server: Server, code: str, status: int) -> None:
@@ -249,7 +265,7 @@ class TestNotRetrySafe:
         assert type(caught.value.__cause__) is type(failure())
 
     @pytest.mark.parametrize(
-        "answer", [*(httpx.Response(s, text=HTML) for s in (502, 503, 504, 520)), *GARBAGE.values()]
+        "answer", [*(httpx.Response(s, text=HTML) for s in (502, 503, 504, 520)), *GARBAGE.values(), *AROUND_A_COMMIT]
     )
     def test_an_answer_that_may_hide_a_success_is_final(
         self, shell: Shell, server: Server, unsafe: str, answer: httpx.Response

@@ -99,11 +99,43 @@ def test_a_broken_server_is_unavailable(status: int, text: str) -> None:
         read(status, text=text)
 
 
-@pytest.mark.parametrize("code", ["57014", "53300", "53200", "08006", "57P01", "58030"])
-def test_a_broken_database_is_unavailable(code: str) -> None:
-    with pytest.raises(ServiceUnavailable, match=code) as caught:
-        read(500, {"code": code, "message": "canceling statement due to statement timeout"})
-    assert caught.value.code == code
+# what the service says of itself, and whether what was asked may have been done
+TROUBLES = {
+    "": (400, "went away", False),
+    "08006": (503, "connection", False),
+    "25006": (405, "read-only", True),
+    "40001": (500, "rolled back", True),
+    "40P01": (500, "rolled back", True),
+    "53100": (503, "disk is full", True),
+    "53200": (503, "resources", True),
+    "53300": (503, "no free connection", True),
+    "55P03": (500, "holds a lock", True),
+    "57014": (500, "took longer", True),
+    "57P01": (503, "shuts down", False),
+    "57P02": (500, "shuts down", False),
+    "57P03": (503, "starting up", True),
+    "58030": (500, "machine", True),
+    "PGRST000": (503, "not there", True),
+    "PGRST003": (504, "waited too long", True),
+}
+
+
+@pytest.mark.parametrize("code", TROUBLES)
+def test_a_database_in_trouble_is_worth_another_try(code: str) -> None:
+    status, words, harmless = TROUBLES[code]
+    with pytest.raises(Transient, match=rf"status {status}.*{words}") as caught:
+        read(status, {"code": code, "details": None, "hint": None, "message": ""})
+    assert (caught.value.code, caught.value.harmless) == (code, harmless)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gateway_without_a_code_refuses_the_key(status: int) -> None:
+    with pytest.raises(AccessDenied):
+        read(status, {"code": "", "message": "Unauthorized"})
+
+
+def test_a_result_has_no_trouble_whatever_its_fields_are_called() -> None:
+    assert read(200, {"things": 3, "code": "57014"}) == 3
 
 
 def test_a_bug_on_the_server_is_not() -> None:

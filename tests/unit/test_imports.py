@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +38,15 @@ def test_without_its_extra_the_web_says_what_to_install() -> None:
     script = "import sys; sys.modules['fastapi'] = None; import tokenlimits.web"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stderr.endswith("tokenlimits.web needs more packages: pip install 'tokenlimits[web]'\n")
+
+
+def test_every_test_is_collected() -> None:
+    hidden = [
+        f"{path.name}: {inner.name}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for outer in ast.walk(ast.parse(path.read_text()))
+        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef)
+        for inner in ast.walk(outer)
+        if isinstance(inner, ast.FunctionDef) and inner is not outer and inner.name.startswith("test_")
+    ]
+    assert hidden == []

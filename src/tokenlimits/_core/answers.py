@@ -25,8 +25,6 @@ from .call import Call, field_parser
 T = TypeVar("T")
 
 _INSTALLED = field_parser("version", int)
-# PostgreSQL's classes for: connection, resources, operator intervention (also statement timeouts), system errors
-_UNAVAILABLE_CLASSES = ("08", "53", "57", "58")
 
 
 def read(call: Call[T], status: int, headers: Mapping[str, str], content: bytes) -> T:
@@ -48,11 +46,10 @@ def read(call: Call[T], status: int, headers: Mapping[str, str], content: bytes)
         raise ConfigurationError(
             f"The server answered with status {status}, not as Supabase does: is SUPABASE_URL right?"
         )
-    if code is None or code.startswith(_UNAVAILABLE_CLASSES):
+    if code is None:
         raise ServiceUnavailable(
-            f"Supabase answered {call.function} with status {status} ({code or 'no code'}). Look at the project's "
-            "status, and at its logs.",
-            code=code,
+            f"Supabase answered {call.function} with status {status} (no code). Look at the project's "
+            "status, and at its logs."
         )
     raise refusal(status, problem)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from time import time
+from typing import NamedTuple
 
 from tenacity import RetryCallState, retry_if_exception, stop_before_delay, wait_exponential_jitter
 
@@ -16,8 +17,49 @@ from tokenlimits.errors import ServiceUnavailable
 logger = logging.getLogger("tokenlimits")
 
 RETRIED_STATUSES = frozenset({429, 502, 503, 504, 520})
-# the transaction was rolled back: deadlock_detected, serialization_failure
-ROLLED_BACK = frozenset({"40P01", "40001"})
+
+
+class Trouble(NamedTuple):
+    """What a code says of the service, whatever was asked; `harmless`: nothing was written."""
+
+    words: str
+    harmless: bool = True
+
+
+# By SQLSTATE or its class; the longest that fits counts. A statement that PostgreSQL refuses is rolled back. Where the
+# connection may have ended after the commit, nobody knows.
+TROUBLES: Mapping[str, Trouble] = {
+    # what PostgREST answers, with 400, when its database goes away around a commit
+    "": Trouble("its database went away", harmless=False),
+    "08": Trouble("the connection to the database failed", harmless=False),
+    "25006": Trouble("the database is read-only: a standby, or its disk is full"),
+    "40001": Trouble("the transaction was rolled back"),
+    "40P01": Trouble("the transaction was rolled back"),
+    "53": Trouble("the database is out of resources"),
+    "53100": Trouble("the database's disk is full"),
+    "53300": Trouble("the database has no free connection"),
+    "55P03": Trouble("something holds a lock"),
+    "57": Trouble("the database shuts down", harmless=False),
+    "57014": Trouble("the statement took longer than the database allows"),
+    "57P03": Trouble("the database is starting up or shutting down"),
+    "58": Trouble("the database's machine has a problem"),
+    "PGRST000": Trouble("its database is not there"),
+    "PGRST002": Trouble("its database is not there"),
+    "PGRST003": Trouble("it waited too long for a connection to its database"),
+}
+
+
+def trouble_of(code: str | None) -> Trouble | None:
+    """Find what a code says of the service.
+
+    Example:
+        >>> trouble_of("53100").words, trouble_of("TL001"), trouble_of(None)
+        ("the database's disk is full", None, None)
+    """
+    if not code:
+        return None if code is None else TROUBLES[""]
+    return TROUBLES.get(code) or TROUBLES.get(code[:2])
+
 
 _backoff = wait_exponential_jitter(multiplier=0.1, max=5.0, jitter=0.1)
 
@@ -33,24 +75,30 @@ class Transient(Exception):  # never leaves the package
         reason: str,
         *,
         harmless: bool = False,
+        code: str | None = None,
         retry_after: float | None = None,
         cause: BaseException | None = None,
     ) -> None:
         super().__init__(reason)
         self.harmless = harmless
+        self.code = code
         self.retry_after = retry_after
         self.__cause__ = cause
 
 
-def from_answer(status: int, headers: Mapping[str, str], code: object) -> Transient | None:
+def from_answer(status: int, headers: Mapping[str, str], code: str | None) -> Transient | None:
     """Say whether an HTTP answer is a transient failure; `code` is that of its JSON body, if it has one."""
-    if status in RETRIED_STATUSES or code in ROLLED_BACK:
-        return Transient(
-            f"the server answered with status {status}" + (f" ({code})" if code else ""),
-            harmless=status == 429 or code in ROLLED_BACK,
-            retry_after=seconds(headers.get("retry-after")),
-        )
-    return None
+    # a gateway that refuses the key may say anything beside it
+    trouble = None if status < 400 or status in (401, 403) else trouble_of(code)
+    if trouble is None and status not in RETRIED_STATUSES:
+        return None
+    words = f"the server answered with status {status}" + (f" ({code})" if code else "")
+    return Transient(
+        f"{words}: {trouble.words}" if trouble else words,
+        harmless=trouble.harmless if trouble else status == 429,
+        code=code,
+        retry_after=seconds(headers.get("retry-after")),
+    )
 
 
 def seconds(retry_after: str | None) -> float | None:
@@ -111,8 +159,10 @@ def give_up(function: str, error: Transient, elapsed: float) -> ServiceUnavailab
         error,
         extra={"function": function, "elapsed": elapsed},
     )
+    check = "SUPABASE_URL and the project's status" if error.code is None else "the project's status and its logs"
     return ServiceUnavailable(
-        f"Supabase could not be reached for {function} within {elapsed:.1f} s: {error}. Check SUPABASE_URL and the "
-        "project's status; on_unavailable says what workers get meanwhile.",
+        f"Supabase could not be reached for {function} within {elapsed:.1f} s: {error}. Check {check}; "
+        "on_unavailable says what workers get meanwhile.",
+        code=error.code,
         retry_after=error.retry_after,
     )
