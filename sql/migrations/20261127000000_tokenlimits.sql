@@ -238,9 +238,9 @@ begin
         'refuse',
         'refuse_group',
         'refuse_id',
-        'refuse_isolation',
         'refuse_key',
         'refuse_request',
+        'refuse_transaction',
         'refused',
         'release_generation',
         'remember_group',
@@ -303,7 +303,7 @@ $do$;
 -- Invariants
 --   * Nothing in the schema tokenlimits is exposed through the API: it is not in PostgREST's list of schemas.
 --   * A project's own tokenlimits.is_admin() and tokenlimits.known_users() survive another application of this file.
---   * Nothing but known_users, and what looks for users by their address, reads auth.users.
+--   * Nothing reads auth.users but known_users, what looks for users by their address, and what counts those in no group.
 --
 -- SQLSTATEs that our functions raise (PostgREST passes them on as "code", with 400)
 --   TL001  invalid request; DETAIL is the name of the field
@@ -950,13 +950,22 @@ begin
 end
 $do$;
 
-create or replace function tokenlimits.refuse_isolation()
+create or replace function tokenlimits.refuse_transaction()
 returns void
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if pg_is_in_recovery() then
+    -- PostgreSQL's own code for what a standby can't do
+    perform tokenlimits.refuse(
+      '25006',
+      'this database is a standby, and its usage is out of date',
+      null,
+      'Call the primary database; a standby is for reports.'
+    );
+  end if;
   perform tokenlimits.refuse(
     'TL009',
     'tokenlimits needs READ COMMITTED transactions',
@@ -966,10 +975,10 @@ begin
 end
 $$;
 
-comment on function tokenlimits.refuse_isolation()
-is 'tokenlimits: Raises TL009: the transaction has another isolation level.';
+comment on function tokenlimits.refuse_transaction()
+is 'tokenlimits: Raises 25006 on a standby, else TL009: it needs READ COMMITTED.';
 
-revoke execute on function tokenlimits.refuse_isolation()
+revoke execute on function tokenlimits.refuse_transaction()
 from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.lock_groups(p_group_ids uuid[], p_exclusive boolean default false)
@@ -981,9 +990,8 @@ as $$
 declare
   v_stripe integer;
 begin
-  -- what is read after a lock was waited for must be as it is then
-  if current_setting('transaction_isolation') <> 'read committed' then
-    perform tokenlimits.refuse_isolation();
+  if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
+    perform tokenlimits.refuse_transaction();
   end if;
   -- sorted, or two of us could deadlock
   for v_stripe in
@@ -1978,9 +1986,8 @@ begin
   and (p_idempotency_key is null or char_length(p_idempotency_key) between 1 and 255)
   and (p_metadata is null or tokenlimits.is_metadata(p_metadata))) is not true then
     perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key);
-  elsif current_setting('transaction_isolation') <> 'read committed' then
-    -- what is read after a lock was waited for must be as it is then
-    perform tokenlimits.refuse_isolation();
+  elsif current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
+    perform tokenlimits.refuse_transaction();
   end if;
   v_group_ids := coalesce(
     nullif(array(
@@ -2264,9 +2271,8 @@ begin
     perform tokenlimits.refuse(
       'TL001', 'ttl: must be from 1 second to 30 days, in seconds', 'ttl', 'Nothing was reserved.'
     );
-  elsif current_setting('transaction_isolation') <> 'read committed' then
-    -- what is read after a lock was waited for must be as it is then
-    perform tokenlimits.refuse_isolation();
+  elsif current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
+    perform tokenlimits.refuse_transaction();
   end if;
   v_group_ids := coalesce(
     nullif(array(
@@ -2554,9 +2560,8 @@ begin
     perform tokenlimits.refuse('TL001', 'created_at: must not lie in the future', 'created_at', 'Nothing was recorded.');
   elsif not (p_created_at >= '1970-01-01 00:00:00+00' and p_created_at < '9999-01-01 00:00:00+00') then
     perform tokenlimits.refuse('TL001', 'created_at: must not lie before 1970', 'created_at', 'Nothing was recorded.');
-  elsif current_setting('transaction_isolation') <> 'read committed' then
-    -- what is read after a lock was waited for must be as it is then
-    perform tokenlimits.refuse_isolation();
+  elsif current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
+    perform tokenlimits.refuse_transaction();
   end if;
   v_group_ids := tokenlimits.recording_group(p_user_id, p_kind, p_group_id);
   -- a single group, as nearly every call has, is locked by the condition itself, which costs a tenth of a query
@@ -2743,8 +2748,8 @@ begin
   and (null is null or char_length(null) between 1 and 255)
   and (null::jsonb is null or tokenlimits.is_metadata(null::jsonb))) is not true then
     perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, null);
-  elsif current_setting('transaction_isolation') <> 'read committed' then
-    perform tokenlimits.refuse_isolation();
+  elsif current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
+    perform tokenlimits.refuse_transaction();
   end if;
   v_at := tokenlimits.clock();
   v_group_ids := coalesce(

@@ -126,13 +126,22 @@ begin
 end
 $do$;
 
-create or replace function tokenlimits.refuse_isolation()
+create or replace function tokenlimits.refuse_transaction()
 returns void
 language plpgsql
 stable
 {{ search_path() }}
 as $$
 begin
+  if pg_is_in_recovery() then
+    -- PostgreSQL's own code for what a standby can't do
+    perform tokenlimits.refuse(
+      '25006',
+      'this database is a standby, and its usage is out of date',
+      null,
+      'Call the primary database; a standby is for reports.'
+    );
+  end if;
   perform tokenlimits.refuse(
     'TL009',
     'tokenlimits needs READ COMMITTED transactions',
@@ -141,7 +150,7 @@ begin
   );
 end
 $$;
-{{ private('refuse_isolation()', 'Raises TL009: the transaction has another isolation level.') }}
+{{ private('refuse_transaction()', 'Raises 25006 on a standby, else TL009: it needs READ COMMITTED.') }}
 
 create or replace function tokenlimits.lock_groups(p_group_ids uuid[], p_exclusive boolean default false)
 returns void
@@ -152,9 +161,8 @@ as $$
 declare
   v_stripe integer;
 begin
-  -- what is read after a lock was waited for must be as it is then
-  if current_setting('transaction_isolation') <> 'read committed' then
-    perform tokenlimits.refuse_isolation();
+  if {{ in_wrong_transaction() }} then
+    perform tokenlimits.refuse_transaction();
   end if;
   -- sorted, or two of us could deadlock
   for v_stripe in

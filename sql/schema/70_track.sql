@@ -227,9 +227,8 @@ begin
   elsif not ({{ is_moment('p_created_at') }}) then
     perform tokenlimits.refuse('TL001', 'created_at: must not lie before 1970', 'created_at', 'Nothing was recorded.');
   {%- endif %}
-  elsif current_setting('transaction_isolation') <> 'read committed' then
-    -- what is read after a lock was waited for must be as it is then
-    perform tokenlimits.refuse_isolation();
+  elsif {{ in_wrong_transaction() }} then
+    perform tokenlimits.refuse_transaction();
   end if;
 
   {%- if operation == 'record' %}
@@ -346,8 +345,8 @@ declare
 begin
   if ({{ is_request('p_user_id', 'p_kind', 'p_cost', 'null', 'null::jsonb') | indent(2) }}) is not true then
     perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, null);
-  elsif current_setting('transaction_isolation') <> 'read committed' then
-    perform tokenlimits.refuse_isolation();
+  elsif {{ in_wrong_transaction() }} then
+    perform tokenlimits.refuse_transaction();
   end if;
   v_at := tokenlimits.clock();
   v_group_ids := {{ payers('p_user_id') | indent(2) }};

@@ -112,6 +112,14 @@ class PostgresServer:
         self._process.kill()
         self._process.wait()
 
+    def demote(self) -> None:
+        """Make it a standby that follows nobody: it answers what can be read, and takes no writes."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(60)
+        (self._made() / "data" / "standby.signal").touch()
+        self.restart()
+
     def restart(self) -> None:
         """Start again after `kill`, on the same data and port; PostgreSQL recovers by itself."""
         deadline = time.monotonic() + 30

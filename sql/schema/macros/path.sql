@@ -81,6 +81,14 @@ get_byte(uuid_send({{ group_id }}), 15)
 {%- endmacro %}
 
 {#
+Where no verdict holds: what is read after waiting for a lock must be as it is then, and a standby lags behind, so that a
+denial there may be wrong by now.
+#}
+{% macro in_wrong_transaction() -%}
+current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery()
+{%- endmacro %}
+
+{#
 Advisory locks on stripes: 'tokl' in ASCII, so that they do not meet a project's own. 256: which group is default. 257:
 installing and uninstalling.
 #}
