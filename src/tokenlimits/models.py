@@ -14,6 +14,7 @@ from pydantic import (
     AfterValidator,
     AwareDatetime,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -106,6 +107,12 @@ class Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="null")
 
 
+class Made(Model):
+    """Base of what callers make: a misspelt field would silently be its default, so it is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 class GroupRef(Model):
     """Which group; `name` is None when it was deleted since."""
 
@@ -113,7 +120,7 @@ class GroupRef(Model):
     name: str | None = None
 
 
-class Limit(Model):
+class Limit(Made):
     """How much of a kind a group, or each of its members, may use in a period.
 
     `max` is in units of cost: None is unlimited, 0 blocks.
@@ -255,7 +262,7 @@ def _storable(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
 Metadata = Annotated[dict[str, JsonValue], AfterValidator(_storable)]
 
 
-class GenerationRequest(Model):
+class GenerationRequest(Made):
     """One generation to track."""
 
     user_id: UUID
@@ -264,6 +271,13 @@ class GenerationRequest(Model):
     idempotency_key: Annotated[Text, Field(min_length=1, max_length=255)] | None = None
     group_id: UUID | None = None
     metadata: Metadata | None = None
+
+
+def _known_fields(limit: object) -> object:
+    """Leave out what a newer server says of a limit."""
+    if not isinstance(limit, dict):
+        return limit
+    return {name: value for name, value in cast("dict[str, object]", limit).items() if name in Limit.model_fields}
 
 
 class Group(Model):
@@ -277,7 +291,7 @@ class Group(Model):
     is_default: bool
     created_at: AwareDatetime
     updated_at: AwareDatetime
-    limits: tuple[Limit, ...]
+    limits: tuple[Annotated[Limit, BeforeValidator(_known_fields)], ...]
 
 
 class GroupLimitUsage(LimitStatus):

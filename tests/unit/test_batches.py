@@ -58,7 +58,7 @@ class TestTrackMany:
             ([request(), {"user_id": ANN, "kind": "image", "cost": 0}], "requests[1].cost"),
             ([{"kind": "image"}], "requests[0].user_id"),
             ([{"user_id": ANN, "kind": "image", "costs": 5}], "requests[0].costs"),
-            ([{"user_id": ANN, "kind": "image", 5: 5}], "requests[0].5"),
+            ([{"user_id": ANN, "kind": "image", 5: 5}], "requests[0][5]"),
             ([None], "requests[0]"),
             ("image", "requests"),
             (None, "requests"),

@@ -15,6 +15,7 @@ import tokenlimits
 from tokenlimits import (
     GenerationDenied,
     GenerationRequest,
+    Group,
     GroupUsage,
     Limit,
     LimitExceeded,
@@ -27,7 +28,7 @@ from tokenlimits import (
     TrackResult,
     models,
 )
-from tokenlimits.models import Model
+from tokenlimits.models import Made, Model
 
 MODELS = [cls for _, cls in inspect.getmembers(models, inspect.isclass) if issubclass(cls, Model) and cls is not Model]
 ID = UUID("0197f0a0-0000-7000-8000-000000000001")
@@ -45,14 +46,36 @@ class TestEveryModel:
             with pytest.raises(ValidationError):
                 setattr(model, field, None)
 
-    def test_ignores_fields_that_it_does_not_know(self, cls: type[Model]) -> None:
-        assert cls.model_config.get("extra") == "ignore"
+    def test_refuses_fields_that_it_does_not_know_if_callers_make_it(self, cls: type[Model]) -> None:
+        assert cls.model_config.get("extra") == ("forbid" if issubclass(cls, Made) else "ignore")
 
     def test_says_what_it_is(self, cls: type[Model]) -> None:
         assert cls.__doc__
 
     def test_is_public_but_for_what_only_the_server_answers(self, cls: type[Model]) -> None:
-        assert (cls.__name__ in tokenlimits.__all__) is (cls.__name__ != "AddedPage")
+        assert (cls.__name__ in tokenlimits.__all__) is (cls.__name__ not in ("AddedPage", "Made"))
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "misspelt"),
+    [
+        (Limit, {"kind": "image", "max": 2, "perod": "day"}, "perod"),
+        (Limit, {"kind": "image", "max": 2, "Scope": "member"}, "Scope"),
+        (GenerationRequest, {"user_id": ID, "kind": "image", "costs": 8}, "costs"),
+    ],
+)
+def test_a_misspelt_field_is_no_default(make: type[Model], given: dict[str, Any], misspelt: str) -> None:
+    with pytest.raises(ValidationError, match=rf"{misspelt}\s+Extra inputs"):
+        make(**given)
+
+
+def test_limits_of_a_newer_server_are_read() -> None:
+    limit = {"kind": "image", "max": 2, "period": "day", "scope": "member", "alert_at": [80]}
+    read = Group.model_validate(
+        {"id": ID, "name": "Pro", "description": "", "priority": 0, "timezone": "UTC", "is_default": False}
+        | {"created_at": "2026-03-01T12:00:00Z", "updated_at": "2026-03-01T12:00:00Z", "limits": [limit]}
+    )
+    assert read.limits == (Limit(kind="image", max=2, period="day", scope="member"),)
 
 
 def test_fields_of_a_newer_server_are_ignored() -> None:

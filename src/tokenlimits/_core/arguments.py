@@ -18,7 +18,6 @@ from tokenlimits.models import (
     GenerationRequest,
     Kind,
     Limit,
-    Model,
     Name,
     Period,
     Scope,
@@ -28,7 +27,6 @@ from tokenlimits.models import (
 )
 
 T = TypeVar("T")
-M = TypeVar("M", bound=Model)
 
 Id = UUID | str
 Limits = Mapping[str, int | None] | Iterable[Limit]
@@ -66,10 +64,12 @@ def checked(parse: Callable[[Any], T], value: object, field: str = "") -> T:
     try:
         return parse(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first, title = error.errors(include_url=False)[0], error.title
     path = field
     for part in first["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    if first["type"] == "extra_forbidden":
+        raise refused(path, f"is no field of {title}", first["input"])
     pattern = str(first.get("ctx", {}).get("pattern"))
     raise refused(path, _PATTERNS.get(pattern, first["msg"].removeprefix("Value error, ")), first["input"])
 
@@ -91,16 +91,6 @@ def _shown(value: object) -> str:
         return f"{value!r:.100}"
     except Exception:  # noqa: BLE001  # nested too deeply, a number of too many digits, a repr that is broken
         return f"a {type(value).__name__}"
-
-
-def _model(model: type[M], value: object, field: str) -> M:
-    """Check a model or a mapping with its fields; one that it doesn't have is a slip, and would be its default."""
-    parsed = checked(model.model_validate, value, field)
-    if isinstance(value, Mapping):
-        for name, given in cast("Mapping[object, object]", value).items():
-            if name not in model.model_fields:
-                raise refused(f"{field}.{name}".lstrip("."), f"is no field of {model.__name__}", given)
-    return parsed
 
 
 def id_(value: Id, field: str) -> str:
@@ -236,13 +226,13 @@ def requests(values: Iterable[GenerationRequest | Mapping[str, Any]]) -> list[di
 
 
 def _generation(value: object, field: str = "") -> dict[str, Any]:
-    given = _model(GenerationRequest, value, field).model_dump(mode="json", exclude_none=True)
+    given = checked(GenerationRequest.model_validate, value, field).model_dump(mode="json", exclude_none=True)
     return {"idempotency_key": new_key()} | given
 
 
 def limit(value: Limit) -> dict[str, Any]:
     """Check one limit."""
-    return _model(Limit, value, "limit").model_dump()
+    return checked(Limit.model_validate, value, "limit").model_dump()
 
 
 def limits(value: Limits) -> list[dict[str, Any]]:
@@ -252,7 +242,7 @@ def limits(value: Limits) -> list[dict[str, Any]]:
         given: list[Any] = [{"kind": kind_, "max": max_} for kind_, max_ in shorthand.items()]
     else:
         given = list(_iterable(value, "limits"))
-    parsed = [_model(Limit, each, f"limits[{index}]") for index, each in enumerate(given)]
+    parsed = [checked(Limit.model_validate, each, f"limits[{index}]") for index, each in enumerate(given)]
     seen: set[tuple[str, str, str]] = set()
     for index, each in enumerate(parsed):
         identity = (each.kind, each.period, each.scope)
