@@ -1,5 +1,5 @@
-# Everything runs in .venv, which any target makes first. It needs Python 3.11+ and make, nothing else:
-# PostgreSQL and Node come as Python packages. requirements-dev.txt pins all of them, with hashes.
+# Everything runs in .venv, which each target creates first. You need only Python 3.11+ and make:
+# PostgreSQL and Node come as Python packages. requirements-dev.txt pins all packages, with hashes.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -8,20 +8,20 @@ BIOME := tools/biome/node_modules
 .PHONY: help demo admin test test-all check hooks format sql sync bench docs lock dist sbom postgres15 clean
 
 help:
-	@echo 'make demo        run examples/quickstart.py on an embedded Supabase'
-	@echo 'make admin       the admin panel with made-up groups, on an embedded Supabase'
-	@echo 'make test        the quick tests, on real servers, with the newest PostgreSQL'
-	@echo 'make test-all    all tests: every PostgreSQL at hand, and what takes long'
-	@echo 'make check       all linters and type checkers'
-	@echo 'make hooks       let git run the linters before each commit'
+	@echo 'make demo        run examples/quickstart.py on a local Supabase'
+	@echo 'make admin       run the admin panel with sample data on a local Supabase'
+	@echo 'make test        run the quick tests on real servers, with the newest PostgreSQL'
+	@echo 'make test-all    run all tests: every available PostgreSQL, and slow tests'
+	@echo 'make check       run all linters and type checkers'
+	@echo 'make hooks       run the linters before each git commit'
 	@echo 'make format      format Python, SQL and JavaScript'
 	@echo 'make sql         rebuild sql/tokenlimits.sql and the newest migration from sql/schema/'
 	@echo 'make sync        rebuild the sync clients, client.py and groups.py, from the async ones'
 	@echo 'make docs        build the documentation, build/site/index.html'
-	@echo 'make bench       measure, and write benchmarks/RESULTS.md'
-	@echo 'make lock        pin what pyproject.toml asks for; UPGRADE=--upgrade takes the newest versions'
+	@echo 'make bench       run the benchmarks and write benchmarks/RESULTS.md'
+	@echo 'make lock        pin the dependencies in pyproject.toml; UPGRADE=--upgrade takes the newest versions'
 	@echo 'make dist sbom   build the wheel, the sdist and the SBOM of a release'
-	@echo 'make postgres15  (Debian 12, as root) install PostgreSQL 15, which the tests then use beside 16, 17 and 18'
+	@echo 'make postgres15  (Debian 12, as root) install PostgreSQL 15, which the tests then use too'
 
 .venv/.ready: pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -29,7 +29,7 @@ help:
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
-# npm is in .venv, too.
+# npm is in .venv too.
 $(BIOME)/.ready: .venv/.ready tools/biome/package-lock.json
 	cd tools/biome && PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 	touch $@
@@ -40,7 +40,7 @@ demo: .venv/.ready
 admin: .venv/.ready
 	$(BIN)/python examples/admin_panel.py
 
-# Several processes, each with servers of its own.
+# Several processes, each with its own servers.
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 test: .venv/.ready
@@ -84,7 +84,7 @@ docs: .venv/.ready
 bench: .venv/.ready
 	$(BIN)/python -m benchmarks
 
-# Versions stay as they are, but for UPGRADE=--upgrade or UPGRADE=--upgrade-package=NAME.
+# Keeps the pinned versions, except with UPGRADE=--upgrade or UPGRADE=--upgrade-package=NAME.
 lock: .venv/.ready
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes $(UPGRADE) \
 	  pyproject.toml --output-file requirements-dev.txt
@@ -93,7 +93,7 @@ dist: .venv/.ready
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 
-# What users install: the wheel with its extras, in the versions that it was tested with.
+# What users install: the wheel with its extras, in the tested versions.
 sbom: dist
 	rm -rf build/sbom
 	$(PYTHON) -m venv --without-pip build/sbom

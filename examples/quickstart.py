@@ -241,7 +241,7 @@ def demo(console: Console, groups: GroupManager, ours: Sequence[Group], users: S
 
     for group in ours:
         show_usage(console, groups, group)
-    console.print("\nThe user who is in Free alone asks for one more image:")
+    console.print("\nA user who is only in Free asks for one more image:")
     show_blocked(console, track_generation(users[3], "image"))
 
     console.print()
