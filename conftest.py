@@ -13,7 +13,7 @@ from supabase import AsyncClientOptions, Client, ClientOptions, create_async_cli
 from tests.support.doctests import top_level_await
 
 from tokenlimits import AsyncGroupManager, AsyncTokenLimits, GroupManager, Limit, TokenLimits
-from tokenlimits.async_client import AsyncDefault
+from tokenlimits.async_client import _AsyncDefault
 from tokenlimits.local import LocalStack
 
 
@@ -35,7 +35,7 @@ def names_of_examples(
     stack: LocalStack = request.getfixturevalue("example_stack")
     for name, value in stack.environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(AsyncDefault, "current", None)
+    monkeypatch.setattr(_AsyncDefault, "current", None)
     with httpx.Client(http2=False) as http, asyncio.Runner() as loop, top_level_await(loop.run):
         client = Client(stack.url, stack.secret_key, ClientOptions(httpx_client=http))
         groups = GroupManager(client)
@@ -70,5 +70,5 @@ def async_clients(stack: LocalStack, loop: asyncio.Runner) -> Iterator[dict[str,
         yield {"limits": AsyncTokenLimits(client), "groups": AsyncGroupManager(client)}
     finally:
         loop.run(http.aclose())
-        if AsyncDefault.current is not None:  # the client of atrack_generation
-            loop.run(AsyncDefault.current.aclose())
+        if _AsyncDefault.current is not None:  # the client of atrack_generation
+            loop.run(_AsyncDefault.current.aclose())

@@ -17,8 +17,9 @@ import httpx
 import uvicorn
 from supabase import Client, ClientOptions
 
-from tokenlimits import GenerationRequest, Group, GroupManager, Limit, TokenLimits
+from tokenlimits import GenerationRequest, GroupManager, Limit, TokenLimits
 from tokenlimits.local import LocalStack
+from tokenlimits.models import Group
 from tokenlimits.web import WebSettings, create_app
 
 # name, description, time zone, members, how much of each limit is used, limits

@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tokenlimits import Group, GroupManager, GroupNotFound, Limit
+from tokenlimits import GroupManager, Limit
+from tokenlimits.errors import GroupNotFound
+from tokenlimits.models import Group
 
 LIMITS = [
     Limit(kind="image", max=1_000, period="month"),  # a pool that the members share

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from uuid import UUID
 
-    from tokenlimits import Group, GroupLimitUsage, TrackResult
+    from tokenlimits import TrackResult
+    from tokenlimits.models import Group, GroupLimitUsage
 
 COSTS = {"image": 1, "video": 5}  # a video costs as many units as it has seconds
 WORKERS_PER_USER = 4

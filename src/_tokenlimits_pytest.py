@@ -26,8 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Let the marker alone ask for the fixture: else a test that is marked would call Supabase."""
-    marked = isinstance(item, pytest.Function) and item.get_closest_marker("fake_limits") is not None
-    if marked and "fake_limits" not in item.fixturenames:
+    if not isinstance(item, pytest.Function) or item.get_closest_marker("fake_limits") is None:
+        return
+    if "fake_limits" not in item.fixturenames:
         item.fixturenames.insert(0, "fake_limits")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenlimits import errors
+from tokenlimits._refusals import BY_CODE
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -157,7 +158,7 @@ def errors_page(schema: str) -> str:
     """Write the page of errors: classes by their docstrings, SQLSTATEs by the list that the schema begins with."""
     lines = [ERRORS_PAGE]
     for cls in sorted(subclasses(errors.TokenLimitsError), key=lambda cls: cls.__name__):
-        codes = ", ".join(f"`{code}`" for code, of in errors.BY_CODE.items() if of is cls)
+        codes = ", ".join(f"`{code}`" for code, of in BY_CODE.items() if of is cls)
         meaning = " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
         lines.append(f"| [`{cls.__name__}`][tokenlimits.errors.{cls.__name__}] | {meaning} | {codes} |")
     lines += [

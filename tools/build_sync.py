@@ -1,7 +1,7 @@
 """Build the sync clients from the async ones; with --check, fail when they are stale.
 
 Each method, docstring and comment of the clients is written once, in the async module. `async`, `await` and the names
-of the async classes go by rule, in the examples of docstrings too; strings that are no docstrings stay as they are.
+of the async classes go by rule, in `__all__` and in the examples of docstrings too; other strings stay as they are.
 Where a docstring says more that is true of one colour alone, a comment right after it has the phrase and what replaces
 it:
 
@@ -71,7 +71,7 @@ def sync_docstring(text: str) -> str:
 
 def sync_code(code: str) -> str:
     """Convert a module, or an example."""
-    return cst.parse_module(code).visit(_Reword()).visit(_ToSync()).code
+    return cst.parse_module(code).visit(_Reword()).visit(_ToSync()).visit(_Exports()).code
 
 
 class _Reword(cst.CSTTransformer):
@@ -121,6 +121,19 @@ class _ToSync(cst.CSTTransformer):
                 raise Unconvertible(f"{text!r} must stand right after a docstring, as `# SYNC: phrase => replacement`")
             case cst.Comment(value=text):
                 return updated_node.with_changes(value=sync_prose(text))
+        return updated_node
+
+
+class _Exports(cst.CSTTransformer):
+    """Renames what `__all__` lists."""
+
+    def on_leave(self, _: cst.CSTNode, updated_node: cst.CSTNode) -> cst.CSTNode:
+        match updated_node:
+            case cst.Assign(targets=[cst.AssignTarget(target=cst.Name(value="__all__"))], value=cst.List() as listed):
+                elements = [
+                    each.with_deep_changes(each.value, value=sync_prose(each.value.value)) for each in listed.elements
+                ]
+                return updated_node.with_deep_changes(listed, elements=elements)
         return updated_node
 
 

@@ -12,7 +12,6 @@ from uuid import UUID
 from supabase import AsyncClient
 
 from ._core import arguments, workers
-from ._core.arguments import OnUnavailable
 from ._core.call import Call
 from ._core.hold import Hold
 from ._core.workers import DEFAULT_TTL, Settlement
@@ -23,7 +22,9 @@ from ._drivers.generations import AsyncGeneration
 from ._drivers.limited import AsyncFunction
 from ._drivers.transport import AsyncTransport
 from .errors import ServiceUnavailable
-from .models import GenerationRequest, TrackResult, UserLimit
+from .models import GenerationRequest, OnUnavailable, TrackResult, UserLimit
+
+__all__ = ["AsyncTokenLimits", "atrack_generation"]
 
 
 class AsyncTokenLimits(AsyncBase):
@@ -500,7 +501,7 @@ class AsyncTokenLimits(AsyncBase):
             return workers.settlement_without_service(settlement, self._on_unavailable, error)
 
 
-class AsyncDefault:
+class _AsyncDefault:
     """The client behind `atrack_generation`: made on first use, replaced by `tokenlimits.testing.override`."""
 
     current: AsyncTokenLimits | None = None
@@ -547,6 +548,6 @@ async def atrack_generation(
         >>> if not result:
         ...     raise RuntimeError(result.error)
     """
-    return await AsyncDefault.choose(client).track(
+    return await _AsyncDefault.choose(client).track(
         user_id, kind, cost, idempotency_key=idempotency_key, group_id=group_id, metadata=metadata
     )

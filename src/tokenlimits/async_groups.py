@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import builtins  # for annotations after the method `list`
 from collections.abc import AsyncIterator, Iterable
 from datetime import datetime
 from typing import Self, overload
@@ -32,11 +33,7 @@ from .models import (
     User,
 )
 
-Groups = list[Group]
-GroupUsages = list[GroupUsage]
-HistoryPoints = list[HistoryPoint]
-TopMembers = list[TopMember]
-Users = list[User]
+__all__ = ["AsyncGroupManager"]
 
 
 class AsyncGroupManager(AsyncBase):
@@ -234,7 +231,7 @@ class AsyncGroupManager(AsyncBase):
         """
         return await self._transport.send(admins.get_group_by_name(name))
 
-    async def list(self, *, search: str | None = None) -> Groups:
+    async def list(self, *, search: str | None = None) -> builtins.list[Group]:
         """Read all groups by name, or those whose name contains a text, whatever its case.
 
         Args:
@@ -365,7 +362,7 @@ class AsyncGroupManager(AsyncBase):
         """
         return self._transport.iterate(flows.all_members(group_id, search))
 
-    async def find_users(self, email: str) -> Users:
+    async def find_users(self, email: str) -> builtins.list[User]:
         """Find up to 20 users by a part of their e-mail address, whatever its case.
 
         Args:
@@ -377,7 +374,7 @@ class AsyncGroupManager(AsyncBase):
         """
         return await self._transport.send(admins.find_users(email))
 
-    async def find_users_by_email(self, emails: Iterable[str]) -> Users:
+    async def find_users_by_email(self, emails: Iterable[str]) -> builtins.list[User]:
         """Find the users of any number of whole e-mail addresses, whatever their case, in batches of 5,000.
 
         Args:
@@ -401,7 +398,7 @@ class AsyncGroupManager(AsyncBase):
         """
         return await self._transport.send(reports.group_usage(group_id))
 
-    async def usage_all(self) -> GroupUsages:
+    async def usage_all(self) -> builtins.list[GroupUsage]:
         """Read the usage of all groups, by name.
 
         Example:
@@ -418,7 +415,7 @@ class AsyncGroupManager(AsyncBase):
         bucket: Bucket = "day",
         since: datetime | None = None,
         until: datetime | None = None,
-    ) -> HistoryPoints:
+    ) -> builtins.list[HistoryPoint]:
         """Read what was used per kind and hour, day, week or month, oldest first; empty ones are left out.
 
         Args:
@@ -499,7 +496,7 @@ class AsyncGroupManager(AsyncBase):
         since: datetime | None = None,
         until: datetime | None = None,
         count: int = 10,
-    ) -> TopMembers:
+    ) -> builtins.list[TopMember]:
         """Read who used the most in a group, including those who have left it.
 
         It reads the ledger of that time, so it takes longer the more there is.

@@ -12,7 +12,6 @@ from uuid import UUID
 from supabase import Client
 
 from ._core import arguments, workers
-from ._core.arguments import OnUnavailable
 from ._core.call import Call
 from ._core.hold import Hold
 from ._core.workers import DEFAULT_TTL, Settlement
@@ -23,7 +22,9 @@ from ._drivers.generations import Generation
 from ._drivers.limited import Function
 from ._drivers.transport import Transport
 from .errors import ServiceUnavailable
-from .models import GenerationRequest, TrackResult, UserLimit
+from .models import GenerationRequest, OnUnavailable, TrackResult, UserLimit
+
+__all__ = ["TokenLimits", "track_generation"]
 
 
 class TokenLimits(Base):
@@ -496,7 +497,7 @@ class TokenLimits(Base):
             return workers.settlement_without_service(settlement, self._on_unavailable, error)
 
 
-class Default:
+class _Default:
     """The client behind `track_generation`: made on first use, replaced by `tokenlimits.testing.override`."""
 
     current: TokenLimits | None = None
@@ -543,6 +544,6 @@ def track_generation(
         >>> if not result:
         ...     raise RuntimeError(result.error)
     """
-    return Default.choose(client).track(
+    return _Default.choose(client).track(
         user_id, kind, cost, idempotency_key=idempotency_key, group_id=group_id, metadata=metadata
     )

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping
-from decimal import Decimal
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
-from unicodedata import normalize
 from uuid import UUID
 
 from pydantic import (
-    AfterValidator,
     AwareDatetime,
     BaseModel,
     BeforeValidator,
@@ -19,13 +14,51 @@ from pydantic import (
     Field,
     JsonValue,
     PlainSerializer,
-    StrictInt,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
 
-from .errors import GenerationDenied, LimitExceeded, NoLimitForKind, NotInGroup, TokenLimitsError, refusal
+from ._fields import Cost, Kind, Max, Metadata, Name, Text, TimeZone
+from ._refusals import refusal
+from .errors import GenerationDenied, LimitExceeded, NoLimitForKind, NotInGroup, TokenLimitsError
+
+__all__ = [
+    "Bucket",
+    "BulkResult",
+    "Cost",
+    "CounterDrift",
+    "GenerationRequest",
+    "Group",
+    "GroupLimitUsage",
+    "GroupRef",
+    "GroupUsage",
+    "HistoryDrift",
+    "HistoryPoint",
+    "Kind",
+    "Limit",
+    "LimitStatus",
+    "Max",
+    "Member",
+    "Metadata",
+    "Model",
+    "Name",
+    "OnUnavailable",
+    "Period",
+    "Reason",
+    "Reconciliation",
+    "Refused",
+    "Scope",
+    "Status",
+    "Text",
+    "TimeZone",
+    "TopMember",
+    "TrackResult",
+    "UsageRecord",
+    "UsageSum",
+    "User",
+    "UserLimit",
+]
 
 Period = Literal["minute", "hour", "day", "week", "month", "lifetime"]
 """Calendar periods begin in the group's time zone; weeks on Monday; lifetime never ends."""
@@ -43,6 +76,9 @@ Status = Literal["reserved", "committed", "released", "refunded", "expired"]
 Bucket = Literal["hour", "day", "week", "month"]
 """The step of a history."""
 
+OnUnavailable = Literal["raise", "allow", "deny"]
+"""What a worker gets when Supabase can't be reached."""
+
 
 def _known_or_newer(word: Any, known: ValidatorFunctionWrapHandler) -> Any:
     try:
@@ -57,49 +93,6 @@ _Open = (WrapValidator(_known_or_newer), PlainSerializer(lambda word: word))
 """Of a word in an answer: a newer database may have words that aren't in its `Literal`. They are passed on as they are,
 for a denial must stay one, whatever its reason."""
 
-# PostgreSQL's text holds any character but this
-Text = Annotated[str, Field(strict=True, pattern=r"^[^\x00]*$")]
-Kind = Annotated[str, Field(strict=True, pattern=r"^[a-z][a-z0-9_]{0,31}$")]
-Cost = Annotated[StrictInt, Field(ge=1, le=1_000_000_000)]
-Max = Annotated[StrictInt, Field(ge=0, le=1_000_000_000_000_000)]
-
-# control characters, invisible ones, and those that turn the direction of text
-_UNREADABLE = (
-    r"\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e"
-    r"\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
-)
-NAME_PATTERN = rf"^[^{_UNREADABLE}]*[^\s{_UNREADABLE}][^{_UNREADABLE}]*$"
-
-
-def composed(text: str) -> str:
-    """Write accents as names are stored: one character for a letter and its accent, where there is one."""
-    return normalize("NFC", text)
-
-
-def _readable(name: str) -> str:
-    name = composed(name.strip())
-    if len(name) > 200 or not re.search(NAME_PATTERN, name):
-        raise ValueError("must have 1 to 200 characters, none of them a control, zero-width or direction character")
-    return name
-
-
-Name = Annotated[Text, AfterValidator(_readable)]
-"""A group's name. It reads as it is: two that look the same are the same."""
-
-NO_PLACES = frozenset({"CET", "EET", "MET", "WET", "Factory", "localtime", "posixrules"})
-"""Names that the system has among its time zones. PostgreSQL takes the first four for abbreviations, which know no
-daylight saving; the others are no places."""
-
-
-def _place(timezone: str) -> str:
-    if timezone.lower() in {name.lower() for name in NO_PLACES}:
-        raise ValueError("is no IANA time zone of a place, like Europe/Paris, nor UTC")
-    return timezone
-
-
-TimeZone = Annotated[Text, Field(min_length=1, max_length=64), AfterValidator(_place)]
-"""What may be a group's time zone; whether there is one of that name, the database knows."""
-
 
 class Model(BaseModel):
     """Base of all models: frozen, and open to fields of newer servers."""
@@ -107,7 +100,7 @@ class Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="null")
 
 
-class Made(Model):
+class _Made(Model):
     """Base of what callers make: a misspelt field would silently be its default, so it is refused."""
 
     model_config = ConfigDict(extra="forbid")
@@ -120,7 +113,7 @@ class GroupRef(Model):
     name: str | None = None
 
 
-class Limit(Made):
+class Limit(_Made):
     """How much of a kind a group, or each of its members, may use in a period.
 
     `max` is in units of cost: None is unlimited, 0 blocks.
@@ -220,49 +213,7 @@ class TrackResult(Model):
         return refusal(400, {"code": self.code, "message": self.error, "details": self.detail})
 
 
-# what readers of JSON take for a number; Python's integers go on
-_LARGEST_NUMBER = 18 * 10**307
-
-
-def _numbers(value: object) -> Iterator[int | float]:
-    """Find the numbers in a value, however deep."""
-    left = [value]
-    while left:
-        value = left.pop()
-        if isinstance(value, dict):
-            left += cast("dict[str, object]", value).values()
-        elif isinstance(value, list):
-            left += cast("list[object]", value)
-        elif isinstance(value, int | float):
-            yield value
-
-
-def _growth(number: float) -> int:
-    """Tell how much longer a number gets in PostgreSQL, which writes it without an exponent."""
-    short = repr(number)
-    return len(f"{Decimal(short):f}") - len(short) if isinstance(number, float) else 0
-
-
-def _storable(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """Refuse what PostgreSQL's jsonb can't hold, or tokenlimits doesn't keep."""
-    if any(abs(number) > _LARGEST_NUMBER for number in _numbers(metadata)):
-        raise ValueError("has a number beyond 1.8e308, which readers of JSON don't know")
-    try:
-        written = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
-        size = len(written.encode()) + sum(_growth(number) for number in _numbers(metadata))
-    except UnicodeEncodeError:
-        raise ValueError("has half of a surrogate pair, which no text may hold") from None
-    if re.search(r"(?<!\\)(\\\\)*\\u0000", written):
-        raise ValueError("has the character \\0, which PostgreSQL can't hold")
-    if size > 8192:
-        raise ValueError(f"must be at most 8192 bytes of JSON, and is {size}")
-    return metadata
-
-
-Metadata = Annotated[dict[str, JsonValue], AfterValidator(_storable)]
-
-
-class GenerationRequest(Made):
+class GenerationRequest(_Made):
     """One generation to track."""
 
     user_id: UUID
@@ -419,11 +370,3 @@ class BulkResult(Model):
     added: int
     already: int
     refused: tuple[Refused, ...]
-
-
-class AddedPage(Model):
-    """What the server answers to one part of a bulk operation."""
-
-    added: int
-    already: int
-    unknown: tuple[UUID, ...]

@@ -11,6 +11,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from .errors import ConfigurationError
 from .sql_files import checked_schema
 
+__all__ = ["Settings", "checked_key", "checked_url", "load", "load_schema", "named_schema", "stripped_schema"]
+
 _URL = TypeAdapter(AnyHttpUrl)
 
 

@@ -14,7 +14,8 @@ from uuid import UUID
 
 import pytest
 
-from tokenlimits import Group, GroupManager, TokenLimits
+from tokenlimits import GroupManager, TokenLimits
+from tokenlimits.models import Group
 
 if TYPE_CHECKING:
     from tokenlimits.local import LocalStack

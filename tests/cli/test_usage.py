@@ -10,7 +10,8 @@ from uuid import uuid4
 
 import pytest
 
-from tokenlimits import Group, GroupManager, Limit, TokenLimits
+from tokenlimits import GroupManager, Limit, TokenLimits
+from tokenlimits.models import Group
 
 if TYPE_CHECKING:
     from uuid import UUID

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer.main
 from tests.docs.conftest import Docs
 from tests.docs.pages import DOCS, anchors, generated
+from tests.unit.test_public import MODULES
 from tools import build_reference
 
 import tokenlimits
+from tokenlimits import errors
 from tokenlimits.cli._app import app
 from tokenlimits.sql_files import one_paste
 
@@ -90,11 +94,22 @@ def test_every_command_has_its_section(made: dict[Path, str]) -> None:
 
 def test_every_error_has_its_line(made: dict[Path, str]) -> None:
     page = made[DOCS / "reference" / "errors.md"]
-    errors = [getattr(tokenlimits, name) for name in tokenlimits.__all__]
-    names = {
-        each.__name__ for each in errors if isinstance(each, type) and issubclass(each, tokenlimits.TokenLimitsError)
-    }
-    assert {name for name in names if f"| [`{name}`]" not in page} == set()
+    classes = set(errors.__all__) - {"HOW_TO_EXPOSE"}
+    assert {name for name in classes if f"| [`{name}`]" not in page} == set()
     assert set(re.findall(r"^--   (TL\d{3})", one_paste(), re.MULTILINE)) - set(re.findall(r"TL\d{3}", page)) == {
         "TL099"
     }
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module is not tokenlimits.cli], ids=str)
+def test_every_public_name_is_on_a_page(module: ModuleType) -> None:
+    assert set(getattr(module, "__all__", ())) - {"__version__"} <= set(shown())
+
+
+def shown() -> Iterator[str]:
+    """Name what the pages of the Python reference show: an object, or the members of a module."""
+    for page in (DOCS / "reference" / "python").glob("*.md"):
+        for path, members in re.findall(r"^::: ([\w.]+)\n((?: +.*\n)*)", page.read_text(), re.MULTILINE):
+            named = re.findall(r"^ +- (\w+)", members, re.MULTILINE)
+            name = path.rpartition(".")[2]
+            yield from named or getattr(getattr(tokenlimits, name, None), "__all__", [name])

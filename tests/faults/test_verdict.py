@@ -9,7 +9,8 @@ import pytest
 from tests.faults.journal import Account, Called, Journal, read
 from tests.faults.verdict import Usage, problems
 
-from tokenlimits import LimitStatus, ServiceUnavailable, TrackResult
+from tokenlimits import ServiceUnavailable, TrackResult
+from tokenlimits.models import LimitStatus
 
 ANN, GROUP = UUID(int=1), UUID(int=2)
 ASKED = (str(ANN), "image", 3)

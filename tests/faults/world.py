@@ -18,8 +18,9 @@ from tests.support import clock
 from tests.support.invariants import drift
 from tests.support.postgres import PostgresServer
 
-from tokenlimits import Group, GroupManager, TokenLimits, User
+from tokenlimits import GroupManager, TokenLimits
 from tokenlimits.local import LocalStack
+from tokenlimits.models import Group, User
 
 TIMEOUT = 2.0
 """Of the workers' clients, in seconds; a single try has four fifths of it."""

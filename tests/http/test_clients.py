@@ -24,13 +24,13 @@ from tokenlimits import (
     AsyncTokenLimits,
     ConfigurationError,
     GroupManager,
-    SchemaOutdated,
     TokenLimits,
     atrack_generation,
     track_generation,
 )
-from tokenlimits.async_client import AsyncDefault
-from tokenlimits.client import Default
+from tokenlimits.async_client import _AsyncDefault
+from tokenlimits.client import _Default
+from tokenlimits.errors import SchemaOutdated
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 @pytest.fixture(autouse=True)
 def _no_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Default, "current", None)
-    monkeypatch.setattr(AsyncDefault, "current", None)
+    monkeypatch.setattr(_Default, "current", None)
+    monkeypatch.setattr(_AsyncDefault, "current", None)
 
 
 def schemas(server: Server) -> list[str]:
@@ -130,8 +130,8 @@ class TestSchema:
 
         asyncio.run(atrack())
         assert schemas(server) == ["limits"] * 2
-        assert Default.current is not None
-        Default.current.close()
+        assert _Default.current is not None
+        _Default.current.close()
 
     @pytest.mark.parametrize("name", ["auth", "Limits", "pg_temp", "tokenlimits", "", 'x"; drop', 7])
     @pytest.mark.parametrize("make", [TokenLimits, TokenLimits.from_env, AsyncTokenLimits, GroupManager.from_env])
@@ -219,8 +219,8 @@ class TestManyThreads:
             assert all(threads.map(track, range(16)))
         assert len(server.requests) == 16
         assert sorted(type(each).__name__ for each in made) == ["Client", "SyncPostgrestClient"]
-        assert Default.current is not None
-        Default.current.close()
+        assert _Default.current is not None
+        _Default.current.close()
 
     def test_make_one_default_for_their_loops(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It has a client for each loop, and is one thing to close, to replace and to give back."""
@@ -232,8 +232,8 @@ class TestManyThreads:
 
         monkeypatch.setattr(AsyncTokenLimits, "from_env", slow)
         with ThreadPoolExecutor(16) as threads:
-            chosen = set(threads.map(lambda _: AsyncDefault.choose(None), range(64)))
-        assert chosen == {AsyncDefault.current}
+            chosen = set(threads.map(lambda _: _AsyncDefault.choose(None), range(64)))
+        assert chosen == {_AsyncDefault.current}
 
     def test_make_one_postgrest_of_a_foreign_client(self, client: Client, server: Server, made: list[object]) -> None:
         """However many `TokenLimits` there are: `track_generation(client=…)` makes one each time."""
@@ -519,13 +519,13 @@ class TestOneCall:
             "p_cost": 2,
             "p_idempotency_key": "job-1",
         }
-        assert Default.current is not None
-        Default.current.close()
+        assert _Default.current is not None
+        _Default.current.close()
 
     def test_with_a_client(self, client: Client, server: Server) -> None:
         assert track_generation(ANN, "image", client=client)
         assert track_generation(ANN, "image", client=TokenLimits(client))
-        assert Default.current is None
+        assert _Default.current is None
         assert len(server.requests) == 2
 
     def test_with_a_client_of_the_other_colour(self, client: Client) -> None:

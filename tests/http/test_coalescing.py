@@ -9,8 +9,9 @@ import httpx
 import pytest
 from tests.http.conftest import ANN, USUAL, Clock, Server
 
-from tokenlimits import AccessDenied, AsyncTokenLimits, SchemaOutdated, ServiceUnavailable, TokenLimits, TrackResult
+from tokenlimits import AsyncTokenLimits, ServiceUnavailable, TokenLimits, TrackResult
 from tokenlimits._core import workers
+from tokenlimits.errors import AccessDenied, SchemaOutdated
 
 
 def two_at_once(**options: Any) -> list[Any]:

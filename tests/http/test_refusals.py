@@ -9,23 +9,20 @@ import httpx
 import pytest
 from tests.http.conftest import ANN, PRO, Clock, Server, Shell
 
-from tokenlimits import (
+from tokenlimits import ConfigurationError, InvalidRequest, ServiceUnavailable, TokenLimitsError
+from tokenlimits._refusals import BY_CODE
+from tokenlimits.errors import (
     AccessDenied,
     AlreadySettled,
-    ConfigurationError,
     GroupExists,
     GroupNotFound,
     HoldExpired,
     IdempotencyConflict,
-    InvalidRequest,
     SchemaNotInstalled,
     SchemaOutdated,
-    ServiceUnavailable,
-    TokenLimitsError,
     UnknownUser,
     UsageNotFound,
 )
-from tokenlimits.errors import BY_CODE
 
 HTML = "<!doctype html><title>Not here</title>"
 OURS: dict[str, type[TokenLimitsError]] = {

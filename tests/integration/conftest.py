@@ -14,10 +14,11 @@ import pytest
 from supabase import Client, ClientOptions, create_client
 from tests.support.postgres import PostgresServer, servers
 
-from tokenlimits import Group, GroupManager, Limit
-from tokenlimits.async_client import AsyncDefault
-from tokenlimits.client import Default
+from tokenlimits import GroupManager, Limit
+from tokenlimits.async_client import _AsyncDefault
+from tokenlimits.client import _Default
 from tokenlimits.local import LocalStack
+from tokenlimits.models import Group
 
 RunPython = Callable[..., str]
 
@@ -35,11 +36,11 @@ def from_env(stack: LocalStack, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loc
     """The stack as this process's Supabase, and no default clients of before."""
     for name, value in stack.environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(Default, "current", None)
-    monkeypatch.setattr(AsyncDefault, "current", None)
+    monkeypatch.setattr(_Default, "current", None)
+    monkeypatch.setattr(_AsyncDefault, "current", None)
     yield stack
-    if Default.current is not None:
-        Default.current.close()
+    if _Default.current is not None:
+        _Default.current.close()
 
 
 @pytest.fixture

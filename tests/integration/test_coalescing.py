@@ -16,17 +16,10 @@ import pytest
 from supabase import AsyncClient, AsyncClientOptions, Client, ClientOptions
 from tests.integration.conftest import RunPython
 
-from tokenlimits import (
-    AsyncTokenLimits,
-    Group,
-    GroupManager,
-    GroupNotFound,
-    IdempotencyConflict,
-    Limit,
-    TokenLimits,
-    TrackResult,
-)
+from tokenlimits import AsyncTokenLimits, GroupManager, Limit, TokenLimits, TrackResult
+from tokenlimits.errors import GroupNotFound, IdempotencyConflict
 from tokenlimits.local import LocalStack
+from tokenlimits.models import Group
 
 THREADS, EACH = 64, 10
 TASKS = 256

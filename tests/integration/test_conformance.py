@@ -28,24 +28,26 @@ from tests.support.conformance import (
 from tests.support.postgres import PostgresServer, servers
 
 from tokenlimits import (
-    AlreadySettled,
     GenerationDenied,
     GenerationRequest,
-    GroupExists,
-    GroupNotFound,
     Hold,
-    HoldExpired,
-    IdempotencyConflict,
     InvalidRequest,
     Limit,
     LimitExceeded,
     NoLimitForKind,
     NotInGroup,
     TokenLimitsError,
+)
+from tokenlimits._core import flows
+from tokenlimits.errors import (
+    AlreadySettled,
+    GroupExists,
+    GroupNotFound,
+    HoldExpired,
+    IdempotencyConflict,
     UnknownUser,
     UsageNotFound,
 )
-from tokenlimits._core import flows
 from tokenlimits.local import LocalStack
 
 TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)

@@ -14,8 +14,9 @@ from tests.support.hammer import Hammer, supabase_client
 from tests.support.invariants import drift
 from tests.support.postgres import PostgresServer, servers
 
-from tokenlimits import Group, GroupManager, Limit
+from tokenlimits import GroupManager, Limit
 from tokenlimits.local import LocalStack
+from tokenlimits.models import Group
 
 
 @pytest.fixture(scope="module")

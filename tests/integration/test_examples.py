@@ -19,9 +19,10 @@ import pytest
 from tests.support.node import kept, wheel_node
 from tests.support.postgres import PostgresServer, servers
 
-from tokenlimits import Group, GroupManager, Limit, TokenLimits
+from tokenlimits import GroupManager, Limit, TokenLimits
 from tokenlimits.local import LocalStack
 from tokenlimits.local._node import Node
+from tokenlimits.models import Group
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -27,22 +27,19 @@ from tests.support.invariants import drift
 from tests.support.postgres import PostgresServer, servers
 
 from tokenlimits import (
-    AlreadySettled,
     AsyncTokenLimits,
     ConfigurationError,
     GenerationDenied,
     GroupManager,
     Hold,
-    HoldExpired,
-    IdempotencyConflict,
     InvalidRequest,
     LimitExceeded,
     NoLimitForKind,
     NotInGroup,
     ServiceUnavailable,
     TokenLimits,
-    UsageNotFound,
 )
+from tokenlimits.errors import AlreadySettled, HoldExpired, IdempotencyConflict, UsageNotFound
 from tokenlimits.local import LocalStack
 
 MAX = 10

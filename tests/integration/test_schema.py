@@ -24,13 +24,13 @@ from tokenlimits import (
     GenerationRequest,
     GroupManager,
     Limit,
-    SchemaNotInstalled,
     TokenLimits,
     atrack_generation,
     track_generation,
 )
-from tokenlimits.async_client import AsyncDefault
-from tokenlimits.client import Default
+from tokenlimits.async_client import _AsyncDefault
+from tokenlimits.client import _Default
+from tokenlimits.errors import SchemaNotInstalled
 from tokenlimits.local import LocalStack
 
 # neither asks the server anything
@@ -137,11 +137,11 @@ class TestByTheEnvironment:
     def _environment(self, stack: LocalStack, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name, value in {**stack.environment(), "no_proxy": "127.0.0.1"}.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(Default, "current", None)
-        monkeypatch.setattr(AsyncDefault, "current", None)
+        monkeypatch.setattr(_Default, "current", None)
+        monkeypatch.setattr(_AsyncDefault, "current", None)
         yield
-        if Default.current is not None:
-            Default.current.close()
+        if _Default.current is not None:
+            _Default.current.close()
 
     def test_everything_finds_it(self, client: Client) -> None:
         assert track_generation(uuid4(), "image").reason == "not_in_group"

@@ -26,16 +26,9 @@ from tests.integration.servers import (
     silent,
 )
 
-from tokenlimits import (
-    AsyncTokenLimits,
-    Group,
-    GroupManager,
-    Limit,
-    ServiceUnavailable,
-    TokenLimits,
-    TrackResult,
-)
+from tokenlimits import AsyncTokenLimits, GroupManager, Limit, ServiceUnavailable, TokenLimits, TrackResult
 from tokenlimits.local import LocalStack
+from tokenlimits.models import Group
 
 ANN = "0197f0a0-0000-7000-8000-000000000001"
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"

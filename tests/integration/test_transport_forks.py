@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from tests.integration.conftest import RunPython
 
-from tokenlimits import Group, Limit
+from tokenlimits import Limit
 from tokenlimits.local import LocalStack
+from tokenlimits.models import Group
 
 CHILDREN = 4
 CALLS = 20

@@ -13,16 +13,9 @@ import pytest
 from supabase import AsyncClientOptions, create_async_client
 from tests.integration.conftest import RunPython
 
-from tokenlimits import (
-    AsyncGroupManager,
-    AsyncTokenLimits,
-    ConfigurationError,
-    Group,
-    Limit,
-    TrackResult,
-    atrack_generation,
-)
+from tokenlimits import AsyncGroupManager, AsyncTokenLimits, ConfigurationError, Limit, TrackResult, atrack_generation
 from tokenlimits.local import LocalStack
+from tokenlimits.models import Group
 
 
 @pytest.fixture

@@ -13,20 +13,12 @@ import httpx
 import pytest
 from supabase import AsyncClientOptions, Client, ClientOptions, create_async_client, create_client
 
-from tokenlimits import (
-    AccessDenied,
-    AsyncGroupManager,
-    Group,
-    GroupManager,
-    GroupNotFound,
-    InvalidRequest,
-    Limit,
-    Refused,
-    TokenLimits,
-)
+from tokenlimits import AsyncGroupManager, GroupManager, InvalidRequest, Limit, TokenLimits
+from tokenlimits._core.admins import AddedPage
 from tokenlimits._core.call import Call
+from tokenlimits.errors import AccessDenied, GroupNotFound
 from tokenlimits.local import LocalStack, LocalUser
-from tokenlimits.models import AddedPage
+from tokenlimits.models import Group, Refused
 
 
 @pytest.fixture(scope="module")

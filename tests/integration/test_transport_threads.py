@@ -17,8 +17,9 @@ from anyio.abc import SocketStream
 from postgrest import SyncPostgrestClient
 from supabase import ClientOptions, create_client
 
-from tokenlimits import AsyncTokenLimits, Group, GroupManager, Limit, TokenLimits, TrackResult, track_generation
+from tokenlimits import AsyncTokenLimits, GroupManager, Limit, TokenLimits, TrackResult, track_generation
 from tokenlimits.local import LocalStack
+from tokenlimits.models import Group
 
 THREADS = 32
 CALLS = 50

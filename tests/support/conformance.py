@@ -32,11 +32,11 @@ from tokenlimits import (
     TokenLimits,
     TokenLimitsError,
     TrackResult,
-    UsageSum,
 )
 from tokenlimits._core.queue import MAX_WAIT, Flight
 from tokenlimits._core.workers import track_together
 from tokenlimits.local import LocalStack
+from tokenlimits.models import UsageSum
 from tokenlimits.testing import FakeAsyncTokenLimits, FakeTokenLimits
 
 Colour = Literal["sync", "async", "batches"]

@@ -9,15 +9,13 @@ from uuid import UUID
 
 from supabase import AsyncClient, Client
 
-from tokenlimits import (
-    AsyncGroupManager,
+from tokenlimits import AsyncGroupManager, GroupManager, Limit
+from tokenlimits.models import (
     BulkResult,
     Group,
     GroupLimitUsage,
-    GroupManager,
     GroupUsage,
     HistoryPoint,
-    Limit,
     Member,
     Reconciliation,
     Refused,

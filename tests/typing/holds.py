@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from typing import Any, assert_type
 from uuid import UUID
 
-from tokenlimits import AsyncTokenLimits, GroupManager, Hold, HoldExpired, TokenLimits, TrackResult
+from tokenlimits import AsyncTokenLimits, GroupManager, Hold, TokenLimits, TrackResult
+from tokenlimits.errors import HoldExpired
 
 limits = TokenLimits()
 alimits = AsyncTokenLimits()

@@ -13,18 +13,16 @@ from tokenlimits import (
     AsyncTokenLimits,
     GenerationDenied,
     GenerationRequest,
-    GroupRef,
     InvalidRequest,
     Limit,
-    LimitStatus,
     ServiceUnavailable,
     TokenLimits,
     TokenLimitsError,
     TrackResult,
-    UserLimit,
     atrack_generation,
     track_generation,
 )
+from tokenlimits.models import GroupRef, LimitStatus, UserLimit
 
 
 def one_call(user_id: UUID, client: Client, aclient: AsyncClient, now: datetime) -> None:

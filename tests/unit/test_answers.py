@@ -11,17 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenlimits import (
-    AccessDenied,
-    ConfigurationError,
-    InvalidRequest,
-    SchemaNotInstalled,
-    ServiceUnavailable,
-    TokenLimitsError,
-)
+from tokenlimits import ConfigurationError, InvalidRequest, ServiceUnavailable, TokenLimitsError
 from tokenlimits._core import answers
 from tokenlimits._core.call import Call
 from tokenlimits._core.retry import Transient
+from tokenlimits.errors import AccessDenied, SchemaNotInstalled
 
 CALL: Call[int] = Call("count_things", {}, lambda answer: int(answer["things"]))
 

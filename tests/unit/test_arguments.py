@@ -27,7 +27,7 @@ from tokenlimits import (
 )
 from tokenlimits._core import admins, workers
 from tokenlimits._drivers.transport import AsyncTransport, Transport
-from tokenlimits.models import NO_PLACES
+from tokenlimits._fields import NO_PLACES
 
 ID = "0197f0a0-0000-7000-8000-000000000001"
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)

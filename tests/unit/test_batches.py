@@ -7,15 +7,9 @@ from uuid import UUID
 
 import pytest
 
-from tokenlimits import (
-    GenerationRequest,
-    GroupNotFound,
-    IdempotencyConflict,
-    InvalidRequest,
-    ServiceUnavailable,
-    TrackResult,
-)
+from tokenlimits import GenerationRequest, InvalidRequest, ServiceUnavailable, TrackResult
 from tokenlimits._core import workers
+from tokenlimits.errors import GroupNotFound, IdempotencyConflict
 
 ANN = UUID("0197f0a0-0000-7000-8000-000000000001")
 PRO = "0197f0a0-0000-7000-8000-000000000002"

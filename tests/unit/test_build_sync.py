@@ -28,6 +28,7 @@ def dedent(text: str) -> str:
         ("x: AbstractAsyncContextManager[Hold, None]", "x: AbstractContextManager[Hold, None]"),
         ("await AsyncDefault.choose(client).track(user)", "Default.choose(client).track(user)"),
         ("track = atrack_generation", "track = track_generation"),
+        ("__all__ = ['AsyncTokenLimits', 'atrack_generation']", "__all__ = ['TokenLimits', 'track_generation']"),
         ("message = 'AsyncTokenLimits does not await'", "message = 'AsyncTokenLimits does not await'"),
     ],
 )

@@ -14,21 +14,13 @@ from uuid import UUID
 
 import pytest
 
-from tokenlimits import (
-    Group,
-    GroupNotFound,
-    GroupRef,
-    Limit,
-    SchemaOutdated,
-    ServiceUnavailable,
-    TokenLimitsError,
-    TrackResult,
-    UnknownUser,
-)
+from tokenlimits import Limit, ServiceUnavailable, TokenLimitsError, TrackResult
 from tokenlimits._core import admins, answers, reports, workers
 from tokenlimits._core.arguments import new_key
 from tokenlimits._core.call import Call
 from tokenlimits._core.retry import Transient
+from tokenlimits.errors import GroupNotFound, SchemaOutdated, UnknownUser
+from tokenlimits.models import Group, GroupRef
 from tokenlimits.sql_files import SCHEMA_VERSION, one_paste
 
 ANN = "0197f0a0-0000-7000-8000-000000000001"

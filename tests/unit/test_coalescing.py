@@ -19,20 +19,13 @@ from uuid import UUID
 
 import pytest
 
-from tokenlimits import (
-    AccessDenied,
-    AsyncTokenLimits,
-    IdempotencyConflict,
-    InvalidRequest,
-    ServiceUnavailable,
-    TokenLimits,
-    TrackResult,
-)
+from tokenlimits import AsyncTokenLimits, InvalidRequest, ServiceUnavailable, TokenLimits, TrackResult
 from tokenlimits._core import queue as _queue
 from tokenlimits._core import workers
 from tokenlimits._core.call import Call
 from tokenlimits._drivers import coalescing
 from tokenlimits._drivers.transport import AsyncTransport, Transport
+from tokenlimits.errors import AccessDenied, IdempotencyConflict
 
 T = TypeVar("T")
 

@@ -18,23 +18,21 @@ from pydantic import ValidationError
 from tests.support.model import day_begins
 
 from tokenlimits import (
-    AccessDenied,
     AsyncGroupManager,
     AsyncTokenLimits,
     ConfigurationError,
     GroupManager,
-    HoldExpired,
     InvalidRequest,
     Limit,
     LimitExceeded,
     ServiceUnavailable,
     TokenLimits,
-    UnknownUser,
     atrack_generation,
     track_generation,
 )
-from tokenlimits.async_client import AsyncDefault
-from tokenlimits.client import Default
+from tokenlimits.async_client import _AsyncDefault
+from tokenlimits.client import _Default
+from tokenlimits.errors import AccessDenied, HoldExpired, UnknownUser
 from tokenlimits.sql_files import one_paste
 from tokenlimits.testing import (
     FakeAsyncGroupManager,
@@ -59,10 +57,10 @@ def no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     for name in ("SUPABASE_URL", "SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    before = Default.current, AsyncDefault.current
-    Default.current = AsyncDefault.current = None
+    before = _Default.current, _AsyncDefault.current
+    _Default.current = _AsyncDefault.current = None
     yield
-    Default.current, AsyncDefault.current = before
+    _Default.current, _AsyncDefault.current = before
 
 
 class TestGroupIds:
@@ -494,8 +492,8 @@ class TestOverride:
     def test_ends(self) -> None:
         with pytest.raises(KeyError), override(FakeTokenLimits()):
             raise KeyError
-        assert Default.current is None
-        assert AsyncDefault.current is None
+        assert _Default.current is None
+        assert _AsyncDefault.current is None
         with pytest.raises(ConfigurationError):
             track_generation(ANN, "image")
 
@@ -535,7 +533,7 @@ class TestOverride:
 
         assert (work(), work()) == (True, True)
         assert len(fake.tracked) == 2
-        assert Default.current is None
+        assert _Default.current is None
 
     def test_does_as_the_fake_when_supabase_is_away(self) -> None:
         with override(FakeTokenLimits(on_unavailable="deny")) as fake:

@@ -9,11 +9,12 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tokenlimits import BulkResult, Group, GroupUsage, InvalidRequest, Member, Refused, UsageRecord, User
+from tokenlimits import InvalidRequest
 from tokenlimits._core import flows, reports
+from tokenlimits._core.admins import AddedPage
 from tokenlimits._core.call import Call
 from tokenlimits._core.reports import Page
-from tokenlimits.models import AddedPage
+from tokenlimits.models import BulkResult, Group, GroupUsage, Member, Refused, UsageRecord, User
 
 T = TypeVar("T")
 

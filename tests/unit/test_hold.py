@@ -16,10 +16,8 @@ from uuid import UUID
 import pytest
 
 from tokenlimits import (
-    AlreadySettled,
     ConfigurationError,
     GenerationDenied,
-    HoldExpired,
     InvalidRequest,
     LimitExceeded,
     ServiceUnavailable,
@@ -29,6 +27,7 @@ from tokenlimits._core import workers
 from tokenlimits._core.call import Call
 from tokenlimits._core.hold import RunningHold
 from tokenlimits._drivers import limited
+from tokenlimits.errors import AlreadySettled, HoldExpired
 
 ANN = "0197f0a0-0000-7000-8000-000000000001"
 USAGE = UUID("0197f0a0-0000-7000-8000-000000000009")

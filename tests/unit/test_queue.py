@@ -9,10 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tokenlimits import IdempotencyConflict, ServiceUnavailable, TrackResult
+from tokenlimits import ServiceUnavailable, TrackResult
 from tokenlimits._core import workers
 from tokenlimits._core.queue import MAX_WAIT, Flight, Lane, Queue, Ticket
 from tokenlimits._core.workers import LARGEST, Busy
+from tokenlimits.errors import IdempotencyConflict
 
 ANN, BOB = ("0197f0a0-0000-7000-8000-00000000000a", "0197f0a0-0000-7000-8000-00000000000b")
 TEAM = "0197f0a0-0000-7000-8000-000000000001"

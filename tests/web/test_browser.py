@@ -18,8 +18,9 @@ from tests.integration.servers import Handler, raw_server
 from tests.web.chromium import axe, chromium
 from tests.web.conftest import served, settings_for
 
-from tokenlimits import Group, GroupManager, Limit, TokenLimits
+from tokenlimits import GroupManager, Limit, TokenLimits
 from tokenlimits.local import LocalStack, LocalUser
+from tokenlimits.models import Group
 from tokenlimits.web import create_app
 
 SignIn = Callable[..., Page]

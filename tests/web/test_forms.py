@@ -12,8 +12,9 @@ from uuid import UUID, uuid4
 import pytest
 from starlette.datastructures import FormData
 
-from tokenlimits import GroupExists, GroupRef, HistoryPoint, InvalidRequest
-from tokenlimits.models import UsageRecord
+from tokenlimits import InvalidRequest
+from tokenlimits.errors import GroupExists
+from tokenlimits.models import GroupRef, HistoryPoint, UsageRecord
 from tokenlimits.web.panel import _charts
 from tokenlimits.web.panel._export import as_csv
 from tokenlimits.web.panel._forms import GroupForm, LimitRow, ids, pasted

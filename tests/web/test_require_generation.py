@@ -15,8 +15,9 @@ from fastapi.responses import StreamingResponse
 from supabase import AsyncClient, AsyncClientOptions
 from tests.web.conftest import served
 
-from tokenlimits import AsyncTokenLimits, Group, GroupManager, Hold, InvalidRequest, Limit, TokenLimits
+from tokenlimits import AsyncTokenLimits, GroupManager, Hold, InvalidRequest, Limit, TokenLimits
 from tokenlimits.local import LocalStack, LocalUser
+from tokenlimits.models import Group
 from tokenlimits.web import WebSettings, require_generation
 
 

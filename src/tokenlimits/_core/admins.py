@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+from uuid import UUID
 
 from tokenlimits.errors import GroupNotFound, UnknownUser
-from tokenlimits.models import AddedPage, Group, Limit, Member, Period, Scope, User
+from tokenlimits.models import Group, Limit, Member, Model, Period, Scope, User
 
 from . import arguments
 from .arguments import Id, Limits, parser
 from .call import Call, field_parser
+
+
+class AddedPage(Model):
+    """What the server answers to one part of a bulk operation."""
+
+    added: int
+    already: int
+    unknown: tuple[UUID, ...]
+
 
 _GROUP = parser(Group)
 _GROUPS = parser(list[Group])

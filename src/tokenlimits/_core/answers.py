@@ -8,14 +8,13 @@ from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
+from tokenlimits._refusals import BY_CODE, refusal
 from tokenlimits.errors import (
-    BY_CODE,
     ConfigurationError,
     SchemaNotInstalled,
     SchemaOutdated,
     ServiceUnavailable,
     TokenLimitsError,
-    refusal,
 )
 from tokenlimits.sql_files import SCHEMA_VERSION
 

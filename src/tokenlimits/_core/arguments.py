@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 from uuid import UUID
 
 from pydantic import Field, StrictBool, StrictInt, TypeAdapter, ValidationError
 
+from tokenlimits._fields import composed
 from tokenlimits.errors import InvalidRequest
 from tokenlimits.models import (
     Bucket,
@@ -19,19 +20,17 @@ from tokenlimits.models import (
     Kind,
     Limit,
     Name,
+    OnUnavailable,
     Period,
     Scope,
     Text,
     TimeZone,
-    composed,
 )
 
 T = TypeVar("T")
 
 Id = UUID | str
 Limits = Mapping[str, int | None] | Iterable[Limit]
-OnUnavailable = Literal["raise", "allow", "deny"]
-"""What a worker gets when Supabase can't be reached."""
 
 
 def parser(type_: Any) -> Callable[[Any], Any]:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
-from tokenlimits.models import AddedPage, BulkResult, Group, GroupUsage, Member, Refused, User
+from tokenlimits.models import BulkResult, Group, GroupUsage, Member, Refused, User
 
 from . import admins, arguments, reports
+from .admins import AddedPage
 from .arguments import Id
 from .call import Call
 from .reports import Export, Page

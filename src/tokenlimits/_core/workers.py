@@ -10,10 +10,10 @@ from typing import Any
 from uuid import UUID
 
 from tokenlimits.errors import ServiceUnavailable
-from tokenlimits.models import GenerationRequest, GroupRef, TrackResult, UserLimit
+from tokenlimits.models import GenerationRequest, GroupRef, OnUnavailable, TrackResult, UserLimit
 
 from . import arguments
-from .arguments import Id, OnUnavailable, parser
+from .arguments import Id, parser
 from .call import Call
 
 RESULT = parser(TrackResult)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+__all__ = ["main"]
+
 _NEEDED = ("psycopg", "rich", "typer")
 
 

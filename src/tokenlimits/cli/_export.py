@@ -13,8 +13,8 @@ from typing import IO, Annotated, Any, Literal
 
 import typer
 
-from tokenlimits import Bucket, UsageRecord, UsageSum
 from tokenlimits._csv import guarded
+from tokenlimits.models import Bucket, UsageRecord, UsageSum
 
 from ._find import find_group, find_user, manager
 from ._options import GroupOption, KindOption, Since, Until

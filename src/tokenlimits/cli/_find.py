@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from uuid import UUID
 
-from tokenlimits import Group, GroupManager, GroupNotFound, TokenLimits
+from tokenlimits import GroupManager, TokenLimits
+from tokenlimits.errors import GroupNotFound
+from tokenlimits.models import Group
 
 from ._terminal import Problem
 

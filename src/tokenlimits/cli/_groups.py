@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from tokenlimits import Group, GroupUsage
+from tokenlimits.models import Group, GroupUsage
 
 from . import _limits
 from ._find import find_group, manager

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from tokenlimits import Bucket, Group, HistoryPoint
+from tokenlimits.models import Bucket, Group, HistoryPoint
 
 from ._find import find_group, manager
 from ._options import AsJson, KindOption, Since, Until

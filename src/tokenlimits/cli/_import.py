@@ -11,16 +11,9 @@ from uuid import UUID
 
 import typer
 
-from tokenlimits import (
-    GenerationDenied,
-    GroupManager,
-    GroupNotFound,
-    IdempotencyConflict,
-    InvalidRequest,
-    TokenLimits,
-    UnknownUser,
-)
+from tokenlimits import GenerationDenied, GroupManager, InvalidRequest, TokenLimits
 from tokenlimits._csv import unguarded
+from tokenlimits.errors import GroupNotFound, IdempotencyConflict, UnknownUser
 
 from ._bulk import Line, Outcome, Report, StartLine, at_once, in_parts, report, source
 from ._find import find_group, manager, resolve, worker

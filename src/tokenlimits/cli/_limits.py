@@ -8,8 +8,8 @@ from typing import Annotated, get_args
 
 import typer
 
-from tokenlimits import Group, GroupManager, Limit
-from tokenlimits.models import Period, Scope
+from tokenlimits import GroupManager, Limit
+from tokenlimits.models import Group, Period, Scope
 
 from ._find import find_group, manager
 from ._options import AsJson, GroupArgument, Yes

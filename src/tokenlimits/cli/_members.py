@@ -8,7 +8,8 @@ from uuid import UUID
 
 import typer
 
-from tokenlimits import Group, GroupManager
+from tokenlimits import GroupManager
+from tokenlimits.models import Group
 
 from ._bulk import File, Line, Outcome, Report, StartLine, at_once, in_parts, report, source
 from ._find import find_group, manager, resolve

@@ -13,7 +13,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tokenlimits import GroupLimitUsage, GroupManager, GroupUsage, ServiceUnavailable, TokenLimits, UserLimit
+from tokenlimits import GroupManager, ServiceUnavailable, TokenLimits
+from tokenlimits.models import GroupLimitUsage, GroupUsage, UserLimit
 
 from ._find import find_group, find_user, manager, worker
 from ._options import AsJson

@@ -13,15 +13,15 @@ from uuid import UUID
 from pydantic import AwareDatetime, JsonValue
 
 from tokenlimits._core import arguments
-from tokenlimits._core.arguments import Limits, OnUnavailable
+from tokenlimits._core.arguments import Limits
 from tokenlimits._core.call import Call
 from tokenlimits._drivers.base import DEFAULT_TIMEOUT
 from tokenlimits._drivers.transport import AsyncTransport, Transport
-from tokenlimits.async_client import AsyncDefault, AsyncTokenLimits
+from tokenlimits.async_client import AsyncTokenLimits, _AsyncDefault
 from tokenlimits.async_groups import AsyncGroupManager
-from tokenlimits.client import Default, TokenLimits
+from tokenlimits.client import TokenLimits, _Default
 from tokenlimits.groups import GroupManager
-from tokenlimits.models import GroupRef, Model, Status
+from tokenlimits.models import GroupRef, Model, OnUnavailable, Status
 
 from ._engine import Engine
 
@@ -301,9 +301,9 @@ def override(fake: F) -> Generator[F]:
     for twin in (sync, asynchronous):
         twin._use(fake._engine)
         twin._on_unavailable = fake._on_unavailable
-    before = Default.current, AsyncDefault.current
-    Default.current, AsyncDefault.current = sync, asynchronous
+    before = _Default.current, _AsyncDefault.current
+    _Default.current, _AsyncDefault.current = sync, asynchronous
     try:
         yield fake
     finally:
-        Default.current, AsyncDefault.current = before
+        _Default.current, _AsyncDefault.current = before

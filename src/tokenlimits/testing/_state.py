@@ -13,7 +13,8 @@ from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any, NoReturn
 
-from tokenlimits.errors import InvalidRequest, refusal
+from tokenlimits._refusals import refusal
+from tokenlimits.errors import InvalidRequest
 from tokenlimits.models import Status
 
 from ._periods import BEGINNING, NEVER, period_of

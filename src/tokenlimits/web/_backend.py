@@ -15,20 +15,12 @@ import httpx
 from pydantic import AwareDatetime, BaseModel, RootModel, SecretStr, ValidationError
 from supabase import AsyncClient, AsyncClientOptions
 
-from tokenlimits import (
-    AccessDenied,
-    AsyncGroupManager,
-    AsyncTokenLimits,
-    ConfigurationError,
-    Group,
-    Member,
-    ServiceUnavailable,
-    UsageRecord,
-    UserLimit,
-)
+from tokenlimits import AsyncGroupManager, AsyncTokenLimits, ConfigurationError, ServiceUnavailable
 from tokenlimits._core import admins, call, reports
 from tokenlimits._core.arguments import parser
 from tokenlimits._drivers.transport import until_loop_ends
+from tokenlimits.errors import AccessDenied
+from tokenlimits.models import Group, Member, UsageRecord, UserLimit
 
 from ._problems import SignInRequired
 from ._settings import WebSettings

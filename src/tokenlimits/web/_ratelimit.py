@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
-from tokenlimits import LimitStatus, TrackResult
+from tokenlimits import TrackResult
+from tokenlimits.models import LimitStatus
 
 # months have no fixed length, and lifetime has none
 _WINDOWS: Mapping[str, int] = {"minute": 60, "hour": 3600, "day": 86_400, "week": 604_800}

@@ -16,7 +16,8 @@ from pydantic import SecretStr
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tokenlimits import AccessDenied, InvalidRequest
+from tokenlimits import InvalidRequest
+from tokenlimits.errors import AccessDenied
 
 from ._backend import Backend, Person, Tokens
 from ._problems import SignInRequired

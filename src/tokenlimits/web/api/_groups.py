@@ -7,8 +7,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query
 
-from tokenlimits import Bucket, Group, GroupUsage
-from tokenlimits.models import Kind, Text
+from tokenlimits.models import Bucket, Group, GroupUsage, Kind, Text
 from tokenlimits.web._problems import documented
 
 from ._routing import ApiRoute, CallersGroups

@@ -7,8 +7,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query
 
-from tokenlimits import BulkResult
-from tokenlimits.models import Text
+from tokenlimits.models import BulkResult, Text
 from tokenlimits.web._problems import documented
 
 from ._routing import ApiRoute, CallersGroups

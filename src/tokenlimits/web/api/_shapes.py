@@ -19,10 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from tokenlimits import Group, HistoryPoint, Limit, Member, UserLimit
-from tokenlimits.models import NAME_PATTERN, Cost, Kind, Max, Metadata, Text
-from tokenlimits.models import Name as _Name
-from tokenlimits.models import TimeZone as _TimeZone
+from tokenlimits import Limit
+from tokenlimits.models import Cost, Group, HistoryPoint, Kind, Max, Member, Metadata, Name, Text, TimeZone, UserLimit
 
 T = TypeVar("T")
 
@@ -96,10 +94,7 @@ def _in_utc(value: datetime) -> datetime:
 
 
 Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
-# a schema knows nothing of Unicode's normal forms: the length that counts is that of the name as it is stored
-Name = Annotated[_Name, Field(json_schema_extra={"minLength": 1, "maxLength": 200, "pattern": NAME_PATTERN})]
 Priority = Annotated[StrictInt, Field(ge=-(2**31), lt=2**31), _Whole]
-TimeZone = Annotated[_TimeZone, Field(json_schema_extra={"format": "timezone"})]
 _Maxima = Annotated[
     dict[Kind, Max | None],
     WithJsonSchema(

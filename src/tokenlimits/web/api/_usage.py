@@ -6,7 +6,8 @@ from uuid import UUID
 
 from fastapi import APIRouter, Request
 
-from tokenlimits import AccessDenied, InvalidRequest, TrackResult
+from tokenlimits import InvalidRequest, TrackResult
+from tokenlimits.errors import AccessDenied
 from tokenlimits.web import _ratelimit
 from tokenlimits.web._backend import Backend
 from tokenlimits.web._problems import documented

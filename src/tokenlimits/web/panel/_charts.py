@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from tokenlimits import HistoryPoint
+from tokenlimits.models import HistoryPoint
 
 Step = Literal["hour", "day", "month"]
 

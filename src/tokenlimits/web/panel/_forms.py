@@ -11,9 +11,10 @@ from uuid import UUID
 from pydantic import ValidationError
 from starlette.datastructures import FormData
 
-from tokenlimits import Group, GroupExists, InvalidRequest, TokenLimitsError
+from tokenlimits import InvalidRequest, TokenLimitsError
 from tokenlimits._core.arguments import parser
-from tokenlimits.models import Name, TimeZone
+from tokenlimits.errors import GroupExists
+from tokenlimits.models import Group, Name, TimeZone
 
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _MOST = 1_000_000_000_000_000

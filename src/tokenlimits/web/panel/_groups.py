@@ -8,7 +8,8 @@ from zoneinfo import available_timezones
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from tokenlimits import GroupExists, InvalidRequest
+from tokenlimits import InvalidRequest
+from tokenlimits.errors import GroupExists
 
 from ._forms import GroupForm, LimitRow
 from ._pages import PageRoute, Signed, Visit, done

@@ -10,7 +10,8 @@ from uuid import UUID
 from fastapi import APIRouter, Query
 from starlette.responses import Response
 
-from tokenlimits import BulkResult, InvalidRequest
+from tokenlimits import InvalidRequest
+from tokenlimits.models import BulkResult
 from tokenlimits.web._backend import Groups
 
 from ._forms import ids, pasted

@@ -8,7 +8,8 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from starlette.responses import RedirectResponse, Response
 
-from tokenlimits import AccessDenied, ServiceUnavailable
+from tokenlimits import ServiceUnavailable
+from tokenlimits.errors import AccessDenied
 from tokenlimits.web._limiter import address
 from tokenlimits.web._problems import TooManyRequests
 from tokenlimits.web._sessions import Session

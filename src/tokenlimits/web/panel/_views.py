@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tokenlimits import Group, GroupLimitUsage, GroupUsage
+from tokenlimits.models import Group, GroupLimitUsage, GroupUsage
 
 Level = Literal["ok", "warn", "full", "none"]
 Sort = Literal["name", "usage", "members"]

@@ -1,0 +1,72 @@
+"""The one registry from a server's code to the class of its error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from .errors import (
+    HOW_TO_EXPOSE,
+    AccessDenied,
+    AlreadySettled,
+    ConfigurationError,
+    GroupExists,
+    GroupNotFound,
+    HoldExpired,
+    IdempotencyConflict,
+    InvalidRequest,
+    SchemaNotInstalled,
+    TokenLimitsError,
+    UnknownUser,
+    UsageNotFound,
+)
+
+BY_CODE: Mapping[str, type[TokenLimitsError]] = {
+    "TL001": InvalidRequest,
+    "TL002": GroupNotFound,
+    "TL003": GroupExists,
+    "TL004": UnknownUser,
+    "TL005": UsageNotFound,
+    "TL006": AlreadySettled,
+    "TL007": HoldExpired,
+    "TL008": IdempotencyConflict,
+    "TL009": ConfigurationError,
+    "TL010": ConfigurationError,
+    "42501": AccessDenied,  # insufficient_privilege
+    "42883": SchemaNotInstalled,  # undefined_function
+    "3F000": SchemaNotInstalled,  # invalid_schema_name
+    "23502": InvalidRequest,  # not_null_violation
+    "23503": UnknownUser,  # foreign_key_violation: only memberships have one to a row that isn't ours
+    "23514": InvalidRequest,  # check_violation
+    "PGRST106": ConfigurationError,  # the schema is not exposed
+    "PGRST202": SchemaNotInstalled,  # function not in the schema cache
+    "PGRST301": AccessDenied,  # the JWT is not valid
+    "PGRST302": AccessDenied,  # anonymous access is off
+    "PGRST303": AccessDenied,  # the JWT's claims are not valid
+}
+"""Classes by SQLSTATE (sql/schema/10_schema.sql lists ours) or PostgREST code."""
+
+
+def refusal(status: int, answer: Mapping[str, object]) -> TokenLimitsError:
+    """Make the error for a request that the server refused with this HTTP status and JSON object."""
+    text = str(answer.get("message") or answer.get("error") or f"The server answered with status {status}")
+    code = answer.get("code")
+    # our functions put the code into the message too, for servers between us that replace it
+    if in_message := re.search(r"\((TL\d{3})\)$", text):
+        code = in_message[1]
+    code = code if isinstance(code, str) else None
+    cls = _class_of(status, code)
+    hints = [answer.get("hint") or cls.default_hint, HOW_TO_EXPOSE if code == "PGRST106" else ""]
+    detail = answer.get("details")
+    message = ". ".join(str(part) for part in (text, *hints) if part)
+    return cls(message, code=code, detail=None if detail is None else str(detail))
+
+
+def _class_of(status: int, code: str | None) -> type[TokenLimitsError]:
+    if code is not None and code in BY_CODE:
+        return BY_CODE[code]
+    if status in (401, 403):
+        return AccessDenied
+    if code is not None and code.startswith("22"):  # data exceptions: text where a number belongs, \u0000, …
+        return InvalidRequest
+    return TokenLimitsError
