@@ -39,6 +39,19 @@ class TestGroupForm:
             "limits": [{"kind": "image", "max": 1000, "period": "day", "scope": "group"}],
         }
 
+    @pytest.mark.parametrize(
+        ("text", "max_"),
+        [("1,000", 1000), ("12,000,000", 12_000_000), ("1 000", 1000), ("1\u202f000", 1000), ("1_000", 1000), ("0", 0)],
+    )
+    def test_thousands_are_separated(self, text: str, max_: int) -> None:
+        _, fields = GroupForm.of_typed(typed(max=text)).checked()
+        assert fields["limits"][0]["max"] == max_
+
+    @pytest.mark.parametrize("text", ["10,00", "1,5", "1,0000", "1000,000", ",100", "1,", "1.000", "1,000 000"])
+    def test_a_decimal_is_not_made_whole(self, text: str) -> None:
+        form, fields = GroupForm.of_typed(typed(max=text)).checked()
+        assert (form.rows[0].wrong, fields) == ("max", {})
+
     def test_unlimited_needs_no_maximum(self) -> None:
         _, fields = GroupForm.of_typed(typed(max="", unlimited="yes")).checked()
         assert fields["limits"][0]["max"] is None
@@ -89,6 +102,23 @@ class TestPasted:
         assert found.ids == [one, two]
         assert found.emails == ["ann@example.com", "BOB@example.com"]
         assert found.unknown == ["id", "email"]
+
+    @pytest.mark.parametrize(
+        ("text", "emails"),
+        [
+            ("o'x@example.com", ["o'x@example.com"]),
+            ("'ann@example.com', 'bob@example.com'", ["ann@example.com", "bob@example.com"]),
+            ("First Last <a@example.com>, Other <b@example.com>;", ["a@example.com", "b@example.com"]),
+            ('"Last, First" <a@example.com>; b@example.com', ["a@example.com", "b@example.com"]),
+            ("\"O'Neil, Ann\" <o'neil@example.com>", ["o'neil@example.com"]),
+            ("Ann <mailto:a@example.com>", ["a@example.com"]),
+            ("<a@example.com> <b@example.com>", ["a@example.com", "b@example.com"]),
+            ('"a@example.com","Ann"', ["a@example.com"]),
+            ("a@example.com\r\nb@example.com\rc@example.com", ["a@example.com", "b@example.com", "c@example.com"]),
+        ],
+    )
+    def test_nobody_else_is_read_from_an_address(self, text: str, emails: list[str]) -> None:
+        assert pasted(text).emails == emails
 
     def test_nothing_is_nothing(self) -> None:
         assert pasted(" \n,") == pasted("")

@@ -109,6 +109,8 @@ def _read(text: IO[str], columns: Sequence[str], start: int) -> Iterator[Line]:
         cells = [cell.strip() for cell in row]
         if reader.line_num == 1 and set(map(str.lower, cells)) & set(columns):
             names = [cell.lower() for cell in cells]
+            if repeated := [name for name in columns if names.count(name) > 1]:
+                raise Problem(f"The first line names the column {repeated[0]} twice: keep the one that you mean.")
         elif reader.line_num == 1 and len(cells) > 1 and not any("@" in cell or as_id(cell) for cell in cells):
             raise Problem(f"The first line names the columns {', '.join(cells)}: none of them is {', '.join(columns)}.")
         elif reader.line_num >= start and any(cells):

@@ -71,7 +71,7 @@ def parse_all(texts: Sequence[str]) -> list[Limit]:
 def _maximum(text: str, amount: str) -> int | None:
     if amount == "unlimited":
         return None
-    if not re.fullmatch(r"[0-9][0-9_]*", amount):
+    if not re.fullmatch(r"[0-9]+|[0-9]{1,3}(_[0-9]{3})+", amount):
         raise Problem(f"{text}: {amount!r} is neither a whole number nor unlimited; {_EXAMPLE}")
     return int(amount.replace("_", ""))
 

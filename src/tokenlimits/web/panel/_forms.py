@@ -17,6 +17,8 @@ from tokenlimits.errors import GroupExists
 from tokenlimits.models import Group, Name, TimeZone
 
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,31}")
+# what separates thousands, one and the same throughout: 10,00 is 10 for half of the world, and 1000 for nobody
+_WHOLE = re.compile(r"[0-9]+|[0-9]{1,3}(?P<between>[, _'\u00a0\u2009\u202f])[0-9]{3}(?:(?P=between)[0-9]{3})*")
 _MOST = 1_000_000_000_000_000
 _PERIODS = ("minute", "hour", "day", "week", "month", "lifetime")
 _SCOPES = ("group", "member")
@@ -40,15 +42,14 @@ class LimitRow:
 
     def checked(self) -> tuple[LimitRow, dict[str, Any]]:
         """Return it with what is wrong with it, and as the library takes it."""
-        typed = self.max.replace(",", "").replace("_", "").replace(" ", "")
         if not _KIND.fullmatch(self.kind):
             wrong, error = "kind", "A kind begins with a letter a-z; then a-z, 0-9 and _, 32 at most."
-        elif not self.unlimited and not (typed.isascii() and typed.isdigit() and int(typed) <= _MOST):
-            wrong, error = "max", "A maximum is a whole number, 0 or more; 0 blocks."
+        elif not self.unlimited and not (_WHOLE.fullmatch(self.max) and _digits(self.max) <= _MOST):
+            wrong, error = "max", "A maximum is a whole number like 10,000 (commas between thousands only); 0 blocks."
         elif self.period not in _PERIODS or self.scope not in _SCOPES:
             wrong, error = "", "There is no such period or scope."
         else:
-            max_ = None if self.unlimited else int(typed)
+            max_ = None if self.unlimited else _digits(self.max)
             return self, {"kind": self.kind, "max": max_, "period": self.period, "scope": self.scope}
         return replace(self, error=error, wrong=wrong), {}
 
@@ -129,6 +130,10 @@ class GroupForm:
             yield "timezone", "A time zone is a name like Europe/Paris."
 
 
+def _digits(number: str) -> int:
+    return int(re.sub(r"[^0-9]", "", number))
+
+
 def _passes(parse: Callable[[Any], Any], value: str) -> bool:
     try:
         parse(value)
@@ -151,21 +156,30 @@ class Pasted:
 
 
 def pasted(text: str) -> Pasted:
-    """Read a list of ids and e-mail addresses, between which there is anything but letters.
+    """Read a list of ids and e-mail addresses, as mail programs and spreadsheets write them.
 
     Example:
-        >>> pasted("ann@example.com, 0b5e1f6c-7a39-4d52-9c0e-2f6a1b3c4d5e; who?").emails
-        ['ann@example.com']
+        >>> pasted("Ann Lee <ann@example.com>, o'x@example.com; 0b5e1f6c-7a39-4d52-9c0e-2f6a1b3c4d5e").emails
+        ['ann@example.com', "o'x@example.com"]
     """
     found = Pasted([], [], [])
-    for word in dict.fromkeys(re.split(r"[\s,;\"']+", text)):
+    for word in dict.fromkeys(_words(text)):
         if "@" in word:
             found.emails.append(word)
         elif re.fullmatch(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}", word):
             found.ids.append(UUID(word))
-        elif word:
+        else:
             found.unknown.append(word)
     return found
+
+
+def _words(text: str) -> Iterable[str]:
+    # a separator between quotes belongs to a name: "Lee, Ann" <ann@example.com>
+    for entry in re.findall(r"""(?:"[^"\n]*"|[^",;\n\r])+""", text):
+        for word in re.findall(r"<([^<>]+)>", entry) or re.split(r'[\s"]+', entry):
+            # an apostrophe inside is part of the address
+            if stripped := word.strip("' ").removeprefix("mailto:"):
+                yield stripped
 
 
 def ids(form: FormData, name: str) -> list[UUID]:
