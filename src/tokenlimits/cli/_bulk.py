@@ -40,10 +40,11 @@ Report = Annotated[
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Line:
-    """A line of the input: its number, and its cells by column."""
+    """A line of the input: its number, its cells by column, and which of those that say the same it is."""
 
     number: int
     cells: Mapping[str, str]
+    nth: int = 1
 
     def __str__(self) -> str:
         return ",".join(self.cells.values())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, timedelta
 from pathlib import Path
 from typing import Annotated, Any, cast
 from uuid import UUID
@@ -15,14 +18,18 @@ from tokenlimits import GenerationDenied, GroupManager, InvalidRequest, TokenLim
 from tokenlimits._csv import unguarded
 from tokenlimits.errors import GroupNotFound, IdempotencyConflict, UnknownUser
 
-from ._bulk import Line, Outcome, Report, StartLine, at_once, in_parts, report, source
+from ._bulk import Line, Outcome, Report, Source, StartLine, at_once, in_parts, report, source
 from ._find import find_group, manager, resolve, worker
 from ._options import AsJson, moment
 from ._terminal import Problem
 
-_COLUMNS = ("user_id", "email", "kind", "cost", "created_at", "group_id", "group", "idempotency_key", "metadata")
+_COLUMNS = (
+    "user_id", "email", "kind", "cost", "created_at", "group_id", "group", "idempotency_key", "metadata", "id", "status"
+)  # fmt: skip
 _NEEDED = ("kind", "created_at")
 _PART = 200
+# what a line of an export came to, if it isn't charged (any more)
+_UNCHARGED = {"released": "given back", "refunded": "given back", "expired": "given back", "reserved": "not settled"}
 # what is wrong with one line, and says nothing about the next one
 _OF_LINE = (GenerationDenied, GroupNotFound, IdempotencyConflict, InvalidRequest, Problem, UnknownUser)
 
@@ -48,16 +55,51 @@ def import_(
     """Record past usage from CSV.
 
     It moves counters, and is never denied. The first line names the columns: kind, created_at, and user_id or email;
-    if you like cost, group (its name) or group_id, idempotency_key, metadata (JSON). Importing the same file again
-    records nothing twice: a line without a key gets one of the batch, its number and what it says.
+    cost, group (its name) or group_id, idempotency_key and metadata (JSON) are optional. Importing the same file again
+    records nothing twice, even after you have deleted lines or added columns: a line without a key gets one made from
+    the batch, its user, kind, cost, time and group, and how many such lines precede it. You may import what
+    `tokenlimits export` wrote: usage that exists is found, and what was given back, or is not settled, isn't recorded.
     """
     if batch is None and str(file) == "-":
         raise Problem("What comes from stdin has no name: give it one with --batch, so that it is never counted twice.")
     outcome = Outcome()
-    with manager() as groups, worker() as limits, source([], file, _COLUMNS, start_line) as lines:
+    with manager() as groups, worker() as limits, source([], file, _COLUMNS) as found:
+        lines = Source(_from(start_line, _numbered(found.lines)), found.total and max(0, found.total - start_line + 1))
         importer = _Importer(groups, limits, batch or file.name, group)
         in_parts(lines, "Importing", _PART, lambda part: importer.record(part, outcome))
     report(outcome, report_to, as_json=as_json)
+
+
+def _numbered(lines: Iterable[Line]) -> Iterator[Line]:
+    """Tell lines that say the same apart, by how many came before: each of them was a generation."""
+    said: Counter[str] = Counter()
+    for line in lines:
+        said[_digest(_said(line))] += 1
+        yield replace(line, nth=said[_digest(_said(line))])
+
+
+def _from(start: int, lines: Iterable[Line]) -> Iterator[Line]:
+    return (line for line in lines if line.number >= start)
+
+
+def _said(line: Line) -> list[object]:
+    """Say who used what, when and where, so that the same reads the same however it is written."""
+    cells = line.cells
+    try:
+        created_at = moment(cells.get("created_at", "")).astimezone(UTC).isoformat()
+    except (typer.BadParameter, OverflowError):
+        created_at = cells.get("created_at", "")
+    group = cells.get("group_id") or cells.get("group") or ""
+    return [_user(line).lower(), cells.get("kind"), cells.get("cost") or "1", created_at, group.lower()]
+
+
+def _digest(said: object) -> str:
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:40]
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    reason: str
 
 
 class _Importer:
@@ -72,18 +114,45 @@ class _Importer:
 
     def record(self, part: Sequence[Line], outcome: Outcome) -> None:
         users = resolve(self._groups, [_user(line) for line in part])
-        for line, problem in zip(part, at_once(lambda line: self._try(line, users[_user(line)]), part), strict=True):
-            if isinstance(problem, str):
-                outcome.refuse(line, problem)
+        for line, came_to in zip(part, at_once(lambda line: self._try(line, users[_user(line)]), part), strict=True):
+            if isinstance(came_to, _Refusal):
+                outcome.refuse(line, came_to.reason)
             else:
-                outcome.counts.update({"recorded": not problem, "there already": problem})
+                outcome.counts[came_to] += 1
 
-    def _try(self, line: Line, user: UUID | str) -> bool | str:
-        """Record one line; answers whether it was there already, or what is wrong with it."""
+    def _try(self, line: Line, user: UUID | str) -> str | _Refusal:
+        """Record one line; answers what it came to."""
+        if isinstance(user, str):
+            return _Refusal(user)
         try:
-            return user if isinstance(user, str) else self._record(_checked(line.cells), line, user)
+            cells = _checked(line.cells)
+            return _uncharged(cells) or self._found_or_recorded(cells, line, user)
         except _OF_LINE as error:
-            return str(error)
+            return _Refusal(str(error))
+
+    def _found_or_recorded(self, cells: Mapping[str, str], line: Line, user_id: UUID) -> str:
+        if cells.get("id") and self._is_there(cells, user_id):
+            return "there already"
+        try:
+            return "there already" if self._record(cells, line, user_id) else "recorded"
+        except IdempotencyConflict:
+            # the key of a generation that was tracked, which recording it is another operation than
+            if self._is_there(cells, user_id):
+                return "there already"
+            raise
+
+    def _is_there(self, cells: Mapping[str, str], user_id: UUID) -> bool:
+        """Look for a line's usage in the ledger: by its id, or as what its key is bound to."""
+        created_at = _moment(cells["created_at"])
+        found = self._groups.export_usage(
+            user_id=user_id, kind=cells["kind"], since=created_at, until=created_at + timedelta(microseconds=1)
+        )
+        key, cost = cells.get("idempotency_key"), _number(cells.get("cost") or "1")
+        return any(
+            str(usage.id) == cells.get("id", "").lower()
+            or (key and usage.idempotency_key == key and usage.cost == cost)
+            for usage in found
+        )
 
     def _record(self, cells: Mapping[str, str], line: Line, user_id: UUID) -> bool:
         result = self._limits.record(
@@ -91,15 +160,11 @@ class _Importer:
             cells["kind"],
             _number(cells.get("cost") or "1"),
             created_at=_moment(cells["created_at"]),
-            idempotency_key=cells.get("idempotency_key") or self._key(line),
+            idempotency_key=cells.get("idempotency_key") or f"import-{_digest([self._batch, *_said(line), line.nth])}",
             group_id=self._group(cells),
             metadata=_metadata(cells.get("metadata", "")),
         )
         return result.raise_if_denied().replayed
-
-    def _key(self, line: Line) -> str:
-        said = json.dumps([self._batch, line.number, sorted(line.cells.items())])
-        return f"import-{hashlib.sha256(said.encode()).hexdigest()[:40]}"
 
     def _group(self, cells: Mapping[str, str]) -> UUID | str | None:
         if id_ := cells.get("group_id"):
@@ -122,6 +187,14 @@ def _checked(cells: Mapping[str, str]) -> Mapping[str, str]:
     if missing:
         raise Problem(f"has no {' and no '.join(missing)}: does the first line of the file name the columns?")
     return {name: unguarded(cell) for name, cell in cells.items()}
+
+
+def _uncharged(cells: Mapping[str, str]) -> str | None:
+    status = cells.get("status") or "committed"
+    if status not in _UNCHARGED and status != "committed":
+        known = ", ".join(["committed", *_UNCHARGED])
+        raise Problem(f"status: {status!r} is none of {known}. Leave the column out where all lines are to be charged.")
+    return _UNCHARGED.get(status)
 
 
 def _number(text: str) -> int:
