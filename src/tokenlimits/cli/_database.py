@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
+from ipaddress import ip_address
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict
+from psycopg import pq
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -41,35 +46,76 @@ def connect(given: str | None) -> Generator[Connection]:
     url = find_url(given)
     if url is None:
         raise Problem(f"Which database? Pass --db-url, or set DATABASE_URL. {_HINT}")
-    _check(url)
+    conninfo = connection_of(url)
     try:
         # nothing prepared: a pooler may give every transaction another connection
-        with psycopg.connect(url, autocommit=True, prepare_threshold=None, connect_timeout=15) as connection:
+        with psycopg.connect(conninfo, autocommit=True, prepare_threshold=None, connect_timeout=15) as connection:
             yield connection
     except psycopg.Error as error:
-        problem = _problem(error)
+        problem = _problem(error, conninfo)
     else:
         return
     # out here, so that no context of it holds the URL
     raise problem
 
 
-def _check(url: str) -> None:
+def connection_of(url: str) -> str:
+    """Read a database's URL as PostgreSQL's own library takes it, encrypted unless it says otherwise itself.
+
+    Raises:
+        Problem: It can't be read.
+    """
     try:
-        conninfo_to_dict(url)
+        parts = conninfo_to_dict(_for_libpq(url))
     except psycopg.Error:
-        readable = False
-    else:
-        readable = "=" in url or "://" in url
-    if not readable:
+        parts = {}
+    if not parts:
         raise Problem(f"The database's URL can't be read. {_HINT}")
+    hosts = str(parts.get("hostaddr") or parts.get("host") or os.environ.get("PGHOST", "")).split(",")
+    if not all(map(_is_here, hosts)) and "PGSSLMODE" not in os.environ:
+        # libpq's own default, prefer, goes on in clear where the server, or somebody in between, says so
+        parts = {"sslmode": "require"} | parts
+    return make_conninfo("", **parts)
 
 
-def _problem(error: psycopg.Error) -> Problem:
-    if error.sqlstate is None:
-        reason = str(error).strip().splitlines()[0]
-        return Problem(f"The database can't be reached: {reason}. Is the URL right, and the password in it?")
-    return Problem(refusal(error))
+def _for_libpq(url: str) -> str:
+    """Leave out what other libraries write into a URL, and encode a password that wasn't."""
+    found = re.fullmatch(r"postgres(?:ql)?(?:\+\w+)?://(?:(?P<user>.*)@)?(?P<rest>[^@]*)", url.strip(), re.DOTALL)
+    if found is None:
+        return url
+    rest, _, query = found["rest"].partition("?")
+    known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+    kept = urlencode([(name, value) for name, value in parse_qsl(query) if name in known])
+    user = f"{':'.join(map(_encoded, found['user'].split(':', 1)))}@" if found["user"] else ""
+    return f"postgresql://{user}{rest}" + (f"?{kept}" if kept else "")
+
+
+def _encoded(text: str) -> str:
+    return quote(text if re.search(r"%(?![0-9A-Fa-f]{2})", text) else unquote(text), safe="")
+
+
+def _is_here(host: str) -> bool:
+    """Whether a host is this machine: a socket, or its loopback interface."""
+    if not host or host.startswith(("/", "@")) or host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _problem(error: psycopg.Error, conninfo: str) -> Problem:
+    if error.sqlstate is not None:
+        return Problem(refusal(error))
+    reason = str(error).strip().splitlines()[0]
+    host = str(conninfo_to_dict(conninfo).get("host", ""))
+    if "SSL" in reason:
+        hint = "Where the network between is your own, add ?sslmode=disable to the URL."
+    elif re.fullmatch(r"db\.\w+\.supabase\.co", host):
+        hint = "This host has only an IPv6 address; without IPv6, copy the session pooler's URL from Connect."
+    else:
+        hint = "Is the URL right, and the password in it?"
+    return Problem(f"The database can't be reached: {reason}. {hint}")
 
 
 def refusal(error: psycopg.Error) -> str:
