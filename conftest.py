@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
+from httpx._transports import default as transports
 from supabase import AsyncClientOptions, Client, ClientOptions, create_async_client
 from tests.support.doctests import top_level_await
 
 from tokenlimits import AsyncGroupManager, AsyncTokenLimits, GroupManager, Limit, TokenLimits
 from tokenlimits.async_client import _AsyncDefault
 from tokenlimits.local import LocalStack
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_tls_context() -> Iterator[None]:
+    """Reading the certificates takes longer than most tests, and every client does it, also where it needs none."""
+    create, made = transports.create_ssl_context, dict[tuple[object, ...], ssl.SSLContext]()
+
+    def create_once(**options: Any) -> ssl.SSLContext:
+        named = (os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+        key = (*options.items(), *named)
+        if key not in made:
+            made[key] = create(**options)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transports, "create_ssl_context", create_once)
+        yield
 
 
 @pytest.fixture(scope="session")

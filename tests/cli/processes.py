@@ -1,24 +1,22 @@
-"""Processes that begin with the libraries imported already: a test of a command needs many."""
+"""Commands in processes of their own: a test needs many."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import warnings
 from typing import TYPE_CHECKING
 
+from tests.support.forks import CONTEXT
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["psycopg", "pytest", "rich.live", "rich.progress", "supabase", "tokenlimits", "typer"])
-
 
 def run(arguments: Sequence[str], directory: Path, environment: dict[str, str], streams: Sequence[Path]) -> int:
     """Run `tokenlimits` in a process of its own, with files as its standard streams; return its exit status."""
-    process = _SERVER.Process(target=_become, args=(arguments, directory, environment, streams))
+    process = CONTEXT.Process(target=_become, args=(arguments, directory, environment, streams))
     process.start()
     try:
         process.join(120)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MIGRATIONS: Final = migrations()
 NAMES: Final = [migration.name for migration in MIGRATIONS]
-HOMES: Final = pytest.mark.parametrize("home", ["public", "limits"])
+HOMES: Final = pytest.mark.parametrize("home", ["public", pytest.param("limits", marks=pytest.mark.full)])
 
 
 def remote(url: str) -> str:
@@ -107,6 +107,7 @@ def test_what_migrate_applied_elsewhere_needs_its_files(nowhere: Program, hosted
     assert "up to date" in push(nowhere.directory, hosted)
 
 
+@pytest.mark.slow
 @HOMES
 def test_a_reset_makes_it_again(nowhere: Program, new_hosted: Callable[[], str], home: str) -> None:
     used, fresh = new_hosted(), new_hosted()
@@ -123,6 +124,7 @@ def test_a_reset_makes_it_again(nowhere: Program, new_hosted: Callable[[], str],
     use(used, home)
 
 
+@pytest.mark.slow
 @HOMES
 def test_a_dump_restores_the_same(
     nowhere: Program, server: PostgresServer, new_hosted: Callable[[], str], home: str

@@ -1,9 +1,8 @@
-"""Processes that begin with the libraries imported already: a reader of each page needs one."""
+"""Readers of pages in processes of their own: each page needs one."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 import warnings
@@ -11,9 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.docs import run_page
-
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.docs.run_page", "psycopg", "supabase", "tokenlimits"])
+from tests.support.forks import CONTEXT
 
 
 class Done(NamedTuple):
@@ -27,7 +24,7 @@ class Done(NamedTuple):
 def run(asked: dict[str, Any], directory: Path, environment: dict[str, str]) -> Done:
     """Run a page in a process of its own, in which every warning is an error."""
     streams = [directory / f".{name}" for name in ("stdout", "stderr")]
-    process = _SERVER.Process(target=_become, args=(json.dumps(asked), directory, environment, streams))
+    process = CONTEXT.Process(target=_become, args=(json.dumps(asked), directory, environment, streams))
     process.start()
     try:
         process.join(300)

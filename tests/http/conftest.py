@@ -49,18 +49,16 @@ USUAL: dict[str, Any] = {
     "user_generation_usage": [],
 }
 
-SSL = httpx.create_ssl_context()
-
 Answer = httpx.Response | Exception | Callable[[httpx.Request], httpx.Response]
 
 
 class Clock:
-    """Time that passes by itself as ever, and at once when somebody sleeps."""
+    """Time that passes only when somebody sleeps, and then at once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.slept: list[float] = []
         self._ahead = 0.0
-        really, monotonic = asyncio.sleep, time.monotonic
+        really, begun = asyncio.sleep, time.monotonic()
 
         def sleep(seconds: float) -> None:
             self.slept.append(seconds)
@@ -71,7 +69,7 @@ class Clock:
             await really(0)
 
         def now() -> float:
-            return monotonic() + self._ahead
+            return begun + self._ahead
 
         monkeypatch.setattr("time.sleep", sleep)
         monkeypatch.setattr("asyncio.sleep", asleep)
@@ -121,12 +119,6 @@ def server() -> Iterator[Server]:
     with respx.mock(assert_all_called=False) as router:
         router.post(url__startswith=f"{URL}/rest/v1/rpc/").mock(side_effect=server)
         yield server
-
-
-@pytest.fixture(autouse=True)
-def _one_ssl_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading the certificates takes longer than all the rest of a test here."""
-    monkeypatch.setattr("httpx._transports.default.create_ssl_context", lambda **_: SSL)
 
 
 @pytest.fixture(autouse=True)

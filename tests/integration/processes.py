@@ -6,25 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
-T = TypeVar("T")
-
-PATIENCE = 60.0
-"""Seconds after which something will never happen."""
-
-
-def eventually(look: Callable[[], T]) -> T:
-    """Look again and again until there is something to see."""
-    deadline = time.monotonic() + PATIENCE
-    while not (seen := look()):
-        assert time.monotonic() < deadline, "it didn't happen"
-        time.sleep(0.02)
-    return seen
+from tests.support.waiting import PATIENCE
 
 
 @contextmanager

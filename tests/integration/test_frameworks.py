@@ -26,11 +26,12 @@ import pytest
 from celery import Celery
 from celery.result import AsyncResult
 from rq.job import Job
-from tests.integration.processes import eventually, kill_all, python
+from tests.integration.processes import kill_all, python
 from tests.integration.servers import raw_server, read_request, relay_to
 from tests.support import clock
 from tests.support.invariants import drift
 from tests.support.postgres import PostgresServer, servers
+from tests.support.waiting import eventually
 
 from tokenlimits import GroupManager, Limit, LimitExceeded, TokenLimits
 from tokenlimits.local import LocalStack

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
@@ -22,9 +23,11 @@ import httpx
 import psycopg
 import pytest
 from supabase import AsyncClient, AsyncClientOptions
+from tests.support import clock
 from tests.support.hammer import supabase_client
 from tests.support.invariants import drift
 from tests.support.postgres import PostgresServer, servers
+from tests.support.waiting import PATIENCE, eventually
 
 from tokenlimits import (
     AsyncTokenLimits,
@@ -55,6 +58,8 @@ def server() -> Iterator[PostgresServer]:
 @pytest.fixture(scope="module")
 def stack(server: PostgresServer) -> Iterator[LocalStack]:
     with LocalStack(database_url=server.url("app")) as stack:
+        with server.connect("app") as owner:
+            clock.install(owner)
         yield stack
 
 
@@ -68,13 +73,13 @@ def owner(server: PostgresServer, stack: LocalStack) -> Iterator[psycopg.Connect
 @pytest.fixture
 def limits(stack: LocalStack) -> Iterator[TokenLimits]:
     with supabase_client(stack.url, stack.secret_key) as client:
-        yield TokenLimits(client)
+        yield TokenLimits(client, timeout=PATIENCE)
 
 
 @pytest.fixture
 def groups(stack: LocalStack) -> Iterator[GroupManager]:
     with supabase_client(stack.url, stack.secret_key) as client:
-        yield GroupManager(client)
+        yield GroupManager(client, timeout=PATIENCE)
 
 
 @pytest.fixture
@@ -100,11 +105,20 @@ def ledger(owner: psycopg.Connection[Any], user: UUID) -> Callable[[], list[tupl
 Ledger = Callable[[], list[tuple[str, int]]]
 
 
+@pytest.fixture
+def let_pass(owner: psycopg.Connection[Any]) -> Callable[[int], None]:
+    """Let so many seconds pass in the database."""
+    return lambda seconds: clock.run_from(owner, clock.read(owner) + timedelta(seconds=seconds))
+
+
+LetPass = Callable[[int], None]
+
+
 @asynccontextmanager
-async def async_limits(stack: LocalStack, **options: Any) -> AsyncIterator[AsyncTokenLimits]:
+async def async_limits(stack: LocalStack) -> AsyncIterator[AsyncTokenLimits]:
     async with httpx.AsyncClient(trust_env=False, verify=False, timeout=60) as http:
         client = AsyncClient(stack.url, stack.secret_key, AsyncClientOptions(httpx_client=http))
-        yield AsyncTokenLimits(client, **options)
+        yield AsyncTokenLimits(client, timeout=PATIENCE)
 
 
 class Colour:
@@ -112,17 +126,22 @@ class Colour:
 
     def __init__(self, name: str, stack: LocalStack, limits: TokenLimits, user: UUID) -> None:
         self.name, self.stack, self.limits, self.user = name, stack, limits, user
+        self.transport: Any = None
+        """What the calls of the generation go by."""
 
-    def generate(self, body: Callable[[Hold], object] = lambda hold: None, timeout: float = 10, **options: Any) -> Hold:
+    def generate(self, body: Callable[[Hold], object] = lambda hold: None, **options: Any) -> Hold:
         arguments = {"user_id": self.user, "kind": "video", "cost": 8} | options
         if self.name == "async":
-            return asyncio.run(self._agenerate(body, timeout, arguments))
-        with TokenLimits(self.limits._transport._foreign, timeout=timeout).generation(**arguments) as hold:
+            return asyncio.run(self._agenerate(body, arguments))
+        limits = TokenLimits(self.limits._transport._foreign, timeout=PATIENCE)
+        self.transport = limits._transport
+        with limits.generation(**arguments) as hold:
             body(hold)
         return hold
 
-    async def _agenerate(self, body: Callable[[Hold], object], seconds: float, arguments: dict[str, Any]) -> Hold:
-        async with async_limits(self.stack, timeout=seconds) as limits:
+    async def _agenerate(self, body: Callable[[Hold], object], arguments: dict[str, Any]) -> Hold:
+        async with async_limits(self.stack) as limits:
+            self.transport = limits._transport
             async with limits.generation(**arguments) as hold:
                 body(hold)
             return hold
@@ -147,11 +166,7 @@ def nobody_writes(server: PostgresServer) -> Iterator[SimpleNamespace]:
         locking.execute("lock table public.generation_usage in share mode")
 
         def wait() -> None:
-            for _ in range(500):
-                if looking.execute("select 1 from pg_locks where not granted").fetchone():
-                    return
-                time.sleep(0.01)
-            raise AssertionError("nobody came")
+            eventually(lambda: looking.execute("select 1 from pg_locks where not granted").fetchone())
 
         yield SimpleNamespace(wait=wait, go=locking.rollback)
 
@@ -301,37 +316,37 @@ def test_a_key_of_something_else(colour: Colour, ledger: Ledger) -> None:
 # Time
 
 
-def test_a_hold_that_expired_is_committed_when_there_is_room(colour: Colour, ledger: Ledger) -> None:
-    hold = colour.generate(lambda _: time.sleep(1.1), ttl=1)
+def test_a_hold_that_expired_is_committed_when_there_is_room(colour: Colour, ledger: Ledger, let_pass: LetPass) -> None:
+    hold = colour.generate(lambda _: let_pass(60), ttl=60)
     assert hold.status == "committed"
     assert ledger() == [("committed", 8)]
 
 
-def test_a_hold_that_expired_fails_when_there_is_none(colour: Colour, ledger: Ledger) -> None:
+def test_a_hold_that_expired_fails_when_there_is_none(colour: Colour, ledger: Ledger, let_pass: LetPass) -> None:
     made: list[str] = []
 
     def body(hold: Hold) -> None:
-        time.sleep(1.1)
+        let_pass(60)
         assert colour.limits.track(colour.user, "video", cost=MAX)
         made.append("a film")
 
     with pytest.raises(HoldExpired, match="no longer fit"):
-        colour.generate(body, ttl=1)
+        colour.generate(body, ttl=60)
     assert made == ["a film"]
     assert ledger() == [("expired", 8), ("committed", MAX)]
 
 
 def test_what_expired_and_was_used_is_noted_at_the_bodys_error(
-    colour: Colour, ledger: Ledger, caplog: pytest.LogCaptureFixture
+    colour: Colour, ledger: Ledger, let_pass: LetPass, caplog: pytest.LogCaptureFixture
 ) -> None:
     def body(hold: Hold) -> None:
         hold.used(3)
-        time.sleep(1.1)
+        let_pass(60)
         assert colour.limits.track(colour.user, "video", cost=MAX)
         raise KeyError("the body's")
 
     with pytest.raises(KeyError, match="the body's") as caught:
-        colour.generate(body, ttl=1)
+        colour.generate(body, ttl=60)
     (note,) = caught.value.__notes__
     assert "no longer fit" in note
     assert "could not settle usage" in caplog.text
@@ -345,11 +360,13 @@ def test_somebody_else_settles_the_hold(colour: Colour, ledger: Ledger) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows kills otherwise")
-def test_a_worker_that_is_killed(stack: LocalStack, limits: TokenLimits, user: UUID, ledger: Ledger) -> None:
+def test_a_worker_that_is_killed(
+    stack: LocalStack, limits: TokenLimits, user: UUID, ledger: Ledger, let_pass: LetPass
+) -> None:
     script = f"""
         import time
         from tokenlimits import TokenLimits
-        with TokenLimits.from_env().generation({str(user)!r}, "video", cost=8, ttl=2):
+        with TokenLimits.from_env().generation({str(user)!r}, "video", cost=8, ttl=600):
             print("working", flush=True)
             time.sleep(60)
     """
@@ -363,7 +380,7 @@ def test_a_worker_that_is_killed(stack: LocalStack, limits: TokenLimits, user: U
         process.kill()
     assert ledger() == [("reserved", 8)]
     assert not limits.track(user, "video", cost=MAX)
-    time.sleep(2.1)
+    let_pass(600)
     assert limits.check(user, "video").remaining == MAX
     assert limits.track(user, "video", cost=MAX)
     assert ledger() == [("expired", 8), ("committed", MAX)]
@@ -401,7 +418,7 @@ def test_ctrl_c(stack: LocalStack, user: UUID, ledger: Ledger) -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == b"working\n"
             process.send_signal(signal.SIGINT)
-            assert process.communicate(timeout=30) == (b"interrupted\n", b"")
+            assert process.communicate(timeout=PATIENCE) == (b"interrupted\n", b"")
     assert ledger() == [("committed", 1)] * 2
 
 
@@ -416,9 +433,10 @@ def test_a_commit_that_is_not_answered(colour: Colour, server: PostgresServer, l
         def body(hold: Hold) -> None:
             held.append(hold)
             locks.enter_context(nobody_writes(server))
+            colour.transport.timeout = 0.5
 
         with pytest.raises(ServiceUnavailable) as caught:
-            colour.generate(body, timeout=0.5)
+            colour.generate(body)
     assert "commit it again" in caught.value.__notes__[0]
     assert colour.limits.commit(held[0].usage_id).status == "committed"
     assert ledger() == [("committed", 8)]
@@ -545,9 +563,14 @@ class TestCancellation:
     def test_by_a_timeout(self, stack: LocalStack, user: UUID, ledger: Ledger) -> None:
         async def main() -> None:
             async with async_limits(stack) as limits:
-                with pytest.raises(TimeoutError):
-                    async with asyncio.timeout(0.3), limits.generation(user, "video", cost=8):
+
+                async def work() -> None:
+                    async with asyncio.timeout(None) as timeout, limits.generation(user, "video", cost=8):
+                        timeout.reschedule(asyncio.get_running_loop().time())
                         await asyncio.sleep(60)
+
+                with pytest.raises(TimeoutError):
+                    await work()
                 assert ledger() == [("released", 8)]
 
         run(main())
@@ -557,9 +580,10 @@ class TestCancellation:
 
         async def main() -> None:
             async with async_limits(stack) as limits:
-                with anyio.move_on_after(0.3) as scope:
+                with anyio.move_on_after(60) as scope:
                     async with limits.generation(user, "video", cost=8) as hold:
                         hold.used(2)
+                        scope.deadline = anyio.current_time()
                         await anyio.sleep(60)
                 assert scope.cancelled_caught
                 assert ledger() == [("committed", 2)]
@@ -642,10 +666,7 @@ class TestGenerators:
                     if part == 3:
                         break
                 gc.collect()
-                for _ in range(100):
-                    if ledger() != [("reserved", 8)]:
-                        break
-                    await asyncio.sleep(0.02)
+                await asyncio.to_thread(eventually, lambda: ledger() != [("reserved", 8)])
                 assert ledger() == [("committed", 3)]
 
         run(main())
@@ -803,10 +824,10 @@ class TestLimited:
         assert ledger() == [("committed", 1)] * MAX
 
     def test_what_was_made_survives_a_failing_settlement(
-        self, colour: Colour, user: UUID, ledger: Ledger, limits: TokenLimits
+        self, colour: Colour, user: UUID, ledger: Ledger, limits: TokenLimits, let_pass: LetPass
     ) -> None:
         def work(user_id: UUID) -> str:
-            time.sleep(1.1)
+            let_pass(60)
             assert limits.track(user_id, "video", cost=MAX)
             return "a film"
 
@@ -815,13 +836,13 @@ class TestLimited:
 
         async def main() -> None:
             async with async_limits(colour.stack) as made:
-                await made.limited("video", user="user_id", ttl=1)(awork)(user)
+                await made.limited("video", user="user_id", ttl=60)(awork)(user)
 
         def call() -> None:
             if colour.name == "async":
                 asyncio.run(main())
             else:
-                limits.limited("video", user="user_id", ttl=1)(work)(user)
+                limits.limited("video", user="user_id", ttl=60)(work)(user)
 
         with pytest.raises(HoldExpired) as caught:
             call()

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +18,14 @@ import pytest
 from postgrest.exceptions import APIError
 from supabase import Client, ClientOptions, create_client
 from tests.support.postgres import PostgresServer, create_hosted_database, servers
+from tests.support.waiting import PATIENCE, eventually
 
 from tokenlimits.local import LocalStack, LocalStackError
 from tokenlimits.local._node import find_node
 from tokenlimits.local._packages import installed_packages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 MIGRATION = """
 create table public.kept (id bigint primary key);
@@ -59,8 +59,12 @@ create function public.describe(p_json jsonb) returns jsonb language sql volatil
    select jsonb_build_object('type', jsonb_typeof(p_json), 'value', p_json)
 $$;
 
-create function public.nap() returns bigint language sql volatile as $$ select 1 from pg_sleep(0.5) $$;
+create function public.wait() returns bigint language sql volatile as $$
+   select 1 from pg_advisory_xact_lock_shared(1)
+$$;
 """
+LET_THEM_WAIT, LET_THEM_GO = "select pg_advisory_lock(1)", "select pg_advisory_unlock(1)"
+WAITING = "select pid from pg_stat_activity where wait_event = 'advisory'"
 
 
 @pytest.fixture(scope="module")
@@ -113,15 +117,6 @@ def alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def remains(stack: LocalStack) -> tuple[int, Path]:
@@ -287,17 +282,17 @@ class TestPostgres:
         assert [row["version"] for row in versions] == ["20250101000000", "20250101000001"]
 
     def test_calls_run_side_by_side(self, postgres: PostgresServer, scratch: str, sql_dir: Path) -> None:
-        active = "select count(*) from pg_stat_activity where state = 'active' and query like '%nap%()%'"
         with (
             LocalStack(scratch, sql_dir=sql_dir) as stack,
-            httpx.Client(base_url=stack.url, headers={"apikey": stack.secret_key}, trust_env=False) as http,
+            httpx.Client(base_url=stack.url, headers={"apikey": stack.secret_key}, trust_env=False, timeout=60) as http,
             ThreadPoolExecutor(32) as threads,
-            postgres.connect() as connection,
+            postgres.connect("scratch") as owner,
         ):
-            naps = [threads.submit(http.post, "/rest/v1/rpc/nap", json={}) for _ in range(32)]
-            seen = [row for _ in range(8) for row in connection.execute(active) if not time.sleep(0.1)]
-            assert all(nap.result().json() == 1 for nap in naps)
-        assert max(seen) >= (20,)
+            owner.execute(LET_THEM_WAIT)
+            calls = [threads.submit(http.post, "/rest/v1/rpc/wait", json={}) for _ in range(32)]
+            eventually(lambda: owner.execute(WAITING).rowcount == 32)
+            owner.execute(LET_THEM_GO)
+            assert [call.result().json() for call in calls] == [1] * 32
 
     def test_serves_a_model_of_a_hosted_database(self, postgres: PostgresServer) -> None:
         create_hosted_database(postgres, "hosted")
@@ -308,30 +303,32 @@ class TestPostgres:
                 assert supabase.rpc("tokenlimits_version").execute().data
 
     def test_that_loses_connections_or_starts_again_is_served_on(self, sql_dir: Path) -> None:
-        asleep = "select pid from pg_stat_activity where wait_event = 'PgSleep'"
         with (
             PostgresServer(next(iter(servers().values()))) as server,
             LocalStack(server.url(), sql_dir=sql_dir) as stack,
-            httpx.Client(base_url=stack.url, headers={"apikey": stack.secret_key}, trust_env=False) as http,
+            httpx.Client(base_url=stack.url, headers={"apikey": stack.secret_key}, trust_env=False, timeout=60) as http,
             ThreadPoolExecutor(8) as threads,
         ):
 
-            def nap() -> httpx.Response:
-                return http.post("/rest/v1/rpc/nap", json={})
+            def wait() -> httpx.Response:
+                return http.post("/rest/v1/rpc/wait", json={})
 
             for strike in ("one connection", "the server"):
-                naps = [threads.submit(nap) for _ in range(8)]
                 with server.connect() as owner:
-                    assert eventually(lambda owner=owner: len(owner.execute(asleep).fetchall()) == 8)
+                    owner.execute(LET_THEM_WAIT)
+                    calls = [threads.submit(wait) for _ in range(8)]
+                    eventually(lambda owner=owner: owner.execute(WAITING).rowcount == 8)
                     if strike == "one connection":
-                        owner.execute(f"select pg_terminate_backend(pid) from ({asleep} limit 1) as one")
+                        owner.execute(f"select pg_terminate_backend(pid) from ({WAITING} limit 1) as one")
+                        owner.execute(LET_THEM_GO)
+                    else:
+                        server.kill()
                 if strike == "the server":
-                    server.kill()
                     server.restart()
-                answers = [nap.result() for nap in naps]
+                answers = [call.result() for call in calls]
                 assert {answer.status_code for answer in answers} <= {200, 503}, strike
                 assert any(answer.status_code == 503 for answer in answers), strike
-                assert eventually(lambda nap=nap: nap().text == "1"), strike
+                eventually(lambda: wait().text == "1")
                 assert stack.sql("select 1 as n") == [{"n": 1}]
 
     def test_says_what_is_wrong_with_the_database(self) -> None:
@@ -551,8 +548,8 @@ class TestLeavesNothingBehind:
             pid, directory = process.stdout.readline().split()
             assert alive(int(pid))
             process.send_signal(number)
-            process.wait(10)
-            assert eventually(lambda: not alive(int(pid)))
+            process.wait(PATIENCE)
+            eventually(lambda: not alive(int(pid)))
             assert not Path(directory).exists()
 
     def test_when_python_just_ends_and_a_fork_ended_before(self, scratch: str, sql_dir: Path) -> None:
@@ -567,7 +564,7 @@ class TestLeavesNothingBehind:
             print(stack.sql("select 1 as n"), stack._server._process.pid, stack._server._directory)
         """
         with _python(script) as process:
-            output, errors = process.communicate(timeout=60)
+            output, errors = process.communicate(timeout=PATIENCE)
         assert errors == ""
         assert output.startswith("[{'n': 1}] ")
         pid, directory = output.split()[-2:]
@@ -587,7 +584,7 @@ class TestCommand:
             headers = {"apikey": key, "Content-Profile": variables["TOKENLIMITS_SCHEMA"]}
             elsewhere = httpx.post(url, headers=headers, json={}, trust_env=False)
             process.send_signal(number)
-            _, errors = process.communicate(timeout=10)
+            _, errors = process.communicate(timeout=PATIENCE)
         assert answer.json() == 42
         assert variables["TOKENLIMITS_SCHEMA"] == "quotas"
         assert elsewhere.json()["code"] == "PGRST202"  # it looked there
@@ -596,11 +593,11 @@ class TestCommand:
 
     def test_says_what_is_wrong(self, tmp_path: Path) -> None:
         with _python(None, "-m", "tokenlimits.local", "--sql-dir", str(tmp_path / "none")) as process:
-            output, errors = process.communicate(timeout=60)
+            output, errors = process.communicate(timeout=PATIENCE)
         assert (output, process.returncode) == ("", 1)
         assert "is no directory" in errors
         with _python(None, "-m", "tokenlimits.local", "--schema", "auth") as process:
-            output, errors = process.communicate(timeout=60)
+            output, errors = process.communicate(timeout=PATIENCE)
         assert (output, process.returncode) == ("", 1)
         assert "schema: 'auth'" in errors
         assert "Traceback" not in errors

@@ -169,7 +169,7 @@ def api(new_database: Callable[..., Connect]) -> Iterator[Connection]:
     """A connection that may take any role, and looks at everything in between."""
     with new_database()("supabase_admin") as connection:
         seed(connection)
-        connection.execute("set statement_timeout = '8s'")
+        connection.execute("set statement_timeout = '60s'")
         yield connection
 
 

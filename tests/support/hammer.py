@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from multiprocessing import get_context
 from multiprocessing.pool import Pool
 from typing import Any, Self
 
 import httpx
 from supabase import Client, ClientOptions
+from tests.support.forks import CONTEXT
 
 from tokenlimits import TokenLimits, TrackResult
 
@@ -42,8 +42,7 @@ class Hammer:
     def __init__(self, url: str, key: str) -> None:
         self._url = url
         self._key = key
-        # spawned: a fork would copy the locks of this process' threads
-        self._pool: Pool = get_context("spawn").Pool(PROCESSES)
+        self._pool: Pool = CONTEXT.Pool(PROCESSES)
 
     def __enter__(self) -> Self:
         return self

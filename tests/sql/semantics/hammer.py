@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -21,6 +20,7 @@ import psycopg
 from psycopg import sql
 from psycopg.types.json import Jsonb
 from tests.sql.semantics.elsewhere import at_home
+from tests.support.forks import CONTEXT
 
 PROCESSES = 8
 CONNECTIONS = 32
@@ -101,7 +101,7 @@ class Crowd:
     """The processes; they are started once and used by many tests."""
 
     def __init__(self) -> None:
-        self._pool = ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn"))
+        self._pool = ProcessPoolExecutor(PROCESSES, mp_context=CONTEXT)
 
     def __enter__(self) -> Self:
         return self
@@ -159,7 +159,7 @@ def _run(url: str, scripts: list[Script], cycles: int | None, stop: str) -> list
 def _connect_and_call(url: str, script: Script, cycles: int | None, stop: str) -> list[Answer]:
     with at_home(psycopg.connect(url, autocommit=True)) as connection:
         connection.execute("set role service_role")
-        connection.execute("set statement_timeout = '30s'")
+        connection.execute("set statement_timeout = '60s'")
         connection.execute("select pg_advisory_lock_shared(%s)", [_GUN])
         return list(_cycle(connection, script, cycles, Path(stop).exists))
 

@@ -442,7 +442,7 @@ class TestPeriods:
         world.api.track(user, "image")
         world.owner.execute("update tokenlimits.counters set since = since + %s, until = until + %s", [shift] * 2)
         world.at("2026-11-24 00:30Z")
-        world.api.execute("set statement_timeout = '5s'")
+        world.api.execute("set statement_timeout = '60s'")
         assert world.api.track(user, "image")["allowed"]
         world.at("2026-11-24 12:00Z")
         assert world.api.track(user, "image")["allowed"]

@@ -248,7 +248,7 @@ class TestAnExpiredHold:
         hold(world, user)
         later(world, 60)
         world.api.set_limit(group, "image", "day", "member", 3)
-        world.owner.connection.execute("set statement_timeout = '5s'")
+        world.owner.connection.execute("set statement_timeout = '60s'")
         assert world.owner.track(other, "image", 3)["allowed"]
         world.owner.connection.execute("reset statement_timeout")
         assert sorted(world.recorded(), key=lambda row: (row[0] != user, row[3])) == [
@@ -419,7 +419,7 @@ def test_a_clock_that_is_set_back_over_midnight_does_not_go_round_for_ever(world
     world.at("2026-11-23 23:59:59Z")
     # its counter is opened by the settlement
     world.api.set_limit(group, "image", "day", "member", 5)
-    world.api.execute("set statement_timeout = '5s'")
+    world.api.execute("set statement_timeout = '60s'")
     SETTLEMENTS[how](world, usage)
     assert world.api.reconcile(group) == {"counters": [], "rollup": [], "holds": 0}
 

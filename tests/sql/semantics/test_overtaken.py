@@ -11,8 +11,9 @@ import pytest
 from tests.sql.semantics.api import Api
 from tests.sql.semantics.database import Database
 from tests.sql.semantics.hammer import Batch, Call, Hammer, Script, assert_right
-from tests.sql.semantics.test_races import is_blocked, wait_until
+from tests.sql.semantics.test_races import is_blocked
 from tests.sql.semantics.world import World, limit
+from tests.support.waiting import PATIENCE, eventually
 
 Begin = Callable[[Callable[[Api], Any]], "Future[Any]"]
 """Begins a call on a connection of its own, and comes back when it waits for a lock."""
@@ -31,7 +32,7 @@ def begin(world: World, database: Database) -> Iterator[Begin]:
         def begin(call: Callable[[Api], Any]) -> Future[Any]:
             slow = Api(database.connect())
             answer = pool.submit(call, slow)
-            wait_until(lambda: answer.done() or is_blocked(world, slow))
+            eventually(lambda: answer.done() or is_blocked(world, slow))
             assert not answer.done(), "it waited for nobody"
             return answer
 
@@ -72,7 +73,7 @@ class TestABatchWithACounterAheadOfTheClock:
             batch = begin(lambda slow: slow.track_many([(first, "image", 1, "a"), (second, "image", 1, "b")]))
             world.at("2026-11-24 00:00Z")
             assert blocker.track(first, "image")["allowed"]
-        assert [a["allowed"] for a in batch.result(30)] == [True, True]
+        assert [a["allowed"] for a in batch.result(PATIENCE)] == [True, True]
         assert world.used(first, "day") == 2
         world.at(late)
         assert world.used(second, "day") == 2
@@ -97,7 +98,7 @@ class TestAPeriodThatEndsWhileACallWaits:
             assert world.api.track(other, "image")["allowed"], "the last of the old day"
             world.at("2026-11-24 00:00:01Z")
             assert world.api.track(other, "image")["allowed"], "the last of the new one"
-        assert call.result(30)["reason"] == "limit_exceeded"
+        assert call.result(PATIENCE)["reason"] == "limit_exceeded"
         charged = [row for row in world.recorded() if row[-1] == "committed"]
         assert charged == [(other, "image", 1, "committed")] * 2
 
@@ -139,7 +140,7 @@ class TestHoldsExpireByTheClock:
                 world.at("2026-11-23 12:01:01Z")
                 assert blocker.tidy() == 1
                 assert blocker.track(other, "image")["allowed"]
-            assert commit.result(30)["status"] == "committed"
+            assert commit.result(PATIENCE)["status"] == "committed"
         assert not world.api.track(other, "image")["allowed"]
         assert world.used(other) == 2
 
@@ -167,7 +168,7 @@ class TestCountersOfLimitsThatAreGone:
             "select from tokenlimits.counters where subject = %s"
             " and counter_id not in (select counter_id from public.group_limits) for update"
         )
-        world.api.execute("set statement_timeout = '10s'")
+        world.api.execute("set statement_timeout = '60s'")
         with blocker.connection.transaction():
             assert blocker.execute(stale, users[:1]) == 1
             if way == "batch":

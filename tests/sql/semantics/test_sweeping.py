@@ -12,9 +12,10 @@ import pytest
 from tests.sql.semantics.api import Api
 from tests.sql.semantics.database import Database
 from tests.sql.semantics.hammer import Call, Hammer, Settle, assert_right
-from tests.sql.semantics.test_races import is_blocked, shuffled, wait_until
+from tests.sql.semantics.test_races import is_blocked, shuffled
 from tests.sql.semantics.world import World, limit
 from tests.support import clock
+from tests.support.waiting import PATIENCE, eventually
 
 NOON = "2026-11-23 12:00Z"
 LATER = "2026-11-23 12:02Z"
@@ -127,11 +128,11 @@ class TestWhoeverIsFirst:
             blocker.execute("select from tokenlimits.counters where subject = %s for update", [holder])
             committing = threading.Thread(target=commit)
             committing.start()
-            wait_until(lambda: is_blocked(world, slow))
+            eventually(lambda: is_blocked(world, slow))
             world.at(LATER)
             taken = world.api.track(other, "image")
             assert taken["allowed"]
-        committing.join(30)
+        committing.join(PATIENCE)
         assert errors == ["TL007"]
         assert world.used(other) == 1
 
@@ -145,9 +146,9 @@ class TestWhoeverIsFirst:
             blocker.execute("select from tokenlimits.counters where subject = %s for update", [holder])
             committing = threading.Thread(target=slow.commit, args=[usage])
             committing.start()
-            wait_until(lambda: is_blocked(world, slow))
+            eventually(lambda: is_blocked(world, slow))
             world.at(LATER)
-        committing.join(30)
+        committing.join(PATIENCE)
         assert not world.api.track(other, "image")["allowed"]
         assert world.recorded() == [(holder, "image", 1, "committed")]
 
