@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import re
+from ipaddress import ip_address
 from typing import Annotated
 
 from pydantic import AfterValidator, AliasChoices, AnyHttpUrl, Field, SecretStr, TypeAdapter, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from .errors import ConfigurationError
 from .sql_files import checked_schema
 
-__all__ = ["Settings", "checked_key", "checked_url", "load", "load_schema", "named_schema", "stripped_schema"]
+__all__ = [
+    "ProjectSettings",
+    "Settings",
+    "checked_key",
+    "checked_url",
+    "exported",
+    "from_one_place",
+    "is_loopback",
+    "load",
+    "load_schema",
+    "named_schema",
+    "stripped_schema",
+]
 
 _URL = TypeAdapter(AnyHttpUrl)
 
@@ -36,10 +55,54 @@ def stripped_schema(value: str) -> str:
     return checked_schema(value.strip())
 
 
-class Settings(BaseSettings):
-    """`SUPABASE_URL`, and `SUPABASE_SECRET_KEY` or `SUPABASE_SERVICE_ROLE_KEY`; the environment wins over `.env`."""
+# a key goes where the URL says, so a .env in the working folder must not redirect one that was exported
+_TOGETHER = frozenset(
+    {
+        "SUPABASE_URL",
+        "SUPABASE_SECRET_KEY",
+        "SUPABASE_SERVICE_ROLE_KEY",
+        "SUPABASE_PUBLISHABLE_KEY",
+        "SUPABASE_ANON_KEY",
+    }
+)
+
+
+def exported() -> list[str]:
+    """List which of the project's variables, its URL and its keys, the environment has."""
+    return sorted(name for name, value in os.environ.items() if name.upper() in _TOGETHER and value.strip())
+
+
+class ProjectSettings(BaseSettings):
+    """Settings of which the URL and the keys come from one place: the environment or `.env`."""
 
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Leave the URL and the keys of `.env` alone where the environment has one of them."""
+        if isinstance(dotenv_settings, DotEnvSettingsSource) and exported():
+            values = dotenv_settings.env_vars.items()
+            dotenv_settings.env_vars = {name: value for name, value in values if name.upper() not in _TOGETHER}
+        return init_settings, env_settings, dotenv_settings, file_secret_settings
+
+
+def from_one_place() -> str:
+    """Say, where it may explain a missing variable, that what is exported isn't combined with `.env`."""
+    names = exported()
+    if not names:
+        return ""
+    return f" {names[0]} is exported, so .env isn't read for the others: a key never goes to the URL of another place."
+
+
+class Settings(ProjectSettings):
+    """`SUPABASE_URL`, and `SUPABASE_SECRET_KEY` or `SUPABASE_SERVICE_ROLE_KEY`; the environment wins over `.env`."""
 
     url: Annotated[str, AfterValidator(checked_url)] = Field(validation_alias="SUPABASE_URL")
     key: Annotated[SecretStr, AfterValidator(checked_key)] = Field(
@@ -51,6 +114,47 @@ class _Installation(BaseSettings):
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
 
     name: Annotated[str, AfterValidator(stripped_schema)] = Field(default="public", alias="TOKENLIMITS_SCHEMA")
+
+
+class _Network(BaseSettings):
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
+
+    allow_http: bool = Field(default=False, alias="TOKENLIMITS_ALLOW_HTTP")
+
+
+def check_encrypted(url: str, *, allow_http: bool = False) -> None:
+    """Refuse to send a key unencrypted to another machine.
+
+    Raises:
+        ConfigurationError: The URL is `http://`, its host isn't this machine, and nobody allows it.
+    """
+    address = _URL.validate_python(url)
+    if address.scheme == "https" or is_loopback(address.host or "") or allow_http:
+        return
+    try:
+        allowed = _Network().allow_http
+    except ValidationError:
+        allowed = False
+    if not allowed:
+        raise ConfigurationError(
+            f"SUPABASE_URL is http://{address.host}, so keys and tokens would be sent unencrypted. Use https://; in a "
+            "private network, pass allow_http=True or set TOKENLIMITS_ALLOW_HTTP=1."
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine itself.
+
+    Example:
+        >>> is_loopback("localhost"), is_loopback("[::1]"), is_loopback("10.0.0.1")
+        (True, True, False)
+    """
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def load_schema() -> str:
@@ -87,8 +191,11 @@ def _words(error: ValidationError) -> str:
     return error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
 
 
-def load() -> Settings:
+def load(*, allow_http: bool = False) -> Settings:
     """Read the settings.
+
+    Args:
+        allow_http: Take an `http://` URL of another machine, as inside of a private network.
 
     Raises:
         ConfigurationError: A variable is missing or can't be right; the message says which.
@@ -101,11 +208,13 @@ def load() -> Settings:
     except UnicodeDecodeError:
         problem = "The file .env is not UTF-8 text."
     else:
+        check_encrypted(settings.url, allow_http=allow_http)
         return _allowed(settings)
     # out here, so that no context of the error holds the values
     raise ConfigurationError(
         f"{problem} Set SUPABASE_URL (like https://abc.supabase.co) and SUPABASE_SECRET_KEY (or "
         "SUPABASE_SERVICE_ROLE_KEY) in the environment or in .env; both are in your project's API settings."
+        + from_one_place()
     )
 
 

@@ -56,12 +56,21 @@ class TestEitherName:
         )
         assert loaded() == (URL, SECRET)
 
-    def test_one_from_each(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def test_one_from_each_is_refused(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         given(monkeypatch, f"SUPABASE_{name}={SECRET}\n", URL=URL)
-        assert loaded() == (URL, SECRET)
+        with pytest.raises(ConfigurationError, match=r"SUPABASE_SECRET_KEY.*SUPABASE_URL is exported, so \.env"):
+            load()
+
+    def test_a_file_redirects_no_key(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        given(monkeypatch, f"SUPABASE_URL=https://other.example\nSUPABASE_{name}=theirs\n", **{name: SECRET})
+        with pytest.raises(ConfigurationError, match=rf"^SUPABASE_URL is missing.*SUPABASE_{name} is exported"):
+            load()
 
     def test_what_is_empty_is_not_there(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-        given(monkeypatch, f"SUPABASE_{name}={SECRET}\n", URL=URL, SECRET_KEY="", SERVICE_ROLE_KEY="")
+        given(
+            monkeypatch, f"SUPABASE_URL={URL}\nSUPABASE_{name}={SECRET}\n", URL=" ", SECRET_KEY="", SERVICE_ROLE_KEY=""
+        )
+        monkeypatch.delenv("SUPABASE_URL")
         assert loaded() == (URL, SECRET)
 
     def test_what_surrounds_them_does_not_matter(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -94,11 +103,35 @@ def test_the_file_is_that_of_the_working_directory_of_the_first_use(
 
 
 @pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:54321", "https://abc.supabase.co/", "http://my_host:8000", "http://[::1]:8000"]
+    "url", ["http://127.0.0.1:54321", "https://abc.supabase.co/", "http://app.localhost:8000", "http://[::1]:8000"]
 )
 def test_urls_that_may_be_right(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     given(monkeypatch, URL=url, SECRET_KEY=SECRET)
     assert loaded() == (url, SECRET)
+
+
+class TestUnencrypted:
+    @pytest.mark.parametrize(
+        "url", ["http://my_host:8000", "http://10.0.0.7", "HTTP://kong:8000", "http://127.0.0.1.nip.io"]
+    )
+    def test_is_refused(self, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+        given(monkeypatch, URL=url, SECRET_KEY=SECRET)
+        with pytest.raises(ConfigurationError, match=r"http://.* unencrypted.*TOKENLIMITS_ALLOW_HTTP=1"):
+            load()
+
+    @pytest.mark.parametrize("word", ["1", "true", "yes"])
+    def test_is_taken_where_somebody_allows_it(self, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+        given(monkeypatch, URL="http://kong:8000", SECRET_KEY=SECRET)
+        assert load(allow_http=True).url == "http://kong:8000"
+        monkeypatch.setenv("TOKENLIMITS_ALLOW_HTTP", word)
+        assert loaded() == ("http://kong:8000", SECRET)
+
+    @pytest.mark.parametrize("word", ["0", "no", "perhaps", ""])
+    def test_is_not_taken_otherwise(self, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+        given(monkeypatch, URL="http://kong:8000", SECRET_KEY=SECRET)
+        monkeypatch.setenv("TOKENLIMITS_ALLOW_HTTP", word)
+        with pytest.raises(ConfigurationError, match="unencrypted"):
+            load()
 
 
 class TestProblems:

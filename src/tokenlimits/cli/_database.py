@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
-from ipaddress import ip_address
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 import psycopg
@@ -14,6 +13,8 @@ from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tokenlimits.settings import is_loopback
 
 from ._terminal import Problem
 
@@ -96,12 +97,7 @@ def _encoded(text: str) -> str:
 
 def _is_here(host: str) -> bool:
     """Whether a host is this machine: a socket, or its loopback interface."""
-    if not host or host.startswith(("/", "@")) or host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return not host or host.startswith(("/", "@")) or is_loopback(host)
 
 
 def _problem(error: psycopg.Error, conninfo: str) -> Problem:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, AliasChoices, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, AliasChoices, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import SettingsConfigDict
 
 from tokenlimits.errors import ConfigurationError
-from tokenlimits.settings import checked_key, checked_url, stripped_schema
+from tokenlimits.settings import (
+    ProjectSettings,
+    check_encrypted,
+    checked_key,
+    checked_url,
+    from_one_place,
+    stripped_schema,
+)
 
 
 def _long_enough(value: SecretStr) -> SecretStr:
@@ -24,7 +31,7 @@ def _not_secret(value: str) -> str:
     return key
 
 
-class WebSettings(BaseSettings):
+class WebSettings(ProjectSettings):
     """Settings of the admin panel and of the API; the environment wins over `.env`.
 
     Args:
@@ -71,6 +78,14 @@ class WebSettings(BaseSettings):
     )
     timeout: float = Field(5, gt=0, le=60)
 
+    @model_validator(mode="after")
+    def _is_encrypted(self) -> Self:
+        try:
+            check_encrypted(self.url)
+        except ConfigurationError as error:
+            raise ValueError(str(error)) from None
+        return self
+
 
 def load() -> WebSettings:
     """Read the settings from the environment or `.env`.
@@ -81,11 +96,13 @@ def load() -> WebSettings:
     try:
         return WebSettings()  # pyright: ignore[reportCallIssue]  # the fields come from the environment
     except ValidationError as error:
-        problems = "; ".join(sorted({f"{e['loc'][0]}: {e['msg']}" for e in error.errors(include_input=False)}))
+        problems = "; ".join(
+            sorted({f"{': '.join([*map(str, e['loc']), e['msg']])}" for e in error.errors(include_input=False)})
+        )
     except UnicodeDecodeError:
         problems = "the file .env is not UTF-8 text"
     # out here, so that no context of the error holds the values
     raise ConfigurationError(
         f"The panel is not configured. {problems}. Set SUPABASE_URL, SUPABASE_PUBLISHABLE_KEY and "
-        "TOKENLIMITS_WEB_SECRET in the environment or in .env."
+        f"TOKENLIMITS_WEB_SECRET in the environment or in .env.{from_one_place()}"
     )

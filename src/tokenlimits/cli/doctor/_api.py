@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 import httpx
 from pydantic import AliasChoices, Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tokenlimits.errors import HOW_TO_EXPOSE
+from tokenlimits.settings import ProjectSettings, from_one_place
 from tokenlimits.sql_files import checked_schema
 
 from ._expected import REAPPLY
@@ -37,10 +37,8 @@ _PROBES: Mapping[str, Mapping[str, object]] = {
 }
 
 
-class Configuration(BaseSettings):
+class Configuration(ProjectSettings):
     """The settings as they are, also wrong ones."""
-
-    model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
 
     url: str = Field("", validation_alias="SUPABASE_URL")
     key: SecretStr = Field(SecretStr(""), validation_alias=AliasChoices(*_KEY_NAMES))
@@ -142,7 +140,7 @@ class Api:
 def check_configuration(configuration: Configuration) -> Findings:
     """Look at the settings without using them."""
     if not configuration.url:
-        yield error("configuration", "SUPABASE_URL is not set.", _WHERE)
+        yield error("configuration", "SUPABASE_URL is not set.", _WHERE + from_one_place())
     elif not configuration.is_url:
         yield error("configuration", "SUPABASE_URL is no URL like https://abc.supabase.co.", _WHERE)
     if configuration.problem_of_schema:
@@ -153,7 +151,7 @@ def check_configuration(configuration: Configuration) -> Findings:
 
 def _key_finding(key: str, host: str) -> Finding:
     if not key:
-        return error("key", "There is none.", SECRET)
+        return error("key", "There is none.", SECRET + from_one_place())
     if not _can_be_sent(key):
         return error("key", "The key has characters that no key has: was something else copied?", SECRET)
     if key.startswith("sb_secret_"):
