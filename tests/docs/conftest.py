@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ class Docs:
             **{name: value for name, value in os.environ.items() if not name.startswith(("SUPABASE_", "TOKENLIMITS_"))},
             **stack.environment(),
             "DATABASE_URL": server.url(database),
-            "TOKENLIMITS_WEB_SECRET": "x" * 32,
+            "TOKENLIMITS_WEB_SECRET": secrets.token_urlsafe(32),
             "PROJECT": str(ROOT),
             "PATH": os.pathsep.join(
                 map(str, [PROGRAMS, Path(sys.executable).parent, next(iter(servers().values())), os.environ["PATH"]])

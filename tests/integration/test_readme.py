@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -57,7 +58,12 @@ def stack() -> Iterator[LocalStack]:
 def output(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> str:
     """What the README's Python prints, run from the top to the bottom."""
     directory = tmp_path_factory.mktemp("readme")
-    env = {**os.environ, **stack.environment(), "no_proxy": "127.0.0.1", "TOKENLIMITS_WEB_SECRET": "x" * 32}
+    env = {
+        **os.environ,
+        **stack.environment(),
+        "no_proxy": "127.0.0.1",
+        "TOKENLIMITS_WEB_SECRET": secrets.token_urlsafe(32),
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in env.items():
             patch.setenv(name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from tokenlimits.web import WebSettings, create_app
 
 Serve = Callable[[ASGIApp], str]
 
+SECRET = secrets.token_urlsafe(32)
+
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[LocalStack]:
@@ -32,7 +35,7 @@ def settings_for(stack: LocalStack, **more: object) -> WebSettings:
         "url": stack.url,
         "publishable_key": stack.publishable_key,
         "secret_key": stack.secret_key,
-        "web_secret": "0123456789" * 4,
+        "web_secret": SECRET,
         "requests_per_minute": 1_000_000,
         "sign_ins_per_minute": 1_000,
     }

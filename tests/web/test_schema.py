@@ -109,7 +109,7 @@ class TestSettings:
         settings = WebSettings(**GIVEN)
         assert (settings.secret_key, settings.web_secret, settings.timeout, settings.url) == (
             None,
-            None,
+            (),
             5,
             GIVEN["url"],
         )

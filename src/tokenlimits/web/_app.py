@@ -33,7 +33,8 @@ def create_app(settings: WebSettings | None = None) -> FastAPI:
         ConfigurationError: A variable is missing or can't be right.
 
     Example:
-        >>> create_app(WebSettings(web_secret="any 32 characters, or more of them")).title
+        >>> import secrets
+        >>> create_app(WebSettings(web_secret=secrets.token_urlsafe(32))).title
         'tokenlimits'
     """
     backend = Backend(settings or load())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import time
 from collections.abc import AsyncGenerator
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
@@ -12,7 +11,7 @@ from urllib.parse import urlencode
 from uuid import UUID
 
 import httpx
-from pydantic import AwareDatetime, BaseModel, RootModel, SecretStr, ValidationError
+from pydantic import AwareDatetime, BaseModel, RootModel, ValidationError
 from supabase import AsyncClient, AsyncClientOptions
 
 from tokenlimits import AsyncGroupManager, AsyncTokenLimits, ConfigurationError, ServiceUnavailable
@@ -22,13 +21,12 @@ from tokenlimits._drivers.transport import until_loop_ends
 from tokenlimits.errors import AccessDenied
 from tokenlimits.models import Group, Member, UsageRecord, UserLimit
 
-from ._problems import SignInRequired
+from ._auth import Auth
 from ._settings import WebSettings
 
 T = TypeVar("T", bound=BaseModel)
 
 _MY_USAGE = parser(tuple[UserLimit, ...])
-_MARGIN = 60.0
 _LEDGER_PAGE = 1000
 
 
@@ -59,26 +57,6 @@ class Groups(AsyncGroupManager):
         return await self._transport.send(admins.members_page(group_id, search, after, size))
 
 
-class Person(BaseModel):
-    """Who Supabase Auth says that a token belongs to."""
-
-    id: UUID
-    email: str | None = None
-
-
-class Tokens(NamedTuple):
-    """A session of Supabase Auth; `expires_at` is by this machine's clock."""
-
-    access: SecretStr
-    refresh: SecretStr
-    expires_at: float
-    person: Person
-
-    def is_ending(self) -> bool:
-        """Whether it ends within a minute."""
-        return time.time() > self.expires_at - _MARGIN
-
-
 class _OfLoop(NamedTuple):
     loop: asyncio.AbstractEventLoop
     http: httpx.AsyncClient
@@ -86,7 +64,7 @@ class _OfLoop(NamedTuple):
 
 
 class Backend:
-    """Makes clients that share connections, and asks Supabase Auth.
+    """Makes clients that share connections; `auth` is Supabase Auth, by the same ones.
 
     Args:
         settings: Where Supabase is.
@@ -97,6 +75,7 @@ class Backend:
         self.settings = settings
         self._limits = limits
         self._of_loop: _OfLoop | None = None
+        self.auth = Auth(settings, self._http)
 
     @property
     def can_track(self) -> bool:
@@ -128,70 +107,18 @@ class Backend:
         key = self.settings.secret_key
         return key is not None and hmac.compare_digest(token.encode(), key.get_secret_value().encode())
 
-    async def person(self, token: str) -> Person:
-        """Let Supabase Auth say whose access token it is.
-
-        Raises:
-            SignInRequired: Nobody's.
-            ServiceUnavailable: It gave no answer.
-        """
-        answer = await self._auth("GET", "user", token=token)
-        if answer.status_code in (400, 401, 403, 404):
-            raise SignInRequired("The access token is not valid, or not valid any more.")
-        return _read(answer, Person)
-
-    async def sign_in(self, email: str, password: str) -> Tokens:
-        """Begin a session.
-
-        Raises:
-            AccessDenied: The address or the password is wrong.
-            ServiceUnavailable: It gave no answer.
-        """
-        return await self._session("password", {"email": email, "password": password})
-
-    async def refresh(self, tokens: Tokens) -> Tokens:
-        """Go on with a session.
-
-        Raises:
-            AccessDenied: It has ended.
-            ServiceUnavailable: It gave no answer.
-        """
-        return await self._session("refresh_token", {"refresh_token": tokens.refresh.get_secret_value()})
-
-    async def sign_out(self, tokens: Tokens) -> None:
-        """End a session. What Supabase answers changes nothing: the cookie goes in any case."""
-        try:
-            await self._auth("POST", "logout?scope=local", token=tokens.access.get_secret_value())
-        except ServiceUnavailable:
-            return
-
-    async def _session(self, grant: str, body: dict[str, str]) -> Tokens:
-        answer = await self._auth("POST", f"token?grant_type={grant}", json=body)
-        if 400 <= answer.status_code < 500 and answer.status_code != 429:
-            raise AccessDenied("The e-mail address or the password is wrong, or the session has ended.")
-        found = _read(answer, _Session)
-        return Tokens(found.access_token, found.refresh_token, time.time() + found.expires_in, found.user)
-
-    async def _auth(
-        self, method: str, path: str, *, token: str | None = None, json: dict[str, str] | None = None
-    ) -> httpx.Response:
-        return await self._send(method, f"auth/v1/{path}", token=token, json=json)
-
-    async def _send(
-        self, method: str, path: str, *, token: str | None = None, json: dict[str, str] | None = None
-    ) -> httpx.Response:
-        headers = {"apikey": self.settings.publishable_key}
-        if path.startswith("rest/"):
-            headers["Accept-Profile"] = self.settings.schema_name
-        if token is not None:
-            headers["Authorization"] = f"Bearer {token}"
-        url = f"{self.settings.url.rstrip('/')}/{path}"
+    async def _get(self, path: str, token: str) -> httpx.Response:
+        headers = {
+            "apikey": self.settings.publishable_key,
+            "Authorization": f"Bearer {token}",
+            "Accept-Profile": self.settings.schema_name,
+        }
         http = await self._http()
         try:
-            return await http.request(method, url, headers=headers, json=json)
+            return await http.get(f"{self.settings.url.rstrip('/')}/{path}", headers=headers)
         except httpx.HTTPError as error:
             reason = type(error).__name__
-        # out here, so that no context of it holds a token or a password
+        # out here, so that no context of it holds a token
         raise ServiceUnavailable(f"Supabase could not be reached ({reason})")
 
     async def moment_of(self, token: str, group_id: UUID, place: int) -> datetime | None:
@@ -203,7 +130,7 @@ class Backend:
         """
         query = {"select": "created_at", "group_id": f"eq.{group_id}", "order": "created_at.desc"}
         path = f"rest/v1/generation_usage?{urlencode({**query, 'limit': 1, 'offset': place})}"
-        answer = await self._send("GET", path, token=token)
+        answer = await self._get(path, token)
         if answer.status_code in (401, 403):
             raise AccessDenied(
                 "Only an admin may read the ledger.", code="PGRST301" if answer.status_code == 401 else None
@@ -241,13 +168,6 @@ class _Moment(BaseModel):
 
 class _Moments(RootModel[list[_Moment]]):
     pass
-
-
-class _Session(BaseModel):
-    access_token: SecretStr
-    refresh_token: SecretStr
-    expires_in: float
-    user: Person
 
 
 def _read(answer: httpx.Response, model: type[T]) -> T:

@@ -7,13 +7,14 @@ from typing import Annotated
 from uuid import UUID
 
 from fastapi import Depends, HTTPException, Request, Response
+from pydantic import SecretStr
 
 from tokenlimits import AsyncTokenLimits, GenerationDenied, Hold, InvalidRequest, LimitExceeded, ServiceUnavailable
 from tokenlimits._core import arguments
 
 from . import _ratelimit
 from ._backend import Backend
-from ._problems import SignInRequired
+from ._problems import SignInRequired, TooManyRequests
 from ._settings import WebSettings, load
 
 
@@ -106,9 +107,13 @@ class _Bearer:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and token.strip():
             try:
-                return (await self._backend.person(token.strip())).id
+                return (await self._backend.auth.person(SecretStr(token.strip()))).id
             except SignInRequired:
                 pass
+            except TooManyRequests as error:
+                raise HTTPException(
+                    429, "Too many requests", {"Retry-After": str(math.ceil(error.retry_after))}
+                ) from error
             except ServiceUnavailable as error:
                 raise HTTPException(503, "Please try again soon", {"Retry-After": "5"}) from error
         raise HTTPException(401, "Send a valid access token", {"WWW-Authenticate": "Bearer"})

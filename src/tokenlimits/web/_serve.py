@@ -29,8 +29,8 @@ def serve(host: str = "127.0.0.1", port: int = 8321, *, forwarded_allow_ips: str
 
 def _sealed(settings: WebSettings, host: str) -> WebSettings:
     """On this machine alone a secret may be made up: when it ends, people sign in again."""
-    if settings.web_secret is None and _is_loopback(host):
-        return settings.model_copy(update={"web_secret": SecretStr(secrets.token_urlsafe(32))})
+    if not settings.web_secret and _is_loopback(host):
+        return settings.model_copy(update={"web_secret": (SecretStr(secrets.token_urlsafe(32)),)})
     return settings
 
 

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import hashlib
-import hmac
-import json
+import logging
 import secrets
-import zlib
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
-from cryptography.fernet import Fernet, InvalidToken
 from pydantic import SecretStr
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tokenlimits import InvalidRequest
+from tokenlimits import InvalidRequest, TokenLimitsError
 from tokenlimits.errors import AccessDenied
 
-from ._backend import Backend, Person, Tokens
-from ._problems import SignInRequired
+from ._auth import Auth, Person, Tokens
+from ._problems import SignInRequired, TooManyRequests
+from ._seal import Seal
+from ._shared import Shared
+
+logger = logging.getLogger("tokenlimits")
 
 # browsers keep 4,096 bytes with the name and the attributes
 _MOST = 3900
+# for so many seconds an answer of Supabase Auth is believed
+_CONFIRMED = 60
+# and for so many late requests may have the cookie from before a refresh
+_LATE = 30
 
 
 class BadOrigin(Exception):
@@ -32,26 +36,34 @@ class BadOrigin(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A browser; signed in when it has tokens. Its id is what its CSRF token is made of."""
+    """A browser; signed in when it has tokens.
+
+    Its id is what its CSRF token is made of. `since` is when it signed in, `seen` when its cookie was sealed.
+    """
 
     id: str
     tokens: Tokens | None = None
+    since: float = field(default_factory=time.time)
+    seen: float = field(default_factory=time.time, compare=False)
 
 
 class Sessions:
-    """Reads and writes the cookie, goes on with sessions that are about to end, and makes CSRF tokens.
+    """Reads and writes the cookie, confirms sessions with Supabase Auth, and makes CSRF tokens.
 
     Args:
-        backend: Whom to ask for new tokens.
-        secret: What seals the cookie.
+        auth: Supabase Auth.
+        keys: What seals the cookie: the first; the others open what they sealed before.
+        idle: Seconds that a session lasts without a request of its person.
+        longest: Seconds that it lasts at most.
     """
 
-    def __init__(self, backend: Backend, secret: SecretStr) -> None:
-        key = hashlib.sha256(b"tokenlimits cookie" + secret.get_secret_value().encode()).digest()
-        self._csrf_key = hashlib.sha256(b"tokenlimits csrf" + secret.get_secret_value().encode()).digest()
-        self._seal = Fernet(base64.urlsafe_b64encode(key))
-        self._backend = backend
-        self._refreshing: dict[str, asyncio.Task[Tokens]] = {}
+    def __init__(self, auth: Auth, keys: Sequence[SecretStr], *, idle: float, longest: float) -> None:
+        self._auth = auth
+        self._seal = Seal(keys, longest)
+        self._idle = idle
+        self._longest = longest
+        self._refreshed: Shared[Tokens] = Shared(_LATE)
+        self._persons: Shared[Person] = Shared(_CONFIRMED)
 
     def read(self, request: Request) -> Session:
         """Return the browser's session, or a new one."""
@@ -71,9 +83,13 @@ class Sessions:
             cookie_name(request), sealed, path="/", httponly=True, samesite="lax", secure=request.url.scheme == "https"
         )
 
+    def is_due(self, session: Session) -> bool:
+        """Whether the cookie is to be sealed again, so that it doesn't go idle."""
+        return time.time() - session.seen > self._idle / 10
+
     def csrf(self, session: Session) -> str:
         """Make the token that requests of this session prove with that they come from its pages."""
-        return hmac.new(self._csrf_key, session.id.encode(), "sha256").hexdigest()
+        return self._seal.csrf(session.id)
 
     def check_csrf(self, request: Request, session: Session, token: object) -> None:
         """Check that a request that changes something comes from a page of this session.
@@ -84,43 +100,65 @@ class Sessions:
         origin = request.headers.get("origin")
         if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
             raise BadOrigin
-        if not isinstance(token, str) or not hmac.compare_digest(token.encode(), self.csrf(session).encode()):
+        if not isinstance(token, str) or not self._seal.is_csrf(session.id, token):
             raise BadOrigin
 
     async def fresh(self, session: Session) -> Session:
-        """Go on with a session that is about to end.
+        """Return a session that Supabase Auth has confirmed within the last minute, with tokens that last.
 
         Raises:
             SignInRequired: There is none, or it has ended.
-            ServiceUnavailable: Supabase gave no answer.
+            TooManyRequests: Supabase Auth has answered too many.
+            ServiceUnavailable: It gave no answer.
         """
         if session.tokens is None:
             raise SignInRequired("Please sign in.")
-        if not session.tokens.is_ending():
+        if not session.tokens.is_ending() and await self._is_confirmed(session.tokens):
             return session
         try:
-            return replace(session, tokens=await self._refreshed(session.tokens))
+            return replace(session, tokens=await self._refresh(session.tokens))
         except AccessDenied:
             raise SignInRequired("Your session has ended. Please sign in again.") from None
 
-    async def _refreshed(self, tokens: Tokens) -> Tokens:
-        """Refresh once for all requests that come at once: a refresh token may be used but once."""
-        key = tokens.refresh.get_secret_value()
-        task = self._refreshing.get(key)
-        if task is None:
-            task = self._refreshing[key] = asyncio.create_task(self._backend.refresh(tokens))
-            task.add_done_callback(lambda done: self._forget(key, done))
-        return await asyncio.shield(task)
+    async def end(self, session: Session) -> None:
+        """End a session in Supabase Auth, so that no copy of its cookie is worth anything."""
+        tokens = session.tokens
+        if tokens is None:
+            return
+        try:
+            if tokens.is_ending():  # one that has ended isn't even taken to end its session
+                tokens = await self._refresh(tokens)
+            await self._auth.sign_out(tokens)
+        except AccessDenied:
+            pass  # it has ended already
+        except (TokenLimitsError, TooManyRequests) as error:
+            logger.warning("A session was signed out in the browser, but not in Supabase Auth: %s", error)
+        self._persons.forget(tokens.access.get_secret_value())
 
-    def _forget(self, key: str, task: asyncio.Task[Tokens]) -> None:
-        if task.cancelled() or task.exception() is not None:
-            del self._refreshing[key]
-        else:
-            # late requests may still have the old cookie
-            task.get_loop().call_later(30, self._refreshing.pop, key, None)
+    async def _is_confirmed(self, tokens: Tokens) -> bool:
+        """Whether Supabase Auth says of the person what it said when it gave the tokens.
+
+        Where it doesn't, a refresh gives tokens with their roles of now, or none: the database believes what is in a
+        token until it ends.
+
+        Raises:
+            SignInRequired: The session was signed out.
+        """
+        key = tokens.access.get_secret_value()
+        return await self._persons.get(key, lambda: self._auth.person(tokens.access)) == tokens.person
+
+    async def _refresh(self, tokens: Tokens) -> Tokens:
+        """Refresh once for all requests that come at once: a refresh token may be used but once."""
+
+        async def refresh() -> Tokens:
+            new = await self._auth.refresh(tokens)
+            self._persons.keep(new.access.get_secret_value(), new.person)
+            return new
+
+        return await self._refreshed.get(tokens.refresh.get_secret_value(), refresh)
 
     def _close(self, session: Session) -> str:
-        content: dict[str, object] = {"id": session.id}
+        content: dict[str, object] = {"id": session.id, "since": session.since}
         if session.tokens is not None:
             tokens = session.tokens
             content |= {
@@ -129,18 +167,21 @@ class Sessions:
                 "expires_at": tokens.expires_at,
                 "person": tokens.person.model_dump(mode="json"),
             }
-        return self._seal.encrypt(zlib.compress(json.dumps(content).encode())).decode()
+        return self._seal.close(content)
 
     def _open(self, sealed: str) -> Session | None:
-        try:
-            content = json.loads(zlib.decompress(self._seal.decrypt(sealed.encode())))
-        except InvalidToken:  # another secret sealed it, or nobody did
+        opened = self._seal.open(sealed)
+        if opened is None:
             return None
-        if "access" not in content:
-            return Session(content["id"])
+        content, seen = opened
+        now = time.time()
+        if "access" not in content or now - seen > self._idle or now - content["since"] > self._longest:
+            # with its id, so that forms of its pages lead to the sign-in page
+            return Session(content["id"], seen=seen)
         person = Person.model_validate(content["person"])
         access, refresh = SecretStr(content["access"]), SecretStr(content["refresh"])
-        return Session(content["id"], Tokens(access, refresh, content["expires_at"], person))
+        tokens = Tokens(access, refresh, content["expires_at"], person)
+        return Session(content["id"], tokens, content["since"], seen)
 
 
 def cookie_name(request: Request) -> str:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from itertools import pairwise
+from typing import Annotated, Final, Self
 
-from pydantic import AfterValidator, AliasChoices, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import SettingsConfigDict
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from tokenlimits.errors import ConfigurationError
 from tokenlimits.settings import (
@@ -17,10 +26,26 @@ from tokenlimits.settings import (
     stripped_schema,
 )
 
+MAKE_ONE: Final = "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
 
-def _long_enough(value: SecretStr) -> SecretStr:
-    if len(value.get_secret_value()) < 32:
-        raise ValueError("must have at least 32 characters")
+
+def _is_weak(secret: str) -> bool:
+    """Whether it is too short, or has a pattern that nobody has to guess much for."""
+    steps = {ord(after) - ord(before) for before, after in pairwise(secret)}
+    repeats = any(secret[period:] == secret[:-period] for period in range(1, len(secret) // 2 + 1))
+    return len(secret) < 32 or len(set(secret)) < 8 or len(steps) < 8 or repeats
+
+
+def _hard_to_guess(values: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+    if any(_is_weak(value.get_secret_value()) for value in values):
+        raise ValueError(f"must have 32 random characters or more. Make one: {MAKE_ONE}")
+    return values
+
+
+def _split(value: object) -> object:
+    text = value.get_secret_value() if isinstance(value, SecretStr) else value
+    if isinstance(text, str):
+        return [part.strip() for part in text.split(",") if part.strip()]
     return value
 
 
@@ -39,8 +64,11 @@ class WebSettings(ProjectSettings):
         publishable_key: `SUPABASE_PUBLISHABLE_KEY` or `SUPABASE_ANON_KEY`: administration needs no other.
         secret_key: `SUPABASE_SECRET_KEY` or `SUPABASE_SERVICE_ROLE_KEY`: for `/api/track-generation` alone, which
             isn't there without it.
-        web_secret: `TOKENLIMITS_WEB_SECRET`, any 32 characters or more, the same in all processes: seals the panel's
-            session cookies. The API needs none.
+        web_secret: `TOKENLIMITS_WEB_SECRET`, 32 random characters or more, the same in all processes: seals the panel's
+            session cookies. Of several, separated by commas, the first seals, and all open. The API needs none.
+        session_idle_minutes: `TOKENLIMITS_WEB_SESSION_IDLE_MINUTES`: when a session of the panel ends that nobody uses.
+            A page that is only looked at doesn't count as used.
+        session_hours: `TOKENLIMITS_WEB_SESSION_HOURS`: when it ends in any case.
         requests_per_minute: `TOKENLIMITS_WEB_REQUESTS_PER_MINUTE`, for each caller of the API.
         sign_ins_per_minute: `TOKENLIMITS_WEB_SIGN_INS_PER_MINUTE`, for each address, and for each account.
         schema_name: `TOKENLIMITS_SCHEMA`: where tokenlimits is installed, if not in public.
@@ -55,6 +83,7 @@ class WebSettings(ProjectSettings):
         populate_by_name=True,
         case_sensitive=True,
         frozen=True,
+        hide_input_in_errors=True,
     )
 
     url: Annotated[str, AfterValidator(checked_url)] = Field(validation_alias=AliasChoices("url", "SUPABASE_URL"))
@@ -64,8 +93,14 @@ class WebSettings(ProjectSettings):
     secret_key: Annotated[SecretStr, AfterValidator(checked_key)] | None = Field(
         None, validation_alias=AliasChoices("secret_key", "SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY")
     )
-    web_secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = Field(
-        None, validation_alias=AliasChoices("web_secret", "TOKENLIMITS_WEB_SECRET")
+    web_secret: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split), AfterValidator(_hard_to_guess)] = (
+        Field((), validation_alias=AliasChoices("web_secret", "TOKENLIMITS_WEB_SECRET"))
+    )
+    session_idle_minutes: int = Field(
+        120, ge=1, validation_alias=AliasChoices("session_idle_minutes", "TOKENLIMITS_WEB_SESSION_IDLE_MINUTES")
+    )
+    session_hours: int = Field(
+        12, ge=1, validation_alias=AliasChoices("session_hours", "TOKENLIMITS_WEB_SESSION_HOURS")
     )
     requests_per_minute: int = Field(
         600, ge=1, validation_alias=AliasChoices("requests_per_minute", "TOKENLIMITS_WEB_REQUESTS_PER_MINUTE")
@@ -97,7 +132,7 @@ def load() -> WebSettings:
         return WebSettings()  # pyright: ignore[reportCallIssue]  # the fields come from the environment
     except ValidationError as error:
         problems = "; ".join(
-            sorted({f"{': '.join([*map(str, e['loc']), e['msg']])}" for e in error.errors(include_input=False)})
+            sorted({": ".join([*map(_variable, e["loc"]), e["msg"]]) for e in error.errors(include_input=False)})
         )
     except UnicodeDecodeError:
         problems = "the file .env is not UTF-8 text"
@@ -106,3 +141,8 @@ def load() -> WebSettings:
         f"The panel is not configured. {problems}. Set SUPABASE_URL, SUPABASE_PUBLISHABLE_KEY and "
         f"TOKENLIMITS_WEB_SECRET in the environment or in .env.{from_one_place()}"
     )
+
+
+def _variable(field: int | str) -> str:
+    alias = WebSettings.model_fields[str(field)].validation_alias
+    return str(alias.choices[1] if isinstance(alias, AliasChoices) else field)

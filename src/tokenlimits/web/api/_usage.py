@@ -5,6 +5,7 @@ from __future__ import annotations
 from uuid import UUID
 
 from fastapi import APIRouter, Request
+from pydantic import SecretStr
 
 from tokenlimits import InvalidRequest, TrackResult
 from tokenlimits.errors import AccessDenied
@@ -49,7 +50,7 @@ async def track_generation(backend: TheBackend, token: Token, generation: Genera
 
 
 async def _themself(backend: Backend, token: str, generation: Generation) -> UUID:
-    person = await backend.person(token)
+    person = await backend.auth.person(SecretStr(token))
     if generation.user_id not in (None, person.id):
         raise AccessDenied("A signed-in user can charge nobody else. Workers use the secret key.")
     if generation.idempotency_key is not None:

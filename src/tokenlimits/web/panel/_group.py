@@ -16,7 +16,7 @@ from tokenlimits.models import UsageRecord
 
 from . import _charts, _views
 from ._export import as_csv
-from ._pages import PageRoute, Panel, Signed, Visit, done
+from ._pages import PageRoute, Panel, Signed, Visit, Watching, done
 
 routes = APIRouter(route_class=PageRoute, include_in_schema=False)
 
@@ -47,7 +47,7 @@ async def group_page(visit: Signed, group_id: UUID) -> Response:
 
 
 @routes.get("/groups/{group_id}/live")
-async def live(visit: Signed, group_id: UUID, version: Annotated[str, Query(max_length=16)] = "") -> Response:
+async def live(visit: Watching, group_id: UUID, version: Annotated[str, Query(max_length=16)] = "") -> Response:
     """Answer what changes on the page; nothing when nothing has."""
     content = _views.live([await visit.groups.usage(group_id)])
     return Response(status_code=204) if content["version"] == version else JSONResponse(content)

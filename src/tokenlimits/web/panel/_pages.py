@@ -15,12 +15,12 @@ from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from pydantic import SecretStr
 from starlette.datastructures import FormData
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
 from tokenlimits import errors
-from tokenlimits.web._backend import Backend, Groups, Tokens
+from tokenlimits.web._auth import Tokens
+from tokenlimits.web._backend import Backend, Groups
 from tokenlimits.web._limiter import Limiter
 from tokenlimits.web._problems import SignInRequired, TooManyRequests, is_sign_in_required
 from tokenlimits.web._sessions import BadOrigin, Session, Sessions
@@ -53,13 +53,18 @@ class Panel:
 
     Args:
         backend: Where the answers come from.
-        secret: What seals the cookies.
     """
 
-    def __init__(self, backend: Backend, secret: SecretStr) -> None:
+    def __init__(self, backend: Backend) -> None:
+        settings = backend.settings
         self.backend = backend
-        self.sessions = Sessions(backend, secret)
-        self.sign_ins = Limiter(backend.settings.sign_ins_per_minute, "sign-ins")
+        self.sessions = Sessions(
+            backend.auth,
+            settings.web_secret,
+            idle=settings.session_idle_minutes * 60,
+            longest=settings.session_hours * 3600,
+        )
+        self.sign_ins = Limiter(settings.sign_ins_per_minute, "sign-ins")
 
     async def __call__(self, request: Request) -> None:
         """Let a request in: the first dependency of each page.
@@ -91,7 +96,7 @@ class Visit:
         return await read_form(self.request)
 
 
-async def _visit(request: Request) -> Visit:
+async def _watch(request: Request) -> Visit:
     panel: Panel = request.state.panel
     before: Session = request.state.session
     session = await panel.sessions.fresh(before)
@@ -102,6 +107,17 @@ async def _visit(request: Request) -> Visit:
     return Visit(request, session.tokens, groups)
 
 
+Watching = Annotated[Visit, Depends(_watch)]
+
+
+async def _visit(request: Request, visit: Watching) -> Visit:
+    session: Session = request.state.session
+    if request.state.panel.sessions.is_due(session):
+        request.state.written = session
+    return visit
+
+
+# a page that asks what has changed is nobody's visit: it would never let its session go idle
 Signed = Annotated[Visit, Depends(_visit)]
 
 

@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from tokenlimits import ConfigurationError
 from tokenlimits.web._backend import Backend
+from tokenlimits.web._settings import MAKE_ONE
 
 from . import _group, _groups, _members, _overview, _sign_in, _tokens
 from ._pages import PageRoute, Panel, render
@@ -18,13 +19,11 @@ def panel_for(backend: Backend) -> Panel:
     Raises:
         ConfigurationError: There is no secret to seal the sessions with.
     """
-    secret = backend.settings.web_secret
-    if secret is None:
+    if not backend.settings.web_secret:
         raise ConfigurationError(
-            "The panel needs TOKENLIMITS_WEB_SECRET, 32 characters or more that nobody can guess, the same in all its "
-            "processes. Make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+            "The panel needs TOKENLIMITS_WEB_SECRET, the same in all its processes. Make one: " + MAKE_ONE
         )
-    return Panel(backend, secret)
+    return Panel(backend)
 
 
 def routes_of(panel: Panel) -> APIRouter:

@@ -6,6 +6,7 @@ import secrets
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
+from pydantic import SecretStr
 from starlette.responses import RedirectResponse, Response
 
 from tokenlimits import ServiceUnavailable
@@ -35,7 +36,7 @@ async def sign_in(request: Request) -> Response:
     try:
         for who in (address(request), email.strip().lower()[:320]):
             panel.sign_ins.hit(who)
-        tokens = await panel.backend.sign_in(email.strip(), password)
+        tokens = await panel.backend.auth.sign_in(email.strip(), SecretStr(password))
     except TooManyRequests:
         return _form(request, 429, next_, email, "Too many attempts. Please wait a minute.")
     except AccessDenied:
@@ -52,8 +53,7 @@ async def sign_out(request: Request) -> Response:
     """End the session, here and in Supabase."""
     session: Session = request.state.session
     request.state.written = Session(secrets.token_urlsafe(24))
-    if session.tokens is not None:
-        await request.state.panel.backend.sign_out(session.tokens)
+    await request.state.panel.sessions.end(session)
     return RedirectResponse(f"{request.scope.get('root_path', '')}/sign-in", 303)
 
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 from starlette.responses import JSONResponse, Response
 
 from . import _views
-from ._pages import PageRoute, Signed
+from ._pages import PageRoute, Signed, Watching
 
 routes = APIRouter(route_class=PageRoute, include_in_schema=False)
 
@@ -35,7 +35,7 @@ async def tokens_page(
 
 
 @routes.get("/live")
-async def live(visit: Signed, version: Annotated[str, Query(max_length=16)] = "") -> Response:
+async def live(visit: Watching, version: Annotated[str, Query(max_length=16)] = "") -> Response:
     """Answer what changes on the cards; nothing when nothing has."""
     content = _views.live(await visit.groups.usage_all())
     return Response(status_code=204) if content["version"] == version else JSONResponse(content)
