@@ -123,7 +123,8 @@ def main() -> None:
             url=stack.url, publishable_key=stack.publishable_key, web_secret=secrets.token_urlsafe(32)
         )
         print(
-            f"\n  http://127.0.0.1:{options.port}\n  {admin.email}, {admin.password}\n\n  Ctrl-C ends it.\n", flush=True
+            f"\n  http://127.0.0.1:{options.port}\n  {admin.email}, {admin.password}\n\n  Press Ctrl-C to stop.\n",
+            flush=True,
         )
         generating = threading.Thread(target=keep_generating, args=(limits, made, chance, ended))
         if not options.still:

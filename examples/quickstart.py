@@ -263,7 +263,7 @@ def main() -> int:
     console = Console(highlight=False)
     stack = LocalStack(options.database_url, timeout=120)
     try:
-        with console.status("Starting a local Supabase (the first time, it is fetched)"):
+        with console.status("Starting a local Supabase (the first start downloads it)"):
             stack.start()
         # it is on this machine: whatever proxy the environment names isn't for it
         os.environ.update(stack.environment(), no_proxy="127.0.0.1")

@@ -1,4 +1,4 @@
-"""`python -m tokenlimits` is `tokenlimits`."""
+"""`python -m tokenlimits`: the command line, `tokenlimits`."""
 
 import sys
 

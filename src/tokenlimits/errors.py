@@ -31,10 +31,10 @@ __all__ = [
 
 
 class TokenLimitsError(Exception):
-    """Base of all errors of tokenlimits.
+    """Base class of all errors of tokenlimits.
 
-    `code` is the server's SQLSTATE or PostgREST code, when it was the server that refused. `returned` is what a
-    function decorated by `limited` had returned (or `hold.returned`), when its work went well and only settling failed.
+    `code` is the server's SQLSTATE or PostgREST code if the server refused the request. `returned` is what a function
+    decorated with `limited` had returned (or `hold.returned`) when its work succeeded and only settling failed.
     """
 
     default_hint: ClassVar[str] = ""
@@ -58,31 +58,31 @@ def _rebuild(cls: type[TokenLimitsError], args: tuple[str, ...], state: dict[str
 
 
 class ConfigurationError(TokenLimitsError):
-    """The client is set up wrongly: a variable is missing, or a client is used where it can't be."""
+    """The setup is wrong: a variable is missing, or a client is used where it can't be."""
 
 
 class SchemaNotInstalled(TokenLimitsError):
-    """The database has no tokenlimits yet."""
+    """tokenlimits is not installed in the database."""
 
     default_hint = (
         "Apply sql/tokenlimits.sql in Supabase's SQL editor (or as a migration). "
         "If you just did, run: notify pgrst, 'reload schema'. "
-        "If it is installed in another schema, name that: schema=, or TOKENLIMITS_SCHEMA in the environment"
+        "If it is installed in another schema, pass schema=, or set TOKENLIMITS_SCHEMA"
     )
 
 
 class SchemaOutdated(TokenLimitsError):
-    """The database has an older tokenlimits than this package needs."""
+    """The database has an older version of tokenlimits than this package needs."""
 
-    default_hint = "Apply the newest sql/tokenlimits.sql; applying it again keeps all data."
+    default_hint = "Apply the newest sql/tokenlimits.sql; this keeps all data."
 
 
 class AccessDenied(TokenLimitsError):
-    """The key or the session may not do this."""
+    """The key or the session has no right to do this."""
 
     default_hint = (
-        "Workers need the secret (service_role) key; managing groups also works with the session of a user "
-        "whose app_metadata.role is 'admin'."
+        "Workers need the secret (service_role) key. To manage groups, the session of a user whose app_metadata.role "
+        "is 'admin' will do too."
     )
 
 
@@ -96,37 +96,37 @@ class InvalidRequest(TokenLimitsError, ValueError):
 
 
 class GroupNotFound(TokenLimitsError):
-    """There is no such group."""
+    """The group doesn't exist."""
 
 
 class GroupExists(TokenLimitsError):
-    """Another group has that name (names are unique whatever their case)."""
+    """Another group has this name (names are unique, ignoring case)."""
 
 
 class UnknownUser(TokenLimitsError):
-    """There is no user of that id in `auth.users`."""
+    """`auth.users` has no user with this id."""
 
 
 class UsageNotFound(TokenLimitsError):
-    """There is no usage of that id."""
+    """There is no usage with this id."""
 
 
 class AlreadySettled(TokenLimitsError):
-    """The usage was settled in another way before, or the body of its hold has ended."""
+    """The usage was already settled in another way, or the body of its hold has ended."""
 
 
 class HoldExpired(TokenLimitsError):
-    """The hold has expired, and its period is over or has no room for it any more; nothing was charged."""
+    """The hold has expired, and its period is over or has no room left for it; nothing was charged."""
 
 
 class IdempotencyConflict(TokenLimitsError):
-    """The idempotency key was used for another request of this user."""
+    """The idempotency key was already used for another request of this user."""
 
 
 class ServiceUnavailable(TokenLimitsError):
-    """Supabase could not be reached, or gave no sensible answer, within the timeout and its retries.
+    """Supabase could not be reached, or gave no usable answer, before the timeout, despite retries.
 
-    `retry_after` is how many seconds the server asked to wait, if it did.
+    `retry_after` is the number of seconds that the server asked to wait, if it did.
     """
 
     def __init__(
@@ -142,10 +142,10 @@ class ServiceUnavailable(TokenLimitsError):
 
 
 class GenerationDenied(TokenLimitsError):
-    """The generation is not allowed; `result` says why, and when it will be."""
+    """The generation is denied; `result` says why, and when it will be allowed."""
 
     def __init__(self, result: TrackResult) -> None:
-        super().__init__(result.error or "The generation is not allowed")
+        super().__init__(result.error or "The generation is denied")
         self.result = result
 
 
@@ -154,16 +154,16 @@ class LimitExceeded(GenerationDenied):
 
 
 class NotInGroup(GenerationDenied):
-    """The user is in no group that may pay."""
+    """The user is in no group that can pay."""
 
 
 class NoLimitForKind(GenerationDenied):
-    """None of the user's groups entitles to this kind."""
+    """None of the user's groups has a limit for this kind."""
 
 
 HOW_TO_EXPOSE = (
-    "Expose the schema that tokenlimits is installed in: on hosted Supabase under Project Settings > Data API > "
-    "Exposed schemas, for the Supabase CLI in supabase/config.toml as [api] schemas. If it is installed in another "
-    "one, name that: schema=, or TOKENLIMITS_SCHEMA in the environment (without them it is public)."
+    "Expose the schema that tokenlimits is installed in: on hosted Supabase, under Project Settings > Data API > "
+    "Exposed schemas; with the Supabase CLI, in supabase/config.toml under [api] schemas. If it is installed in "
+    "another schema, pass schema=, or set TOKENLIMITS_SCHEMA (default: public)."
 )
 """What to do when PostgREST refuses the schema; it knows which ones are exposed, and not how to change that."""

@@ -1,4 +1,4 @@
-"""What goes in and what comes out: frozen models that ignore fields they don't know."""
+"""What goes in and what comes out: frozen models that ignore unknown fields."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ __all__ = [
 ]
 
 Period = Literal["minute", "hour", "day", "week", "month", "lifetime"]
-"""Calendar periods begin in the group's time zone; weeks on Monday; lifetime never ends."""
+"""Calendar periods begin in the group's time zone, weeks on Monday; lifetime never ends."""
 
 Scope = Literal["group", "member"]
-"""`group`: one pool that the members share; `member`: each member has their own."""
+"""`group`: one pool for all members; `member`: a separate allowance for each member."""
 
 Reason = Literal["not_in_group", "no_limit_for_kind", "limit_exceeded", "refused", "unavailable"]
-"""Why a generation is denied; `unavailable` also when it is allowed because Supabase can't be reached; `refused` for a
-request of `track_many` that `track` would have raised an error for."""
+"""Why a generation is denied. `unavailable`: Supabase couldn't be reached, also where this allows the generation.
+`refused`: `track` would have raised an error for this request of `track_many`."""
 
 Status = Literal["reserved", "committed", "released", "refunded", "expired"]
-"""Of a usage; the first two count."""
+"""The status of a usage; only the first two count towards limits."""
 
 Bucket = Literal["hour", "day", "week", "month"]
 """The step of a history."""
@@ -90,12 +90,12 @@ def _known_or_newer(word: Any, known: ValidatorFunctionWrapHandler) -> Any:
 
 
 _Open = (WrapValidator(_known_or_newer), PlainSerializer(lambda word: word))
-"""Of a word in an answer: a newer database may have words that aren't in its `Literal`. They are passed on as they are,
-for a denial must stay one, whatever its reason."""
+"""For a word in an answer. A newer database may have words that the `Literal` lacks; they are passed on unchanged, so
+that a denial remains a denial, whatever its reason."""
 
 
 class Model(BaseModel):
-    """Base of all models: frozen, and open to fields of newer servers."""
+    """Base class of all models: frozen, and tolerant of fields from newer servers."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="null")
 
@@ -107,7 +107,7 @@ class _Made(Model):
 
 
 class GroupRef(Model):
-    """Which group; `name` is None when it was deleted since."""
+    """A reference to a group; `name` is None if the group has been deleted."""
 
     id: UUID
     name: str | None = None
@@ -116,7 +116,7 @@ class GroupRef(Model):
 class Limit(_Made):
     """How much of a kind a group, or each of its members, may use in a period.
 
-    `max` is in units of cost: None is unlimited, 0 blocks.
+    `max` is in units of cost; None is unlimited, and 0 blocks the kind.
 
     Example:
         >>> Limit(kind="image", max=50, period="day", scope="member")
@@ -130,7 +130,7 @@ class Limit(_Made):
 
 
 class LimitStatus(Model):
-    """A limit in its current period: `used` and `remaining` in units of cost, `reset_at` when the period ends."""
+    """A limit in its current period, which ends at `reset_at`; `used` and `remaining` are in units of cost."""
 
     kind: str
     period: Annotated[Period, *_Open]
@@ -142,7 +142,7 @@ class LimitStatus(Model):
 
 
 class UserLimit(LimitStatus):
-    """A limit that binds a user, and the group that it belongs to."""
+    """A limit that applies to a user, with the group that it belongs to."""
 
     group: GroupRef
 
@@ -150,11 +150,11 @@ class UserLimit(LimitStatus):
 class TrackResult(Model):
     """The answer to a generation: whether it is allowed, how much remains, and when it resets.
 
-    It is true when allowed. `remaining` is the smallest of the limits' (None: unlimited). `reset_at` is when the limit
-    with the least room resets, or, when denied, when the limit that denied will have room (None: never by itself);
-    `retry_after` is how many seconds that is from now. `usage_id` names the usage that was recorded; it is opaque: read
-    nothing from it. `replayed` says that an earlier call with the same idempotency key had recorded it. `code` and
-    `detail` are those of the error that `track` would have raised, when `track_many` was refused one of its requests.
+    Truthy when allowed. `remaining` is the smallest among the limits (None: unlimited). `reset_at` is when the limit
+    with the least room resets or, if denied, when the limit that denied it will have room (None: never by itself);
+    `retry_after` is the number of seconds until then, if denied. `usage_id` is the id of the recorded usage; it is
+    opaque. `replayed` is true if an earlier call with the same idempotency key recorded the usage. `code` and `detail`
+    belong to the error that `track` would have raised for a refused request of `track_many`.
     """
 
     allowed: bool
@@ -180,10 +180,10 @@ class TrackResult(Model):
         return self.allowed
 
     def raise_if_denied(self) -> Self:
-        """Return the result itself when allowed.
+        """Return the result itself if allowed.
 
         Raises:
-            LimitExceeded, NotInGroup, NoLimitForKind: By the reason; all are `GenerationDenied`.
+            LimitExceeded, NotInGroup, NoLimitForKind: Denied, for this reason; all are `GenerationDenied`.
             InvalidRequest, IdempotencyConflict, GroupNotFound: What `track` would have raised for this request of
                 `track_many`.
 
@@ -203,7 +203,7 @@ class TrackResult(Model):
         raise by_reason.get(self.reason, GenerationDenied)(self)
 
     def refusal(self) -> TokenLimitsError:
-        """Make the error that `track` would have raised for this request of `track_many`, when it was refused.
+        """Make the error that `track` would have raised for this refused request of `track_many`.
 
         Example:
             >>> refused = {"allowed": False, "kind": "image", "cost": 1, "reason": "refused", "code": "TL002"}
@@ -248,8 +248,8 @@ class Group(Model):
 class GroupLimitUsage(LimitStatus):
     """A limit of a group in its current period.
 
-    Of a member limit, `used` is what all members used together and `capacity` is `max` times the members. `fraction`
-    is `used` of `capacity`, from 0 (None: unlimited); above 1 after a limit was lowered.
+    For a member limit, `used` is the total of all members and `capacity` is `max` times their number. `fraction` is
+    `used` divided by `capacity` (None: unlimited); it exceeds 1 after a limit was lowered below what is used.
     """
 
     capacity: int | None
@@ -257,7 +257,7 @@ class GroupLimitUsage(LimitStatus):
 
 
 class GroupUsage(Model):
-    """A group's members counted, and its limits."""
+    """A group's member count, and its limits with their usage."""
 
     group: GroupRef
     member_count: int
@@ -281,7 +281,7 @@ class UsageSum(HistoryPoint):
 
 
 class CounterDrift(Model):
-    """A counter that did not agree with the ledger: `subject` is the group or the member, `used` what is right."""
+    """A counter that differed from the ledger: `subject` is the group or the member, `used` is the correct value."""
 
     kind: str
     period: Period
@@ -292,7 +292,7 @@ class CounterDrift(Model):
 
 
 class HistoryDrift(Model):
-    """A quarter of an hour of the history that did not agree with the ledger; `used` is what is right."""
+    """A quarter-hour of the history that differed from the ledger; `used` is the correct value."""
 
     kind: str
     bucket: AwareDatetime
@@ -301,7 +301,7 @@ class HistoryDrift(Model):
 
 
 class Reconciliation(Model):
-    """What differed from the ledger: nothing, unless somebody wrote past the functions, or restored the ledger alone.
+    """What differed from the ledger: nothing, unless somebody bypassed the functions, or restored only the ledger.
 
     `holds` is the number of holds that would never have expired.
     """
@@ -312,7 +312,7 @@ class Reconciliation(Model):
 
     @property
     def drifted(self) -> bool:
-        """Whether anything did."""
+        """Whether anything differed."""
         return bool(self.counters or self.rollup or self.holds)
 
 
@@ -324,7 +324,7 @@ class User(Model):
 
 
 class TopMember(User):
-    """What a user used in a group; `email` is None when the user was deleted since."""
+    """What a user used in a group; `email` is None if the user has been deleted."""
 
     used: int
     generations: int
@@ -333,8 +333,8 @@ class TopMember(User):
 class UsageRecord(Model):
     """A row of the ledger.
 
-    `created_at` decides the period that it belongs to. `expires_at` is set when it is a hold, or was one. `email` is
-    None when the user was deleted since.
+    `created_at` determines the period that it counts in. `expires_at` is set if it is or was a hold. `email` is None if
+    the user has been deleted.
     """
 
     id: UUID
@@ -358,14 +358,14 @@ class Member(User):
 
 
 class Refused(Model):
-    """A user that a bulk operation could not take, and why."""
+    """A user that a bulk operation refused, and why."""
 
     user_id: UUID
     reason: str
 
 
 class BulkResult(Model):
-    """How many users were added, how many were members already, and who was refused."""
+    """How many users were added, how many already were members, and who was refused."""
 
     added: int
     already: int

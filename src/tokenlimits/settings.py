@@ -1,4 +1,4 @@
-"""Where the Supabase project is, from the environment or `.env`."""
+"""The Supabase project's URL and key, from the environment or `.env`."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _URL = TypeAdapter(AnyHttpUrl)
 
 
 def checked_url(value: str) -> str:
-    """Check the address of a project."""
+    """Check the URL of a project."""
     host = _URL.validate_python(value.strip()).host or ""
-    host.encode("idna")  # a label that is empty or too long is found only here
+    host.encode("idna")  # pydantic accepts labels that are empty or too long
     return value.strip()
 
 
@@ -46,12 +46,12 @@ def checked_key(value: SecretStr) -> SecretStr:
     """Check a key."""
     key = value.get_secret_value().strip()
     if not re.fullmatch(r"[!-~]+", key):
-        raise ValueError("a header can't hold it")
+        raise ValueError("has characters that are not allowed in an HTTP header")
     return SecretStr(key)
 
 
 def stripped_schema(value: str) -> str:
-    """Check the name of a schema that a variable holds."""
+    """Check the name of a schema from a variable."""
     return checked_schema(value.strip())
 
 
@@ -158,10 +158,10 @@ def is_loopback(host: str) -> bool:
 
 
 def load_schema() -> str:
-    """Read in which schema tokenlimits is installed: `TOKENLIMITS_SCHEMA`, or public.
+    """Read the schema that tokenlimits is installed in: `TOKENLIMITS_SCHEMA`, or public.
 
     Raises:
-        ConfigurationError: It can't be the name of that schema.
+        ConfigurationError: The name is not allowed.
     """
     try:
         return _Installation().name
@@ -173,10 +173,10 @@ def load_schema() -> str:
 
 
 def named_schema(name: object) -> str:
-    """Check the name of the schema that a caller names.
+    """Check the name of a schema from a caller.
 
     Raises:
-        ConfigurationError: It can't be that of a schema with tokenlimits.
+        ConfigurationError: The name is not allowed.
     """
     try:
         if isinstance(name, str):
@@ -198,7 +198,7 @@ def load(*, allow_http: bool = False) -> Settings:
         allow_http: Take an `http://` URL of another machine, as inside of a private network.
 
     Raises:
-        ConfigurationError: A variable is missing or can't be right; the message says which.
+        ConfigurationError: A variable is missing or not valid; the message says which.
     """
     try:
         settings = Settings()  # pyright: ignore[reportCallIssue]  # the fields come from the environment
@@ -210,7 +210,7 @@ def load(*, allow_http: bool = False) -> Settings:
     else:
         check_encrypted(settings.url, allow_http=allow_http)
         return _allowed(settings)
-    # out here, so that no context of the error holds the values
+    # outside the except block, so that the error's context doesn't hold the values
     raise ConfigurationError(
         f"{problem} Set SUPABASE_URL (like https://abc.supabase.co) and SUPABASE_SECRET_KEY (or "
         "SUPABASE_SERVICE_ROLE_KEY) in the environment or in .env; both are in your project's API settings."
@@ -221,7 +221,7 @@ def load(*, allow_http: bool = False) -> Settings:
 def _allowed(settings: Settings) -> Settings:
     if settings.key.get_secret_value().startswith("sb_publishable_"):
         raise ConfigurationError(
-            "The key is a publishable one, which may neither track generations nor manage groups. Use the project's "
+            "This is a publishable key, which can neither track generations nor manage groups. Use the project's "
             "secret key, and keep it on the server."
         )
     return settings

@@ -1,7 +1,7 @@
 """The SQL that ships with the package, as text to apply or to read.
 
-A wheel carries it as `tokenlimits/sql`; in a checkout it's the directory `sql` of the repository. It is written for the
-schema `public`; for another one its names are replaced.
+A wheel has it in `tokenlimits/sql`, a checkout in `sql`. It is written for the schema `public`; for another schema, the
+names in it are replaced.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA_VERSION", "SqlFile", "checked_schema", "migrations", "one_paste", "uninstall", "without_transaction"]
 
 SCHEMA_VERSION = 1
-"""The least version of the SQL that this package needs; it works with newer ones."""
+"""The oldest version of the SQL that this package works with; it works with newer ones too."""
 
 _NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 _TAKEN = re.compile(
     r"pg_.*|_?supabase_.*|_?(analytics|realtime)|information_schema|tokenlimits|auth|cron|dbdev|extensions|graphql"
     r"|graphql_public|net|pgbouncer|pgmq|pgmq_public|pgsodium(_masks)?|pgtle|repack|storage|tiger(_data)?|topology|vault"
 )
-# a qualified name, a name in a catalog, and the schema itself; "public" in a grant is everybody, and stays
+# a qualified name, a name in a catalog, and the schema itself; but not `public` in a grant, which is everybody
 _PUBLIC = re.compile(r"\bpublic(?=\.[\w%])|(?<=')public(?=')|(?<=\bschema )public\b")
 
 
@@ -39,7 +39,7 @@ def checked_schema(schema: str) -> str:
     """Check the name of a schema for tables and functions of tokenlimits.
 
     Raises:
-        ValueError: It isn't a plain lower-case name, or a schema of Supabase's or PostgreSQL's own.
+        ValueError: It isn't a plain lower-case name, or belongs to Supabase or PostgreSQL.
 
     Example:
         >>> checked_schema("limits")
@@ -47,22 +47,22 @@ def checked_schema(schema: str) -> str:
     """
     if not _NAME.fullmatch(schema):
         raise ValueError(
-            f"{schema[:80]!r} can't be the schema: use lower-case letters, digits and underscores, as in limits."
+            f"{schema[:80]!r} can't be the schema: use lower-case letters, digits and underscores, as in 'limits'."
         )
     if _TAKEN.fullmatch(schema):
         raise ValueError(
-            f"{schema!r} can't be the schema: it is reserved. Use public, or one of your own, such as limits."
+            f"{schema!r} can't be the schema: it is reserved. Use 'public', or one of your own, such as 'limits'."
         )
     return schema
 
 
 def migrations(schema: str = "public") -> tuple[SqlFile, ...]:
-    """List the migrations, oldest first, named as the Supabase CLI names them (`YYYYMMDDHHMMSS_topic.sql`).
+    """List the migrations, oldest first, with names as the Supabase CLI expects them (`YYYYMMDDHHMMSS_topic.sql`).
 
     Copy them into your project's `supabase/migrations/`.
 
     Raises:
-        ValueError: `schema` can't hold tables and functions of tokenlimits.
+        ValueError: The name of the schema is not allowed.
 
     Example:
         >>> migrations()[0].name.endswith("_tokenlimits.sql")
@@ -76,10 +76,10 @@ def migrations(schema: str = "public") -> tuple[SqlFile, ...]:
 
 
 def one_paste(schema: str = "public") -> str:
-    """Return all of the SQL in one text, for Supabase's SQL editor; applying it again does no harm.
+    """Return all the SQL as one text for Supabase's SQL editor; applying it again does no harm.
 
     Raises:
-        ValueError: `schema` can't hold tables and functions of tokenlimits.
+        ValueError: The name of the schema is not allowed.
 
     Example:
         >>> "notify pgrst" in one_paste()
@@ -91,7 +91,7 @@ def one_paste(schema: str = "public") -> str:
 
 
 def uninstall() -> str:
-    """Return the SQL that removes tokenlimits, from whichever schema it is in, and keeps the ledger.
+    """Return the SQL that uninstalls tokenlimits from any schema and keeps the ledger.
 
     Example:
         >>> "drop_ledger" in uninstall()
@@ -101,7 +101,7 @@ def uninstall() -> str:
 
 
 def without_transaction(sql: str) -> str:
-    """Take the `begin` and `commit` out of the SQL, to apply it in a transaction of your own.
+    """Remove `begin` and `commit` from the SQL, to apply it in your own transaction.
 
     Example:
         >>> "begin;" in one_paste().splitlines(), "begin;" in without_transaction(one_paste()).splitlines()
@@ -115,7 +115,7 @@ def _in_schema(sql: str, schema: str) -> str:
         return sql
 
     def renamed(found: re.Match[str]) -> str:
-        # in a literal it is a name already; elsewhere quotes make it one, whatever words PostgreSQL reserves
+        # a literal takes the bare name; elsewhere it is quoted, as it may be one of PostgreSQL's reserved words
         return schema if found.string[found.start() - 1] == "'" and found.string[found.end()] == "'" else f'"{schema}"'
 
     return _PUBLIC.sub(renamed, sql)

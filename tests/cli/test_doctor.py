@@ -118,15 +118,15 @@ def token(**claims: object) -> str:
     ("environment", "check", "says"),
     [
         ({"SUPABASE_URL": ""}, "configuration", "not set"),
-        ({"SUPABASE_URL": "abc.supabase.co"}, "configuration", "no URL"),
-        ({"SUPABASE_URL": "https://abc..supabase.co"}, "configuration", "no URL"),
-        ({"SUPABASE_URL": "https://"}, "configuration", "no URL"),
+        ({"SUPABASE_URL": "abc.supabase.co"}, "configuration", "not a URL"),
+        ({"SUPABASE_URL": "https://abc..supabase.co"}, "configuration", "not a URL"),
+        ({"SUPABASE_URL": "https://"}, "configuration", "not a URL"),
         ({"SUPABASE_URL": "http://127.0.0.1:1"}, "url", "can't be reached"),
         ({"SUPABASE_URL": f"http://{NO_HOST}"}, "url", "no such host"),
-        ({"SUPABASE_SECRET_KEY": ""}, "key", "none"),
+        ({"SUPABASE_SECRET_KEY": ""}, "key", "not set"),
         ({"SUPABASE_SECRET_KEY": "sb_secret_\u2026"}, "key", "characters"),
         ({"SUPABASE_SECRET_KEY": "{publishable}"}, "key", "publishable"),
-        ({"SUPABASE_SECRET_KEY": "sb_secret_of_another_project"}, "api", "does not know the key"),
+        ({"SUPABASE_SECRET_KEY": "sb_secret_of_another_project"}, "api", "rejects the key"),
         ({"SUPABASE_SECRET_KEY": token(role="anon")}, "key", "role anon"),
         ({"SUPABASE_SECRET_KEY": token(role="service_role", exp=1)}, "key", "expired"),
         (
@@ -134,10 +134,10 @@ def token(**claims: object) -> str:
             "key",
             "project xyz",
         ),
-        ({"SUPABASE_SECRET_KEY": "postgres"}, "key", "no key of Supabase's"),
+        ({"SUPABASE_SECRET_KEY": "postgres"}, "key", "doesn't look like a Supabase key"),
         ({"DATABASE_URL": "postgresql://a:hush@127.0.0.1:1/x"}, "migrations", "can't be reached"),
         ({"TOKENLIMITS_SCHEMA": "auth"}, "schema", "TOKENLIMITS_SCHEMA: "),
-        ({"TOKENLIMITS_SCHEMA": "quotas"}, "schema", "The API doesn't serve the schema quotas."),
+        ({"TOKENLIMITS_SCHEMA": "quotas"}, "schema", "The API doesn't expose the schema quotas."),
     ],
 )
 def test_what_is_configured_wrongly(patient: Program, environment: dict[str, str], check: str, says: str) -> None:
@@ -150,11 +150,23 @@ def test_what_is_configured_wrongly(patient: Program, environment: dict[str, str
     assert "hush" not in said
 
 
+@pytest.mark.parametrize(
+    ("environment", "conclusion"),
+    [
+        ({"SUPABASE_URL": ""}, "1 problem to correct."),
+        ({"SUPABASE_URL": "", "SUPABASE_SECRET_KEY": ""}, "2 problems to correct."),
+        ({"SUPABASE_URL": "", "SUPABASE_SECRET_KEY": "postgres"}, "1 problem to correct, 1 warning."),
+    ],
+)
+def test_how_many_problems_there_are(patient: Program, environment: dict[str, str], conclusion: str) -> None:
+    assert patient("doctor", status=1, **environment).stdout.endswith(f"\n{conclusion}\n")
+
+
 def test_a_publishable_key_is_not_called_unknown(patient: Program) -> None:
     publishable = patient.environment["SUPABASE_PUBLISHABLE_KEY"]
     found = findings(patient, SUPABASE_SECRET_KEY=publishable)
-    assert found["key"] == ("error", "It is the publishable key, which may do nothing here.")
-    assert "may not even ask" in found["api"][1]
+    assert found["key"] == ("error", "This is a publishable key, which has no rights here.")
+    assert "may not even read" in found["api"][1]
 
 
 def test_a_server_that_is_no_supabase(patient: Program) -> None:
@@ -164,7 +176,7 @@ def test_a_server_that_is_no_supabase(patient: Program) -> None:
         found = findings(patient, SUPABASE_URL=f"http://127.0.0.1:{other.server_address[1]}")
         other.shutdown()
         thread.join()
-    assert "not as Supabase does" in found["url"][1]
+    assert "not like Supabase" in found["url"][1]
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -187,7 +199,7 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
         "drop function public.commit_generation",
         "",
         "functions",
-        "The database has no commit_generation.",
+        "The database lacks commit_generation.",
     ),
     "a function has lost its mark": (
         "comment on function public.commit_generation is 'of mine'",
@@ -207,7 +219,7 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
         DESCRIBED % ('{"functions": null}', ""),
         "",
         "database",
-        "can't be judged by what it says of itself: functions",
+        "The diagnosis is not valid: functions.",
     ),
     "it describes itself with less": (
         DESCRIBED % ("{}", "- 'unmarked' - 'triggers'"),
@@ -329,7 +341,7 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
         "insert into public.user_groups (name) values ('Empty')",
         "delete from public.user_groups where name = 'Empty'",
         "groups",
-        "1 of 3",
+        "1 of 3 groups has no limits",
     ),
 }
 
@@ -516,11 +528,11 @@ class TestElsewhere:
     def test_where_it_is_not_looked_for(self, guest: Program) -> None:
         found = self.found(guest, TOKENLIMITS_SCHEMA="public")
         assert "not installed in the schema public" in found["says"]
-        assert "Set TOKENLIMITS_SCHEMA" in found["remedy"]
+        assert "set TOKENLIMITS_SCHEMA" in found["remedy"]
 
     def test_where_the_api_does_not_look(self, guest: Program) -> None:
         found = self.found(guest, TOKENLIMITS_SCHEMA="quotas")
-        assert found["says"] == "The API doesn't serve the schema quotas."
+        assert found["says"] == "The API doesn't expose the schema quotas."
         for words in ("Exposed schemas", "supabase/config.toml", "TOKENLIMITS_SCHEMA"):
             assert words in found["remedy"]
 
@@ -593,7 +605,7 @@ def test_what_is_expected_is_read_from_the_sql() -> None:
 
 def test_all_is_well_again(patient: Program, clinic: tuple[LocalStack, str]) -> None:
     done = patient("doctor", "--db-url", clinic[1])
-    assert "All is well" in done.stdout
+    assert done.stdout.endswith("\nNo problems.\n")
     assert {"✗", "!"}.isdisjoint(done.stdout)
     report = json.loads(patient("doctor", "--json").stdout)
     assert [each["level"] for each in report["findings"]] == ["ok"] * len(report["findings"])

@@ -289,7 +289,7 @@ class TestImport:
             (f"{user},,1,2026-01-02", "kind"),
             ("ann,image,1,2026-01-02", "neither"),
             (f"{user},image,1,2026-01-02,no such group", "no such group"),
-            (f"{user},image,1,2026-01-02,,[1]", "no JSON object"),
+            (f"{user},image,1,2026-01-02,,[1]", "must be a JSON object"),
         ]
         text = "user_id,kind,cost,created_at,group,metadata\n" + "\n".join(line for line, _ in lines)
         done = tl("import", "-", "--batch", "b", "--group", team.name, "--report", "r.csv", stdin=text, status=1)

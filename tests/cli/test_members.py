@@ -38,7 +38,7 @@ def members(groups: GroupManager, group: Group) -> set[UUID]:
 def test_by_id_and_by_address(tl: Program, groups: GroupManager, team: Group, users: list[tuple[UUID, str]]) -> None:
     (ann, _), (bob, bobs), (cyd, _), _ = users
     done = tl("members", "add", team.name, ann, bobs.upper(), str(ann).upper(), "nobody@example.com", "x", status=1)
-    assert done.stdout == "2 added, 1 there already, 2 refused.\n"
+    assert done.stdout == "2 added, 1 already there, 2 refused.\n"
     assert done.stderr.splitlines() == [
         "line 4: nobody@example.com: no user has this e-mail address",
         "line 5: x: is neither a user's id nor an e-mail address",
@@ -59,8 +59,8 @@ def test_by_id_and_by_address(tl: Program, groups: GroupManager, team: Group, us
 
 def test_nobody(tl: Program, team: Group) -> None:
     assert tl.json("members", "list", team.name) == []
-    assert "Name users" in tl.fails("members", "add", team.name)
-    assert "Name users" in tl.fails("members", "add", team.name, "x", "--file", "y")
+    assert "Pass either users or a file" in tl.fails("members", "add", team.name)
+    assert "Pass either users or a file" in tl.fails("members", "add", team.name, "x", "--file", "y")
     assert "nowhere.csv" in tl.fails("members", "add", team.name, "--file", "nowhere.csv")
     tl.directory.joinpath("binary").write_bytes(b"\xff\xfe\x00")
     assert "UTF-8" in tl.fails("members", "add", team.name, "--file", "binary")
@@ -69,7 +69,7 @@ def test_nobody(tl: Program, team: Group) -> None:
 def test_the_top(
     tl: Program, groups: GroupManager, limits: TokenLimits, team: Group, users: list[tuple[UUID, str]]
 ) -> None:
-    assert "Nothing was used" in tl("members", "top", team.name).stdout
+    assert "There was no usage" in tl("members", "top", team.name).stdout
     groups.add_members(team.id, [id_ for id_, _ in users])
     for cost, (id_, _) in enumerate(users[:3], 1):
         limits.track(id_, "image", cost)
@@ -121,11 +121,11 @@ def test_files_that_say_nothing(tl: Program, team: Group) -> None:
     for text in ("", "\n\n", "email\n", "\ufeffuser_id;email\r\n"):
         assert "nothing in it" in tl("members", "add", team.name, "-f", "-", stdin=text).stdout
     said = tl.fails("members", "add", team.name, "-f", "-", stdin="name,mail\nAnn,ann@example.com\n")
-    assert said.startswith("The first line names the columns name, mail: none of them is user_id")
+    assert said.startswith("The first line names the columns name, mail; at least one must be of: user_id")
     assert "names the columns foo, bar" in tl.fails("import", "-", "--batch", "b", stdin="foo,bar\n1,2\n")
     # what no address has is refused where it stands, and stops nobody else
     done = tl("members", "add", team.name, "-f", "-", stdin="email\na\0b@example.com\nx@example.com\n", status=1)
-    assert done.stdout == "0 added, 0 there already, 2 refused.\n"
+    assert done.stdout == "0 added, 0 already there, 2 refused.\n"
     assert "line 2: a\N{REPLACEMENT CHARACTER}b@example.com: is neither" in done.stderr
 
 
@@ -133,7 +133,7 @@ def test_json_of_many(tl: Program, groups: GroupManager, team: Group, users: lis
     (ann, _), (bob, bobs), *_ = users
     refused = [{"line": 3, "what": "x", "reason": "is neither a user's id nor an e-mail address"}]
     added = tl.json("members", "add", team.name, ann, bobs, "x", status=1)
-    assert added == {"added": 2, "there_already": 0, "refused": refused}
+    assert added == {"added": 2, "already_there": 0, "refused": refused}
     other = groups.create(f"{name} other")
     moved = tl.json("members", "move", "--from", team.name, "--to", other.name, ann, bob)
     assert moved == {"moved": 2, "refused": []}

@@ -145,7 +145,7 @@ def test_ctrl_c_at_a_question_changes_nothing(tl: Program, groups: GroupManager,
 
 def test_what_is_tried_again_is_said_once(tl: Program) -> None:
     """A person waits; which call it was, and how often, is for --debug."""
-    for debug, says in ((), "Supabase gives no answer; trying again."), (("--debug",), "find_groups: ConnectError"):
+    for debug, says in ((), "Supabase is not responding; retrying."), (("--debug",), "find_groups: ConnectError"):
         with tl.on_terminal("groups", "list", *debug, SUPABASE_URL="http://127.0.0.1:1") as terminal:
             terminal.wait_for("trying again")
             time.sleep(1)

@@ -73,7 +73,7 @@ class TestInit:
         directory.joinpath(NAMES[0]).write_text("-- ours")
         done = nowhere("init")
         assert done.stdout.startswith("differs ")
-        assert "left alone" in done.stderr
+        assert "was kept" in done.stderr
         assert directory.joinpath(NAMES[0]).read_text() == "-- ours"
 
     def test_copies_those_of_another_schema(self, nowhere: Program) -> None:

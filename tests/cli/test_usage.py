@@ -58,7 +58,7 @@ def test_track_and_check(tl: Program, team: Group, user: UUID, stack: LocalStack
         (["check", uuid4(), "image", "--cost", "0"], "cost"),
         (["check", uuid4(), "image", "--group", "no such group"], "no such group"),
         (["usage", "no such group"], "no such group"),
-        (["usage", "a", "--user", "b"], "not both"),
+        (["usage", "a", "--user", "b"], "either a group or --user"),
         (["usage", "--watch"], "terminal"),
         (["history", "--kind", "Image"], "kind"),
     ],
@@ -130,7 +130,7 @@ def test_history(tl: Program, groups: GroupManager, team: Group, past: Callable[
     assert len(tl.json("history", team.name, "--by", "hour", "--since", past(1).isoformat())) == 2
     since = f"{past(1).astimezone(UTC):%Y-%m-%d}"
     assert tl.json("history", team.id, "--kind", "video", "--since", since) == []
-    assert "Nothing was used" in tl("history", team.id, "--kind", "video").stdout
+    assert "There was no usage" in tl("history", team.id, "--kind", "video").stdout
     assert "image" in tl("history", "--by", "month").stdout
-    assert "no date" in tl.fails("history", "--since", "yesterdays", status=2)
+    assert "not a date" in tl.fails("history", "--since", "yesterdays", status=2)
     assert "year" in tl.fails("history", "--by", "year", status=2)

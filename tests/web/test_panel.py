@@ -358,7 +358,7 @@ class TestDemo:
         demo = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         try:
             assert demo.stdout is not None
-            said = [line.strip() for line in iter(demo.stdout.readline, "  Ctrl-C ends it.\n")]
+            said = [line.strip() for line in iter(demo.stdout.readline, "  Press Ctrl-C to stop.\n")]
             email, password = said[-2].split(", ")
             with browsing(f"http://127.0.0.1:{port}") as browser:
                 wait_for(browser)

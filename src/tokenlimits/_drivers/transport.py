@@ -1,7 +1,7 @@
 """Sends calls through a Supabase client: the only module that does I/O with supabase, postgrest and httpx.
 
-It goes below `client.rpc(…).execute()`, which hides the status and headers of an error, to the HTTP session of that
-client, so that a call keeps the session's key or access token, has its own deadline, and is retried in one place.
+It bypasses `client.rpc(…).execute()`, which hides the status and headers of an error, and uses the client's HTTP
+session directly. So a call keeps the session's key or access token, has its own deadline, and is retried in one place.
 """
 
 from __future__ import annotations
@@ -31,46 +31,49 @@ Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 
 logger = logging.getLogger("tokenlimits")
 
+# a service key has no session that could be refreshed or stored
 _OPTIONS: dict[str, Any] = {"auto_refresh_token": False, "persist_session": False}
 
 
-# the last two: of a host that is no name
+# the last two: the URL's host is not a valid name
 _FAILURES = (httpx.HTTPError, httpx.InvalidURL, UnicodeError)
 
 
 def _failure(error: Exception) -> Exception:
-    """Turn what went wrong on the way into what the retry policy understands."""
+    """Turn an error of the connection into what the retry policy understands."""
     if isinstance(error, httpx.LocalProtocolError):
-        # neither its message nor itself: it holds the header's value, which is the key
+        # pass on neither its message nor the error: they hold the header's value, which is the key
         return sessions.unsendable_key()
     if isinstance(error, httpx.UnsupportedProtocol):
         return ConfigurationError("The Supabase URL must begin with http:// or https://.")
     if not isinstance(error, httpx.HTTPError):
-        return ConfigurationError("The Supabase URL names no host: it should be like https://abc.supabase.co.")
+        return ConfigurationError("The Supabase URL has no valid host; it should look like https://abc.supabase.co.")
+    # without a connection nothing was sent; after any other error, the server may have done what it was asked
     never_sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
     return retry.Transient(f"{type(error).__name__} {error}".strip(), harmless=never_sent, cause=error)
 
 
 def _closed(error: RuntimeError, session: httpx.Client | httpx.AsyncClient, *, foreign: bool) -> Exception:
-    """Turn httpx's complaint that a client was closed into ours."""
-    if not session.is_closed:
+    """Turn httpx's error about a closed client into ours."""
+    if not session.is_closed:  # httpx has no class of its own for it, so this may be any other RuntimeError
         return error
     if foreign:
         return ConfigurationError("This Supabase client was closed. Make a new one, or use from_env().")
+    # ours, closed by another thread between finding it and using it: the next attempt makes a new one
     return retry.Transient("the connections were closed meanwhile", harmless=True, cause=error)
 
 
 def _made(sort: Callable[..., Http], timeout: float) -> Http:
-    """Make an HTTP client; it reads the environment."""
+    """Make an HTTP client; it reads proxies and certificates from the environment."""
     try:
-        # HTTP/2 loses calls when the server says GOAWAY to many threads
+        # with HTTP/2, threads share a connection, and httpcore loses calls when the server sends GOAWAY on it
         return sort(http2=False, timeout=timeout)
-    except (ImportError, OSError) as error:  # no SOCKS here; a file of certificates that isn't there
+    except (ImportError, OSError) as error:  # SOCKS isn't installed; a file of certificates doesn't exist
         problem = str(error)
-    except (ValueError, httpx.InvalidURL):  # they may hold a proxy's password
-        problem = "a proxy's address is not one"
+    except (ValueError, httpx.InvalidURL):  # their messages may contain a proxy's password
+        problem = "a proxy's URL is not valid"
     raise ConfigurationError(
-        f"HTTP can't be set up as the environment asks: {problem}. Look at HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, "
+        f"HTTP can't be set up from the environment: {problem}. Check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, "
         "SSL_CERT_FILE and SSL_CERT_DIR."
     )
 
@@ -82,7 +85,7 @@ class _Own(NamedTuple):
 
 
 class Transport:
-    """Sends calls from any thread; notices forks; closes what it made."""
+    """Sends calls from any thread; handles forks; closes what it has made."""
 
     def __init__(
         self,
@@ -98,12 +101,14 @@ class Transport:
         self.timeout = timeout
         if client is not None:
             sessions.notice(client)
-        # by fork: what the parent made must neither be used nor closed by the child, so it just stays
+        # by fork: parent and child share the sockets of what was made before, which only the parent may use and close;
+        # in the child, the entry just stays
         self._own: dict[int, _Own] = {}
 
     def send(self, call: Call[T], timeout: float | None = None) -> T:
         """Send one call, retrying as its deadline allows."""
         deadline = Deadline(self.timeout if timeout is None else timeout)
+        # PostgREST answers alike for a missing installation and for an old one that lacks the function: ask which
         try:
             return self._send(call, deadline)
         except SchemaNotInstalled as error:
@@ -133,7 +138,8 @@ class Transport:
             return
 
     def close(self) -> None:
-        """Close the connections, if this made them, as soon as no call is on them."""
+        """Close the connections that this has made, as soon as no call is on them."""
+        # forgotten first: later calls make new ones, so that a client works after closing too
         own = self._own.pop(sessions.forks(), None)
         if own is not None and own.use.retire():
             own.close()
@@ -156,6 +162,7 @@ class Transport:
 
     def _attempt(self, call: Call[T], deadline: Deadline) -> T:
         with self._client() as client:
+            # for each attempt anew: somebody may sign in between two of them
             request = sessions.request(client, call, self._schema)
             try:
                 response = request.session.request(
@@ -172,7 +179,7 @@ class Transport:
                 failure = _closed(error, request.session, foreign=self._foreign is not None)
             else:
                 return answers.read(call, response.status_code, response.headers, response.content)
-        raise failure  # out here, so that no context of it holds the key
+        raise failure  # outside the except block, so that its context doesn't hold the key
 
     @contextmanager
     def _client(self) -> Generator[Client]:
@@ -180,6 +187,7 @@ class Transport:
             sessions.check_fork(self._foreign)
             yield self._foreign
             return
+        # one step, or two threads would each make a client, or `close` would come between finding and entering
         with sessions.lock():
             own = self._own.get(sessions.forks()) or self._make()
             own.use.enter()
@@ -194,7 +202,8 @@ class Transport:
         http = _made(httpx.Client, self.timeout)
         options = ClientOptions(httpx_client=http, **_OPTIONS)
         client = Client(settings.url, settings.key.get_secret_value(), options)
-        # also at the interpreter's end, or it warns about open sockets
+        # closes when this is collected or the interpreter exits, which would warn about open sockets; it refers to
+        # `http` and not to `self`, which could then never be collected
         own = self._own[sessions.forks()] = _Own(client, weakref.finalize(self, http.close), sessions.Use())
         return own
 
@@ -207,7 +216,7 @@ class _OfLoop(NamedTuple):
 
 
 class AsyncTransport:
-    """Sends calls from any event loop; closes what it made, also when the loop ends."""
+    """Sends calls from any event loop; closes what it has made, at the latest when the loop ends."""
 
     def __init__(
         self,
@@ -223,6 +232,7 @@ class AsyncTransport:
         self.timeout = timeout
         if client is not None:
             sessions.notice(client)
+        # by fork and loop: connections wait for events of the loop that they were made in
         self._own: dict[tuple[int, asyncio.AbstractEventLoop], _OfLoop] = {}
 
     async def send(self, call: Call[T]) -> T:
@@ -258,7 +268,7 @@ class AsyncTransport:
             return
 
     async def aclose(self) -> None:
-        """Close this loop's connections, if this made them, as soon as no call is on them."""
+        """Close the connections that this has made in this loop, as soon as no call is on them."""
         own = self._own.pop((sessions.forks(), asyncio.get_running_loop()), None)
         if own is not None and own.use.retire():
             await own.until_loop_ends.aclose()
@@ -284,6 +294,8 @@ class AsyncTransport:
             request = sessions.request(client, call, self._schema)
             attempt = deadline.attempt(retry_safe=call.retry_safe)
             try:
+                # asyncio's timeout ends any step, so this colour needs no wrapped reads; httpx's own timeouts stay, as
+                # a ConnectTimeout says that the call was never sent
                 async with asyncio.timeout(attempt.left()):
                     response = await request.session.request(
                         request.http_method,
@@ -301,7 +313,7 @@ class AsyncTransport:
                 failure = _closed(error, request.session, foreign=self._foreign is not None)
             else:
                 return answers.read(call, response.status_code, response.headers, response.content)
-        raise failure  # out here, so that no context of it holds the key
+        raise failure  # outside the except block, so that its context doesn't hold the key
 
     @asynccontextmanager
     async def _client(self) -> AsyncGenerator[AsyncClient]:
@@ -311,10 +323,12 @@ class AsyncTransport:
             sessions.check_loop(self._foreign, loop)
             yield self._foreign
             return
+        # no lock: only tasks of this loop find this entry, and they await nothing between finding and entering it
         own = self._own.get((sessions.forks(), loop))
+        # `loop.shutdown_asyncgens()` has closed it, and yet the loop goes on
         if own is None or own.http.is_closed:
             own = self._make(loop)
-            await anext(own.until_loop_ends)
+            await anext(own.until_loop_ends)  # a generator that never started would not be closed with the loop
         own.use.enter()
         try:
             yield own.client
@@ -327,8 +341,11 @@ class AsyncTransport:
         http = _made(httpx.AsyncClient, self.timeout)
         options = AsyncClientOptions(httpx_client=http, **_OPTIONS)
         client = AsyncClient(settings.url, settings.key.get_secret_value(), options)
+        # locked, as the loops of several threads share the dictionary
         with sessions.lock():
-            for key in list(self._own):  # at once: loops of other threads come and go
+            # forget the loops that have ended, or each asyncio.run() would leave one; a copy of the keys, since they
+            # change while other loops close theirs
+            for key in list(self._own):
                 if key[1].is_closed():
                     self._own.pop(key, None)
             own = self._own[sessions.forks(), loop] = _OfLoop(client, http, until_loop_ends(http), sessions.Use())
@@ -336,7 +353,8 @@ class AsyncTransport:
 
 
 async def until_loop_ends(http: httpx.AsyncClient) -> AsyncGenerator[None]:
-    """Close when asked, or with the loop: asyncio.run() closes the generators that are still open."""
+    """Close when asked, or with the loop: `asyncio.run` closes the generators that are still open."""
+    # the only hook that asyncio has at the end of a loop; a finalizer would come too late to await anything
     try:
         yield
     finally:

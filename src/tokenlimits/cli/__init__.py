@@ -14,10 +14,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: What follows the program's name; those of this process when None.
+        arguments: What follows the program's name; this process's own arguments when None.
 
     Returns:
-        The exit status: 0 when all is well, 1 when not, 2 when the command was not understood, 130 after Ctrl-C.
+        The exit status: 0 for success, 1 for failure, 2 for a wrong command line, 130 after Ctrl-C.
 
     Example:
         >>> main(["--version"])  # doctest: +ELLIPSIS

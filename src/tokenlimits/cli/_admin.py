@@ -1,4 +1,4 @@
-"""`admin`: the panel, and who manages groups with a session of their own."""
+"""`admin`: serve the panel; grant and revoke the admin role."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ update auth.users
 set raw_app_meta_data = coalesce(raw_app_meta_data, '{}') || '{"role": "admin"}'
 where id = %s
 """
-# another role is none of our business
+# leave any other role alone
 _REVOKE = """
 update auth.users
 set raw_app_meta_data = raw_app_meta_data - 'role'
@@ -40,15 +40,15 @@ def panel(
     context: typer.Context,
     *,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port; 0 is a free one.")] = 8321,
+    port: Annotated[int, typer.Option(help="The port; 0 picks a free one.")] = 8321,
     forwarded_allow_ips: Annotated[
-        str | None, typer.Option(help="Proxies whose X-Forwarded-… headers are believed.")
+        str | None, typer.Option(help="Proxies whose X-Forwarded-* headers to trust, comma-separated.")
     ] = None,
 ) -> None:
-    """Serve the admin panel, until Ctrl-C; or say who is an admin.
+    """Serve the admin panel; grant or revoke the admin role.
 
-    The panel reads SUPABASE_URL, SUPABASE_PUBLISHABLE_KEY and TOKENLIMITS_WEB_SECRET, and needs
-    pip install 'tokenlimits[web]'. It listens on this machine alone, unless told otherwise.
+    The panel runs until Ctrl-C. It reads SUPABASE_URL, SUPABASE_PUBLISHABLE_KEY and TOKENLIMITS_WEB_SECRET, and needs
+    pip install 'tokenlimits[web]'. By default, it listens on this machine only.
     """
     if context.invoked_subcommand is not None:
         return
@@ -61,22 +61,23 @@ def panel(
 
 @commands.command()
 def grant(user: UserArgument, *, db_url: DatabaseUrl = None) -> None:
-    """Make a user an admin, from their next sign-in on.
+    """Make a user an admin, starting with their next sign-in.
 
-    With a database's URL in its table of users; else through the project's auth API, with the secret key.
+    With a database URL, this changes the table of users; without one, it uses the project's auth API and the secret
+    key.
     """
     _change(user, db_url, admin=True)
-    say(f"{user} is an admin from the next sign-in on.", style="green")
+    say(f"{user} will be an admin after the next sign-in.", style="green")
 
 
 @commands.command()
 def revoke(user: UserArgument, *, db_url: DatabaseUrl = None) -> None:
-    """Make an admin an ordinary user.
+    """Take the admin role away from a user.
 
-    From their next sign-in on: a session that is open keeps its role until its token ends, mostly within an hour.
+    A session that is already open keeps the role until its token expires, usually within an hour.
     """
     _change(user, db_url, admin=False)
-    say(f"{user} is no admin from the next sign-in on.", style="green")
+    say(f"{user} will no longer be an admin after the next sign-in.", style="green")
 
 
 def _change(user: str, db_url: str | None, *, admin: bool) -> None:
@@ -90,7 +91,7 @@ def _change(user: str, db_url: str | None, *, admin: bool) -> None:
 def _change_in_table(connection: Connection, user: str, *, admin: bool) -> None:
     found = connection.execute(_FIND, {"user": user.strip()}).fetchall()
     if len(found) != 1:
-        raise Problem(f"{'Several users have' if found else 'No user has'} the id or e-mail address {user}.")
+        raise Problem(f"{'More than one user has' if found else 'No user has'} the id or e-mail address {user}.")
     connection.execute(_GRANT if admin else _REVOKE, found[0])
 
 
@@ -100,7 +101,7 @@ def _change_by_api(user: str, *, admin: bool) -> None:
         user_id = find_user(groups, user)
     key = settings.key.get_secret_value()
     url = f"{settings.url.rstrip('/')}/auth/v1/admin/users/{user_id}"
-    # null takes the key away
+    # null removes the key
     body = {"app_metadata": {"role": "admin" if admin else None}}
     try:
         answer = httpx.put(url, json=body, headers={"apikey": key, "Authorization": f"Bearer {key}"}, timeout=20)
@@ -110,5 +111,5 @@ def _change_by_api(user: str, *, admin: bool) -> None:
         if answer.is_success:
             return
         problem = f"The auth API answered with status {answer.status_code}."
-    # out here, so that no context of it holds the key
-    raise Problem(f"{problem} Pass --db-url, or set DATABASE_URL, to change the database itself.")
+    # outside the except block, so that the error's context doesn't hold the key
+    raise Problem(f"{problem} Pass --db-url or set DATABASE_URL to change the database directly.")

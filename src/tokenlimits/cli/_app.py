@@ -50,14 +50,14 @@ def _options_of_all(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, help="Print the version.", is_eager=True)
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     pass
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command, and return its exit status. An error is one line on stderr that says what to do."""
-    # also where people add it when a command has failed: at its end
+    """Run a command and return its exit status. An error is one line on stderr that says what to do."""
+    # wherever it stands: after a failure, people add it at the end of the line
     debug = "--debug" in arguments
     rest = [argument for argument in arguments if argument != "--debug"]
     patience = logging.StreamHandler() if debug else _Patience()
@@ -65,11 +65,11 @@ def run(arguments: Sequence[str]) -> int:
     try:
         command: Any = typer.main.get_command(app)
         return command.main(rest, prog_name="tokenlimits", standalone_mode=False) or 0
-    except Exception as error:  # noqa: BLE001 - the last who can
+    except Exception as error:  # noqa: BLE001 - nothing above this handles it
         if str(error).startswith("Usage: "):  # a command that has only subcommands
             print(error)  # noqa: T201
             return 2
-        if isinstance(error, typer.Abort):  # Ctrl-C, in the line of a question
+        if isinstance(error, typer.Abort):  # Ctrl-C at a prompt: the cursor is still in its line
             note("\nNothing was changed.", style="red")
             return 130
         if debug:
@@ -81,14 +81,14 @@ def run(arguments: Sequence[str]) -> int:
 
 
 class _Patience(logging.Handler):
-    """Says once that something is tried again; with --debug, the log says which call, why and when."""
+    """Reports the first retry only; with --debug, the log has every retry with its call and reason."""
 
     _said = False
 
     def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - whatever it says
         if not self._said:
             self._said = True
-            note("Supabase gives no answer; trying again.", style="yellow")
+            note("Supabase is not responding; retrying.", style="yellow")
 
 
 def _message(error: Exception) -> str:
@@ -96,10 +96,10 @@ def _message(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, typer.TyperException):
         context: typer.Context | None = getattr(error, "ctx", None)
-        # what validates options begins with the class of its error
+        # pydantic puts the class of the error before the message
         message = error.format_message().replace(": Value error, ", ": ")
         stop = "" if message.endswith((".", "?")) else "."
         return f"{message}{stop}" + (f" See: {context.command_path} --help" if context is not None else "")
     if isinstance(error, Problem | TokenLimitsError):
         return str(error)
-    return f"{type(error).__name__}: {error}. This is a bug: run it again with --debug, and report what it says."
+    return f"{type(error).__name__}: {error}. This is a bug: run it again with --debug and report the output."

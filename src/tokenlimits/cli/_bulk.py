@@ -1,4 +1,4 @@
-"""Many lines at once: read from arguments, files or stdin, done part by part, the refused ones reported."""
+"""Bulk input: lines from arguments, a file or stdin, processed in batches, with a report of the refused ones."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _THREADS = 8
 
 File = Annotated[
     Path | None,
-    typer.Option("--file", "-f", help="A CSV file, or one with one per line; - is stdin.", show_default=False),
+    typer.Option("--file", "-f", help="A CSV file, or text with one user per line; - is stdin.", show_default=False),
 ]
-StartLine = Annotated[int, typer.Option("--start-line", min=1, help="Go on at this line of the file.")]
+StartLine = Annotated[int, typer.Option("--start-line", min=1, help="Resume at this line of the file.")]
 Report = Annotated[
     Path | None,
-    typer.Option("--report", help="Write the refused lines, and why, into this CSV file.", show_default=False),
+    typer.Option("--report", help="Write the refused lines, with the reasons, to this CSV file.", show_default=False),
 ]
 
 
@@ -52,19 +52,19 @@ class Line:
 
 @dataclass
 class Outcome:
-    """How many lines came to what, and which were refused."""
+    """How many lines had which outcome, and which were refused."""
 
     counts: Counter[str] = field(default_factory=Counter[str])
     refused: list[tuple[Line, str]] = field(default_factory=list[tuple[Line, str]])
 
     def refuse(self, line: Line, reason: str) -> None:
-        """Note a line that can't be done."""
+        """Record a line that can't be processed."""
         self.refused.append((line, reason))
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where lines come from, and how many there are (None: nobody knows)."""
+    """Where lines come from, and how many there are (None: unknown)."""
 
     lines: Iterator[Line]
     total: int | None
@@ -72,15 +72,15 @@ class Source:
 
 @contextmanager
 def source(words: Sequence[str], file: Path | None, columns: Sequence[str], start: int = 1) -> Generator[Source]:
-    """Open the words of the command line, or a file, as lines.
+    """Open the arguments, or a file, as lines.
 
-    A file's first line may name its columns; without names it has one column, the first of `columns`.
+    A file's first line may name its columns; without names, it has one column: the first of `columns`.
 
     Raises:
-        Problem: There is neither, or both, or the file isn't text.
+        Problem: Neither or both were given, or the file isn't text.
     """
     if (file is None) == (not words):
-        raise Problem("Name users, or a file with --file (- is stdin), and not both.")
+        raise Problem("Pass either users or a file with --file (- is stdin).")
     if file is None:
         lines = (Line(number, {columns[0]: word}) for number, word in enumerate(words, 1))
         yield Source(lines, len(words))
@@ -92,9 +92,9 @@ def source(words: Sequence[str], file: Path | None, columns: Sequence[str], star
             with file.open(encoding="utf-8", newline="") as text:
                 yield Source(_read(text, columns, start), max(0, _count(file) - start + 1))
     except UnicodeDecodeError:
-        raise Problem(f"{file} isn't UTF-8 text. Save it as CSV UTF-8.") from None
+        raise Problem(f"{file} is not UTF-8 text. Save it as CSV UTF-8.") from None
     except csv.Error as error:
-        raise Problem(f"{file} is no CSV file: {error}") from None
+        raise Problem(f"{file} is not a CSV file: {error}") from None
 
 
 def _count(file: Path) -> int:
@@ -113,13 +113,15 @@ def _read(text: IO[str], columns: Sequence[str], start: int) -> Iterator[Line]:
             if repeated := [name for name in columns if names.count(name) > 1]:
                 raise Problem(f"The first line names the column {repeated[0]} twice: keep the one that you mean.")
         elif reader.line_num == 1 and len(cells) > 1 and not any("@" in cell or as_id(cell) for cell in cells):
-            raise Problem(f"The first line names the columns {', '.join(cells)}: none of them is {', '.join(columns)}.")
+            raise Problem(
+                f"The first line names the columns {', '.join(cells)}; at least one must be of: {', '.join(columns)}."
+            )
         elif reader.line_num >= start and any(cells):
             yield Line(reader.line_num, dict(zip(names, cells, strict=False)))
 
 
 def _delimiter(first: str, columns: Sequence[str]) -> str:
-    """Find what is between the columns that the first line names: many spreadsheets write semicolons."""
+    """Detect the delimiter from the column names in the first line: many spreadsheets write semicolons."""
     for delimiter in ";\t":
         if {cell.strip(' "\r\n').lower() for cell in first.split(delimiter)} & set(columns) and delimiter in first:
             return delimiter
@@ -127,7 +129,7 @@ def _delimiter(first: str, columns: Sequence[str]) -> str:
 
 
 def in_parts(lines: Source, what: str, size: int, work: Callable[[list[Line]], object]) -> None:
-    """Work on part after part, with a progress bar; when it ends early, say where to go on."""
+    """Process batch after batch, with a progress bar; when it is interrupted, say where to resume."""
     bar, task = progress(what, lines.total)
     last = 0
     with bar:
@@ -139,29 +141,29 @@ def in_parts(lines: Source, what: str, size: int, work: Callable[[list[Line]], o
         except BaseException:
             bar.stop()
             if last:
-                note(f"Stopped: everything up to line {last:,} is done. Go on with --start-line {last + 1}.", "yellow")
+                note(f"Stopped: lines up to {last:,} are done. Resume with --start-line {last + 1}.", "yellow")
             raise
         bar.update(task, total=bar.tasks[0].completed)
 
 
 def at_once(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """Work on several at once, and return the results in order; the first error stops it."""
+    """Process several at once and return the results in order; the first error stops it."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(work, items))
 
 
 def report(outcome: Outcome, file: Path | None, *, as_json: bool) -> None:
-    """Say what came of it.
+    """Print the outcome.
 
     Raises:
-        typer.Exit: Some lines were refused.
+        typer.Exit: Lines were refused.
     """
     outcome.refused.sort(key=lambda each: each[0].number)
     if as_json:
         refused = [{"line": line.number, "what": str(line), "reason": reason} for line, reason in outcome.refused]
         print_json({**{what.replace(" ", "_"): count for what, count in outcome.counts.items()}, "refused": refused})
     elif not outcome.counts and not outcome.refused:
-        say("There was nothing in it.", style="yellow")
+        say("The input was empty.", style="yellow")
     else:
         counts = [*(f"{count:,} {what}" for what, count in outcome.counts.items()), f"{len(outcome.refused):,} refused"]
         say(f"{', '.join(counts)}.", style="yellow" if outcome.refused else "green")
@@ -175,7 +177,7 @@ def report(outcome: Outcome, file: Path | None, *, as_json: bool) -> None:
         for line, reason in outcome.refused[:_SHOWN]:
             note(f"line {line.number}: {plain(line)}: {reason}")
         if len(outcome.refused) > _SHOWN:
-            note(f"and {len(outcome.refused) - _SHOWN:,} more: name a file with --report to have them all")
+            note(f"and {len(outcome.refused) - _SHOWN:,} more: pass --report FILE to get them all")
     raise typer.Exit(1)
 
 

@@ -1,4 +1,4 @@
-"""A connection of its own to PostgreSQL, for what the API can't do; its URL never shows in a message."""
+"""A direct connection to PostgreSQL, for what the API can't do; no message shows its URL."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ._terminal import Problem
 
 Connection = psycopg.Connection[tuple[object, ...]]
 
-_HINT = "Copy it from your project's Connect dialog, like postgresql://postgres@db.abc.supabase.co:5432/postgres"
+_HINT = "Copy it from your project's Connect dialog: postgresql://postgres@db.abc.supabase.co:5432/postgres or similar"
 
 
 class _Settings(BaseSettings):
@@ -30,7 +30,7 @@ class _Settings(BaseSettings):
 
 
 def find_url(given: str | None) -> str | None:
-    """Choose the database's URL: the option's, else that of the environment or `.env`."""
+    """Choose the database's URL: from the option, the environment or `.env`."""
     if given is not None:
         return given
     url = _Settings().url  # pyright: ignore[reportCallIssue]  # the field comes from the environment
@@ -42,7 +42,7 @@ def connect(given: str | None) -> Generator[Connection]:
     """Connect to the database.
 
     Raises:
-        Problem: No URL, a wrong one, no connection, or PostgreSQL refused a statement.
+        Problem: There is no URL, it is wrong, the connection failed, or PostgreSQL refused a statement.
     """
     url = find_url(given)
     if url is None:
@@ -56,7 +56,7 @@ def connect(given: str | None) -> Generator[Connection]:
         problem = _problem(error, conninfo)
     else:
         return
-    # out here, so that no context of it holds the URL
+    # outside the except block, so that the error's context doesn't hold the URL
     raise problem
 
 
@@ -115,7 +115,7 @@ def _problem(error: psycopg.Error, conninfo: str) -> Problem:
 
 
 def refusal(error: psycopg.Error) -> str:
-    """Say in one line why PostgreSQL refused a statement; what our own SQL says needs no more words."""
+    """Say in one line why PostgreSQL refused a statement; the messages of our own SQL are shown as they are."""
     said = error.diag.message_primary or str(error)
     ours = (error.sqlstate or "").startswith("TL")
     sentences = [said if ours else f"PostgreSQL refused ({error.sqlstate}): {said}", error.diag.message_hint]

@@ -1,4 +1,4 @@
-"""`dev`: a Supabase on this machine until Ctrl-C."""
+"""`dev`: a local Supabase until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ def register(app: typer.Typer) -> None:
 
 def dev(
     *,
-    port: Annotated[int | None, typer.Option("--port", help="Else a free one.", show_default=False)] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", help="The port. Default: a free one.", show_default=False)
+    ] = None,
     db_url: Annotated[
         str | None,
-        typer.Option("--db-url", help="A PostgreSQL to serve; else one in memory.", show_default=False),
+        typer.Option("--db-url", help="The PostgreSQL to serve. Default: one in memory.", show_default=False),
     ] = None,
     schema: Schema = None,
 ) -> None:
-    """Run a Supabase on this machine until Ctrl-C.
+    """Run a local Supabase until Ctrl-C.
 
-    It has the migrations applied and an admin, who can sign in. What it prints on stdout is a .env file. It needs
+    The migrations are applied, and there is an admin who can sign in. The output is a .env file. Needs
     pip install 'tokenlimits[local]'.
     """
     where = find_schema(schema)
@@ -45,11 +47,11 @@ def dev(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
     stack = LocalStack(db_url, port, schema=where, timeout=120)
-    with err.status("Starting a local Supabase (the first time, it is fetched)"):
+    with err.status("Starting a local Supabase (the first start downloads it)"):
         stack.start()
     try:
         _print(stack)
-        note("Ready. Ctrl-C ends it.", style="green")
+        note("Ready. Press Ctrl-C to stop.", style="green")
         while not ended.wait(3600):
             pass
     finally:
@@ -58,7 +60,7 @@ def dev(
 
 
 def _print(stack: LocalStack) -> None:
-    """Print the .env; with an admin when there was none of that name in the database."""
+    """Print the .env file; with an admin, if the database had none of that name."""
     taken = stack.sql("select from auth.users where email = $1", _EMAIL)
     lines = dict(stack.environment())
     if not taken:

@@ -1,4 +1,4 @@
-"""`export`: the ledger or the history as CSV or JSON lines, in little memory however long it is."""
+"""`export`: the ledger or the history as CSV or JSON Lines, streamed, so that its length doesn't matter."""
 
 from __future__ import annotations
 
@@ -48,13 +48,14 @@ def register(app: typer.Typer) -> None:
 
 def export(
     *,
-    format_: Annotated[Format, typer.Option("--format", help="How it is written.")] = "csv",
+    format_: Annotated[Format, typer.Option("--format", help="The output format.")] = "csv",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A file; else stdout.", dir_okay=False, show_default=False)
+        Path | None,
+        typer.Option("--output", "-o", help="The file to write. Default: stdout.", dir_okay=False, show_default=False),
     ] = None,
     by: Annotated[
         Bucket | None,
-        typer.Option("--by", help="Sums per group, kind and this step, in place of single rows.", show_default=False),
+        typer.Option("--by", help="Write sums per group, kind and step instead of single rows.", show_default=False),
     ] = None,
     group: GroupOption = None,
     user: Annotated[
@@ -64,15 +65,15 @@ def export(
     since: Since = None,
     until: Until = None,
 ) -> None:
-    """Write the ledger, or with --by its sums.
+    """Export the ledger, or its sums with --by.
 
-    All groups, also deleted ones, all users and kinds, from the beginning, if you don't say otherwise. What was
-    recorded before you begin comes exactly once, whatever is recorded meanwhile. Hours, days, weeks and months begin
-    in the group's time zone. In CSV, text that a spreadsheet would take for a formula has an apostrophe before
-    it.
+    By default, this exports all groups (including deleted ones), users and kinds, from the beginning. Everything
+    recorded before the export starts is in it exactly once, whatever is recorded meanwhile. Hours, days, weeks and
+    months begin in the group's time zone. In CSV, an apostrophe precedes any text that a spreadsheet would take for a
+    formula.
     """
     if by is not None and user is not None:
-        raise typer.BadParameter("--by has no sums per user: leave out --user")
+        raise typer.BadParameter("--by has no sums per user; leave out --user")
     with manager() as groups, _opened(output) as file:
         group_id = find_group(groups, group).id if group is not None else None
         if by is None:
@@ -88,7 +89,7 @@ def export(
 
 @contextmanager
 def _opened(output: Path | None) -> Generator[IO[str]]:
-    """Open stdout as UTF-8, or a file, which appears when all of it is there."""
+    """Open stdout as UTF-8, or a file that appears only once it is complete."""
     if output is None:
         reconfigure: Callable[..., None] | None = getattr(sys.stdout, "reconfigure", None)
         if reconfigure is not None:
@@ -97,8 +98,8 @@ def _opened(output: Path | None) -> Generator[IO[str]]:
         sys.stdout.flush()
         return
     if not output.parent.is_dir():
-        raise Problem(f"{output}: there is no directory {output.parent}.")
-    # a device is written to, never replaced
+        raise Problem(f"{output}: the directory {output.parent} does not exist.")
+    # a device, such as /dev/stdout, is written to directly: it must not be replaced by a file
     unfinished = output.with_name(f"{output.name}.unfinished") if output.is_file() or not output.exists() else output
     try:
         with unfinished.open("w", encoding="utf-8", newline="") as file:
@@ -113,18 +114,18 @@ def _opened(output: Path | None) -> Generator[IO[str]]:
 def _row(usage: UsageRecord | UsageSum) -> Row:
     row = usage.model_dump(mode="json")
     if isinstance(usage, UsageSum):
-        # as the group's people write it: in UTC their November would begin in October
+        # in the group's own time zone: in UTC, its November may begin in October
         row["bucket"] = usage.bucket.astimezone(zone_of(usage.timezone)).isoformat()
     return {**row, "group_id": row["group"]["id"], "group": row["group"]["name"]}
 
 
 def _write(file: IO[str], format_: Format, columns: tuple[str, ...], rows: Iterator[Row]) -> int:
-    # a bar between the rows would spoil both
+    # rows and a progress bar in one terminal would garble each other
     bar, task = progress("Exporting", None, hidden=file.isatty())
     write = csv.writer(file, lineterminator="\n").writerow
     count = 0
     with bar:
-        # nothing is written before the first page is there: names of columns alone would look like no usage
+        # write nothing before the first page has arrived: after an error, a lone header would look like no usage
         first = list(islice(rows, 1))
         if format_ == "csv":
             write(columns)

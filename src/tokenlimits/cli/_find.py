@@ -1,4 +1,4 @@
-"""The clients of the commands, and groups and users by what people call them."""
+"""The clients for the commands; lookups of groups and users by what people call them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenlimits.models import Group
 
 from ._terminal import Problem
 
-# a command may take what Supabase allows a statement, twice
+# seconds: Supabase ends a statement after 8, and this leaves time for a second one
 _TIMEOUT = 20
 
 
@@ -38,7 +38,7 @@ def find_group(groups: GroupManager, text: str) -> Group:
     """Find a group by its id or name.
 
     Raises:
-        GroupNotFound: There is none.
+        GroupNotFound: There is no such group.
     """
     id_ = as_id(text)
     if id_ is None:
@@ -53,16 +53,16 @@ def find_user(groups: GroupManager, text: str) -> UUID:
     """Find a user by their id or whole e-mail address.
 
     Raises:
-        Problem: Nobody has the address, or several have.
+        Problem: No user has the address, or several do.
     """
     user = resolve(groups, [text])[text]
     if isinstance(user, UUID):
         return user
-    raise Problem(f"{text}: {user}. Name the user by id, from Supabase's Authentication page.")
+    raise Problem(f"{text}: {user}. Use the user's id from Supabase's Authentication page.")
 
 
 def resolve(groups: GroupManager, names: Iterable[str]) -> dict[str, UUID | str]:
-    """Find users by ids or whole e-mail addresses: the id of each, or a text that says why there is none."""
+    """Find users by id or whole e-mail address: map each to the user's id, or to a text that says why there is none."""
     distinct = list(dict.fromkeys(names))
     by_email: dict[str, list[UUID]] = defaultdict(list)
     emails = [name for name in distinct if _is_address(name)]
@@ -80,4 +80,4 @@ def _user_id(name: str, of_email: Sequence[UUID]) -> UUID | str:
         return as_id(name) or "is neither a user's id nor an e-mail address"
     if len(of_email) == 1:
         return of_email[0]
-    return "several users have this e-mail address: use the id" if of_email else "no user has this e-mail address"
+    return "several users have this e-mail address; use the id" if of_email else "no user has this e-mail address"

@@ -13,25 +13,43 @@ from tokenlimits.models import Group, GroupUsage
 from . import _limits
 from ._find import find_group, manager
 from ._options import AsJson, GroupArgument, KindOption, Yes
-from ._terminal import NARROW, Misunderstood, confirm, counted, facts, moment, out, print_json, say, show, table
+from ._terminal import (
+    NARROW,
+    Misunderstood,
+    confirm,
+    counted,
+    facts,
+    moment_in_words,
+    out,
+    print_json,
+    say,
+    show,
+    table,
+)
 from ._usage import usage_table
 
-commands = typer.Typer(help="The groups of users.", no_args_is_help=True, rich_markup_mode=None)
+commands = typer.Typer(help="Manage groups of users.", no_args_is_help=True, rich_markup_mode=None)
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Unique whatever its case.", show_default=False)]
-NewName = Annotated[str | None, typer.Option("--name", help="Another name.", show_default=False)]
-Description = Annotated[str | None, typer.Option("--description", help="For people.", show_default=False)]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="The group's name; unique, ignoring case.", show_default=False)
+]
+NewName = Annotated[str | None, typer.Option("--name", help="The new name.", show_default=False)]
+Description = Annotated[str | None, typer.Option("--description", help="A description for people.", show_default=False)]
 Priority = Annotated[
-    int | None, typer.Option("--priority", help="A user's groups pay from high to low.", show_default=False)
+    int | None,
+    typer.Option("--priority", help="A user's groups pay in order of priority, highest first.", show_default=False),
 ]
 Timezone = Annotated[
-    str | None, typer.Option("--timezone", help="In which periods begin, like Europe/Paris.", show_default=False)
+    str | None,
+    typer.Option("--timezone", help="The time zone in which periods begin, such as Europe/Paris.", show_default=False),
 ]
 Default = Annotated[
-    bool | None, typer.Option("--default/--no-default", help="Judges users who are in no group.", show_default=False)
+    bool | None,
+    typer.Option("--default/--no-default", help="Use this group's limits for users in no group.", show_default=False),
 ]
 Limits = Annotated[
-    list[str] | None, typer.Option("--limit", "-l", help="Like image=100/month; may be repeated.", show_default=False)
+    list[str] | None,
+    typer.Option("--limit", "-l", help="A limit, such as image=100/month; repeatable.", show_default=False),
 ]
 
 
@@ -44,7 +62,7 @@ def register(app: typer.Typer) -> None:
 def list_(
     *,
     search: Annotated[
-        str | None, typer.Option("--search", help="Those whose name contains this.", show_default=False)
+        str | None, typer.Option("--search", help="Only groups whose name contains this.", show_default=False)
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -56,7 +74,7 @@ def list_(
     elif found:
         show(_list(found))
     else:
-        say("No groups. Make one with: tokenlimits groups create Pro --limit image=100/month")
+        say("There are no groups. Create one with: tokenlimits groups create Pro --limit image=100/month")
 
 
 def _list(groups: Sequence[Group]) -> Table:
@@ -71,7 +89,7 @@ def _list(groups: Sequence[Group]) -> Table:
         for group in groups
     ]
     columns = ("name", "id", "priority", "time zone", "limits")
-    if out.width < NARROW:  # `show` tells the ids
+    if out.width < NARROW:  # the command `show` has the ids
         columns, rows = columns[:1] + columns[2:], [row[:1] + row[2:] for row in rows]
     return table(*columns, rows=rows, right=["priority"], whole=["id", "time zone"])
 
@@ -97,7 +115,7 @@ def _show(group: Group, usage: GroupUsage) -> None:
         ("time zone", group.timezone),
         ("default", "yes" if group.is_default else "no"),
         ("members", f"{usage.member_count:,}"),
-        ("created", moment(group.created_at)),
+        ("created", moment_in_words(group.created_at)),
     ]
     show(facts(rows))
     say("")
@@ -149,7 +167,7 @@ def edit(
 ) -> None:
     """Change a group's settings; `limits set` changes its limits."""
     if name is description is priority is timezone is default is None:
-        raise Misunderstood("Nothing to change: say what, like --name NAME. See: tokenlimits groups edit --help")
+        raise Misunderstood("Nothing to change: pass an option such as --name. See: tokenlimits groups edit --help")
     with manager() as groups:
         changed = groups.update(
             find_group(groups, group).id,
@@ -167,7 +185,7 @@ def edit(
 
 @commands.command()
 def delete(group: GroupArgument, *, yes: Yes = False, as_json: AsJson = False) -> None:
-    """Delete a group; the ledger of what was used stays."""
+    """Delete a group; the ledger keeps its usage."""
     with manager() as groups:
         found = find_group(groups, group)
         members = groups.usage(found.id).member_count
@@ -182,15 +200,15 @@ def delete(group: GroupArgument, *, yes: Yes = False, as_json: AsJson = False) -
 
 @commands.command()
 def reset(group: GroupArgument, *, kind: KindOption = None, yes: Yes = False, as_json: AsJson = False) -> None:
-    """Give a group a fresh start in its current periods.
+    """Reset a group's usage in its current periods.
 
-    The ledger and the history stay.
+    The ledger and the history keep everything.
     """
     with manager() as groups:
         found = find_group(groups, group)
-        confirm(f"Forget what {found.name} has used of {kind or 'everything'} in its current periods?", yes=yes)
+        confirm(f"Reset what {found.name} has used of {kind or 'every kind'} in its current periods?", yes=yes)
         at = groups.reset_usage(found.id, kind=kind)
     if as_json:
         print_json({"group": {"id": found.id, "name": found.name}, "reset_at": at})
     else:
-        say(f"{found.name} counts from {at.isoformat()} on.", style="green")
+        say(f"Reset {found.name}: usage counts from {moment_in_words(at)}.", style="green")

@@ -24,19 +24,19 @@ def register(app: typer.Typer) -> None:
 def history(
     group: Annotated[
         str | None,
-        typer.Argument(metavar="GROUP", help="A group's name or id; else all, in UTC.", show_default=False),
+        typer.Argument(metavar="GROUP", help="A group's name or id. Default: all groups, in UTC.", show_default=False),
     ] = None,
     *,
-    by: Annotated[Bucket, typer.Option("--by", help="The step.")] = "day",
+    by: Annotated[Bucket, typer.Option("--by", help="The step of the history.")] = "day",
     kind: KindOption = None,
     since: Since = None,
     until: Until = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what was used over time.
+    """Show usage over time.
 
-    By hour, day, week or month in the group's time zone, against its limit where it has one of that step; of the last
-    30 days, if you don't say.
+    By default, this shows the last 30 days. Hours, days, weeks and months begin in the group's time zone. If the group
+    has a limit per such step, usage is shown against it.
     """
     with manager() as groups:
         found = find_group(groups, group) if group is not None else None
@@ -47,11 +47,11 @@ def history(
     elif points:
         show(_table(points, by, found))
     else:
-        say("Nothing was used in that time.")
+        say("There was no usage in that time.")
 
 
 def _table(points: Sequence[HistoryPoint], by: Bucket, group: Group | None) -> Table:
-    """Draw the points: against the group's present limit of that step where it has one, else against the most."""
+    """Draw each point against the group's current limit per step if there is one, or else against the largest point."""
     zone = zone_of(group.timezone if group is not None else "UTC")
     limits = {
         limit.kind: limit.max

@@ -1,4 +1,4 @@
-"""`import`: usage that happened before or elsewhere, from CSV through record_generation."""
+"""`import`: past usage from CSV, through record_generation."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A CSV file; - is stdin.", show_default=False)],
     *,
     group: Annotated[
-        str | None, typer.Option("--group", help="Where a line names none: its name or id.", show_default=False)
+        str | None,
+        typer.Option("--group", help="The group for lines that name none.", show_default=False),
     ] = None,
     batch: Annotated[
-        str | None, typer.Option("--batch", help="Names the import; else the file's name does.", show_default=False)
+        str | None, typer.Option("--batch", help="The import's name. Default: the file's name.", show_default=False)
     ] = None,
     start_line: StartLine = 1,
     report_to: Report = None,
@@ -61,7 +62,7 @@ def import_(
     `tokenlimits export` wrote: usage that exists is found, and what was given back, or is not settled, isn't recorded.
     """
     if batch is None and str(file) == "-":
-        raise Problem("What comes from stdin has no name: give it one with --batch, so that it is never counted twice.")
+        raise Problem("An import from stdin needs a name, so that it is never counted twice; pass --batch NAME.")
     outcome = Outcome()
     with manager() as groups, worker() as limits, source([], file, _COLUMNS) as found:
         lines = Source(_from(start_line, _numbered(found.lines)), found.total and max(0, found.total - start_line + 1))
@@ -103,7 +104,7 @@ class _Refusal:
 
 
 class _Importer:
-    """Records lines, several at once."""
+    """Records lines, several at a time."""
 
     def __init__(self, groups: GroupManager, limits: TokenLimits, batch: str, group: str | None) -> None:
         self._groups = groups
@@ -174,7 +175,7 @@ class _Importer:
             return self._default
         found = self._by_name.get(name.lower())
         if found is None:
-            raise Problem(f"there is no group {name}")
+            raise Problem(f"there is no group named {name}")
         return found
 
 
@@ -185,7 +186,7 @@ def _user(line: Line) -> str:
 def _checked(cells: Mapping[str, str]) -> Mapping[str, str]:
     missing = [name for name in _NEEDED if not cells.get(name)]
     if missing:
-        raise Problem(f"has no {' and no '.join(missing)}: does the first line of the file name the columns?")
+        raise Problem(f"{' and '.join(missing)} missing: does the first line of the file name the columns?")
     return {name: unguarded(cell) for name, cell in cells.items()}
 
 
@@ -201,7 +202,7 @@ def _number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise Problem(f"cost: {text!r} is no whole number") from None
+        raise Problem(f"cost: {text!r} is not a whole number") from None
 
 
 def _moment(text: str) -> Any:
@@ -215,7 +216,7 @@ def _metadata(text: str) -> dict[str, Any] | None:
     try:
         read: Any = json.loads(text) if text else None
     except ValueError:
-        raise Problem("metadata: is no JSON") from None
+        raise Problem("metadata: must be JSON") from None
     if read is not None and not isinstance(read, dict):
-        raise Problem("metadata: is no JSON object")
+        raise Problem("metadata: must be a JSON object")
     return cast("dict[str, Any] | None", read)

@@ -17,11 +17,11 @@ from ._terminal import Problem, confirm, print_json, say, show, table
 
 _EXAMPLE = "write it like image=100/month, image=10/day/member or audio=unlimited"
 Limits = Annotated[
-    list[str], typer.Argument(metavar="LIMIT", help="Like image=100/month image=10/day/member audio=unlimited.")
+    list[str], typer.Argument(metavar="LIMIT", help="Such as image=100/month image=10/day/member audio=unlimited.")
 ]
-Identities = Annotated[list[str], typer.Argument(metavar="LIMIT", help="Like image/month image/day/member.")]
+Identities = Annotated[list[str], typer.Argument(metavar="LIMIT", help="Such as image/month image/day/member.")]
 
-commands = typer.Typer(help="The limits of a group.", no_args_is_help=True, rich_markup_mode=None)
+commands = typer.Typer(help="Manage the limits of a group.", no_args_is_help=True, rich_markup_mode=None)
 
 
 def register(app: typer.Typer) -> None:
@@ -55,16 +55,16 @@ def parse_identity(text: str) -> Limit:
 
 
 def parse_all(texts: Sequence[str]) -> list[Limit]:
-    """Read limits, each of which may be there once.
+    """Read limits; each may occur once.
 
     Raises:
-        Problem: One can't be read, or says again what another says.
+        Problem: One can't be read, or occurs twice.
     """
     limits: dict[tuple[str, str, str], Limit] = {}
     for text in texts:
         limit = parse(text)
         if limits.setdefault((limit.kind, limit.period, limit.scope), limit) is not limit:
-            raise Problem(f"{text}: {limit.kind}{_suffix(limit)} is there twice; it has one max")
+            raise Problem(f"{text}: {limit.kind}{_suffix(limit)} occurs twice; give it one max")
     return list(limits.values())
 
 
@@ -81,21 +81,21 @@ def _limit(text: str, kind: str, maximum: int | None, words: Sequence[str]) -> L
     scopes = [word for word in words if word in get_args(Scope)]
     if unknown := [word for word in words if word not in [*periods, *scopes]]:
         known = ", ".join([*get_args(Period), *get_args(Scope)])
-        raise Problem(f"{text}: {unknown[0]!r} is none of {known}")
+        raise Problem(f"{text}: {unknown[0]!r} is not one of {known}")
     if len(periods) > 1 or len(scopes) > 1:
-        raise Problem(f"{text}: has one period and one scope at most; {_EXAMPLE}")
+        raise Problem(f"{text}: at most one period and one scope; {_EXAMPLE}")
     try:
         return Limit.model_validate(
             {"kind": kind, "max": maximum, "period": (periods or ["lifetime"])[0], "scope": (scopes or ["group"])[0]}
         )
     except ValueError:
         raise Problem(
-            f"{text}: a kind is lower-case letters, digits and _, at most 32; a max is at most 10^15"
+            f"{text}: a kind has at most 32 lower-case letters, digits and _; a max is at most 10^15"
         ) from None
 
 
 def write(limit: Limit) -> str:
-    """Write a limit as it is read."""
+    """Write a limit as `parse` reads it."""
     maximum = "unlimited" if limit.max is None else limit.max
     return f"{limit.kind}={maximum}{_suffix(limit)}"
 
@@ -107,7 +107,7 @@ def _suffix(limit: Limit) -> str:
 def show_limits(group: Group) -> None:
     """Print a group's limits."""
     if not group.limits:
-        say("No limits: nobody may generate anything in this group.", style="yellow")
+        say("This group has no limits, so its members can't generate anything with it.", style="yellow")
         return
     rows = [
         (limit.kind, "unlimited" if limit.max is None else f"{limit.max:,}", limit.period, limit.scope)
@@ -136,14 +136,14 @@ def set_(
     group: GroupArgument,
     limits: Limits,
     *,
-    replace: Annotated[bool, typer.Option("--replace", help="Remove the limits that are not named.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Remove all other limits.")] = False,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add limits, or change their max; what is used stays.
+    """Add limits, or change their max; usage stays.
 
-    LIMIT is KIND=MAX[/PERIOD][/member]: MAX is a number or unlimited; PERIOD is minute, hour, day, week, month or
-    lifetime (the default); a member limit is for each member.
+    LIMIT is KIND=MAX[/PERIOD][/member]. MAX is a number or unlimited. PERIOD is minute, hour, day, week, month or
+    lifetime (the default). With /member, the limit applies to each member separately.
     """
     wanted = parse_all(limits)
     with manager() as groups:
@@ -168,7 +168,7 @@ def _replace(groups: GroupManager, group: Group, limits: Sequence[Limit], *, yes
 
 @commands.command()
 def remove(group: GroupArgument, limits: Identities, *, yes: Yes = False, as_json: AsJson = False) -> None:
-    """Remove limits; the ledger keeps what was used."""
+    """Remove limits; the ledger keeps the usage."""
     wanted = [parse_identity(text) for text in limits]
     with manager() as groups:
         found = find_group(groups, group)

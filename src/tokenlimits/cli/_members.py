@@ -16,9 +16,11 @@ from ._find import find_group, manager, resolve
 from ._options import AsJson, GroupArgument, KindOption, Since, Until, Yes
 from ._terminal import Bar, confirm, counted, moment, out, plain, print_json, print_json_list, say, show, table
 
-commands = typer.Typer(help="Who is in a group.", no_args_is_help=True, rich_markup_mode=None)
+commands = typer.Typer(help="Manage the members of a group.", no_args_is_help=True, rich_markup_mode=None)
 
-Users = Annotated[list[str] | None, typer.Argument(metavar="USER", help="Ids or e-mail addresses.", show_default=False)]
+Users = Annotated[
+    list[str] | None, typer.Argument(metavar="USER", help="User ids or e-mail addresses.", show_default=False)
+]
 
 # a line names its user in the first of these columns that it has
 _COLUMNS = ("user_id", "id", "user", "email", "e-mail")
@@ -36,11 +38,12 @@ def list_(
     group: GroupArgument,
     *,
     search: Annotated[
-        str | None, typer.Option("--search", help="A part of the e-mail address.", show_default=False)
+        str | None,
+        typer.Option("--search", help="Only members whose address contains this.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List a group's members, all or some."""
+    """List a group's members."""
     with manager() as groups:
         members = groups.members(find_group(groups, group).id, search=search)
         if as_json:
@@ -55,15 +58,15 @@ def list_(
 def top(
     group: GroupArgument,
     *,
-    count: Annotated[int, typer.Option("--count", "-n", help="How many.")] = 10,
+    count: Annotated[int, typer.Option("--count", "-n", help="How many users to show.")] = 10,
     kind: KindOption = None,
     since: Since = None,
     until: Until = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show who used most, also of those who left.
+    """Show who used the most, including users who have left.
 
-    In the last 30 days, if you don't say otherwise.
+    By default, this covers the last 30 days.
     """
     with manager() as groups:
         found = find_group(groups, group)
@@ -82,7 +85,7 @@ def top(
         ]
         show(table("user", "", "used", "generations", rows=rows, right=["used", "generations"]))
     else:
-        say("Nothing was used in that time.")
+        say("There was no usage in that time.")
 
 
 @commands.command()
@@ -97,7 +100,7 @@ def add(
 ) -> None:
     """Add users to a group, by id or e-mail address.
 
-    A file has one user per line, or is CSV with a column user_id or email. Adding somebody again does no harm.
+    A file has one user per line, or is CSV with a column user_id or email. Adding a member again changes nothing.
     """
     outcome = Outcome()
     with manager() as groups, source(users or [], file, _COLUMNS, start_line) as lines:
@@ -114,7 +117,7 @@ def _add(groups: GroupManager, group: Group, part: Sequence[Line], outcome: Outc
     for line in unknown:
         outcome.refuse(line, reasons[ids[line]])
     already = len(ids) - len(unknown) - result.added
-    outcome.counts.update({"added": result.added, "there already": already})
+    outcome.counts.update({"added": result.added, "already there": already})
 
 
 @commands.command()
@@ -130,7 +133,7 @@ def remove(
 ) -> None:
     """Remove users from a group.
 
-    Their usage stays, and is found again if they return.
+    Their usage stays, and counts again if they return.
     """
     outcome = Outcome()
     with manager() as groups, source(users or [], file, _COLUMNS, start_line) as lines:
@@ -151,14 +154,14 @@ def _remove(groups: GroupManager, group: Group, part: Sequence[Line], outcome: O
 def move(
     users: Users = None,
     *,
-    from_: Annotated[str, typer.Option("--from", metavar="GROUP", help="Which they leave.", show_default=False)],
-    to: Annotated[str, typer.Option("--to", metavar="GROUP", help="Which they join.", show_default=False)],
+    from_: Annotated[str, typer.Option("--from", metavar="GROUP", help="The group to leave.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", metavar="GROUP", help="The group to join.", show_default=False)],
     file: File = None,
     start_line: StartLine = 1,
     report_to: Report = None,
     as_json: AsJson = False,
 ) -> None:
-    """Move users from one group to another, each in one step."""
+    """Move users from one group to another, each in one atomic step."""
     outcome = Outcome()
     with manager() as groups, source(users or [], file, _COLUMNS, start_line) as lines:
         left, joined = find_group(groups, from_), find_group(groups, to)

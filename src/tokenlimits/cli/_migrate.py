@@ -18,14 +18,14 @@ from ._options import AsJson, DatabaseUrl, Schema, find_schema, schema_option
 from ._setup import compare, copy, find_migrations, version_of
 from ._terminal import Misunderstood, Problem, note, print_json, say
 
-# as the Supabase CLI makes it
+# as the Supabase CLI creates it
 _HISTORY = """
 create schema if not exists supabase_migrations;
 create table if not exists supabase_migrations.schema_migrations (version text not null primary key);
 alter table supabase_migrations.schema_migrations add column if not exists statements text[];
 alter table supabase_migrations.schema_migrations add column if not exists name text;
 """
-# 'tokm' in ASCII: two of us at once would apply everything twice
+# 'tokm' in ASCII; without the lock, two runs at once would both apply everything
 _LOCK = "select pg_advisory_xact_lock(1953459053)"
 _RECORD = "insert into supabase_migrations.schema_migrations (version, name, statements) values (%s, %s, %s)"
 _INSTALLED = """
@@ -52,32 +52,32 @@ def migrate(
         Path | None,
         typer.Option(
             "--dir",
-            help="Where your project's migrations are. Without it, supabase/migrations of the project that you are in.",
+            help="The directory of your project's migrations. Default: supabase/migrations of the current project.",
             file_okay=False,
             show_default=False,
         ),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Change nothing; the exit status is 1 when something is pending.")
+        bool, typer.Option("--check", help="Change nothing; exit with 1 if a migration is pending.")
     ] = False,
     reapply: Annotated[
         bool,
         typer.Option(
             "--reapply",
-            help="Apply everything again, in one transaction: for row-level security that was switched off, "
-            "a dropped trigger, rights after a restore. Data stays.",
+            help="Apply everything again in one transaction, keeping all data. Restores row-level security, triggers "
+            "and grants that were lost or changed.",
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Apply the pending migrations.
 
-    Each in a transaction of its own. They are recorded in Supabase's own history, and copied into your project's
-    supabase/migrations, so `supabase db push` agrees. What the SQL editor has applied is not in the history, and is
-    applied again, without harm.
+    Each migration runs in its own transaction. It is recorded in Supabase's own history and copied into your project's
+    supabase/migrations, so that `supabase db push` agrees. SQL that was applied in the SQL editor is not in the
+    history; applying it again does no harm.
     """
     if check and reapply:
-        raise Misunderstood("--check changes nothing, and --reapply applies everything again: choose one of them.")
+        raise Misunderstood("--check and --reapply exclude each other; pass one of them.")
     where = find_schema(schema)
     with connect(db_url) as connection:
         todo = pending(connection, where)
@@ -112,17 +112,17 @@ def _applied(connection: Connection) -> set[object]:
 
 
 def _require_installed(connection: Connection, schema: str, *, recorded: bool, reapply: bool) -> None:
-    """Compare with what is there, since the history knows neither of schemas nor of an uninstallation."""
+    """Compare with what is installed: the history records neither schemas nor an uninstallation."""
     found = sorted(str(name) for (name,) in connection.execute(_INSTALLED))
     if found and schema not in found:
         raise Problem(
-            f"The database has tokenlimits in schema {', '.join(found)}, not in {schema}. "
-            f"Use --schema {found[0]} (or TOKENLIMITS_SCHEMA), or uninstall it first: tokenlimits sql --uninstall"
+            f"tokenlimits is installed in schema {', '.join(found)}, not in {schema}. "
+            f"Pass --schema {found[0]} (or set TOKENLIMITS_SCHEMA), or uninstall it first: tokenlimits sql --uninstall"
         )
     if recorded and not found and not reapply:
         raise Problem(
-            "The history says that migrations of tokenlimits were applied, but it is not there: was it uninstalled, "
-            "or restored from a dump without comments? Apply them again: tokenlimits migrate --reapply"
+            "The history has migrations of tokenlimits, but it is not installed. It may have been uninstalled, or "
+            "restored from a dump without comments. Apply the migrations again: tokenlimits migrate --reapply"
         )
 
 
@@ -153,8 +153,8 @@ def _steps(
 
 
 def _reapply(connection: Connection, schema: str, folder: Path | None) -> Iterator[tuple[str, SqlFile]]:
-    """Apply the one paste, which is made to be applied over every version, and then what the history lacks."""
-    with _transaction(connection, "it"):
+    """Apply the single file, which upgrades from any version, and then the migrations that the history lacks."""
+    with _transaction(connection, "the SQL"):
         lacking = pending(connection, schema)
         _execute(connection, one_paste(schema))
         for migration in migrations(schema):
@@ -167,17 +167,19 @@ def _reapply(connection: Connection, schema: str, folder: Path | None) -> Iterat
 def _transaction(connection: Connection, what: str) -> Generator[None]:
     try:
         with connection.transaction():
-            # who waits for a lock on a table in use makes everybody else wait behind it
+            # while this waits for a lock on a table in use, every later query on the table queues behind it
             connection.execute("set local lock_timeout = '10s'")
             connection.execute(_LOCK)
             connection.execute(_HISTORY)
             yield
     except errors.LockNotAvailable:
-        problem = f"It waited 10 s for a lock: nothing of {what} was applied. Try again at a quieter time."
+        problem = (
+            f"Timed out after waiting 10 s for a lock; nothing of {what} was applied. Try again at a quieter time."
+        )
     except psycopg.Error as error:
-        if error.sqlstate is None:  # the connection is gone, and nobody knows what was done last
+        if error.sqlstate is None:  # the connection is lost, so whether the commit went through is unknown
             raise
-        # what our own SQL refuses, it says itself
+        # the messages of our own SQL say so themselves
         kept = "" if error.sqlstate.startswith("TL") else f" Nothing of {what} was applied."
         problem = f"{refusal(error)}{kept}"
     else:
@@ -186,7 +188,7 @@ def _transaction(connection: Connection, what: str) -> Generator[None]:
 
 
 def _apply(connection: Connection, migration: SqlFile, folder: Path | None) -> None:
-    """Apply and record a migration unless the history has it. Its file is written before all is committed."""
+    """Apply and record a migration unless the history has it; write its file before the transaction commits."""
     version = version_of(migration.name)
     if version not in _applied(connection):
         _execute(connection, migration.text)
@@ -196,12 +198,12 @@ def _apply(connection: Connection, migration: SqlFile, folder: Path | None) -> N
 
 
 def _execute(connection: Connection, sql: str) -> None:
-    # its own commit would end the transaction in which the history is written too
+    # its own commit would end the transaction before the history is written
     connection.execute(without_transaction(sql).encode())
 
 
 def _keep(migration: SqlFile, folder: Path | None) -> None:
-    """Write the file, without which the next `supabase db push` would find a version that it doesn't know."""
+    """Write the file; without it, the next `supabase db push` would find an unknown version in the history."""
     if folder is None:
         return
     state, path = copy(migration, folder)
@@ -211,7 +213,7 @@ def _keep(migration: SqlFile, folder: Path | None) -> None:
 
 def _explain_files(schema: str) -> None:
     note(
-        "There is no Supabase project here. Where your project is, its next `supabase db push` needs the migrations "
-        f"as files too: run tokenlimits init{schema_option(schema)} there.",
+        "There is no Supabase project here. The next `supabase db push` of your project also needs the migrations as "
+        f"files; in its directory, run: tokenlimits init{schema_option(schema)}",
         style="yellow",
     )

@@ -13,19 +13,21 @@ from tokenlimits.sql_files import checked_schema
 
 from ._terminal import Misunderstood
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask for confirmation.")]
 GroupArgument = Annotated[str, typer.Argument(metavar="GROUP", help="A group's name or id.", show_default=False)]
 UserArgument = Annotated[str, typer.Argument(metavar="USER", help="A user's id or e-mail address.", show_default=False)]
-KindArgument = Annotated[str, typer.Argument(metavar="KIND", help="Like image or video.", show_default=False)]
-KindOption = Annotated[str | None, typer.Option("--kind", help="Of this kind alone.", show_default=False)]
+KindArgument = Annotated[
+    str, typer.Argument(metavar="KIND", help="What is generated, such as image or video.", show_default=False)
+]
+KindOption = Annotated[str | None, typer.Option("--kind", help="Only this kind.", show_default=False)]
 GroupOption = Annotated[str | None, typer.Option("--group", help="A group's name or id.", show_default=False)]
 DatabaseUrl = Annotated[
     str | None,
     typer.Option(
         "--db-url",
-        help="The database, like postgresql://postgres@db.abc.supabase.co:5432/postgres. "
-        "Without it, DATABASE_URL or SUPABASE_DB_URL of the environment or .env, which hides the password.",
+        help="The database's URL, such as postgresql://postgres@db.abc.supabase.co:5432/postgres. "
+        "Default: DATABASE_URL or SUPABASE_DB_URL from the environment or .env, which keeps the password out of sight.",
         show_default=False,
     ),
 ]
@@ -45,23 +47,23 @@ Schema = Annotated[
         "--schema",
         parser=schema_name,
         metavar="NAME",
-        help="The schema of the tables and functions. Without it, TOKENLIMITS_SCHEMA of the environment or .env, "
-        "else public.",
+        help="The schema of the tables and functions. "
+        "Default: TOKENLIMITS_SCHEMA from the environment or .env, or public.",
         show_default=False,
     ),
 ]
 
 
 def schema_option(schema: str) -> str:
-    """Write the option, with a space before it, for a command that somebody is told to type; nothing for public."""
+    """Write the option, with a leading space, for a command that a message suggests; nothing for public."""
     return "" if schema == "public" else f" --schema {schema}"
 
 
 def find_schema(given: str | None) -> str:
-    """Choose the schema: the option's, else that of the environment or `.env`, else public.
+    """Choose the schema: from the option, the environment or `.env`, or public.
 
     Raises:
-        Misunderstood: That of the environment can't be one.
+        Misunderstood: The environment names one that is not allowed.
     """
     try:
         return given or load_schema()
@@ -70,19 +72,23 @@ def find_schema(given: str | None) -> str:
 
 
 def moment(text: str) -> datetime:
-    """Read a date or a moment; without a time zone it is UTC."""
+    """Read a date or a time; without a time zone, it is UTC."""
     try:
         read = datetime.fromisoformat(text.strip())
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no date or time like 2026-01-31 or 2026-01-31T12:00:00Z") from None
+        raise typer.BadParameter(f"{text!r} is not a date or time like 2026-01-31 or 2026-01-31T12:00:00Z") from None
     return read if read.tzinfo is not None else read.replace(tzinfo=UTC)
 
 
 Since = Annotated[
     datetime | None,
-    typer.Option("--since", parser=moment, metavar="TIME", help="From then on (UTC).", show_default=False),
+    typer.Option(
+        "--since", parser=moment, metavar="TIME", help="From this date or time on; UTC by default.", show_default=False
+    ),
 ]
 Until = Annotated[
     datetime | None,
-    typer.Option("--until", parser=moment, metavar="TIME", help="Before then (UTC).", show_default=False),
+    typer.Option(
+        "--until", parser=moment, metavar="TIME", help="Before this date or time; UTC by default.", show_default=False
+    ),
 ]

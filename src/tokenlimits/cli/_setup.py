@@ -1,4 +1,4 @@
-"""`sql` and `init`: the SQL as text, and as migrations of a Supabase project."""
+"""`sql` and `init`: the SQL as text and as migrations of a Supabase project."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._options import Schema, find_schema
 from ._terminal import Problem, note, say
 
 MIGRATIONS = Path("supabase", "migrations")
-"""Where Supabase's own command line looks for them, in the project's directory."""
+"""Where the Supabase CLI looks for them, relative to the project's directory."""
 
 _CONFIGS = ("toml", "json")
 _HEADER = "-- tokenlimits:"
@@ -34,12 +34,12 @@ def sql(
     *,
     schema: Schema = None,
     uninstalling: Annotated[
-        bool, typer.Option("--uninstall", help="Print what removes it, in whichever schema it is; the ledger stays.")
+        bool, typer.Option("--uninstall", help="Print the SQL that uninstalls it from any schema; the ledger stays.")
     ] = False,
 ) -> None:
     """Print the SQL.
 
-    Paste it into Supabase's SQL editor, or pipe it into psql. It can be applied again without harm.
+    Paste it into Supabase's SQL editor or pipe it into psql. Applying it again does no harm.
     """
     sys.stdout.write(uninstall() if uninstalling else one_paste(find_schema(schema)))
     sys.stdout.flush()
@@ -51,8 +51,8 @@ def init(
         Path | None,
         typer.Option(
             "--dir",
-            help="Where your project's migrations are. Without it, supabase/migrations of the project that you are in, "
-            "or here.",
+            help="The directory of your project's migrations. "
+            "Default: supabase/migrations of the current project, or of this directory.",
             file_okay=False,
             show_default=False,
         ),
@@ -61,7 +61,7 @@ def init(
 ) -> None:
     """Copy the missing migrations into your project.
 
-    They go into supabase/migrations, where `supabase db push` finds them.
+    They go to supabase/migrations, where `supabase db push` finds them.
     """
     where = find_schema(schema)
     ours = migrations(where)
@@ -75,10 +75,10 @@ def init(
 
 
 def find_migrations() -> Path | None:
-    """Find where the migrations of the project go that we are in, here or above; None where there is no project."""
+    """Find the migrations directory of the current project, in this directory or above; None without a project."""
     here = Path.cwd()
     above = list(_within_repository(here))
-    # as Supabase's command line does, which takes the directory of a configuration however far above it is
+    # like the Supabase CLI, which takes the nearest directory with a configuration, however far up
     configured = (each for each in above if any((each / "supabase" / f"config.{kind}").is_file() for kind in _CONFIGS))
     used = (each for each in above if (each / MIGRATIONS).is_dir())
     project = next(configured, None) or next(used, None)
@@ -93,7 +93,7 @@ def _within_repository(here: Path) -> Iterator[Path]:
 
 
 def compare(folder: Path, schema: str) -> None:
-    """Look at the files of our migrations that are there already.
+    """Check the files of our migrations that already exist.
 
     Raises:
         Problem: One is for another schema.
@@ -106,12 +106,12 @@ def compare(folder: Path, schema: str) -> None:
         text = path.read_text(encoding="utf-8", errors="replace")
         other = _OF_SCHEMA.search(text) if text.startswith(_HEADER) else None
         if other and other[1] != schema:
-            raise Problem(f"{path} is for schema {other[1]}; pass --schema {other[1]}. Nothing was changed.")
+            raise Problem(f"{path} is for schema {other[1]}. Nothing was changed; pass --schema {other[1]}.")
         _warn_of_difference(path)
 
 
 def copy(migration: SqlFile, directory: Path) -> tuple[Literal["new", "present", "differs"], Path]:
-    """Write a migration into a directory, unless there is one of its version; return what was found, and the file."""
+    """Write a migration to a directory, unless its version exists there; return what was found, and the file."""
     content = migration.text.encode()
     found = _present(directory).get(version_of(migration.name))
     if found is not None:
@@ -123,15 +123,15 @@ def copy(migration: SqlFile, directory: Path) -> tuple[Literal["new", "present",
 
 
 def _warn_of_difference(path: Path) -> None:
-    """Say that a file is not what this package would write."""
+    """Warn that a file differs from what this package would write."""
     note(
-        f"{path} is not the migration of this package; it is left alone. Move it away to have it written.",
+        f"{path} differs from this package's migration and was kept. Move it away to have it written again.",
         style="yellow",
     )
 
 
 def version_of(name: str) -> str:
-    """Read the version of a migration, as Supabase's history has it, from the name of its file."""
+    """Return the version of a migration, as in Supabase's history, from its file name."""
     digits = re.match(r"\d+", name)
     return digits[0] if digits else name
 
@@ -147,6 +147,6 @@ def _explain_order(earlier: set[str], ours: set[str]) -> None:
     younger = any(version > min(new) for version in earlier - ours)
     command = "supabase db push --include-all" if younger else "supabase db push"
     note(
-        ("Some of your migrations are younger than these. " if younger else "")
-        + f"Apply them with: {command} (from its version 3 on, with --remote for a hosted project)"
+        ("Some of your migrations are newer than these. " if younger else "")
+        + f"Apply them with: {command} (version 3 and later: add --remote for a hosted project)"
     )

@@ -1,4 +1,4 @@
-"""What people see: tables, colours where they can be shown, progress bars, questions; and JSON for programs."""
+"""All output: tables, colours where the terminal has them, progress bars, prompts; and JSON for programs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-# wide enough that no table is folded in a pipe or a file
+# wide enough that no table wraps in a pipe or a file
 _WIDE = 240
 _BAR = 20
 NARROW = 100
-"""Columns; below it, tables say less."""
+"""Columns; narrower terminals get shorter tables."""
 _NARROW_BAR = 4
 
 
@@ -36,43 +36,43 @@ out = _console()
 """For results."""
 
 err = _console(stderr=True)
-"""For errors, progress and questions, so that results can be piped."""
+"""For errors, progress and prompts, so that results can be piped."""
 
 
 class Problem(Exception):
-    """What ends a command with one line that says what to do."""
+    """Ends a command with one line that says what to do."""
 
     exit_code = 1
 
 
 class Misunderstood(Problem):
-    """A command that can't be meant so."""
+    """A command line that makes no sense."""
 
     exit_code = 2
 
 
 def plain(text: object) -> str:
-    """Make text of others safe to show: no character of it moves the cursor or changes colours."""
+    """Make untrusted text safe to print: it can't move the cursor or change colours."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
 
 
 def say(text: object, style: str = "") -> None:
-    """Print a line for people, which may have names in it that others chose."""
+    """Print a line for people; it may contain names that users chose."""
     out.print(Text("\n".join(map(plain, str(text).split("\n"))), style=style), soft_wrap=not out.is_terminal)
 
 
 def note(text: object, style: str = "") -> None:
-    """Print a line for people beside the results, on stderr."""
+    """Print a line for people on stderr, apart from the results."""
     err.print(Text("\n".join(map(plain, str(text).split("\n"))), style=style), soft_wrap=not err.is_terminal)
 
 
 def table(
     *columns: str, rows: Iterable[Sequence[object]], right: Sequence[str] = (), whole: Sequence[str] = (), cut: str = ""
 ) -> Table:
-    """Make a table; cells are text, or what rich can draw.
+    """Make a table; cells are text, or anything that rich can draw.
 
-    Where it's narrow, cells are folded; but not numbers (`right`), nor the columns that are `whole`, and in one of them
-    (`cut`) they are cut short.
+    In a narrow terminal, cells wrap, but not numbers (`right`) and not the columns in `whole`; the column `cut` is
+    truncated instead.
     """
     made = Table(box=None, header_style="dim", pad_edge=False, collapse_padding=out.width < NARROW)
     for column in columns:
@@ -107,17 +107,17 @@ def _cell(value: object) -> RenderableType:
 
 
 def show(thing: RenderableType) -> None:
-    """Print a table, or whatever rich can draw."""
+    """Print a table, or anything else that rich can draw."""
     out.print(thing)
 
 
 def print_json(value: object) -> None:
-    """Print models, or lists and objects of them, for programs."""
+    """Print models, or lists and dicts of them, for programs."""
     print(json.dumps(value, default=_jsonable, indent=2), flush=True)  # noqa: T201
 
 
 def print_json_list(values: Iterable[BaseModel]) -> None:
-    """Print a list as it comes, however long it is."""
+    """Print a list item by item, however long it is."""
     separator = "[\n  "
     for value in values:
         print(f"{separator}{value.model_dump_json()}", end="")  # noqa: T201
@@ -134,21 +134,21 @@ def _jsonable(value: object) -> Any:
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask before something is destroyed.
+    """Ask for confirmation before something is destroyed.
 
     Raises:
-        Problem: The answer is no, or nobody can be asked.
+        Problem: The answer is no, or stdin is not a terminal.
     """
     if yes:
         return
     if not sys.stdin.isatty():
-        raise Problem(f"{question} Nobody is there to be asked: say --yes if you mean it.")
+        raise Problem(f"{question} stdin is not a terminal; pass --yes to confirm.")
     if not typer.confirm(plain(question), err=True):
         raise Problem("Nothing was changed.")
 
 
 def progress(what: str, total: int | None, *, hidden: bool = False) -> tuple[Progress, Any]:
-    """Make a progress bar on stderr, which shows nothing where that is no terminal; use it in a with statement."""
+    """Make a progress bar on stderr, hidden where that is not a terminal; use it in a `with` statement."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -161,12 +161,12 @@ def progress(what: str, total: int | None, *, hidden: bool = False) -> tuple[Pro
 
 
 def counted(number: int, what: str) -> str:
-    """Write how many there are of something."""
+    """Write a number with its noun: "1 row", "2 rows"."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def zone_of(name: str) -> tzinfo:
-    """Find a time zone; UTC on a system without them, or with older ones than the database."""
+    """Find a time zone; UTC if this system doesn't know it, though the database does."""
     try:
         return ZoneInfo(name)
     except ZoneInfoNotFoundError:
@@ -174,8 +174,19 @@ def zone_of(name: str) -> tzinfo:
 
 
 def moment(at: datetime | None) -> str:
-    """Write a moment, to the minute; nothing for None."""
+    """Write a moment in UTC to the minute, for a table; nothing for None."""
     return "" if at is None else f"{at.astimezone(UTC):%Y-%m-%d %H:%M}"
+
+
+def moment_in_words(at: datetime) -> str:
+    """Write a moment in UTC to the minute, for a sentence.
+
+    Example:
+        >>> moment_in_words(datetime(2026, 11, 7, 16, 44, tzinfo=UTC))
+        '7 Nov 2026, 16:44 UTC'
+    """
+    at = at.astimezone(UTC)
+    return f"{at.day} {at:%b %Y, %H:%M} UTC"
 
 
 def countdown(until: datetime | None, now: datetime) -> str:
@@ -188,18 +199,18 @@ def countdown(until: datetime | None, now: datetime) -> str:
     days, hours = divmod(hours, 24)
     if days:
         return f"{days}d {hours:02}h"
-    # no seconds beside hours: in a narrow terminal they would cost a number its digits
+    # no seconds after hours: a narrow terminal has no room for them
     return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {seconds:02}s"
 
 
 def colour(fraction: float | None) -> str:
-    """Choose green, yellow or red for what is used of a limit."""
+    """Choose green, yellow or red for the used fraction of a limit."""
     used = fraction or 0
     return "green" if used < 0.7 else "yellow" if used < 0.9 else "red"
 
 
 class Bar:
-    """A bar of characters, as wide as there is room, which says something without colours too."""
+    """A bar of characters, as wide as there is room; it can be read without colours too."""
 
     def __init__(self, fraction: float, *, style: str | None = None, most: int = _BAR) -> None:
         self._fraction = min(max(fraction, 0), 1)
@@ -214,5 +225,5 @@ class Bar:
         yield Text(drawn.ljust(width, "░"), style=self._style)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        """Say how much room it needs, and how much it would like."""
+        """Return the least and the most width that it takes."""
         return Measurement(min(_NARROW_BAR, options.max_width), min(self._most, options.max_width))

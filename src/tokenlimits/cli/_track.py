@@ -1,4 +1,4 @@
-"""`track` and `check`, for a try."""
+"""`track` and `check`, to try out limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._find import find_group, find_user, manager, worker
 from ._options import AsJson, GroupOption, KindArgument, UserArgument
 from ._terminal import countdown, facts, print_json, say, show
 
-Cost = Annotated[int, typer.Option("--cost", help="How much it takes from the limits.")]
+Cost = Annotated[int, typer.Option("--cost", help="How much the generation takes from the limits.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -30,11 +30,12 @@ def track(
     cost: Cost = 1,
     group: GroupOption = None,
     key: Annotated[
-        str | None, typer.Option("--key", help="An idempotency key: again, it charges nothing.", show_default=False)
+        str | None,
+        typer.Option("--key", help="The idempotency key: the same key is charged only once.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Track one generation; the exit status is 1 when it is denied."""
+    """Track one generation; exits with 1 when it is denied."""
     user_id, group_id = _who(user, group)
     with worker() as limits:
         _answer(limits.track(user_id, kind, cost, idempotency_key=key, group_id=group_id), as_json=as_json)
@@ -43,7 +44,7 @@ def track(
 def check(
     user: UserArgument, kind: KindArgument, *, cost: Cost = 1, group: GroupOption = None, as_json: AsJson = False
 ) -> None:
-    """Say what track would answer; record nothing."""
+    """Show what track would answer, without recording anything."""
     user_id, group_id = _who(user, group)
     with worker() as limits:
         _answer(limits.check(user_id, kind, cost, group_id=group_id), as_json=as_json)
@@ -66,9 +67,9 @@ def _answer(result: TrackResult, *, as_json: bool) -> None:
 
 
 def _show(result: TrackResult) -> None:
-    say("Allowed." if not result.replayed else "Allowed; an earlier call with this key had recorded it.", style="green")
+    say("Allowed." if not result.replayed else "Allowed: already recorded by an earlier call with this key.", "green")
     rows = [
-        ("usage", result.usage_id or "none was recorded"),
+        ("usage", result.usage_id or "not recorded"),
         ("paid by", result.group.name if result.group is not None else ""),
         ("left", "unlimited" if result.remaining is None else f"{result.remaining:,}"),
         ("resets in", countdown(result.reset_at, datetime.now(UTC))),

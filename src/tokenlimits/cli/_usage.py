@@ -1,4 +1,4 @@
-"""`usage`: what is used of every limit, once or live."""
+"""`usage`: the usage of every limit, once or live."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def register(app: typer.Typer) -> None:
 
 def usage(
     group: Annotated[
-        str | None, typer.Argument(metavar="GROUP", help="A group's name or id; else all.", show_default=False)
+        str | None,
+        typer.Argument(metavar="GROUP", help="A group's name or id. Default: all groups.", show_default=False),
     ] = None,
     *,
     user: Annotated[
-        str | None, typer.Option("--user", help="Of this user, by id or e-mail address.", show_default=False)
+        str | None, typer.Option("--user", help="A user's id or e-mail address.", show_default=False)
     ] = None,
     at_least: Annotated[
         float | None,
@@ -44,22 +45,22 @@ def usage(
             "--at-least",
             min=0,
             metavar="PERCENT",
-            help="Only limits that are used so far; with any, the exit status is 1.",
+            help="Only limits used to at least this percentage; exit with 1 if there are any.",
             show_default=False,
         ),
     ] = None,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it live until Ctrl-C.")] = False,
-    interval: Annotated[float, typer.Option("--interval", min=0.5, help="Seconds between two looks.")] = 2,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep the display up to date until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option("--interval", min=0.5, help="Seconds between updates with --watch.")] = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Show what is used of every limit.
+    """Show the usage of every limit.
 
-    A member limit is shown for all members together, unless you name a user.
+    Without --user, a member limit is shown for all members together.
     """
     if group is not None and user is not None:
-        raise Problem("Name a group, or a user with --user, not both.")
+        raise Problem("Pass either a group or --user.")
     if watch and (as_json or not out.is_terminal):
-        raise Problem("--watch needs a terminal, and no --json. Without it, usage answers once.")
+        raise Problem("--watch needs a terminal and can't be combined with --json; leave it out to print once.")
     with manager() as groups, worker() as limits:
         everything = _reader(groups, limits, group, user)
         read = everything if at_least is None else lambda: _full(everything(), at_least / 100)
@@ -70,7 +71,7 @@ def usage(
     if as_json:
         print_json(answer)
     elif at_least is not None and not answer:
-        say(f"No limit is used to {at_least:g} % or more.")
+        say(f"No limit is at {at_least:g} % or more.")
     else:
         _show(answer)
     if at_least is not None and answer:
@@ -88,7 +89,7 @@ def _reader(groups: GroupManager, limits: TokenLimits, group: str | None, user: 
 
 
 def _full(answer: Answer, fraction: float) -> Answer:
-    """Keep the limits that are used so far. Those that are blocked are so on purpose."""
+    """Keep the limits that are at least this full, but not those with a max of 0: they are blocked on purpose."""
 
     def is_full(limit: GroupLimitUsage | UserLimit) -> bool:
         return bool(limit.max) and (_fraction(limit) or 0) >= fraction
@@ -105,7 +106,7 @@ def _full(answer: Answer, fraction: float) -> Answer:
 def _fraction(limit: GroupLimitUsage | UserLimit) -> float | None:
     if isinstance(limit, UserLimit):
         return None if limit.max is None else limit.used / limit.max if limit.max else 1.0
-    # nothing of nothing is no alarm: there are no members yet
+    # a member limit of a group without members: the server calls it full, but it is no reason for an alarm
     return 0.0 if limit.capacity == limit.used == 0 and limit.max else limit.fraction
 
 
@@ -114,16 +115,16 @@ def _show(answer: Answer) -> None:
     if drawn.row_count:
         show(drawn)
     else:
-        say("There are no limits. Set some with: tokenlimits limits set GROUP image=100/month")
+        say("There are no limits. Set one with: tokenlimits limits set GROUP image=100/month")
 
 
 def usage_table(answer: Answer, *, name_groups: bool = True) -> Table:
-    """Draw usage: one line per limit, with a bar in green, yellow or red."""
+    """Draw usage, one line per limit, with a bar in green, yellow or red."""
     now = datetime.now(UTC)
     columns = ("group", "kind", "limit", "", "used", "of", "left", "resets in")
     left_out = {"group"} if not name_groups else set[str]()
     if out.width < NARROW:
-        left_out.add("of")  # the limit says it too, or nearly
+        left_out.add("of")  # nearly the same as the limit
     rows = [
         [cell for column, cell in zip(columns, row, strict=True) if column not in left_out]
         for each in answer
@@ -148,7 +149,7 @@ def _cells(limit: GroupLimitUsage | UserLimit, capacity: int | None, now: dateti
     return (
         limit.kind,
         f"{most} {per}{each}",
-        # not at the cost of words
+        # narrow, so that the bar leaves room for the words
         "" if fraction is None else Bar(fraction, most=out.width // 12),
         Text(f"{limit.used:,}", style=colour(fraction)),
         "" if capacity is None else f"{capacity:,}",
@@ -158,7 +159,7 @@ def _cells(limit: GroupLimitUsage | UserLimit, capacity: int | None, now: dateti
 
 
 def _watch(read: Callable[[], Answer], interval: float) -> None:
-    """Look every few seconds, and count down every second between."""
+    """Read again after every interval, and count down every second in between."""
     answer = read()
     problem = ""
     looked = time.monotonic()
@@ -178,22 +179,22 @@ def _watch(read: Callable[[], Answer], interval: float) -> None:
 
 
 def _screen(answer: Answer, problem: str) -> Stack:
-    clock = Text(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC   Ctrl-C ends", style="dim")
+    clock = Text(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC   Press Ctrl-C to stop", style="dim")
     shown = _fitting(answer, out.height - 5)
     left = len(answer) - len(shown)
-    more = Text(f"and {left:,} more: make the window higher, or name a group" if left else "", style="dim")
+    more = Text(f"and {left:,} more: enlarge the window, or name a group" if left else "", style="dim")
     return Stack(clock, usage_table(shown), more, Text(plain(problem), style="red"))
 
 
 def _fitting(answer: Answer, lines: int) -> Answer:
-    """Take what fits on the screen: the rest would push the beginning off it."""
+    """Take what fits on the screen: more would scroll the top off it."""
     left = lines
     for place, each in enumerate(answer):
         left -= len(each.limits) if isinstance(each, GroupUsage) else 1
         if left < 0:
             answer = answer[: max(1, place)]
             break
-    # where it's narrow, a limit may take several lines
+    # in a narrow terminal, a limit may take several lines
     while len(answer) > 1 and len(out.render_lines(usage_table(answer), pad=False)) > lines + 1:
         answer = answer[:-1]
     return answer

@@ -1,4 +1,4 @@
-"""What the doctor asks the API: is it there, does it take the key, does it serve our functions."""
+"""Checks of the API: whether it is reachable, accepts the key, and serves our functions."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from ._findings import Finding, Findings, error, listed, ok, warning
 _KEY_NAMES = ("SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY")
 _SCHEMA_NAME = "TOKENLIMITS_SCHEMA"
 _SLOW = 1.0
-_WHERE = "Copy both from your project's API settings into the environment or .env."
+_WHERE = "Copy the URL and the key from your project's API settings to the environment or .env."
 SECRET = "Set SUPABASE_SECRET_KEY to the project's secret key (sb_secret_…), and keep it on the server."  # noqa: S105
-# refused before they do anything, which shows that they are there
+# bad arguments: a function that exists refuses them before it does anything
 _PROBES: Mapping[str, Mapping[str, object]] = {
     "track_generation": {"p_user_id": None, "p_kind": ""},
     "check_generation": {"p_user_id": None, "p_kind": ""},
@@ -46,7 +46,7 @@ class Configuration(ProjectSettings):
 
     @classmethod
     def load(cls, schema: str | None) -> Self:
-        """Read the environment and `.env`; a schema that is given wins."""
+        """Read the environment and `.env`; the argument `schema` takes precedence."""
         given: dict[str, Any] = {} if schema is None else {_SCHEMA_NAME: schema}
         return cls(**given)
 
@@ -57,12 +57,12 @@ class Configuration(ProjectSettings):
 
     @property
     def usable(self) -> bool:
-        """Whether a request can be made of it."""
+        """Whether these settings suffice for a request."""
         return self.is_url and _can_be_sent(self.text_of_key) and not self.problem_of_schema
 
     @property
     def is_url(self) -> bool:
-        """Whether the URL is one, with a host that can be looked for."""
+        """Whether the URL is valid, with a host that can be looked up."""
         try:
             return urlsplit(self.url).scheme in ("http", "https") and bool(self.host.encode("idna"))
         except UnicodeError:  # a..b
@@ -70,12 +70,12 @@ class Configuration(ProjectSettings):
 
     @property
     def text_of_schema(self) -> str:
-        """The schema that tokenlimits is called in."""
+        """The schema in which tokenlimits is called."""
         return self.schema_name.strip()
 
     @property
     def problem_of_schema(self) -> str:
-        """Why it can't be that schema; empty when it can."""
+        """What is wrong with the schema's name; empty if nothing."""
         try:
             checked_schema(self.text_of_schema)
         except ValueError as reason:
@@ -84,7 +84,7 @@ class Configuration(ProjectSettings):
 
     @property
     def host(self) -> str:
-        """The URL's host, without a password that might be in it."""
+        """The URL's host, without a password that may be in the URL."""
         return urlsplit(self.url).hostname or ""
 
 
@@ -93,7 +93,7 @@ def _can_be_sent(key: str) -> bool:
 
 
 class Answer:
-    """What the API answered: a status, and JSON if it was some."""
+    """What the API answered: a status, and JSON if there was any."""
 
     def __init__(self, response: httpx.Response) -> None:
         self.status = response.status_code
@@ -108,7 +108,7 @@ class Answer:
 
     @property
     def is_missing(self) -> bool:
-        """Whether there is no such function."""
+        """Whether the function doesn't exist."""
         return self.code in ("PGRST202", "42883")
 
     @property
@@ -118,7 +118,7 @@ class Answer:
 
 
 class Api:
-    """The project's API; `call` answers None when it can't be reached."""
+    """The project's API."""
 
     def __init__(self, configuration: Configuration, http: httpx.Client) -> None:
         self._base = configuration.url.rstrip("/")
@@ -138,13 +138,13 @@ class Api:
 
 
 def check_configuration(configuration: Configuration) -> Findings:
-    """Look at the settings without using them."""
+    """Check the settings without using them."""
     if not configuration.url:
         yield error("configuration", "SUPABASE_URL is not set.", _WHERE + from_one_place())
     elif not configuration.is_url:
-        yield error("configuration", "SUPABASE_URL is no URL like https://abc.supabase.co.", _WHERE)
+        yield error("configuration", "SUPABASE_URL is not a URL like https://abc.supabase.co.", _WHERE)
     if configuration.problem_of_schema:
-        remedy = "It names the schema that tokenlimits is installed in; where that is public, unset it."
+        remedy = "Set it to the schema that tokenlimits is installed in, or unset it if that is public."
         yield error("schema", f"TOKENLIMITS_SCHEMA: {configuration.problem_of_schema}", remedy)
     yield _key_finding(configuration.text_of_key, configuration.host)
 
@@ -155,28 +155,28 @@ def _key_finding(key: str, host: str) -> Finding:
     if not _can_be_sent(key):
         return error("key", "The key has characters that no key has: was something else copied?", SECRET)
     if key.startswith("sb_secret_"):
-        return ok("key", "It is a secret key.")
+        return ok("key", "This is a secret key.")
     if key.startswith("sb_publishable_"):
-        return error("key", "It is the publishable key, which may do nothing here.", SECRET)
+        return error("key", "This is a publishable key, which has no rights here.", SECRET)
     claims = _claims(key)
     if claims is None:
-        return warning("key", "It looks like no key of Supabase's.", SECRET)
+        return warning("key", "This doesn't look like a Supabase key.", SECRET)
     return _token_finding(claims, host)
 
 
 def _token_finding(claims: Mapping[str, Any], host: str) -> Finding:
     role, project, expires = claims.get("role"), claims.get("ref"), claims.get("exp")
     if role != "service_role":
-        return error("key", f"It is a token of the role {role}, not of service_role.", SECRET)
+        return error("key", f"This is a token for the role {role}, not service_role.", SECRET)
     if isinstance(expires, int | float) and expires < datetime.now(UTC).timestamp():
-        return error("key", "It is a service_role key that has expired.", SECRET)
+        return error("key", "This service_role key has expired.", SECRET)
     if host.endswith(".supabase.co") and project and not host.startswith(f"{project}."):
-        return error("key", f"It belongs to the project {project}, and SUPABASE_URL to another.", _WHERE)
-    return ok("key", "It is a service_role key. (The newer secret keys can be revoked one by one.)")
+        return error("key", f"The key belongs to the project {project}, and SUPABASE_URL to another.", _WHERE)
+    return ok("key", "This is a service_role key. (Secret keys are newer and can be revoked one by one.)")
 
 
 def _claims(key: str) -> dict[str, Any] | None:
-    """Read what a JWT says, if the key is one; who signed it does not matter here."""
+    """Read the claims of the key if it is a JWT; its signature doesn't matter here."""
     parts = key.split(".")
     try:
         read: Any = json.loads(base64.urlsafe_b64decode(parts[1] + "=="))
@@ -186,26 +186,26 @@ def _claims(key: str) -> dict[str, Any] | None:
 
 
 def unreachable(host: str, reason: httpx.HTTPError) -> Finding:
-    """Explain why there was no answer."""
+    """Say why there was no answer."""
     if isinstance(reason, httpx.TimeoutException):
         why = "it did not answer in time"
     elif "name" in str(reason).lower() and isinstance(reason, httpx.ConnectError):
         why = "there is no such host"
     else:
         why = str(reason) or type(reason).__name__
-    remedy = "Is SUPABASE_URL right, the project not paused, and does a proxy or firewall stand between?"
+    remedy = "Check SUPABASE_URL, whether the project is paused, and any proxy or firewall in between."
     return error("url", f"{host} can't be reached: {why}.", remedy)
 
 
 def check_answer(answer: Answer, took: float, host: str) -> Findings:
-    """Judge the answer to a first call."""
-    if answer.status == 401 and answer.code != "42501":  # PostgREST says 401 also to anon, who may do nothing
+    """Check the answer to a first call."""
+    if answer.status == 401 and answer.code != "42501":  # PostgREST also answers 401 when anon lacks a right
         yield ok("url", f"{host} answers.")
-        yield error("api", "It does not know the key: it was revoked, or belongs to another project.", _WHERE)
+        yield error("api", "The API rejects the key: it was revoked, or belongs to another project.", _WHERE)
     elif answer.json is None or (answer.status == 404 and not answer.is_missing):
-        yield error("url", f"{host} answers with status {answer.status}, but not as Supabase does.", _WHERE)
+        yield error("url", f"{host} answers with status {answer.status}, but not like Supabase.", _WHERE)
     elif answer.status >= 500:
-        remedy = "Look at the project's status and its logs; try again."
+        remedy = "Check the project's status and its logs, and try again."
         yield error("url", f"{host} answers with status {answer.status}. {answer.message}", remedy)
     else:
         yield ok("url", f"{host} answers.")
@@ -213,15 +213,15 @@ def check_answer(answer: Answer, took: float, host: str) -> Findings:
 
 
 def check_schema(answer: Answer, schema: str) -> Findings:
-    """Tell whether the API serves the schema, and whether tokenlimits is in it; nothing when both are so."""
+    """Check that the API serves the schema, and that tokenlimits is in it; no findings if so."""
     if answer.is_not_exposed:
-        yield error("schema", f"The API doesn't serve the schema {schema}.", HOW_TO_EXPOSE)
+        yield error("schema", f"The API doesn't expose the schema {schema}.", HOW_TO_EXPOSE)
     elif answer.is_missing:
-        elsewhere = "Is it in another schema than public? Set TOKENLIMITS_SCHEMA, or pass --schema."
-        remedy = f"{REAPPLY} If you just did: notify pgrst, 'reload schema'."
+        elsewhere = "If it is in another schema, set TOKENLIMITS_SCHEMA or pass --schema."
+        remedy = f"{REAPPLY} If you just did, run: notify pgrst, 'reload schema'."
         yield error(
             "version",
-            f"tokenlimits is not installed in the schema {schema}, or the API has not noticed.",
+            f"tokenlimits is not installed in the schema {schema}, or the API's schema cache is out of date.",
             f"{remedy} {elsewhere}" if schema == "public" else remedy,
         )
 
@@ -229,12 +229,12 @@ def check_schema(answer: Answer, schema: str) -> Findings:
 def _speed(took: float) -> Finding:
     if took < _SLOW:
         return ok("speed", f"A call takes {took * 1000:.0f} ms.")
-    remedy = "Is the project in another region, its instance too small, or something locking its tables?"
+    remedy = "The project may be in a distant region, its instance too small, or a lock may be held on its tables."
     return warning("speed", f"A call takes {took:.1f} s.", remedy)
 
 
 def timed_call(api: Api, function: str) -> tuple[Answer, float]:
-    """Call a function, the second time on a connection that is open: how long does it take?"""
+    """Call a function twice, and time the second call, whose connection is already open."""
     answer = api.call(function)
     started = time.monotonic()
     if answer.status < 400:
@@ -243,14 +243,14 @@ def timed_call(api: Api, function: str) -> tuple[Answer, float]:
 
 
 def check_functions(api: Api) -> Findings:
-    """Call functions that workers and scripts need, in a way that does nothing."""
+    """Call the functions that workers and scripts need, in a way that changes nothing."""
     answers = {name: api.call(name, params) for name, params in _PROBES.items()}
     missing = [name for name, answer in answers.items() if answer.is_missing]
     closed = [name for name, answer in answers.items() if answer.code == "42501"]
     if missing:
-        remedy = f"{REAPPLY} If it is applied: notify pgrst, 'reload schema'."
-        yield error("functions", f"The API has no {listed(missing)}.", remedy)
+        remedy = f"{REAPPLY} If you just did, run: notify pgrst, 'reload schema'."
+        yield error("functions", f"The API doesn't serve {listed(missing)}.", remedy)
     if closed:
         yield error("functions", f"This key may not call {listed(closed)}.", f"{SECRET} {REAPPLY}")
     if not missing and not closed:
-        yield ok("functions", "The API serves those that workers call.")
+        yield ok("functions", "The API serves the functions that workers call.")

@@ -1,4 +1,4 @@
-"""`doctor`: what is wrong, and what to do about it."""
+"""`doctor`: find problems, and say how to correct them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenlimits.cli._database import connect, find_url
 from tokenlimits.cli._find import manager
 from tokenlimits.cli._migrate import pending
 from tokenlimits.cli._options import AsJson, DatabaseUrl, Schema
-from tokenlimits.cli._terminal import Problem, err, print_json, say, show
+from tokenlimits.cli._terminal import Problem, counted, err, print_json, say, show
 
 from ._api import (
     SECRET,
@@ -40,13 +40,13 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(*, db_url: DatabaseUrl = None, schema: Schema = None, as_json: AsJson = False) -> None:
-    """Find out what is wrong, and what to do.
+    """Find problems and say how to correct them.
 
-    It changes nothing. The exit status is 1 when something is red. With a database's URL it also sees which migrations
-    are pending. What --json prints has no secret in it, and helps in a support ticket.
+    Changes nothing. Exits with 1 if there is an error. With a database URL, it also checks for pending migrations. The
+    output of --json contains no secrets, so you can attach it to a support ticket.
     """
     configuration = Configuration.load(schema)
-    with err.status("Looking"):
+    with err.status("Checking"):
         findings = [*_examine(configuration), *_migrations(db_url)]
     bad = [finding for finding in findings if finding.level == "error"]
     if as_json:
@@ -74,13 +74,14 @@ def _print_json(configuration: Configuration, findings: Iterable[Finding]) -> No
 
 
 def _conclude(findings: Iterable[Finding], bad: int) -> None:
-    worth = sum(finding.level == "warning" for finding in findings)
+    warnings = sum(finding.level == "warning" for finding in findings)
+    hints = counted(warnings, "warning")
     if bad:
-        say(f"{bad} to mend" + (f", {worth} to look at." if worth else "."), style="red")
-    elif worth:
-        say(f"It works; {worth} to look at.", style="yellow")
+        say(f"{counted(bad, 'problem')} to correct" + (f", {hints}." if warnings else "."), style="red")
+    elif warnings:
+        say(f"No problems, {hints}.", style="yellow")
     else:
-        say("All is well.", style="green")
+        say("No problems.", style="green")
 
 
 def _examine(configuration: Configuration) -> Findings:
@@ -103,7 +104,7 @@ def _examine_api(configuration: Configuration, api: Api) -> Findings:
     if any(finding.level == "error" for finding in findings):
         return
     if answer.code == "42501":
-        yield error("api", "The key may not even ask for the version.", f"{SECRET} If it is that one: {REAPPLY}")
+        yield error("api", "The key may not even read the version.", f"{SECRET} If it already is: {REAPPLY}")
         return
     yield check_version(int(answer.json["version"]))
     yield from check_functions(api)
@@ -114,9 +115,9 @@ def _examine_database(api: Api, schema: str) -> Findings:
     before = datetime.now(UTC)
     answer = api.call("tokenlimits_diagnosis")
     if answer.is_missing:
-        yield warning("database", "The installed version can't describe itself: nothing more was checked.", REAPPLY)
+        yield warning("database", "The installed version has no diagnosis; nothing more was checked.", REAPPLY)
     elif answer.status >= 400:
-        yield error("database", f"It could not be examined: {answer.message or answer.status}", REAPPLY)
+        yield error("database", f"The diagnosis failed: {answer.message or answer.status}", REAPPLY)
     else:
         try:
             facts = read(answer.json)
@@ -132,7 +133,7 @@ def _examine_ledger(groups: GroupManager) -> Findings:
         try:
             yield from check_ledger(groups)
         except TokenLimitsError as problem:
-            yield error("counters", f"They could not be compared with the ledger: {problem}", REAPPLY)
+            yield error("counters", f"The counters could not be compared with the ledger: {problem}", REAPPLY)
 
 
 def _migrations(db_url: str | None) -> Findings:
@@ -142,9 +143,9 @@ def _migrations(db_url: str | None) -> Findings:
         with connect(db_url) as connection:
             names = [migration.name for migration in pending(connection)]
     except Problem as problem:
-        yield error("migrations", str(problem), "Without --db-url and DATABASE_URL, doctor does not look at them.")
+        yield error("migrations", str(problem), "To skip this check, leave out --db-url and unset DATABASE_URL.")
         return
     if names:
-        yield warning("migrations", f"Not in the database's history: {', '.join(names)}.", "tokenlimits migrate")
+        yield warning("migrations", f"Not in the database's history: {', '.join(names)}.", "Run: tokenlimits migrate")
     else:
-        yield ok("migrations", "All are in the database's history.")
+        yield ok("migrations", "All migrations are in the database's history.")

@@ -1,4 +1,4 @@
-"""What the doctor makes of tokenlimits_diagnosis: is the database as the SQL left it, and does it add up."""
+"""Checks of tokenlimits_diagnosis: whether the database is as the SQL left it, and whether the counters are right."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, cast
 from pydantic import AwareDatetime, BaseModel, ValidationError
 
 from tokenlimits import GroupManager, ServiceUnavailable
+from tokenlimits.cli._terminal import counted
 from tokenlimits.sql_files import SCHEMA_VERSION
 
 from ._expected import COLUMN_BY_COLUMN, POLICIES, REAPPLY, adopt, expected
@@ -20,7 +21,7 @@ _SKEW = 5
 
 
 class Table(BaseModel):
-    """Who may do what with a table."""
+    """The rights on a table, by role."""
 
     rls: bool
     anon: bool
@@ -38,7 +39,7 @@ class Policy(BaseModel):
 
 
 class AdminRule(BaseModel):
-    """Whom tokenlimits.is_admin() would take for an admin (None: it failed)."""
+    """Whom tokenlimits.is_admin() takes for an admin (None: it failed)."""
 
     nobody: bool | None
     user_metadata: bool | None
@@ -76,13 +77,13 @@ def check_version(installed: int) -> Finding:
         says = f"The database has version {installed} of the schema; {shipped} is current."
         return Finding(check="version", level=level, says=says, remedy=REAPPLY)
     if installed > shipped:
-        remedy = "It works; upgrade the package to use what is new: pip install --upgrade tokenlimits"
-        return warning("version", f"The database has version {installed}, and this package knows {shipped}.", remedy)
-    return ok("version", f"The schema is installed, in version {installed}.")
+        remedy = "This works. To use what is new, upgrade the package: pip install --upgrade tokenlimits"
+        return warning("version", f"The database has version {installed}; this package knows {shipped}.", remedy)
+    return ok("version", f"Version {installed} of the schema is installed.")
 
 
 def check_database(facts: Diagnosis, before: datetime, schema: str) -> Findings:
-    """Judge the facts; `before` is when they were asked for, `schema` where tokenlimits is."""
+    """Check the facts; `before` is when they were requested, `schema` is where tokenlimits is installed."""
     yield _marks(facts.unmarked, schema)
     yield _tables(facts)
     yield from _functions(facts)
@@ -100,26 +101,28 @@ def check_database(facts: Diagnosis, before: datetime, schema: str) -> Findings:
 
 def _marks(unmarked: Sequence[str], schema: str) -> Finding:
     if unmarked:
-        says = f"The comment that says that tokenlimits made it is gone from {listed(unmarked)}, as after a restore "
-        return error("marks", f"{says}without comments. Installing again refuses these names.", adopt(schema))
-    return ok("marks", "Everything says that tokenlimits made it.")
+        says = (
+            f"The comment that marks them as tokenlimits' own is missing from {listed(unmarked)}, as after a restore "
+        )
+        return error("marks", f"{says}without comments. A new installation would refuse them.", adopt(schema))
+    return ok("marks", "Everything is marked as tokenlimits' own.")
 
 
 def _functions(facts: Diagnosis) -> Findings:
-    # later versions take no function away, earlier ones don't have all yet
+    # later versions remove no function; earlier ones don't have them all yet
     missing = sorted(expected().functions.keys() - facts.functions.keys())
     if missing and facts.version >= expected().version:
-        yield error("functions", f"The database has no {listed(missing)}.", REAPPLY)
+        yield error("functions", f"The database lacks {listed(missing)}.", REAPPLY)
 
 
 def _tables(facts: Diagnosis) -> Finding:
     open_ = [name for name in POLICIES if name in facts.tables and not facts.tables[name].rls]
     missing = [name for name in POLICIES if name not in facts.tables]
     if missing:
-        return error("tables", f"There is no table {listed(missing)}.", REAPPLY)
+        return error("tables", f"Missing: {listed(missing)}.", REAPPLY)
     if open_:
-        return error("tables", f"Row-level security is off: anybody may read {listed(open_)}.", REAPPLY)
-    return ok("tables", "Row-level security is on for all.")
+        return error("tables", f"Row-level security is off, so anybody may read {listed(open_)}.", REAPPLY)
+    return ok("tables", "Row-level security is on for all tables.")
 
 
 def _policies(facts: Diagnosis, schema: str) -> Finding:
@@ -127,12 +130,12 @@ def _policies(facts: Diagnosis, schema: str) -> Finding:
     loose = [f"“{p.name}” on {p.table}" for p in facts.policies if not p.asks_is_admin]
     missing = ours - {(policy.table, policy.name) for policy in facts.policies}
     if loose:
-        remedy = f"Drop it (drop policy … on {schema}.…), unless you made it and mean it."
-        return error("policies", f"Others than admins get in by {listed(loose)}.", remedy)
+        remedy = f"Drop it (drop policy … on {schema}.…), unless it is yours and intended."
+        return error("policies", f"Users who are not admins get access through {listed(loose)}.", remedy)
     if missing:
         names = [f"“{name}” on {table}" for table, name in sorted(missing)]
-        return error("policies", f"Admins are kept out: there is no {listed(names)}.", REAPPLY)
-    return ok("policies", "They let admins in, and nobody else.")
+        return error("policies", f"Admins have no access: {listed(names)} missing.", REAPPLY)
+    return ok("policies", "They give access to admins only.")
 
 
 def _rights(facts: Diagnosis) -> Finding:
@@ -157,34 +160,35 @@ def _rights(facts: Diagnosis) -> Finding:
         to_anon.append("schema tokenlimits")
     if to_anon or too_much:
         return error(
-            "rights", f"They are too wide: {listed([*(f'{x} to anon' for x in to_anon), *too_much])}.", REAPPLY
+            "rights", f"Too much is granted: {listed([*(f'{x} to anon' for x in to_anon), *too_much])}.", REAPPLY
         )
     if too_little:
-        return error("rights", f"They are too narrow: nothing grants {listed(too_little)}.", REAPPLY)
-    return ok("rights", "Tables and functions are granted to whom they should be.")
+        return error("rights", f"Grants are missing: {listed(too_little)}.", REAPPLY)
+    return ok("rights", "Tables and functions are granted to the right roles only.")
 
 
 def _admin_rule(rule: AdminRule) -> Finding:
-    where = "See tokenlimits.is_admin(), in the SQL editor."
+    where = "Correct tokenlimits.is_admin() in the SQL editor."
     if rule.user_metadata:
-        return error("admins", "Whoever writes role: admin into their own user_metadata is an admin.", where)
+        return error("admins", "Users can make themselves admins: role: admin in user_metadata is enough.", where)
     if rule.nobody:
-        return error("admins", "Everybody who is signed in is an admin.", where)
+        return error("admins", "Every signed-in user is an admin.", where)
     if None in (rule.nobody, rule.user_metadata, rule.app_metadata):
         return error("admins", "tokenlimits.is_admin() fails.", where)
     if not rule.app_metadata:
-        return warning("admins", "Your own rule says who is an admin; app_metadata.role does not.", where)
-    return ok("admins", "Users whose app_metadata.role is admin, which they can't write themselves.")
+        remedy = "If that is not intended, see tokenlimits.is_admin() in the SQL editor."
+        return warning("admins", "Your own rule says who is an admin, not app_metadata.role.", remedy)
+    return ok("admins", "Users whose app_metadata.role is admin; users can't set it themselves.")
 
 
 def _all_there(check: str, missing: set[str] | frozenset[str], why: str) -> Finding:
     if missing:
         return error(check, f"Missing or disabled: {listed(sorted(missing))}. {why}", REAPPLY)
-    return ok(check, "They are all there.")
+    return ok(check, "None is missing.")
 
 
 def _missing_indexes(facts: Diagnosis) -> frozenset[str]:
-    """Find those that aren't there at all: one that is there but not valid has a remedy of its own."""
+    """Find the indexes that don't exist at all: one that is not valid has a remedy of its own."""
     invalid = [index.name.partition(".")[2] for index in facts.storage.indexes]
     return expected().indexes - {*facts.indexes, *invalid}
 
@@ -193,48 +197,54 @@ def _clocks(at: datetime, before: datetime) -> Finding:
     now = datetime.now(UTC)
     seconds = (before - at).total_seconds() if at < before else max(0.0, (at - now).total_seconds())
     if seconds > _SKEW:
-        remedy = "Set this machine's clock (NTP). Limits go by the database's."
+        remedy = "Synchronize this machine's clock (NTP). Limits use the database's clock."
         return warning("clocks", f"This machine's clock and the database's are {seconds:.0f} s apart.", remedy)
-    return ok("clocks", "This machine's and the database's agree.")
+    return ok("clocks", "This machine's clock and the database's agree.")
 
 
 def _history(not_summed: int) -> Finding:
     if not not_summed:
-        return ok("history", "It has what the ledger has, from the beginning.")
+        return ok("history", "The history covers the whole ledger.")
     groups = "1 group has" if not_summed == 1 else f"{not_summed:,} groups have"
     says = f"{groups} usage in the ledger that was never added up, as after a restore of these tables alone."
-    remedy = "GroupManager.reconcile(group_id) adds it up. Until then limits count too little: do it for each group."
+    remedy = "Until then, limits count too little. Call GroupManager.reconcile(group_id) for each group."
     return error("history", says, remedy)
 
 
 def _people(facts: Diagnosis) -> Findings:
     if facts.groups == 0:
         yield warning(
-            "groups", "There are none: everybody is denied.", "tokenlimits groups create Pro --limit image=100/month"
+            "groups",
+            "There are no groups, so everybody is denied.",
+            "Run: tokenlimits groups create Pro --limit image=100/month",
         )
         return
     if facts.groups_without_limits:
-        says = f"{facts.groups_without_limits:,} of {facts.groups:,} have no limit, and so allow nothing."
-        yield warning("groups", says, "tokenlimits limits set GROUP image=100/month (or image=unlimited)")
+        have = "has" if facts.groups_without_limits == 1 else "have"
+        some = f"{facts.groups_without_limits:,} of {counted(facts.groups, 'group')}"
+        says = f"{some} {have} no limits, so nothing is allowed there."
+        yield warning("groups", says, "Run: tokenlimits limits set GROUP image=100/month (or image=unlimited)")
     else:
-        yield ok("groups", f"{facts.groups:,}, each with limits.")
+        yield ok("groups", f"{counted(facts.groups, 'group')}, all with limits.")
     yield _users(facts)
 
 
 def _users(facts: Diagnosis) -> Finding:
     if facts.users_in_no_group is None:
-        return ok("users", "Your own tokenlimits.known_users() says who there is.")
-    many = f"{facts.users_in_no_group:,}" if facts.users_in_no_group <= 1000 else "more than 1,000"
+        return ok("users", "Your own tokenlimits.known_users() says which users exist.")
+    many = counted(facts.users_in_no_group, "user") if facts.users_in_no_group <= 1000 else "more than 1,000 users"
     if not facts.users_in_no_group:
-        return ok("users", "Everybody is in a group.")
+        return ok("users", "Every user is in a group.")
     if facts.default_group is not None:
-        return ok("users", f"The group {facts.default_group} judges the {many} who are in none.")
-    remedy = "tokenlimits members add GROUP, or a group for them: tokenlimits groups edit GROUP --default"
+        return ok("users", f"The default group {facts.default_group} applies to {many} in no group.")
+    remedy = (
+        "Run: tokenlimits members add GROUP USER, or make a group the default: tokenlimits groups edit GROUP --default"
+    )
     return warning("users", f"In no group, and so denied everything: {many}.", remedy)
 
 
 def check_ledger(groups: GroupManager) -> Findings:
-    """Compare counters with the ledger, group by group."""
+    """Compare the counters with the ledger, group by group."""
     found = groups.list()
     drifted: list[str] = []
     late: list[str] = []
@@ -249,25 +259,25 @@ def check_ledger(groups: GroupManager) -> Findings:
 
 def _ledger(drifted: Sequence[str], late: Sequence[str], count: int) -> Finding:
     if drifted:
-        remedy = "GroupManager.reconcile(group_id) counts again. Did somebody write the tables past the functions?"
+        remedy = "Call GroupManager.reconcile(group_id) to recount. Did something write to the tables directly?"
         return error("counters", f"They differ from the ledger in {listed(drifted)}.", remedy)
     if late:
-        remedy = "GroupManager.reconcile(group_id, since=…) counts as much as you choose."
-        return warning("counters", f"Too large to be counted here: {listed(late)}.", remedy)
-    some = f", in the first {_MOST_GROUPS} of {count:,} groups" if count > _MOST_GROUPS else ""
+        remedy = "Call GroupManager.reconcile(group_id, since=…) to recount a part."
+        return warning("counters", f"Too large to check here: {listed(late)}.", remedy)
+    some = f" in the first {_MOST_GROUPS} of {count:,} groups" if count > _MOST_GROUPS else ""
     return ok("counters", f"They agree with the ledger{some}.")
 
 
 def unreadable(answer: Any, problem: ValidationError) -> Finding:
-    """Judge an answer that `read` refuses: a newer version may have other fields, and nulls are never meant."""
+    """Explain an answer that `read` refuses: a newer version may have other fields, but no version has nulls."""
     wrong = problem.errors(include_url=False)
-    fields = listed(sorted({".".join(map(str, each["loc"])) or "the whole" for each in wrong}))
+    fields = listed(sorted({".".join(map(str, each["loc"])) or "all of it" for each in wrong}))
     version: Any = cast("dict[str, Any]", answer).get("version") if isinstance(answer, dict) else None
     newer = isinstance(version, int) and version > expected().version
     if newer and all(each["input"] is not None for each in wrong):
         remedy = "Upgrade the package: pip install --upgrade tokenlimits"
-        return warning("database", f"It describes itself in a newer way ({fields}).", remedy)
-    return error("database", f"It can't be judged by what it says of itself: {fields}.", REAPPLY)
+        return warning("database", f"The diagnosis has a newer format ({fields}).", remedy)
+    return error("database", f"The diagnosis is not valid: {fields}.", REAPPLY)
 
 
 def read(answer: Any) -> Diagnosis:

@@ -1,4 +1,4 @@
-"""What an installation must have, read from the SQL that this package ships: no second copy that could drift."""
+"""What an installation must have, read from the SQL that this package ships, so that there is no copy to drift."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from tokenlimits.cli._options import schema_option
 from tokenlimits.sql_files import one_paste
 
 REAPPLY = (
-    "Apply the SQL again, which keeps all data: tokenlimits migrate --reapply, or paste what `tokenlimits sql` prints."
+    "Apply the SQL again, which keeps all data: run tokenlimits migrate --reapply, or paste the output of "
+    "`tokenlimits sql` into the SQL editor."
 )
 
 
 def adopt(schema: str) -> str:
-    """Say how objects that have lost their mark are taken for ours again."""
+    """Say how to mark objects as tokenlimits' own again."""
     paste = f'(echo "set tokenlimits.adopt = \'yes\';"; tokenlimits sql{schema_option(schema)}) | psql "$DATABASE_URL"'
-    return f"Are they tokenlimits'? Then apply the SQL and let it take them over: {paste}"
+    return f"If they belong to tokenlimits, apply the SQL and let it adopt them: {paste}"
 
 
 class Expected(NamedTuple):
@@ -52,7 +53,7 @@ POLICIES: Mapping[str, frozenset[str]] = {
     "group_memberships": frozenset({"select", "insert", "delete"}),
     "generation_usage": frozenset({"select"}),
 }
-"""What policies let admins do with each table."""
+"""What policies allow admins to do with each table."""
 
 COLUMN_BY_COLUMN = frozenset({"insert", "update"})
-"""What is granted for some columns alone: ids, counters and moments are not for anybody to set."""
+"""What is granted for some columns only: nobody may set ids, counters or timestamps."""

@@ -1,4 +1,4 @@
-"""What the doctor says: findings, each with its remedy, as a table for people and as JSON for a support ticket."""
+"""Findings, each with its remedy, as a table for people and as JSON for a support ticket."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MARKS: dict[Level, tuple[str, str]] = {"ok": ("✓", "green"), "warning": ("!",
 
 
 class Finding(BaseModel):
-    """What was looked at, what was found, and what to do about it."""
+    """What was checked, what was found, and what to do about it."""
 
     check: str
     level: Level
@@ -29,12 +29,12 @@ Findings = Iterator[Finding]
 
 
 def ok(check: str, says: str) -> Finding:
-    """Make a finding that all is well."""
+    """Make a finding that a check has passed."""
     return Finding(check=check, level="ok", says=says)
 
 
 def warning(check: str, says: str, remedy: str) -> Finding:
-    """Make a finding of something that may be meant so."""
+    """Make a finding of something that may be intended."""
     return Finding(check=check, level="warning", says=says, remedy=remedy)
 
 
@@ -59,6 +59,6 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Write some names, and how many more there are."""
+    """List the first names, and how many more there are."""
     shown = ", ".join(names[:4])
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
