@@ -1,4 +1,4 @@
-"""What the fields of models may hold, as types that say so, and refuse the rest in words."""
+"""The types of the models' fields, which refuse anything else and say why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unicodedata import normalize
 from pydantic import AfterValidator, Field, JsonValue, StrictInt
 
 Text = Annotated[str, Field(strict=True, pattern=r"^[^\x00]*$")]
-"""What PostgreSQL's text holds: any character but \\0."""
+"""What PostgreSQL's type text can hold: any character but \\0."""
 
 Kind = Annotated[str, Field(strict=True, pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 """What is generated."""
@@ -23,7 +23,7 @@ Cost = Annotated[StrictInt, Field(ge=1, le=1_000_000_000)]
 Max = Annotated[StrictInt, Field(ge=0, le=1_000_000_000_000_000)]
 """The most that a limit admits in a period."""
 
-# control characters, invisible ones, and those that turn the direction of text
+# control characters, invisible ones, and those that change the direction of text
 _UNREADABLE = (
     r"\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e"
     r"\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
@@ -32,30 +32,30 @@ _NAME_PATTERN = rf"^[^{_UNREADABLE}]*[^\s{_UNREADABLE}][^{_UNREADABLE}]*$"
 
 
 def composed(text: str) -> str:
-    """Write accents as names are stored: one character for a letter and its accent, where there is one."""
+    """Compose accents as names are stored: one character for a letter with its accent, where Unicode has one."""
     return normalize("NFC", text)
 
 
 def _readable(name: str) -> str:
     name = composed(name.strip())
     if len(name) > 200 or not re.search(_NAME_PATTERN, name):
-        raise ValueError("must have 1 to 200 characters, none of them a control, zero-width or direction character")
+        raise ValueError("must have 1 to 200 characters, without control, zero-width or direction characters")
     return name
 
 
-# a schema knows nothing of Unicode's normal forms: the length that counts is that of the name as it is stored
+# spelled out, since JSON Schema knows no Unicode normal forms: the length that counts is that of the stored name
 _NAME_SCHEMA = Field(json_schema_extra={"minLength": 1, "maxLength": 200, "pattern": _NAME_PATTERN})
 Name = Annotated[Text, AfterValidator(_readable), _NAME_SCHEMA]
-"""A group's name. It reads as it is: two that look the same are the same."""
+"""A group's name. It has no invisible characters, so two names that look the same are the same."""
 
 NO_PLACES = frozenset({"CET", "EET", "MET", "WET", "Factory", "localtime", "posixrules"})
-"""Names that the system has among its time zones. PostgreSQL takes the first four for abbreviations, which know no
-daylight saving; the others are no places."""
+"""Names in the system's list of time zones that a group can't have. PostgreSQL takes the first four for abbreviations,
+without daylight saving time; the others are not places."""
 
 
 def _place(timezone: str) -> str:
     if timezone.lower() in {name.lower() for name in NO_PLACES}:
-        raise ValueError("is no IANA time zone of a place, like Europe/Paris, nor UTC")
+        raise ValueError("must be an IANA time zone of a place, such as Europe/Paris, or UTC")
     return timezone
 
 
@@ -64,14 +64,14 @@ TimeZone = Annotated[
     Field(min_length=1, max_length=64, json_schema_extra={"format": "timezone"}),
     AfterValidator(_place),
 ]
-"""What may be a group's time zone; whether there is one of that name, the database knows."""
+"""A group's time zone; only the database knows whether the name exists."""
 
-# what readers of JSON take for a number; Python's integers go on
+# about the largest double: JSON readers take numbers for doubles, while Python's integers have no end
 _LARGEST_NUMBER = 18 * 10**307
 
 
 def _numbers(value: object) -> Iterator[int | float]:
-    """Find the numbers in a value, however deep."""
+    """Yield the numbers in a value, at any depth."""
     left = [value]
     while left:
         value = left.pop()
@@ -84,26 +84,26 @@ def _numbers(value: object) -> Iterator[int | float]:
 
 
 def _growth(number: float) -> int:
-    """Tell how much longer a number gets in PostgreSQL, which writes it without an exponent."""
+    """Return how much longer a number gets in PostgreSQL, which writes it without an exponent."""
     short = repr(number)
     return len(f"{Decimal(short):f}") - len(short) if isinstance(number, float) else 0
 
 
 def _storable(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """Refuse what PostgreSQL's jsonb can't hold, or tokenlimits doesn't keep."""
+    """Refuse what PostgreSQL's jsonb can't hold, or tokenlimits doesn't store."""
     if any(abs(number) > _LARGEST_NUMBER for number in _numbers(metadata)):
-        raise ValueError("has a number beyond 1.8e308, which readers of JSON don't know")
+        raise ValueError("must have no number beyond 1.8e308: most JSON readers can't read it")
     try:
         written = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
         size = len(written.encode()) + sum(_growth(number) for number in _numbers(metadata))
     except UnicodeEncodeError:
-        raise ValueError("has half of a surrogate pair, which no text may hold") from None
+        raise ValueError("must have no unpaired surrogate: it isn't valid Unicode") from None
     if re.search(r"(?<!\\)(\\\\)*\\u0000", written):
-        raise ValueError("has the character \\0, which PostgreSQL can't hold")
+        raise ValueError("must not have the character \\0: PostgreSQL can't store it")
     if size > 8192:
-        raise ValueError(f"must be at most 8192 bytes of JSON, and is {size}")
+        raise ValueError(f"must be at most 8192 bytes of JSON (it has {size})")
     return metadata
 
 
 Metadata = Annotated[dict[str, JsonValue], AfterValidator(_storable)]
-"""A JSON object that PostgreSQL can hold, of at most 8 kB."""
+"""A JSON object that PostgreSQL can store, of at most 8 kB."""

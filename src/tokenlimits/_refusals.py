@@ -1,4 +1,4 @@
-"""The one registry from a server's code to the class of its error."""
+"""The one table from a server's code to the class of its error."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BY_CODE: Mapping[str, type[TokenLimitsError]] = {
     "42883": SchemaNotInstalled,  # undefined_function
     "3F000": SchemaNotInstalled,  # invalid_schema_name
     "23502": InvalidRequest,  # not_null_violation
-    "23503": UnknownUser,  # foreign_key_violation: only memberships have one to a row that isn't ours
+    "23503": UnknownUser,  # foreign_key_violation: only memberships refer to a table of others, auth.users
     "23514": InvalidRequest,  # check_violation
     "PGRST106": ConfigurationError,  # the schema is not exposed
     "PGRST202": SchemaNotInstalled,  # function not in the schema cache
@@ -44,14 +44,14 @@ BY_CODE: Mapping[str, type[TokenLimitsError]] = {
     "PGRST302": AccessDenied,  # anonymous access is off
     "PGRST303": AccessDenied,  # the JWT's claims are not valid
 }
-"""Classes by SQLSTATE (sql/schema/10_schema.sql lists ours) or PostgREST code."""
+"""The class for each SQLSTATE (sql/schema/10_schema.sql lists our own) or PostgREST code."""
 
 
 def refusal(status: int, answer: Mapping[str, object]) -> TokenLimitsError:
-    """Make the error for a request that the server refused with this HTTP status and JSON object."""
+    """Make the error for a request that the server has refused with this HTTP status and JSON object."""
     text = str(answer.get("message") or answer.get("error") or f"The server answered with status {status}")
     code = answer.get("code")
-    # our functions put the code into the message too, for servers between us that replace it
+    # our functions repeat the code in the message, as some servers in between replace the field `code`
     if in_message := re.search(r"\((TL\d{3})\)$", text):
         code = in_message[1]
     code = code if isinstance(code, str) else None

@@ -1,4 +1,4 @@
-"""Everything that tokenlimits raises."""
+"""All errors of tokenlimits."""
 
 from __future__ import annotations
 
@@ -166,4 +166,4 @@ HOW_TO_EXPOSE = (
     "Exposed schemas; with the Supabase CLI, in supabase/config.toml under [api] schemas. If it is installed in "
     "another schema, pass schema=, or set TOKENLIMITS_SCHEMA (default: public)."
 )
-"""What to do when PostgREST refuses the schema; it knows which ones are exposed, and not how to change that."""
+"""What to do when PostgREST refuses the schema: its own message only lists the exposed ones."""
