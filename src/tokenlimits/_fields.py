@@ -101,7 +101,7 @@ def _storable(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
     if re.search(r"(?<!\\)(\\\\)*\\u0000", written):
         raise ValueError("must not have the character \\0: PostgreSQL can't store it")
     if size > 8192:
-        raise ValueError(f"must be at most 8192 bytes of JSON (it has {size})")
+        raise ValueError(f"must be at most 8192 bytes of JSON, not {size}")
     return metadata
 
 

@@ -55,7 +55,7 @@ def stripped_schema(value: str) -> str:
     return checked_schema(value.strip())
 
 
-# a key goes where the URL says, so a .env in the working folder must not redirect one that was exported
+# a key is sent to the URL, so a .env in the working directory must not redirect a key from the environment
 _TOGETHER = frozenset(
     {
         "SUPABASE_URL",
@@ -68,7 +68,7 @@ _TOGETHER = frozenset(
 
 
 def exported() -> list[str]:
-    """List which of the project's variables, its URL and its keys, the environment has."""
+    """List the project's variables, its URL and keys, that the environment has."""
     return sorted(name for name, value in os.environ.items() if name.upper() in _TOGETHER and value.strip())
 
 
@@ -195,7 +195,7 @@ def load(*, allow_http: bool = False) -> Settings:
     """Read the settings.
 
     Args:
-        allow_http: Take an `http://` URL of another machine, as inside of a private network.
+        allow_http: Accept an `http://` URL of another machine, as in a private network.
 
     Raises:
         ConfigurationError: A variable is missing or not valid; the message says which.
@@ -213,7 +213,7 @@ def load(*, allow_http: bool = False) -> Settings:
     # outside the except block, so that the error's context doesn't hold the values
     raise ConfigurationError(
         f"{problem} Set SUPABASE_URL (like https://abc.supabase.co) and SUPABASE_SECRET_KEY (or "
-        "SUPABASE_SERVICE_ROLE_KEY) in the environment or in .env; both are in your project's API settings."
+        "SUPABASE_SERVICE_ROLE_KEY) in the environment or .env; both are in your project's API settings."
         + from_one_place()
     )
 

@@ -107,7 +107,7 @@ def test_nothing_is_written_before_there_is_an_answer(tl: Program) -> None:
     for arguments in ([], ["--by", "day"]):
         done = tl("export", *arguments, status=1, SUPABASE_SECRET_KEY="sb_secret_of_another_project")
         assert done.stdout == ""
-    assert "there is no directory nowhere" in tl.fails("export", "-o", "nowhere/usage.csv")
+    assert "the directory nowhere does not exist" in tl.fails("export", "-o", "nowhere/usage.csv")
 
 
 def test_whoever_reads_may_go_away(tl: Program, stack: LocalStack, team: Group, user: UUID) -> None:

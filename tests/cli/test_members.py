@@ -119,7 +119,7 @@ def test_refused_lines_are_reported(tl: Program, team: Group, users: list[tuple[
 
 def test_files_that_say_nothing(tl: Program, team: Group) -> None:
     for text in ("", "\n\n", "email\n", "\ufeffuser_id;email\r\n"):
-        assert "nothing in it" in tl("members", "add", team.name, "-f", "-", stdin=text).stdout
+        assert "The input was empty" in tl("members", "add", team.name, "-f", "-", stdin=text).stdout
     said = tl.fails("members", "add", team.name, "-f", "-", stdin="name,mail\nAnn,ann@example.com\n")
     assert said.startswith("The first line names the columns name, mail; at least one must be of: user_id")
     assert "names the columns foo, bar" in tl.fails("import", "-", "--batch", "b", stdin="foo,bar\n1,2\n")

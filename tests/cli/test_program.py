@@ -147,12 +147,12 @@ def test_what_is_tried_again_is_said_once(tl: Program) -> None:
     """A person waits; which call it was, and how often, is for --debug."""
     for debug, says in ((), "Supabase is not responding; retrying."), (("--debug",), "find_groups: ConnectError"):
         with tl.on_terminal("groups", "list", *debug, SUPABASE_URL="http://127.0.0.1:1") as terminal:
-            terminal.wait_for("trying again")
+            terminal.wait_for("retrying")
             time.sleep(1)
             terminal.interrupt()
             assert terminal.status() == 130
             assert says in terminal.text
-            assert (terminal.text.count("trying again") == 1) is not bool(debug)
+            assert (terminal.text.count("retrying") == 1) is not bool(debug)
 
 
 def test_completion(nowhere: Program) -> None:

@@ -84,7 +84,7 @@ def test_usage_warns_of_what_is_nearly_full(
 ) -> None:
     groups.set_limit(team.id, Limit(kind="video", max=0))
     limits.track(user, "image", 3)
-    assert "No limit is used to 80 % or more" in tl("usage", team.name, "--at-least", 80).stdout
+    assert "No limit is at 80 % or more" in tl("usage", team.name, "--at-least", 80).stdout
     assert tl.json("usage", "--user", user, "--at-least", 80) == []
     (usage,) = tl.json("usage", team.name, "--at-least", 75, status=1)
     assert [(each["scope"], each["used"]) for each in usage["limits"]] == [("member", 3)]

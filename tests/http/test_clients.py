@@ -546,7 +546,7 @@ class TestOneCall:
 
 @pytest.mark.parametrize(
     ("name", "value", "told"),
-    [("HTTPS_PROXY", "socks9://proxy", "address"), ("SSL_CERT_FILE", "/no/such/file", "No such file")],
+    [("HTTPS_PROXY", "socks9://proxy", "URL is not valid"), ("SSL_CERT_FILE", "/no/such/file", "No such file")],
 )
 def test_what_the_environment_asks_of_http_and_can_not_be(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str
@@ -562,7 +562,7 @@ def test_what_the_environment_asks_of_http_and_can_not_be(
 def test_a_foreign_client_whose_url_names_no_host() -> None:
     with httpx.Client() as http:
         client = create_client("https://abc..supabase.co", KEY, ClientOptions(httpx_client=http))
-        with pytest.raises(ConfigurationError, match="names no host"):
+        with pytest.raises(ConfigurationError, match="has no valid host"):
             TokenLimits(client).track(ANN, "image")
 
 

@@ -173,7 +173,7 @@ class TestDown:
             worker.run(body)
         (note,) = caught.value.__notes__
         assert USAGE in note
-        assert "ends by itself at 2026-03-01 12:00:00" in note
+        assert "expires at 2026-03-01 12:00:00" in note
         assert ("commit" if used else "release") + "_generation" in note
         assert [record.levelname for record in caplog.records if "could not settle" in record.message] == ["ERROR"]
         assert caplog.records[-1].name == "tokenlimits"

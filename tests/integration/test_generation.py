@@ -269,7 +269,7 @@ def test_a_generation_is_entered_once(limits: TokenLimits, user: UUID, ledger: L
     generation = limits.generation(user, "video")
     with generation:
         pass
-    with pytest.raises(ConfigurationError, match="entered once"), generation:
+    with pytest.raises(ConfigurationError, match="entered only once"), generation:
         pytest.fail("the body ran")
     assert ledger() == [("committed", 1)]
 
@@ -437,7 +437,7 @@ def test_a_commit_that_is_not_answered(colour: Colour, server: PostgresServer, l
 
         with pytest.raises(ServiceUnavailable) as caught:
             colour.generate(body)
-    assert "commit it again" in caught.value.__notes__[0]
+    assert "commit the usage again" in caught.value.__notes__[0]
     assert colour.limits.commit(held[0].usage_id).status == "committed"
     assert ledger() == [("committed", 8)]
 

@@ -329,7 +329,7 @@ def test_a_value_that_cannot_be_shown_is_refused_all_the_same(arguments: dict[st
 
 
 def test_a_rule_of_ours_reads_as_one() -> None:
-    with pytest.raises(InvalidRequest, match=r"^metadata: must be at most 8192 bytes of JSON, and is 9012 "):
+    with pytest.raises(InvalidRequest, match=r"^metadata: must be at most 8192 bytes of JSON, not 9012 "):
         TokenLimits().track(ID, "image", metadata={"text": "x" * 9000})
 
 

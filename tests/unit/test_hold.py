@@ -118,7 +118,7 @@ def test_what_is_declared_after_the_end_is_not_lost_in_silence(
 ) -> None:
     hold = held(answer)
     hold.settlement(error)
-    with pytest.raises(AlreadySettled, match="inside of the body"):
+    with pytest.raises(AlreadySettled, match="inside the body"):
         declare(hold)
 
 
@@ -176,7 +176,7 @@ class TestFailure:
         with pytest.raises(ServiceUnavailable) as caught:
             held().failed(ServiceUnavailable("down"), None)
         (note,) = caught.value.__notes__
-        assert "commit it again" in note
+        assert "commit the usage again" in note
         assert str(USAGE) in note
         assert str(WHEN) in note
 

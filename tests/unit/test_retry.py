@@ -168,7 +168,7 @@ class TestPolicy:
         run(Transient("the server answered with status 503"))
         [record] = caplog.records
         assert (record.name, record.levelno) == ("tokenlimits", logging.WARNING)
-        assert "track_generation: the server answered with status 503; trying again in 0." in record.getMessage()
+        assert "track_generation: the server answered with status 503; retrying in 0." in record.getMessage()
         assert record.__dict__["function"] == "track_generation"
         assert record.__dict__["attempt"] == 1
         assert record.__dict__["wait"] == run.slept[0]

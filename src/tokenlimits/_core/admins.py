@@ -1,4 +1,4 @@
-"""What admins ask about groups, limits and members, as pure calls."""
+"""The operations of admins on groups, limits and members, as pure calls."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def create_group(id_: Id | None = None, **fields: Any) -> Call[Group]:
     params = {"p_group_id": None, **arguments.group(fields)}
     if id_ is not None:
         params["p_id"] = arguments.id_(id_, "id")
-    # after a lost answer, creating again would meet its own group's name
+    # after a lost answer, creating it again would fail on the name of the group that it has created itself
     return Call("save_group", params, _GROUP, retry_safe=False)
 
 
@@ -74,7 +74,7 @@ def remove_limit(group_id: Id, kind: str, period: Period, scope: Scope) -> Call[
 
 def get_group(group_id: Id) -> Call[Group]:
     """Read one group by its id."""
-    return Call("find_groups", _group_id(group_id), lambda answer: _only(_GROUPS(answer), f"of id {group_id}"))
+    return Call("find_groups", _group_id(group_id), lambda answer: _only(_GROUPS(answer), f"with the id {group_id}"))
 
 
 def get_group_by_name(name: str) -> Call[Group]:
@@ -97,7 +97,7 @@ def groups_page(search: str | None, after: str | None, size: int) -> Call[list[G
 
 def delete_group(group_id: Id) -> Call[Group]:
     """Delete a group."""
-    # after a lost answer, deleting again would not find it
+    # after a lost answer, deleting it again would fail with GroupNotFound
     return Call("delete_group", _group_id(group_id), _GROUP, retry_safe=False)
 
 
@@ -144,7 +144,7 @@ def members_page(group_id: Id, search: str | None, after: Id | None, size: int) 
         "p_after": None if after is None else str(after),
         "p_page_size": size,
     }
-    if search is not None:  # older SQL doesn't know it
+    if search is not None:  # older SQL has no such parameter
         params["p_search"] = arguments.search(search)
     return Call("group_members", params, _MEMBERS)
 

@@ -1,4 +1,4 @@
-"""What an HTTP answer to a call means: its result, a failure that another try may mend, or a refusal."""
+"""What an HTTP answer to a call means: its result, a failure to retry, or a refusal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One request to the database as a value: which SQL function, with what, and how its answer is read."""
+"""One request to the database as a value: the SQL function, its parameters, and how to parse its answer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ T = TypeVar("T")
 class Call(Generic[T]):
     """One request to PostgREST.
 
-    `retry_safe`: sent again after a lost answer, it leaves the same state, and its answer is still of use (it may say
-    that there was nothing left to do).
+    `retry_safe`: sending it again after a lost answer leaves the same state, and the second answer is still useful (it
+    may say that there was nothing left to do).
     """
 
     function: str
@@ -26,6 +26,6 @@ class Call(Generic[T]):
 
 
 def field_parser(name: str, type_: Any) -> Callable[[Any], Any]:
-    """Make a parser for an answer of which one field matters."""
+    """Make a parser for an answer of which only one field matters."""
     parse = parser(type_)
     return lambda answer: parse(answer[name])

@@ -1,4 +1,4 @@
-"""Operations of several calls, as pure generators: they yield calls, and are sent the answers."""
+"""Operations of several calls, as pure generators that yield calls and are sent the answers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .reports import Export, Page
 T = TypeVar("T")
 
 Flow = Generator[Call[Any], Any, T]
-"""Yields calls, is sent each one's answer, and returns the result of all."""
+"""Yields calls, is sent the answer to each, and returns the overall result."""
 
 Pages = Generator[Call[list[T]], list[T], None]
-"""Yields calls, is sent each one's page, and ends when there are no more."""
+"""Yields calls, is sent the page of each, and ends after the last page."""
 
 OnProgress = Callable[[int, int], object]
-"""Called with how many are done, and of how many."""
+"""Called with the number done and the total."""
 
-# 5,000 ids are 200 kB of JSON and well under a second of SQL, far from the 8 s after which Supabase ends a statement
+# 5,000 ids are 200 kB of JSON and well under a second of SQL; Supabase ends a statement after 8 s
 CHUNK = 5_000
 GROUPS_PAGE = 200
 USAGE_PAGE = 1_000
@@ -37,7 +37,7 @@ def all_groups(search: str | None) -> Flow[list[Group]]:
     """Read all groups whose name contains a text."""
     groups: list[Group] = []
     after = None
-    # a short page isn't the end: servers may cut one
+    # a short page needn't be the last, as servers may limit the size of an answer
     while page := (yield admins.groups_page(search, after, GROUPS_PAGE)):
         groups += page
         after = page[-1].name
@@ -52,7 +52,7 @@ def all_usage() -> Flow[list[GroupUsage]]:
         page = yield reports.usage_page(after, USAGE_PAGE)
         fresh = {usage.group.id: usage for usage in page if usage.group.id not in usages}
         usages |= fresh
-        # a group that is renamed meanwhile may come again; whoever renames for ever must not keep us for ever
+        # a group that is renamed meanwhile may come twice; stop when nothing is new, or renaming could keep this going
         if len(page) < USAGE_PAGE or not fresh:
             return list(usages.values())
         after = page[-1].group.name
@@ -60,7 +60,7 @@ def all_usage() -> Flow[list[GroupUsage]]:
 
 def all_members(group_id: Id, search: str | None) -> Pages[Member]:
     """Read the members of a group whose e-mail address contains a text, page by page."""
-    return _member_pages(arguments.id_(group_id, "group_id"), search)  # checked now, not when the first is asked for
+    return _member_pages(arguments.id_(group_id, "group_id"), search)  # checked now, not when the first page is read
 
 
 def _member_pages(group_id: str, search: str | None) -> Pages[Member]:
@@ -70,9 +70,9 @@ def _member_pages(group_id: str, search: str | None) -> Pages[Member]:
 
 
 def exported(export: Export[T]) -> Pages[T]:
-    """Read what is exported, page by page."""
+    """Read an export, page by page."""
     page: Page[T] | None = None
-    # a page may be empty before the end, when nothing in it is wanted
+    # an empty page needn't be the last: perhaps none of its rows matched
     while page is None or page.next is not None:
         answer = yield export.page(page, EXPORT_PAGE)
         page = cast("Page[T]", answer)

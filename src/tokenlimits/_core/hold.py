@@ -1,4 +1,4 @@
-"""A hold from reservation to settlement, as a pure state machine: what was declared, and what an end does."""
+"""A hold from reservation to settlement, as a pure state machine: what was declared, and how it is settled."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ logger = logging.getLogger("tokenlimits")
 class Hold:
     """A generation under way, in the body of `TokenLimits.generation`; settled when the body ends.
 
-    A normal end commits the cost that was reserved, or what `commit` said. An abnormal one (an exception of any kind,
-    a cancellation, a generator that is closed early) commits what `used` declared so far, and releases all when nothing
-    was declared.
+    A normal end commits the reserved cost, or what `commit` said. An abnormal end (an exception of any kind, a
+    cancellation, a generator that is closed early) commits what `used` declared so far, or releases everything if
+    nothing was declared.
 
     Attributes:
-        cost: What was asked for.
-        result: What `reserve` answered; after the end, what settling answered.
-        returned: Yours to set: what the body made. An error of settling after a good body carries it on, as
+        cost: The requested cost.
+        result: The answer to `reserve`; after the end, the answer to settling.
+        returned: You may set it to what the body has made. If only settling fails, the error has it as
             `error.returned`.
 
     Example:
@@ -49,48 +49,48 @@ class Hold:
 
     @property
     def usage_id(self) -> UUID | None:
-        """The usage in the ledger; None when Supabase couldn't be reached and `on_unavailable` allowed it."""
+        """The usage in the ledger; None if Supabase couldn't be reached and `on_unavailable` allowed the generation."""
         return self.result.usage_id
 
     @property
     def status(self) -> Status | None:
-        """Of the usage, as far as it is known here."""
+        """The status of the usage, as far as it is known here."""
         return self.result.status
 
     @property
     def expires_at(self) -> datetime | None:
-        """When the hold ends by itself."""
+        """When the hold expires."""
         return self._reserved.expires_at
 
     @property
     def replayed(self) -> bool:
         """Whether an earlier call with the same idempotency key reserved it.
 
-        Its `status` tells what became of that: `reserved`, and this body carries on with the same hold; or
-        `committed`, the job was done and charged before, and the end of this body changes nothing.
+        If `status` is `reserved`, this body continues with the same hold. If it is `committed`, the job is already done
+        and charged, and the end of this body changes nothing.
         """
         return self._reserved.replayed
 
     def used(self, cost: int) -> None:
-        """Declare how much is used up by now, in all: what an abnormal end will be charged.
+        """Declare the total cost used up so far, which an abnormal end will charge.
 
         Args:
             cost: From 0 to what was reserved; a later call replaces it.
 
         Raises:
-            InvalidRequest: It is not from 0 to what was reserved.
+            InvalidRequest: The cost is negative, or more than was reserved.
             AlreadySettled: The body has ended.
         """
         self._used = self._checked(cost)
 
     def commit(self, cost: int | None = None) -> None:
-        """Say what the end of the body settles for, however it ends; nothing is sent before.
+        """Set the cost to settle for when the body ends, however it ends; nothing is sent until then.
 
         Args:
-            cost: From 0 to what was reserved, which is meant when None; a later call replaces it.
+            cost: From 0 to what was reserved; all of that when None. A later call replaces it.
 
         Raises:
-            InvalidRequest: It is not from 0 to what was reserved.
+            InvalidRequest: The cost is negative, or more than was reserved.
             AlreadySettled: The body has ended.
         """
         self._committed = self._checked(self.cost if cost is None else cost)
@@ -101,26 +101,28 @@ class Hold:
     def _checked(self, cost: int) -> int:
         if self._ended:
             raise AlreadySettled(
-                "The body of this hold has ended, which settled it. Call `used` and `commit` inside of the body; to "
-                "settle later, use reserve() and then commit() of the client."
+                "The body of this hold has ended, which settled it. Call `used` and `commit` inside the body; to "
+                "settle later, use the client's reserve() and commit()."
             )
         checked = arguments.settled_cost(cost)
         if checked > self.cost:
-            raise arguments.refused("cost", f"must be at most the {self.cost} that were reserved", cost)
+            raise arguments.refused("cost", f"must be at most {self.cost}, as reserved", cost)
         return checked
 
 
 class RunningHold(Hold):
-    """A hold as those see it who run the body."""
+    """A hold with what its context manager needs."""
 
     def __init__(self, call: Call[TrackResult], answer: TrackResult) -> None:
         super().__init__(call.params["p_cost"], answer.raise_if_denied())
 
     def settlement(self, error: BaseException | None) -> Settlement | None:
-        """End the hold, and say how a body that ends so is settled; None when it was settled before."""
+        """End the hold and return how to settle it; None if it was already settled."""
+        # before anything is sent: a body that goes on in another thread must not believe that it is still heard
         self._ended = True
-        if self.status == "committed":
+        if self.status == "committed":  # a replay of a job that was done; committing again for less would be an error
             return None
+        # an explicit commit wins over the way the body ended, as the work may have been done before it failed
         if self._committed is not None:
             return workers.commit(self.usage_id, self._committed)
         if error is None:
@@ -128,20 +130,21 @@ class RunningHold(Hold):
         return workers.commit(self.usage_id, self._used) if self._used else workers.release(self.usage_id)
 
     def settled(self, answer: TrackResult) -> None:
-        """Take the answer; one that was not recorded knows less than `reserve` did."""
+        """Take the answer to settling; if nothing was settled, it lacks the kind and group that `reserve` returned."""
         known = {"kind": self.result.kind, "group": self.result.group} if not answer.kind else {}
         self.result = answer.model_copy(update=known)
 
     def failed(self, failure: BaseException, error: BaseException | None) -> None:
-        """Raise that settling failed after a good body; tell it beside the body's own error, which goes first."""
-        ends = f"the hold of usage {self.usage_id} ends by itself at {self.expires_at}"
+        """Raise the failure to settle; or note it on the body's own error, which takes precedence."""
+        ends = f"the hold of usage {self.usage_id} expires at {self.expires_at}"
         if error is None:
             if isinstance(failure, TokenLimitsError):
-                failure.returned = self.returned
+                failure.returned = self.returned  # the work is done, and may have cost money: don't lose its result
             if isinstance(failure, ServiceUnavailable):
-                failure.add_note(f"The body had ended well, and was not charged: commit it again, or {ends}.")
+                failure.add_note(f"The body succeeded but may not be charged: commit the usage again, or {ends}.")
             raise failure
-        error.add_note(f"tokenlimits could not settle what this ended, and {ends}: {failure}")
+        # a note and no exception of its own: the caller's `except` clauses are for the body's error
+        error.add_note(f"tokenlimits could not settle the hold after this error, and {ends}: {failure}")
         logger.error(
             "could not settle usage %s after %s: %s",
             self.usage_id,

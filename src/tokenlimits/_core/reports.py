@@ -1,4 +1,4 @@
-"""What is read and corrected afterwards: usage, history, exports, rankings, drift; as pure calls."""
+"""Reports and corrections as pure calls: usage, history, exports, rankings, drift."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RESET_AT = field_parser("reset_at", AwareDatetime)
 
 
 class Page(list[T]):
-    """A page of an export; `next` is how the one after it is asked for (None: there is none)."""
+    """A page of an export; `next` has the parameters of the next page (None: this is the last)."""
 
     def __init__(self, rows: list[T], answer: Any) -> None:
         super().__init__(rows)
@@ -38,7 +38,7 @@ class Page(list[T]):
 
 @dataclass(frozen=True, slots=True)
 class Export(Generic[T]):
-    """What is to be exported: a function that answers pages, parameters that were checked, and what its rows are."""
+    """What to export: a function that answers pages, its checked parameters, and the parser of its rows."""
 
     function: str
     params: Mapping[str, Any]
@@ -59,12 +59,14 @@ def export(
     until: datetime | None,
     bucket: Bucket | None,
 ) -> Export[Any]:
-    """Check what is to be exported: rows of the ledger or, with a bucket, sums."""
+    """Check what to export: rows of the ledger or, with a bucket, sums."""
     if bucket is None:
         return ledger(group_id, user_id, kind, since, until)
     if user_id is not None:
         raise InvalidRequest(
-            "user_id: there are no sums of single users. Leave out bucket, and add up.", code="TL001", detail="user_id"
+            "user_id: there are no sums per user. Leave out bucket, and add up the rows.",
+            code="TL001",
+            detail="user_id",
         )
     params = {**_wanted(group_id, kind, since, until), "p_bucket": arguments.bucket(bucket)}
     return Export("export_history", params, _SUMS)
@@ -73,7 +75,7 @@ def export(
 def ledger(
     group_id: Id | None, user_id: Id | None, kind: str | None, since: datetime | None, until: datetime | None
 ) -> Export[UsageRecord]:
-    """Check which rows of the ledger are to be exported."""
+    """Check which rows of the ledger to export."""
     params = {**_wanted(group_id, kind, since, until), "p_user_id": arguments.optional_id(user_id, "user_id")}
     return Export("export_usage", params, _RECORDS)
 
@@ -90,7 +92,7 @@ def _wanted(group_id: Id | None, kind: str | None, since: datetime | None, until
 def top_members(
     group_id: Id, kind: str | None, since: datetime | None, until: datetime | None, count: int
 ) -> Call[list[TopMember]]:
-    """Read who used most."""
+    """Read who used the most."""
     params = {
         "p_group_id": arguments.id_(group_id, "group_id"),
         "p_kind": arguments.optional_kind(kind),
@@ -108,7 +110,7 @@ def drift(group_id: Id, since: datetime | None) -> Call[Reconciliation]:
 
 
 def reconcile(group_id: Id, since: datetime | None) -> Call[Reconciliation]:
-    """Count a group's usage again."""
+    """Recount a group's usage from the ledger."""
     params = {"p_group_id": arguments.id_(group_id, "group_id"), "p_since": arguments.moment(since, "since")}
     return Call("reconcile_usage", params, _RECONCILIATION)
 
@@ -121,7 +123,7 @@ def group_usage(group_id: Id) -> Call[GroupUsage]:
 
 
 def usage_page(after: str | None, size: int) -> Call[list[GroupUsage]]:
-    """Read the usage of the page of groups after a name."""
+    """Read the usage of a page of groups, after a name."""
     return Call("group_usage", {"p_after": after, "p_page_size": size}, _GROUP_USAGES)
 
 
@@ -142,5 +144,5 @@ def history(
 def reset_usage(group_id: Id, kind: str | None) -> Call[datetime]:
     """Give a group a fresh start."""
     params = {"p_group_id": arguments.id_(group_id, "group_id"), "p_kind": arguments.optional_kind(kind)}
-    # a second reset would also forgive what was used since the first
+    # a second reset would also forgive what was used since the first one
     return Call("reset_group_usage", params, _RESET_AT, retry_safe=False)

@@ -1,4 +1,4 @@
-"""The one retry policy: what is worth another try, how long to wait, and when to give up."""
+"""The retry policy: what is worth another attempt, how long to wait, and when to give up."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ _backoff = wait_exponential_jitter(multiplier=0.1, max=5.0, jitter=0.1)
 
 
 class Transient(Exception):  # never leaves the package
-    """A failure that another try may mend.
+    """A failure that another attempt may overcome.
 
-    `harmless`: nothing was done on the server, so that another try is safe whatever the call does.
+    `harmless`: nothing was done on the server, so another attempt is safe whatever the call does.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ def from_answer(status: int, headers: Mapping[str, str], code: str | None) -> Tr
 
 
 def seconds(retry_after: str | None) -> float | None:
-    """Read a Retry-After header, which holds seconds or a date (always of UTC, if it says so or not).
+    """Read a Retry-After header, which holds seconds or a date (in UTC, whether it says so or not).
 
     Example:
         >>> seconds("3"), seconds(None), seconds("soon")
@@ -122,7 +122,7 @@ def seconds(retry_after: str | None) -> float | None:
 def _wait(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after if isinstance(error, Transient) else None
-    return asked or _backoff(state)  # a server that says 0 must not be asked in a tight loop
+    return asked or _backoff(state)  # also for a Retry-After of 0, which would make a tight loop
 
 
 def policy(function: str, *, retry_safe: bool, timeout: float) -> dict[str, object]:
@@ -134,7 +134,7 @@ def policy(function: str, *, retry_safe: bool, timeout: float) -> dict[str, obje
     def log(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         logger.warning(
-            "%s: %s; trying again in %.2f s",
+            "%s: %s; retrying in %.2f s",
             function,
             error,
             state.upcoming_sleep,
@@ -151,7 +151,7 @@ def policy(function: str, *, retry_safe: bool, timeout: float) -> dict[str, obje
 
 
 def give_up(function: str, error: Transient, elapsed: float) -> ServiceUnavailable:
-    """Make the error for the caller when no try is left."""
+    """Make the error for the caller when no attempt is left."""
     logger.error(
         "%s: gave up after %.1f s: %s",
         function,

@@ -1,4 +1,4 @@
-"""What generation workers ask: track, check, record, reserve, settle, one or many; as pure calls."""
+"""The operations of generation workers as pure calls: track, check, record, reserve and settle, one or many."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .call import Call
 RESULT = parser(TrackResult)
 _USER_LIMITS = parser(tuple[UserLimit, ...])
 DEFAULT_TTL = 3600
-"""Seconds for which a hold holds."""
+"""Seconds until a hold expires."""
 Settlement = Call[TrackResult] | TrackResult
-"""The call that settles a usage, or the answer when nothing was recorded that could be settled."""
+"""The call that settles a usage, or the answer if there is no recorded usage to settle."""
 LARGEST = 1_000
-"""As many requests as the server takes in one call."""
+"""The most requests that the server takes in one call."""
 Json = dict[str, Any]
 _GROUP = parser(GroupRef)
 
@@ -49,12 +49,12 @@ def track(
 
 
 def without_service(call: Call[TrackResult], on_unavailable: OnUnavailable, error: ServiceUnavailable) -> TrackResult:
-    """Make the answer for when Supabase can't be reached, or raise its error."""
+    """Make the answer for when Supabase can't be reached, or raise the error."""
     return unavailable(call.params["p_kind"], call.params["p_cost"], on_unavailable, error)
 
 
 def unavailable(kind: str, cost: int, on_unavailable: OnUnavailable, error: ServiceUnavailable) -> TrackResult:
-    """Make the answer to a generation for when Supabase can't be reached, or raise its error."""
+    """Make the answer for a generation when Supabase can't be reached, or raise the error."""
     if on_unavailable == "raise":
         raise error
     allowed = on_unavailable == "allow"
@@ -69,7 +69,7 @@ def unavailable(kind: str, cost: int, on_unavailable: OnUnavailable, error: Serv
 
 
 def check(user_id: Id, kind: str, cost: int, group_id: Id | None) -> Call[TrackResult]:
-    """Ask what tracking would answer."""
+    """Ask what `track` would answer."""
     params = arguments.request(user_id=user_id, kind=kind, cost=cost, group_id=group_id)
     del params["p_idempotency_key"]
     return Call("check_generation", params, RESULT)
@@ -84,7 +84,7 @@ def record(
     group_id: Id | None,
     metadata: Mapping[str, Any] | None,
 ) -> Call[TrackResult]:
-    """Record past or outside usage."""
+    """Record usage that has already happened."""
     params = arguments.request(
         user_id=user_id,
         kind=kind,
@@ -97,7 +97,7 @@ def record(
 
 
 def usage(user_id: Id) -> Call[tuple[UserLimit, ...]]:
-    """List every limit that binds a user."""
+    """List every limit that applies to a user."""
     return Call("user_generation_usage", {"p_user_id": arguments.id_(user_id, "user_id")}, _USER_LIMITS)
 
 
@@ -131,7 +131,7 @@ def commit(usage_id: Id | None, cost: int | None) -> Settlement:
 
 
 def release(usage_id: Id | None) -> Settlement:
-    """Give back what a hold holds."""
+    """Give back the cost of a hold."""
     return unsettled(None) if usage_id is None else Call("release_generation", _usage_id(usage_id), RESULT)
 
 
@@ -141,17 +141,17 @@ def refund(usage_id: Id) -> Call[TrackResult]:
 
 
 def refund_if_recorded(usage_id: Id | None) -> Settlement:
-    """Give back what a committed usage cost, if there is one."""
+    """Give back what a committed usage cost, if it was recorded."""
     return unsettled(None) if usage_id is None else refund(usage_id)
 
 
 def settlement_without_service(
     call: Call[TrackResult], on_unavailable: OnUnavailable, error: ServiceUnavailable
 ) -> TrackResult:
-    """Make the answer for when Supabase can't be reached, or raise its error.
+    """Make the answer for when Supabase can't be reached, or raise the error.
 
-    Nothing is left to deny when a usage is settled. What can't be committed or released is given back at the hold's
-    end, as if it had never been recorded; a refund would be lost.
+    A settlement can't be denied any more. A hold that can't be committed or released is given back when it expires, as
+    if it had never been recorded; a refund would be lost.
     """
     if on_unavailable != "allow" or call.function == "refund_generation":
         raise error
@@ -159,7 +159,7 @@ def settlement_without_service(
 
 
 def unsettled(usage_id: UUID | None, cost: int | None = None) -> TrackResult:
-    """Make the answer of a settlement that did not take place; nobody knows the kind any more."""
+    """Make the answer for a settlement that did not take place; its kind isn't known."""
     return TrackResult(allowed=True, reason="unavailable", usage_id=usage_id, kind="", cost=cost or 0)
 
 
@@ -169,7 +169,7 @@ def _usage_id(value: Id) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """Somebody else held the group of a request for too long; nothing was recorded, and it may be sent again."""
+    """Somebody else had locked the group of a request for too long; nothing was recorded, so it may be sent again."""
 
     group_id: str | None
 
@@ -182,7 +182,7 @@ def track_many(requests: Iterable[GenerationRequest | Mapping[str, Any]]) -> lis
 
 
 def track_together(calls: Sequence[Call[TrackResult]], max_wait: int | None) -> Call[list[TrackResult | Busy]]:
-    """Send calls of `track` as one, which waits up to so many milliseconds for a group that somebody else holds."""
+    """Combine calls of `track` into one, which waits up to `max_wait` milliseconds for a group that is locked."""
     requests = [{name.removeprefix("p_"): value for name, value in call.params.items()} for call in calls]
     return Call("track_generations", {"p_requests": requests, "p_max_wait": max_wait}, partial(_outcomes, requests))
 
@@ -203,7 +203,7 @@ def _results(requests: list[Json], answers: list[Json]) -> list[TrackResult]:
 
 
 def _result(request: Json, answer: Json) -> TrackResult:
-    # the server can't say the kind and the cost of what it could not read
+    # for a request that the server couldn't read, the answer lacks the kind and the cost
     return RESULT({**answer, "kind": request["kind"], "cost": request["cost"]})
 
 

@@ -1,4 +1,4 @@
-"""What the clients for workers and for groups have in common, for each colour."""
+"""What the clients for workers and for groups have in common, sync and async."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenlimits.settings import named_schema
 from .transport import AsyncTransport, Transport
 
 DEFAULT_TIMEOUT = 10.0
-"""Seconds for one call, with all its retries."""
+"""Seconds for one call, including its retries."""
 
 _A_YEAR = 366 * 86_400.0
 
@@ -28,7 +28,7 @@ def _checked_schema(schema: object) -> str | None:
 
 
 class Base:
-    """Holds the transport; a context manager that closes what was made here."""
+    """Holds the transport; a context manager that closes its connections."""
 
     def __init__(self, client: object, timeout: float, schema: object = None) -> None:
         if not isinstance(client, Client | None):
@@ -51,7 +51,7 @@ class Base:
 
 
 class AsyncBase:
-    """Holds the transport; an async context manager that closes what was made here."""
+    """Holds the transport; an async context manager that closes its connections."""
 
     def __init__(self, client: object, timeout: float, schema: object = None) -> None:
         if not isinstance(client, AsyncClient | None):

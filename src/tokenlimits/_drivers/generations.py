@@ -1,4 +1,4 @@
-"""Reserve, run the body, settle: the context managers, one for each colour."""
+"""Reserve, run the body, settle: the context managers, sync and async."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class _Generation:
 
     def _enter_once(self) -> Call[TrackResult]:
         if self._entered:
-            raise ConfigurationError("A generation is entered once: call generation() again for each one")
+            raise ConfigurationError("A generation can be entered only once; call generation() for each one.")
         self._entered = True
         return self._call
 
 
 class Generation(_Generation, AbstractContextManager[Hold, None]):
-    """Reserves, and settles when the body has ended."""
+    """Reserves the cost, and settles when the body has ended."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Generation(_Generation, AbstractContextManager[Hold, None]):
         self._judge, self._settle = judge, settle
 
     def __enter__(self) -> Hold:
-        """Reserve, or raise why not."""
+        """Reserve, or raise the denial."""
         call = self._enter_once()
         self._hold = RunningHold(call, self._judge(call))
         return self._hold
@@ -51,20 +51,20 @@ class Generation(_Generation, AbstractContextManager[Hold, None]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Settle, and let the body's error pass."""
+        """Settle, and let the body's own error propagate."""
         settlement = self._hold.settlement(error)
         if settlement is None:
             return
         try:
             answer = self._settle(settlement)
-        except Exception as failure:  # noqa: BLE001  # whatever it is, the body's own error goes first
+        except Exception as failure:  # noqa: BLE001  # whatever it is, the body's own error takes precedence
             self._hold.failed(failure, error)
         else:
             self._hold.settled(answer)
 
 
 class AsyncGeneration(_Generation, AbstractAsyncContextManager[Hold, None]):
-    """Reserves, and settles when the body has ended, also when the task is cancelled."""
+    """Reserves the cost, and settles when the body has ended, even if the task is cancelled."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class AsyncGeneration(_Generation, AbstractAsyncContextManager[Hold, None]):
         self._judge, self._settle = judge, settle
 
     async def __aenter__(self) -> Hold:
-        """Reserve, or raise why not; what was reserved for a task that is cancelled meanwhile is released."""
+        """Reserve, or raise the denial; if the task is cancelled meanwhile, release what was reserved."""
         call = self._enter_once()
         reserving, cancelled = await _outlast(lambda: self._judge(call))
         if cancelled is None or reserving.cancelled():
@@ -91,7 +91,7 @@ class AsyncGeneration(_Generation, AbstractAsyncContextManager[Hold, None]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Settle, and let the body's error pass."""
+        """Settle, and let the body's own error propagate."""
         await self._end(error)
 
     async def _end(self, error: BaseException | None) -> None:
@@ -111,10 +111,10 @@ class AsyncGeneration(_Generation, AbstractAsyncContextManager[Hold, None]):
 async def _outlast(
     make: Callable[[], Coroutine[Any, Any, T]],
 ) -> tuple[asyncio.Task[T], asyncio.CancelledError | None]:
-    """Run a call to its end in a task of its own, and answer how whoever waits for it was cancelled meanwhile.
+    """Run a call to its end in its own task, and return that with the cancellation of the waiting task, if any.
 
-    It ends in time, for the transport has a deadline. If it is cancelled itself, as all tasks are at the end of
-    `asyncio.run`, it is sent once more: nothing changes when the first had arrived.
+    The call ends in time, as the transport has a deadline. If its own task is cancelled, as `asyncio.run` cancels all
+    tasks at its end, the call is sent once more; if the first one had arrived, that changes nothing.
     """
     cancelled = None
     task = asyncio.create_task(make())

@@ -1,4 +1,4 @@
-"""Decorators: a function that runs inside of a generation, whatever kind of function it is."""
+"""Decorators that run any kind of function inside a generation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def reservation(
     group_id: Id | None,
     metadata: Mapping[str, Any] | None,
 ) -> Reserve:
-    """Make what makes the call for a function's arguments; refuse what can't be right for any."""
+    """Make the function that makes the call from a decorated function's arguments; refuse what is never valid."""
     if isinstance(cast("object", function), classmethod | staticmethod) or not callable(function):
         raise ConfigurationError(f"limited: can't decorate {function!r}; put it below @classmethod and @staticmethod")
     of_user = _argument(function, "user", user)
@@ -61,7 +61,7 @@ def reservation(
 
 
 def _argument(function: Callable[..., Any], option: str, value: object) -> Callable[..., Any]:
-    """Make what finds a value among the function's arguments: by the name of one, or by a function of all."""
+    """Make the function that finds a value in the decorated function's arguments, by a name or a function."""
     if callable(value):
         return value
     if not isinstance(value, str):
@@ -155,7 +155,7 @@ def _async_generator(function: Callable[..., Any], reserve: Reserve, open_: Asyn
         async with open_(reserve(*args, **kwargs)):
             inner: AsyncGenerator[Any, Any] = function(*args, **kwargs)
             step: Coroutine[Any, Any, Any] = inner.asend(None)
-            while True:  # there is no `yield from` here
+            while True:  # async generators have no `yield from`, so this forwards what the caller sends and throws
                 try:
                     item = await step
                 except StopAsyncIteration:
@@ -165,7 +165,7 @@ def _async_generator(function: Callable[..., Any], reserve: Reserve, open_: Asyn
                 except GeneratorExit:
                     await inner.aclose()
                     raise
-                except BaseException as error:  # noqa: BLE001  # the inner one's to handle
+                except BaseException as error:  # noqa: BLE001  # for the inner generator to handle
                     step = inner.athrow(error)
 
     return run

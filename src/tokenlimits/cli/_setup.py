@@ -106,7 +106,7 @@ def compare(folder: Path, schema: str) -> None:
         text = path.read_text(encoding="utf-8", errors="replace")
         other = _OF_SCHEMA.search(text) if text.startswith(_HEADER) else None
         if other and other[1] != schema:
-            raise Problem(f"{path} is for schema {other[1]}. Nothing was changed; pass --schema {other[1]}.")
+            raise Problem(f"{path} is for schema {other[1]}; pass --schema {other[1]}. Nothing was changed.")
         _warn_of_difference(path)
 
 

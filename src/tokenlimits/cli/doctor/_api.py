@@ -38,7 +38,7 @@ _PROBES: Mapping[str, Mapping[str, object]] = {
 
 
 class Configuration(ProjectSettings):
-    """The settings as they are, also wrong ones."""
+    """The settings as they are, even if they are wrong."""
 
     url: str = Field("", validation_alias="SUPABASE_URL")
     key: SecretStr = Field(SecretStr(""), validation_alias=AliasChoices(*_KEY_NAMES))
@@ -151,7 +151,7 @@ def check_configuration(configuration: Configuration) -> Findings:
 
 def _key_finding(key: str, host: str) -> Finding:
     if not key:
-        return error("key", "There is none.", SECRET + from_one_place())
+        return error("key", "SUPABASE_SECRET_KEY is not set.", SECRET + from_one_place())
     if not _can_be_sent(key):
         return error("key", "The key has characters that no key has: was something else copied?", SECRET)
     if key.startswith("sb_secret_"):
