@@ -207,7 +207,7 @@ class TestImport:
         )
         tl.directory.joinpath("past.csv").write_text(text)
         assert tl("import", "past.csv").stdout == "3 recorded, 0 refused.\n"
-        assert tl.json("import", "past.csv") == {"there_already": 3, "refused": []}
+        assert tl.json("import", "past.csv") == {"already_there": 3, "refused": []}
         found = [(u.kind, u.cost, u.group.id, u.idempotency_key) for u in groups.export_usage(user_id=user)]
         assert [each[:3] for each in found] == [("image", 3, team.id), ("video", 1, team.id), ("image", 9, other.id)]
         assert found[0][3] == "=1"
@@ -227,7 +227,7 @@ class TestImport:
         before = [limit.used for limit in groups.usage(team.id).limits]
         assert before == [8, 10]
         tl("export", "--group", team.name, "-o", "ours.csv")
-        assert tl.json("import", "ours.csv") == {"there_already": 4, "given_back": 2, "not_settled": 1, "refused": []}
+        assert tl.json("import", "ours.csv") == {"already_there": 4, "given_back": 2, "not_settled": 1, "refused": []}
         # without ids, a key that was tracked with is found
         found = [row | {"id": ""} for row in rows(tl.directory.joinpath("ours.csv").read_text())]
         written = io.StringIO()
@@ -235,7 +235,7 @@ class TestImport:
         writer.writeheader()
         writer.writerows(row for row in found if row["idempotency_key"])
         counts = tl.json("import", "-", "--batch", "without ids", stdin=written.getvalue())
-        assert (counts["there_already"], counts["refused"]) == (4, [])
+        assert (counts["already_there"], counts["refused"]) == (4, [])
         assert [limit.used for limit in groups.usage(team.id).limits] == before
 
     def test_another_database_takes_an_export(self, tl: Program, groups: GroupManager, team: Group, user: UUID) -> None:
@@ -248,7 +248,7 @@ class TestImport:
         text = header + "".join(lines)
         counts = tl.json("import", "-", "--batch", "b", stdin=text)
         assert counts == {"recorded": 2, "given_back": 1, "not_settled": 1, "refused": []}
-        assert tl.json("import", "-", "--batch", "b", stdin=text)["there_already"] == 2
+        assert tl.json("import", "-", "--batch", "b", stdin=text)["already_there"] == 2
         assert groups.usage(team.id).limits[0].used == 4
 
     def test_a_changed_file_counts_nothing_twice(
@@ -267,8 +267,8 @@ class TestImport:
         # the refused line is gone, there is a column more, a moment is written otherwise, and a third such line
         cells = f"{user},image,2,2026-01-02 04:04:05+01:00"
         again = "\n".join([header + ",note", *[f"{line},x", f"{cells},y", f"{other},z", f"{line},new"]])
-        assert counts(again) == {"there_already": 3, "recorded": 1}
-        assert counts(again, "--start-line", "4") == {"there_already": 2}
+        assert counts(again) == {"already_there": 3, "recorded": 1}
+        assert counts(again, "--start-line", "4") == {"already_there": 2}
         assert groups.usage(team.id).limits[0].used == 9
 
     def test_a_column_that_is_there_twice(self, tl: Program, user: UUID) -> None:

@@ -46,10 +46,10 @@ def connect(given: str | None) -> Generator[Connection]:
     """
     url = find_url(given)
     if url is None:
-        raise Problem(f"Which database? Pass --db-url, or set DATABASE_URL. {_HINT}")
+        raise Problem(f"No database URL: pass --db-url or set DATABASE_URL. {_HINT}")
     conninfo = connection_of(url)
     try:
-        # nothing prepared: a pooler may give every transaction another connection
+        # no prepared statements: behind a pooler, the next transaction may have another connection
         with psycopg.connect(conninfo, autocommit=True, prepare_threshold=None, connect_timeout=15) as connection:
             yield connection
     except psycopg.Error as error:
@@ -61,7 +61,7 @@ def connect(given: str | None) -> Generator[Connection]:
 
 
 def connection_of(url: str) -> str:
-    """Read a database's URL as PostgreSQL's own library takes it, encrypted unless it says otherwise itself.
+    """Convert a database URL to what libpq takes, with encryption unless the URL says otherwise.
 
     Raises:
         Problem: It can't be read.
@@ -74,13 +74,13 @@ def connection_of(url: str) -> str:
         raise Problem(f"The database's URL can't be read. {_HINT}")
     hosts = str(parts.get("hostaddr") or parts.get("host") or os.environ.get("PGHOST", "")).split(",")
     if not all(map(_is_here, hosts)) and "PGSSLMODE" not in os.environ:
-        # libpq's own default, prefer, goes on in clear where the server, or somebody in between, says so
+        # libpq's default, prefer, falls back to plain text if the server, or somebody in between, refuses encryption
         parts = {"sslmode": "require"} | parts
     return make_conninfo("", **parts)
 
 
 def _for_libpq(url: str) -> str:
-    """Leave out what other libraries write into a URL, and encode a password that wasn't."""
+    """Drop the parameters of other libraries, and encode a password that isn't encoded."""
     found = re.fullmatch(r"postgres(?:ql)?(?:\+\w+)?://(?:(?P<user>.*)@)?(?P<rest>[^@]*)", url.strip(), re.DOTALL)
     if found is None:
         return url
@@ -106,11 +106,11 @@ def _problem(error: psycopg.Error, conninfo: str) -> Problem:
     reason = str(error).strip().splitlines()[0]
     host = str(conninfo_to_dict(conninfo).get("host", ""))
     if "SSL" in reason:
-        hint = "Where the network between is your own, add ?sslmode=disable to the URL."
+        hint = "If the whole network path is your own, add ?sslmode=disable to the URL."
     elif re.fullmatch(r"db\.\w+\.supabase\.co", host):
-        hint = "This host has only an IPv6 address; without IPv6, copy the session pooler's URL from Connect."
+        hint = "This host has only an IPv6 address; without IPv6, use the session pooler's URL from the Connect dialog."
     else:
-        hint = "Is the URL right, and the password in it?"
+        hint = "Check the URL and its password."
     return Problem(f"The database can't be reached: {reason}. {hint}")
 
 

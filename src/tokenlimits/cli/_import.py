@@ -28,9 +28,9 @@ _COLUMNS = (
 )  # fmt: skip
 _NEEDED = ("kind", "created_at")
 _PART = 200
-# what a line of an export came to, if it isn't charged (any more)
+# by the status of an exported line: why it is not recorded
 _UNCHARGED = {"released": "given back", "refunded": "given back", "expired": "given back", "reserved": "not settled"}
-# what is wrong with one line, and says nothing about the next one
+# errors of one line: the next one may still be good
 _OF_LINE = (GenerationDenied, GroupNotFound, IdempotencyConflict, InvalidRequest, Problem, UnknownUser)
 
 
@@ -55,11 +55,12 @@ def import_(
 ) -> None:
     """Record past usage from CSV.
 
-    It moves counters, and is never denied. The first line names the columns: kind, created_at, and user_id or email;
-    cost, group (its name) or group_id, idempotency_key and metadata (JSON) are optional. Importing the same file again
-    records nothing twice, even after you have deleted lines or added columns: a line without a key gets one made from
-    the batch, its user, kind, cost, time and group, and how many such lines precede it. You may import what
-    `tokenlimits export` wrote: usage that exists is found, and what was given back, or is not settled, isn't recorded.
+    The usage counts towards the limits and is never denied. The first line names the columns: kind, created_at, and
+    user_id or email; cost, group (a name) or group_id, idempotency_key and metadata (JSON) are optional. Importing a
+    file again records nothing twice, even after you have deleted lines or added columns: a line without a key gets one
+    made from the import's name, its user, kind, cost, time and group, and the number of identical lines before it. You
+    can import the output of `tokenlimits export`: usage that exists is skipped, as is usage that was given back or is
+    not settled.
     """
     if batch is None and str(file) == "-":
         raise Problem("An import from stdin needs a name, so that it is never counted twice; pass --batch NAME.")
@@ -72,7 +73,7 @@ def import_(
 
 
 def _numbered(lines: Iterable[Line]) -> Iterator[Line]:
-    """Tell lines that say the same apart, by how many came before: each of them was a generation."""
+    """Number identical lines, each of which was a generation of its own."""
     said: Counter[str] = Counter()
     for line in lines:
         said[_digest(_said(line))] += 1
@@ -84,7 +85,7 @@ def _from(start: int, lines: Iterable[Line]) -> Iterator[Line]:
 
 
 def _said(line: Line) -> list[object]:
-    """Say who used what, when and where, so that the same reads the same however it is written."""
+    """Return who used what, when and where, in one form for all spellings of the same."""
     cells = line.cells
     try:
         created_at = moment(cells.get("created_at", "")).astimezone(UTC).isoformat()
@@ -122,7 +123,7 @@ class _Importer:
                 outcome.counts[came_to] += 1
 
     def _try(self, line: Line, user: UUID | str) -> str | _Refusal:
-        """Record one line; answers what it came to."""
+        """Record one line; return its outcome."""
         if isinstance(user, str):
             return _Refusal(user)
         try:
@@ -133,17 +134,17 @@ class _Importer:
 
     def _found_or_recorded(self, cells: Mapping[str, str], line: Line, user_id: UUID) -> str:
         if cells.get("id") and self._is_there(cells, user_id):
-            return "there already"
+            return "already there"
         try:
-            return "there already" if self._record(cells, line, user_id) else "recorded"
+            return "already there" if self._record(cells, line, user_id) else "recorded"
         except IdempotencyConflict:
-            # the key of a generation that was tracked, which recording it is another operation than
+            # the key belongs to a generation that was tracked, and recording is another operation
             if self._is_there(cells, user_id):
-                return "there already"
+                return "already there"
             raise
 
     def _is_there(self, cells: Mapping[str, str], user_id: UUID) -> bool:
-        """Look for a line's usage in the ledger: by its id, or as what its key is bound to."""
+        """Look for a line's usage in the ledger, by its id or its key."""
         created_at = _moment(cells["created_at"])
         found = self._groups.export_usage(
             user_id=user_id, kind=cells["kind"], since=created_at, until=created_at + timedelta(microseconds=1)
