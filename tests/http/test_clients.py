@@ -385,13 +385,13 @@ class TestClosing:
 
         def slow(request: httpx.Request) -> httpx.Response:
             arrived.set()
-            assert go.wait(10)
+            assert go.wait(60)
             return Server.usual(request)
 
         server.then(slow)
         with ThreadPoolExecutor(1) as threads:
             call = threads.submit(limits.track, ANN, "image")
-            assert arrived.wait(10)
+            assert arrived.wait(60)
             limits.close()
             assert not session.is_closed
             go.set()

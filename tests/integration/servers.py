@@ -51,8 +51,12 @@ class RawServer:
             with closing(connection):
                 self._handler(connection, self._over)
 
-    def stop(self) -> None:
+    def leave(self) -> None:
+        """Let all connections go, and take no more."""
         self._over.set()
+
+    def stop(self) -> None:
+        self.leave()
         with suppress(OSError), closing(socket.create_connection(self._listening.getsockname())):
             pass  # wakes the thread that accepts
         for thread in self._threads:
@@ -61,11 +65,18 @@ class RawServer:
 
 
 @contextmanager
-def raw_server(handler: Handler, tls: ssl.SSLContext | None = None) -> Iterator[RawServer]:
+def raw_server(
+    handler: Handler, tls: ssl.SSLContext | None = None, *, stays: float | None = None
+) -> Iterator[RawServer]:
+    """Serve until the end of the block, or for so many seconds, whatever still waits for an answer then."""
     server = RawServer(handler, tls)
+    leaving = threading.Timer(stays or 0, server.leave)
+    if stays is not None:
+        leaving.start()
     try:
         yield server
     finally:
+        leaving.cancel()
         server.stop()
 
 

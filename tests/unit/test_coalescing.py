@@ -18,19 +18,20 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 import pytest
+from tests.support.waiting import PATIENCE, eventually
 
 from tokenlimits import AsyncTokenLimits, InvalidRequest, ServiceUnavailable, TokenLimits, TrackResult
 from tokenlimits._core import queue as _queue
 from tokenlimits._core import workers
 from tokenlimits._core.call import Call
-from tokenlimits._drivers import coalescing
+from tokenlimits._drivers import coalescing, deadline
 from tokenlimits._drivers.transport import AsyncTransport, Transport
 from tokenlimits.errors import AccessDenied, IdempotencyConflict
 
 T = TypeVar("T")
 
-PATIENCE = 30
-"""Seconds until a test that hangs has failed."""
+LONG = 600.0
+"""Seconds that a call has; no test takes as long."""
 
 ANN = UUID("0197f0a0-0000-7000-8000-00000000000a")
 TEAM = "0197f0a0-0000-7000-8000-000000000001"
@@ -139,20 +140,12 @@ class Gate(Transport):
             decided.set_exception(error)
 
 
-def until(condition: Callable[[], object]) -> None:
-    pause, tries = threading.Event(), 0
-    while not condition():
-        pause.wait(0.001)
-        tries += 1
-        assert tries < PATIENCE * 1000
-
-
 class Threads:
     """Callers in threads, who are known by their costs."""
 
-    def __init__(self, **options: Any) -> None:
-        self.limits = TokenLimits(coalesce=True, **options)
-        self.gate = Gate(options.get("timeout", 10.0))
+    def __init__(self, timeout: float = LONG, **options: Any) -> None:
+        self.limits = TokenLimits(coalesce=True, timeout=timeout, **options)
+        self.gate = Gate(timeout)
         self.limits._travel_by(self.gate)
         self.threads = ThreadPoolExecutor(100)
 
@@ -163,8 +156,13 @@ class Threads:
         """A call that waits for another's request now."""
         before = len(self.unfinished())
         future = self.track(cost, kind, **options)
-        until(lambda: len(self.unfinished()) > before)
+        eventually(lambda: len(self.unfinished()) > before)
         return future
+
+    def wake(self) -> None:
+        """Let all who wait look at the clock."""
+        for ticket in self.unfinished():
+            ticket.caller.ring()
 
     def unfinished(self) -> list[Any]:
         meeting = self.limits._coalescer._meeting()  # type: ignore[union-attr]
@@ -191,6 +189,19 @@ def make_threads() -> Iterator[Callable[..., Threads]]:
     yield make
     for each in made:
         each.finish()
+
+
+@pytest.fixture
+def let_pass(monkeypatch: pytest.MonkeyPatch, threads: Threads) -> Callable[[float], None]:
+    """Let so many seconds of the deadlines pass, which stand still from now on otherwise."""
+    begun, passed = deadline.monotonic(), [0.0]
+    monkeypatch.setattr(deadline, "monotonic", lambda: begun + sum(passed))
+
+    def let_pass(seconds: float) -> None:
+        passed.append(seconds)
+        threads.wake()
+
+    return let_pass
 
 
 @pytest.fixture
@@ -401,12 +412,12 @@ class TestThreads:
         assert last > 30
 
     def test_whoever_runs_out_of_time_before_it_is_sent_is_never_charged(
-        self, make_threads: Callable[..., Threads]
+        self, threads: Threads, let_pass: Callable[[float], None]
     ) -> None:
-        threads = make_threads(timeout=0.2)
         first = threads.track(1)
         alone = threads.gate.next()
         late = threads.queued(2)
+        let_pass(LONG)
         with pytest.raises(ServiceUnavailable, match="nothing was recorded") as raised:
             result(late)
         assert isinstance(raised.value.__cause__, TimeoutError)
@@ -416,16 +427,18 @@ class TestThreads:
         assert threads.gate.server.total == 1
 
     def test_whoever_runs_out_of_time_under_way_leaves_the_others_alone(
-        self, make_threads: Callable[..., Threads]
+        self, threads: Threads, let_pass: Callable[[float], None]
     ) -> None:
-        threads = make_threads(timeout=0.5)
         threads.track(1)
         alone = threads.gate.next()
-        late, leader = threads.queued(2), threads.queued(3)
+        late = threads.queued(2)
+        let_pass(100)
+        leader = threads.queued(3)
+        let_pass(100)
         threads.gate.let(alone)
         together = threads.gate.next()
-        assert together.timeout is not None
-        assert 0 < together.timeout < 0.5
+        assert together.timeout == pytest.approx(LONG - 100)
+        let_pass(LONG - 200)
         with pytest.raises(ServiceUnavailable, match="no answer in time"):
             result(late)
         threads.gate.let(together)
@@ -490,7 +503,7 @@ class TestThreads:
         self, make_threads: Callable[..., Threads]
     ) -> None:
         """Struck twice, say: a second Ctrl-C comes before what the first one left behind was taken away."""
-        threads = make_threads(timeout=0.5)
+        threads = make_threads(timeout=2)
         threads.gate.open = True
         meeting: Any = threads.limits._coalescer._meeting()  # type: ignore[union-attr]
         gone: Any = _queue.Ticket(workers.track(ANN, "image", 1, None, None, None), coalescing.Bell())
@@ -499,21 +512,22 @@ class TestThreads:
         assert threads.limits.track(ANN, "image", 2).cost == 2
         assert threads.unfinished() == []
 
-    def test_closing_waits_for_what_nobody_waits_for_any_more(self, make_threads: Callable[..., Threads]) -> None:
-        threads = make_threads(timeout=1)
+    def test_closing_waits_for_what_nobody_waits_for_any_more(
+        self, threads: Threads, let_pass: Callable[[float], None]
+    ) -> None:
         threads.track(1)
         alone = threads.gate.next()
         meeting: Any = threads.limits._coalescer._meeting()  # type: ignore[union-attr]
         queued = {threads.queued(2), threads.queued(3)}
         threads.gate.let(alone)
         together = threads.gate.next()
+        let_pass(LONG)
         # either sends for both; the other gives up
         (late,) = wait(queued, PATIENCE, FIRST_COMPLETED).done
         with pytest.raises(ServiceUnavailable):
             result(late)
-        # only now: closing has no more patience than a call
         closing = threads.threads.submit(threads.limits.close)
-        until(lambda: meeting._drains)
+        eventually(lambda: meeting._drains)
         assert threads.gate.closed == 0
         threads.gate.let(together)
         result(closing)
@@ -525,7 +539,7 @@ class TestThreads:
         alone = threads.gate.next()
         meeting: Any = threads.limits._coalescer._meeting()  # type: ignore[union-attr]
         closing = threads.threads.submit(threads.limits.close)
-        until(lambda: meeting._drains)
+        eventually(lambda: meeting._drains)
         threads.queued(2)
         threads.gate.let(alone)
         result(closing)
@@ -568,7 +582,7 @@ class TestThreads:
                 os._exit(0 if good else 1)
         if held:
             meeting._lock.release()
-        until(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT))
+        eventually(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert len(threads.unfinished()) == 3
 
@@ -626,9 +640,9 @@ class AsyncGate(AsyncTransport):
 class Tasks:
     """Callers in tasks, who are known by their costs."""
 
-    def __init__(self, **options: Any) -> None:
-        self.limits = AsyncTokenLimits(coalesce=True, **options)
-        self.gate = AsyncGate(options.get("timeout", 10.0))
+    def __init__(self, timeout: float = LONG, **options: Any) -> None:
+        self.limits = AsyncTokenLimits(coalesce=True, timeout=timeout, **options)
+        self.gate = AsyncGate(timeout)
         self.limits._travel_by(self.gate)
 
     def track(self, cost: int, kind: str = "image", **options: Any) -> asyncio.Task[TrackResult]:
@@ -858,7 +872,7 @@ class TestTasks:
 
 class TestDeadlinesOfTasks:
     def test_before_it_is_sent_and_under_way(self) -> None:
-        tasks = Tasks(timeout=0.2)
+        tasks = Tasks(timeout=1)
 
         async def main() -> None:
             late = tasks.track(1)
