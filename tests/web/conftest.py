@@ -130,8 +130,10 @@ def api(url: str, tokens: dict[str, str]) -> Iterator[Callable[..., httpx.Respon
     """Ask the API with the token of a role."""
     with httpx.Client(base_url=f"{url}/api", trust_env=False, timeout=30) as client:
 
-        def ask(role: str | None, method: str, path: str, **more: object) -> httpx.Response:
-            headers = {} if role is None else {"Authorization": f"Bearer {tokens.get(role, role)}"}
-            return client.request(method, path, headers=headers, **more)
+        def ask(
+            role: str | None, method: str, path: str, headers: dict[str, str] | None = None, **more: object
+        ) -> httpx.Response:
+            known = {} if role is None else {"Authorization": f"Bearer {tokens.get(role, role)}"}
+            return client.request(method, path, headers={**known, **(headers or {})}, **more)
 
         yield ask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from uuid import uuid4
 
 import httpx
@@ -177,18 +178,51 @@ class TestTrackGeneration:
         found = problem(api("service", "POST", "/track-generation", json={"kind": "image"}), 422, "invalid-request")
         assert found["errors"][0]["field"] == "user_id"
 
-    def test_a_user_charges_nobody_else(
-        self, api: Ask, groups: GroupManager, user: LocalUser, stack: LocalStack
-    ) -> None:
+    def test_a_worker_may_send_its_key_as_a_header(self, api: Ask, groups: GroupManager, user: LocalUser) -> None:
+        pro = groups.create("Pro", limits={"image": 5})
+        groups.add_member(pro.id, user.id)
+        body = {"user_id": str(user.id), "kind": "image"}
+        key = {"Idempotency-Key": "sent-1"}
+        assert not api("service", "POST", "/track-generation", json=body, headers=key).json()["replayed"]
+        assert api("service", "POST", "/track-generation", json=body, headers=key).json()["replayed"]
+        both = body | {"idempotency_key": "sent-1"}
+        assert api("service", "POST", "/track-generation", json=both, headers=key).json()["replayed"]
+        other = body | {"idempotency_key": "sent-2"}
+        assert api("service", "POST", "/track-generation", json=other, headers=key).status_code == 400
+        assert groups.usage(pro.id).limits[0].used == 1
+
+    def test_a_user_tracks_nothing(self, api: Ask, groups: GroupManager, user: LocalUser) -> None:
         pro = groups.create("Pro", limits={"image": 2})
+        groups.add_member(pro.id, user.id)
+        for role in ("user", "admin"):
+            body = {"kind": "image", "cost": 1}
+            problem(api(role, "POST", "/track-generation", json=body), 403, "access-denied")
+        assert groups.usage(pro.id).limits[0].used == 0
+
+    def test_a_user_tracks_for_themself_what_the_server_lets_them(
+        self, stack: LocalStack, tokens: dict[str, str], groups: GroupManager, user: LocalUser
+    ) -> None:
+        pro = groups.create("Pro", limits={"image": 10, "video": 10})
+        team = groups.create("Team", limits={"image": 10})
         (other,) = stack.create_users(1)
         groups.add_members(pro.id, [user.id, other])
-        assert api("user", "POST", "/track-generation", json={"kind": "image"}).json()["allowed"]
-        body = {"kind": "image", "user_id": str(other)}
-        problem(api("user", "POST", "/track-generation", json=body), 403, "access-denied")
-        body = {"kind": "image", "user_id": str(user.id), "idempotency_key": "mine"}
-        problem(api("user", "POST", "/track-generation", json=body), 403, "access-denied")
-        assert groups.usage(pro.id).limits[0].used == 1
+        groups.add_member(team.id, user.id)
+        with served(create_app(settings_for(stack), self_service={"image": 2})) as url:
+
+            def ask(body: dict[str, Any], **headers: str) -> httpx.Response:
+                headers |= {"Authorization": f"Bearer {tokens['user']}"}
+                return httpx.post(f"{url}/api/track-generation", headers=headers, json=body, trust_env=False)
+
+            assert ask({"kind": "image"}).json()["cost"] == 2
+            assert ask({"kind": "image", "user_id": str(user.id)}).json()["cost"] == 2
+            problem(ask({"kind": "video"}), 403, "access-denied")
+            problem(ask({"kind": "image", "user_id": str(other)}), 403, "access-denied")
+            chosen = {"cost": 1, "idempotency_key": "mine", "group_id": str(team.id), "metadata": {"a": 1}}
+            for name, value in chosen.items():
+                assert ask({"kind": "image", name: value}).status_code == 400, name
+            assert ask({"kind": "image"}, **{"Idempotency-Key": "mine"}).status_code == 400
+        assert [limit.used for limit in groups.usage(pro.id).limits] == [4, 0]
+        assert groups.usage(team.id).limits[0].used == 0
 
     def test_a_denial_says_why_and_until_when(self, api: Ask, groups: GroupManager, newcomer: LocalUser) -> None:
         body = {"kind": "image", "user_id": str(newcomer.id)}

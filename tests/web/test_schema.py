@@ -35,7 +35,7 @@ def service_elsewhere(elsewhere: LocalStack) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def url(elsewhere: LocalStack) -> Iterator[str]:
-    with served(create_app(settings_for(elsewhere, schema_name="limits"))) as url:
+    with served(create_app(settings_for(elsewhere, schema_name="limits"), self_service={"image": 2})) as url:
         yield url
 
 
@@ -49,7 +49,7 @@ class TestInASchemaOfItsOwn:
             group = made.json()["id"]
             body = {"group_id": group, "user_id": str(boss.id)}
             assert api.post("/group-members", json=body).is_success
-            tracked = api.post("/track-generation", json={"kind": "image", "cost": 2})
+            tracked = api.post("/track-generation", json={"kind": "image"})
             assert (tracked.status_code, tracked.json()["remaining"]) == (200, 7)
             assert [limit["used"] for limit in api.get("/usage/me").json()["items"]] == [2]
             assert [limit["used"] for limit in api.get(f"/groups/{group}/usage").json()["limits"]] == [2]

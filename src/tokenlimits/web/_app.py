@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -23,11 +23,13 @@ from .api._routes import api_of
 from .panel._routes import nothing_here, panel_for, routes_of
 
 
-def create_app(settings: WebSettings | None = None) -> FastAPI:
+def create_app(settings: WebSettings | None = None, *, self_service: Mapping[str, int] | None = None) -> FastAPI:
     """Make the app, to be served by itself or mounted in another, as in `app.mount("/limits", …)`.
 
     Args:
         settings: Where Supabase is; from the environment when None.
+        self_service: What signed-in users may track for themselves by the API: the cost of each kind. By default only
+            workers track, with the secret key.
 
     Raises:
         ConfigurationError: A variable is missing or can't be right.
@@ -37,7 +39,7 @@ def create_app(settings: WebSettings | None = None) -> FastAPI:
         >>> create_app(WebSettings(web_secret=secrets.token_urlsafe(32))).title
         'tokenlimits'
     """
-    backend = Backend(settings or load())
+    backend = Backend(settings or load(), self_service=self_service)
     panel = panel_for(backend)
 
     @asynccontextmanager

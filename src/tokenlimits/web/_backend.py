@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
@@ -69,10 +69,17 @@ class Backend:
     Args:
         settings: Where Supabase is.
         limits: What tracks for `/api/track-generation`; by default a client with the secret key of the settings.
+        self_service: What users may track there for themselves: the cost of each kind.
     """
 
-    def __init__(self, settings: WebSettings, limits: AsyncTokenLimits | None = None) -> None:
+    def __init__(
+        self,
+        settings: WebSettings,
+        limits: AsyncTokenLimits | None = None,
+        self_service: Mapping[str, int] | None = None,
+    ) -> None:
         self.settings = settings
+        self.self_service = dict(self_service or {})
         self._limits = limits
         self._of_loop: _OfLoop | None = None
         self.auth = Auth(settings, self._http)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastapi import APIRouter, Depends
 
 from tokenlimits import AsyncTokenLimits
@@ -13,15 +15,21 @@ from . import _groups, _members, _usage
 from ._routing import ApiRoute, Gate
 
 
-def router(settings: WebSettings | None = None, *, limits: AsyncTokenLimits | None = None) -> APIRouter:
+def router(
+    settings: WebSettings | None = None,
+    *,
+    limits: AsyncTokenLimits | None = None,
+    self_service: Mapping[str, int] | None = None,
+) -> APIRouter:
     """Make the router of the API: `/api/groups`, `/api/group-members`, `/api/usage/me`, `/api/track-generation`.
 
     Everything is done with the caller's own access token, so that the database decides. `/api/track-generation` alone
-    uses the server's secret key, and isn't there without one.
+    uses the server's secret key, and isn't there without one. It is for workers.
 
     Args:
         settings: Where Supabase is; from the environment when None.
         limits: What tracks; by default a client with the settings' secret key.
+        self_service: What signed-in users may track for themselves: the cost of each kind. They choose nothing else.
 
     Raises:
         ConfigurationError: A variable is missing or can't be right.
@@ -31,7 +39,7 @@ def router(settings: WebSettings | None = None, *, limits: AsyncTokenLimits | No
         >>> app = FastAPI()
         >>> app.include_router(router())
     """
-    return api_of(Backend(settings or load(), limits))
+    return api_of(Backend(settings or load(), limits, self_service))
 
 
 def api_of(backend: Backend) -> APIRouter:

@@ -210,7 +210,7 @@ class Removed(BaseModel):
 
 
 class Generation(BaseModel):
-    """A generation to track. A signed-in user can charge nobody else, and choose no idempotency key."""
+    """A generation to track. A signed-in user can charge nobody else, and choose the kind alone."""
 
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"examples": [{"user_id": USER_ID, "kind": "image", "cost": 1}]}
