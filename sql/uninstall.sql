@@ -1,9 +1,9 @@
--- Removes tokenlimits: groups, limits, memberships, counters and every function, and nothing that it did not make.
--- Where something of the project's depends on it, it says so, and changes nothing.
--- Keeps the ledger (generation_usage), which the service key may go on reading; installing tokenlimits again takes up
--- its history, holds and keys. To drop it too, run this first, in the same session:
+-- Removes tokenlimits: groups, limits, memberships, counters and every function, and nothing that it didn't create.
+-- If objects of the project depend on it, it names them and changes nothing.
+-- Keeps the ledger (generation_usage), which the service key may still read. Installing tokenlimits again picks up its
+-- history, holds and keys. To drop the ledger too, run this first, in the same session:
 --   set tokenlimits.drop_ledger = 'yes';
--- Keeps tokenlimits.is_admin() and tokenlimits.known_users() where they are the project's own.
+-- Keeps tokenlimits.is_admin() and tokenlimits.known_users() if the project replaced them.
 -- Generated from sql/schema/ by `make sql`; edit it there.
 
 do $do$
@@ -15,7 +15,7 @@ declare
   v_detail text;
 begin
   perform pg_advisory_xact_lock(1953459052, 257);
-  -- in which schema the public part is: by the marks of its tables, of which no temporary one is ours
+  -- the schema of the public part, found by the marks of its tables; temporary tables are never ours
   select c.relnamespace into v_home
   from pg_catalog.pg_class as c
   where
@@ -27,12 +27,12 @@ begin
   limit 1;
 
   begin
-    -- what hangs on our functions is ours, by its name
+    -- policies and triggers that use our functions are ours, and are found by name
     for v_object in
       select p.polname as name, p.polrelid::regclass as relation, 'policy' as sort
       from pg_catalog.pg_policy as p
       inner join pg_catalog.pg_class as c on c.oid = p.polrelid
-      -- also of a table that was renamed since
+      -- even if the table was renamed
       where c.relnamespace = v_home and coalesce(obj_description(c.oid, 'pg_class') like 'tokenlimits:%', false) and p.polname like 'admins may %'
       union all
       select t.tgname, t.tgrelid::regclass, 'trigger'
@@ -45,7 +45,7 @@ begin
     loop
       execute format('drop %s %I on %s', v_object.sort, v_object.name, v_object.relation);
     end loop;
-    -- all at once, since some are made of others; never by cascade, which would take what is the project's
+    -- all at once, since some depend on others; never by cascade, which would drop the project's own objects
     v_ours := array(
       select p.oid::regprocedure
       from pg_catalog.pg_proc as p
@@ -128,7 +128,7 @@ begin
         hint = 'Nothing was changed. Drop or change them first.';
   end;
 
-  -- schemas that it made, unless something else is in them by now
+  -- schemas that tokenlimits created, unless they contain something else by now
   for v_object in
     select n.oid::regnamespace as name
     from pg_catalog.pg_namespace as n
@@ -141,7 +141,7 @@ begin
         null;
     end;
   end loop;
-  -- it was said for this time
+  -- it applies to this run only
   perform set_config('tokenlimits.drop_ledger', '', false);
 end
 $do$;

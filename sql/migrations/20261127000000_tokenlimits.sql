@@ -9,12 +9,12 @@ set local lock_timeout = '10s';
 
 -- 05_names.sql
 
--- Whether all of this may go here.
+-- Whether tokenlimits can be installed here.
 --
 -- Invariants
---   * What we make says so in its comment, which begins with our mark. So the mark travels with dumps, and a ledger
---     that is kept has it when the schema tokenlimits is gone.
---   * Where this refuses, nothing has changed; tables and functions without our mark are never changed.
+--   * The comment of every object that we create begins with our mark. So dumps contain the mark, and a kept ledger
+--     still has it when the schema tokenlimits is gone.
+--   * If this refuses, nothing has changed. Tables and functions without our mark are never changed.
 
 do $do$
 declare
@@ -28,10 +28,10 @@ begin
   where
     c.relname in ('user_groups', 'group_limits', 'group_memberships', 'generation_usage')
     and n.nspname <> 'public'
-    -- anybody can make a temporary table
+    -- anybody can create a temporary table
     and c.relpersistence = 'p'
     and coalesce(obj_description(c.oid, 'pg_class') like 'tokenlimits:%', false)
-    -- a copy beside what is here is the project's
+    -- a copy beside our own tables belongs to the project
     and not exists (
       select
       from pg_catalog.pg_class as h
@@ -44,12 +44,12 @@ begin
   if found then
     raise exception using
       errcode = 'TL010',
-      message = format('tokenlimits is installed in another schema, and a database has it once: %s (TL010)', v_elsewhere),
-      hint = 'Nothing was changed. Apply the SQL of that schema (tokenlimits sql --schema NAME), or uninstall it there '
-        'first. A ledger that was kept can be moved: alter table OLD.generation_usage set schema NEW, once NEW is there.';
+      message = format('tokenlimits is already installed in another schema of this database: %s (TL010)', v_elsewhere),
+      hint = 'Nothing was changed. Apply the SQL for that schema (tokenlimits sql --schema NAME), or uninstall it there '
+        'first. To move a kept ledger, create the schema NEW, then: alter table OLD.generation_usage set schema NEW.';
   end if;
 
-  -- the private schema may be the project's, and two functions in it, which are in none of our lists
+  -- the project may own the private schema, and two functions in it, which none of our lists has
   v_taken := array(
     select format(
       '%s %I.%I',
@@ -87,7 +87,7 @@ begin
         'user_groups_name_key',
         'user_groups_pkey'
       )
-      -- an index and an identity's sequence are their table's
+      -- an index and an identity's sequence belong to their table
       and not coalesce(obj_description(coalesce(i.indrelid, d.refobjid, c.oid), 'pg_class') like 'tokenlimits:%', false)
     union all
     select format('type %I.%I', 'public', t.typname)
@@ -166,7 +166,7 @@ begin
       and c.relname in (
         'deleted_groups', 'counters', 'usage_rollup', 'holds', 'usage_resets'
       )
-      -- an index and an identity's sequence are their table's
+      -- an index and an identity's sequence belong to their table
       and not coalesce(obj_description(coalesce(i.indrelid, d.refobjid, c.oid), 'pg_class') like 'tokenlimits:%', false)
     union all
     select format('type %I.%I', 'tokenlimits', t.typname)
@@ -286,24 +286,24 @@ begin
     raise exception using
       errcode = 'TL010',
       message = format(
-        'tokenlimits needs names that other objects have, which it did not make: %s (TL010)',
+        'other objects, which tokenlimits did not create, have names that it needs: %s (TL010)',
         array_to_string(v_taken, ', ')
       ),
-      hint = 'Nothing was changed. Rename them, or install in a schema of its own: tokenlimits sql --schema NAME. '
-        'What tokenlimits made has a comment that begins with "tokenlimits:"; where a restored dump has lost the '
-        'comments, say so first, in the same session: set tokenlimits.adopt = ''yes''.';
+      hint = 'Nothing was changed. Rename them, or install in another schema: tokenlimits sql --schema NAME. Objects of '
+        'tokenlimits have a comment that begins with "tokenlimits:". If a restored dump lost the comments, run this '
+        'first, in the same session: set tokenlimits.adopt = ''yes''.';
   end if;
 end
 $do$;
 
 -- 10_schema.sql
 
--- The private schema, who is an admin, and the clock.
+-- The private schema, the definition of an admin, and the clock.
 --
 -- Invariants
 --   * Nothing in the schema tokenlimits is exposed through the API: it is not in PostgREST's list of schemas.
---   * A project's own tokenlimits.is_admin() and tokenlimits.known_users() survive another application of this file.
---   * Nothing reads auth.users but known_users, what looks for users by their address, and what counts those in no group.
+--   * A project's own tokenlimits.is_admin() and tokenlimits.known_users() survive when this file is applied again.
+--   * Only known_users, searches for users by address, and the count of users in no group read auth.users.
 --
 -- SQLSTATEs that our functions raise (PostgREST passes them on as "code", with 400)
 --   TL001  invalid request; DETAIL is the name of the field
@@ -311,17 +311,17 @@ $do$;
 --   TL003  a group of that name exists (whatever its case)
 --   TL004  unknown user
 --   TL005  usage not found
---   TL006  usage already settled in another way
+--   TL006  usage already settled differently
 --   TL007  the hold has expired and its cost no longer fits
 --   TL008  idempotency key used for another request
 --   TL009  the transaction is not READ COMMITTED
---   TL010  names that tokenlimits needs are taken, or it is installed in another schema; raised when it is applied
---   TL099  overtaken by another call; caught inside, never leaves
---   42501  the caller is no admin
+--   TL010  names that tokenlimits needs are taken, or it is installed in another schema; raised when the SQL is applied
+--   TL099  overtaken by another call; always caught internally
+--   42501  the caller is not an admin
 
 do $do$
 begin
-  -- a project may have made it, for its own is_admin() or known_users(); then it stays the project's
+  -- if the project created it, for its own is_admin() or known_users(), it remains the project's
   if to_regnamespace('tokenlimits') is null then
     create schema tokenlimits;
     comment on schema tokenlimits is 'tokenlimits: Private parts: counters, rollup, helpers. Not for the API.';
@@ -333,7 +333,7 @@ revoke all on schema tokenlimits from public, anon, authenticated, service_role;
 
 grant usage on schema tokenlimits to authenticated, service_role;
 
--- Where the public part goes: Supabase has made "public", another schema may be ours to make.
+-- The schema of the public part: Supabase created "public"; we create another schema if it doesn't exist.
 do $do$
 begin
   if to_regnamespace('public') is null then
@@ -349,8 +349,8 @@ end
 $do$;
 
 -- Signed-in users with app_metadata.role = 'admin' are admins; a user can write user_metadata, but never app_metadata.
--- Made only if it is not there, so that a project can put its own rule in its place; what is the project's own is left
--- as it is, with its privileges.
+-- Created only if it doesn't exist, so that a project can replace it with its own rule. A project's own function is
+-- left unchanged, with its privileges.
 do $do$
 begin
   if to_regprocedure('tokenlimits.is_admin()') is null then
@@ -370,8 +370,8 @@ begin
 end
 $do$;
 
--- Users as the project knows them. Made only if it is not there: a project that keeps its users elsewhere makes its own
--- before, and memberships have no foreign key to auth.users then.
+-- Which users exist. Created only if it doesn't exist: a project that keeps its users elsewhere creates its own first,
+-- and then memberships have no foreign key to auth.users.
 do $do$
 begin
   if to_regprocedure('tokenlimits.known_users(uuid[])') is null then
@@ -392,13 +392,13 @@ begin
     raise exception using
       errcode = 'TL010',
       message = 'tokenlimits.known_users(uuid[]) must return table (id uuid, email text) (TL010)',
-      hint = 'Nothing was changed. Create it anew with these columns.';
+      hint = 'Nothing was changed. Create it again with these columns.';
   end if;
 end
 $do$;
 
--- Each known user once, whatever a project's own rule answers. Never row by row with each other: a plan that is kept
--- takes both sides for small.
+-- Each known user once, even if a project's own rule returns duplicates. Never a nested loop: a cached plan assumes
+-- that both sides are small.
 create or replace function tokenlimits.users(p_user_ids uuid[])
 returns table (id uuid, email text)
 language plpgsql
@@ -421,8 +421,8 @@ is 'tokenlimits: Which of these users exist, each once, with their e-mail addres
 revoke execute on function tokenlimits.users(uuid[])
 from public, anon, authenticated, service_role;
 
--- Admin functions open with this. Besides admins it lets pass whoever may act as service_role: the service key and the
--- database's owner. The GUC "role" still names the caller inside a definer function, where current_user does not.
+-- Admin functions begin with this. Besides admins, it admits roles that may act as service_role: the service key and
+-- the database's owner. Inside a definer function, the GUC "role" still names the caller; current_user does not.
 create or replace function tokenlimits.require_admin()
 returns void
 language plpgsql
@@ -451,7 +451,8 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.require_admin()
 to authenticated, service_role;
 
--- The one place that reads the time. Wall clock, not now(): a call that waited for a lock is recorded when it got it.
+-- The only place that reads the time. The wall clock, not now(): a call that waited for a lock is recorded at the time
+-- at which it got the lock.
 create or replace function tokenlimits.clock()
 returns timestamptz
 language plpgsql
@@ -469,7 +470,7 @@ is 'tokenlimits: The present moment, for every function of tokenlimits.';
 revoke execute on function tokenlimits.clock()
 from public, anon, authenticated, service_role;
 
--- The code is in the message too, for servers between us and the caller that drop it.
+-- The message contains the code too, since servers between us and the caller may drop the field.
 create or replace function tokenlimits.refuse(
   p_code text,
   p_message text,
@@ -522,13 +523,13 @@ to authenticated, service_role;
 -- Groups, their limits and members, and the ledger.
 --
 -- Invariants
---   * Only functions of tokenlimits write the ledger; nothing deletes from it, and it has no foreign keys: deleting a
---     group or a user must not touch millions of rows. No checks either: each would be parsed anew by every call.
---   * A limit is its (group, kind, period, scope), and keeps its id through every edit of it. Its counter_id names the
---     counters that count for it, and is a new one whenever they have to be counted afresh.
---   * A time zone is one of pg_timezone_names: PostgreSQL itself would take 'Foo/Bar5'.
---   * No stored moment is one that a reader can't represent: infinity, or a year beyond four digits.
---   * A name reads as it is: NFC, without characters that are invisible or turn the direction of others.
+--   * Only functions of tokenlimits write the ledger, and nothing deletes from it. It has no foreign keys: deleting a
+--     group or a user must not touch millions of rows. It has no checks either: every call would parse each of them.
+--   * A limit is identified by (group, kind, period, scope), and keeps its id through every edit. Its counter_id names
+--     its counters, and changes whenever they must be recounted.
+--   * A time zone is one of pg_timezone_names: PostgreSQL itself would accept 'Foo/Bar5'.
+--   * Every reader can represent every stored timestamp: no infinity, no year beyond four digits.
+--   * A name looks like what it is: NFC, without invisible characters and without those that change text direction.
 
 create table if not exists public.user_groups (
   id uuid not null default gen_random_uuid(),
@@ -564,9 +565,9 @@ comment on table public.user_groups is 'tokenlimits: Groups of users that share 
 
 comment on column public.user_groups.priority is 'A user''s groups are tried from high to low.';
 
-comment on column public.user_groups.timezone is 'IANA name; calendar periods of the group''s limits begin in it.';
+comment on column public.user_groups.timezone is 'IANA name; the periods of the group''s limits follow its calendar.';
 
-comment on column public.user_groups.is_default is 'Judges the users who are in no group at all; one group at most.';
+comment on column public.user_groups.is_default is 'Applies to users who are in no group; at most one group.';
 
 create unique index if not exists user_groups_name_key on public.user_groups (lower(name));
 
@@ -595,7 +596,7 @@ is 'tokenlimits: How much of a kind a group (or each of its members) may use in 
 
 comment on column public.group_limits.max is 'Null: unlimited. 0: blocked.';
 
-comment on column public.group_limits.counter_id is 'Names the limit''s counters; set by tokenlimits alone.';
+comment on column public.group_limits.counter_id is 'Names the limit''s counters; only tokenlimits sets it.';
 
 create table if not exists public.group_memberships (
   group_id uuid not null,
@@ -613,7 +614,7 @@ comment on table public.group_memberships is 'tokenlimits: Who is in which group
 
 create index if not exists group_memberships_user_id_idx on public.group_memberships (user_id);
 
--- Whether users are in auth.users is for known_users to say.
+-- With a project's own known_users, members need not be in auth.users.
 do $do$
 begin
   if exists (
@@ -643,7 +644,7 @@ create table if not exists public.generation_usage (
   cost bigint not null,
   reserved_cost bigint,
   status text not null,
-  -- "C": compared byte by byte, which is all that equality needs, and cheaper than the words' order of a language
+  -- "C": compared byte by byte, which is enough for equality and cheaper than a language's collation
   idempotency_key text collate "C",
   fingerprint uuid,
   metadata jsonb not null default '{}',
@@ -662,33 +663,34 @@ is 'A UUIDv7 of created_at; the last four hex digits are those of the group''s i
 
 comment on column public.generation_usage.status is 'reserved, committed, released, refunded or expired.';
 
-comment on column public.generation_usage.cost is 'What it takes from the limits while reserved or committed.';
+comment on column public.generation_usage.cost is 'What it takes from its limits while reserved or committed.';
 
 comment on column public.generation_usage.reserved_cost
-is 'Of a hold, or what was one: what was held, whatever it was settled for.';
+is 'The cost that was reserved, if it is or was a hold, whatever it was settled for.';
 
 comment on column public.generation_usage.fingerprint
-is 'What was asked for under the idempotency key, since a commit may lower the cost.';
+is 'What was requested under the idempotency key; a commit may lower the cost, but not this.';
 
 comment on column public.generation_usage.created_at
-is 'Decides the period that it belongs to, whenever it is settled.';
+is 'Determines the period that it belongs to, whenever it is settled.';
 
 create index if not exists generation_usage_group_id_idx on public.generation_usage (group_id, created_at);
 
 create index if not exists generation_usage_user_id_idx on public.generation_usage (user_id, created_at);
 
--- What an admin edits through the API arrives here as plain updates: names are tidied and checked, and time zones.
+-- An admin's edits through the API arrive here as plain updates, so names and time zones are normalized and checked
+-- here.
 create or replace function tokenlimits.check_group()
 returns trigger
 language plpgsql
--- definer: it must work whatever the caller may see
+-- definer: it must work for callers who can't see other groups
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_timezone text;
 begin
-  -- row-level security refuses only afterwards what somebody inserts, and nothing is read for them before
+  -- row-level security refuses an insert only afterwards; read nothing for such a caller before that
   perform tokenlimits.require_admin();
   new.name := normalize(
     btrim(
@@ -716,11 +718,11 @@ and new.name !~ '[\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0]') i
     select tz.name into v_timezone
     from pg_catalog.pg_timezone_names as tz
     where
-      -- decided before anything is read: a megabyte would be compared with every name
+      -- checked before anything is read: a megabyte would be compared with every name
       char_length(new.timezone) <= 64
       and lower(tz.name) = lower(new.timezone)
       and tz.name not like 'posix/%'
-      -- the first are abbreviations for "at time zone", which knows no daylight saving then; the others are no places
+      -- "at time zone" takes the first for abbreviations, without daylight saving time; the others aren't places
       and tz.name not in ('CET', 'EET', 'MET', 'WET', 'Factory', 'localtime', 'posixrules');
     if v_timezone is null then
       perform tokenlimits.refuse(
@@ -737,7 +739,7 @@ end
 $$;
 
 comment on function tokenlimits.check_group()
-is 'tokenlimits: Trigger: tidies and checks a group that is written.';
+is 'tokenlimits: Trigger: normalizes and checks a group that is written.';
 
 revoke execute on function tokenlimits.check_group()
 from public, anon, authenticated, service_role;
@@ -746,7 +748,7 @@ create or replace trigger user_groups_check
 before insert or update on public.user_groups
 for each row execute function tokenlimits.check_group();
 
--- The ids of groups that are gone: no group gets one of them again, since the ledger goes on naming them.
+-- The ids of deleted groups. They are never used again, since the ledger still names them.
 create table if not exists tokenlimits.deleted_groups (
   id uuid not null,
   deleted_at timestamptz not null,
@@ -773,7 +775,7 @@ end
 $$;
 
 comment on function tokenlimits.remember_group()
-is 'tokenlimits: Trigger: the id of a group that was deleted is never used again.';
+is 'tokenlimits: Trigger: remembers the id of a deleted group, so that it is never used again.';
 
 revoke execute on function tokenlimits.remember_group()
 from public, anon, authenticated, service_role;
@@ -782,9 +784,9 @@ create or replace trigger user_groups_remember
 after delete on public.user_groups
 for each row execute function tokenlimits.remember_group();
 
--- Only our functions write the ledger, and they run as its owner: also where a dump was restored in a project whose
--- default privileges grant everything. In public, so that a dump of public alone has it. It costs a call a fiftieth; as
--- a condition of the trigger, which is parsed anew by every statement, it would cost a tenth.
+-- Only our functions write the ledger, and they run as its owner. This enforces it even where a dump was restored in a
+-- project whose default privileges grant everything. It is in public, so that a dump of public alone includes it. It
+-- costs 2 % of a call; as the trigger's condition, which every statement parses, it would cost 10 %.
 create or replace function public.refuse_ledger_write()
 returns trigger
 language plpgsql
@@ -797,13 +799,13 @@ begin
   end if;
   raise exception using
     errcode = '42501',
-    message = 'the ledger is written by functions of tokenlimits alone',
+    message = 'only the functions of tokenlimits may write the ledger',
     hint = 'Call track_generation, record_generation or refund_generation. Nothing was saved.';
 end
 $$;
 
 comment on function public.refuse_ledger_write()
-is 'tokenlimits: Trigger: refuses who writes the ledger past our functions.';
+is 'tokenlimits: Trigger: refuses direct writes to the ledger.';
 
 revoke execute on function public.refuse_ledger_write() from public, anon, authenticated, service_role;
 
@@ -813,25 +815,26 @@ for each statement execute function public.refuse_ledger_write();
 
 -- 30_counters.sql
 
--- Counters, rollup, holds and resets: what makes a call's cost independent of history.
+-- Counters, rollup, holds and resets: they make a call's cost independent of the history.
 --
 -- Invariants
 --   * A counter that exists and whose period is current equals the sum of the live ledger rows of its limit and subject
 --     in [since, until). Whoever writes a ledger row opens and moves every counter that it counts for, in the same
---     transaction, so a counter that does not exist can be counted from the ledger, and a past one starts at zero.
+--     transaction. So a missing counter can be counted from the ledger, and one of a past period starts at zero.
 --   * The rollup's sum over slots equals the live ledger rows of (group, kind, bucket).
---   * Locks are taken in one order over a whole transaction, batches and sweeps too: group stripes, ledger rows by id,
---     keys, rollup rows by key, member counters and then group counters, by (subject, counter_id). So all that a
---     transaction moves is merged before the first is moved. What a sweep locks in the ledger it never waits for.
---   * Whoever reads limits in order to write holds its group's stripe shared; whoever edits limits takes it exclusively
---     after the edit, and so waits for calls that judge by the old limits and holds back those to come.
---   * A hold that has expired counts as released from that moment on, but stays in counters and rollup until somebody
---     sweeps it; readers subtract it. Who needs that room locks the counter before; who settles a hold in time locks
---     the counter too, and looks at the clock again afterwards. So the two agree on which of them was first.
+--   * Locks are taken in one order over a whole transaction, also by batches and sweeps: group stripes, ledger rows by
+--     id, keys, rollup rows by key, member counters and then group counters, by (subject, counter_id). So a transaction
+--     merges all its moves before it makes the first. A sweep never waits for the ledger rows that it locks.
+--   * Whoever reads limits in order to write holds the group's stripe in shared mode. Whoever edits limits takes it in
+--     exclusive mode after the edit, and so waits for calls that judge by the old limits, and blocks new ones.
+--   * An expired hold counts as released from that moment on, but stays in counters and rollup until it is swept;
 
--- One narrow row per limit and subject (the group, or a member), rolled over in place: it never grows with time.
--- No foreign keys and no checks: they cost more than a tenth of a call. subject first: a plan by limit would scan all
--- its members.
+--     readers subtract it. A call that needs its room locks the counter first; a call that settles the hold in time
+--     locks the counter too, and reads the clock again afterwards. So both agree on which came first.
+
+-- One narrow row per limit and subject (the group, or a member), rolled over in place, so the table doesn't grow with
+-- time. No foreign keys and no checks: they would cost more than 10 % of a call. subject comes first in the key: a plan
+-- by limit would scan all members.
 create table if not exists tokenlimits.counters (
   subject uuid not null,
   counter_id bigint not null,
@@ -841,10 +844,10 @@ create table if not exists tokenlimits.counters (
   constraint counters_pkey primary key (subject, counter_id)
 ) with (fillfactor = 50);
 
-comment on table tokenlimits.counters is 'tokenlimits: What is used of a limit by a subject in [since, until).';
+comment on table tokenlimits.counters is 'tokenlimits: What a subject has used of a limit in [since, until).';
 
--- Members of one group write different slots, so they do not wait for each other; readers sum the slots. A slot may be
--- negative (a refund from another connection); their sum is not.
+-- Members of one group write different slots, so they don't wait for each other; readers sum the slots. A slot may be
+-- negative (after a refund from another connection); their sum is not.
 create table if not exists tokenlimits.usage_rollup (
   group_id uuid not null,
   kind text not null,
@@ -856,10 +859,10 @@ create table if not exists tokenlimits.usage_rollup (
 ) with (fillfactor = 50);
 
 comment on table tokenlimits.usage_rollup
-is 'tokenlimits: Live usage in buckets of 15 minutes UTC, on which every time zone''s hours begin; 16 slots.';
+is 'tokenlimits: Live usage in buckets of 15 minutes, with which the hours of every time zone align; 16 slots.';
 
--- Holds are not in the ledger's indexes, so that settling a usage stays cheap. user_id first in the key: the holds of
--- one member are found by it, whatever the group holds.
+-- A table of their own instead of an index on the ledger, so that settling a usage stays cheap. user_id comes first in
+-- the key: it finds one member's holds, however many the group has.
 create table if not exists tokenlimits.holds (
   usage_id uuid not null,
   group_id uuid not null,
@@ -871,12 +874,12 @@ create table if not exists tokenlimits.holds (
   constraint holds_pkey primary key (user_id, usage_id)
 );
 
-comment on table tokenlimits.holds is 'tokenlimits: Reserved usages that nobody has settled or swept yet.';
+comment on table tokenlimits.holds is 'tokenlimits: Reserved usages that are neither settled nor swept yet.';
 
 create index if not exists holds_expires_at_idx
 on tokenlimits.holds (group_id, kind, expires_at) include (cost, created_at);
 
--- After an uninstallation that kept the ledger, its holds and its history come back.
+-- If an uninstallation kept the ledger, restore its holds and its history.
 do $do$
 begin
   insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
@@ -900,7 +903,7 @@ from public.generation_usage as u
 where u.status in ('reserved', 'committed') and not exists (select from tokenlimits.usage_rollup)
 group by u.group_id, u.kind, bucket;
 
--- kind '*' is every kind, also one that gets its first limit later.
+-- kind '*' means every kind, including kinds that get their first limit later.
 create table if not exists tokenlimits.usage_resets (
   group_id uuid not null,
   kind text not null,
@@ -909,7 +912,7 @@ create table if not exists tokenlimits.usage_resets (
 );
 
 comment on table tokenlimits.usage_resets
-is 'tokenlimits: When an admin last gave a group a fresh start: counters count from then.';
+is 'tokenlimits: When an admin last reset a group''s usage: its counters count from then.';
 
 revoke all on tokenlimits.counters, tokenlimits.usage_rollup, tokenlimits.usage_resets, tokenlimits.holds
 from public, anon, authenticated, service_role;
@@ -917,7 +920,7 @@ from public, anon, authenticated, service_role;
 do $do$
 begin
   if to_regtype('tokenlimits.limit_state') is null then
-    -- a limit, its period and what is used of it, as one call sees them
+    -- a limit, its period and what is used of it, as one call sees it
     create type tokenlimits.limit_state as (
       group_id uuid,
       counter_id bigint,
@@ -929,14 +932,14 @@ begin
       since timestamptz,
       until timestamptz,
       used bigint,
-      -- what the counter holds besides, of holds that have expired; null where nobody asked
+      -- the cost of expired holds that is still in the counter; null: not looked up
       expired bigint,
-      -- null: there is no counter yet; false: it is of a past period
+      -- null: there is no counter yet; false: it belongs to a past period
       is_open boolean,
       group_name text,
       timezone text
     );
-    -- what a usage that is made, settled or swept does to the counters that it counts for; enforced: they must have room
+    -- how creating, settling or sweeping a usage moves its counters; enforced: they must have room
     create type tokenlimits.usage_move as (
       group_id uuid,
       kind text,
@@ -958,25 +961,25 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   if pg_is_in_recovery() then
-    -- PostgreSQL's own code for what a standby can't do
+    -- PostgreSQL's own code for a write to a read-only database
     perform tokenlimits.refuse(
       '25006',
       'this database is a standby, and its usage is out of date',
       null,
-      'Call the primary database; a standby is for reports.'
+      'Call the primary database; use a standby for reports only.'
     );
   end if;
   perform tokenlimits.refuse(
     'TL009',
     'tokenlimits needs READ COMMITTED transactions',
     current_setting('transaction_isolation'),
-    'Call it outside your transaction, or begin that with isolation level read committed.'
+    'Call it outside your transaction, or begin the transaction with isolation level read committed.'
   );
 end
 $$;
 
 comment on function tokenlimits.refuse_transaction()
-is 'tokenlimits: Raises 25006 on a standby, else TL009: it needs READ COMMITTED.';
+is 'tokenlimits: Raises 25006 on a standby, otherwise TL009: READ COMMITTED is required.';
 
 revoke execute on function tokenlimits.refuse_transaction()
 from public, anon, authenticated, service_role;
@@ -993,7 +996,7 @@ begin
   if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
     perform tokenlimits.refuse_transaction();
   end if;
-  -- sorted, or two of us could deadlock
+  -- in one order, or two calls could deadlock
   for v_stripe in
     select distinct get_byte(uuid_send(g.id), 15)
     from unnest(p_group_ids) as g (id)
@@ -1009,8 +1012,8 @@ end
 $$;
 
 comment on function tokenlimits.lock_groups(uuid[], boolean)
-is 'tokenlimits: Holds these groups'' limits still (shared), or waits for all who use them (exclusive), until the '
-'transaction ends.';
+is 'tokenlimits: Keeps these groups'' limits unchanged (shared), or waits for all calls that use them (exclusive), '
+'until the transaction ends.';
 
 revoke execute on function tokenlimits.lock_groups(uuid[], boolean)
 from public, anon, authenticated, service_role;
@@ -1024,6 +1027,7 @@ as $$
 declare
   v_slot integer := pg_backend_pid() % 16;
 begin
+  -- try, never wait: up to 16 calls of one group then write the rollup side by side
   for i in 0..15 loop
     exit when pg_try_advisory_xact_lock(1936486260, get_byte(uuid_send(p_group_id), 15) * 16 + v_slot);
     v_slot := (v_slot + 1) % 16;
@@ -1033,7 +1037,7 @@ end
 $$;
 
 comment on function tokenlimits.free_slot(uuid)
-is 'tokenlimits: A slot of the rollup that no other open transaction writes for this group; any, when all 16 are '
+is 'tokenlimits: A slot of the rollup that no other open transaction writes for this group; any slot if all 16 are '
 'taken.';
 
 revoke execute on function tokenlimits.free_slot(uuid)
@@ -1045,12 +1049,12 @@ from public, anon, authenticated, service_role;
 --
 -- Invariants
 --   * Periods of one length in one zone follow each other without gap or overlap, on daylight-saving days too.
---   * A day begins at the first moment that reads its date, also where midnight happens twice or not at all.
---   * Hours are counted from the beginning of the day, so that a repeated hour is a period of its own.
+--   * A day begins at the first moment with its date, even where midnight happens twice or not at all.
+--   * Hours are counted from the beginning of the day, so that a repeated hour is a separate period.
 
--- PostgreSQL reads a time that happens twice as the later one, and a time that does not happen with the offset before
+-- PostgreSQL reads a time that happens twice as the later one, and a time that doesn't happen with the offset before
 -- the gap, which is the gap's beginning for a midnight. So only the first case needs care: try the offset of the day
--- before, and take that moment if it reads the same.
+-- before, and use that moment if it has the same local time.
 create or replace function tokenlimits.first_moment(p_local timestamp, p_timezone text)
 returns timestamptz
 language plpgsql
@@ -1072,7 +1076,7 @@ end
 $$;
 
 comment on function tokenlimits.first_moment(timestamp, text)
-is 'tokenlimits: The first moment at which clocks of the zone read this.';
+is 'tokenlimits: The first moment with this local time in the zone.';
 
 revoke execute on function tokenlimits.first_moment(timestamp, text)
 from public, anon, authenticated, service_role;
@@ -1107,22 +1111,22 @@ end
 $$;
 
 comment on function tokenlimits.period_of(text, text, timestamptz)
-is 'tokenlimits: The calendar period in a zone that a moment lies in.';
+is 'tokenlimits: The calendar period in a zone that contains a moment.';
 
 revoke execute on function tokenlimits.period_of(text, text, timestamptz)
 from public, anon, authenticated, service_role;
 
 -- 50_limits.sql
 
--- What a group's limits are at a moment: read from counters, or counted from rollup and ledger where there is none.
+-- The state of a group's limits at a moment: read from counters, or counted from rollup and ledger if there is none.
 --
 -- Invariants
---   * limit_states answers members' limits first, by member, then the group's: the order in which they are locked.
---   * It reads everything in one snapshot, so what it subtracts of expired holds is in the counters that it read.
+--   * limit_states returns members' limits first, by member, then the group's: the order in which they are locked.
+--   * It reads everything in one snapshot, so the counters that it read include the expired holds that it subtracts.
 
--- Counts afresh what a counter would hold. For a group: whole buckets from the rollup, and the parts of buckets before
--- and after them from the ledger, each by itself: joined to both, the planner may read all of the group's rows. For a
--- member: from the ledger, by their own rows.
+-- Counts what a counter would contain. For a group: whole buckets from the rollup, and the partial buckets before and
+-- after them from the ledger, in separate queries: with one query for both, the planner may read all of the group's
+-- rows. For a member: from the member's own rows of the ledger.
 create or replace function tokenlimits.count_usage(
   p_group_id uuid,
   p_user_id uuid,
@@ -1180,7 +1184,7 @@ end
 $$;
 
 comment on function tokenlimits.count_usage(uuid, uuid, text, timestamptz, timestamptz)
-is 'tokenlimits: Live usage of a kind between two moments, of a member of a group, or of the whole group when the user '
+is 'tokenlimits: Live usage of a kind between two moments, of a member of a group, or of the whole group if the user '
 'is null.';
 
 revoke execute on function tokenlimits.count_usage(uuid, uuid, text, timestamptz, timestamptz)
@@ -1220,7 +1224,7 @@ end
 $$;
 
 comment on function tokenlimits.expired_cost(uuid, uuid, text, timestamptz, timestamptz)
-is 'tokenlimits: What counters since a moment hold of holds that have expired, of a member, or of the group when the '
+is 'tokenlimits: The cost of expired holds that counters since a moment contain, of a member, or of the group if the '
 'user is null.';
 
 revoke execute on function tokenlimits.expired_cost(uuid, uuid, text, timestamptz, timestamptz)
@@ -1272,7 +1276,7 @@ begin
     select k.since, k.until, k.used
     from tokenlimits.counters as k
     where k.subject = l.subject and k.counter_id = l.counter_id
-    -- a look-up for each, whatever the planner thinks of the size of an array
+    -- one look-up per limit, whatever size the planner assumes for an array
     offset 0
   ) as c on true;
   if v_states is null then
@@ -1282,7 +1286,7 @@ begin
     return v_states;
   end if;
   if exists (select from unnest(v_states) as s where s.is_open is not true) then
-    -- a counter that is missing (a limit or a member that is new), or of another period
+    -- a counter is missing (a new limit or member), or belongs to another period
     for v in
       select
         s.place,
@@ -1334,12 +1338,12 @@ end
 $$;
 
 comment on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz, boolean)
-is 'tokenlimits: A group''s limits for users, of a kind or of all, with what is used of each at a moment.';
+is 'tokenlimits: A group''s limits for users, of one kind or of all, with the usage of each at a moment.';
 
 revoke execute on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz, boolean)
 from public, anon, authenticated, service_role;
 
--- The state was read a moment ago. If somebody has written since, they have opened the counter, and it stays theirs.
+-- The state was read a moment ago. If another call has opened the counter since, that counter stays unchanged.
 create or replace function tokenlimits.open_counter(p_state tokenlimits.limit_state)
 returns void
 language plpgsql
@@ -1352,7 +1356,7 @@ begin
   on conflict on constraint counters_pkey do update
   set since = excluded.since, until = excluded.until, used = excluded.used
   where c.until <= excluded.since;
-  -- new counters are rare: the moment to drop those of limits that are gone, so that they never pile up
+  -- new counters are rare, so this is the time to drop those of removed limits, which would otherwise pile up
   if p_state.scope = 'member' then
     perform tokenlimits.drop_stale_counters(p_state.subject);
   end if;
@@ -1360,7 +1364,7 @@ end
 $$;
 
 comment on function tokenlimits.open_counter(tokenlimits.limit_state)
-is 'tokenlimits: Makes a counter, or rolls it into its new period.';
+is 'tokenlimits: Creates a counter, or rolls it over into its new period.';
 
 revoke execute on function tokenlimits.open_counter(tokenlimits.limit_state)
 from public, anon, authenticated, service_role;
@@ -1372,7 +1376,7 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  -- those that somebody else drops at this moment are passed over: to wait for them would break the order of locks
+  -- skip those that another call is dropping: waiting for them would break the order of locks
   delete from tokenlimits.counters as c
   using (
     select s.subject, s.counter_id
@@ -1387,7 +1391,7 @@ end
 $$;
 
 comment on function tokenlimits.drop_stale_counters(uuid)
-is 'tokenlimits: Drops a subject''s counters of limits that are gone.';
+is 'tokenlimits: Drops a subject''s counters of removed limits.';
 
 revoke execute on function tokenlimits.drop_stale_counters(uuid)
 from public, anon, authenticated, service_role;
@@ -1397,15 +1401,15 @@ from public, anon, authenticated, service_role;
 -- What happens when limits are edited.
 --
 -- Invariants
---   * Every edit of limits, by function or by an admin's plain update, passes these triggers.
---   * Whatever makes a limit another one (its group, kind, period, scope; its group's time zone) gives it another
---     counter_id, so that it is counted afresh from the ledger: no edit is a free refill.
+--   * Every edit of limits, by function or by an admin's direct update, fires these triggers.
+--   * Whatever turns a limit into another one (its group, kind, period, scope; its group's time zone) gives it a new
+--     counter_id, so that it is recounted from the ledger: no edit is a free refill.
 
--- A limit that is another one from now on gets another id and another counter.
+-- A limit that is turned into another one gets a new id and a new counter.
 create or replace function tokenlimits.renew_counter()
 returns trigger
 language plpgsql
--- definer: an admin has no right to the sequence
+-- definer: an admin has no privilege on the sequence
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -1417,7 +1421,7 @@ end
 $$;
 
 comment on function tokenlimits.renew_counter()
-is 'tokenlimits: Trigger: a limit that is another one from now on is counted afresh.';
+is 'tokenlimits: Trigger: a limit that is turned into another one is recounted.';
 
 revoke execute on function tokenlimits.renew_counter()
 from public, anon, authenticated, service_role;
@@ -1425,15 +1429,15 @@ from public, anon, authenticated, service_role;
 create or replace trigger group_limits_renew_counter
 before update on public.group_limits
 for each row
--- one by one: of rows, a restored dump would have another expression
+-- column by column: a restored dump would have a different expression for whole rows
 when (
   old.group_id is distinct from new.group_id or old.kind is distinct from new.kind
   or old.period is distinct from new.period or old.scope is distinct from new.scope
 )
 execute function tokenlimits.renew_counter();
 
--- Waits for the calls that judge by the old limits, then drops the group's counters that no limit uses any more and
--- counts the new ones, so that no worker has to. Members' counters are counted on their first call.
+-- Waits for the calls that judge by the old limits. Then drops the group's counters that no limit uses any more, and
+-- counts the new ones, so that no worker has to. A member's counters are counted on the member's first call.
 create or replace function tokenlimits.apply_limits()
 returns trigger
 language plpgsql
@@ -1472,7 +1476,7 @@ end
 $$;
 
 comment on function tokenlimits.apply_limits()
-is 'tokenlimits: Trigger: opens the counters of edited limits when nobody is using them.';
+is 'tokenlimits: Trigger: opens the counters of edited limits while no call uses them.';
 
 revoke execute on function tokenlimits.apply_limits()
 from public, anon, authenticated, service_role;
@@ -1492,12 +1496,12 @@ after delete on public.group_limits
 referencing old table as old_rows
 for each statement execute function tokenlimits.apply_limits();
 
--- Every period of a group in another time zone begins at another moment now. One statement for all groups, for then it
+-- In a new time zone, every period of the group begins at a different moment. One statement for all groups, so that it
 -- takes their stripes in order.
 create or replace function tokenlimits.renew_counters()
 returns trigger
 language plpgsql
--- definer: the limits' counters change whatever the caller may write
+-- definer: the limits' counters change even if the caller may not write limits
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -1512,7 +1516,7 @@ end
 $$;
 
 comment on function tokenlimits.renew_counters()
-is 'tokenlimits: Trigger: in another time zone all limits of the group are others.';
+is 'tokenlimits: Trigger: a new time zone turns all limits of the group into others.';
 
 revoke execute on function tokenlimits.renew_counters()
 from public, anon, authenticated, service_role;
@@ -1524,10 +1528,10 @@ for each statement execute function tokenlimits.renew_counters();
 
 -- 60_answers.sql
 
--- What is answered.
+-- Answers.
 --
 -- Invariants
---   * Every answer about a generation is made by the same lines: a single call's, a batch's and a settlement's.
+--   * The same lines build every answer about a generation: of a single call, a batch and a settlement.
 
 create or replace function tokenlimits.require_group(p_group_id uuid)
 returns public.user_groups
@@ -1544,7 +1548,7 @@ begin
       'TL002',
       format('there is no group %s', coalesce(p_group_id::text, 'null')),
       p_group_id::text,
-      'It may have been deleted; list the groups to see which there are.'
+      'It may have been deleted; list the groups to see which exist.'
     );
   end if;
   return v_group;
@@ -1552,7 +1556,7 @@ end
 $$;
 
 comment on function tokenlimits.require_group(uuid)
-is 'tokenlimits: The group of that id; raises TL002 when there is none.';
+is 'tokenlimits: The group with that id; raises TL002 if there is none.';
 
 revoke execute on function tokenlimits.require_group(uuid)
 from public, anon, authenticated, service_role;
@@ -1563,7 +1567,7 @@ to authenticated, service_role;
 do $do$
 begin
   if to_regtype('tokenlimits.verdict') is null then
-    -- whether a request is allowed, which group it is about, and by which limits it was judged
+    -- whether a request is allowed, for which group, and the limits by which it was judged
     create type tokenlimits.verdict as (
       allowed boolean,
       reason text,
@@ -1571,7 +1575,7 @@ begin
       states tokenlimits.limit_state[],
       denied_by tokenlimits.limit_state
     );
-    -- as clients see it: row_to_json costs a fraction of what building an object does
+    -- as clients see it: row_to_json costs a fraction of building an object
     create type tokenlimits.limit_answer as (
       kind text,
       period text,
@@ -1603,7 +1607,7 @@ begin
 end
 $do$;
 
--- Says it to people: "Image generation limit exceeded: 100 of 100 used this month, resets 2026-12-01 00:00 UTC".
+-- For people to read: "Image generation limit exceeded: 100 of 100 used this month, resets 2026-12-01 00:00 UTC".
 create or replace function tokenlimits.denial_text(p_verdict tokenlimits.verdict, p_kind text, p_cost bigint)
 returns text
 language plpgsql
@@ -1619,7 +1623,7 @@ begin
   elsif p_verdict.reason = 'no_limit_for_kind' then
     return format('None of the user''s groups has a limit for %s generations, so none is allowed', v_kind);
   elsif p_verdict.reason = 'busy' then
-    return 'Somebody else is changing what the group uses, or its limits, at this moment; ask again';
+    return 'The group is locked at the moment, because its usage or its limits are being changed; try again';
   end if;
   return upper(left(v_kind, 1)) || substr(v_kind, 2)
     || format(' generation limit exceeded: %s of %s used ', v_limit.used, v_limit.max)
@@ -1640,7 +1644,7 @@ end
 $$;
 
 comment on function tokenlimits.denial_text(tokenlimits.verdict, text, bigint)
-is 'tokenlimits: Why a request was denied, in a sentence.';
+is 'tokenlimits: The reason for a denial, as a sentence.';
 
 revoke execute on function tokenlimits.denial_text(tokenlimits.verdict, text, bigint)
 from public, anon, authenticated, service_role;
@@ -1685,7 +1689,7 @@ begin
       p_usage.id, p_usage.status, p_usage.expires_at,
       case when p_verdict.group_id is not null then row(p_verdict.group_id, v_group_name)::tokenlimits.group_answer end,
       p_kind, p_cost, v_limits, null,
-      -- greatest() passes over nulls, and unlimited is null
+      -- greatest() ignores nulls, and unlimited is null
       case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
       nullif(v_tightest.until, 'infinity'), null, p_replayed
     )::tokenlimits.generation_answer);
@@ -1703,7 +1707,7 @@ begin
     null, null, null,
     case when p_verdict.group_id is not null then row(p_verdict.group_id, v_group_name)::tokenlimits.group_answer end,
     p_kind, p_cost, v_limits, v_denied_by,
-    -- greatest() passes over nulls, and unlimited is null
+    -- greatest() ignores nulls, and unlimited is null
     case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
     nullif(v_state.until, 'infinity'), ceil(extract(epoch from nullif(v_state.until, 'infinity') - tokenlimits.clock())), p_replayed
   )::tokenlimits.generation_answer);
@@ -1748,12 +1752,13 @@ from public, anon, authenticated, service_role;
 --
 -- Invariants
 --   * Either the ledger row, the rollup and every counter move, or nothing is written.
---   * No counter passes its limit's max here but by record, and nobody is denied while there is room: a verdict is only
---     carried out if every counter still has room when it is moved, else everything is taken back and judged again.
+--   * Here, only record takes a counter past its limit's max, and no call is denied while there is room: a verdict is
+--     carried out only if every counter still has room when it is moved. Otherwise everything is rolled back and judged
+--     again.
 --   * One live usage per user and idempotency key.
 
--- Metadata is measured as it is stored before it is written out: a number of ten bytes may have 131,072 digits, before
--- the point or behind it. Those beyond what JSON's readers know are refused, so what is left can't grow.
+-- Metadata is measured in its stored form before it is written out: a number of ten bytes may have 131,072 digits,
+-- before or after the point. Numbers beyond the range of JSON readers are refused, so the rest can't grow.
 create or replace function tokenlimits.is_metadata(p_metadata jsonb)
 returns boolean
 language plpgsql
@@ -1777,7 +1782,7 @@ end
 $$;
 
 comment on function tokenlimits.is_metadata(jsonb)
-is 'tokenlimits: Whether this may be stored with a usage.';
+is 'tokenlimits: Whether this can be stored as a usage''s metadata.';
 
 revoke execute on function tokenlimits.is_metadata(jsonb)
 from public, anon, authenticated, service_role;
@@ -1810,7 +1815,7 @@ begin
     v_field := 'idempotency_key';
     v_rule := 'must have 1 to 255 characters';
   else
-    -- what is left
+    -- the only field left
     v_field := 'metadata';
     v_rule := 'must be a JSON object of at most 8192 bytes, with numbers below 1.8e308';
   end if;
@@ -1819,7 +1824,7 @@ end
 $$;
 
 comment on function tokenlimits.refuse_request(uuid, text, bigint, text)
-is 'tokenlimits: Raises TL001 with the name of the field that makes a request a bad one.';
+is 'tokenlimits: Raises TL001 with the name of the invalid field of a request.';
 
 revoke execute on function tokenlimits.refuse_request(uuid, text, bigint, text)
 from public, anon, authenticated, service_role;
@@ -1846,8 +1851,8 @@ is 'tokenlimits: Raises TL008: an idempotency key is bound to another request.';
 revoke execute on function tokenlimits.refuse_key(text, uuid)
 from public, anon, authenticated, service_role;
 
--- The usage that a key is bound to while it lives. Of a dead one the caller may take the key, if it is about to write:
--- a denial must leave the key where it is, since a late commit brings an expired usage back to life.
+-- The live usage that a key is bound to. A caller that is about to write may take the key of a dead usage. A denial
+-- must leave the key where it is, since a late commit makes an expired usage live again.
 create or replace function tokenlimits.usage_under_key(
   p_user_id uuid,
   p_idempotency_key text,
@@ -1875,14 +1880,14 @@ end
 $$;
 
 comment on function tokenlimits.usage_under_key(uuid, text, uuid)
-is 'tokenlimits: The live usage that has a key, or the id of a dead one that has it; raises TL008 when it is of '
+is 'tokenlimits: The live usage that has a key, or the id of a dead one that has it; raises TL008 if it belongs to '
 'another request.';
 
 revoke execute on function tokenlimits.usage_under_key(uuid, text, uuid)
 from public, anon, authenticated, service_role;
 
--- Past or outside usage is booked on any group that is named, for people leave; else on the first of the user's that
--- has a limit for the kind, else on their first.
+-- Past usage is recorded for any group that is named, since people leave groups; otherwise for the first of the user's
+-- groups that has a limit for the kind, or else for their first group.
 create or replace function tokenlimits.recording_group(p_user_id uuid, p_kind text, p_group_id uuid)
 returns uuid[]
 language plpgsql
@@ -1914,7 +1919,7 @@ end
 $$;
 
 comment on function tokenlimits.recording_group(uuid, text, uuid)
-is 'tokenlimits: The group that past usage is booked on, if there is one.';
+is 'tokenlimits: The group for which past usage is recorded, if there is one.';
 
 revoke execute on function tokenlimits.recording_group(uuid, text, uuid)
 from public, anon, authenticated, service_role;
@@ -1940,15 +1945,15 @@ end
 $$;
 
 comment on function tokenlimits.refuse_group(text, uuid)
-is 'tokenlimits: Raises TL002 for a group that does not exist, and TL001 where record needs one.';
+is 'tokenlimits: Raises TL002 if the group does not exist, and TL001 if record needs one.';
 
 revoke execute on function tokenlimits.refuse_group(text, uuid)
 from public, anon, authenticated, service_role;
 
--- Judges and writes, until a verdict holds: every round but the last was overtaken by another call that got through.
--- What is rare goes out of line: a bad request, a counter to be opened, expired holds, a key that is taken. The build
--- makes of it a function for each way to take something, since asking at every step which one it is would cost as much
--- as a step; record is the one that never denies.
+-- Judges and writes, until a verdict holds: in every round but the last, another call was faster and succeeded. Rare
+-- steps are separate functions: an invalid request, a counter to open, expired holds, a key that is taken. The build
+-- generates a function for each operation, since a test for the operation at every step would cost as much as the step.
+-- Only record never denies.
 
 create or replace function tokenlimits.track_generation(
   p_user_id uuid,
@@ -1961,7 +1966,7 @@ create or replace function tokenlimits.track_generation(
 returns json
 language plpgsql
 volatile
--- definer: counters are private, and nobody else writes the ledger
+-- definer: counters are private, and only these functions write the ledger
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -2004,7 +2009,7 @@ begin
     when p_group_id = any(v_group_ids) then array[p_group_id]
     else '{}'
   end;
-  -- a single group, as nearly every call has, is locked by the condition itself, which costs a tenth of a query
+  -- nearly every call has a single group: the condition itself locks it, at a tenth of the cost of a query
   if
     cardinality(v_group_ids) <> 1
     or pg_advisory_xact_lock_shared(1953459052, get_byte(uuid_send(v_group_ids[1]), 15)) is null
@@ -2012,7 +2017,7 @@ begin
     perform tokenlimits.lock_groups(v_group_ids);
   end if;
   loop
-    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    -- never before the moment that an earlier round reached, or a clock that was set back would loop for ever
     v_at := greatest(tokenlimits.clock(), v_at);
     v_verdict := row(
       false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
@@ -2044,7 +2049,7 @@ begin
         select k.since, k.until, k.used
         from tokenlimits.counters as k
         where k.subject = l.subject and k.counter_id = l.counter_id
-        -- a look-up for each, whatever the planner thinks of the size of an array
+        -- one look-up per limit, whatever size the planner assumes for an array
         offset 0
       ) as c on true;
       continue when v_states is null;
@@ -2054,11 +2059,11 @@ begin
       v_full := null;
       foreach v_state in array v_states loop
         if v_state.since > v_at then
-          -- the counter is ahead of a clock that was set back; the usage belongs to its period then
+          -- the clock was set back behind the counter's period; the usage then belongs to that period
           v_at := v_state.since;
         end if;
         if not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
-          -- what can never fit, and a lifetime limit, wait for ever
+          -- a cost that can never fit waits for ever, as under a full lifetime limit
           if p_cost > v_state.max then
             v_state.until := 'infinity';
           end if;
@@ -2113,7 +2118,8 @@ begin
             end if;
             v_limits := '{}';
             v_tightest := null;
-            -- the group's own, which all its members share, come last: they are held for the shortest time
+            -- the group's own counters, which all its members share, come last, so that they are locked for the
+            -- shortest time
             foreach v_state in array v_states loop
               update tokenlimits.counters as c
               set used = c.used + p_cost
@@ -2143,12 +2149,12 @@ begin
               v_usage.id, v_usage.status, v_usage.expires_at,
               case when v_usage.group_id is not null then row(v_usage.group_id, v_state.group_name)::tokenlimits.group_answer end,
               p_kind, p_cost, v_limits, null,
-              -- greatest() passes over nulls, and unlimited is null
+              -- greatest() ignores nulls, and unlimited is null
               case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
               nullif(v_tightest.until, 'infinity'), null, false
             )::tokenlimits.generation_answer);
           end if;
-          -- its key is taken: by whom is asked below
+          -- the key is taken; by which usage is looked up below
         else
           perform tokenlimits.move_usage(
             tokenlimits.write_ledger(
@@ -2157,12 +2163,12 @@ begin
             ),
             v_at
           );
-          -- as of now: others may have come to a later moment already, and have taken the room of what has expired by then
+          -- as of now: others may have reached a later moment already, and have taken the room of what expired by then
           return tokenlimits.usage_answer(v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false);
         end if;
       exception
         when sqlstate 'TL099' then
-          -- all is taken back, to be judged again
+          -- everything is rolled back, to be judged again
           null;
       end;
     end if;
@@ -2175,7 +2181,7 @@ begin
     end if;
     if not v_verdict.allowed then
       if v_verdict.reason = 'not_in_group' then
-        -- not before: a repeated call is answered also when its group is gone
+        -- not earlier: a repeated call is answered even if its group was deleted
         perform tokenlimits.refuse_group('track', p_group_id);
       elsif v_verdict.states[1].expired is not null then
         perform tokenlimits.sweep(v_verdict.group_id, p_kind, v_at);
@@ -2212,8 +2218,8 @@ end
 $$;
 
 comment on function public.track_generation(uuid, text, bigint, text, uuid, jsonb)
-is 'tokenlimits: Checks every limit and records the generation, in one step: is it allowed, what remains, when does it '
-'reset.';
+is 'tokenlimits: Checks every limit and records the generation, in one step: whether it is allowed, what remains, when '
+'it resets.';
 
 revoke execute on function public.track_generation(uuid, text, bigint, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
@@ -2242,7 +2248,7 @@ create or replace function tokenlimits.reserve_generation(
 returns json
 language plpgsql
 volatile
--- definer: counters are private, and nobody else writes the ledger
+-- definer: counters are private, and only these functions write the ledger
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -2289,7 +2295,7 @@ begin
     when p_group_id = any(v_group_ids) then array[p_group_id]
     else '{}'
   end;
-  -- a single group, as nearly every call has, is locked by the condition itself, which costs a tenth of a query
+  -- nearly every call has a single group: the condition itself locks it, at a tenth of the cost of a query
   if
     cardinality(v_group_ids) <> 1
     or pg_advisory_xact_lock_shared(1953459052, get_byte(uuid_send(v_group_ids[1]), 15)) is null
@@ -2297,7 +2303,7 @@ begin
     perform tokenlimits.lock_groups(v_group_ids);
   end if;
   loop
-    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    -- never before the moment that an earlier round reached, or a clock that was set back would loop for ever
     v_at := greatest(tokenlimits.clock(), v_at);
     v_verdict := row(
       false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
@@ -2329,7 +2335,7 @@ begin
         select k.since, k.until, k.used
         from tokenlimits.counters as k
         where k.subject = l.subject and k.counter_id = l.counter_id
-        -- a look-up for each, whatever the planner thinks of the size of an array
+        -- one look-up per limit, whatever size the planner assumes for an array
         offset 0
       ) as c on true;
       continue when v_states is null;
@@ -2339,11 +2345,11 @@ begin
       v_full := null;
       foreach v_state in array v_states loop
         if v_state.since > v_at then
-          -- the counter is ahead of a clock that was set back; the usage belongs to its period then
+          -- the clock was set back behind the counter's period; the usage then belongs to that period
           v_at := v_state.since;
         end if;
         if not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
-          -- what can never fit, and a lifetime limit, wait for ever
+          -- a cost that can never fit waits for ever, as under a full lifetime limit
           if p_cost > v_state.max then
             v_state.until := 'infinity';
           end if;
@@ -2402,7 +2408,8 @@ begin
             end if;
             v_limits := '{}';
             v_tightest := null;
-            -- the group's own, which all its members share, come last: they are held for the shortest time
+            -- the group's own counters, which all its members share, come last, so that they are locked for the
+            -- shortest time
             foreach v_state in array v_states loop
               update tokenlimits.counters as c
               set used = c.used + p_cost
@@ -2432,12 +2439,12 @@ begin
               v_usage.id, v_usage.status, v_usage.expires_at,
               case when v_usage.group_id is not null then row(v_usage.group_id, v_state.group_name)::tokenlimits.group_answer end,
               p_kind, p_cost, v_limits, null,
-              -- greatest() passes over nulls, and unlimited is null
+              -- greatest() ignores nulls, and unlimited is null
               case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
               nullif(v_tightest.until, 'infinity'), null, false
             )::tokenlimits.generation_answer);
           end if;
-          -- its key is taken: by whom is asked below
+          -- the key is taken; by which usage is looked up below
         else
           perform tokenlimits.move_usage(
             tokenlimits.write_ledger(
@@ -2446,12 +2453,12 @@ begin
             ),
             v_at
           );
-          -- as of now: others may have come to a later moment already, and have taken the room of what has expired by then
+          -- as of now: others may have reached a later moment already, and have taken the room of what expired by then
           return tokenlimits.usage_answer(v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false);
         end if;
       exception
         when sqlstate 'TL099' then
-          -- all is taken back, to be judged again
+          -- everything is rolled back, to be judged again
           null;
       end;
     end if;
@@ -2464,7 +2471,7 @@ begin
     end if;
     if not v_verdict.allowed then
       if v_verdict.reason = 'not_in_group' then
-        -- not before: a repeated call is answered also when its group is gone
+        -- not earlier: a repeated call is answered even if its group was deleted
         perform tokenlimits.refuse_group('reserve', p_group_id);
       elsif v_verdict.states[1].expired is not null then
         perform tokenlimits.sweep(v_verdict.group_id, p_kind, v_at);
@@ -2503,7 +2510,7 @@ end
 $$;
 
 comment on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
-is 'tokenlimits: Holds a generation''s cost for p_ttl seconds, until it is committed or released; answers like '
+is 'tokenlimits: Holds a generation''s cost for p_ttl seconds, or until it is committed or released; answers like '
 'track_generation.';
 
 revoke execute on function public.reserve_generation(uuid, text, bigint, bigint, text, uuid, jsonb)
@@ -2533,7 +2540,7 @@ create or replace function tokenlimits.record_generation(
 returns json
 language plpgsql
 volatile
--- definer: counters are private, and nobody else writes the ledger
+-- definer: counters are private, and only these functions write the ledger
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -2556,15 +2563,15 @@ begin
   and (p_metadata is null or tokenlimits.is_metadata(p_metadata))) is not true then
     perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key);
   elsif p_created_at > tokenlimits.clock() + interval '1 minute' then
-    -- a minute for clocks that differ
-    perform tokenlimits.refuse('TL001', 'created_at: must not lie in the future', 'created_at', 'Nothing was recorded.');
+    -- clocks may differ by a minute
+    perform tokenlimits.refuse('TL001', 'created_at: must not be in the future', 'created_at', 'Nothing was recorded.');
   elsif not (p_created_at >= '1970-01-01 00:00:00+00' and p_created_at < '9999-01-01 00:00:00+00') then
-    perform tokenlimits.refuse('TL001', 'created_at: must not lie before 1970', 'created_at', 'Nothing was recorded.');
+    perform tokenlimits.refuse('TL001', 'created_at: must not be before 1970', 'created_at', 'Nothing was recorded.');
   elsif current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
     perform tokenlimits.refuse_transaction();
   end if;
   v_group_ids := tokenlimits.recording_group(p_user_id, p_kind, p_group_id);
-  -- a single group, as nearly every call has, is locked by the condition itself, which costs a tenth of a query
+  -- nearly every call has a single group: the condition itself locks it, at a tenth of the cost of a query
   if
     cardinality(v_group_ids) <> 1
     or pg_advisory_xact_lock_shared(1953459052, get_byte(uuid_send(v_group_ids[1]), 15)) is null
@@ -2572,7 +2579,7 @@ begin
     perform tokenlimits.lock_groups(v_group_ids);
   end if;
   loop
-    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    -- never before the moment that an earlier round reached, or a clock that was set back would loop for ever
     v_at := greatest(tokenlimits.clock(), v_at);
     v_verdict := row(
       false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
@@ -2604,7 +2611,7 @@ begin
         select k.since, k.until, k.used
         from tokenlimits.counters as k
         where k.subject = l.subject and k.counter_id = l.counter_id
-        -- a look-up for each, whatever the planner thinks of the size of an array
+        -- one look-up per limit, whatever size the planner assumes for an array
         offset 0
       ) as c on true;
       continue when v_states is null;
@@ -2614,11 +2621,11 @@ begin
       v_full := null;
       foreach v_state in array v_states loop
         if v_state.since > v_at then
-          -- the counter is ahead of a clock that was set back; the usage belongs to its period then
+          -- the clock was set back behind the counter's period; the usage then belongs to that period
           v_at := v_state.since;
         end if;
         if not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
-          -- what can never fit, and a lifetime limit, wait for ever
+          -- a cost that can never fit waits for ever, as under a full lifetime limit
           if p_cost > v_state.max then
             v_state.until := 'infinity';
           end if;
@@ -2634,7 +2641,7 @@ begin
       end if;
       exit when v_verdict.allowed;
     end loop;
-    -- it was judged for the moment that its counters are at; it is never denied
+    -- judged only to find the moment that its counters have reached; record is never denied
     v_verdict.allowed := v_group_ids <> '{}';
     v_verdict.group_id := v_group_ids[1];
     if v_verdict.allowed then
@@ -2655,11 +2662,11 @@ begin
           ),
           v_at
         );
-        -- as of now: others may have come to a later moment already, and have taken the room of what has expired by then
+        -- as of now: others may have reached a later moment already, and have taken the room of what expired by then
         return tokenlimits.usage_answer(v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false);
       exception
         when sqlstate 'TL099' then
-          -- all is taken back, to be judged again
+          -- everything is rolled back, to be judged again
           null;
       end;
     end if;
@@ -2672,7 +2679,7 @@ begin
     end if;
     if not v_verdict.allowed then
       if v_verdict.reason = 'not_in_group' then
-        -- not before: a repeated call is answered also when its group is gone
+        -- not earlier: a repeated call is answered even if its group was deleted
         perform tokenlimits.refuse_group('record', p_group_id);
       end if;
       return tokenlimits.answer(v_verdict, p_kind, p_cost, null, p_replayed => false);
@@ -2709,7 +2716,7 @@ end
 $$;
 
 comment on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
-is 'tokenlimits: Records past or outside usage: moves the counters of its period, never denies.';
+is 'tokenlimits: Records past usage, or usage from elsewhere: moves the counters of its period and never denies.';
 
 revoke execute on function public.record_generation(uuid, text, bigint, timestamptz, text, uuid, jsonb)
 from public, anon, authenticated, service_role;
@@ -2797,7 +2804,7 @@ begin
       select k.since, k.until, k.used
       from tokenlimits.counters as k
       where k.subject = l.subject and k.counter_id = l.counter_id
-      -- a look-up for each, whatever the planner thinks of the size of an array
+      -- one look-up per limit, whatever size the planner assumes for an array
       offset 0
     ) as c on true;
     continue when v_states is null;
@@ -2807,11 +2814,11 @@ begin
     v_full := null;
     foreach v_state in array v_states loop
       if v_state.since > v_at then
-        -- the counter is ahead of a clock that was set back; the usage belongs to its period then
+        -- the clock was set back behind the counter's period; the usage then belongs to that period
         v_at := v_state.since;
       end if;
       if not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
-        -- what can never fit, and a lifetime limit, wait for ever
+        -- a cost that can never fit waits for ever, as under a full lifetime limit
         if p_cost > v_state.max then
           v_state.until := 'infinity';
         end if;
@@ -2858,7 +2865,7 @@ end
 $$;
 
 comment on function public.check_generation(uuid, text, bigint, uuid)
-is 'tokenlimits: What track_generation would answer now; records nothing.';
+is 'tokenlimits: Returns what track_generation would answer now; records nothing.';
 
 revoke execute on function public.check_generation(uuid, text, bigint, uuid)
 from public, anon, authenticated, service_role;
@@ -2877,16 +2884,16 @@ to service_role;
 
 -- 72_moves.sql
 
--- Many moves at once: usages that are written, holds that have expired and are swept, and what a settlement changes.
+-- Many moves at once: usages that are written, expired holds that are swept, and the changes of a settlement.
 --
 -- Invariants
---   * The ledger is written first: a counter that is counted afresh afterwards has all that is about to be moved.
---   * A sweep takes a bounded number of holds, and waits for none of them: whom it leaves, readers go on subtracting.
---   * Nobody is denied for holds that are left: a counter that looks full is judged again while it is locked, less what
+--   * The ledger is written first, so a counter that is counted afterwards already includes the moves to come.
+--   * A sweep takes a bounded number of holds, and waits for none of them. Readers keep subtracting the rest.
+--   * No call is denied because of unswept holds: a counter that looks full is locked, and judged again without what
 --     has expired.
 
--- The room that a counter has besides expired holds. From its lock on, nobody else moves it: what had expired by then
--- and is not swept is still in it, and whoever settles such a hold waits for the lock, or came before.
+-- The room that a counter has without expired holds. Once it is locked, nobody else moves it. So it still contains
+-- every unswept hold that had expired by then; a call that settles such a hold waits for the lock, or came before it.
 create or replace function tokenlimits.squeeze(
   p_state tokenlimits.limit_state,
   p_cost bigint,
@@ -2905,6 +2912,7 @@ begin
   from tokenlimits.counters as c
   where c.subject = p_state.subject and c.counter_id = p_state.counter_id
   for no key update;
+  -- read only now, under the lock: each statement has a new snapshot, so this sees what others committed meanwhile
   v_expired := tokenlimits.expired_cost(
     p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.since,
     least(p_at, tokenlimits.clock())
@@ -2926,7 +2934,7 @@ end
 $$;
 
 comment on function tokenlimits.squeeze(tokenlimits.limit_state, bigint, timestamptz, timestamptz)
-is 'tokenlimits: Moves a counter that looks full into the room that expired holds leave, or raises TL099.';
+is 'tokenlimits: Moves a counter that looks full, if expired holds leave enough room; otherwise raises TL099.';
 
 revoke execute on function tokenlimits.squeeze(tokenlimits.limit_state, bigint, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
@@ -2980,7 +2988,7 @@ begin
     ) as m
       on
         m.group_id = s.group_id and m.kind = s.kind and m.subject = s.subject and m.scope = s.scope
-        -- what must have room can't be passed over: its period ended after it was judged
+        -- an enforced move can't be skipped: its period ended after it was judged
         and (m.created_at >= s.since or m.enforced)
     group by s.place, s.scope, s.subject, s.counter_id
     order by s.scope = 'group', s.subject, s.counter_id
@@ -2990,6 +2998,7 @@ begin
     if v_move.is_over then
       raise sqlstate 'TL099';
     end if;
+    -- counted from the ledger, which includes this move already
     if v_state.is_open is null then
       v_state.used := v_state.used - v_move.cost;
     end if;
@@ -3019,8 +3028,8 @@ is 'tokenlimits: Moves rollup and counters by many moves at once, or raises TL09
 revoke execute on function tokenlimits.move_usage(tokenlimits.usage_move[], timestamptz)
 from public, anon, authenticated, service_role;
 
--- Locks some of the holds of a group and kind that have expired, the oldest first. Who settles or sweeps one of them at
--- this moment has it locked, and it is passed over.
+-- Locks some expired holds of a group and kind, the oldest first. Skips those that another call has locked, to settle
+-- or to sweep them: waiting for one would break the order of locks.
 create or replace function tokenlimits.lock_expired(
   p_group_id uuid,
   p_kind text,
@@ -3046,12 +3055,12 @@ end
 $$;
 
 comment on function tokenlimits.lock_expired(uuid, text, timestamptz, integer)
-is 'tokenlimits: Holds of a group and kind that have expired, locked to be swept.';
+is 'tokenlimits: Expired holds of a group and kind, locked to be swept.';
 
 revoke execute on function tokenlimits.lock_expired(uuid, text, timestamptz, integer)
 from public, anon, authenticated, service_role;
 
--- Marks those of the locked usages that are expired holds, and answers what that takes back.
+-- Marks those of the locked usages that are expired holds, and returns the moves that take back their cost.
 create or replace function tokenlimits.expire_holds(p_usage_ids uuid[], p_at timestamptz)
 returns tokenlimits.usage_move[]
 language plpgsql
@@ -3084,7 +3093,7 @@ end
 $$;
 
 comment on function tokenlimits.expire_holds(uuid[], timestamptz)
-is 'tokenlimits: Marks holds as expired; answers what is to be taken back.';
+is 'tokenlimits: Marks holds as expired; returns the moves that take back their cost.';
 
 revoke execute on function tokenlimits.expire_holds(uuid[], timestamptz)
 from public, anon, authenticated, service_role;
@@ -3100,6 +3109,7 @@ declare
   v_moves tokenlimits.usage_move[];
 begin
   loop
+    -- a block of its own: if a counter has rolled over since it was read (TL099), the marks are rolled back too
     begin
       v_moves := tokenlimits.expire_holds(tokenlimits.lock_expired(p_group_id, p_kind, v_at), v_at);
       perform tokenlimits.move_usage(v_moves, v_at);
@@ -3113,12 +3123,12 @@ end
 $$;
 
 comment on function tokenlimits.sweep(uuid, text, timestamptz)
-is 'tokenlimits: Takes back what some expired holds of a group and kind held, and says how many there were.';
+is 'tokenlimits: Sweeps some expired holds of a group and kind, and returns how many.';
 
 revoke execute on function tokenlimits.sweep(uuid, text, timestamptz)
 from public, anon, authenticated, service_role;
 
--- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it.
+-- For an optional job (sql/optional/pg_cron.sql); correctness never depends on it.
 create or replace function tokenlimits.tidy()
 returns bigint
 language plpgsql
@@ -3137,21 +3147,21 @@ begin
   if not found then
     return 0;
   end if;
+  -- a sweep reads limits in order to write, like every call
   perform tokenlimits.lock_groups(array[v_oldest.group_id]);
   return tokenlimits.sweep(v_oldest.group_id, v_oldest.kind, v_at);
 end
 $$;
 
 comment on function tokenlimits.tidy()
-is 'tokenlimits: Sweeps expired holds of the group and kind with the oldest one, some at a time, and says how many '
-'there were.';
+is 'tokenlimits: Sweeps some expired holds of the group and kind with the oldest one, and returns how many.';
 
 revoke execute on function tokenlimits.tidy()
 from public, anon, authenticated, service_role;
 
--- Puts usages into the ledger, each under its key (p_dead_ids: the dead usage that has the key, if one has), sweeps
--- some expired holds of these groups and kinds on the way, and answers how counters move by all that. Raises TL099
--- when somebody has taken a key meanwhile.
+-- Writes usages into the ledger, each under its key (p_dead_ids: the dead usage that has the key, if any), sweeps some
+-- expired holds of these groups and kinds too, and returns all moves of counters. Raises TL099 if another call has
+-- taken a key in the meantime.
 create or replace function tokenlimits.write_ledger(
   p_usages public.generation_usage[],
   p_dead_ids uuid[],
@@ -3175,6 +3185,7 @@ declare
   v record;
 begin
   if v_dead <> '{}' then
+    -- before anything else in the ledger, in the order of locks: a late commit could still make one of them live again
     perform
     from public.generation_usage as u
     where u.id = any(v_dead)
@@ -3192,7 +3203,7 @@ begin
   for v in
     select distinct p.group_id, p.kind
     from unnest(p_group_ids, p_kinds) as p (group_id, kind)
-    -- not ahead of a clock that was set back: other members' holds and counters are not there yet
+    -- not if the clock was set back: the holds and counters of other members haven't reached that moment yet
     where p_at <= tokenlimits.clock()
   loop
     v_expired := v_expired || tokenlimits.lock_expired(
@@ -3200,8 +3211,8 @@ begin
     );
   end loop;
 
-  -- the keys of dead usages last: until they are freed, whoever wants one finds it taken and does not wait, and nobody
-  -- can have taken it
+  -- the keys of dead usages last: until they are freed, another call that wants one finds it taken and doesn't wait, so
+  -- no call can have taken it
   for step in 1..2 loop
     if step = 2 and v_dead <> '{}' then
       update public.generation_usage as u
@@ -3223,6 +3234,7 @@ or (u.status = 'reserved' and u.expires_at <= p_at));
     order by n.idempotency_key, n.user_id
     on conflict on constraint generation_usage_key_key do nothing;
     get diagnostics v_written = row_count;
+    -- a key is taken, so its row was left out
     if v_written < cardinality(v_claims) then
       raise sqlstate 'TL099';
     end if;
@@ -3248,7 +3260,7 @@ comment on function tokenlimits.write_ledger(
   text[],
   timestamptz
 )
-is 'tokenlimits: Writes usages into the ledger, sweeps, and answers what moves by it.';
+is 'tokenlimits: Writes usages into the ledger, sweeps, and returns all moves of counters.';
 
 revoke execute on function tokenlimits.write_ledger(
   public.generation_usage[],
@@ -3262,14 +3274,15 @@ from public, anon, authenticated, service_role;
 
 -- 74_settle.sql
 
--- The second step of a hold: commit, release; and the refund of what was committed.
+-- Settling: commit or release a hold, refund a committed usage.
 --
 -- Invariants
---   * Each usage settles at most once; the same settlement again changes nothing and answers the same.
---   * Settling needs nothing but the usage's id: not the member, not the group, not the limit.
---   * An expired hold may be committed while its periods last, in the room that is left.
+--   * Each usage settles at most once; repeating the same settlement changes nothing and returns the same answer.
+--   * Settling needs only the usage's id: not the member, not the group, not the limit.
+--   * An expired hold may be committed while its periods last, if there is room.
 
--- What a settlement makes of a usage: its new status, or null when it is so already. Raises what can't be.
+-- The new status of a usage after a settlement; null if it already has it. Raises an error if the settlement is
+-- invalid.
 create or replace function tokenlimits.settled_status(
   p_usage public.generation_usage,
   p_action text,
@@ -3285,8 +3298,8 @@ begin
   if p_action = 'commit' and p_usage.reserved_cost is not null then
     if p_cost not between 0 and p_usage.reserved_cost then
       perform tokenlimits.refuse(
-        'TL001', format('cost: must be from 0 to the %s that were reserved', p_usage.reserved_cost), 'cost',
-        'The hold is as it was.'
+        'TL001', format('cost: must be from 0 to the reserved cost of %s', p_usage.reserved_cost), 'cost',
+        'The hold is unchanged.'
       );
     elsif p_usage.status in ('reserved', 'expired') then
       return 'committed';
@@ -3303,16 +3316,16 @@ begin
     return case p_usage.status when 'committed' then 'refunded' end;
   elsif p_action = 'refund' and p_usage.status = 'reserved' and p_usage.expires_at > p_at then
     perform tokenlimits.refuse(
-      'TL001', 'usage_id: it is reserved, and nothing was charged yet', 'usage_id', 'Release it instead.'
+      'TL001', 'usage_id: it is reserved; nothing was charged yet', 'usage_id', 'Release it instead.'
     );
   end if;
-  -- swept or not
+  -- an expired hold counts as expired, swept or not
   if p_usage.status = 'reserved' and p_usage.expires_at <= p_at then
     p_usage.status := 'expired';
   end if;
   perform tokenlimits.refuse(
     'TL006',
-    format('usage %s is %s already, for %s, so it can''t be settled by %s', p_usage.id, p_usage.status,
+    format('usage %s is already %s with a cost of %s, so it can''t be settled by %s', p_usage.id, p_usage.status,
       p_usage.cost, p_action),
     p_usage.status,
     'Each usage settles once; only the same settlement may be repeated.'
@@ -3322,13 +3335,13 @@ end
 $$;
 
 comment on function tokenlimits.settled_status(public.generation_usage, text, bigint, timestamptz)
-is 'tokenlimits: The status that a settlement leads to; null when it was made before.';
+is 'tokenlimits: The status after a settlement; null if the usage was already settled so.';
 
 revoke execute on function tokenlimits.settled_status(public.generation_usage, text, bigint, timestamptz)
 from public, anon, authenticated, service_role;
 
--- A commit after the hold's end counts as a new usage of the old moment: only while all its periods last, and in the
--- room that is left.
+-- A commit after the hold expired counts as a new usage at the old moment: only while all its periods last, and only if
+-- there is room.
 create or replace function tokenlimits.require_room(p_usage public.generation_usage, p_cost bigint, p_at timestamptz)
 returns void
 language plpgsql
@@ -3342,9 +3355,9 @@ begin
     if p_usage.created_at < v_state.since or not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
       perform tokenlimits.refuse(
         'TL007',
-        format('hold %s expired at %s, and its %s no longer fit', p_usage.id, p_usage.expires_at, p_cost),
+        format('hold %s expired at %s, and its cost of %s no longer fits', p_usage.id, p_usage.expires_at, p_cost),
         p_usage.id::text,
-        'Nothing was charged. Reserve for longer, or record_generation what was used all the same.'
+        'Nothing was charged. Reserve for longer, or charge it anyway with record_generation.'
       );
     end if;
   end loop;
@@ -3382,8 +3395,8 @@ begin
   loop
     begin
       select * into v_usage from public.generation_usage as u where u.id = p_usage_id for update;
-      -- after the lock, which may have been waited for; never before it was recorded, or a clock that was set back
-      -- would go round for ever
+      -- read the time after the lock, which may have taken a while; never before the usage was recorded, or a clock
+      -- that was set back would loop for ever
       v_at := greatest(tokenlimits.clock(), v_usage.created_at, v_at);
       v_cost := case p_action when 'commit' then coalesce(p_cost, v_usage.reserved_cost) else v_usage.cost end;
       v_status := tokenlimits.settled_status(v_usage, p_action, v_cost, v_at);
@@ -3412,20 +3425,20 @@ or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at));
         returning * into v_usage;
         perform tokenlimits.move_usage(array[v_move], v_at);
         if v_status = 'committed' and not v_is_late and v_usage.expires_at <= tokenlimits.clock() then
-          -- it has expired before its counters were locked: somebody may have taken its room
+          -- it expired before its counters were locked: another call may have taken its room
           raise sqlstate 'TL099';
         end if;
       end if;
       return tokenlimits.usage_answer(
         v_usage,
-        -- as of now: others may have come to a later moment already, and have taken the room of what has expired by then
+        -- as of now: others may have reached a later moment already, and have taken the room of what expired by then
         greatest(v_at, tokenlimits.clock()),
-        -- an expired hold was over before it was released, swept or not
+        -- an expired hold had ended before it was released, swept or not
         p_replayed => v_status is null or v_status = 'expired'
       );
     exception
       when sqlstate 'TL099' then
-        -- all is taken back, to be settled again
+        -- everything is rolled back, to be settled again
         null;
     end;
   end loop;
@@ -3442,7 +3455,7 @@ create or replace function tokenlimits.commit_generation(p_usage_id uuid, p_cost
 returns json
 language plpgsql
 volatile
--- definer: counters are private, and nobody else writes the ledger
+-- definer: counters are private, and only these functions write the ledger
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -3455,7 +3468,7 @@ create or replace function tokenlimits.release_generation(p_usage_id uuid)
 returns json
 language plpgsql
 volatile
--- definer: counters are private, and nobody else writes the ledger
+-- definer: counters are private, and only these functions write the ledger
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -3468,7 +3481,7 @@ create or replace function tokenlimits.refund_generation(p_usage_id uuid)
 returns json
 language plpgsql
 volatile
--- definer: an admin may refund, and do nothing else that settle does
+-- definer: an admin may refund, but not settle in other ways
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -3496,7 +3509,7 @@ end
 $$;
 
 comment on function public.commit_generation(uuid, bigint)
-is 'tokenlimits: Settles a hold for what was reserved, or for less.';
+is 'tokenlimits: Commits a hold: charges the reserved cost, or less.';
 
 revoke execute on function public.commit_generation(uuid, bigint)
 from public, anon, authenticated, service_role;
@@ -3529,7 +3542,7 @@ end
 $$;
 
 comment on function public.release_generation(uuid)
-is 'tokenlimits: Gives back all that a hold holds.';
+is 'tokenlimits: Releases a hold: gives back its whole cost.';
 
 revoke execute on function public.release_generation(uuid)
 from public, anon, authenticated, service_role;
@@ -3562,7 +3575,7 @@ end
 $$;
 
 comment on function public.refund_generation(uuid)
-is 'tokenlimits: Gives back what a committed usage cost.';
+is 'tokenlimits: Gives back the cost of a committed usage.';
 
 revoke execute on function public.refund_generation(uuid)
 from public, anon, authenticated, service_role;
@@ -3584,14 +3597,14 @@ to authenticated, service_role;
 -- Many requests in one transaction, first step: reading them.
 --
 -- Invariants
---   * A bad request doesn't touch the others: what a single call raises is an answer here, of reason 'refused'.
---   * An item is open until it has an answer; what was answered is never judged, and writes nothing.
---   * The first place of a key stands for all the places that have it.
+--   * An invalid request doesn't affect the others: an error of a single call is an answer here, with reason 'refused'.
+--   * An item is open until it has an answer; an answered item is never judged, and writes nothing.
+--   * The first place of a key stands for all places that have this key.
 
 do $do$
 begin
   if to_regtype('tokenlimits.batch_item') is null then
-    -- one request; it needs nothing more once it has an answer
+    -- one request; nothing more happens to it once it has an answer
     create type tokenlimits.batch_item as (
       place integer,
       user_id uuid,
@@ -3602,14 +3615,14 @@ begin
       metadata jsonb,
       -- the first place with the same key
       first_place integer,
-      -- those that may pay, in the order in which they are tried
+      -- the groups that may pay, in the order in which they are tried
       group_ids uuid[],
-      -- the usage that had the key before, and counts no more
+      -- the dead usage that has the key
       dead_id uuid,
       answer json
     );
-    -- what an item is charged for: the place of its usage among those that are written, of its limits among those that
-    -- the batch is about, and what was used of them right after it; a repeated key is the same usage, replayed
+    -- the charge of an item: the place of its usage among those to be written, the places of its limits among those of
+    -- the batch, and what was used of each right after it; a repeated key has the same usage, replayed
     create type tokenlimits.batch_charge as (
       place integer,
       usage integer,
@@ -3621,7 +3634,7 @@ begin
 end
 $do$;
 
--- Answers what a single call would raise.
+-- The answer to a request for which a single call would raise an error.
 create or replace function tokenlimits.refused(
   p_item tokenlimits.batch_item,
   p_code text,
@@ -3687,12 +3700,12 @@ end
 $$;
 
 comment on function tokenlimits.read_request(jsonb, integer)
-is 'tokenlimits: One request of a batch; a bad one is answered.';
+is 'tokenlimits: One request of a batch; an invalid one is answered.';
 
 revoke execute on function tokenlimits.read_request(jsonb, integer)
 from public, anon, authenticated, service_role;
 
--- All at once where all are good, for a block with an exception costs as much as reading ten.
+-- In one query if all are valid, since a block with an exception handler costs as much as reading ten requests.
 create or replace function tokenlimits.read_requests(p_requests jsonb)
 returns tokenlimits.batch_item[]
 language plpgsql
@@ -3774,7 +3787,7 @@ is 'tokenlimits: The requests of a batch.';
 revoke execute on function tokenlimits.read_requests(jsonb)
 from public, anon, authenticated, service_role;
 
--- Answers the items whose keys have a live usage, and notes which keys a dead one has.
+-- Answers the items whose key has a live usage, and notes the dead usages that have a key.
 create or replace function tokenlimits.replay(p_items tokenlimits.batch_item[])
 returns tokenlimits.batch_item[]
 language plpgsql
@@ -3797,7 +3810,7 @@ end
 $$;
 
 comment on function tokenlimits.replay(tokenlimits.batch_item[])
-is 'tokenlimits: A batch with the items answered whose idempotency keys are taken.';
+is 'tokenlimits: A batch, with those items answered whose idempotency key is taken.';
 
 revoke execute on function tokenlimits.replay(tokenlimits.batch_item[])
 from public, anon, authenticated, service_role;
@@ -3832,13 +3845,13 @@ end
 $$;
 
 comment on function tokenlimits.replay_item(tokenlimits.batch_item)
-is 'tokenlimits: An item, answered when its idempotency key is taken.';
+is 'tokenlimits: An item, answered if its idempotency key is taken.';
 
 revoke execute on function tokenlimits.replay_item(tokenlimits.batch_item)
 from public, anon, authenticated, service_role;
 
--- Why an item is not charged: its key is another item's, its group doesn't exist, or it is denied. Before that its key
--- is looked at again, as a single call does: who took the last room meanwhile may have done so under this very key.
+-- The answer to an item that isn't charged: another item has its key, its group doesn't exist, or it is denied. First
+-- its key is looked up again, as in a single call: whoever took the last room may have done so under the same key.
 create or replace function tokenlimits.deny_item(
   p_item tokenlimits.batch_item,
   p_verdict tokenlimits.verdict,
@@ -3875,7 +3888,7 @@ end
 $$;
 
 comment on function tokenlimits.deny_item(tokenlimits.batch_item, tokenlimits.verdict, uuid)
-is 'tokenlimits: The answer to an item that is not charged.';
+is 'tokenlimits: The answer to an item that isn''t charged.';
 
 revoke execute on function tokenlimits.deny_item(tokenlimits.batch_item, tokenlimits.verdict, uuid)
 from public, anon, authenticated, service_role;
@@ -3885,8 +3898,8 @@ from public, anon, authenticated, service_role;
 -- Many requests in one transaction, second step: judging them, in memory.
 --
 -- Invariants
---   * Each is judged by what those before it have left, as if it had come alone.
---   * Nothing is written here, and no counter is waited for. Each limit is read once, however many items it binds.
+--   * Each item is judged by the room that those before it have left, as if it had come alone.
+--   * Nothing is written here, and no lock is waited for. Each limit is read once, however many items it applies to.
 
 create or replace function tokenlimits.states_at(p_states tokenlimits.limit_state[], p_places integer[])
 returns tokenlimits.limit_state[]
@@ -3904,13 +3917,13 @@ end
 $$;
 
 comment on function tokenlimits.states_at(tokenlimits.limit_state[], integer[])
-is 'tokenlimits: Those of some states.';
+is 'tokenlimits: The states at some places.';
 
 revoke execute on function tokenlimits.states_at(tokenlimits.limit_state[], integer[])
 from public, anon, authenticated, service_role;
 
--- Judges the open items in their order, each by what those before it have left. What is denied is answered; the others
--- become charges for usages. Answers also the limits that they were judged by, with all charges in them.
+-- Judges the open items in their order, each by the room that those before it have left. Denied items are answered; the
+-- others become charges for usages. Also returns the limits by which they were judged, with all charges included.
 create or replace function tokenlimits.judge_batch(
   p_at timestamptz,
   inout items tokenlimits.batch_item[],
@@ -3933,7 +3946,7 @@ declare
   v_verdict tokenlimits.verdict;
   v_at timestamptz;
   v_no integer;
-  -- by the first place of a key: which charge has it
+  -- the charge that has a key, by the first place of the key
   v_holders integer[] := array_fill(null::integer, array[cardinality(items)]);
   v_holder tokenlimits.batch_charge;
   v_fingerprint uuid;
@@ -3950,7 +3963,7 @@ begin
   usages := '{}';
   charges := '{}';
   -- the groups that may pay for each open item, in the order in which they are tried, with the places of their limits;
-  -- a row of nulls where no group may
+  -- a row of nulls if none may
   for v in
     select
       i.place,
@@ -3980,11 +3993,11 @@ group_name, timezone, no)
       foreach v_no in array v.states loop
         v_state := states[v_no];
         if v_state.since > v_at then
-          -- the counter is ahead of a clock that was set back; the usage belongs to its period then
+          -- the clock was set back behind the counter's period; the usage then belongs to that period
           v_at := v_state.since;
         end if;
         if not (v_state.max is null or v_state.used + v_item.cost <= v_state.max) then
-          -- what can never fit, and a lifetime limit, wait for ever
+          -- a cost that can never fit waits for ever, as under a full lifetime limit
           if v_item.cost > v_state.max then
             v_state.until := 'infinity';
           end if;
@@ -4004,6 +4017,7 @@ group_name, timezone, no)
 
     v_fingerprint := md5(concat_ws(' ', 'track', v_item.kind, v_item.cost, v_item.group_id))::uuid;
     v_holder := charges[v_holders[v_item.first_place]];
+    -- null unless an earlier item of this batch was charged under the key; the same request is then a replay
     if usages[v_holder.usage].fingerprint = v_fingerprint then
       v_holder.place := v.place;
       v_holder.replayed := true;
@@ -4023,6 +4037,7 @@ group_name, timezone, no)
       v_charge.usage := cardinality(usages);
       v_charge.used := '{}';
       v_charge.replayed := false;
+      -- in memory only: the items to come find less room
       foreach v_no in array v_charge.states loop
         states[v_no].used := states[v_no].used + v_item.cost;
         v_charge.used := v_charge.used || states[v_no].used;
@@ -4039,7 +4054,7 @@ end
 $$;
 
 comment on function tokenlimits.judge_batch(timestamptz, tokenlimits.batch_item[])
-is 'tokenlimits: Judges the items of a batch in their order; writes nothing.';
+is 'tokenlimits: Judges the items of a batch in order; writes nothing.';
 
 revoke execute on function tokenlimits.judge_batch(timestamptz, tokenlimits.batch_item[])
 from public, anon, authenticated, service_role;
@@ -4049,16 +4064,17 @@ from public, anon, authenticated, service_role;
 -- Many requests in one transaction: read (76), judged (77), written, and judged again until a verdict holds.
 --
 -- Invariants
---   * The answers are those that single calls in that order would get, and a denial doesn't touch the others.
---   * The stripes of all groups are held, shared, before any limit is read. Each counter is moved once.
---   * With p_max_wait, no lock is waited for longer: what somebody holds is answered 'busy', and the rest goes on.
+--   * The answers are those that single calls in that order would get, and a denial doesn't affect the others.
+--   * All groups' stripes are held in shared mode before any limit is read. Each counter is moved once.
+--   * With p_max_wait, no lock is waited for longer: items of a locked group are answered 'busy', and the rest
+--     continues.
 
--- Writes the usages of a batch, and sweeps. Answers the counters that were moved as they are then; null, with nothing
--- written, when they have moved on meanwhile, or when somebody held a row for too long: is_held, and by which group it
--- was, if that is known.
+-- Writes the usages of a batch, and sweeps. Returns the moved counters with their new values. If a counter has changed
+-- since it was read, nothing is written, and moved is null; likewise if a row was locked for too long: then is_held is
+-- true, and held_group_id names the group, if it is known.
 --
--- This block has no other in it: who waits for a row of an inner one that was ended waits for the whole transaction,
--- and goes on doing so when the outer one is taken back. They would block each other.
+-- This block contains no inner block: whoever waits for a row of an inner block that has ended waits for the whole
+-- transaction, and keeps waiting even after the outer block is rolled back. Two batches would block each other.
 create or replace function tokenlimits.write_batch(
   p_items tokenlimits.batch_item[],
   p_usages public.generation_usage[],
@@ -4140,7 +4156,7 @@ begin
     ) as m
       on
         m.group_id = s.group_id and m.kind = s.kind and m.subject = s.subject and m.scope = s.scope
-        -- what must have room can't be passed over: its period ended after it was judged
+        -- an enforced move can't be skipped: its period ended after it was judged
         and (m.created_at >= s.since or m.enforced)
     group by s.place, s.scope, s.subject, s.counter_id
     order by s.scope = 'group', s.subject, s.counter_id
@@ -4150,6 +4166,7 @@ begin
     if v_move.is_over then
       raise sqlstate 'TL099';
     end if;
+    -- counted from the ledger, which includes this move already
     if v_state.is_open is null then
       v_state.used := v_state.used - v_move.cost;
     end if;
@@ -4175,6 +4192,7 @@ exception
   when sqlstate 'TL099' then
     moved := null;
   when lock_not_available then
+    -- what was written is rolled back, so the locks are free while the rest is judged again
     moved := null;
     is_held := true;
     held_group_id := v_moving;
@@ -4187,7 +4205,7 @@ comment on function tokenlimits.write_batch(
   tokenlimits.batch_charge[],
   timestamptz
 )
-is 'tokenlimits: Writes what a batch is charged for, and sweeps.';
+is 'tokenlimits: Writes the usages of a batch, and sweeps.';
 
 revoke execute on function tokenlimits.write_batch(
   tokenlimits.batch_item[],
@@ -4197,8 +4215,8 @@ revoke execute on function tokenlimits.write_batch(
 )
 from public, anon, authenticated, service_role;
 
--- Answers what was charged: each sees the counters as they were right after it, also where others have moved them since
--- they were read. Where holds have expired, the verdict knows better than the counter what is used.
+-- Answers the charged items. Each answer has the counters as they were right after its item, including what others have
+-- moved since the counters were read. With expired holds, the verdict, not the counter, says what is used.
 create or replace function tokenlimits.answer_charges(
   p_items tokenlimits.batch_item[],
   p_states tokenlimits.limit_state[],
@@ -4252,7 +4270,7 @@ group_name, timezone, no)
       v_usage.id, v_usage.status, v_usage.expires_at,
       case when v_usage.group_id is not null then row(v_usage.group_id, v_state.group_name)::tokenlimits.group_answer end,
       v_usage.kind, v_usage.cost, v_limits, null,
-      -- greatest() passes over nulls, and unlimited is null
+      -- greatest() ignores nulls, and unlimited is null
       case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
       nullif(v_tightest.until, 'infinity'), null, v_charge.replayed
     )::tokenlimits.generation_answer);
@@ -4268,7 +4286,7 @@ comment on function tokenlimits.answer_charges(
   tokenlimits.batch_charge[],
   tokenlimits.limit_state[]
 )
-is 'tokenlimits: A batch with its charges answered.';
+is 'tokenlimits: A batch, with its charged items answered.';
 
 revoke execute on function tokenlimits.answer_charges(
   tokenlimits.batch_item[],
@@ -4279,7 +4297,7 @@ revoke execute on function tokenlimits.answer_charges(
 )
 from public, anon, authenticated, service_role;
 
--- Answers the open items that a group may pay for; all when it is null.
+-- Answers 'busy' to the open items that a group may pay for; to all open items if the group is null.
 create or replace function tokenlimits.answer_busy(p_items tokenlimits.batch_item[], p_group_id uuid)
 returns tokenlimits.batch_item[]
 language plpgsql
@@ -4304,12 +4322,12 @@ end
 $$;
 
 comment on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid)
-is 'tokenlimits: A batch with the items answered whose group is held by somebody else.';
+is 'tokenlimits: A batch, with those items answered whose group is locked by another transaction.';
 
 revoke execute on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid)
 from public, anon, authenticated, service_role;
 
--- Takes the stripes of all groups; answers the items of those that could not be had in time.
+-- Takes the stripes of all groups; answers the items of those groups whose stripe was not free in time.
 create or replace function tokenlimits.lock_batch(p_items tokenlimits.batch_item[])
 returns tokenlimits.batch_item[]
 language plpgsql
@@ -4334,6 +4352,7 @@ begin
   return p_items;
 exception
   when lock_not_available then
+    -- at least one stripe is taken, and all others were given back: one by one, in the same order, to find out which
     foreach v_group_id in array v_group_ids loop
       begin
         perform tokenlimits.lock_groups(array[v_group_id]);
@@ -4347,7 +4366,7 @@ end
 $$;
 
 comment on function tokenlimits.lock_batch(tokenlimits.batch_item[])
-is 'tokenlimits: Holds the limits of a batch''s groups still.';
+is 'tokenlimits: Keeps the limits of a batch''s groups unchanged.';
 
 revoke execute on function tokenlimits.lock_batch(tokenlimits.batch_item[])
 from public, anon, authenticated, service_role;
@@ -4356,7 +4375,7 @@ create or replace function tokenlimits.track_generations(p_requests jsonb, p_max
 returns json
 language plpgsql
 volatile
--- definer: counters are private, and nobody else writes the ledger
+-- definer: counters are private, and only these functions write the ledger
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -4376,7 +4395,7 @@ begin
   end if;
   v_items := tokenlimits.lock_batch(v_items);
   loop
-    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    -- never before the moment that an earlier round reached, or a clock that was set back would loop for ever
     v_at := greatest(tokenlimits.clock(), v_at);
     v_items := tokenlimits.replay(v_items);
     v_judged := tokenlimits.judge_batch(v_at, v_items);
@@ -4396,8 +4415,8 @@ end
 $$;
 
 -- Each request is an object with the arguments of track_generation (without p_), and is answered at the same place. One
--- that track_generation would refuse with an error has the reason 'refused'. With p_max_wait, those whose group
--- somebody else holds for more than so many milliseconds have the reason 'busy', and may be asked again.
+-- for which track_generation would raise an error has the reason 'refused'. With p_max_wait, requests whose group is
+-- locked for more than that many milliseconds have the reason 'busy', and may be sent again.
 create or replace function public.track_generations(
   p_requests jsonb,
   p_max_wait bigint default null
@@ -4416,7 +4435,7 @@ end
 $$;
 
 comment on function public.track_generations(jsonb, bigint)
-is 'tokenlimits: Tracks up to 1,000 generations in one transaction: each is judged by itself, in this order.';
+is 'tokenlimits: Tracks up to 1,000 generations in one transaction: each is judged separately, in this order.';
 
 revoke execute on function public.track_generations(jsonb, bigint)
 from public, anon, authenticated, service_role;
@@ -4435,14 +4454,14 @@ to service_role;
 
 -- 80_admin.sql
 
--- For admins: groups with their limits, members, a fresh start.
+-- For admins: groups with their limits, members, resets.
 --
 -- Invariants
---   * Each function opens with require_admin; those that can, run as their caller, so that row-level security decides
---     too.
---   * One function, one transaction: an error leaves nothing half-made.
---   * Edits lock in one order, so that they wait for each other and never in a circle: the group's row, its limits'
---     rows (all at once, where there are several), and then, in a trigger, its stripe.
+--   * Each function begins with require_admin. Functions run as their caller where they can, so that row-level security
+--     decides too.
+--   * One function, one transaction: after an error, nothing is half done.
+--   * Edits lock in one order, so that they wait for each other, but never in a circle: the group's row, its limits'
+--     rows (all at once, if there are several), and then, in a trigger, its stripe.
 
 create or replace function tokenlimits.group_json(p_group public.user_groups)
 returns jsonb
@@ -4471,7 +4490,7 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.group_json(public.user_groups)
 to authenticated, service_role;
 
--- Refuses a bad set of limits with the path of the field, like limits[2].max.
+-- Refuses an invalid set of limits with the path of the field, like limits[2].max.
 create or replace function tokenlimits.check_limits(p_limits jsonb)
 returns void
 language plpgsql
@@ -4527,7 +4546,7 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.check_limits(jsonb)
 to authenticated, service_role;
 
--- What stays the same keeps its counters: only what differs is written.
+-- Writes only what differs, so that unchanged limits keep their counters.
 create or replace function tokenlimits.replace_limits(p_group_id uuid, p_limits jsonb)
 returns void
 language plpgsql
@@ -4574,13 +4593,13 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform tokenlimits.refuse(
-    'TL001', format('id: %s is, or was, another group''s', p_id), 'id', 'Choose an id that was never used.'
+    'TL001', format('id: %s is or was the id of another group', p_id), 'id', 'Choose an id that was never used.'
   );
 end
 $$;
 
 comment on function tokenlimits.refuse_id(uuid)
-is 'tokenlimits: Refuses an id that a group has or had.';
+is 'tokenlimits: Raises TL001: a group has or had this id.';
 
 revoke execute on function tokenlimits.refuse_id(uuid)
 from public, anon, authenticated, service_role;
@@ -4596,7 +4615,7 @@ create or replace function tokenlimits.insert_group(
 returns public.user_groups
 language plpgsql
 volatile
--- definer: nobody else may set an id
+-- definer: callers may not set ids
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -4605,7 +4624,7 @@ declare
   v_constraint text;
 begin
   perform tokenlimits.require_admin();
-  -- pages begin after the nil UUID
+  -- pages begin after the nil UUID, so they would leave this group out
   if p_id = '00000000-0000-0000-0000-000000000000' then
     perform tokenlimits.refuse('TL001', 'id: must not be the nil UUID', 'id', 'Choose an id that was never used.');
   end if;
@@ -4615,8 +4634,8 @@ begin
     coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false)
   )
   returning * into v_group;
-  -- only now: who had the id may have been deleted while this waited for it. What the ledger says of another group would
-  -- be this one's usage.
+  -- only now: the group with this id may have been deleted while this waited for the id. Its ledger rows would become
+  -- this group's usage.
   if p_id is not null and (
     exists (select from tokenlimits.deleted_groups as d where d.id = p_id)
     or exists (select from public.generation_usage as u where u.group_id = p_id)
@@ -4668,12 +4687,12 @@ begin
   end if;
   if p_group_id is not null then
     if p_id is not null then
-      perform tokenlimits.refuse('TL001', 'id: is of a new group; group_id names one that is there', 'id');
+      perform tokenlimits.refuse('TL001', 'id: is for a new group; group_id names an existing one', 'id');
     end if;
     v_group := tokenlimits.require_group(p_group_id);
   end if;
   if p_is_default then
-    -- the stripes of groups are 0 to 255
+    -- one default group at a time; the stripes of groups are 0 to 255
     perform pg_advisory_xact_lock(1953459052, 256);
     update public.user_groups as g
     set is_default = false
@@ -4697,7 +4716,7 @@ begin
     when unique_violation then
       perform tokenlimits.refuse(
         'TL003',
-        format('there is a group named %L already', normalize(
+        format('a group named %L already exists', normalize(
           btrim(
             p_name,
             e' \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000'
@@ -4711,7 +4730,7 @@ begin
           ),
           nfc
         ),
-        'Names are unique whatever their case; nothing was saved.'
+        'Names are unique regardless of case. Nothing was saved.'
       );
   end;
   if v_limits is not null then
@@ -4722,8 +4741,8 @@ end
 $$;
 
 comment on function public.save_group(uuid, text, text, integer, text, boolean, jsonb, uuid)
-is 'tokenlimits: Makes a group (p_id: with this id, which was never used), or changes what is not null of an existing '
-'one, with its whole set of limits, in one step.';
+is 'tokenlimits: Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an '
+'existing group, with its whole set of limits, in one step.';
 
 revoke execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb, uuid)
 from public, anon, authenticated, service_role;
@@ -4779,7 +4798,7 @@ end
 $$;
 
 comment on function public.remove_group_limit(uuid, text, text, text)
-is 'tokenlimits: Removes one limit of a group; without the limit that is no error.';
+is 'tokenlimits: Removes one limit of a group; a missing limit is no error.';
 
 revoke execute on function public.remove_group_limit(uuid, text, text, text)
 from public, anon, authenticated, service_role;
@@ -4847,7 +4866,7 @@ begin
           ),
           nfc
         ))) > 0)
-        -- no name is empty; "p_after is null or" would read the pages before, too
+        -- no name is empty; "p_after is null or" would read the earlier pages too
         and lower(g.name) > lower(coalesce(p_after, ''))
       order by lower(g.name)
       limit least(greatest(p_page_size, 1), 500)
@@ -4858,7 +4877,7 @@ $$;
 
 comment on function public.find_groups(uuid, text, text, text, integer)
 is 'tokenlimits: Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, '
-'in order.';
+'ordered by name.';
 
 revoke execute on function public.find_groups(uuid, text, text, text, integer)
 from public, anon, authenticated, service_role;
@@ -4919,8 +4938,8 @@ end
 $$;
 
 comment on function public.add_group_members(uuid, uuid[])
-is 'tokenlimits: Adds users to a group: how many were added, how many were there already, and which ids are of no '
-'user.';
+is 'tokenlimits: Adds users to a group; returns how many were added, how many were already members, and which ids are '
+'unknown.';
 
 revoke execute on function public.add_group_members(uuid, uuid[])
 from public, anon, authenticated, service_role;
@@ -5001,7 +5020,7 @@ create or replace function tokenlimits.reset_group_usage(p_group_id uuid, p_kind
 returns jsonb
 language plpgsql
 volatile
--- definer: resets are private
+-- definer: resets are in a private table
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -5019,7 +5038,7 @@ begin
   where l.group_id = p_group_id
   order by l.kind, l.period, l.scope
   for update;
-  -- nobody is between being judged and being recorded now: what was recorded before is before, what comes is after
+  -- no call is between being judged and being recorded now, so each usage is recorded either before the reset or after
   perform tokenlimits.lock_groups(array[p_group_id], true);
   v_at := greatest(
     tokenlimits.clock(),
@@ -5058,7 +5077,7 @@ end
 $$;
 
 comment on function public.reset_group_usage(uuid, text)
-is 'tokenlimits: A fresh start for a group''s current periods, of a kind or of all; the ledger keeps everything.';
+is 'tokenlimits: Resets a group''s usage in its current periods, of one kind or of all; the ledger keeps everything.';
 
 revoke execute on function public.reset_group_usage(uuid, text)
 from public, anon, authenticated, service_role;
@@ -5095,15 +5114,15 @@ begin
     from public.group_memberships as m
     where
       m.group_id = p_group_id
-      -- "p_after is null or" would read the pages before, too
+      -- "p_after is null or" would read the earlier pages too
       and m.user_id >= coalesce(p_after, '00000000-0000-0000-0000-000000000000')
       and m.user_id is distinct from p_after
     order by m.user_id
-    -- of a search nobody knows yet how many it takes
+    -- a search may have to read more than a page
     limit case when v_search is null then v_page_size end
   );
   if v_search is not null then
-    -- by itself: joined to all members at once, a plan that is kept would compare each with each
+    -- a query of its own: joined to all members at once, a cached plan would compare each with each
     v_user_ids := array(
       select u.id
       from tokenlimits.users(v_user_ids) as u
@@ -5149,8 +5168,8 @@ end
 $$;
 
 comment on function public.group_members(uuid, uuid, integer, text)
-is 'tokenlimits: A group''s members, or those whose e-mail address contains a text: the page after a user id, in the '
-'order of ids.';
+is 'tokenlimits: A group''s members, or those whose e-mail address contains a text: the page after a user id, ordered '
+'by id.';
 
 revoke execute on function public.group_members(uuid, uuid, integer, text)
 from public, anon, authenticated, service_role;
@@ -5208,7 +5227,7 @@ end
 $$;
 
 comment on function public.find_users(text, integer)
-is 'tokenlimits: Users whose e-mail address contains a text, whatever its case.';
+is 'tokenlimits: Users whose e-mail address contains a text, regardless of case.';
 
 revoke execute on function public.find_users(text, integer)
 from public, anon, authenticated, service_role;
@@ -5230,7 +5249,7 @@ to authenticated, service_role;
 -- Usage for users and admins, and history.
 --
 -- Invariants
---   * Numbers come from counters and the rollup, never from scanning the ledger, so they cost the same for ever.
+--   * Numbers come from counters and the rollup, never from scanning the ledger, so their cost doesn't grow.
 
 create or replace function tokenlimits.user_usage(p_user_id uuid)
 returns jsonb
@@ -5269,7 +5288,7 @@ end
 $$;
 
 comment on function tokenlimits.user_usage(uuid)
-is 'tokenlimits: Every limit that binds a user, in the order in which groups pay.';
+is 'tokenlimits: Every limit that applies to a user, in the order in which groups pay.';
 
 revoke execute on function tokenlimits.user_usage(uuid)
 from public, anon, authenticated, service_role;
@@ -5306,7 +5325,7 @@ end
 $$;
 
 comment on function public.user_generation_usage(uuid)
-is 'tokenlimits: Every limit that binds a user: group, kind, period, scope, max, used, remaining, reset_at.';
+is 'tokenlimits: Every limit that applies to a user: group, kind, period, scope, max, used, remaining, reset_at.';
 
 revoke execute on function public.user_generation_usage(uuid)
 from public, anon, authenticated, service_role;
@@ -5327,7 +5346,7 @@ create or replace function tokenlimits.my_generation_usage()
 returns jsonb
 language plpgsql
 stable
--- definer: counters are private; it answers for nobody but the caller
+-- definer: counters are private; it returns only the caller's own usage
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -5336,7 +5355,7 @@ declare
 begin
   if v_user_id is null then
     raise exception using
-      errcode = '42501', message = 'nobody is signed in', hint = 'Send the user''s access token.';
+      errcode = '42501', message = 'no user is signed in', hint = 'Send the user''s access token.';
   end if;
   return tokenlimits.user_usage(v_user_id);
 end
@@ -5354,7 +5373,7 @@ end
 $$;
 
 comment on function public.my_generation_usage()
-is 'tokenlimits: Every limit that binds the signed-in user: group, kind, period, scope, max, used, remaining, '
+is 'tokenlimits: Every limit that applies to the signed-in user: group, kind, period, scope, max, used, remaining, '
 'reset_at.';
 
 revoke execute on function public.my_generation_usage()
@@ -5396,9 +5415,9 @@ begin
 end
 $do$;
 
--- A member limit is shown for the group as a whole: what all members used, of max for each. All groups of a page at
--- once, since a dashboard asks for a thousand: what limit_states works out for one, this does for all in a query. It
--- answers json, which is only put together; jsonb would be built anew at every level.
+-- A member limit is shown for the whole group: what all members used, of max times the number of members. All groups of
+-- a page at once, since a dashboard asks for a thousand: what limit_states computes for one group, this computes for
+-- all in one query. It returns json, which is only concatenated; jsonb would be rebuilt at every level.
 create or replace function tokenlimits.group_usage(p_group_id uuid, p_after text, p_page_size integer)
 returns json
 language plpgsql
@@ -5406,9 +5425,9 @@ stable
 -- definer: counters are private
 security definer
 set search_path = pg_catalog, pg_temp
--- the planner takes its own steps for small, and would compare each row of one with each of the next
+-- the planner assumes that each step returns few rows, and would choose nested loops
 set enable_nestloop = off
--- and a plan for the very ids would look at statistics of each: half of the time of a thousand
+-- a plan for specific ids would read the statistics of each: half of the time for a thousand
 set plan_cache_mode = force_generic_plan
 as $$
 declare
@@ -5423,7 +5442,7 @@ begin
     v_group_ids := array(
       select g.id
       from public.user_groups as g
-      -- no name is empty; "p_after is null or" would read the pages before, too
+      -- no name is empty; "p_after is null or" would read the earlier pages too
       where lower(g.name) > lower(coalesce(p_after, ''))
       order by lower(g.name)
       -- null: all
@@ -5431,7 +5450,7 @@ begin
     );
   end if;
   return coalesce((
-    -- "= any" in every step: it reads its groups, not all that there are
+    -- "= any" in every step: each reads only these groups, not all
     with groups as materialized (
       select g.id, g.name, g.timezone, p.place
       from public.user_groups as g
@@ -5446,7 +5465,7 @@ begin
       group by m.group_id
     ),
 
-    -- a group's own limit of the same period, if there is one, has counted what all members used together
+    -- a group limit of the same period, if there is one, has counted what all members used together
     limits as materialized (
       select
         l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id, g.timezone,
@@ -5462,8 +5481,8 @@ begin
       from (select distinct l.period, l.timezone from limits as l) as k
     ),
 
-    -- as limit_states: an open counter says what is used, and nothing is when a period has begun since; where used
-    -- is null there is no counter
+    -- as in limit_states: an open counter says what is used; if a new period has begun since, nothing is used; null
+    -- means that there is no counter
     states as materialized (
       select
         l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id,
@@ -5477,7 +5496,7 @@ begin
         end as since,
         case when c.until > v_now then c.until else upper(p.range) end as until,
         case when c.until > v_now then c.used when c.until is not null then 0 end as used,
-        -- numeric: of many members it is more than a bigint holds
+        -- numeric: for many members, it exceeds a bigint
         l.max::numeric * case l.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
       from limits as l
       inner join periods as p on p.period = l.period and p.timezone = l.timezone
@@ -5498,7 +5517,7 @@ begin
             case when c.capacity is not null then greatest(c.capacity - c.used, 0) end,
             case
               when c.capacity > 0 then round(c.used / c.capacity, 6)
-              -- a blocked limit is full; so is one of a group without members that has been used
+              -- a blocked limit is full; so is a member limit that was used in a group that has no members now
               when c.capacity = 0 then 1
             end
           )::tokenlimits.group_limit_answer
@@ -5506,7 +5525,7 @@ begin
       from (
         select
           s.group_id, s.kind, s.period, s.scope, s.max, s.until, s.capacity,
-          -- without a counter it is added up as count_usage does; here, where the period is whole buckets of the rollup
+          -- without a counter, the sum is computed as in count_usage; here, if the period consists of whole buckets
           coalesce(s.used, case
             when s.since = date_bin('15 minutes', s.since, '2000-01-01 00:00:00+00') and s.until = date_bin('15 minutes', s.until, '2000-01-01 00:00:00+00') then coalesce((
               select sum(r.cost)
@@ -5560,8 +5579,8 @@ end
 $$;
 
 comment on function public.group_usage(uuid, text, integer)
-is 'tokenlimits: Usage of one group, of all, or of a page of them after a name: of each limit used, capacity, '
-'reset_at.';
+is 'tokenlimits: Usage of one group, of all, or of the page of groups after a name: used, capacity and reset_at of '
+'each limit.';
 
 revoke execute on function public.group_usage(uuid, text, integer)
 from public, anon, authenticated, service_role;
@@ -5597,7 +5616,7 @@ is 'tokenlimits: Raises TL001 unless it is a step of the history.';
 revoke execute on function tokenlimits.check_bucket(text)
 from public, anon, authenticated, service_role;
 
--- A group that was deleted since has lost its time zone too.
+-- A group that was deleted has lost its time zone too.
 create or replace function tokenlimits.timezone_of(p_group_id uuid)
 returns text
 language plpgsql
@@ -5640,7 +5659,7 @@ begin
   if p_group_id is not null then
     v_timezone := (tokenlimits.require_group(p_group_id)).timezone;
   end if;
-  -- whole buckets: the first is the one that p_since lies in
+  -- whole buckets: the first is the one that contains p_since
   v_since := lower(tokenlimits.period_of(p_bucket, v_timezone, v_since));
   return coalesce((
     select jsonb_agg(to_jsonb(points) order by points.bucket, points.kind)
@@ -5696,7 +5715,7 @@ end
 $$;
 
 comment on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
-is 'tokenlimits: Live usage per kind and bucket in a group''s time zone (of all groups, in UTC, when null); 30 days by '
+is 'tokenlimits: Live usage per kind and bucket in a group''s time zone (of all groups, in UTC, if null); 30 days by '
 'default.';
 
 revoke execute on function public.generation_history(uuid, text, text, timestamptz, timestamptz)
@@ -5716,13 +5735,13 @@ to authenticated, service_role;
 
 -- 86_export.sql
 
--- Reading much of the ledger, or of its sums: page by page; and who used most.
+-- Export of the ledger or of its sums, page by page; top members.
 --
 -- Invariants
---   * A page reads a bounded number of rows, by an index, however rare what it looks for is: a short page is not the
---     end, a page without "next" is.
---   * Pages follow each other by columns that never change. What was committed before the first page, and created
---     before "until", is in exactly one of them, as a row or in a sum.
+--   * A page reads a bounded number of rows, by an index, however rare the matching rows are: a short page is not the
+--     end; a page without "next" is.
+--   * Pages are ordered by columns that never change. Each usage that was committed before the first page, and created
+--     before "until", is in exactly one page, as a row or in a sum.
 
 create or replace function tokenlimits.usage_json(p_usage public.generation_usage, p_email text)
 returns jsonb
@@ -5755,8 +5774,8 @@ is 'tokenlimits: A row of the ledger and the user''s e-mail address, as an expor
 revoke execute on function tokenlimits.usage_json(public.generation_usage, text)
 from public, anon, authenticated, service_role;
 
--- Of one user by their own index, else of one group after the other by theirs: no index of its own, which every call
--- would have to keep. p_after is the "next" of the page before.
+-- Reads one user's rows by the user's index, or otherwise one group after the other by the group's index: another index
+-- would cost every call. p_after is the "next" of the previous page.
 create or replace function tokenlimits.export_usage(
   p_group_id uuid,
   p_user_id uuid,
@@ -5808,7 +5827,7 @@ begin
         limit v_left
       );
     end if;
-    -- looked up, not joined: a plan that is kept would compare each row with each user
+    -- looked up, not joined: a cached plan would compare each row with each user
     v_emails := (
       select jsonb_object_agg(k.id, k.email)
       from tokenlimits.users(array(select distinct p.user_id from unnest(v_page) as p)) as k
@@ -5872,8 +5891,8 @@ end
 $$;
 
 comment on function public.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
-is 'tokenlimits: The ledger, page by page: ask again with p_after and p_until as the ''next'' and ''until'' of the '
-'page before.';
+is 'tokenlimits: The ledger, page by page: for the next page, pass this page''s ''next'' and ''until'' as p_after and '
+'p_until.';
 
 revoke execute on function public.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
 from public, anon, authenticated, service_role;
@@ -5890,9 +5909,8 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.export_usage(uuid, uuid, text, timestamptz, timestamptz, jsonb, integer)
 to authenticated, service_role;
 
--- Sum after sum of each series (a group and a kind) of the rollup, in the order of its key: one look-up finds where the
--- next sum begins, another adds it up, so time in which nothing was used costs nothing. p_after is the "next" of the
--- page before.
+-- The sums of each series (a group and a kind) of the rollup, in the order of its key: one look-up finds where the next
+-- sum begins, another one adds it up, so unused time costs nothing. p_after is the "next" of the previous page.
 create or replace function tokenlimits.export_history(
   p_group_id uuid,
   p_kind text,
@@ -5910,7 +5928,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- what a page may read, in rows of the rollup (a month of one kind has up to 47,616), and what a look-up counts as
+  -- how many rows of the rollup a page may read (a month of one kind has up to 47,616), and what a look-up counts as
   c_rows constant integer := 100000;
   c_look_up constant integer := 50;
   v_now timestamptz := tokenlimits.clock();
@@ -5923,7 +5941,7 @@ declare
   );
   v_kind text := coalesce(p_after ->> 'kind', '');
   v_timezone text := tokenlimits.timezone_of(v_group_id);
-  -- from here on in this series; at infinity it is over
+  -- where the next sum of this series begins; infinity: the series is finished
   v_at timestamptz := coalesce((p_after ->> 'bucket')::timestamptz, 'infinity');
   v_period tstzrange;
   v_sum record;
@@ -5953,7 +5971,7 @@ begin
       v_timezone := tokenlimits.timezone_of(v_group_id);
       v_at := case
         when v_kind <> p_kind then 'infinity'
-        -- whole buckets: the first is the one that p_since lies in
+        -- whole buckets: the first is the one that contains p_since
         when isfinite(p_since) then lower(tokenlimits.period_of(p_bucket, v_timezone, p_since))
         else coalesce(p_since, '-infinity')
       end;
@@ -6041,7 +6059,8 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
 to authenticated, service_role;
 
--- Counters forget past periods, so this reads the ledger: as long as the time is, not as the history is.
+-- Counters don't keep past periods, so this reads the ledger: the cost grows with the requested time, not with the
+-- history.
 create or replace function tokenlimits.top_members(
   p_group_id uuid,
   p_kind text,
@@ -6108,7 +6127,7 @@ end
 $$;
 
 comment on function public.top_members(uuid, text, timestamptz, timestamptz, integer)
-is 'tokenlimits: Who used most in a group, also those who left; in the last 30 days by default.';
+is 'tokenlimits: The users with the most usage in a group, including former members; in the last 30 days by default.';
 
 revoke execute on function public.top_members(uuid, text, timestamptz, timestamptz, integer)
 from public, anon, authenticated, service_role;
@@ -6127,14 +6146,14 @@ to authenticated, service_role;
 
 -- 87_reconcile.sql
 
--- Counting everything again, for the day on which somebody doubts the numbers.
+-- Recounting everything, in case the numbers are in doubt.
 --
 -- Invariants
 --   * The ledger is right by definition: counters and rollup are made to agree with it, never the other way round.
---   * What is older than p_since is not looked at again: there the rollup's word is taken.
---   * Nobody tracks for the group while it is mended: its limits are held exclusively.
+--   * Usage older than p_since isn't recounted: there, the rollup is trusted.
+--   * No call is recorded for the group meanwhile: its stripe is held in exclusive mode.
 
--- Whole buckets, or the first one's beginning would be missed.
+-- Whole buckets, or the beginning of the first one would be missed.
 create or replace function tokenlimits.rollup_differences(p_group_id uuid, p_since timestamptz)
 returns table (kind text, bucket timestamptz, was numeric, used numeric, generations numeric)
 language plpgsql
@@ -6216,7 +6235,7 @@ is 'tokenlimits: Where a group''s counters differ from the ledger.';
 revoke execute on function tokenlimits.counter_differences(uuid, timestamptz, integer)
 from public, anon, authenticated, service_role;
 
--- As after a restored dump of the ledger alone.
+-- Holds can be missing after a dump of the ledger alone was restored.
 create or replace function tokenlimits.missing_holds(p_group_id uuid, p_since timestamptz)
 returns setof public.generation_usage
 language plpgsql
@@ -6236,13 +6255,13 @@ end
 $$;
 
 comment on function tokenlimits.missing_holds(uuid, timestamptz)
-is 'tokenlimits: Usages that are reserved, but would never expire: nobody would find them.';
+is 'tokenlimits: Reserved usages without a row in holds, which would never be found when they expire.';
 
 revoke execute on function tokenlimits.missing_holds(uuid, timestamptz)
 from public, anon, authenticated, service_role;
 
--- One group at a time, and since a moment, for a statement ends after 8 s. Answers what differed, as it was and as it
--- is now.
+-- One group at a time, and from a moment on, since a statement ends after 8 s. Returns what differed: the old and the
+-- new values.
 create or replace function tokenlimits.reconcile_usage(p_group_id uuid, p_since timestamptz)
 returns jsonb
 language plpgsql
@@ -6267,7 +6286,7 @@ begin
   from tokenlimits.missing_holds(p_group_id, coalesce(p_since, '-infinity')) as u;
   get diagnostics v_holds = row_count;
 
-  -- first, for the group's counters are counted from it
+  -- the rollup first, since the group's counters are counted from it
   with differences as (
     select d.kind, d.bucket, d.was, d.used, d.generations
     from tokenlimits.rollup_differences(p_group_id, coalesce(p_since, '-infinity')) as d
@@ -6323,7 +6342,7 @@ end
 $$;
 
 comment on function public.reconcile_usage(uuid, timestamptz)
-is 'tokenlimits: Counts a group''s usage again from the ledger, mends counters and rollup, and answers what differed.';
+is 'tokenlimits: Recounts a group''s usage from the ledger, corrects counters and rollup, and returns what differed.';
 
 revoke execute on function public.reconcile_usage(uuid, timestamptz)
 from public, anon, authenticated, service_role;
@@ -6342,11 +6361,11 @@ to authenticated, service_role;
 
 -- 88_operate.sql
 
--- For those who run it: users by their addresses, and whether everything is as it should be.
+-- For operators: users by e-mail address, and diagnosis.
 --
 -- Invariants
 --   * Nothing here changes anything.
---   * tokenlimits_diagnosis answers facts; what they mean is said by `tokenlimits doctor`.
+--   * tokenlimits_diagnosis returns facts; `tokenlimits doctor` interprets them.
 
 create or replace function tokenlimits.find_users_by_email(p_emails text[])
 returns jsonb
@@ -6385,7 +6404,7 @@ end
 $$;
 
 comment on function public.find_users_by_email(text[])
-is 'tokenlimits: The users who have one of up to 5,000 e-mail addresses, whatever its case.';
+is 'tokenlimits: The users with one of up to 5,000 e-mail addresses, regardless of case.';
 
 revoke execute on function public.find_users_by_email(text[])
 from public, anon, authenticated, service_role;
@@ -6402,8 +6421,8 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.find_users_by_email(text[])
 to authenticated, service_role;
 
--- As reconcile, but it waits for nobody: a stable function sees one moment, at which counters and ledger agree. It
--- looks at no more members than a statement has time for.
+-- Like reconcile, but without locks: a stable function sees one moment, at which counters and ledger agree. It checks
+-- only as many members as a statement has time for.
 create or replace function tokenlimits.usage_drift(p_group_id uuid, p_since timestamptz)
 returns jsonb
 language plpgsql
@@ -6454,8 +6473,8 @@ end
 $$;
 
 comment on function public.usage_drift(uuid, timestamptz)
-is 'tokenlimits: Where a group''s counters and history differ from the ledger; changes nothing. The history of a day '
-'by default.';
+is 'tokenlimits: Where a group''s counters and history differ from the ledger; changes nothing. By default, one day of '
+'history.';
 
 revoke execute on function public.usage_drift(uuid, timestamptz)
 from public, anon, authenticated, service_role;
@@ -6472,7 +6491,7 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.usage_drift(uuid, timestamptz)
 to authenticated, service_role;
 
--- Asks the project's rule about a caller who is made up, and puts the real one back.
+-- Asks the project's rule about a made-up caller, and restores the real one.
 create or replace function tokenlimits.would_be_admin(p_claims jsonb)
 returns boolean
 language plpgsql
@@ -6485,7 +6504,7 @@ declare
 begin
   perform set_config('request.jwt.claims', p_claims::text, true);
   begin
-    -- as row-level security takes it
+    -- null means no, as in row-level security
     v_answer := coalesce(tokenlimits.is_admin(), false);
   exception when others then
     v_answer := null;
@@ -6501,15 +6520,15 @@ is 'tokenlimits: Would a caller with these claims be an admin? Null: it failed.'
 revoke execute on function tokenlimits.would_be_admin(jsonb)
 from public, anon, authenticated, service_role;
 
--- What the statistics know, and the sizes of files; no table is read. "needed" is what an index would take that was
--- built now: each row's columns at their average width, aligned, with header and pointer, in pages filled to nine
--- tenths. Rows are estimated as the planner does, or from what was written since, whichever are more: where that is
--- wrong, an index looks too small rather than too large, and where it is not known yet, "needed" is null.
+-- From statistics and file sizes; no table is read. "needed" is the size that an index would have if it were built now:
+-- each row's columns at their average width, aligned, with header and pointer, in pages filled to 90 %. The number of
+-- rows is the planner's estimate, or what was written since, whichever is larger. If it is wrong, an index looks too
+-- small rather than too large; if it isn't known yet, "needed" is null.
 create or replace function tokenlimits.storage()
 returns jsonb
 language plpgsql
 stable
--- definer: statistics of columns are for who may read them
+-- definer: only roles that may read a column see its statistics
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -6583,7 +6602,7 @@ begin
   ) then
     return null;
   end if;
-  -- of many it is enough to know that they are many
+  -- an exact count of many users isn't needed
   return (
     select count(*)
     from (
@@ -6597,13 +6616,13 @@ end
 $$;
 
 comment on function tokenlimits.users_in_no_group()
-is 'tokenlimits: How many users are in no group, up to 1,001; null where users are elsewhere.';
+is 'tokenlimits: How many users are in no group, up to 1,001; null for a project''s own users.';
 
 revoke execute on function tokenlimits.users_in_no_group()
 from public, anon, authenticated, service_role;
 
--- After a ledger was restored alone, its rows are in none of the sums. Most often it shows at both ends of a group's
--- history; to be sure, reconcile.
+-- After the ledger alone was restored, its rows are in none of the sums. Usually this shows at both ends of a group's
+-- history; only reconcile finds every case.
 create or replace function tokenlimits.groups_not_summed()
 returns bigint
 language plpgsql
@@ -6647,7 +6666,7 @@ end
 $$;
 
 comment on function tokenlimits.groups_not_summed()
-is 'tokenlimits: How many groups have usage in the ledger that is in none of the sums.';
+is 'tokenlimits: How many groups have usage in the ledger that is missing in the sums.';
 
 revoke execute on function tokenlimits.groups_not_summed()
 from public, anon, authenticated, service_role;
@@ -6708,7 +6727,7 @@ begin
         'rls', t.relrowsecurity,
         'anon', has_any_column_privilege('anon', t.oid, 'select, insert, update')
         or has_table_privilege('anon', t.oid, 'delete'),
-        -- of the whole table: what is granted column by column is meant so
+        -- of the whole table: column grants are intended
         'authenticated', (
           select coalesce(jsonb_agg(a.name order by a.name), '[]')
           from unnest(array['select', 'insert', 'update', 'delete']) as a (name)
@@ -6740,7 +6759,7 @@ begin
       from pg_catalog.pg_proc as f
       where f.pronamespace = 'public'::regnamespace and f.proname = any(c_functions)
     ),
-    -- a dump without comments was restored: applying the SQL, or removing it, wouldn't take them for ours
+    -- lost their comments, for instance in a restored dump: the SQL doesn't recognize them as its own
     'unmarked', (
       select coalesce(jsonb_agg(o.name order by o.name), '[]')
       from (
@@ -6813,8 +6832,7 @@ end
 $$;
 
 comment on function public.tokenlimits_diagnosis()
-is 'tokenlimits: How tokenlimits is installed here: tables, policies, functions, triggers, indexes, who is an admin, '
-'users.';
+is 'tokenlimits: The state of the installation: tables, policies, functions, triggers, indexes, the admin rule, users.';
 
 revoke execute on function public.tokenlimits_diagnosis()
 from public, anon, authenticated, service_role;
@@ -6833,13 +6851,13 @@ to authenticated, service_role;
 
 -- 90_security.sql
 
--- Who may touch the tables: admins through row-level security, the service key, and nobody else.
+-- Access to the tables: for admins through row-level security, for the service key, and for nobody else.
 --
 -- Invariants
 --   * One permissive policy per table, action and role.
---   * Nobody writes the ledger through the API: only definer functions do. Ids, counters and moments of the other
---     tables neither.
---   * It holds on projects whose default privileges grant everything in public, and on those that grant nothing.
+--   * Through the API, nobody writes the ledger, or the ids, counters and timestamps of the other tables: only definer
+--     functions do.
+--   * This holds in projects whose default privileges grant everything in public, and in those that grant nothing.
 
 alter table public.user_groups enable row level security;
 
@@ -6855,7 +6873,7 @@ from public, anon, authenticated, service_role;
 grant select, delete on public.user_groups, public.group_limits, public.group_memberships
 to authenticated, service_role;
 
--- ids, counters and moments are ours to set, also where an admin edits a table
+-- only our functions set ids, counters and timestamps, even if an admin edits a table
 grant insert (name, description, priority, timezone, is_default),
 update (name, description, priority, timezone, is_default)
 on public.user_groups to authenticated, service_role;
@@ -6867,7 +6885,7 @@ grant insert (group_id, user_id) on public.group_memberships to authenticated, s
 
 grant select on public.generation_usage to authenticated, service_role;
 
--- an identity column needs no right to its sequence; old projects grant it to everybody
+-- an identity column needs no privilege on its sequence; old projects grant it to everybody
 revoke all on sequence public.group_limits_counter_id_seq from public, anon, authenticated, service_role;
 
 do $do$
@@ -6892,7 +6910,7 @@ begin
 end
 $do$;
 
--- PostgREST serves the new functions from now on.
+-- Makes PostgREST serve the new functions.
 notify pgrst, 'reload schema';
 
 -- squawk-ignore transaction-nesting

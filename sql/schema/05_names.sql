@@ -1,9 +1,9 @@
--- Whether all of this may go here.
+-- Whether tokenlimits can be installed here.
 --
 -- Invariants
---   * What we make says so in its comment, which begins with our mark. So the mark travels with dumps, and a ledger
---     that is kept has it when the schema tokenlimits is gone.
---   * Where this refuses, nothing has changed; tables and functions without our mark are never changed.
+--   * The comment of every object that we create begins with our mark. So dumps contain the mark, and a kept ledger
+--     still has it when the schema tokenlimits is gone.
+--   * If this refuses, nothing has changed. Tables and functions without our mark are never changed.
 
 do $do$
 declare
@@ -17,10 +17,10 @@ begin
   where
     c.relname in ({{ table_names }})
     and n.nspname <> 'public'
-    -- anybody can make a temporary table
+    -- anybody can create a temporary table
     and c.relpersistence = 'p'
     and {{ is_marked('c.oid', 'pg_class') }}
-    -- a copy beside what is here is the project's
+    -- a copy beside our own tables belongs to the project
     and not exists (
       select
       from pg_catalog.pg_class as h
@@ -33,12 +33,12 @@ begin
   if found then
     raise exception using
       errcode = 'TL010',
-      message = format('tokenlimits is installed in another schema, and a database has it once: %s (TL010)', v_elsewhere),
-      hint = 'Nothing was changed. Apply the SQL of that schema (tokenlimits sql --schema NAME), or uninstall it there '
-        'first. A ledger that was kept can be moved: alter table OLD.generation_usage set schema NEW, once NEW is there.';
+      message = format('tokenlimits is already installed in another schema of this database: %s (TL010)', v_elsewhere),
+      hint = 'Nothing was changed. Apply the SQL for that schema (tokenlimits sql --schema NAME), or uninstall it there '
+        'first. To move a kept ledger, create the schema NEW, then: alter table OLD.generation_usage set schema NEW.';
   end if;
 
-  -- the private schema may be the project's, and two functions in it, which are in none of our lists
+  -- the project may own the private schema, and two functions in it, which none of our lists has
   v_taken := array(
 {%- for place, relations, types, functions in [
   ('public', table_names ~ ',\n' ~ index_names, table_names, function_names),
@@ -67,7 +67,7 @@ begin
       and c.relname in (
         {{ relations | indent(8) }}
       )
-      -- an index and an identity's sequence are their table's
+      -- an index and an identity's sequence belong to their table
       and not {{ is_marked('coalesce(i.indrelid, d.refobjid, c.oid)', 'pg_class') }}
     union all
     select format('type %I.%I', '{{ place }}', t.typname)
@@ -98,12 +98,12 @@ begin
     raise exception using
       errcode = 'TL010',
       message = format(
-        'tokenlimits needs names that other objects have, which it did not make: %s (TL010)',
+        'other objects, which tokenlimits did not create, have names that it needs: %s (TL010)',
         array_to_string(v_taken, ', ')
       ),
-      hint = 'Nothing was changed. Rename them, or install in a schema of its own: tokenlimits sql --schema NAME. '
-        'What tokenlimits made has a comment that begins with "tokenlimits:"; where a restored dump has lost the '
-        'comments, say so first, in the same session: set tokenlimits.adopt = ''yes''.';
+      hint = 'Nothing was changed. Rename them, or install in another schema: tokenlimits sql --schema NAME. Objects of '
+        'tokenlimits have a comment that begins with "tokenlimits:". If a restored dump lost the comments, run this '
+        'first, in the same session: set tokenlimits.adopt = ''yes''.';
   end if;
 end
 $do$;

@@ -1,9 +1,9 @@
--- The private schema, who is an admin, and the clock.
+-- The private schema, the definition of an admin, and the clock.
 --
 -- Invariants
 --   * Nothing in the schema tokenlimits is exposed through the API: it is not in PostgREST's list of schemas.
---   * A project's own tokenlimits.is_admin() and tokenlimits.known_users() survive another application of this file.
---   * Nothing reads auth.users but known_users, what looks for users by their address, and what counts those in no group.
+--   * A project's own tokenlimits.is_admin() and tokenlimits.known_users() survive when this file is applied again.
+--   * Only known_users, searches for users by address, and the count of users in no group read auth.users.
 --
 -- SQLSTATEs that our functions raise (PostgREST passes them on as "code", with 400)
 --   TL001  invalid request; DETAIL is the name of the field
@@ -11,17 +11,17 @@
 --   TL003  a group of that name exists (whatever its case)
 --   TL004  unknown user
 --   TL005  usage not found
---   TL006  usage already settled in another way
+--   TL006  usage already settled differently
 --   TL007  the hold has expired and its cost no longer fits
 --   TL008  idempotency key used for another request
 --   TL009  the transaction is not READ COMMITTED
---   TL010  names that tokenlimits needs are taken, or it is installed in another schema; raised when it is applied
---   TL099  overtaken by another call; caught inside, never leaves
---   42501  the caller is no admin
+--   TL010  names that tokenlimits needs are taken, or it is installed in another schema; raised when the SQL is applied
+--   TL099  overtaken by another call; always caught internally
+--   42501  the caller is not an admin
 
 do $do$
 begin
-  -- a project may have made it, for its own is_admin() or known_users(); then it stays the project's
+  -- if the project created it, for its own is_admin() or known_users(), it remains the project's
   if to_regnamespace('tokenlimits') is null then
     create schema tokenlimits;
     comment on schema tokenlimits is 'tokenlimits: Private parts: counters, rollup, helpers. Not for the API.';
@@ -32,7 +32,7 @@ $do$;
 revoke all on schema tokenlimits from public, anon, authenticated, service_role;
 grant usage on schema tokenlimits to authenticated, service_role;
 
--- Where the public part goes: Supabase has made "public", another schema may be ours to make.
+-- The schema of the public part: Supabase created "public"; we create another schema if it doesn't exist.
 do $do$
 begin
   if to_regnamespace('public') is null then
@@ -48,8 +48,8 @@ end
 $do$;
 
 -- Signed-in users with app_metadata.role = 'admin' are admins; a user can write user_metadata, but never app_metadata.
--- Made only if it is not there, so that a project can put its own rule in its place; what is the project's own is left
--- as it is, with its privileges.
+-- Created only if it doesn't exist, so that a project can replace it with its own rule. A project's own function is
+-- left unchanged, with its privileges.
 do $do$
 begin
   if to_regprocedure('tokenlimits.is_admin()') is null then
@@ -67,8 +67,8 @@ begin
 end
 $do$;
 
--- Users as the project knows them. Made only if it is not there: a project that keeps its users elsewhere makes its own
--- before, and memberships have no foreign key to auth.users then.
+-- Which users exist. Created only if it doesn't exist: a project that keeps its users elsewhere creates its own first,
+-- and then memberships have no foreign key to auth.users.
 do $do$
 begin
   if to_regprocedure('tokenlimits.known_users(uuid[])') is null then
@@ -85,13 +85,13 @@ begin
     raise exception using
       errcode = 'TL010',
       message = 'tokenlimits.known_users(uuid[]) must return table (id uuid, email text) (TL010)',
-      hint = 'Nothing was changed. Create it anew with these columns.';
+      hint = 'Nothing was changed. Create it again with these columns.';
   end if;
 end
 $do$;
 
--- Each known user once, whatever a project's own rule answers. Never row by row with each other: a plan that is kept
--- takes both sides for small.
+-- Each known user once, even if a project's own rule returns duplicates. Never a nested loop: a cached plan assumes
+-- that both sides are small.
 create or replace function tokenlimits.users(p_user_ids uuid[])
 returns table (id uuid, email text)
 language plpgsql
@@ -109,8 +109,8 @@ end
 $$;
 {{ private('users(uuid[])', 'Which of these users exist, each once, with their e-mail addresses.') }}
 
--- Admin functions open with this. Besides admins it lets pass whoever may act as service_role: the service key and the
--- database's owner. The GUC "role" still names the caller inside a definer function, where current_user does not.
+-- Admin functions begin with this. Besides admins, it admits roles that may act as service_role: the service key and
+-- the database's owner. Inside a definer function, the GUC "role" still names the caller; current_user does not.
 create or replace function tokenlimits.require_admin()
 returns void
 language plpgsql
@@ -135,7 +135,8 @@ $$;
   to='authenticated, service_role'
 ) }}
 
--- The one place that reads the time. Wall clock, not now(): a call that waited for a lock is recorded when it got it.
+-- The only place that reads the time. The wall clock, not now(): a call that waited for a lock is recorded at the time
+-- at which it got the lock.
 create or replace function tokenlimits.clock()
 returns timestamptz
 language plpgsql
@@ -151,7 +152,7 @@ $$;
   "The present moment, for every function of tokenlimits."
 ) }}
 
--- The code is in the message too, for servers between us and the caller that drop it.
+-- The message contains the code too, since servers between us and the caller may drop the field.
 create or replace function tokenlimits.refuse(
   p_code text,
   p_message text,

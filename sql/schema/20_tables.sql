@@ -1,13 +1,13 @@
 -- Groups, their limits and members, and the ledger.
 --
 -- Invariants
---   * Only functions of tokenlimits write the ledger; nothing deletes from it, and it has no foreign keys: deleting a
---     group or a user must not touch millions of rows. No checks either: each would be parsed anew by every call.
---   * A limit is its (group, kind, period, scope), and keeps its id through every edit of it. Its counter_id names the
---     counters that count for it, and is a new one whenever they have to be counted afresh.
---   * A time zone is one of pg_timezone_names: PostgreSQL itself would take 'Foo/Bar5'.
---   * No stored moment is one that a reader can't represent: infinity, or a year beyond four digits.
---   * A name reads as it is: NFC, without characters that are invisible or turn the direction of others.
+--   * Only functions of tokenlimits write the ledger, and nothing deletes from it. It has no foreign keys: deleting a
+--     group or a user must not touch millions of rows. It has no checks either: every call would parse each of them.
+--   * A limit is identified by (group, kind, period, scope), and keeps its id through every edit. Its counter_id names
+--     its counters, and changes whenever they must be recounted.
+--   * A time zone is one of pg_timezone_names: PostgreSQL itself would accept 'Foo/Bar5'.
+--   * Every reader can represent every stored timestamp: no infinity, no year beyond four digits.
+--   * A name looks like what it is: NFC, without invisible characters and without those that change text direction.
 
 create table if not exists public.user_groups (
   id uuid not null default gen_random_uuid(),
@@ -32,8 +32,8 @@ create table if not exists public.user_groups (
 );
 comment on table public.user_groups is 'tokenlimits: Groups of users that share limits on generations.';
 comment on column public.user_groups.priority is 'A user''s groups are tried from high to low.';
-comment on column public.user_groups.timezone is 'IANA name; calendar periods of the group''s limits begin in it.';
-comment on column public.user_groups.is_default is 'Judges the users who are in no group at all; one group at most.';
+comment on column public.user_groups.timezone is 'IANA name; the periods of the group''s limits follow its calendar.';
+comment on column public.user_groups.is_default is 'Applies to users who are in no group; at most one group.';
 
 create unique index if not exists user_groups_name_key on public.user_groups (lower(name));
 create unique index if not exists user_groups_is_default_key on public.user_groups (is_default) where is_default;
@@ -58,7 +58,7 @@ create table if not exists public.group_limits (
 comment on table public.group_limits
 is 'tokenlimits: How much of a kind a group (or each of its members) may use in a period.';
 comment on column public.group_limits.max is 'Null: unlimited. 0: blocked.';
-comment on column public.group_limits.counter_id is 'Names the limit''s counters; set by tokenlimits alone.';
+comment on column public.group_limits.counter_id is 'Names the limit''s counters; only tokenlimits sets it.';
 
 create table if not exists public.group_memberships (
   group_id uuid not null,
@@ -74,7 +74,7 @@ create table if not exists public.group_memberships (
 comment on table public.group_memberships is 'tokenlimits: Who is in which group.';
 create index if not exists group_memberships_user_id_idx on public.group_memberships (user_id);
 
--- Whether users are in auth.users is for known_users to say.
+-- With a project's own known_users, members need not be in auth.users.
 do $do$
 begin
   if {{ has_own_users() | indent(2) }} then
@@ -98,7 +98,7 @@ create table if not exists public.generation_usage (
   cost bigint not null,
   reserved_cost bigint,
   status text not null,
-  -- "C": compared byte by byte, which is all that equality needs, and cheaper than the words' order of a language
+  -- "C": compared byte by byte, which is enough for equality and cheaper than a language's collation
   idempotency_key text collate "C",
   fingerprint uuid,
   metadata jsonb not null default '{}',
@@ -113,29 +113,30 @@ is 'tokenlimits: The ledger: one row per generation, kept for ever. Written by f
 comment on column public.generation_usage.id
 is 'A UUIDv7 of created_at; the last four hex digits are those of the group''s id.';
 comment on column public.generation_usage.status is 'reserved, committed, released, refunded or expired.';
-comment on column public.generation_usage.cost is 'What it takes from the limits while reserved or committed.';
+comment on column public.generation_usage.cost is 'What it takes from its limits while reserved or committed.';
 comment on column public.generation_usage.reserved_cost
-is 'Of a hold, or what was one: what was held, whatever it was settled for.';
+is 'The cost that was reserved, if it is or was a hold, whatever it was settled for.';
 comment on column public.generation_usage.fingerprint
-is 'What was asked for under the idempotency key, since a commit may lower the cost.';
+is 'What was requested under the idempotency key; a commit may lower the cost, but not this.';
 comment on column public.generation_usage.created_at
-is 'Decides the period that it belongs to, whenever it is settled.';
+is 'Determines the period that it belongs to, whenever it is settled.';
 
 create index if not exists generation_usage_group_id_idx on public.generation_usage (group_id, created_at);
 create index if not exists generation_usage_user_id_idx on public.generation_usage (user_id, created_at);
 
--- What an admin edits through the API arrives here as plain updates: names are tidied and checked, and time zones.
+-- An admin's edits through the API arrive here as plain updates, so names and time zones are normalized and checked
+-- here.
 create or replace function tokenlimits.check_group()
 returns trigger
 language plpgsql
--- definer: it must work whatever the caller may see
+-- definer: it must work for callers who can't see other groups
 security definer
 {{ search_path() }}
 as $$
 declare
   v_timezone text;
 begin
-  -- row-level security refuses only afterwards what somebody inserts, and nothing is read for them before
+  -- row-level security refuses an insert only afterwards; read nothing for such a caller before that
   perform tokenlimits.require_admin();
   new.name := {{ tidied('new.name') | indent(2) }};
   new.updated_at := tokenlimits.clock();
@@ -149,11 +150,11 @@ begin
     select tz.name into v_timezone
     from pg_catalog.pg_timezone_names as tz
     where
-      -- decided before anything is read: a megabyte would be compared with every name
+      -- checked before anything is read: a megabyte would be compared with every name
       char_length(new.timezone) <= 64
       and lower(tz.name) = lower(new.timezone)
       and tz.name not like 'posix/%'
-      -- the first are abbreviations for "at time zone", which knows no daylight saving then; the others are no places
+      -- "at time zone" takes the first for abbreviations, without daylight saving time; the others aren't places
       and tz.name not in ('CET', 'EET', 'MET', 'WET', 'Factory', 'localtime', 'posixrules');
     if v_timezone is null then
       perform tokenlimits.refuse(
@@ -168,13 +169,13 @@ begin
   return new;
 end
 $$;
-{{ private('check_group()', 'Trigger: tidies and checks a group that is written.') }}
+{{ private('check_group()', 'Trigger: normalizes and checks a group that is written.') }}
 
 create or replace trigger user_groups_check
 before insert or update on public.user_groups
 for each row execute function tokenlimits.check_group();
 
--- The ids of groups that are gone: no group gets one of them again, since the ledger goes on naming them.
+-- The ids of deleted groups. They are never used again, since the ledger still names them.
 create table if not exists tokenlimits.deleted_groups (
   id uuid not null,
   deleted_at timestamptz not null,
@@ -197,15 +198,15 @@ begin
   return null;
 end
 $$;
-{{ private('remember_group()', 'Trigger: the id of a group that was deleted is never used again.') }}
+{{ private('remember_group()', 'Trigger: remembers the id of a deleted group, so that it is never used again.') }}
 
 create or replace trigger user_groups_remember
 after delete on public.user_groups
 for each row execute function tokenlimits.remember_group();
 
--- Only our functions write the ledger, and they run as its owner: also where a dump was restored in a project whose
--- default privileges grant everything. In public, so that a dump of public alone has it. It costs a call a fiftieth; as
--- a condition of the trigger, which is parsed anew by every statement, it would cost a tenth.
+-- Only our functions write the ledger, and they run as its owner. This enforces it even where a dump was restored in a
+-- project whose default privileges grant everything. It is in public, so that a dump of public alone includes it. It
+-- costs 2 % of a call; as the trigger's condition, which every statement parses, it would cost 10 %.
 create or replace function public.refuse_ledger_write()
 returns trigger
 language plpgsql
@@ -218,11 +219,11 @@ begin
   end if;
   raise exception using
     errcode = '42501',
-    message = 'the ledger is written by functions of tokenlimits alone',
+    message = 'only the functions of tokenlimits may write the ledger',
     hint = 'Call track_generation, record_generation or refund_generation. Nothing was saved.';
 end
 $$;
-{{ comment_on_function('public.refuse_ledger_write()', 'Trigger: refuses who writes the ledger past our functions.') }}
+{{ comment_on_function('public.refuse_ledger_write()', 'Trigger: refuses direct writes to the ledger.') }}
 revoke execute on function public.refuse_ledger_write() from public, anon, authenticated, service_role;
 
 create or replace trigger generation_usage_refuse_write

@@ -1,22 +1,22 @@
--- Counters, rollup, holds and resets: what makes a call's cost independent of history.
+-- Counters, rollup, holds and resets: they make a call's cost independent of the history.
 --
 -- Invariants
 --   * A counter that exists and whose period is current equals the sum of the live ledger rows of its limit and subject
 --     in [since, until). Whoever writes a ledger row opens and moves every counter that it counts for, in the same
---     transaction, so a counter that does not exist can be counted from the ledger, and a past one starts at zero.
+--     transaction. So a missing counter can be counted from the ledger, and one of a past period starts at zero.
 --   * The rollup's sum over slots equals the live ledger rows of (group, kind, bucket).
---   * Locks are taken in one order over a whole transaction, batches and sweeps too: group stripes, ledger rows by id,
---     keys, rollup rows by key, member counters and then group counters, by (subject, counter_id). So all that a
---     transaction moves is merged before the first is moved. What a sweep locks in the ledger it never waits for.
---   * Whoever reads limits in order to write holds its group's stripe shared; whoever edits limits takes it exclusively
---     after the edit, and so waits for calls that judge by the old limits and holds back those to come.
---   * A hold that has expired counts as released from that moment on, but stays in counters and rollup until somebody
---     sweeps it; readers subtract it. Who needs that room locks the counter before; who settles a hold in time locks
---     the counter too, and looks at the clock again afterwards. So the two agree on which of them was first.
+--   * Locks are taken in one order over a whole transaction, also by batches and sweeps: group stripes, ledger rows by
+--     id, keys, rollup rows by key, member counters and then group counters, by (subject, counter_id). So a transaction
+--     merges all its moves before it makes the first. A sweep never waits for the ledger rows that it locks.
+--   * Whoever reads limits in order to write holds the group's stripe in shared mode. Whoever edits limits takes it in
+--     exclusive mode after the edit, and so waits for calls that judge by the old limits, and blocks new ones.
+--   * An expired hold counts as released from that moment on, but stays in counters and rollup until it is swept;
+--     readers subtract it. A call that needs its room locks the counter first; a call that settles the hold in time
+--     locks the counter too, and reads the clock again afterwards. So both agree on which came first.
 
--- One narrow row per limit and subject (the group, or a member), rolled over in place: it never grows with time.
--- No foreign keys and no checks: they cost more than a tenth of a call. subject first: a plan by limit would scan all
--- its members.
+-- One narrow row per limit and subject (the group, or a member), rolled over in place, so the table doesn't grow with
+-- time. No foreign keys and no checks: they would cost more than 10 % of a call. subject comes first in the key: a plan
+-- by limit would scan all members.
 create table if not exists tokenlimits.counters (
   subject uuid not null,
   counter_id bigint not null,
@@ -25,10 +25,10 @@ create table if not exists tokenlimits.counters (
   used bigint not null,
   constraint counters_pkey primary key (subject, counter_id)
 ) with (fillfactor = 50);
-comment on table tokenlimits.counters is 'tokenlimits: What is used of a limit by a subject in [since, until).';
+comment on table tokenlimits.counters is 'tokenlimits: What a subject has used of a limit in [since, until).';
 
--- Members of one group write different slots, so they do not wait for each other; readers sum the slots. A slot may be
--- negative (a refund from another connection); their sum is not.
+-- Members of one group write different slots, so they don't wait for each other; readers sum the slots. A slot may be
+-- negative (after a refund from another connection); their sum is not.
 create table if not exists tokenlimits.usage_rollup (
   group_id uuid not null,
   kind text not null,
@@ -39,10 +39,10 @@ create table if not exists tokenlimits.usage_rollup (
   constraint usage_rollup_pkey primary key (group_id, kind, bucket, slot)
 ) with (fillfactor = 50);
 comment on table tokenlimits.usage_rollup
-is 'tokenlimits: Live usage in buckets of 15 minutes UTC, on which every time zone''s hours begin; 16 slots.';
+is 'tokenlimits: Live usage in buckets of 15 minutes, with which the hours of every time zone align; 16 slots.';
 
--- Holds are not in the ledger's indexes, so that settling a usage stays cheap. user_id first in the key: the holds of
--- one member are found by it, whatever the group holds.
+-- A table of their own instead of an index on the ledger, so that settling a usage stays cheap. user_id comes first in
+-- the key: it finds one member's holds, however many the group has.
 create table if not exists tokenlimits.holds (
   usage_id uuid not null,
   group_id uuid not null,
@@ -53,11 +53,11 @@ create table if not exists tokenlimits.holds (
   expires_at timestamptz not null,
   constraint holds_pkey primary key (user_id, usage_id)
 );
-comment on table tokenlimits.holds is 'tokenlimits: Reserved usages that nobody has settled or swept yet.';
+comment on table tokenlimits.holds is 'tokenlimits: Reserved usages that are neither settled nor swept yet.';
 create index if not exists holds_expires_at_idx
 on tokenlimits.holds (group_id, kind, expires_at) include (cost, created_at);
 
--- After an uninstallation that kept the ledger, its holds and its history come back.
+-- If an uninstallation kept the ledger, restore its holds and its history.
 do $do$
 begin
   {{ into_holds('u', "from public.generation_usage as u
@@ -77,7 +77,7 @@ from public.generation_usage as u
 where u.status in ('reserved', 'committed') and not exists (select from tokenlimits.usage_rollup)
 group by u.group_id, u.kind, bucket;
 
--- kind '*' is every kind, also one that gets its first limit later.
+-- kind '*' means every kind, including kinds that get their first limit later.
 create table if not exists tokenlimits.usage_resets (
   group_id uuid not null,
   kind text not null,
@@ -85,7 +85,7 @@ create table if not exists tokenlimits.usage_resets (
   constraint usage_resets_pkey primary key (group_id, kind)
 );
 comment on table tokenlimits.usage_resets
-is 'tokenlimits: When an admin last gave a group a fresh start: counters count from then.';
+is 'tokenlimits: When an admin last reset a group''s usage: its counters count from then.';
 
 revoke all on tokenlimits.counters, tokenlimits.usage_rollup, tokenlimits.usage_resets, tokenlimits.holds
 from public, anon, authenticated, service_role;
@@ -93,7 +93,7 @@ from public, anon, authenticated, service_role;
 do $do$
 begin
   if to_regtype('tokenlimits.limit_state') is null then
-    -- a limit, its period and what is used of it, as one call sees them
+    -- a limit, its period and what is used of it, as one call sees it
     create type tokenlimits.limit_state as (
       group_id uuid,
       counter_id bigint,
@@ -105,14 +105,14 @@ begin
       since timestamptz,
       until timestamptz,
       used bigint,
-      -- what the counter holds besides, of holds that have expired; null where nobody asked
+      -- the cost of expired holds that is still in the counter; null: not looked up
       expired bigint,
-      -- null: there is no counter yet; false: it is of a past period
+      -- null: there is no counter yet; false: it belongs to a past period
       is_open boolean,
       group_name text,
       timezone text
     );
-    -- what a usage that is made, settled or swept does to the counters that it counts for; enforced: they must have room
+    -- how creating, settling or sweeping a usage moves its counters; enforced: they must have room
     create type tokenlimits.usage_move as (
       group_id uuid,
       kind text,
@@ -134,23 +134,23 @@ stable
 as $$
 begin
   if pg_is_in_recovery() then
-    -- PostgreSQL's own code for what a standby can't do
+    -- PostgreSQL's own code for a write to a read-only database
     perform tokenlimits.refuse(
       '25006',
       'this database is a standby, and its usage is out of date',
       null,
-      'Call the primary database; a standby is for reports.'
+      'Call the primary database; use a standby for reports only.'
     );
   end if;
   perform tokenlimits.refuse(
     'TL009',
     'tokenlimits needs READ COMMITTED transactions',
     current_setting('transaction_isolation'),
-    'Call it outside your transaction, or begin that with isolation level read committed.'
+    'Call it outside your transaction, or begin the transaction with isolation level read committed.'
   );
 end
 $$;
-{{ private('refuse_transaction()', 'Raises 25006 on a standby, else TL009: it needs READ COMMITTED.') }}
+{{ private('refuse_transaction()', 'Raises 25006 on a standby, otherwise TL009: READ COMMITTED is required.') }}
 
 create or replace function tokenlimits.lock_groups(p_group_ids uuid[], p_exclusive boolean default false)
 returns void
@@ -164,7 +164,7 @@ begin
   if {{ in_wrong_transaction() }} then
     perform tokenlimits.refuse_transaction();
   end if;
-  -- sorted, or two of us could deadlock
+  -- in one order, or two calls could deadlock
   for v_stripe in
     select distinct {{ stripe('g.id') }}
     from unnest(p_group_ids) as g (id)
@@ -180,7 +180,7 @@ end
 $$;
 {{ private(
   'lock_groups(uuid[], boolean)',
-  "Holds these groups' limits still (shared), or waits for all who use them (exclusive), until the transaction ends."
+  "Keeps these groups' limits unchanged (shared), or waits for all calls that use them (exclusive), until the transaction ends."
 ) }}
 
 create or replace function tokenlimits.free_slot(p_group_id uuid)
@@ -192,6 +192,7 @@ as $$
 declare
   v_slot integer := {{ own_slot() }};
 begin
+  -- try, never wait: up to 16 calls of one group then write the rollup side by side
   for i in 0..15 loop
     exit when {{ try_slot('v_slot', 'p_group_id') }};
     v_slot := (v_slot + 1) % 16;
@@ -201,5 +202,5 @@ end
 $$;
 {{ private(
   'free_slot(uuid)',
-  'A slot of the rollup that no other open transaction writes for this group; any, when all 16 are taken.'
+  'A slot of the rollup that no other open transaction writes for this group; any slot if all 16 are taken.'
 ) }}

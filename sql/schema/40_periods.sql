@@ -2,12 +2,12 @@
 --
 -- Invariants
 --   * Periods of one length in one zone follow each other without gap or overlap, on daylight-saving days too.
---   * A day begins at the first moment that reads its date, also where midnight happens twice or not at all.
---   * Hours are counted from the beginning of the day, so that a repeated hour is a period of its own.
+--   * A day begins at the first moment with its date, even where midnight happens twice or not at all.
+--   * Hours are counted from the beginning of the day, so that a repeated hour is a separate period.
 
--- PostgreSQL reads a time that happens twice as the later one, and a time that does not happen with the offset before
+-- PostgreSQL reads a time that happens twice as the later one, and a time that doesn't happen with the offset before
 -- the gap, which is the gap's beginning for a midnight. So only the first case needs care: try the offset of the day
--- before, and take that moment if it reads the same.
+-- before, and use that moment if it has the same local time.
 create or replace function tokenlimits.first_moment(p_local timestamp, p_timezone text)
 returns timestamptz
 language plpgsql
@@ -29,7 +29,7 @@ end
 $$;
 {{ private(
   'first_moment(timestamp, text)',
-  "The first moment at which clocks of the zone read this."
+  "The first moment with this local time in the zone."
 ) }}
 
 create or replace function tokenlimits.period_of(p_period text, p_timezone text, p_at timestamptz)
@@ -62,5 +62,5 @@ end
 $$;
 {{ private(
   'period_of(text, text, timestamptz)',
-  "The calendar period in a zone that a moment lies in."
+  "The calendar period in a zone that contains a moment."
 ) }}

@@ -1,12 +1,12 @@
--- What a group's limits are at a moment: read from counters, or counted from rollup and ledger where there is none.
+-- The state of a group's limits at a moment: read from counters, or counted from rollup and ledger if there is none.
 --
 -- Invariants
---   * limit_states answers members' limits first, by member, then the group's: the order in which they are locked.
---   * It reads everything in one snapshot, so what it subtracts of expired holds is in the counters that it read.
+--   * limit_states returns members' limits first, by member, then the group's: the order in which they are locked.
+--   * It reads everything in one snapshot, so the counters that it read include the expired holds that it subtracts.
 
--- Counts afresh what a counter would hold. For a group: whole buckets from the rollup, and the parts of buckets before
--- and after them from the ledger, each by itself: joined to both, the planner may read all of the group's rows. For a
--- member: from the ledger, by their own rows.
+-- Counts what a counter would contain. For a group: whole buckets from the rollup, and the partial buckets before and
+-- after them from the ledger, in separate queries: with one query for both, the planner may read all of the group's
+-- rows. For a member: from the member's own rows of the ledger.
 create or replace function tokenlimits.count_usage(
   p_group_id uuid,
   p_user_id uuid,
@@ -57,7 +57,7 @@ end
 $$;
 {{ private(
   'count_usage(uuid, uuid, text, timestamptz, timestamptz)',
-  "Live usage of a kind between two moments, of a member of a group, or of the whole group when the user is null."
+  "Live usage of a kind between two moments, of a member of a group, or of the whole group if the user is null."
 ) }}
 
 create or replace function tokenlimits.expired_cost(
@@ -94,7 +94,7 @@ end
 $$;
 {{ private(
   'expired_cost(uuid, uuid, text, timestamptz, timestamptz)',
-  "What counters since a moment hold of holds that have expired, of a member, or of the group when the user is null."
+  "The cost of expired holds that counters since a moment contain, of a member, or of the group if the user is null."
 ) }}
 
 create or replace function tokenlimits.limit_states(
@@ -126,7 +126,7 @@ begin
     return v_states;
   end if;
   if exists (select from unnest(v_states) as s where s.is_open is not true) then
-    -- a counter that is missing (a limit or a member that is new), or of another period
+    -- a counter is missing (a new limit or member), or belongs to another period
     for v in
       select
         s.place,
@@ -169,10 +169,10 @@ end
 $$;
 {{ private(
   'limit_states(uuid, uuid[], text, timestamptz, boolean)',
-  "A group's limits for users, of a kind or of all, with what is used of each at a moment."
+  "A group's limits for users, of one kind or of all, with the usage of each at a moment."
 ) }}
 
--- The state was read a moment ago. If somebody has written since, they have opened the counter, and it stays theirs.
+-- The state was read a moment ago. If another call has opened the counter since, that counter stays unchanged.
 create or replace function tokenlimits.open_counter(p_state tokenlimits.limit_state)
 returns void
 language plpgsql
@@ -185,13 +185,13 @@ begin
   on conflict on constraint counters_pkey do update
   set since = excluded.since, until = excluded.until, used = excluded.used
   where c.until <= excluded.since;
-  -- new counters are rare: the moment to drop those of limits that are gone, so that they never pile up
+  -- new counters are rare, so this is the time to drop those of removed limits, which would otherwise pile up
   if p_state.scope = 'member' then
     perform tokenlimits.drop_stale_counters(p_state.subject);
   end if;
 end
 $$;
-{{ private('open_counter(tokenlimits.limit_state)', 'Makes a counter, or rolls it into its new period.') }}
+{{ private('open_counter(tokenlimits.limit_state)', 'Creates a counter, or rolls it over into its new period.') }}
 
 create or replace function tokenlimits.drop_stale_counters(p_subject uuid)
 returns void
@@ -200,7 +200,7 @@ volatile
 {{ search_path() }}
 as $$
 begin
-  -- those that somebody else drops at this moment are passed over: to wait for them would break the order of locks
+  -- skip those that another call is dropping: waiting for them would break the order of locks
   delete from tokenlimits.counters as c
   using (
     select s.subject, s.counter_id
@@ -213,4 +213,4 @@ begin
   where c.subject = d.subject and c.counter_id = d.counter_id;
 end
 $$;
-{{ private('drop_stale_counters(uuid)', "Drops a subject's counters of limits that are gone.") }}
+{{ private('drop_stale_counters(uuid)', "Drops a subject's counters of removed limits.") }}

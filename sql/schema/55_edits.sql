@@ -1,15 +1,15 @@
 -- What happens when limits are edited.
 --
 -- Invariants
---   * Every edit of limits, by function or by an admin's plain update, passes these triggers.
---   * Whatever makes a limit another one (its group, kind, period, scope; its group's time zone) gives it another
---     counter_id, so that it is counted afresh from the ledger: no edit is a free refill.
+--   * Every edit of limits, by function or by an admin's direct update, fires these triggers.
+--   * Whatever turns a limit into another one (its group, kind, period, scope; its group's time zone) gives it a new
+--     counter_id, so that it is recounted from the ledger: no edit is a free refill.
 
--- A limit that is another one from now on gets another id and another counter.
+-- A limit that is turned into another one gets a new id and a new counter.
 create or replace function tokenlimits.renew_counter()
 returns trigger
 language plpgsql
--- definer: an admin has no right to the sequence
+-- definer: an admin has no privilege on the sequence
 security definer
 {{ search_path() }}
 as $$
@@ -19,20 +19,20 @@ begin
   return new;
 end
 $$;
-{{ private('renew_counter()', "Trigger: a limit that is another one from now on is counted afresh.") }}
+{{ private('renew_counter()', "Trigger: a limit that is turned into another one is recounted.") }}
 
 create or replace trigger group_limits_renew_counter
 before update on public.group_limits
 for each row
--- one by one: of rows, a restored dump would have another expression
+-- column by column: a restored dump would have a different expression for whole rows
 when (
   old.group_id is distinct from new.group_id or old.kind is distinct from new.kind
   or old.period is distinct from new.period or old.scope is distinct from new.scope
 )
 execute function tokenlimits.renew_counter();
 
--- Waits for the calls that judge by the old limits, then drops the group's counters that no limit uses any more and
--- counts the new ones, so that no worker has to. Members' counters are counted on their first call.
+-- Waits for the calls that judge by the old limits. Then drops the group's counters that no limit uses any more, and
+-- counts the new ones, so that no worker has to. A member's counters are counted on the member's first call.
 create or replace function tokenlimits.apply_limits()
 returns trigger
 language plpgsql
@@ -69,7 +69,7 @@ begin
   return null;
 end
 $$;
-{{ private('apply_limits()', "Trigger: opens the counters of edited limits when nobody is using them.") }}
+{{ private('apply_limits()', "Trigger: opens the counters of edited limits while no call uses them.") }}
 
 create or replace trigger group_limits_apply_insert
 after insert on public.group_limits
@@ -86,12 +86,12 @@ after delete on public.group_limits
 referencing old table as old_rows
 for each statement execute function tokenlimits.apply_limits();
 
--- Every period of a group in another time zone begins at another moment now. One statement for all groups, for then it
+-- In a new time zone, every period of the group begins at a different moment. One statement for all groups, so that it
 -- takes their stripes in order.
 create or replace function tokenlimits.renew_counters()
 returns trigger
 language plpgsql
--- definer: the limits' counters change whatever the caller may write
+-- definer: the limits' counters change even if the caller may not write limits
 security definer
 {{ search_path() }}
 as $$
@@ -104,7 +104,7 @@ begin
   return null;
 end
 $$;
-{{ private('renew_counters()', "Trigger: in another time zone all limits of the group are others.") }}
+{{ private('renew_counters()', "Trigger: a new time zone turns all limits of the group into others.") }}
 
 create or replace trigger user_groups_renew_counters
 after update on public.user_groups

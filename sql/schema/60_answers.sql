@@ -1,7 +1,7 @@
--- What is answered.
+-- Answers.
 --
 -- Invariants
---   * Every answer about a generation is made by the same lines: a single call's, a batch's and a settlement's.
+--   * The same lines build every answer about a generation: of a single call, a batch and a settlement.
 
 create or replace function tokenlimits.require_group(p_group_id uuid)
 returns public.user_groups
@@ -18,7 +18,7 @@ begin
       'TL002',
       format('there is no group %s', coalesce(p_group_id::text, 'null')),
       p_group_id::text,
-      'It may have been deleted; list the groups to see which there are.'
+      'It may have been deleted; list the groups to see which exist.'
     );
   end if;
   return v_group;
@@ -26,14 +26,14 @@ end
 $$;
 {{ private(
   'require_group(uuid)',
-  "The group of that id; raises TL002 when there is none.",
+  "The group with that id; raises TL002 if there is none.",
   to='authenticated, service_role'
 ) }}
 
 do $do$
 begin
   if to_regtype('tokenlimits.verdict') is null then
-    -- whether a request is allowed, which group it is about, and by which limits it was judged
+    -- whether a request is allowed, for which group, and the limits by which it was judged
     create type tokenlimits.verdict as (
       allowed boolean,
       reason text,
@@ -41,7 +41,7 @@ begin
       states tokenlimits.limit_state[],
       denied_by tokenlimits.limit_state
     );
-    -- as clients see it: row_to_json costs a fraction of what building an object does
+    -- as clients see it: row_to_json costs a fraction of building an object
     create type tokenlimits.limit_answer as (
       kind text,
       period text,
@@ -73,7 +73,7 @@ begin
 end
 $do$;
 
--- Says it to people: "Image generation limit exceeded: 100 of 100 used this month, resets 2026-12-01 00:00 UTC".
+-- For people to read: "Image generation limit exceeded: 100 of 100 used this month, resets 2026-12-01 00:00 UTC".
 create or replace function tokenlimits.denial_text(p_verdict tokenlimits.verdict, p_kind text, p_cost bigint)
 returns text
 language plpgsql
@@ -89,7 +89,7 @@ begin
   elsif p_verdict.reason = 'no_limit_for_kind' then
     return format('None of the user''s groups has a limit for %s generations, so none is allowed', v_kind);
   elsif p_verdict.reason = 'busy' then
-    return 'Somebody else is changing what the group uses, or its limits, at this moment; ask again';
+    return 'The group is locked at the moment, because its usage or its limits are being changed; try again';
   end if;
   return upper(left(v_kind, 1)) || substr(v_kind, 2)
     || format(' generation limit exceeded: %s of %s used ', v_limit.used, v_limit.max)
@@ -108,7 +108,7 @@ begin
     end;
 end
 $$;
-{{ private('denial_text(tokenlimits.verdict, text, bigint)', "Why a request was denied, in a sentence.") }}
+{{ private('denial_text(tokenlimits.verdict, text, bigint)', "The reason for a denial, as a sentence.") }}
 
 create or replace function tokenlimits.answer(
   p_verdict tokenlimits.verdict,

@@ -2,12 +2,13 @@
 --
 -- Invariants
 --   * Either the ledger row, the rollup and every counter move, or nothing is written.
---   * No counter passes its limit's max here but by record, and nobody is denied while there is room: a verdict is only
---     carried out if every counter still has room when it is moved, else everything is taken back and judged again.
+--   * Here, only record takes a counter past its limit's max, and no call is denied while there is room: a verdict is
+--     carried out only if every counter still has room when it is moved. Otherwise everything is rolled back and judged
+--     again.
 --   * One live usage per user and idempotency key.
 
--- Metadata is measured as it is stored before it is written out: a number of ten bytes may have 131,072 digits, before
--- the point or behind it. Those beyond what JSON's readers know are refused, so what is left can't grow.
+-- Metadata is measured in its stored form before it is written out: a number of ten bytes may have 131,072 digits,
+-- before or after the point. Numbers beyond the range of JSON readers are refused, so the rest can't grow.
 create or replace function tokenlimits.is_metadata(p_metadata jsonb)
 returns boolean
 language plpgsql
@@ -29,7 +30,7 @@ begin
   return octet_length(p_metadata::text) <= 8192;
 end
 $$;
-{{ private('is_metadata(jsonb)', "Whether this may be stored with a usage.") }}
+{{ private('is_metadata(jsonb)', "Whether this can be stored as a usage's metadata.") }}
 
 create or replace function tokenlimits.refuse_request(
   p_user_id uuid,
@@ -59,7 +60,7 @@ begin
     v_field := 'idempotency_key';
     v_rule := 'must have 1 to 255 characters';
   else
-    -- what is left
+    -- the only field left
     v_field := 'metadata';
     v_rule := 'must be a JSON object of at most 8192 bytes, with numbers below 1.8e308';
   end if;
@@ -68,7 +69,7 @@ end
 $$;
 {{ private(
   'refuse_request(uuid, text, bigint, text)',
-  "Raises TL001 with the name of the field that makes a request a bad one."
+  "Raises TL001 with the name of the invalid field of a request."
 ) }}
 
 create or replace function tokenlimits.refuse_key(p_idempotency_key text, p_usage_id uuid)
@@ -88,8 +89,8 @@ end
 $$;
 {{ private('refuse_key(text, uuid)', "Raises TL008: an idempotency key is bound to another request.") }}
 
--- The usage that a key is bound to while it lives. Of a dead one the caller may take the key, if it is about to write:
--- a denial must leave the key where it is, since a late commit brings an expired usage back to life.
+-- The live usage that a key is bound to. A caller that is about to write may take the key of a dead usage. A denial
+-- must leave the key where it is, since a late commit makes an expired usage live again.
 create or replace function tokenlimits.usage_under_key(
   p_user_id uuid,
   p_idempotency_key text,
@@ -116,11 +117,11 @@ end
 $$;
 {{ private(
   'usage_under_key(uuid, text, uuid)',
-  "The live usage that has a key, or the id of a dead one that has it; raises TL008 when it is of another request."
+  "The live usage that has a key, or the id of a dead one that has it; raises TL008 if it belongs to another request."
 ) }}
 
--- Past or outside usage is booked on any group that is named, for people leave; else on the first of the user's that
--- has a limit for the kind, else on their first.
+-- Past usage is recorded for any group that is named, since people leave groups; otherwise for the first of the user's
+-- groups that has a limit for the kind, or else for their first group.
 create or replace function tokenlimits.recording_group(p_user_id uuid, p_kind text, p_group_id uuid)
 returns uuid[]
 language plpgsql
@@ -141,7 +142,7 @@ begin
   );
 end
 $$;
-{{ private('recording_group(uuid, text, uuid)', "The group that past usage is booked on, if there is one.") }}
+{{ private('recording_group(uuid, text, uuid)', "The group for which past usage is recorded, if there is one.") }}
 
 create or replace function tokenlimits.refuse_group(p_operation text, p_group_id uuid)
 returns void
@@ -164,13 +165,13 @@ end
 $$;
 {{ private(
   'refuse_group(text, uuid)',
-  "Raises TL002 for a group that does not exist, and TL001 where record needs one."
+  "Raises TL002 if the group does not exist, and TL001 if record needs one."
 ) }}
 
--- Judges and writes, until a verdict holds: every round but the last was overtaken by another call that got through.
--- What is rare goes out of line: a bad request, a counter to be opened, expired holds, a key that is taken. The build
--- makes of it a function for each way to take something, since asking at every step which one it is would cost as much
--- as a step; record is the one that never denies.
+-- Judges and writes, until a verdict holds: in every round but the last, another call was faster and succeeded. Rare
+-- steps are separate functions: an invalid request, a counter to open, expired holds, a key that is taken. The build
+-- generates a function for each operation, since a test for the operation at every step would cost as much as the step.
+-- Only record never denies.
 {%- set keyed = [
   'p_idempotency_key text default null', 'p_group_id uuid default null', 'p_metadata jsonb default null'
 ] %}
@@ -178,15 +179,15 @@ $$;
 {%- for operation, parameters, comment in [
   (
     'track', request + keyed,
-    'Checks every limit and records the generation, in one step: is it allowed, what remains, when does it reset.'
+    'Checks every limit and records the generation, in one step: whether it is allowed, what remains, when it resets.'
   ),
   (
     'reserve', request + ['p_ttl bigint default 3600'] + keyed,
-    'Holds a generation\'s cost for p_ttl seconds, until it is committed or released; answers like track_generation.'
+    'Holds a generation\'s cost for p_ttl seconds, or until it is committed or released; answers like track_generation.'
   ),
   (
     'record', request + ['p_created_at timestamptz default null'] + keyed,
-    'Records past or outside usage: moves the counters of its period, never denies.'
+    'Records past usage, or usage from elsewhere: moves the counters of its period and never denies.'
   ),
 ] %}
 
@@ -198,7 +199,7 @@ create or replace function tokenlimits.{{ operation }}_generation(
 returns json
 language plpgsql
 volatile
--- definer: counters are private, and nobody else writes the ledger
+-- definer: counters are private, and only these functions write the ledger
 security definer
 {{ search_path() }}
 as $$
@@ -222,10 +223,10 @@ begin
     );
   {%- elif operation == 'record' %}
   elsif p_created_at > tokenlimits.clock() + interval '1 minute' then
-    -- a minute for clocks that differ
-    perform tokenlimits.refuse('TL001', 'created_at: must not lie in the future', 'created_at', 'Nothing was recorded.');
+    -- clocks may differ by a minute
+    perform tokenlimits.refuse('TL001', 'created_at: must not be in the future', 'created_at', 'Nothing was recorded.');
   elsif not ({{ is_moment('p_created_at') }}) then
-    perform tokenlimits.refuse('TL001', 'created_at: must not lie before 1970', 'created_at', 'Nothing was recorded.');
+    perform tokenlimits.refuse('TL001', 'created_at: must not be before 1970', 'created_at', 'Nothing was recorded.');
   {%- endif %}
   elsif {{ in_wrong_transaction() }} then
     perform tokenlimits.refuse_transaction();
@@ -237,7 +238,7 @@ begin
   v_group_ids := {{ payers('p_user_id') | indent(2) }};
   v_group_ids := {{ pinned('v_group_ids', 'p_group_id') | indent(2) }};
   {%- endif %}
-  -- a single group, as nearly every call has, is locked by the condition itself, which costs a tenth of a query
+  -- nearly every call has a single group: the condition itself locks it, at a tenth of the cost of a query
   if
     cardinality(v_group_ids) <> 1
     or pg_advisory_xact_lock_shared({{ stripe_class() }}, {{ stripe('v_group_ids[1]') }}) is null
@@ -245,11 +246,11 @@ begin
     perform tokenlimits.lock_groups(v_group_ids);
   end if;
   loop
-    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    -- never before the moment that an earlier round reached, or a clock that was set back would loop for ever
     v_at := greatest(tokenlimits.clock(), v_at);
     {{ judge('p_user_id', 'p_kind', 'p_cost') | indent(4) }}
     {%- if operation == 'record' %}
-    -- it was judged for the moment that its counters are at; it is never denied
+    -- judged only to find the moment that its counters have reached; record is never denied
     v_verdict.allowed := v_group_ids <> '{}';
     v_verdict.group_id := v_group_ids[1];
     {%- endif %}
@@ -282,7 +283,8 @@ begin
             {{ add_to_rollup('v_usage', 'v_slot') | indent(12) }}
             v_limits := '{}';
             v_tightest := null;
-            -- the group's own, which all its members share, come last: they are held for the shortest time
+            -- the group's own counters, which all its members share, come last, so that they are locked for the
+            -- shortest time
             foreach v_state in array v_states loop
               {{ move_counter('v_state', 'p_cost', 'v_at', 'false') | indent(14) }}
               if not found then
@@ -295,7 +297,7 @@ begin
               usage_id='v_usage.id', status='v_usage.status', expires_at='v_usage.expires_at', replayed='false'
             ) | indent(12) }};
           end if;
-          -- its key is taken: by whom is asked below
+          -- the key is taken; by which usage is looked up below
         else
           {{ write_and_return('true') | indent(10) }}
         end if;
@@ -304,7 +306,7 @@ begin
         {%- endif %}
       exception
         when sqlstate 'TL099' then
-          -- all is taken back, to be judged again
+          -- everything is rolled back, to be judged again
           null;
       end;
     end if;
@@ -317,7 +319,7 @@ begin
     end if;
     if not v_verdict.allowed then
       if v_verdict.reason = 'not_in_group' then
-        -- not before: a repeated call is answered also when its group is gone
+        -- not earlier: a repeated call is answered even if its group was deleted
         perform tokenlimits.refuse_group('{{ operation }}', p_group_id);
       {%- if operation != 'record' %}
       elsif v_verdict.states[1].expired is not null then
@@ -364,7 +366,7 @@ $$;
   'check_generation',
   ['p_user_id uuid', 'p_kind text', 'p_cost bigint default 1', 'p_group_id uuid default null'],
   to='service_role',
-  comment="What track_generation would answer now; records nothing.",
+  comment="Returns what track_generation would answer now; records nothing.",
   volatility='stable',
   returns='json'
 ) }}

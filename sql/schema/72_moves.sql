@@ -1,13 +1,13 @@
--- Many moves at once: usages that are written, holds that have expired and are swept, and what a settlement changes.
+-- Many moves at once: usages that are written, expired holds that are swept, and the changes of a settlement.
 --
 -- Invariants
---   * The ledger is written first: a counter that is counted afresh afterwards has all that is about to be moved.
---   * A sweep takes a bounded number of holds, and waits for none of them: whom it leaves, readers go on subtracting.
---   * Nobody is denied for holds that are left: a counter that looks full is judged again while it is locked, less what
+--   * The ledger is written first, so a counter that is counted afterwards already includes the moves to come.
+--   * A sweep takes a bounded number of holds, and waits for none of them. Readers keep subtracting the rest.
+--   * No call is denied because of unswept holds: a counter that looks full is locked, and judged again without what
 --     has expired.
 
--- The room that a counter has besides expired holds. From its lock on, nobody else moves it: what had expired by then
--- and is not swept is still in it, and whoever settles such a hold waits for the lock, or came before.
+-- The room that a counter has without expired holds. Once it is locked, nobody else moves it. So it still contains
+-- every unswept hold that had expired by then; a call that settles such a hold waits for the lock, or came before it.
 create or replace function tokenlimits.squeeze(
   p_state tokenlimits.limit_state,
   p_cost bigint,
@@ -26,6 +26,7 @@ begin
   from tokenlimits.counters as c
   where c.subject = p_state.subject and c.counter_id = p_state.counter_id
   for no key update;
+  -- read only now, under the lock: each statement has a new snapshot, so this sees what others committed meanwhile
   v_expired := tokenlimits.expired_cost(
     p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.since,
     least(p_at, tokenlimits.clock())
@@ -39,7 +40,7 @@ end
 $$;
 {{ private(
   'squeeze(tokenlimits.limit_state, bigint, timestamptz, timestamptz)',
-  "Moves a counter that looks full into the room that expired holds leave, or raises TL099."
+  "Moves a counter that looks full, if expired holds leave enough room; otherwise raises TL099."
 ) }}
 
 create or replace function tokenlimits.move_usage(p_moves tokenlimits.usage_move[], p_at timestamptz)
@@ -59,8 +60,8 @@ $$;
   "Moves rollup and counters by many moves at once, or raises TL099."
 ) }}
 
--- Locks some of the holds of a group and kind that have expired, the oldest first. Who settles or sweeps one of them at
--- this moment has it locked, and it is passed over.
+-- Locks some expired holds of a group and kind, the oldest first. Skips those that another call has locked, to settle
+-- or to sweep them: waiting for one would break the order of locks.
 create or replace function tokenlimits.lock_expired(
   p_group_id uuid,
   p_kind text,
@@ -86,10 +87,10 @@ end
 $$;
 {{ private(
   'lock_expired(uuid, text, timestamptz, integer)',
-  "Holds of a group and kind that have expired, locked to be swept."
+  "Expired holds of a group and kind, locked to be swept."
 ) }}
 
--- Marks those of the locked usages that are expired holds, and answers what that takes back.
+-- Marks those of the locked usages that are expired holds, and returns the moves that take back their cost.
 create or replace function tokenlimits.expire_holds(p_usage_ids uuid[], p_at timestamptz)
 returns tokenlimits.usage_move[]
 language plpgsql
@@ -122,7 +123,7 @@ end
 $$;
 {{ private(
   'expire_holds(uuid[], timestamptz)',
-  "Marks holds as expired; answers what is to be taken back."
+  "Marks holds as expired; returns the moves that take back their cost."
 ) }}
 
 create or replace function tokenlimits.sweep(p_group_id uuid, p_kind text, p_at timestamptz)
@@ -136,6 +137,7 @@ declare
   v_moves tokenlimits.usage_move[];
 begin
   loop
+    -- a block of its own: if a counter has rolled over since it was read (TL099), the marks are rolled back too
     begin
       v_moves := tokenlimits.expire_holds(tokenlimits.lock_expired(p_group_id, p_kind, v_at), v_at);
       perform tokenlimits.move_usage(v_moves, v_at);
@@ -149,10 +151,10 @@ end
 $$;
 {{ private(
   'sweep(uuid, text, timestamptz)',
-  "Takes back what some expired holds of a group and kind held, and says how many there were."
+  "Sweeps some expired holds of a group and kind, and returns how many."
 ) }}
 
--- For a job that likes tidiness (sql/optional/pg_cron.sql): correctness never needs it.
+-- For an optional job (sql/optional/pg_cron.sql); correctness never depends on it.
 create or replace function tokenlimits.tidy()
 returns bigint
 language plpgsql
@@ -171,18 +173,19 @@ begin
   if not found then
     return 0;
   end if;
+  -- a sweep reads limits in order to write, like every call
   perform tokenlimits.lock_groups(array[v_oldest.group_id]);
   return tokenlimits.sweep(v_oldest.group_id, v_oldest.kind, v_at);
 end
 $$;
 {{ private(
   'tidy()',
-  "Sweeps expired holds of the group and kind with the oldest one, some at a time, and says how many there were."
+  "Sweeps some expired holds of the group and kind with the oldest one, and returns how many."
 ) }}
 
--- Puts usages into the ledger, each under its key (p_dead_ids: the dead usage that has the key, if one has), sweeps
--- some expired holds of these groups and kinds on the way, and answers how counters move by all that. Raises TL099
--- when somebody has taken a key meanwhile.
+-- Writes usages into the ledger, each under its key (p_dead_ids: the dead usage that has the key, if any), sweeps some
+-- expired holds of these groups and kinds too, and returns all moves of counters. Raises TL099 if another call has
+-- taken a key in the meantime.
 create or replace function tokenlimits.write_ledger(
   p_usages public.generation_usage[],
   p_dead_ids uuid[],
@@ -206,6 +209,7 @@ declare
   v record;
 begin
   if v_dead <> '{}' then
+    -- before anything else in the ledger, in the order of locks: a late commit could still make one of them live again
     perform
     from public.generation_usage as u
     where u.id = any(v_dead)
@@ -223,7 +227,7 @@ begin
   for v in
     select distinct p.group_id, p.kind
     from unnest(p_group_ids, p_kinds) as p (group_id, kind)
-    -- not ahead of a clock that was set back: other members' holds and counters are not there yet
+    -- not if the clock was set back: the holds and counters of other members haven't reached that moment yet
     where p_at <= tokenlimits.clock()
   loop
     v_expired := v_expired || tokenlimits.lock_expired(
@@ -231,8 +235,8 @@ begin
     );
   end loop;
 
-  -- the keys of dead usages last: until they are freed, whoever wants one finds it taken and does not wait, and nobody
-  -- can have taken it
+  -- the keys of dead usages last: until they are freed, another call that wants one finds it taken and doesn't wait, so
+  -- no call can have taken it
   for step in 1..2 loop
     if step = 2 and v_dead <> '{}' then
       update public.generation_usage as u
@@ -243,6 +247,7 @@ begin
     exit when step = 2 and v_dead = '{}';
     {{ into_ledger('n', 'from unnest(v_claims) as n\norder by n.idempotency_key, n.user_id') | indent(4) }}
     get diagnostics v_written = row_count;
+    -- a key is taken, so its row was left out
     if v_written < cardinality(v_claims) then
       raise sqlstate 'TL099';
     end if;
@@ -256,5 +261,5 @@ end
 $$;
 {{ private(
   'write_ledger(public.generation_usage[], uuid[], boolean, uuid[], text[], timestamptz)',
-  "Writes usages into the ledger, sweeps, and answers what moves by it."
+  "Writes usages into the ledger, sweeps, and returns all moves of counters."
 ) }}

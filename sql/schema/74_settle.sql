@@ -1,11 +1,12 @@
--- The second step of a hold: commit, release; and the refund of what was committed.
+-- Settling: commit or release a hold, refund a committed usage.
 --
 -- Invariants
---   * Each usage settles at most once; the same settlement again changes nothing and answers the same.
---   * Settling needs nothing but the usage's id: not the member, not the group, not the limit.
---   * An expired hold may be committed while its periods last, in the room that is left.
+--   * Each usage settles at most once; repeating the same settlement changes nothing and returns the same answer.
+--   * Settling needs only the usage's id: not the member, not the group, not the limit.
+--   * An expired hold may be committed while its periods last, if there is room.
 
--- What a settlement makes of a usage: its new status, or null when it is so already. Raises what can't be.
+-- The new status of a usage after a settlement; null if it already has it. Raises an error if the settlement is
+-- invalid.
 create or replace function tokenlimits.settled_status(
   p_usage public.generation_usage,
   p_action text,
@@ -21,8 +22,8 @@ begin
   if p_action = 'commit' and p_usage.reserved_cost is not null then
     if p_cost not between 0 and p_usage.reserved_cost then
       perform tokenlimits.refuse(
-        'TL001', format('cost: must be from 0 to the %s that were reserved', p_usage.reserved_cost), 'cost',
-        'The hold is as it was.'
+        'TL001', format('cost: must be from 0 to the reserved cost of %s', p_usage.reserved_cost), 'cost',
+        'The hold is unchanged.'
       );
     elsif p_usage.status in ('reserved', 'expired') then
       return 'committed';
@@ -39,16 +40,16 @@ begin
     return case p_usage.status when 'committed' then 'refunded' end;
   elsif p_action = 'refund' and p_usage.status = 'reserved' and p_usage.expires_at > p_at then
     perform tokenlimits.refuse(
-      'TL001', 'usage_id: it is reserved, and nothing was charged yet', 'usage_id', 'Release it instead.'
+      'TL001', 'usage_id: it is reserved; nothing was charged yet', 'usage_id', 'Release it instead.'
     );
   end if;
-  -- swept or not
+  -- an expired hold counts as expired, swept or not
   if p_usage.status = 'reserved' and p_usage.expires_at <= p_at then
     p_usage.status := 'expired';
   end if;
   perform tokenlimits.refuse(
     'TL006',
-    format('usage %s is %s already, for %s, so it can''t be settled by %s', p_usage.id, p_usage.status,
+    format('usage %s is already %s with a cost of %s, so it can''t be settled by %s', p_usage.id, p_usage.status,
       p_usage.cost, p_action),
     p_usage.status,
     'Each usage settles once; only the same settlement may be repeated.'
@@ -58,11 +59,11 @@ end
 $$;
 {{ private(
   'settled_status(public.generation_usage, text, bigint, timestamptz)',
-  "The status that a settlement leads to; null when it was made before."
+  "The status after a settlement; null if the usage was already settled so."
 ) }}
 
--- A commit after the hold's end counts as a new usage of the old moment: only while all its periods last, and in the
--- room that is left.
+-- A commit after the hold expired counts as a new usage at the old moment: only while all its periods last, and only if
+-- there is room.
 create or replace function tokenlimits.require_room(p_usage public.generation_usage, p_cost bigint, p_at timestamptz)
 returns void
 language plpgsql
@@ -76,9 +77,9 @@ begin
     if p_usage.created_at < v_state.since or not {{ has_room('v_state.max', 'v_state.used', 'p_cost') }} then
       perform tokenlimits.refuse(
         'TL007',
-        format('hold %s expired at %s, and its %s no longer fit', p_usage.id, p_usage.expires_at, p_cost),
+        format('hold %s expired at %s, and its cost of %s no longer fits', p_usage.id, p_usage.expires_at, p_cost),
         p_usage.id::text,
-        'Nothing was charged. Reserve for longer, or record_generation what was used all the same.'
+        'Nothing was charged. Reserve for longer, or charge it anyway with record_generation.'
       );
     end if;
   end loop;
@@ -114,8 +115,8 @@ begin
   loop
     begin
       select * into v_usage from public.generation_usage as u where u.id = p_usage_id for update;
-      -- after the lock, which may have been waited for; never before it was recorded, or a clock that was set back
-      -- would go round for ever
+      -- read the time after the lock, which may have taken a while; never before the usage was recorded, or a clock
+      -- that was set back would loop for ever
       v_at := greatest(tokenlimits.clock(), v_usage.created_at, v_at);
       v_cost := case p_action when 'commit' then coalesce(p_cost, v_usage.reserved_cost) else v_usage.cost end;
       v_status := tokenlimits.settled_status(v_usage, p_action, v_cost, v_at);
@@ -143,20 +144,20 @@ begin
         returning * into v_usage;
         perform tokenlimits.move_usage(array[v_move], v_at);
         if v_status = 'committed' and not v_is_late and v_usage.expires_at <= tokenlimits.clock() then
-          -- it has expired before its counters were locked: somebody may have taken its room
+          -- it expired before its counters were locked: another call may have taken its room
           raise sqlstate 'TL099';
         end if;
       end if;
       return tokenlimits.usage_answer(
         v_usage,
-        -- as of now: others may have come to a later moment already, and have taken the room of what has expired by then
+        -- as of now: others may have reached a later moment already, and have taken the room of what expired by then
         greatest(v_at, tokenlimits.clock()),
-        -- an expired hold was over before it was released, swept or not
+        -- an expired hold had ended before it was released, swept or not
         p_replayed => v_status is null or v_status = 'expired'
       );
     exception
       when sqlstate 'TL099' then
-        -- all is taken back, to be settled again
+        -- everything is rolled back, to be settled again
         null;
     end;
   end loop;
@@ -165,9 +166,9 @@ $$;
 {{ private('settle(uuid, text, bigint)', "What commit, release and refund have in common.") }}
 
 {%- set settlements = [
-  ('commit', ', p_cost bigint', ', p_cost', 'definer: counters are private, and nobody else writes the ledger'),
-  ('release', '', '', 'definer: counters are private, and nobody else writes the ledger'),
-  ('refund', '', '', 'definer: an admin may refund, and do nothing else that settle does'),
+  ('commit', ', p_cost bigint', ', p_cost', 'definer: counters are private, and only these functions write the ledger'),
+  ('release', '', '', 'definer: counters are private, and only these functions write the ledger'),
+  ('refund', '', '', 'definer: an admin may refund, but not settle in other ways'),
 ] %}
 {%- for action, parameter, argument, reason in settlements %}
 
@@ -192,7 +193,7 @@ $$;
   'commit_generation',
   ['p_usage_id uuid', 'p_cost bigint default null'],
   to='service_role',
-  comment="Settles a hold for what was reserved, or for less.",
+  comment="Commits a hold: charges the reserved cost, or less.",
   returns='json'
 ) }}
 
@@ -200,7 +201,7 @@ $$;
   'release_generation',
   ['p_usage_id uuid'],
   to='service_role',
-  comment="Gives back all that a hold holds.",
+  comment="Releases a hold: gives back its whole cost.",
   returns='json'
 ) }}
 
@@ -208,6 +209,6 @@ $$;
   'refund_generation',
   ['p_usage_id uuid'],
   to='authenticated, service_role',
-  comment="Gives back what a committed usage cost.",
+  comment="Gives back the cost of a committed usage.",
   returns='json'
 ) }}

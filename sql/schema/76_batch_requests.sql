@@ -1,14 +1,14 @@
 -- Many requests in one transaction, first step: reading them.
 --
 -- Invariants
---   * A bad request doesn't touch the others: what a single call raises is an answer here, of reason 'refused'.
---   * An item is open until it has an answer; what was answered is never judged, and writes nothing.
---   * The first place of a key stands for all the places that have it.
+--   * An invalid request doesn't affect the others: an error of a single call is an answer here, with reason 'refused'.
+--   * An item is open until it has an answer; an answered item is never judged, and writes nothing.
+--   * The first place of a key stands for all places that have this key.
 
 do $do$
 begin
   if to_regtype('tokenlimits.batch_item') is null then
-    -- one request; it needs nothing more once it has an answer
+    -- one request; nothing more happens to it once it has an answer
     create type tokenlimits.batch_item as (
       place integer,
       user_id uuid,
@@ -19,14 +19,14 @@ begin
       metadata jsonb,
       -- the first place with the same key
       first_place integer,
-      -- those that may pay, in the order in which they are tried
+      -- the groups that may pay, in the order in which they are tried
       group_ids uuid[],
-      -- the usage that had the key before, and counts no more
+      -- the dead usage that has the key
       dead_id uuid,
       answer json
     );
-    -- what an item is charged for: the place of its usage among those that are written, of its limits among those that
-    -- the batch is about, and what was used of them right after it; a repeated key is the same usage, replayed
+    -- the charge of an item: the place of its usage among those to be written, the places of its limits among those of
+    -- the batch, and what was used of each right after it; a repeated key has the same usage, replayed
     create type tokenlimits.batch_charge as (
       place integer,
       usage integer,
@@ -38,7 +38,7 @@ begin
 end
 $do$;
 
--- Answers what a single call would raise.
+-- The answer to a request for which a single call would raise an error.
 create or replace function tokenlimits.refused(
   p_item tokenlimits.batch_item,
   p_code text,
@@ -95,9 +95,9 @@ exception
     return v_item;
 end
 $$;
-{{ private('read_request(jsonb, integer)', "One request of a batch; a bad one is answered.") }}
+{{ private('read_request(jsonb, integer)', "One request of a batch; an invalid one is answered.") }}
 
--- All at once where all are good, for a block with an exception costs as much as reading ten.
+-- In one query if all are valid, since a block with an exception handler costs as much as reading ten requests.
 create or replace function tokenlimits.read_requests(p_requests jsonb)
 returns tokenlimits.batch_item[]
 language plpgsql
@@ -168,7 +168,7 @@ end
 $$;
 {{ private('read_requests(jsonb)', "The requests of a batch.") }}
 
--- Answers the items whose keys have a live usage, and notes which keys a dead one has.
+-- Answers the items whose key has a live usage, and notes the dead usages that have a key.
 create or replace function tokenlimits.replay(p_items tokenlimits.batch_item[])
 returns tokenlimits.batch_item[]
 language plpgsql
@@ -191,7 +191,7 @@ end
 $$;
 {{ private(
   'replay(tokenlimits.batch_item[])',
-  "A batch with the items answered whose idempotency keys are taken."
+  "A batch, with those items answered whose idempotency key is taken."
 ) }}
 
 create or replace function tokenlimits.replay_item(p_item tokenlimits.batch_item)
@@ -221,11 +221,11 @@ end
 $$;
 {{ private(
   'replay_item(tokenlimits.batch_item)',
-  "An item, answered when its idempotency key is taken."
+  "An item, answered if its idempotency key is taken."
 ) }}
 
--- Why an item is not charged: its key is another item's, its group doesn't exist, or it is denied. Before that its key
--- is looked at again, as a single call does: who took the last room meanwhile may have done so under this very key.
+-- The answer to an item that isn't charged: another item has its key, its group doesn't exist, or it is denied. First
+-- its key is looked up again, as in a single call: whoever took the last room may have done so under the same key.
 create or replace function tokenlimits.deny_item(
   p_item tokenlimits.batch_item,
   p_verdict tokenlimits.verdict,
@@ -259,5 +259,5 @@ end
 $$;
 {{ private(
   'deny_item(tokenlimits.batch_item, tokenlimits.verdict, uuid)',
-  "The answer to an item that is not charged."
+  "The answer to an item that isn't charged."
 ) }}

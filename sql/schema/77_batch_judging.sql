@@ -1,8 +1,8 @@
 -- Many requests in one transaction, second step: judging them, in memory.
 --
 -- Invariants
---   * Each is judged by what those before it have left, as if it had come alone.
---   * Nothing is written here, and no counter is waited for. Each limit is read once, however many items it binds.
+--   * Each item is judged by the room that those before it have left, as if it had come alone.
+--   * Nothing is written here, and no lock is waited for. Each limit is read once, however many items it applies to.
 
 create or replace function tokenlimits.states_at(p_states tokenlimits.limit_state[], p_places integer[])
 returns tokenlimits.limit_state[]
@@ -18,10 +18,10 @@ begin
   );
 end
 $$;
-{{ private('states_at(tokenlimits.limit_state[], integer[])', "Those of some states.") }}
+{{ private('states_at(tokenlimits.limit_state[], integer[])', "The states at some places.") }}
 
--- Judges the open items in their order, each by what those before it have left. What is denied is answered; the others
--- become charges for usages. Answers also the limits that they were judged by, with all charges in them.
+-- Judges the open items in their order, each by the room that those before it have left. Denied items are answered; the
+-- others become charges for usages. Also returns the limits by which they were judged, with all charges included.
 create or replace function tokenlimits.judge_batch(
   p_at timestamptz,
   inout items tokenlimits.batch_item[],
@@ -44,7 +44,7 @@ declare
   v_verdict tokenlimits.verdict;
   v_at timestamptz;
   v_no integer;
-  -- by the first place of a key: which charge has it
+  -- the charge that has a key, by the first place of the key
   v_holders integer[] := array_fill(null::integer, array[cardinality(items)]);
   v_holder tokenlimits.batch_charge;
   v_fingerprint uuid;
@@ -57,7 +57,7 @@ begin
   usages := '{}';
   charges := '{}';
   -- the groups that may pay for each open item, in the order in which they are tried, with the places of their limits;
-  -- a row of nulls where no group may
+  -- a row of nulls if none may
   for v in
     select
       i.place,
@@ -91,6 +91,7 @@ begin
 
     v_fingerprint := {{ fingerprint("'track'", 'v_item.kind', 'v_item.cost', 'v_item.group_id') }};
     v_holder := charges[v_holders[v_item.first_place]];
+    -- null unless an earlier item of this batch was charged under the key; the same request is then a replay
     if usages[v_holder.usage].fingerprint = v_fingerprint then
       v_holder.place := v.place;
       v_holder.replayed := true;
@@ -106,6 +107,7 @@ begin
       v_charge.usage := cardinality(usages);
       v_charge.used := '{}';
       v_charge.replayed := false;
+      -- in memory only: the items to come find less room
       foreach v_no in array v_charge.states loop
         states[v_no].used := states[v_no].used + v_item.cost;
         v_charge.used := v_charge.used || states[v_no].used;
@@ -122,5 +124,5 @@ end
 $$;
 {{ private(
   'judge_batch(timestamptz, tokenlimits.batch_item[])',
-  "Judges the items of a batch in their order; writes nothing."
+  "Judges the items of a batch in order; writes nothing."
 ) }}

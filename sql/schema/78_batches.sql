@@ -1,16 +1,17 @@
 -- Many requests in one transaction: read (76), judged (77), written, and judged again until a verdict holds.
 --
 -- Invariants
---   * The answers are those that single calls in that order would get, and a denial doesn't touch the others.
---   * The stripes of all groups are held, shared, before any limit is read. Each counter is moved once.
---   * With p_max_wait, no lock is waited for longer: what somebody holds is answered 'busy', and the rest goes on.
+--   * The answers are those that single calls in that order would get, and a denial doesn't affect the others.
+--   * All groups' stripes are held in shared mode before any limit is read. Each counter is moved once.
+--   * With p_max_wait, no lock is waited for longer: items of a locked group are answered 'busy', and the rest
+--     continues.
 
--- Writes the usages of a batch, and sweeps. Answers the counters that were moved as they are then; null, with nothing
--- written, when they have moved on meanwhile, or when somebody held a row for too long: is_held, and by which group it
--- was, if that is known.
+-- Writes the usages of a batch, and sweeps. Returns the moved counters with their new values. If a counter has changed
+-- since it was read, nothing is written, and moved is null; likewise if a row was locked for too long: then is_held is
+-- true, and held_group_id names the group, if it is known.
 --
--- This block has no other in it: who waits for a row of an inner one that was ended waits for the whole transaction,
--- and goes on doing so when the outer one is taken back. They would block each other.
+-- This block contains no inner block: whoever waits for a row of an inner block that has ended waits for the whole
+-- transaction, and keeps waiting even after the outer block is rolled back. Two batches would block each other.
 create or replace function tokenlimits.write_batch(
   p_items tokenlimits.batch_item[],
   p_usages public.generation_usage[],
@@ -54,6 +55,7 @@ exception
   when sqlstate 'TL099' then
     moved := null;
   when lock_not_available then
+    -- what was written is rolled back, so the locks are free while the rest is judged again
     moved := null;
     is_held := true;
     held_group_id := v_moving;
@@ -61,11 +63,11 @@ end
 $$;
 {{ private(
   'write_batch(tokenlimits.batch_item[], public.generation_usage[], tokenlimits.batch_charge[], timestamptz)',
-  "Writes what a batch is charged for, and sweeps."
+  "Writes the usages of a batch, and sweeps."
 ) }}
 
--- Answers what was charged: each sees the counters as they were right after it, also where others have moved them since
--- they were read. Where holds have expired, the verdict knows better than the counter what is used.
+-- Answers the charged items. Each answer has the counters as they were right after its item, including what others have
+-- moved since the counters were read. With expired holds, the verdict, not the counter, says what is used.
 create or replace function tokenlimits.answer_charges(
   p_items tokenlimits.batch_item[],
   p_states tokenlimits.limit_state[],
@@ -113,10 +115,10 @@ end
 $$;
 {{ private(
   'answer_charges(tokenlimits.batch_item[], tokenlimits.limit_state[], public.generation_usage[], tokenlimits.batch_charge[], tokenlimits.limit_state[])',
-  "A batch with its charges answered."
+  "A batch, with its charged items answered."
 ) }}
 
--- Answers the open items that a group may pay for; all when it is null.
+-- Answers 'busy' to the open items that a group may pay for; to all open items if the group is null.
 create or replace function tokenlimits.answer_busy(p_items tokenlimits.batch_item[], p_group_id uuid)
 returns tokenlimits.batch_item[]
 language plpgsql
@@ -141,10 +143,10 @@ end
 $$;
 {{ private(
   'answer_busy(tokenlimits.batch_item[], uuid)',
-  "A batch with the items answered whose group is held by somebody else."
+  "A batch, with those items answered whose group is locked by another transaction."
 ) }}
 
--- Takes the stripes of all groups; answers the items of those that could not be had in time.
+-- Takes the stripes of all groups; answers the items of those groups whose stripe was not free in time.
 create or replace function tokenlimits.lock_batch(p_items tokenlimits.batch_item[])
 returns tokenlimits.batch_item[]
 language plpgsql
@@ -165,6 +167,7 @@ begin
   return p_items;
 exception
   when lock_not_available then
+    -- at least one stripe is taken, and all others were given back: one by one, in the same order, to find out which
     foreach v_group_id in array v_group_ids loop
       begin
         perform tokenlimits.lock_groups(array[v_group_id]);
@@ -176,13 +179,13 @@ exception
     return p_items;
 end
 $$;
-{{ private('lock_batch(tokenlimits.batch_item[])', "Holds the limits of a batch's groups still.") }}
+{{ private('lock_batch(tokenlimits.batch_item[])', "Keeps the limits of a batch's groups unchanged.") }}
 
 create or replace function tokenlimits.track_generations(p_requests jsonb, p_max_wait bigint)
 returns json
 language plpgsql
 volatile
--- definer: counters are private, and nobody else writes the ledger
+-- definer: counters are private, and only these functions write the ledger
 security definer
 {{ search_path() }}
 as $$
@@ -202,7 +205,7 @@ begin
   end if;
   v_items := tokenlimits.lock_batch(v_items);
   loop
-    -- never before the moment that an earlier round came to, or a clock that was set back would go round for ever
+    -- never before the moment that an earlier round reached, or a clock that was set back would loop for ever
     v_at := greatest(tokenlimits.clock(), v_at);
     v_items := tokenlimits.replay(v_items);
     v_judged := tokenlimits.judge_batch(v_at, v_items);
@@ -222,12 +225,12 @@ end
 $$;
 
 -- Each request is an object with the arguments of track_generation (without p_), and is answered at the same place. One
--- that track_generation would refuse with an error has the reason 'refused'. With p_max_wait, those whose group
--- somebody else holds for more than so many milliseconds have the reason 'busy', and may be asked again.
+-- for which track_generation would raise an error has the reason 'refused'. With p_max_wait, requests whose group is
+-- locked for more than that many milliseconds have the reason 'busy', and may be sent again.
 {{ rpc(
   'track_generations',
   ['p_requests jsonb', 'p_max_wait bigint default null'],
   to='service_role',
-  comment="Tracks up to 1,000 generations in one transaction: each is judged by itself, in this order.",
+  comment="Tracks up to 1,000 generations in one transaction: each is judged separately, in this order.",
   returns='json'
 ) }}

@@ -1,11 +1,11 @@
--- For admins: groups with their limits, members, a fresh start.
+-- For admins: groups with their limits, members, resets.
 --
 -- Invariants
---   * Each function opens with require_admin; those that can, run as their caller, so that row-level security decides
---     too.
---   * One function, one transaction: an error leaves nothing half-made.
---   * Edits lock in one order, so that they wait for each other and never in a circle: the group's row, its limits'
---     rows (all at once, where there are several), and then, in a trigger, its stripe.
+--   * Each function begins with require_admin. Functions run as their caller where they can, so that row-level security
+--     decides too.
+--   * One function, one transaction: after an error, nothing is half done.
+--   * Edits lock in one order, so that they wait for each other, but never in a circle: the group's row, its limits'
+--     rows (all at once, if there are several), and then, in a trigger, its stripe.
 
 create or replace function tokenlimits.group_json(p_group public.user_groups)
 returns jsonb
@@ -30,7 +30,7 @@ $$;
   to='authenticated, service_role'
 ) }}
 
--- Refuses a bad set of limits with the path of the field, like limits[2].max.
+-- Refuses an invalid set of limits with the path of the field, like limits[2].max.
 create or replace function tokenlimits.check_limits(p_limits jsonb)
 returns void
 language plpgsql
@@ -82,7 +82,7 @@ $$;
   to='authenticated, service_role'
 ) }}
 
--- What stays the same keeps its counters: only what differs is written.
+-- Writes only what differs, so that unchanged limits keep their counters.
 create or replace function tokenlimits.replace_limits(p_group_id uuid, p_limits jsonb)
 returns void
 language plpgsql
@@ -125,11 +125,11 @@ volatile
 as $$
 begin
   perform tokenlimits.refuse(
-    'TL001', format('id: %s is, or was, another group''s', p_id), 'id', 'Choose an id that was never used.'
+    'TL001', format('id: %s is or was the id of another group', p_id), 'id', 'Choose an id that was never used.'
   );
 end
 $$;
-{{ private('refuse_id(uuid)', 'Refuses an id that a group has or had.') }}
+{{ private('refuse_id(uuid)', 'Raises TL001: a group has or had this id.') }}
 
 create or replace function tokenlimits.insert_group(
   p_id uuid,
@@ -142,7 +142,7 @@ create or replace function tokenlimits.insert_group(
 returns public.user_groups
 language plpgsql
 volatile
--- definer: nobody else may set an id
+-- definer: callers may not set ids
 security definer
 {{ search_path() }}
 as $$
@@ -151,7 +151,7 @@ declare
   v_constraint text;
 begin
   perform tokenlimits.require_admin();
-  -- pages begin after the nil UUID
+  -- pages begin after the nil UUID, so they would leave this group out
   if p_id = '00000000-0000-0000-0000-000000000000' then
     perform tokenlimits.refuse('TL001', 'id: must not be the nil UUID', 'id', 'Choose an id that was never used.');
   end if;
@@ -161,8 +161,8 @@ begin
     coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false)
   )
   returning * into v_group;
-  -- only now: who had the id may have been deleted while this waited for it. What the ledger says of another group would
-  -- be this one's usage.
+  -- only now: the group with this id may have been deleted while this waited for the id. Its ledger rows would become
+  -- this group's usage.
   if p_id is not null and (
     exists (select from tokenlimits.deleted_groups as d where d.id = p_id)
     or exists (select from public.generation_usage as u where u.group_id = p_id)
@@ -210,12 +210,12 @@ begin
   end if;
   if p_group_id is not null then
     if p_id is not null then
-      perform tokenlimits.refuse('TL001', 'id: is of a new group; group_id names one that is there', 'id');
+      perform tokenlimits.refuse('TL001', 'id: is for a new group; group_id names an existing one', 'id');
     end if;
     v_group := tokenlimits.require_group(p_group_id);
   end if;
   if p_is_default then
-    -- the stripes of groups are 0 to 255
+    -- one default group at a time; the stripes of groups are 0 to 255
     perform pg_advisory_xact_lock({{ stripe_class() }}, 256);
     update public.user_groups as g
     set is_default = false
@@ -239,9 +239,9 @@ begin
     when unique_violation then
       perform tokenlimits.refuse(
         'TL003',
-        format('there is a group named %L already', {{ tidied('p_name') | indent(8) }}),
+        format('a group named %L already exists', {{ tidied('p_name') | indent(8) }}),
         {{ tidied('p_name') | indent(8) }},
-        'Names are unique whatever their case; nothing was saved.'
+        'Names are unique regardless of case. Nothing was saved.'
       );
   end;
   if v_limits is not null then
@@ -252,7 +252,7 @@ end
 $$;
 {{ opened(
   'save_group(uuid, text, text, integer, text, boolean, jsonb, uuid)',
-  "Makes a group (p_id: with this id, which was never used), or changes what is not null of an existing one, with its whole set of limits, in one step.",
+  "Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an existing group, with its whole set of limits, in one step.",
   to='authenticated, service_role'
 ) }}
 
@@ -300,7 +300,7 @@ end
 $$;
 {{ opened(
   'remove_group_limit(uuid, text, text, text)',
-  "Removes one limit of a group; without the limit that is no error.",
+  "Removes one limit of a group; a missing limit is no error.",
   to='authenticated, service_role'
 ) }}
 
@@ -348,7 +348,7 @@ begin
         (p_group_id is null or g.id = p_group_id)
         and (p_name is null or lower(g.name) = lower({{ tidied('p_name') | indent(8) }}))
         and (p_search is null or strpos(lower(g.name), lower({{ tidied('p_search') | indent(8) }})) > 0)
-        -- no name is empty; "p_after is null or" would read the pages before, too
+        -- no name is empty; "p_after is null or" would read the earlier pages too
         and lower(g.name) > lower(coalesce(p_after, ''))
       order by lower(g.name)
       limit least(greatest(p_page_size, 1), 500)
@@ -358,7 +358,7 @@ end
 $$;
 {{ opened(
   'find_groups(uuid, text, text, text, integer)',
-  "Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, in order.",
+  "Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, ordered by name.",
   to='authenticated, service_role'
 ) }}
 
@@ -400,7 +400,7 @@ $$;
   'add_group_members',
   ['p_group_id uuid', 'p_user_ids uuid[]'],
   to='authenticated, service_role',
-  comment="Adds users to a group: how many were added, how many were there already, and which ids are of no user."
+  comment="Adds users to a group; returns how many were added, how many were already members, and which ids are unknown."
 ) }}
 
 create or replace function public.remove_group_members(p_group_id uuid, p_user_ids uuid[])
@@ -459,7 +459,7 @@ create or replace function tokenlimits.reset_group_usage(p_group_id uuid, p_kind
 returns jsonb
 language plpgsql
 volatile
--- definer: resets are private
+-- definer: resets are in a private table
 security definer
 {{ search_path() }}
 as $$
@@ -477,7 +477,7 @@ begin
   where l.group_id = p_group_id
   order by l.kind, l.period, l.scope
   for update;
-  -- nobody is between being judged and being recorded now: what was recorded before is before, what comes is after
+  -- no call is between being judged and being recorded now, so each usage is recorded either before the reset or after
   perform tokenlimits.lock_groups(array[p_group_id], true);
   v_at := greatest(
     tokenlimits.clock(),
@@ -501,7 +501,7 @@ $$;
   'reset_group_usage',
   ['p_group_id uuid', 'p_kind text default null'],
   to='authenticated, service_role',
-  comment="A fresh start for a group's current periods, of a kind or of all; the ledger keeps everything."
+  comment="Resets a group's usage in its current periods, of one kind or of all; the ledger keeps everything."
 ) }}
 
 create or replace function tokenlimits.group_members(p_group_id uuid, p_after uuid, p_page_size integer, p_search text)
@@ -524,15 +524,15 @@ begin
     from public.group_memberships as m
     where
       m.group_id = p_group_id
-      -- "p_after is null or" would read the pages before, too
+      -- "p_after is null or" would read the earlier pages too
       and m.user_id >= coalesce(p_after, '00000000-0000-0000-0000-000000000000')
       and m.user_id is distinct from p_after
     order by m.user_id
-    -- of a search nobody knows yet how many it takes
+    -- a search may have to read more than a page
     limit case when v_search is null then v_page_size end
   );
   if v_search is not null then
-    -- by itself: joined to all members at once, a plan that is kept would compare each with each
+    -- a query of its own: joined to all members at once, a cached plan would compare each with each
     v_user_ids := array(
       select u.id
       from tokenlimits.users(v_user_ids) as u
@@ -559,7 +559,7 @@ $$;
   'group_members',
   ['p_group_id uuid', 'p_after uuid default null', 'p_page_size integer default 500', 'p_search text default null'],
   to='authenticated, service_role',
-  comment="A group's members, or those whose e-mail address contains a text: the page after a user id, in the order of ids.",
+  comment="A group's members, or those whose e-mail address contains a text: the page after a user id, ordered by id.",
   volatility='stable'
 ) }}
 
@@ -589,6 +589,6 @@ $$;
   'find_users',
   ['p_email text', 'p_page_size integer default 20'],
   to='authenticated, service_role',
-  comment="Users whose e-mail address contains a text, whatever its case.",
+  comment="Users whose e-mail address contains a text, regardless of case.",
   volatility='stable'
 ) }}

@@ -1,7 +1,7 @@
 -- Usage for users and admins, and history.
 --
 -- Invariants
---   * Numbers come from counters and the rollup, never from scanning the ledger, so they cost the same for ever.
+--   * Numbers come from counters and the rollup, never from scanning the ledger, so their cost doesn't grow.
 
 create or replace function tokenlimits.user_usage(p_user_id uuid)
 returns jsonb
@@ -24,7 +24,7 @@ begin
   ), '[]');
 end
 $$;
-{{ private('user_usage(uuid)', "Every limit that binds a user, in the order in which groups pay.") }}
+{{ private('user_usage(uuid)', "Every limit that applies to a user, in the order in which groups pay.") }}
 
 create or replace function tokenlimits.user_generation_usage(p_user_id uuid)
 returns jsonb
@@ -45,7 +45,7 @@ $$;
   'user_generation_usage',
   ['p_user_id uuid'],
   to='service_role',
-  comment="Every limit that binds a user: group, kind, period, scope, max, used, remaining, reset_at.",
+  comment="Every limit that applies to a user: group, kind, period, scope, max, used, remaining, reset_at.",
   volatility='stable'
 ) }}
 
@@ -53,7 +53,7 @@ create or replace function tokenlimits.my_generation_usage()
 returns jsonb
 language plpgsql
 stable
--- definer: counters are private; it answers for nobody but the caller
+-- definer: counters are private; it returns only the caller's own usage
 security definer
 {{ search_path() }}
 as $$
@@ -62,7 +62,7 @@ declare
 begin
   if v_user_id is null then
     raise exception using
-      errcode = '42501', message = 'nobody is signed in', hint = 'Send the user''s access token.';
+      errcode = '42501', message = 'no user is signed in', hint = 'Send the user''s access token.';
   end if;
   return tokenlimits.user_usage(v_user_id);
 end
@@ -71,7 +71,7 @@ $$;
   'my_generation_usage',
   [],
   to='authenticated',
-  comment="Every limit that binds the signed-in user: group, kind, period, scope, max, used, remaining, reset_at.",
+  comment="Every limit that applies to the signed-in user: group, kind, period, scope, max, used, remaining, reset_at.",
   volatility='stable'
 ) }}
 
@@ -99,9 +99,9 @@ begin
 end
 $do$;
 
--- A member limit is shown for the group as a whole: what all members used, of max for each. All groups of a page at
--- once, since a dashboard asks for a thousand: what limit_states works out for one, this does for all in a query. It
--- answers json, which is only put together; jsonb would be built anew at every level.
+-- A member limit is shown for the whole group: what all members used, of max times the number of members. All groups of
+-- a page at once, since a dashboard asks for a thousand: what limit_states computes for one group, this computes for
+-- all in one query. It returns json, which is only concatenated; jsonb would be rebuilt at every level.
 create or replace function tokenlimits.group_usage(p_group_id uuid, p_after text, p_page_size integer)
 returns json
 language plpgsql
@@ -109,9 +109,9 @@ stable
 -- definer: counters are private
 security definer
 {{ search_path() }}
--- the planner takes its own steps for small, and would compare each row of one with each of the next
+-- the planner assumes that each step returns few rows, and would choose nested loops
 set enable_nestloop = off
--- and a plan for the very ids would look at statistics of each: half of the time of a thousand
+-- a plan for specific ids would read the statistics of each: half of the time for a thousand
 set plan_cache_mode = force_generic_plan
 as $$
 declare
@@ -126,7 +126,7 @@ begin
     v_group_ids := array(
       select g.id
       from public.user_groups as g
-      -- no name is empty; "p_after is null or" would read the pages before, too
+      -- no name is empty; "p_after is null or" would read the earlier pages too
       where lower(g.name) > lower(coalesce(p_after, ''))
       order by lower(g.name)
       -- null: all
@@ -134,7 +134,7 @@ begin
     );
   end if;
   return coalesce((
-    -- "= any" in every step: it reads its groups, not all that there are
+    -- "= any" in every step: each reads only these groups, not all
     with groups as materialized (
       select g.id, g.name, g.timezone, p.place
       from public.user_groups as g
@@ -149,7 +149,7 @@ begin
       group by m.group_id
     ),
 
-    -- a group's own limit of the same period, if there is one, has counted what all members used together
+    -- a group limit of the same period, if there is one, has counted what all members used together
     limits as materialized (
       select
         l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id, g.timezone,
@@ -165,8 +165,8 @@ begin
       from (select distinct l.period, l.timezone from limits as l) as k
     ),
 
-    -- as limit_states: an open counter says what is used, and nothing is when a period has begun since; where used
-    -- is null there is no counter
+    -- as in limit_states: an open counter says what is used; if a new period has begun since, nothing is used; null
+    -- means that there is no counter
     states as materialized (
       select
         l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id,
@@ -176,7 +176,7 @@ begin
         end as since,
         case when c.until > v_now then c.until else upper(p.range) end as until,
         case when c.until > v_now then c.used when c.until is not null then 0 end as used,
-        -- numeric: of many members it is more than a bigint holds
+        -- numeric: for many members, it exceeds a bigint
         l.max::numeric * case l.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
       from limits as l
       inner join periods as p on p.period = l.period and p.timezone = l.timezone
@@ -197,7 +197,7 @@ begin
             case when c.capacity is not null then greatest(c.capacity - c.used, 0) end,
             case
               when c.capacity > 0 then round(c.used / c.capacity, 6)
-              -- a blocked limit is full; so is one of a group without members that has been used
+              -- a blocked limit is full; so is a member limit that was used in a group that has no members now
               when c.capacity = 0 then 1
             end
           )::tokenlimits.group_limit_answer
@@ -205,7 +205,7 @@ begin
       from (
         select
           s.group_id, s.kind, s.period, s.scope, s.max, s.until, s.capacity,
-          -- without a counter it is added up as count_usage does; here, where the period is whole buckets of the rollup
+          -- without a counter, the sum is computed as in count_usage; here, if the period consists of whole buckets
           coalesce(s.used, case
             when {{ is_whole('s.since', 's.until') }} then coalesce((
               select sum(r.cost)
@@ -242,7 +242,7 @@ $$;
   'group_usage',
   ['p_group_id uuid default null', 'p_after text default null', 'p_page_size integer default null'],
   to='authenticated, service_role',
-  comment="Usage of one group, of all, or of a page of them after a name: of each limit used, capacity, reset_at.",
+  comment="Usage of one group, of all, or of the page of groups after a name: used, capacity and reset_at of each limit.",
   volatility='stable',
   returns='json'
 ) }}
@@ -264,7 +264,7 @@ $$;
   "Raises TL001 unless it is a step of the history."
 ) }}
 
--- A group that was deleted since has lost its time zone too.
+-- A group that was deleted has lost its time zone too.
 create or replace function tokenlimits.timezone_of(p_group_id uuid)
 returns text
 language plpgsql
@@ -305,7 +305,7 @@ begin
   if p_group_id is not null then
     v_timezone := (tokenlimits.require_group(p_group_id)).timezone;
   end if;
-  -- whole buckets: the first is the one that p_since lies in
+  -- whole buckets: the first is the one that contains p_since
   v_since := lower(tokenlimits.period_of(p_bucket, v_timezone, v_since));
   return coalesce((
     select jsonb_agg(to_jsonb(points) order by points.bucket, points.kind)
@@ -336,6 +336,6 @@ $$;
   ['p_group_id uuid default null', 'p_kind text default null', "p_bucket text default 'day'",
     'p_since timestamptz default null', 'p_until timestamptz default null'],
   to='authenticated, service_role',
-  comment="Live usage per kind and bucket in a group's time zone (of all groups, in UTC, when null); 30 days by default.",
+  comment="Live usage per kind and bucket in a group's time zone (of all groups, in UTC, if null); 30 days by default.",
   volatility='stable'
 ) }}

@@ -1,10 +1,10 @@
--- Reading much of the ledger, or of its sums: page by page; and who used most.
+-- Export of the ledger or of its sums, page by page; top members.
 --
 -- Invariants
---   * A page reads a bounded number of rows, by an index, however rare what it looks for is: a short page is not the
---     end, a page without "next" is.
---   * Pages follow each other by columns that never change. What was committed before the first page, and created
---     before "until", is in exactly one of them, as a row or in a sum.
+--   * A page reads a bounded number of rows, by an index, however rare the matching rows are: a short page is not the
+--     end; a page without "next" is.
+--   * Pages are ordered by columns that never change. Each usage that was committed before the first page, and created
+--     before "until", is in exactly one page, as a row or in a sum.
 
 create or replace function tokenlimits.usage_json(p_usage public.generation_usage, p_email text)
 returns jsonb
@@ -35,8 +35,8 @@ $$;
   "A row of the ledger and the user's e-mail address, as an export shows them."
 ) }}
 
--- Of one user by their own index, else of one group after the other by theirs: no index of its own, which every call
--- would have to keep. p_after is the "next" of the page before.
+-- Reads one user's rows by the user's index, or otherwise one group after the other by the group's index: another index
+-- would cost every call. p_after is the "next" of the previous page.
 create or replace function tokenlimits.export_usage(
   p_group_id uuid,
   p_user_id uuid,
@@ -88,7 +88,7 @@ begin
         limit v_left
       );
     end if;
-    -- looked up, not joined: a plan that is kept would compare each row with each user
+    -- looked up, not joined: a cached plan would compare each row with each user
     v_emails := (
       select jsonb_object_agg(k.id, k.email)
       from tokenlimits.users(array(select distinct p.user_id from unnest(v_page) as p)) as k
@@ -127,13 +127,12 @@ $$;
   'export_usage',
   ['p_group_id uuid default null', 'p_user_id uuid default null', 'p_kind text default null', 'p_since timestamptz default null', 'p_until timestamptz default null', 'p_after jsonb default null', 'p_page_size integer default 1000'],
   to='authenticated, service_role',
-  comment="The ledger, page by page: ask again with p_after and p_until as the 'next' and 'until' of the page before.",
+  comment="The ledger, page by page: for the next page, pass this page's 'next' and 'until' as p_after and p_until.",
   volatility='stable'
 ) }}
 
--- Sum after sum of each series (a group and a kind) of the rollup, in the order of its key: one look-up finds where the
--- next sum begins, another adds it up, so time in which nothing was used costs nothing. p_after is the "next" of the
--- page before.
+-- The sums of each series (a group and a kind) of the rollup, in the order of its key: one look-up finds where the next
+-- sum begins, another one adds it up, so unused time costs nothing. p_after is the "next" of the previous page.
 create or replace function tokenlimits.export_history(
   p_group_id uuid,
   p_kind text,
@@ -151,7 +150,7 @@ security definer
 {{ search_path() }}
 as $$
 declare
-  -- what a page may read, in rows of the rollup (a month of one kind has up to 47,616), and what a look-up counts as
+  -- how many rows of the rollup a page may read (a month of one kind has up to 47,616), and what a look-up counts as
   c_rows constant integer := 100000;
   c_look_up constant integer := 50;
   v_now timestamptz := tokenlimits.clock();
@@ -164,7 +163,7 @@ declare
   );
   v_kind text := coalesce(p_after ->> 'kind', '');
   v_timezone text := tokenlimits.timezone_of(v_group_id);
-  -- from here on in this series; at infinity it is over
+  -- where the next sum of this series begins; infinity: the series is finished
   v_at timestamptz := coalesce((p_after ->> 'bucket')::timestamptz, 'infinity');
   v_period tstzrange;
   v_sum record;
@@ -194,7 +193,7 @@ begin
       v_timezone := tokenlimits.timezone_of(v_group_id);
       v_at := case
         when v_kind <> p_kind then 'infinity'
-        -- whole buckets: the first is the one that p_since lies in
+        -- whole buckets: the first is the one that contains p_since
         when isfinite(p_since) then lower(tokenlimits.period_of(p_bucket, v_timezone, p_since))
         else coalesce(p_since, '-infinity')
       end;
@@ -239,7 +238,8 @@ $$;
   volatility='stable'
 ) }}
 
--- Counters forget past periods, so this reads the ledger: as long as the time is, not as the history is.
+-- Counters don't keep past periods, so this reads the ledger: the cost grows with the requested time, not with the
+-- history.
 create or replace function tokenlimits.top_members(
   p_group_id uuid,
   p_kind text,
@@ -284,6 +284,6 @@ $$;
   'top_members',
   ['p_group_id uuid', 'p_kind text default null', 'p_since timestamptz default null', 'p_until timestamptz default null', 'p_count integer default 10'],
   to='authenticated, service_role',
-  comment="Who used most in a group, also those who left; in the last 30 days by default.",
+  comment="The users with the most usage in a group, including former members; in the last 30 days by default.",
   volatility='stable'
 ) }}

@@ -1,11 +1,11 @@
--- Counting everything again, for the day on which somebody doubts the numbers.
+-- Recounting everything, in case the numbers are in doubt.
 --
 -- Invariants
 --   * The ledger is right by definition: counters and rollup are made to agree with it, never the other way round.
---   * What is older than p_since is not looked at again: there the rollup's word is taken.
---   * Nobody tracks for the group while it is mended: its limits are held exclusively.
+--   * Usage older than p_since isn't recounted: there, the rollup is trusted.
+--   * No call is recorded for the group meanwhile: its stripe is held in exclusive mode.
 
--- Whole buckets, or the first one's beginning would be missed.
+-- Whole buckets, or the beginning of the first one would be missed.
 create or replace function tokenlimits.rollup_differences(p_group_id uuid, p_since timestamptz)
 returns table (kind text, bucket timestamptz, was numeric, used numeric, generations numeric)
 language plpgsql
@@ -83,7 +83,7 @@ $$;
   "Where a group's counters differ from the ledger."
 ) }}
 
--- As after a restored dump of the ledger alone.
+-- Holds can be missing after a dump of the ledger alone was restored.
 create or replace function tokenlimits.missing_holds(p_group_id uuid, p_since timestamptz)
 returns setof public.generation_usage
 language plpgsql
@@ -103,11 +103,11 @@ end
 $$;
 {{ private(
   'missing_holds(uuid, timestamptz)',
-  "Usages that are reserved, but would never expire: nobody would find them."
+  "Reserved usages without a row in holds, which would never be found when they expire."
 ) }}
 
--- One group at a time, and since a moment, for a statement ends after 8 s. Answers what differed, as it was and as it
--- is now.
+-- One group at a time, and from a moment on, since a statement ends after 8 s. Returns what differed: the old and the
+-- new values.
 create or replace function tokenlimits.reconcile_usage(p_group_id uuid, p_since timestamptz)
 returns jsonb
 language plpgsql
@@ -128,7 +128,7 @@ begin
   {{ into_holds('u', "from tokenlimits.missing_holds(p_group_id, coalesce(p_since, '-infinity')) as u") | indent(2) }}
   get diagnostics v_holds = row_count;
 
-  -- first, for the group's counters are counted from it
+  -- the rollup first, since the group's counters are counted from it
   with differences as (
     select d.kind, d.bucket, d.was, d.used, d.generations
     from tokenlimits.rollup_differences(p_group_id, coalesce(p_since, '-infinity')) as d
@@ -167,5 +167,5 @@ $$;
   'reconcile_usage',
   ['p_group_id uuid', 'p_since timestamptz default \'-infinity\''],
   to='authenticated, service_role',
-  comment="Counts a group's usage again from the ledger, mends counters and rollup, and answers what differed."
+  comment="Recounts a group's usage from the ledger, corrects counters and rollup, and returns what differed."
 ) }}

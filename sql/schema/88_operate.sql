@@ -1,8 +1,8 @@
--- For those who run it: users by their addresses, and whether everything is as it should be.
+-- For operators: users by e-mail address, and diagnosis.
 --
 -- Invariants
 --   * Nothing here changes anything.
---   * tokenlimits_diagnosis answers facts; what they mean is said by `tokenlimits doctor`.
+--   * tokenlimits_diagnosis returns facts; `tokenlimits doctor` interprets them.
 
 create or replace function tokenlimits.find_users_by_email(p_emails text[])
 returns jsonb
@@ -28,12 +28,12 @@ $$;
   'find_users_by_email',
   ['p_emails text[]'],
   to='authenticated, service_role',
-  comment="The users who have one of up to 5,000 e-mail addresses, whatever its case.",
+  comment="The users with one of up to 5,000 e-mail addresses, regardless of case.",
   volatility='stable'
 ) }}
 
--- As reconcile, but it waits for nobody: a stable function sees one moment, at which counters and ledger agree. It
--- looks at no more members than a statement has time for.
+-- Like reconcile, but without locks: a stable function sees one moment, at which counters and ledger agree. It checks
+-- only as many members as a statement has time for.
 create or replace function tokenlimits.usage_drift(p_group_id uuid, p_since timestamptz)
 returns jsonb
 language plpgsql
@@ -69,11 +69,11 @@ $$;
   'usage_drift',
   ['p_group_id uuid', 'p_since timestamptz default null'],
   to='authenticated, service_role',
-  comment="Where a group's counters and history differ from the ledger; changes nothing. The history of a day by default.",
+  comment="Where a group's counters and history differ from the ledger; changes nothing. By default, one day of history.",
   volatility='stable'
 ) }}
 
--- Asks the project's rule about a caller who is made up, and puts the real one back.
+-- Asks the project's rule about a made-up caller, and restores the real one.
 create or replace function tokenlimits.would_be_admin(p_claims jsonb)
 returns boolean
 language plpgsql
@@ -86,7 +86,7 @@ declare
 begin
   perform set_config('request.jwt.claims', p_claims::text, true);
   begin
-    -- as row-level security takes it
+    -- null means no, as in row-level security
     v_answer := coalesce(tokenlimits.is_admin(), false);
   exception when others then
     v_answer := null;
@@ -100,15 +100,15 @@ $$;
   "Would a caller with these claims be an admin? Null: it failed."
 ) }}
 
--- What the statistics know, and the sizes of files; no table is read. "needed" is what an index would take that was
--- built now: each row's columns at their average width, aligned, with header and pointer, in pages filled to nine
--- tenths. Rows are estimated as the planner does, or from what was written since, whichever are more: where that is
--- wrong, an index looks too small rather than too large, and where it is not known yet, "needed" is null.
+-- From statistics and file sizes; no table is read. "needed" is the size that an index would have if it were built now:
+-- each row's columns at their average width, aligned, with header and pointer, in pages filled to 90 %. The number of
+-- rows is the planner's estimate, or what was written since, whichever is larger. If it is wrong, an index looks too
+-- small rather than too large; if it isn't known yet, "needed" is null.
 create or replace function tokenlimits.storage()
 returns jsonb
 language plpgsql
 stable
--- definer: statistics of columns are for who may read them
+-- definer: only roles that may read a column see its statistics
 security definer
 {{ search_path() }}
 as $$
@@ -174,7 +174,7 @@ begin
   if {{ has_own_users() | indent(2) }} then
     return null;
   end if;
-  -- of many it is enough to know that they are many
+  -- an exact count of many users isn't needed
   return (
     select count(*)
     from (
@@ -186,10 +186,10 @@ begin
   );
 end
 $$;
-{{ private('users_in_no_group()', "How many users are in no group, up to 1,001; null where users are elsewhere.") }}
+{{ private('users_in_no_group()', "How many users are in no group, up to 1,001; null for a project's own users.") }}
 
--- After a ledger was restored alone, its rows are in none of the sums. Most often it shows at both ends of a group's
--- history; to be sure, reconcile.
+-- After the ledger alone was restored, its rows are in none of the sums. Usually this shows at both ends of a group's
+-- history; only reconcile finds every case.
 create or replace function tokenlimits.groups_not_summed()
 returns bigint
 language plpgsql
@@ -226,7 +226,7 @@ begin
   );
 end
 $$;
-{{ private('groups_not_summed()', "How many groups have usage in the ledger that is in none of the sums.") }}
+{{ private('groups_not_summed()', "How many groups have usage in the ledger that is missing in the sums.") }}
 
 create or replace function tokenlimits.tokenlimits_diagnosis()
 returns jsonb
@@ -253,7 +253,7 @@ begin
         'rls', t.relrowsecurity,
         'anon', has_any_column_privilege('anon', t.oid, 'select, insert, update')
         or has_table_privilege('anon', t.oid, 'delete'),
-        -- of the whole table: what is granted column by column is meant so
+        -- of the whole table: column grants are intended
 {%- for role in ['authenticated', 'service_role'] %}
         '{{ role }}', (
           select coalesce(jsonb_agg(a.name order by a.name), '[]')
@@ -282,7 +282,7 @@ begin
       from pg_catalog.pg_proc as f
       where f.pronamespace = 'public'::regnamespace and f.proname = any(c_functions)
     ),
-    -- a dump without comments was restored: applying the SQL, or removing it, wouldn't take them for ours
+    -- lost their comments, for instance in a restored dump: the SQL doesn't recognize them as its own
     'unmarked', (
       select coalesce(jsonb_agg(o.name order by o.name), '[]')
       from (
@@ -346,5 +346,5 @@ $$;
   'tokenlimits_diagnosis',
   [],
   to='authenticated, service_role',
-  comment="How tokenlimits is installed here: tables, policies, functions, triggers, indexes, who is an admin, users."
+  comment="The state of the installation: tables, policies, functions, triggers, indexes, the admin rule, users."
 ) }}

@@ -1,10 +1,10 @@
--- Who may touch the tables: admins through row-level security, the service key, and nobody else.
+-- Access to the tables: for admins through row-level security, for the service key, and for nobody else.
 --
 -- Invariants
 --   * One permissive policy per table, action and role.
---   * Nobody writes the ledger through the API: only definer functions do. Ids, counters and moments of the other
---     tables neither.
---   * It holds on projects whose default privileges grant everything in public, and on those that grant nothing.
+--   * Through the API, nobody writes the ledger, or the ids, counters and timestamps of the other tables: only definer
+--     functions do.
+--   * This holds in projects whose default privileges grant everything in public, and in those that grant nothing.
 
 alter table public.user_groups enable row level security;
 alter table public.group_limits enable row level security;
@@ -15,7 +15,7 @@ revoke all on public.user_groups, public.group_limits, public.group_memberships,
 from public, anon, authenticated, service_role;
 grant select, delete on public.user_groups, public.group_limits, public.group_memberships
 to authenticated, service_role;
--- ids, counters and moments are ours to set, also where an admin edits a table
+-- only our functions set ids, counters and timestamps, even if an admin edits a table
 grant insert (name, description, priority, timezone, is_default),
 update (name, description, priority, timezone, is_default)
 on public.user_groups to authenticated, service_role;
@@ -23,7 +23,7 @@ grant insert (group_id, kind, period, scope, max), update (kind, period, scope, 
 on public.group_limits to authenticated, service_role;
 grant insert (group_id, user_id) on public.group_memberships to authenticated, service_role;
 grant select on public.generation_usage to authenticated, service_role;
--- an identity column needs no right to its sequence; old projects grant it to everybody
+-- an identity column needs no privilege on its sequence; old projects grant it to everybody
 revoke all on sequence public.group_limits_counter_id_seq from public, anon, authenticated, service_role;
 
 do $do$
@@ -48,5 +48,5 @@ begin
 end
 $do$;
 
--- PostgREST serves the new functions from now on.
+-- Makes PostgREST serve the new functions.
 notify pgrst, 'reload schema';

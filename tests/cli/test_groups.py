@@ -128,7 +128,7 @@ def test_a_limit_that_is_none(tl: Program, limit: str) -> None:
 
 def test_what_the_server_refuses_is_one_line(tl: Program, groups: GroupManager, name: str) -> None:
     groups.create(name)
-    assert "there is a group named" in tl.fails("groups", "create", name.lower())
+    assert "a group named" in tl.fails("groups", "create", name.lower())
     assert "time zone" in tl.fails("groups", "create", f"{name} 2", "--timezone", "Mars/Base")
 
 

@@ -330,7 +330,7 @@ def test_a_hold_that_expired_fails_when_there_is_none(colour: Colour, ledger: Le
         assert colour.limits.track(colour.user, "video", cost=MAX)
         made.append("a film")
 
-    with pytest.raises(HoldExpired, match="no longer fit"):
+    with pytest.raises(HoldExpired, match="no longer fits"):
         colour.generate(body, ttl=60)
     assert made == ["a film"]
     assert ledger() == [("expired", 8), ("committed", MAX)]
@@ -348,7 +348,7 @@ def test_what_expired_and_was_used_is_noted_at_the_bodys_error(
     with pytest.raises(KeyError, match="the body's") as caught:
         colour.generate(body, ttl=60)
     (note,) = caught.value.__notes__
-    assert "no longer fit" in note
+    assert "no longer fits" in note
     assert "could not settle usage" in caplog.text
     assert ledger() == [("expired", 8), ("committed", MAX)]
 

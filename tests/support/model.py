@@ -201,7 +201,7 @@ class Model:
             self._require(group_id)
         name = fields.get("name")
         if name is not None and self._taken(name, group_id):
-            raise Refusal("TL003", f"there is a group named {name!r} already")
+            raise Refusal("TL003", f"a group named {name!r} already exists")
         if group_id is None:
             group_id = new_id or uuid4()
             self.groups[group_id] = Group(group_id, fields["name"])

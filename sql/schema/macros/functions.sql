@@ -1,9 +1,9 @@
 {#
-What every function needs besides its body. Supabase grants execute to everybody by default, on old projects, so each
-is closed first and opened by name.
+What every function needs besides its body. In old projects, Supabase grants execute to everybody by default, so each
+function first revokes it and then grants it by name.
 #}
 
-{# Pinned, or a caller's own types and operators would be found first: pg_temp is searched first where it isn't named. #}
+{# Pinned, or a caller's own types and operators would be found first: pg_temp comes first unless it is named. #}
 {% macro search_path() -%}
 set search_path = pg_catalog, pg_temp
 {%- endmacro %}
@@ -18,12 +18,12 @@ comment on function {{ signed(signature) }}
 is '{{ ('tokenlimits: ' ~ comment) | replace("'", "''") | wordwrap(114, wrapstring=" '\n'") }}';
 {%- endmacro %}
 
-{# Whether something is ours: its comment begins with the mark, whoever has restored it. #}
+{# Whether tokenlimits created an object: its comment begins with the mark, even in a restored dump. #}
 {% macro is_marked(oid, catalog) -%}
 coalesce(obj_description({{ oid }}, '{{ catalog }}') like 'tokenlimits:%', false)
 {%- endmacro %}
 
-{# The two functions that a project may replace, as they are by default. #}
+{# The default bodies of the two functions that a project may replace. #}
 {% macro default_is_admin() %}
       select coalesce((select auth.jwt()) -> 'app_metadata' ->> 'role' = 'admin', false)
     {% endmacro %}
@@ -35,12 +35,12 @@ coalesce(obj_description({{ oid }}, '{{ catalog }}') like 'tokenlimits:%', false
       cross join lateral (select a.id, a.email::text from auth.users as a where a.id = p.id offset 0) as u
     {% endmacro %}
 
-{# Whether a function has the body that it has by default, however it is spaced. #}
+{# Whether a function has its default body, ignoring white space. #}
 {% macro is_default(prosrc, body) -%}
 btrim(regexp_replace({{ prosrc }}, '\s+', ' ', 'g')) = '{{ body.split() | join(' ') | replace("'", "''") }}'
 {%- endmacro %}
 
-{# Whether a project has its own rule of which users there are. #}
+{# Whether a project has its own rule for which users exist. #}
 {% macro has_own_users() -%}
 exists (
   select
@@ -51,7 +51,7 @@ exists (
 )
 {%- endmacro %}
 
-{# Of a private function: its comment, and who may execute it. #}
+{# For a private function: its comment, and who may execute it. #}
 {% macro private(signature, comment, to='') -%}
 {{ comment_on_function('tokenlimits.' ~ signature, comment) }}
 revoke execute on function {{ signed('tokenlimits.' ~ signature) }}
@@ -62,7 +62,7 @@ to {{ to }};
 {%- endif %}
 {%- endmacro %}
 
-{# The same of a function of the API. #}
+{# The same for a function of the API. #}
 {% macro opened(signature, comment, to) -%}
 {{ comment_on_function('public.' ~ signature, comment) }}
 revoke execute on function {{ signed('public.' ~ signature) }}
@@ -77,9 +77,9 @@ case jsonb_typeof({{ name }}) when 'string' then ({{ name }} #>> '{}')::jsonb el
 {%- endmacro %}
 
 {#
-A function of the API: takes its arguments (each 'name type', or 'name type default value') and hands them to its
-private half, which has its name and its arguments, and is closed here too; or to another call. It runs as its caller:
-what needs more rights is in the private half.
+A function of the API: passes its arguments (each 'name type', or 'name type default value') to its private half, which
+has the same name and arguments and gets its comment and grants here too; or to another call. It runs as its caller:
+whatever needs more privileges is in the private half.
 #}
 {% macro rpc(name, arguments, to, comment, volatility='volatile', returns='jsonb', calls='') -%}
 {%- set parameters = [] -%}

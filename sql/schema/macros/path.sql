@@ -1,14 +1,14 @@
 {#
-The rules of a call. Each stands here once, and the build puts it in place wherever it is needed: calling a function
-costs a tenth of what these lines do. A macro takes expressions, and the names of variables.
+The rules of a call. Each is written here once, and the build inserts it wherever it is needed: calling a function would
+add a tenth to the cost of these lines. A macro takes expressions, and the names of variables.
 #}
 
-{# A moment that every reader can represent: a date of Python's and of JavaScript's, and a UUIDv7's. #}
+{# A moment that every reader can represent: Python, JavaScript, and a UUIDv7. #}
 {% macro is_moment(at) -%}
 {{ at }} >= '1970-01-01 00:00:00+00' and {{ at }} < '9999-01-01 00:00:00+00'
 {%- endmacro %}
 
-{# A name as it is stored: composed, without blanks at its ends, of which Unicode has many. #}
+{# A name as it is stored: composed, without leading or trailing blanks, of which Unicode has many. #}
 {% macro tidied(name) -%}
 normalize(
   btrim(
@@ -20,8 +20,8 @@ normalize(
 {%- endmacro %}
 
 {#
-Control characters, invisible ones, and those that turn the direction of text are in no name. Without "between", which a
-check nests among "and", and a restored dump has it flat: the two would differ for ever.
+A name has no control characters, no invisible ones, and none that change the direction of text. Without "between": a
+check constraint nests it within "and", a restored dump flattens it, and the two would always differ.
 #}
 {% macro is_name(name) -%}
 char_length({{ name }}) >= 1 and char_length({{ name }}) <= 200 and {{ name }} = {{ tidied(name) }}
@@ -34,17 +34,17 @@ and {{ name }} !~ '[\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0]'
 ('minute', 'hour', 'day', 'week', 'month', 'lifetime')
 {%- endmacro %}
 
-{# 10^15 stays exact in JavaScript's numbers. #}
+{# 10^15 is exact in JavaScript. #}
 {% macro most_of_a_limit() -%}
 1000000000000000
 {%- endmacro %}
 
-{# What room is. #}
+{# Whether a cost fits. #}
 {% macro has_room(max, used, cost) -%}
 ({{ max }} is null or {{ used }} + {{ cost }} <= {{ max }})
 {%- endmacro %}
 
-{# What a repeated call must have in common with the first. #}
+{# What must be the same in a repeated call. #}
 {% macro fingerprint(operation, kind, cost, group_id) -%}
 md5(concat_ws(' ', {{ operation }}, {{ kind }}, {{ cost }}, {{ group_id }}))::uuid
 {%- endmacro %}
@@ -62,35 +62,35 @@ md5(concat_ws(' ', {{ operation }}, {{ kind }}, {{ cost }}, {{ group_id }}))::uu
 char_length({{ idempotency_key }}) between 1 and 255
 {%- endmacro %}
 
-{# What a request may be; refuse_request names the field that isn't. #}
+{# Whether a request is valid; refuse_request names the invalid field. #}
 {% macro is_request(user_id, kind, cost, idempotency_key, metadata) -%}
 {{ user_id }} is not null and {{ is_kind(kind) }} and {{ is_cost(cost) }}
 and ({{ idempotency_key }} is null or {{ is_key(idempotency_key) }})
 and ({{ metadata }} is null or tokenlimits.is_metadata({{ metadata }}))
 {%- endmacro %}
 
-{# Whether a usage counts no more, so that its key is free. #}
+{# Whether a usage no longer counts, so that its key is free. #}
 {% macro is_dead(usage, at) -%}
 ({{ usage }}.status not in ('reserved', 'committed')
 or ({{ usage }}.status = 'reserved' and {{ usage }}.expires_at <= {{ at }}))
 {%- endmacro %}
 
-{# The stripe of a group, among 256, the last byte of its id: they bound the number of locks that a bulk edit takes. #}
+{# The stripe of a group: one of 256, so that a bulk edit takes a bounded number of locks; the last byte of its id. #}
 {% macro stripe(group_id) -%}
 get_byte(uuid_send({{ group_id }}), 15)
 {%- endmacro %}
 
 {#
-Where no verdict holds: what is read after waiting for a lock must be as it is then, and a standby lags behind, so that a
-denial there may be wrong by now.
+Where no verdict is safe: after waiting for a lock, a call must see what others have committed meanwhile, and a standby
+lags behind, so a denial there may already be wrong.
 #}
 {% macro in_wrong_transaction() -%}
 current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery()
 {%- endmacro %}
 
 {#
-Advisory locks on stripes: 'tokl' in ASCII, so that they do not meet a project's own. 256: which group is default. 257:
-installing and uninstalling.
+The class of advisory locks on stripes: 'tokl' in ASCII, so that they don't collide with a project's own. 256: which
+group is the default. 257: installation and uninstallation.
 #}
 {% macro stripe_class() -%}
 1953459052
@@ -101,19 +101,20 @@ installing and uninstalling.
 perform pg_advisory_xact_lock({{ stripe_class() }}, 257);
 {%- endmacro %}
 
-{# The beginning of the rollup bucket that a moment lies in. #}
+{# The beginning of the rollup bucket that contains a moment. #}
 {% macro bucket(at) -%}
 date_bin('15 minutes', {{ at }}, '2000-01-01 00:00:00+00')
 {%- endmacro %}
 
-{# Whether a period is made of whole buckets of the rollup; a lifetime is. #}
+{# Whether a period consists of whole buckets of the rollup; a lifetime does. #}
 {% macro is_whole(since, until) -%}
 {{ since }} = {{ bucket(since) }} and {{ until }} = {{ bucket(until) }}
 {%- endmacro %}
 
 {#
-The id of a usage: a UUIDv7 (RFC 9562) of its moment, so that new rows land at the right edge of the primary key, which
-keeps it in memory. Its last four hex digits are those of its home. date_part, for extract counts in slow numerics.
+The id of a usage: a UUIDv7 (RFC 9562) of its moment, so that new rows go to the right edge of the primary key, and only
+that edge needs memory. Its last four hex digits are those of its home. date_part, since extract computes in slow
+numerics.
 #}
 {% macro usage_id(at, home) -%}
 (
@@ -122,13 +123,13 @@ keeps it in memory. Its last four hex digits are those of its home. date_part, f
 )::uuid
 {%- endmacro %}
 
-{# The columns of limit_state, where an array of them is unnested with their places. #}
+{# The columns of limit_state, to unnest an array of states with ordinality. #}
 {% macro state_columns() -%}
 group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
 group_name, timezone
 {%- endmacro %}
 
-{# Whether holds of a group and kind (of all where it is null) have expired that nobody has swept yet. #}
+{# Whether a group has unswept expired holds of a kind (of any kind if it is null). #}
 {% macro any_expired(group_id, kind, at) -%}
 exists (
   select
@@ -138,9 +139,10 @@ exists (
 {%- endmacro %}
 
 {#
-A group's limits of a kind (of all where it is null) in the order in which counters are locked: members' first, then the
-group's. `subject` is who a limit i counts for; of several, an expression that answers a row for each: in "from" that would cost more than
-all the rest. v_is_plain: every counter is of this moment, and no hold has expired that must be subtracted.
+A group's limits of a kind (of all kinds if it is null) in the order in which counters are locked: members' first, then
+the group's. `subject` is the subject of a limit i; for several subjects, an expression that returns a row for each: in
+"from", it would cost more than all the rest. v_is_plain: every counter is current, and there is no expired hold to
+subtract, so the states can be used as they are.
 #}
 {% macro read_limits(group_id, subject, kind, at) -%}
 select
@@ -165,7 +167,7 @@ left join lateral (
   select k.since, k.until, k.used
   from tokenlimits.counters as k
   where k.subject = l.subject and k.counter_id = l.counter_id
-  -- a look-up for each, whatever the planner thinks of the size of an array
+  -- one look-up per limit, whatever size the planner assumes for an array
   offset 0
 ) as c on true;
 {%- endmacro %}
@@ -175,7 +177,7 @@ v_states tokenlimits.limit_state[];
 v_is_plain boolean;
 {%- endmacro %}
 
-{# The verdict while no group has been looked at. #}
+{# The verdict before any group is judged. #}
 {% macro unjudged(group_ids) -%}
 v_verdict := row(
   false, case when {{ group_ids }} = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
@@ -183,18 +185,18 @@ v_verdict := row(
 {%- endmacro %}
 
 {#
-One group more in the verdict: it pays, or it may have room before those that were looked at. `each` goes through its
-limits as v_state; `states` are all of them, for an answer. Uses v_full and v_at.
+Adds one group to the verdict: it pays, or it may have room before the groups judged so far. `each` loops over its limits
+as v_state; `states` are all of them, for an answer. Uses v_full and v_at.
 #}
 {% macro weigh(group_id, cost, each, states) -%}
 v_full := null;
 {{ each }}
   if v_state.since > v_at then
-    -- the counter is ahead of a clock that was set back; the usage belongs to its period then
+    -- the clock was set back behind the counter's period; the usage then belongs to that period
     v_at := v_state.since;
   end if;
   if not {{ has_room('v_state.max', 'v_state.used', cost) }} then
-    -- what can never fit, and a lifetime limit, wait for ever
+    -- a cost that can never fit waits for ever, as under a full lifetime limit
     if {{ cost }} > v_state.max then
       v_state.until := 'infinity';
     end if;
@@ -211,8 +213,9 @@ end if;
 {%- endmacro %}
 
 {#
-Which of v_group_ids pays for a request of a user at v_at, or why none does. Writes nothing and waits for nothing, so a
-denial is cheap; it is right at the moment of the one snapshot by which its group's counters and holds were read.
+Which of v_group_ids pays for a user's request at v_at, or why none does. Writes nothing and waits for nothing, so a
+denial is cheap. The verdict is right at the moment of the one snapshot in which the group's counters and holds were
+read.
 #}
 {% macro judge(user_id, kind, cost) -%}
 {{ unjudged('v_group_ids') }}
@@ -237,7 +240,7 @@ v_at timestamptz;
 v_verdict tokenlimits.verdict;
 {%- endmacro %}
 
-{# A usage, its columns by their names. #}
+{# A row of the ledger, by the names of its columns. #}
 {% macro usage(id, group_id, user_id, kind, cost, status, idempotency_key, fingerprint, metadata, created_at,
   settled_at='null', reserved_cost='null', expires_at='null') -%}
 row(
@@ -248,7 +251,7 @@ row(
 )
 {%- endmacro %}
 
-{# Puts usages into the ledger, each under its key; one whose key is taken is left out. #}
+{# Writes usages into the ledger, each under its key; leaves out those whose key is taken. #}
 {% macro into_ledger(usage, source='') -%}
 insert into public.generation_usage (
   id, group_id, user_id, kind, cost, reserved_cost, status,
@@ -264,7 +267,7 @@ select
 on conflict on constraint generation_usage_key_key do nothing;
 {%- endmacro %}
 
-{# Notes usages that are reserved, to be found when they expire. #}
+{# Writes reserved usages into holds, where they are found when they expire. #}
 {% macro into_holds(usage, source='') -%}
 insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
 select
@@ -276,8 +279,8 @@ select
 {%- endmacro %}
 
 {#
-Tries to take a slot of the rollup, so that no other open transaction writes it for the group, nor for another one of its
-stripe. 'slot' in ASCII is the class of the locks.
+Tries to take a slot of the rollup, so that no other open transaction writes it for this group or for another group with
+its stripe. The class of the locks is 'slot' in ASCII.
 #}
 {% macro try_slot(slot, group_id) -%}
 pg_try_advisory_xact_lock(1936486260, {{ stripe(group_id) }} * 16 + {{ slot }})
@@ -288,7 +291,7 @@ pg_try_advisory_xact_lock(1936486260, {{ stripe(group_id) }} * 16 + {{ slot }})
 pg_backend_pid() % 16
 {%- endmacro %}
 
-{# Adds one usage to the rollup. Its row is nearly always there: a plain update costs half of an upsert. #}
+{# Adds one usage to the rollup. Its row nearly always exists, and a plain update costs half of an upsert. #}
 {% macro add_to_rollup(usage, slot) -%}
 update tokenlimits.usage_rollup as r
 set cost = r.cost + {{ usage }}.cost, generations = r.generations + 1
@@ -303,7 +306,7 @@ if not found then
 end if;
 {%- endmacro %}
 
-{# Adds sums to the rollup; `source` has its columns. #}
+{# Adds sums to the rollup; `source` is a query with its columns. #}
 {% macro merge_into_rollup(source) -%}
 insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
 {{ source }}
@@ -311,7 +314,7 @@ on conflict on constraint usage_rollup_pkey do update
 set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations
 {%- endmacro %}
 
-{# The rollup less expired holds that nobody has swept yet. #}
+{# The rollup without unswept expired holds. #}
 {% macro live_sums(at) -%}
 select r.group_id, r.kind, r.bucket, r.cost, r.generations
 from tokenlimits.usage_rollup as r
@@ -322,8 +325,8 @@ where h.expires_at <= {{ at }}
 {%- endmacro %}
 
 {#
-Moves the counter of a limit by a cost, if it is of the moment `at` and has room, or where `unless` says that room does
-not matter; `used` is what counts as used of it. Found is false, and nothing has moved, where it has not.
+Moves the counter of a limit by a cost, if its period contains the moment `at` and it has room, or `unless` says that
+room doesn't matter; `used` is what counts as used of it. Otherwise nothing moves, and "found" is false.
 #}
 {% macro move_counter(state, cost, at, unless, used='c.used') -%}
 update tokenlimits.counters as c
@@ -339,10 +342,10 @@ returning c.used into {{ state }}.used;
 
 {#
 Moves rollup and counters by `moves` (usage_move[]), all at once: the rollup's rows first, then members' counters, then
-the groups', each class in one order, whatever groups and kinds they are of. The ledger is as it will be: a counter
-that is counted afresh has the moves in it already, so it is opened without them. Raises TL099 when a counter has moved
-on, or has no room for what must have room; what is only taken back is never too much, even where a limit was lowered
-below what is used. v_moved is what was moved, v_moving the group that it has come to.
+the groups', each class in one order across all groups and kinds. The ledger has already been written: a counter that is
+recounted includes the moves, so it is opened without them. Raises TL099 if a counter has entered another period, or has
+no room for an enforced move. A move that only gives back always fits, even if the limit was lowered below what is used.
+v_moved are the moved counters, v_moving is the group whose counter is being moved.
 #}
 {% macro move_all(moves, at) -%}
 {{ merge_into_rollup("select
@@ -377,7 +380,7 @@ for v_move in
   ) as m
     on
       m.group_id = s.group_id and m.kind = s.kind and m.subject = s.subject and m.scope = s.scope
-      -- what must have room can't be passed over: its period ended after it was judged
+      -- an enforced move can't be skipped: its period ended after it was judged
       and (m.created_at >= s.since or m.enforced)
   group by s.place, s.scope, s.subject, s.counter_id
   order by s.scope = 'group', s.subject, s.counter_id
@@ -387,6 +390,7 @@ loop
   if v_move.is_over then
     raise sqlstate 'TL099';
   end if;
+  -- counted from the ledger, which includes this move already
   if v_state.is_open is null then
     v_state.used := v_state.used - v_move.cost;
   end if;
@@ -410,8 +414,8 @@ v_moved tokenlimits.limit_state[] := '{}';
 {%- endmacro %}
 
 {#
-Writes v_usage (under the key of v_dead_id, if a dead usage has it) where more may move than itself, or a counter may
-have to be opened, and returns its answer.
+Writes v_usage (under the key of v_dead_id, if a dead usage has it) if more than its own counters may move, or a counter
+may have to be opened; returns its answer.
 #}
 {% macro write_and_return(may_deny) -%}
 perform tokenlimits.move_usage(
@@ -421,7 +425,7 @@ perform tokenlimits.move_usage(
   ),
   v_at
 );
--- as of now: others may have come to a later moment already, and have taken the room of what has expired by then
+-- as of now: others may have reached a later moment already, and have taken the room of what expired by then
 return tokenlimits.usage_answer(v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false);
 {%- endmacro %}
 
@@ -441,8 +445,8 @@ v_tightest tokenlimits.limit_state;
 {%- endmacro %}
 
 {#
-What workers get. Of an allowed request, remaining and reset_at are those of the limit with the least room; of a denied
-one, reset_at is when the limit that denied it will have room (null: never by itself).
+The answer that workers get. For an allowed request, remaining and reset_at are those of the limit with the least room;
+for a denied one, reset_at is when the limit that denied it will have room (null: never by itself).
 #}
 {% macro answer(kind, cost, group_id, group_name, usage_id, status, expires_at, replayed,
   reason='null', error='null', denied_by='null', reset_at='v_tightest.until', retry_after='null') -%}
@@ -451,13 +455,13 @@ row_to_json(row(
   {{ usage_id }}, {{ status }}, {{ expires_at }},
   case when {{ group_id }} is not null then row({{ group_id }}, {{ group_name }})::tokenlimits.group_answer end,
   {{ kind }}, {{ cost }}, v_limits, {{ denied_by }},
-  -- greatest() passes over nulls, and unlimited is null
+  -- greatest() ignores nulls, and unlimited is null
   case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
   nullif({{ reset_at }}, 'infinity'), {{ retry_after }}, {{ replayed }}
 )::tokenlimits.generation_answer)
 {%- endmacro %}
 
-{# A limit as clients see it. #}
+{# A limit, as clients see it. #}
 {% macro limit_answer(state) -%}
 row(
   {{ state }}.kind, {{ state }}.period, {{ state }}.scope, {{ state }}.max, {{ state }}.used,
@@ -466,12 +470,12 @@ row(
 )::tokenlimits.limit_answer
 {%- endmacro %}
 
-{# The order in which a user's groups g are tried, by their memberships m. #}
+{# The order in which a user's groups g are tried, given the memberships m. #}
 {% macro paying_order() -%}
 g.priority desc, m.joined_at, g.id
 {%- endmacro %}
 
-{# The default group is for users in none. #}
+{# The default group, which applies to users in no group. #}
 {% macro default_group() -%}
 array(select d.id from public.user_groups as d where d.is_default)
 {%- endmacro %}
@@ -490,7 +494,7 @@ coalesce(
 )
 {%- endmacro %}
 
-{# Those of them that a request with a group of its own choice leaves. #}
+{# Those of them that remain if the request names a group. #}
 {% macro pinned(group_ids, group_id) -%}
 case
   when {{ group_id }} is null then {{ group_ids }}
@@ -499,7 +503,7 @@ case
 end
 {%- endmacro %}
 
-{# A field of a request in a batch, and whether all of them together are a request. #}
+{# A field of a request in a batch. #}
 {% macro request_field(request, name) -%}
 {%- if name in ('user_id', 'group_id') -%}
 ({{ request }} ->> '{{ name }}')::uuid
@@ -512,11 +516,12 @@ nullif({{ request }} -> 'metadata', 'null')
 {%- endif -%}
 {%- endmacro %}
 
+{# Whether an item of a batch is a valid request. #}
 {% macro is_item(item) -%}
 {{ is_request(item ~ '.user_id', item ~ '.kind', item ~ '.cost', item ~ '.idempotency_key', item ~ '.metadata') }}
 {%- endmacro %}
 
-{# The groups and kinds that the open items of a batch are about, and the users of each. #}
+{# The groups and kinds of the open items of a batch, and the users of each. #}
 {% macro pairs_of(items) -%}
 select g.id as group_id, i.kind, array_agg(distinct i.user_id) as user_ids
 from unnest({{ items }}) as i
@@ -531,15 +536,15 @@ v_detail text;
 v_hint text;
 {%- endmacro %}
 
-{# In the handler of an error that a single call would raise: answers it. #}
+{# In the handler of an error that a single call would raise: turns it into an answer. #}
 {% macro answer_error(item, answer) -%}
 get stacked diagnostics v_message = message_text, v_detail = pg_exception_detail, v_hint = pg_exception_hint;
 {{ answer }} := tokenlimits.refused({{ item }}, sqlstate, v_message, v_detail, v_hint);
 {%- endmacro %}
 
 {#
-Where a counter that is opened in a period begins. Never before a past one's end: new rules of a time zone may put that
-into this period; nor before a reset.
+Where a counter that is opened in a period begins: not before the end of its past period, which new time zone rules may
+move into this one, and not before a reset.
 #}
 {% macro new_since(period, past_until, group_id, kind) -%}
 greatest(lower({{ period }}), {{ past_until }}, (

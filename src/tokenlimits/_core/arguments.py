@@ -210,7 +210,7 @@ def recorded_at(value: datetime | None) -> str | None:
     """Check when a usage was, or None: now."""
     text = moment(value, "created_at")
     if value is not None and value < EPOCH:
-        raise refused("created_at", "must not lie before 1970", value)
+        raise refused("created_at", "must not be before 1970", value)
     return text
 
 

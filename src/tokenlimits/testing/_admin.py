@@ -41,9 +41,9 @@ class AdminFunctions(State):
         if any(other is not group and other.name.lower() == name.lower() for other in self._groups.values()):
             refuse(
                 "TL003",
-                f"there is a group named '{name}' already",
+                f"a group named '{name}' already exists",
                 detail=name,
-                hint="Names are unique whatever their case; nothing was saved.",
+                hint="Names are unique regardless of case. Nothing was saved.",
             )
         if group is None:
             group = Group(id_, name, "", 0, "UTC", is_default=False, created_at=self.now, updated_at=self.now)
@@ -208,8 +208,8 @@ class AdminFunctions(State):
         if wanted is None:
             return str(uuid4())
         if group is not None:
-            refuse("TL001", "id: is of a new group; group_id names one that is there", detail="id")
-        problem = "must not be the nil UUID" if wanted == _NIL else f"{wanted} is, or was, another group's"
+            refuse("TL001", "id: is for a new group; group_id names an existing one", detail="id")
+        problem = "must not be the nil UUID" if wanted == _NIL else f"{wanted} is or was the id of another group"
         if wanted == _NIL or wanted in self._group_ids:
             refuse("TL001", f"id: {problem}", detail="id", hint="Choose an id that was never used.")
         return wanted

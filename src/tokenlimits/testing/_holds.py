@@ -25,9 +25,9 @@ class HoldFunctions(WorkerFunctions):
         if not 0 <= cost <= usage.reserved_cost:
             refuse(
                 "TL001",
-                f"cost: must be from 0 to the {usage.reserved_cost} that were reserved",
+                f"cost: must be from 0 to the reserved cost of {usage.reserved_cost}",
                 detail="cost",
-                hint="The hold is as it was.",
+                hint="The hold is unchanged.",
             )
         if usage.status == "expired":
             self._require_room(usage, cost)
@@ -49,7 +49,7 @@ class HoldFunctions(WorkerFunctions):
         if usage.status == "reserved":
             refuse(
                 "TL001",
-                "usage_id: it is reserved, and nothing was charged yet",
+                "usage_id: it is reserved; nothing was charged yet",
                 detail="usage_id",
                 hint="Release it instead.",
             )
@@ -75,9 +75,9 @@ class HoldFunctions(WorkerFunctions):
         if any(hold.created_at < state.since or not fits(state, cost) for state in states):
             refuse(
                 "TL007",
-                f"hold {hold.id} expired at {hold.expires_at}, and its {cost} no longer fit",
+                f"hold {hold.id} expired at {hold.expires_at}, and its cost of {cost} no longer fits",
                 detail=hold.id,
-                hint="Nothing was charged. Reserve for longer, or record_generation what was used all the same.",
+                hint="Nothing was charged. Reserve for longer, or charge it anyway with record_generation.",
             )
 
     def _settled(self, usage: Usage, status: Status | None, cost: int) -> Json:
@@ -89,7 +89,7 @@ class HoldFunctions(WorkerFunctions):
 def _refuse_again(usage: Usage, action: str) -> NoReturn:
     refuse(
         "TL006",
-        f"usage {usage.id} is {usage.status} already, for {usage.cost}, so it can't be settled by {action}",
+        f"usage {usage.id} is already {usage.status} with a cost of {usage.cost}, so it can't be settled by {action}",
         detail=usage.status,
         hint="Each usage settles once; only the same settlement may be repeated.",
     )

@@ -155,7 +155,7 @@ class State:
                 "TL002",
                 f"there is no group {group_id}",
                 detail=group_id,
-                hint="It may have been deleted; list the groups to see which there are.",
+                hint="It may have been deleted; list the groups to see which exist.",
             )
         return group
 

@@ -76,7 +76,7 @@ class WorkerFunctions(State):
         if created_at > self.now + _CLOCKS_DIFFER:
             refuse(
                 "TL001",
-                "created_at: must not lie in the future",
+                "created_at: must not be in the future",
                 detail="created_at",
                 hint="Nothing was recorded.",
             )

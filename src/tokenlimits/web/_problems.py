@@ -139,7 +139,7 @@ _EXAMPLES: Mapping[int, tuple[str, str, str]] = {
     401: ("sign-in-required", "Send a valid access token", "The access token is not valid, or not valid any more."),
     403: ("access-denied", "The caller may not do this", "only an admin may do this"),
     404: ("group-not-found", "There is no such group", "There is no group of this id."),
-    409: ("group-exists", "Another group has this name", "there is a group named 'Pro' already"),
+    409: ("group-exists", "Another group has this name", "a group named 'Pro' already exists"),
     422: ("invalid-request", "The request is not valid", "name: must have 1 to 200 characters"),
     429: ("too-many-requests", "Too many requests", "too many requests"),
     503: ("unavailable", "Supabase can't be reached", ""),

@@ -64,7 +64,7 @@ class TestAnswers:
         assert [answer["error"] for answer in answers[2:5]] == [
             "idempotency_key 'taken' was used for another request of this user (TL008). "
             "Use one key per job: the same operation, kind, cost and group every time.",
-            f"there is no group {nowhere} (TL002). It may have been deleted; list the groups to see which there are.",
+            f"there is no group {nowhere} (TL002). It may have been deleted; list the groups to see which exist.",
             "kind: must be 1 to 32 of a-z, 0-9 and _, and begin with a letter (TL001). Nothing was recorded.",
         ]
         assert world.used(user) == 5
