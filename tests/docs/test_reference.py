@@ -76,7 +76,7 @@ def test_shows_arguments_with_their_defaults(made: dict[Path, str]) -> None:
 
 def test_shows_the_columns_of_the_ledger(made: dict[Path, str]) -> None:
     section = made[DOCS / "reference" / "sql.md"].partition("### generation_usage\n")[2]
-    assert "| `created_at` | timestamptz | Decides the period that it belongs to" in section
+    assert "| `created_at` | timestamptz | Determines the period that it belongs to" in section
 
 
 def test_every_command_has_its_section(made: dict[Path, str]) -> None:

@@ -539,7 +539,7 @@ class TestTheLedger:
                 "delete from public.generation_usage",
                 "truncate public.generation_usage",
             ):
-                with pytest.raises(errors.InsufficientPrivilege, match="by functions of tokenlimits alone"):
+                with pytest.raises(errors.InsufficientPrivilege, match="only the functions of tokenlimits"):
                     postgres.execute(statement)
             postgres.execute("reset role")
             assert postgres.execute("select * from public.generation_usage order by id").fetchall() == before
