@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from uuid import UUID
 
 from pydantic import (
+    AliasChoices,
     AwareDatetime,
     BaseModel,
     BeforeValidator,
@@ -319,7 +320,8 @@ class Reconciliation(Model):
 class User(Model):
     """A user of the Supabase project."""
 
-    user_id: UUID
+    # the database calls it user_id, as the column of memberships and of the ledger
+    id: UUID = Field(validation_alias=AliasChoices("id", "user_id"))
     email: str | None
 
 

@@ -32,7 +32,7 @@ def users(stack: LocalStack) -> list[tuple[UUID, str]]:
 
 
 def members(groups: GroupManager, group: Group) -> set[UUID]:
-    return {member.user_id for member in groups.members(group.id)}
+    return {member.id for member in groups.members(group.id)}
 
 
 def test_by_id_and_by_address(tl: Program, groups: GroupManager, team: Group, users: list[tuple[UUID, str]]) -> None:
@@ -47,9 +47,7 @@ def test_by_id_and_by_address(tl: Program, groups: GroupManager, team: Group, us
     listed = tl.json("members", "list", team.id)
     assert {member["email"] for member in listed} == {email for id_, email in users if id_ in (ann, bob)}
     assert bobs in tl("members", "list", team.name).stdout
-    assert [member["user_id"] for member in tl.json("members", "list", team.name, "--search", bobs.upper())] == [
-        str(bob)
-    ]
+    assert [member["id"] for member in tl.json("members", "list", team.name, "--search", bobs.upper())] == [str(bob)]
     assert tl("members", "list", team.name, "--search", "nobody").stdout == ""
 
     assert "Remove 1 user from" in tl.fails("members", "remove", team.name, ann)

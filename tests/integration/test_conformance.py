@@ -1132,12 +1132,12 @@ def members_come_and_go(world: World) -> None:
     assert not world.groups.add_member(group, BOB)
     assert world.groups.add_member(group, str(ANN))
     members = list(world.groups.members(group))
-    assert [(member.user_id, member.email) for member in members] == [(ANN, EMAILS[ANN]), (BOB, EMAILS[BOB])]
+    assert [(member.id, member.email) for member in members] == [(ANN, EMAILS[ANN]), (BOB, EMAILS[BOB])]
     assert all(member.joined_at.tzinfo for member in members)
     assert refused(UnknownUser, world.groups.add_member, group, NOBODY).code == "TL004"
     assert world.groups.remove_member(group, BOB)
     assert not world.groups.remove_member(group, BOB)
-    assert [member.user_id for member in world.groups.members(group)] == [ANN]
+    assert [member.id for member in world.groups.members(group)] == [ANN]
 
 
 @scenario
@@ -1145,7 +1145,7 @@ def members_are_found_by_a_part_of_their_address(world: World) -> None:
     group = team(world, {}, ANN, BOB, CYD)
 
     def found(text: str | None) -> list[UUID]:
-        return [member.user_id for member in world.groups.members(group, search=text)]
+        return [member.id for member in world.groups.members(group, search=text)]
 
     world.groups.remove_member(group, BOB)
     assert found(" ANN@ex ") == [ANN]
@@ -1194,19 +1194,19 @@ def members_in_bulk(world: World) -> None:
     assert progress == [(5000, 5004), (5004, 5004)]
     assert world.groups.usage(group).member_count == 3
     assert world.groups.remove_members(group, [ANN, CYD, NOBODY]) == 1
-    assert [member.user_id for member in world.groups.members(group)] == [BOB, many[0]]
+    assert [member.id for member in world.groups.members(group)] == [BOB, many[0]]
     assert refused(InvalidRequest, world.groups.add_members, group, [ANN, "x"]).field == "user_ids[1]"
 
 
 @scenario
 def users_are_found_by_email(world: World) -> None:
-    assert [user.user_id for user in world.groups.find_users("EXAMPLE.com")] == [ANN, BOB]
+    assert [user.id for user in world.groups.find_users("EXAMPLE.com")] == [ANN, BOB]
     assert world.groups.find_users(" ann@ ")[0].email == EMAILS[ANN]
     assert world.groups.find_users("nobody") == []
     found = world.groups.find_users_by_email(
         [" ann@EXAMPLE.com ", "nobody@nowhere", "CYD@elsewhere.org", "example.com"]
     )
-    assert [user.user_id for user in found] == [ANN, CYD]
+    assert [user.id for user in found] == [ANN, CYD]
 
 
 # Reports
@@ -1514,7 +1514,7 @@ def members_are_ranked(world: World) -> None:
     world.groups.remove_member(group, ANN)
 
     def top(**arguments: Any) -> list[tuple[Any, ...]]:
-        return [(each.user_id, each.used, each.generations) for each in world.groups.top_members(group, **arguments)]
+        return [(each.id, each.used, each.generations) for each in world.groups.top_members(group, **arguments)]
 
     assert top() == [(ANN, 4, 2), (BOB, 3, 1)]
     assert top(count=1) == [(ANN, 4, 2)]

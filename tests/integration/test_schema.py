@@ -80,16 +80,16 @@ def manage(world: World) -> None:
     assert groups.add_member(team, ANN)
     assert groups.add_members(team, [BOB, CYD]).added == 2
     assert groups.move_member(CYD, from_=team, to=other)
-    assert [member.user_id for member in groups.members(team)] == [ANN, BOB]
-    assert [user.user_id for user in groups.find_users("ann@")] == [ANN]
-    assert [user.user_id for user in groups.find_users_by_email(["bob@example.com"])] == [BOB]
+    assert [member.id for member in groups.members(team)] == [ANN, BOB]
+    assert [user.id for user in groups.find_users("ann@")] == [ANN]
+    assert [user.id for user in groups.find_users_by_email(["bob@example.com"])] == [BOB]
     usage = world.limits.track(ANN, "image", 2)
     assert groups.usage(team).limits[0].used == 2
     assert [each.group.id for each in groups.usage_all()] == [other, team]
     assert [point.used for point in groups.history(team)] == [2]
     assert [row.id for row in groups.export_usage(team)] == [usage.usage_id]
     assert [total.used for total in groups.export_usage(team, bucket="day")] == [2]
-    assert [each.user_id for each in groups.top_members(team)] == [ANN]
+    assert [each.id for each in groups.top_members(team)] == [ANN]
     assert not groups.drift(team).drifted
     assert not groups.reconcile(team).drifted
     assert groups.refund(usage.usage_id).status == "refunded"

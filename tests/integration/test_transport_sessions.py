@@ -54,7 +54,7 @@ class TestWhoMay:
         assert groups.update(group.id, priority=7).priority == 7
         assert groups.usage(group.id).member_count == 1
         assert groups.history(group.id) == []
-        assert groups.find_users(admin.email)[0].user_id == admin.id
+        assert groups.find_users(admin.email)[0].id == admin.id
         assert groups.delete(group.id).id == group.id
 
     def test_an_admin_in_asyncio_too(self, stack: LocalStack, admin: LocalUser) -> None:
@@ -167,7 +167,7 @@ class TestManyMembers:
         again = groups.add_members(group.id, ids[:5_001])
         assert (again.added, again.already, len(again.refused)) == (0, 5_000, 1)
 
-        some = [member.user_id for _, member in zip(range(1_200), groups.members(group.id), strict=False)]
+        some = [member.id for _, member in zip(range(1_200), groups.members(group.id), strict=False)]
         assert some == sorted(users)[:1_200]
         assert groups.remove_members(group.id, ids) == 49_997
         assert groups.usage(group.id).member_count == 0

@@ -166,7 +166,7 @@ class TestUsers:
         group = fake.groups.create("Team").id
         assert fake.groups.add_members(group, [ANN, BOB]).added == 2
         assert [member.email for member in fake.groups.members(group)] == ["ann@example.com", None]
-        assert [user.user_id for user in fake.groups.find_users("ANN")] == [ANN]
+        assert [user.id for user in fake.groups.find_users("ANN")] == [ANN]
         for groups in (fake.groups, FakeTokenLimits(users={}).groups):
             group = groups.get_by_name("fake").id
             with pytest.raises(UnknownUser):
@@ -471,7 +471,7 @@ class TestClients:
         group = fake.groups.get_by_name("fake").id
         ids = [UUID(int=number) for number in range(1201)]
         fake.groups.add_members(group, reversed(ids))
-        assert [member.user_id for member in fake.groups.members(group)] == ids
+        assert [member.id for member in fake.groups.members(group)] == ids
 
     def test_show_how_much_was_tracked(self) -> None:
         fake = FakeTokenLimits()

@@ -127,8 +127,8 @@ class TestUsageOfAllGroups:
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_members_are_read_until_a_page_is_empty(lengths: list[int]) -> None:
     ids = sorted(uuid4() for _ in range(400))
-    members = [Member(user_id=id_, email=None, joined_at=NOW) for id_ in ids]
-    server = Pages(members, lengths, "user_id")
+    members = [Member(id=id_, email=None, joined_at=NOW) for id_ in ids]
+    server = Pages(members, lengths, "id")
     seen: list[Member] = []
 
     def remember(call: Call[Any]) -> list[Member]:

@@ -21,7 +21,7 @@ from tokenlimits import (
     TrackResult,
     models,
 )
-from tokenlimits.models import Group, GroupUsage, LimitStatus, Model, Period, Reason, Scope, _Made
+from tokenlimits.models import Group, GroupUsage, LimitStatus, Model, Period, Reason, Scope, User, _Made
 
 MODELS = [cls for _, cls in inspect.getmembers(models, inspect.isclass) if issubclass(cls, Model) and cls is not Model]
 ID = UUID("0197f0a0-0000-7000-8000-000000000001")
@@ -66,6 +66,13 @@ def test_limits_of_a_newer_server_are_read() -> None:
         | {"created_at": "2026-03-01T12:00:00Z", "updated_at": "2026-03-01T12:00:00Z", "limits": [limit]}
     )
     assert read.limits == (Limit(kind="image", max=2, period="day", scope="member"),)
+
+
+@pytest.mark.parametrize("named", ["id", "user_id"])
+def test_a_user_has_an_id_as_a_group_has(named: str) -> None:
+    user = User.model_validate({named: str(ID), "email": None})
+    assert user.id == ID
+    assert user.model_dump() == {"id": ID, "email": None}
 
 
 def test_fields_of_a_newer_server_are_ignored() -> None:

@@ -102,16 +102,16 @@ class TestMembers:
         listed, after = [], {}
         while True:
             page = api("admin", "GET", "/group-members", params={"group_id": str(pro.id), "limit": 2, **after}).json()
-            listed += [member["user_id"] for member in page["items"]]
+            listed += [member["id"] for member in page["items"]]
             if page["next"] is None:
                 break
             after = {"after": page["next"]}
         assert listed == sorted(str(user) for user in users)
-        emails = {member.user_id: str(member.email) for member in groups.members(pro.id)}
+        emails = {member.id: str(member.email) for member in groups.members(pro.id)}
         search = {"group_id": str(pro.id), "search": emails[users[0]].upper()}
-        assert [
-            member["user_id"] for member in api("admin", "GET", "/group-members", params=search).json()["items"]
-        ] == [str(users[0])]
+        assert [member["id"] for member in api("admin", "GET", "/group-members", params=search).json()["items"]] == [
+            str(users[0])
+        ]
         two = {"group_id": str(pro.id), "user_id": listed[:2]}
         assert api("admin", "DELETE", "/group-members", params=two).json() == {"removed": 2}
         assert groups.usage(pro.id).member_count == 3

@@ -66,7 +66,7 @@ def all_members(group_id: Id, search: str | None) -> Pages[Member]:
 def _member_pages(group_id: str, search: str | None) -> Pages[Member]:
     after = None
     while page := (yield admins.members_page(group_id, search, after, MEMBERS_PAGE)):
-        after = page[-1].user_id
+        after = page[-1].id
 
 
 def exported(export: Export[T]) -> Pages[T]:

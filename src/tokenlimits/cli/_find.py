@@ -67,7 +67,7 @@ def resolve(groups: GroupManager, names: Iterable[str]) -> dict[str, UUID | str]
     by_email: dict[str, list[UUID]] = defaultdict(list)
     emails = [name for name in distinct if _is_address(name)]
     for user in groups.find_users_by_email(emails) if emails else []:
-        by_email[(user.email or "").lower()].append(user.user_id)
+        by_email[(user.email or "").lower()].append(user.id)
     return {name: _user_id(name, by_email[name.strip().lower()]) for name in distinct}
 
 

@@ -51,7 +51,7 @@ def list_(
             return
         for member in members:
             email = "" if member.email is None else plain(member.email)
-            out.print(f"{member.user_id}  {moment(member.joined_at)}  {email}", soft_wrap=True)
+            out.print(f"{member.id}  {moment(member.joined_at)}  {email}", soft_wrap=True)
 
 
 @commands.command()
@@ -76,7 +76,7 @@ def top(
     elif members:
         rows = [
             (
-                member.email or member.user_id,
+                member.email or member.id,
                 Bar(member.used / max(1, members[0].used), style="cyan"),
                 f"{member.used:,}",
                 f"{member.generations:,}",

@@ -31,7 +31,7 @@ async def list_members(
 ) -> Members:
     """List a group's members, all or those that are searched for, in the order of their ids."""
     page = await groups.members_page(group_id, search or None, after, limit)
-    return Members(items=page, next=str(page[-1].user_id) if len(page) == limit else None)
+    return Members(items=page, next=str(page[-1].id) if len(page) == limit else None)
 
 
 @routes.post(

@@ -38,7 +38,7 @@ GROUP: dict[str, Any] = {
     "updated_at": "2026-01-01T00:00:00Z",
     "limits": [_LIMIT],
 }
-_MEMBER: dict[str, Any] = {"user_id": USER_ID, "email": "ann@example.com", "joined_at": "2026-01-01T00:00:00Z"}
+_MEMBER: dict[str, Any] = {"id": USER_ID, "email": "ann@example.com", "joined_at": "2026-01-01T00:00:00Z"}
 _STATUS: dict[str, Any] = {**_LIMIT, "used": 12, "remaining": 38, "reset_at": "2026-01-01T23:00:00Z"}
 USAGE: dict[str, Any] = {
     "group": {"id": GROUP_ID, "name": "Pro"},

@@ -104,7 +104,7 @@ async def _by_email(groups: Groups, emails: list[str]) -> tuple[list[UUID], list
     """Find the users of whole addresses, and the addresses that nobody has."""
     users = await groups.find_users_by_email(emails) if emails else []
     known = {(user.email or "").lower() for user in users}
-    return [user.user_id for user in users], [email for email in emails if email.lower() not in known]
+    return [user.id for user in users], [email for email in emails if email.lower() not in known]
 
 
 def _added(result: BulkResult, missing: list[str]) -> str:
