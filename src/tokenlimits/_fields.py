@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Annotated, cast
 from unicodedata import normalize
+from uuid import UUID
 
-from pydantic import AfterValidator, Field, JsonValue, StrictInt
+from pydantic import AfterValidator, BeforeValidator, Field, GetPydanticSchema, JsonValue, StrictInt
 
 Text = Annotated[str, Field(strict=True, pattern=r"^[^\x00]*$")]
 """What PostgreSQL's type text can hold: any character but \\0."""
@@ -65,6 +66,22 @@ TimeZone = Annotated[
     AfterValidator(_place),
 ]
 """A group's time zone; only the database knows whether the name exists."""
+
+
+def _key_text(key: object) -> str:
+    """Write a key as it is stored, so that a job's id is the same key whether it comes as a UUID or as its text."""
+    if isinstance(key, str):
+        return key
+    if isinstance(key, UUID):
+        return str(key)
+    if isinstance(key, int) and not isinstance(key, bool):
+        return f"{int(key)}"
+    raise ValueError("must be text, a UUID or an int")
+
+
+_KeyText = Annotated[Text, Field(min_length=1, max_length=255), BeforeValidator(_key_text)]
+Key = Annotated[str | UUID | int, GetPydanticSchema(lambda _, schema_of: schema_of(_KeyText))]
+"""An idempotency key: 1 to 255 characters, a UUID, or an int; kept as text."""
 
 # about the largest double: JSON readers take numbers for doubles, while Python's integers have no end
 _LARGEST_NUMBER = 18 * 10**307

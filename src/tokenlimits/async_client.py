@@ -97,7 +97,7 @@ class AsyncTokenLimits(AsyncBase):
         kind: str,
         cost: int = 1,
         *,
-        idempotency_key: str | None = None,
+        idempotency_key: UUID | str | int | None = None,
         group_id: UUID | str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> TrackResult:
@@ -109,8 +109,9 @@ class AsyncTokenLimits(AsyncBase):
             user_id: Who generates.
             kind: What is generated, like `"image"` or `"video"`.
             cost: How much it takes from the limits.
-            idempotency_key: The job's own id: repeated calls charge once and return the same result, `replayed`. Take
-                it from your job, never from an end user. Without one, the client makes one for its own retries.
+            idempotency_key: The job's own id (text, a UUID, or an int, which are the same key as their text): repeated
+                calls charge once and return the same result, `replayed`. Take it from your job, never from an end user.
+                Without one, the client makes one for its own retries.
             group_id: Which of the user's groups pays; by default the first that has room, by priority.
             metadata: A JSON object that is kept with the usage, at most 8 kB.
 
@@ -195,7 +196,7 @@ class AsyncTokenLimits(AsyncBase):
         cost: int = 1,
         *,
         created_at: datetime | None = None,
-        idempotency_key: str | None = None,
+        idempotency_key: UUID | str | int | None = None,
         group_id: UUID | str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> TrackResult:
@@ -255,7 +256,7 @@ class AsyncTokenLimits(AsyncBase):
         cost: int = 1,
         *,
         ttl: int = DEFAULT_TTL,
-        idempotency_key: str | None = None,
+        idempotency_key: UUID | str | int | None = None,
         group_id: UUID | str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> TrackResult:
@@ -367,7 +368,7 @@ class AsyncTokenLimits(AsyncBase):
         cost: int = 1,
         *,
         ttl: int = DEFAULT_TTL,
-        idempotency_key: str | None = None,
+        idempotency_key: UUID | str | int | None = None,
         group_id: UUID | str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> AbstractAsyncContextManager[Hold, None]:
@@ -417,7 +418,7 @@ class AsyncTokenLimits(AsyncBase):
         user: str | Callable[..., UUID | str],
         cost: int | Callable[..., int] = 1,
         ttl: int = DEFAULT_TTL,
-        idempotency_key: str | Callable[..., str | None] | None = None,
+        idempotency_key: str | Callable[..., UUID | str | int | None] | None = None,
         group_id: UUID | str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Callable[[AsyncFunction], AsyncFunction]:
@@ -524,7 +525,7 @@ async def atrack_generation(
     kind: str,
     cost: int = 1,
     *,
-    idempotency_key: str | None = None,
+    idempotency_key: UUID | str | int | None = None,
     group_id: UUID | str | None = None,
     metadata: Mapping[str, Any] | None = None,
     client: AsyncTokenLimits | AsyncClient | None = None,

@@ -288,7 +288,7 @@ class AsyncGroupManager(AsyncBase):
             >>> await groups.remove_member(team.id, user_id)
             False
         """
-        return await self._transport.run(flows.remove_members(group_id, [user_id], None)) == 1
+        return await self._transport.send(admins.remove_member(group_id, user_id))
 
     async def move_member(self, user_id: UUID | str, *, from_: UUID | str, to: UUID | str) -> bool:
         """Move a user from one group to another, in one step.

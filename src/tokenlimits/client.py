@@ -95,7 +95,7 @@ class TokenLimits(Base):
         kind: str,
         cost: int = 1,
         *,
-        idempotency_key: str | None = None,
+        idempotency_key: UUID | str | int | None = None,
         group_id: UUID | str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> TrackResult:
@@ -107,8 +107,9 @@ class TokenLimits(Base):
             user_id: Who generates.
             kind: What is generated, like `"image"` or `"video"`.
             cost: How much it takes from the limits.
-            idempotency_key: The job's own id: repeated calls charge once and return the same result, `replayed`. Take
-                it from your job, never from an end user. Without one, the client makes one for its own retries.
+            idempotency_key: The job's own id (text, a UUID, or an int, which are the same key as their text): repeated
+                calls charge once and return the same result, `replayed`. Take it from your job, never from an end user.
+                Without one, the client makes one for its own retries.
             group_id: Which of the user's groups pays; by default the first that has room, by priority.
             metadata: A JSON object that is kept with the usage, at most 8 kB.
 
@@ -193,7 +194,7 @@ class TokenLimits(Base):
         cost: int = 1,
         *,
         created_at: datetime | None = None,
-        idempotency_key: str | None = None,
+        idempotency_key: UUID | str | int | None = None,
         group_id: UUID | str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> TrackResult:
@@ -253,7 +254,7 @@ class TokenLimits(Base):
         cost: int = 1,
         *,
         ttl: int = DEFAULT_TTL,
-        idempotency_key: str | None = None,
+        idempotency_key: UUID | str | int | None = None,
         group_id: UUID | str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> TrackResult:
@@ -365,7 +366,7 @@ class TokenLimits(Base):
         cost: int = 1,
         *,
         ttl: int = DEFAULT_TTL,
-        idempotency_key: str | None = None,
+        idempotency_key: UUID | str | int | None = None,
         group_id: UUID | str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> AbstractContextManager[Hold, None]:
@@ -414,7 +415,7 @@ class TokenLimits(Base):
         user: str | Callable[..., UUID | str],
         cost: int | Callable[..., int] = 1,
         ttl: int = DEFAULT_TTL,
-        idempotency_key: str | Callable[..., str | None] | None = None,
+        idempotency_key: str | Callable[..., UUID | str | int | None] | None = None,
         group_id: UUID | str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Callable[[Function], Function]:
@@ -520,7 +521,7 @@ def track_generation(
     kind: str,
     cost: int = 1,
     *,
-    idempotency_key: str | None = None,
+    idempotency_key: UUID | str | int | None = None,
     group_id: UUID | str | None = None,
     metadata: Mapping[str, Any] | None = None,
     client: TokenLimits | Client | None = None,

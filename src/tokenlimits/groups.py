@@ -288,7 +288,7 @@ class GroupManager(Base):
             >>> groups.remove_member(team.id, user_id)
             False
         """
-        return self._transport.run(flows.remove_members(group_id, [user_id], None)) == 1
+        return self._transport.send(admins.remove_member(group_id, user_id))
 
     def move_member(self, user_id: UUID | str, *, from_: UUID | str, to: UUID | str) -> bool:
         """Move a user from one group to another, in one step.

@@ -20,7 +20,7 @@ from pydantic import (
     WrapValidator,
 )
 
-from ._fields import Cost, Kind, Max, Metadata, Name, Text, TimeZone
+from ._fields import Cost, Key, Kind, Max, Metadata, Name, Text, TimeZone
 from ._refusals import refusal
 from .errors import GenerationDenied, LimitExceeded, NoLimitForKind, NotInGroup, TokenLimitsError
 
@@ -36,6 +36,7 @@ __all__ = [
     "GroupUsage",
     "HistoryDrift",
     "HistoryPoint",
+    "Key",
     "Kind",
     "Limit",
     "LimitStatus",
@@ -220,7 +221,7 @@ class GenerationRequest(_Made):
     user_id: UUID
     kind: Kind
     cost: Cost = 1
-    idempotency_key: Annotated[Text, Field(min_length=1, max_length=255)] | None = None
+    idempotency_key: Key | None = None
     group_id: UUID | None = None
     metadata: Metadata | None = None
 

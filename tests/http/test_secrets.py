@@ -13,7 +13,14 @@ from supabase import AsyncClientOptions, ClientOptions, create_async_client, cre
 from tests.http.conftest import ANN, KEY, URL, Server, Shell
 from tests.http.leaks import text_of
 
-from tokenlimits import AsyncTokenLimits, ConfigurationError, GroupManager, TokenLimits, TokenLimitsError
+from tokenlimits import (
+    AsyncGroupManager,
+    AsyncTokenLimits,
+    ConfigurationError,
+    GroupManager,
+    TokenLimits,
+    TokenLimitsError,
+)
 
 TOKEN = "eyJhbGciOiJIUzI1NiJ9.eyJyb2xlIjoicGxhbnRlZCJ9.c2lnbmVkLXBsYW50ZWQ"
 SECRETS = (KEY, KEY[10:], TOKEN, TOKEN.split(".")[2])
@@ -115,6 +122,40 @@ def test_a_proxys_password(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> Non
         shell.track()
     assert_silent(text_of(caught.value))
     assert caught.value.__context__ is None
+
+
+PLACED = {
+    "https://abc.supabase.co": "https://abc.supabase.co",
+    "http://127.0.0.1:54321/": "http://127.0.0.1:54321",
+    f"https://ann:{KEY}@abc.supabase.co:99/x?apikey={KEY}#{KEY}": "https://abc.supabase.co:99",
+    f"https://{KEY}@abc.supabase.co": "https://abc.supabase.co",
+    f"https://ann:1/{KEY}@abc.supabase.co": "a URL that can't be read",
+}
+
+
+@pytest.mark.parametrize(("url", "place"), PLACED.items())
+def test_a_repr_says_where_and_for_how_long(url: str, place: str) -> None:
+    async def run() -> None:
+        sync, asynchronous = create_client(url, KEY), await create_async_client(url, KEY)
+        for cls, client in (
+            (TokenLimits, sync),
+            (GroupManager, sync),
+            (AsyncTokenLimits, asynchronous),
+            (AsyncGroupManager, asynchronous),
+        ):
+            assert repr(cls(client, timeout=2.5)) == f"<{cls.__name__} of {place}, timeout 2.5 s>"
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("server")
+def test_before_first_use_a_repr_says_where_it_will_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUPABASE_URL", f"https://ann:{KEY}@abc.supabase.co")
+    for cls in (TokenLimits, GroupManager, AsyncTokenLimits, AsyncGroupManager):
+        assert repr(cls.from_env()) == f"<{cls.__name__} of SUPABASE_URL (not read yet), timeout 10 s>"
+    with TokenLimits.from_env() as limits:
+        limits.track(ANN, "image")
+        assert repr(limits) == "<TokenLimits of https://abc.supabase.co, timeout 10 s>"
 
 
 def test_no_repr_shows_it(server: Server) -> None:

@@ -38,6 +38,18 @@ async def coroutine(user_id: UUID, job: str | None = None) -> bytes:
     return b""
 
 
+def job_of(user_id: UUID, job: UUID | int | str | None) -> UUID | int | str | None:
+    return job
+
+
+@limits.limited("image", user="user_id", idempotency_key=job_of)
+def keyed(user_id: UUID, job: UUID) -> None: ...
+
+
+@limits.limited("image", user="user_id", idempotency_key=7)  # pyright: ignore[reportArgumentType]
+def keyed_wrongly(user_id: UUID, job: UUID) -> None: ...
+
+
 _: Callable[[UUID], Coroutine[Any, Any, bytes]] = coroutine
 coroutine()  # pyright: ignore[reportCallIssue]
 

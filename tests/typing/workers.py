@@ -50,6 +50,27 @@ async def one_call_in_asyncio(user_id: UUID, client: Client, aclient: AsyncClien
     assert_type(atrack_generation(user_id, "image"), TrackResult)  # pyright: ignore[reportAssertTypeFailure, reportUnusedCoroutine]
 
 
+def keys(limits: TokenLimits, user_id: UUID, key: UUID | str | int) -> None:
+    track_generation(user_id, "image", idempotency_key=key)
+    limits.track(user_id, "image", idempotency_key=key)
+    limits.record(user_id, "image", idempotency_key=key)
+    limits.reserve(user_id, "image", idempotency_key=key)
+    limits.generation(user_id, "image", idempotency_key=key)
+    limits.track_many([GenerationRequest(user_id=user_id, kind="image", idempotency_key=key)])
+
+    limits.track(user_id, "image", idempotency_key=1.5)  # pyright: ignore[reportArgumentType]
+    limits.track(user_id, "image", idempotency_key=b"job")  # pyright: ignore[reportArgumentType]
+    GenerationRequest(user_id=user_id, kind="image", idempotency_key=[key])  # pyright: ignore[reportArgumentType]
+
+
+async def keys_in_asyncio(limits: AsyncTokenLimits, user_id: UUID, key: UUID | str | int) -> None:
+    await atrack_generation(user_id, "image", idempotency_key=key)
+    await limits.track(user_id, "image", idempotency_key=key)
+    await limits.record(user_id, "image", idempotency_key=key)
+    await limits.reserve(user_id, "image", idempotency_key=key)
+    limits.generation(user_id, "image", idempotency_key=key)
+
+
 def result(result: TrackResult) -> str | None:
     if not result:
         assert_type(result, TrackResult)

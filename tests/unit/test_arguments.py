@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 from uuid import UUID, uuid4
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tokenlimits import (
@@ -26,8 +28,10 @@ from tokenlimits import (
     TokenLimits,
 )
 from tokenlimits._core import admins, workers
+from tokenlimits._core import arguments as checks
 from tokenlimits._drivers.transport import AsyncTransport, Transport
 from tokenlimits._fields import NO_PLACES
+from tokenlimits.testing import FakeTokenLimits
 
 ID = "0197f0a0-0000-7000-8000-000000000001"
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -86,7 +90,7 @@ BAD: dict[str, list[Any]] = {
     "from_": BAD_IDS,
     "group_id": BAD_IDS,
     "id": BAD_IDS,
-    "idempotency_key": ["", "x" * 256, *BAD_TEXTS],
+    "idempotency_key": ["", "x" * 256, True, 1.5, 10**255, 10**5000, *(bad for bad in BAD_TEXTS if bad != 7)],
     "is_default": [1, "true", None],
     "kind": BAD_KINDS,
     "limit": [None, "image", {"kind": "image"}, {"kind": "Image", "max": 1}, {"kind": "image", "max": -1}],
@@ -253,6 +257,97 @@ def test_patterns_are_said_in_words() -> None:
         ),
     ):
         assert str(refusal(TokenLimits, "track", arguments)).startswith(says)
+
+
+KEYS = st.uuids().map(lambda key: (key, str(key))) | st.integers().map(lambda key: (key, str(key)))
+
+
+@given(KEYS)
+def test_a_key_is_the_same_as_its_text(key: tuple[UUID | int, str]) -> None:
+    given_, text = key
+    assert text == text.lower()
+    fields: dict[str, Any] = {"user_id": ID, "kind": "image"}
+    for sent in (given_, text):
+        assert checks.request(**fields, idempotency_key=sent)["p_idempotency_key"] == text
+        assert checks.requests([{**fields, "idempotency_key": sent}])[0]["idempotency_key"] == text
+        assert GenerationRequest(user_id=UUID(ID), kind="image", idempotency_key=sent).idempotency_key == text
+
+
+@pytest.mark.parametrize(
+    "key",
+    [UUID(ID), 7, pytest.param(10**254, id="as long as can be"), "JOB", ID.upper()],
+)
+@pytest.mark.parametrize("operation", ["track", "reserve", "record"])
+def test_every_operation_with_a_key_takes_it(operation: str, key: UUID | int | str) -> None:
+    fake = FakeTokenLimits()
+    first = getattr(fake, operation)(ID, "image", idempotency_key=key)
+    again = getattr(fake, operation)(ID, "image", idempotency_key=str(key))
+    assert (again.replayed, again.usage_id) == (True, first.usage_id)
+    assert [usage.idempotency_key for usage in fake.tracked] == [str(key)]
+
+
+@pytest.mark.parametrize("key", [UUID(ID), 7])
+def test_so_do_contexts_and_decorators(key: UUID | int) -> None:
+    fake = FakeTokenLimits()
+    with fake.generation(ID, "image", idempotency_key=key):
+        pass
+
+    @fake.limited("image", user="user_id", idempotency_key="job")
+    def by_name(user_id: str, job: UUID | int) -> None: ...
+
+    @fake.limited("image", user="user_id", idempotency_key=lambda user_id, job: job)
+    def by_function(user_id: str, job: UUID | int) -> None: ...
+
+    by_name(ID, key)
+    by_function(ID, key)
+    assert [usage.idempotency_key for usage in fake.tracked] == [str(key)]
+
+
+ADDRESS, NAME = "ann@example.com", "Pro plan"
+SIBLINGS = {
+    "user_id": (ADDRESS, "must be an id, and is an e-mail address. GroupManager.find_users gives the id"),
+    "user_ids": (
+        [ID, ADDRESS],
+        "must be an id, and is an e-mail address. GroupManager.find_users_by_email gives the ids",
+    ),
+    **dict.fromkeys(
+        ("group_id", "from_", "to"),
+        (NAME, "must be an id, and may be a name. GroupManager.get_by_name gives the group with its id"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("cls", "name", "parameter"), [case for case in ARGUMENTS if case.values[2] in SIBLINGS])
+def test_what_people_know_it_by_is_no_id(cls: type, name: str, parameter: str) -> None:
+    value, says = SIBLINGS[parameter]
+    error = refusal(cls, name, good(cls, name, parameter) | {parameter: value})
+    place, shown = ("user_ids[1]", ADDRESS) if parameter == "user_ids" else (parameter, value)
+    assert str(error) == f"{place}: {says} (got {shown!r})"
+
+
+def test_so_in_a_batch() -> None:
+    error = refusal(TokenLimits, "track_many", {"requests": [{"user_id": ADDRESS, "kind": "image"}]})
+    assert str(error) == f"requests[0].user_id: {SIBLINGS['user_id'][1]} (got {ADDRESS!r})"
+
+
+@pytest.mark.parametrize(
+    ("operation", "values"),
+    [
+        ("track", {"user_id": "ann"}),
+        ("track", {"user_id": "@"}),
+        ("track", {"user_id": ID, "group_id": ID[:-1]}),
+        ("track", {"user_id": ID, "group_id": "  "}),
+        ("commit", {"usage_id": ADDRESS}),
+    ],
+)
+def test_other_texts_are_only_no_ids(operation: str, values: dict[str, str]) -> None:
+    kind = {"kind": "image"} if operation == "track" else {}
+    assert ": Input should be a valid UUID" in str(refusal(TokenLimits, operation, kind | values))
+
+
+def test_an_address_is_shown_no_longer_than_other_values() -> None:
+    error = str(refusal(TokenLimits, "usage", {"user_id": f"{'ann' * 99}@example.com"}))
+    assert error.endswith(f"(got '{'ann' * 33})")
 
 
 def test_what_cannot_be_given_together() -> None:

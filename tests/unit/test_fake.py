@@ -476,8 +476,8 @@ class TestClients:
     def test_show_how_much_was_tracked(self) -> None:
         fake = FakeTokenLimits()
         fake.track(ANN, "image")
-        assert repr(fake) == "<FakeTokenLimits: 1 tracked>"
-        assert repr(FakeAsyncTokenLimits()) == "<FakeAsyncTokenLimits: 0 tracked>"
+        assert repr(fake) == "<FakeTokenLimits of 1 generations in memory, timeout 10 s>"
+        assert repr(FakeAsyncTokenLimits()) == "<FakeAsyncTokenLimits of 0 generations in memory, timeout 10 s>"
 
 
 class TestOverride:

@@ -127,6 +127,12 @@ def remove_members(group_id: Id, user_ids: list[str]) -> Call[int]:
     return Call("remove_group_members", params, _REMOVED)
 
 
+def remove_member(group_id: Id, user_id: Id) -> Call[bool]:
+    """Remove one user from a group."""
+    params = {**_group_id(group_id), "p_user_ids": [arguments.id_(user_id, "user_id")]}
+    return Call("remove_group_members", params, lambda answer: _REMOVED(answer) == 1)
+
+
 def move_member(user_id: Id, from_: Id, to: Id) -> Call[bool]:
     """Move a user from one group to another."""
     params = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,7 @@ from tokenlimits.models import (
 T = TypeVar("T")
 
 Id = UUID | str
+Key = UUID | str | int
 Limits = Mapping[str, int | None] | Iterable[Limit]
 
 
@@ -70,7 +72,10 @@ def checked(parse: Callable[[Any], T], value: object, field: str = "") -> T:
     if first["type"] == "extra_forbidden":
         raise refused(path, f"is no field of {title}", first["input"])
     pattern = str(first.get("ctx", {}).get("pattern"))
-    raise refused(path, _PATTERNS.get(pattern, first["msg"].removeprefix("Value error, ")), first["input"])
+    rule = _PATTERNS.get(pattern, first["msg"].removeprefix("Value error, "))
+    if first["type"] == "uuid_parsing":
+        rule = _id_wanted(path, str(first["input"])) or rule
+    raise refused(path, rule, first["input"])
 
 
 # in words, what the patterns of the models say
@@ -78,6 +83,21 @@ _PATTERNS = {
     r"^[a-z][a-z0-9_]{0,31}$": "must be of a to z, 0 to 9 and _, begin with a letter, and have at most 32 characters",
     r"^[^\x00]*$": "must not have the character \\0",
 }
+
+
+# who answers with the id that belongs in a field, and the fields that nobody answers for are left out
+_IDS_OF_ADDRESSES = {"user_id": "find_users gives the id", "user_ids": "find_users_by_email gives the ids"}
+_IDS_OF_NAMES = {"group_id", "from_", "to"}
+
+
+def _id_wanted(path: str, given: str) -> str | None:
+    """Say how to get the id, where a text is what people know a user or a group by; None where it looks like an id."""
+    field = path.rpartition(".")[2].partition("[")[0]
+    if field in _IDS_OF_ADDRESSES and re.fullmatch(r"[^\s@]+@[^\s@]+", given.strip()):
+        return f"must be an id, and is an e-mail address. GroupManager.{_IDS_OF_ADDRESSES[field]}"
+    if field in _IDS_OF_NAMES and given.strip() and not re.fullmatch(r"[\s{}0-9a-fA-F-]{20,}", given):
+        return "must be an id, and may be a name. GroupManager.get_by_name gives the group with its id"
+    return None
 
 
 def refused(field: str, rule: str, value: object) -> InvalidRequest:

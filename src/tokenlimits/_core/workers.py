@@ -13,7 +13,7 @@ from tokenlimits.errors import ServiceUnavailable
 from tokenlimits.models import GenerationRequest, GroupRef, OnUnavailable, TrackResult, UserLimit
 
 from . import arguments
-from .arguments import Id, parser
+from .arguments import Id, Key, parser
 from .call import Call
 
 RESULT = parser(TrackResult)
@@ -32,7 +32,7 @@ def track(
     user_id: Id,
     kind: str,
     cost: int,
-    idempotency_key: str | None,
+    idempotency_key: Key | None,
     group_id: Id | None,
     metadata: Mapping[str, Any] | None,
 ) -> Call[TrackResult]:
@@ -80,7 +80,7 @@ def record(
     kind: str,
     cost: int,
     created_at: datetime | None,
-    idempotency_key: str | None,
+    idempotency_key: Key | None,
     group_id: Id | None,
     metadata: Mapping[str, Any] | None,
 ) -> Call[TrackResult]:
@@ -106,7 +106,7 @@ def reserve(
     kind: str,
     cost: int,
     ttl: int,
-    idempotency_key: str | None,
+    idempotency_key: Key | None,
     group_id: Id | None,
     metadata: Mapping[str, Any] | None,
 ) -> Call[TrackResult]:

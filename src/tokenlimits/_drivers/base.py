@@ -27,6 +27,10 @@ def _checked_schema(schema: object) -> str | None:
     return None if schema is None else named_schema(schema)
 
 
+def _shown(client: object, transport: Transport | AsyncTransport) -> str:
+    return f"<{type(client).__name__} of {transport.place()}, timeout {transport.timeout:g} s>"
+
+
 class Base:
     """Holds the transport; a context manager that closes its connections."""
 
@@ -42,6 +46,9 @@ class Base:
             >>> limits.close()
         """
         self._transport.close()
+
+    def __repr__(self) -> str:
+        return _shown(self, self._transport)
 
     def __enter__(self) -> Self:
         return self
@@ -61,6 +68,9 @@ class AsyncBase:
     async def aclose(self) -> None:
         """Close the connections that were made here; a client that you passed in stays open."""
         await self._transport.aclose()
+
+    def __repr__(self) -> str:
+        return _shown(self, self._transport)
 
     async def __aenter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, TypeVar, cast
 
 from tokenlimits._core import workers
-from tokenlimits._core.arguments import Id
+from tokenlimits._core.arguments import Id, Key
 from tokenlimits._core.call import Call
 from tokenlimits._core.hold import Hold
 from tokenlimits.errors import ConfigurationError
@@ -24,7 +24,7 @@ Reserve = Callable[..., Call[TrackResult]]
 
 User = str | Callable[..., Id]
 Cost = int | Callable[..., int]
-Key = str | Callable[..., str | None] | None
+KeyOf = str | Callable[..., Key | None] | None
 
 _ANYBODY = "00000000-0000-0000-0000-000000000000"
 
@@ -35,7 +35,7 @@ def reservation(
     user: User,
     cost: Cost,
     ttl: int,
-    idempotency_key: Key,
+    idempotency_key: KeyOf,
     group_id: Id | None,
     metadata: Mapping[str, Any] | None,
 ) -> Reserve:
@@ -45,7 +45,7 @@ def reservation(
     of_user = _argument(function, "user", user)
     of_key = None if idempotency_key is None else _argument(function, "idempotency_key", idempotency_key)
 
-    def make(user_id: Id, cost_: int, key: str | None) -> Call[TrackResult]:
+    def make(user_id: Id, cost_: int, key: Key | None) -> Call[TrackResult]:
         return workers.reserve(user_id, kind, cost_, ttl, key, group_id, metadata)
 
     make(_ANYBODY, 1 if callable(cost) else cost, None)

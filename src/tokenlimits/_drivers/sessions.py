@@ -6,9 +6,11 @@ import asyncio
 import os
 import threading
 import weakref
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
+import httpx
 from supabase import AsyncClient, Client
 
 from tokenlimits._core.call import Call
@@ -104,6 +106,18 @@ def check_loop(client: AsyncClient, loop: asyncio.AbstractEventLoop) -> None:
             "This AsyncClient was used in another event loop, to which its connections belong. Make a client in each "
             "loop, or use from_env() or atrack_generation without client=, which handle loops."
         )
+
+
+def place(clients: Iterable[Client | AsyncClient]) -> str:
+    """Say where the first client's project is; never more than host and port, for a URL may hold a password."""
+    for client in clients:
+        try:
+            url = httpx.URL(str(client.supabase_url))
+        except httpx.InvalidURL:
+            return "a URL that can't be read"
+        # a password that has a slash, unescaped, makes its rest a path
+        return f"{url.scheme}://{url.netloc.decode()}" if "@" not in url.path else "a URL that can't be read"
+    return "SUPABASE_URL (not read yet)"
 
 
 def unsendable_key() -> ConfigurationError:

@@ -105,6 +105,11 @@ class Transport:
         # in the child, the entry just stays
         self._own: dict[int, _Own] = {}
 
+    def place(self) -> str:
+        """Say where the project is, as far as it is known."""
+        own = [each.client for each in list(self._own.values())]  # at once: other threads come and go
+        return sessions.place(own if self._foreign is None else [self._foreign])
+
     def send(self, call: Call[T], timeout: float | None = None) -> T:
         """Send one call, retrying as its deadline allows."""
         deadline = Deadline(self.timeout if timeout is None else timeout)
@@ -234,6 +239,11 @@ class AsyncTransport:
             sessions.notice(client)
         # by fork and loop: connections wait for events of the loop that they were made in
         self._own: dict[tuple[int, asyncio.AbstractEventLoop], _OfLoop] = {}
+
+    def place(self) -> str:
+        """Say where the project is, as far as it is known."""
+        own = [each.client for each in list(self._own.values())]  # at once: other threads come and go
+        return sessions.place(own if self._foreign is None else [self._foreign])
 
     async def send(self, call: Call[T]) -> T:
         """Send one call, retrying as its deadline allows."""

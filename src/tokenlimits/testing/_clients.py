@@ -49,6 +49,9 @@ class _FakeTransport(Transport):
         super().__init__(None, DEFAULT_TIMEOUT)
         self._engine = engine
 
+    def place(self) -> str:
+        return f"{len(self._engine.ledger)} generations in memory"
+
     def send(self, call: Call[T], timeout: float | None = None) -> T:  # noqa: ARG002  # nothing takes any time here
         return call.parse(self._engine.answer(call.function, call.params))
 
@@ -60,6 +63,9 @@ class _AsyncFakeTransport(AsyncTransport):
     def __init__(self, engine: Engine) -> None:
         super().__init__(None, DEFAULT_TIMEOUT)
         self._engine = engine
+
+    def place(self) -> str:
+        return f"{len(self._engine.ledger)} generations in memory"
 
     async def send(self, call: Call[T]) -> T:
         await asyncio.sleep(0)  # others get their turn, as while a real call is on its way
@@ -129,9 +135,6 @@ class _Controls:
                 )
                 for usage in self._engine.ledger
             )
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {len(self._engine.ledger)} tracked>"
 
 
 def _make_engine(limits: Limits | None, users: Users | None) -> Engine:
