@@ -21,6 +21,7 @@ from .sql_files import checked_schema
 __all__ = [
     "ProjectSettings",
     "Settings",
+    "check_encrypted",
     "checked_key",
     "checked_url",
     "exported",
