@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
@@ -145,14 +146,21 @@ def test_ctrl_c_at_a_question_changes_nothing(tl: Program, groups: GroupManager,
 
 def test_what_is_tried_again_is_said_once(tl: Program) -> None:
     """A person waits; which call it was, and how often, is for --debug."""
-    for debug, says in ((), "Supabase is not responding; retrying."), (("--debug",), "find_groups: ConnectError"):
-        with tl.on_terminal("groups", "list", *debug, SUPABASE_URL="http://127.0.0.1:1") as terminal:
-            terminal.wait_for("retrying")
-            time.sleep(1)
-            terminal.interrupt()
-            assert terminal.status() == 130
-            assert says in terminal.text
-            assert (terminal.text.count("retrying") == 1) is not bool(debug)
+    with raw_server(lambda *_: None) as hanging_up:
+        for debug, says, count in ((), "Supabase is not responding; retrying.", 1), (("--debug",), "find_groups: ", 3):
+            with tl.on_terminal("groups", "list", *debug, SUPABASE_URL=hanging_up.url) as terminal:
+                terminal.wait_for(rf"(?s)(retrying.*){{{count}}}")
+                terminal.interrupt()
+                assert terminal.status() == 130
+                assert says in terminal.text
+                assert debug or terminal.text.count("retrying") == 1
+
+
+def test_a_refused_connection_is_not_waited_for(tl: Program) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    said = tl.fails("groups", "list", SUPABASE_URL=url)
+    assert said == "127.0.0.1 refuses connections. Check SUPABASE_URL; is the project running?"
 
 
 def test_completion(nowhere: Program) -> None:

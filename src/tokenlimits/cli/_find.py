@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
+import socket
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 from uuid import UUID
 
 from tokenlimits import GroupManager, TokenLimits
 from tokenlimits.errors import GroupNotFound
 from tokenlimits.models import Group
+from tokenlimits.settings import load
 
 from ._terminal import Problem
 
 # seconds: Supabase ends a statement after 8, and this leaves time for a second one
 _TIMEOUT = 20
+_PORTS = {"http": 80, "https": 443}
 
 
 def manager(schema: str | None = None) -> GroupManager:
     """Make the client for groups; without a schema, the environment says which."""
+    _check_that_somebody_listens()
     return GroupManager.from_env(timeout=_TIMEOUT, schema=schema)
 
 
 def worker() -> TokenLimits:
     """Make the client for generations."""
+    _check_that_somebody_listens()
     return TokenLimits.from_env(timeout=_TIMEOUT)
+
+
+def _check_that_somebody_listens() -> None:
+    """Refuse at once where nothing listens: a worker waits for its server to come back, a person needn't.
+
+    Raises:
+        Problem: The connection is refused.
+    """
+    url = urlsplit(load().url)
+    if getproxies().keys() - {"no"}:
+        return
+    try:
+        socket.create_connection((url.hostname or "", url.port or _PORTS[url.scheme]), _TIMEOUT).close()
+    except ConnectionRefusedError:
+        raise Problem(
+            f"{url.netloc} refuses connections. Check SUPABASE_URL, and that the project is running."
+        ) from None
+    except OSError:
+        return  # the call itself says what is wrong, and tries again
 
 
 def as_id(text: str) -> UUID | None:
