@@ -45,9 +45,7 @@ def _check_that_somebody_listens() -> None:
     try:
         socket.create_connection((url.hostname or "", url.port or _PORTS[url.scheme]), _TIMEOUT).close()
     except ConnectionRefusedError:
-        raise Problem(
-            f"{url.netloc} refuses connections. Check SUPABASE_URL, and that the project is running."
-        ) from None
+        raise Problem(f"{url.hostname} refuses connections. Check SUPABASE_URL; is the project running?") from None
     except OSError:
         return  # the call itself says what is wrong, and tries again
 
