@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BIOME := tools/biome/node_modules
+TYPES := tools/types/node_modules
 
-.PHONY: help demo admin test test-all check hooks format sql sync bench docs lock dist sbom postgres15 clean
+.PHONY: help demo admin test test-all check hooks format sql sync types bench docs lock dist sbom postgres15 clean
 
 help:
 	@echo 'make demo        run examples/quickstart.py on a local Supabase'
@@ -17,6 +18,7 @@ help:
 	@echo 'make format      format Python, SQL and JavaScript'
 	@echo 'make sql         rebuild sql/tokenlimits.sql and the newest migration from sql/schema/'
 	@echo 'make sync        rebuild the sync clients, client.py and groups.py, from the async ones'
+	@echo 'make types       rebuild examples/frontend/tokenlimits.d.ts from the models and the SQL'
 	@echo 'make docs        build the documentation, build/site/index.html'
 	@echo 'make bench       run the benchmarks and write benchmarks/RESULTS.md'
 	@echo 'make lock        pin the dependencies in pyproject.toml; UPGRADE=--upgrade takes the newest versions'
@@ -30,8 +32,8 @@ help:
 	touch $@
 
 # npm is in .venv too.
-$(BIOME)/.ready: .venv/.ready tools/biome/package-lock.json
-	cd tools/biome && PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+tools/%/node_modules/.ready: .venv/.ready tools/%/package-lock.json
+	cd tools/$* && PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 	touch $@
 
 demo: .venv/.ready
@@ -49,20 +51,21 @@ test: .venv/.ready
 test-all: .venv/.ready
 	$(PYTEST)
 
-check: .venv/.ready $(BIOME)/.ready
+check: .venv/.ready $(BIOME)/.ready $(TYPES)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python tools/build_sql.py --check
 	$(BIN)/python tools/build_sync.py --check
+	$(BIN)/python tools/build_types.py --check
 	$(BIN)/sqlfluff lint --processes 0 sql
 	$(BIN)/squawk sql/tokenlimits.sql sql/migrations/*.sql sql/uninstall.sql
 	$(BIN)/djlint --lint --quiet src/tokenlimits/web
 	$(BIOME)/.bin/biome check --error-on-warnings
 	$(BIN)/zizmor --offline --quiet --strict-collection .github
 
-hooks: .venv/.ready $(BIOME)/.ready
+hooks: .venv/.ready $(BIOME)/.ready $(TYPES)/.ready
 	$(BIN)/pre-commit install
 
 format: .venv/.ready $(BIOME)/.ready
@@ -76,6 +79,9 @@ sql: .venv/.ready
 
 sync: .venv/.ready
 	$(BIN)/python tools/build_sync.py
+
+types: .venv/.ready $(TYPES)/.ready
+	$(BIN)/python tools/build_types.py
 
 docs: .venv/.ready
 	$(BIN)/python tools/build_reference.py
@@ -109,4 +115,4 @@ postgres15:
 	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends postgresql-15 postgresql-15-plpgsql-check
 
 clean:
-	rm -rf .venv $(BIOME) dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(BIOME) $(TYPES) dist build .pytest_cache .ruff_cache .hypothesis
