@@ -90,7 +90,7 @@ export type Busy = TrackAnswer & {
 /**
  * How much of a kind a group, or each of its members, may use in a period.
  *
- * `max` is in units of cost: null is unlimited, 0 blocks.
+ * `max` is in units of cost; null is unlimited, and 0 blocks the kind.
  */
 export interface Limit {
   kind: string
@@ -99,7 +99,7 @@ export interface Limit {
   scope: Scope
 }
 /**
- * A limit that binds a user, and the group that it belongs to.
+ * A limit that applies to a user, with the group that it belongs to.
  */
 export interface UserLimit {
   kind: string
@@ -112,14 +112,14 @@ export interface UserLimit {
   group: GroupRef
 }
 /**
- * Which group; `name` is null when it was deleted since.
+ * A reference to a group; `name` is null if the group has been deleted.
  */
 export interface GroupRef {
   id: Uuid
   name: string | null
 }
 /**
- * A limit in its current period: `used` and `remaining` in units of cost, `reset_at` when the period ends.
+ * A limit in its current period, which ends at `reset_at`; `used` and `remaining` are in units of cost.
  */
 export interface LimitStatus {
   kind: string
@@ -145,7 +145,7 @@ export interface Group {
   limits: Limit[]
 }
 /**
- * A group's members counted, and its limits.
+ * A group's member count, and its limits with their usage.
  */
 export interface GroupUsage {
   group: GroupRef
@@ -155,8 +155,8 @@ export interface GroupUsage {
 /**
  * A limit of a group in its current period.
  *
- * Of a member limit, `used` is what all members used together and `capacity` is `max` times the members. `fraction`
- * is `used` of `capacity`, from 0 (null: unlimited); above 1 after a limit was lowered.
+ * For a member limit, `used` is the total of all members and `capacity` is `max` times their number. `fraction` is
+ * `used` divided by `capacity` (null: unlimited); it exceeds 1 after a limit was lowered below what is used.
  */
 export interface GroupLimitUsage {
   kind: string
@@ -181,7 +181,7 @@ export interface UsageSum {
   timezone: string
 }
 /**
- * What a user used in a group; `email` is null when the user was deleted since.
+ * What a user used in a group; `email` is null if the user has been deleted.
  */
 export interface TopMember {
   user_id: Uuid
@@ -198,7 +198,7 @@ export interface Member {
   joined_at: Timestamp
 }
 /**
- * What differed from the ledger: nothing, unless somebody wrote past the functions, or restored the ledger alone.
+ * What differed from the ledger: nothing, unless somebody bypassed the functions, or restored only the ledger.
  *
  * `holds` is the number of holds that would never have expired.
  */
@@ -208,7 +208,7 @@ export interface Reconciliation {
   holds: number
 }
 /**
- * A counter that did not agree with the ledger: `subject` is the group or the member, `used` what is right.
+ * A counter that differed from the ledger: `subject` is the group or the member, `used` is the correct value.
  */
 export interface CounterDrift {
   kind: string
@@ -219,7 +219,7 @@ export interface CounterDrift {
   used: number
 }
 /**
- * A quarter of an hour of the history that did not agree with the ledger; `used` is what is right.
+ * A quarter-hour of the history that differed from the ledger; `used` is the correct value.
  */
 export interface HistoryDrift {
   kind: string
@@ -230,8 +230,8 @@ export interface HistoryDrift {
 /**
  * A row of the ledger.
  *
- * `created_at` decides the period that it belongs to. `expires_at` is set when it is a hold, or was one. `email` is
- * null when the user was deleted since.
+ * `created_at` determines the period that it counts in. `expires_at` is set if it is or was a hold. `email` is null if
+ * the user has been deleted.
  */
 export interface UsageRecord {
   id: Uuid
