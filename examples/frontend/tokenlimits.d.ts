@@ -278,17 +278,17 @@ export interface GenerationRequest {
 /** Arguments and answers of every function. */
 export type Functions = {
   // For workers
-  /** What track_generation would answer now; records nothing. */
+  /** Returns what track_generation would answer now; records nothing. */
   check_generation: {
     Args: { p_user_id: Uuid; p_kind: string; p_cost?: number; p_group_id?: Uuid }
     Returns: TrackResult
   }
-  /** Settles a hold for what was reserved, or for less. */
+  /** Commits a hold: charges the reserved cost, or less. */
   commit_generation: {
     Args: { p_usage_id: Uuid; p_cost?: number }
     Returns: TrackResult
   }
-  /** Records past or outside usage: moves the counters of its period, never denies. */
+  /** Records past usage, or usage from elsewhere: moves the counters of its period and never denies. */
   record_generation: {
     Args: {
       p_user_id: Uuid
@@ -301,12 +301,12 @@ export type Functions = {
     }
     Returns: TrackResult
   }
-  /** Gives back all that a hold holds. */
+  /** Releases a hold: gives back its whole cost. */
   release_generation: {
     Args: { p_usage_id: Uuid }
     Returns: TrackResult
   }
-  /** Holds a generation's cost for p_ttl seconds, until it is committed or released; answers like track_generation. */
+  /** Holds a generation's cost for p_ttl seconds, or until it is committed or released; answers like track_generation. */
   reserve_generation: {
     Args: {
       p_user_id: Uuid
@@ -319,7 +319,7 @@ export type Functions = {
     }
     Returns: TrackResult
   }
-  /** Checks every limit and records the generation, in one step: is it allowed, what remains, when does it reset. */
+  /** Checks every limit and records the generation, in one step: whether it is allowed, what remains, when it resets. */
   track_generation: {
     Args: {
       p_user_id: Uuid
@@ -331,18 +331,18 @@ export type Functions = {
     }
     Returns: TrackResult
   }
-  /** Tracks up to 1,000 generations in one transaction: each is judged by itself, in this order. */
+  /** Tracks up to 1,000 generations in one transaction: each is judged separately, in this order. */
   track_generations: {
     Args: { p_requests: GenerationRequest[]; p_max_wait?: number }
     Returns: (TrackResult | Refused | Busy)[]
   }
-  /** Every limit that binds a user: group, kind, period, scope, max, used, remaining, reset_at. */
+  /** Every limit that applies to a user: group, kind, period, scope, max, used, remaining, reset_at. */
   user_generation_usage: {
     Args: { p_user_id: Uuid }
     Returns: UserLimit[]
   }
   // For admins
-  /** Adds users to a group: how many were added, how many were there already, and which ids are of no user. */
+  /** Adds users to a group; returns how many were added, how many were already members, and which ids are unknown. */
   add_group_members: {
     Args: { p_group_id: Uuid; p_user_ids: Uuid[] }
     Returns: { added: number; already: number; unknown: Uuid[] }
@@ -365,7 +365,7 @@ export type Functions = {
     }
     Returns: { rows: UsageSum[]; until: Timestamp; next: Json | null }
   }
-  /** The ledger, page by page: ask again with p_after and p_until as the 'next' and 'until' of the page before. */
+  /** The ledger, page by page: for the next page, pass this page's 'next' and 'until' as p_after and p_until. */
   export_usage: {
     Args: {
       p_group_id?: Uuid
@@ -378,32 +378,32 @@ export type Functions = {
     }
     Returns: { rows: UsageRecord[]; until: Timestamp; next: Json | null }
   }
-  /** Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, in order. */
+  /** Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, ordered by name. */
   find_groups: {
     Args: { p_group_id?: Uuid; p_name?: string; p_search?: string; p_after?: string; p_page_size?: number }
     Returns: Group[]
   }
-  /** Users whose e-mail address contains a text, whatever its case. */
+  /** Users whose e-mail address contains a text, regardless of case. */
   find_users: {
     Args: { p_email: string; p_page_size?: number }
     Returns: User[]
   }
-  /** The users who have one of up to 5,000 e-mail addresses, whatever its case. */
+  /** The users with one of up to 5,000 e-mail addresses, regardless of case. */
   find_users_by_email: {
     Args: { p_emails: string[] }
     Returns: User[]
   }
-  /** Live usage per kind and bucket in a group's time zone (of all groups, in UTC, when null); 30 days by default. */
+  /** Live usage per kind and bucket in a group's time zone (of all groups, in UTC, if null); 30 days by default. */
   generation_history: {
     Args: { p_group_id?: Uuid; p_kind?: string; p_bucket?: Bucket; p_since?: Timestamp; p_until?: Timestamp }
     Returns: HistoryPoint[]
   }
-  /** A group's members, or those whose e-mail address contains a text: the page after a user id, in the order of ids. */
+  /** A group's members, or those whose e-mail address contains a text: the page after a user id, ordered by id. */
   group_members: {
     Args: { p_group_id: Uuid; p_after?: Uuid; p_page_size?: number; p_search?: string }
     Returns: Member[]
   }
-  /** Usage of one group, of all, or of a page of them after a name: of each limit used, capacity, reset_at. */
+  /** Usage of one group, of all, or of the page of groups after a name: used, capacity and reset_at of each limit. */
   group_usage: {
     Args: { p_group_id?: Uuid; p_after?: string; p_page_size?: number }
     Returns: GroupUsage[]
@@ -413,17 +413,17 @@ export type Functions = {
     Args: { p_user_id: Uuid; p_from: Uuid; p_to: Uuid }
     Returns: { moved: boolean }
   }
-  /** Counts a group's usage again from the ledger, mends counters and rollup, and answers what differed. */
+  /** Recounts a group's usage from the ledger, corrects counters and rollup, and returns what differed. */
   reconcile_usage: {
     Args: { p_group_id: Uuid; p_since?: Timestamp }
     Returns: Reconciliation
   }
-  /** Gives back what a committed usage cost. */
+  /** Gives back the cost of a committed usage. */
   refund_generation: {
     Args: { p_usage_id: Uuid }
     Returns: TrackResult
   }
-  /** Removes one limit of a group; without the limit that is no error. */
+  /** Removes one limit of a group; a missing limit is no error. */
   remove_group_limit: {
     Args: { p_group_id: Uuid; p_kind: string; p_period: Period; p_scope: Scope }
     Returns: Group
@@ -433,12 +433,12 @@ export type Functions = {
     Args: { p_group_id: Uuid; p_user_ids: Uuid[] }
     Returns: { removed: number }
   }
-  /** A fresh start for a group's current periods, of a kind or of all; the ledger keeps everything. */
+  /** Resets a group's usage in its current periods, of one kind or of all; the ledger keeps everything. */
   reset_group_usage: {
     Args: { p_group_id: Uuid; p_kind?: string }
     Returns: { reset_at: Timestamp }
   }
-  /** Makes a group (p_id: with this id, which was never used), or changes what is not null of an existing one, with its whole set of limits, in one step. */
+  /** Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an existing group, with its whole set of limits, in one step. */
   save_group: {
     Args: {
       p_group_id?: Uuid
@@ -457,23 +457,23 @@ export type Functions = {
     Args: { p_group_id: Uuid; p_limit: Limit }
     Returns: Group
   }
-  /** How tokenlimits is installed here: tables, policies, functions, triggers, indexes, who is an admin, users. */
+  /** The state of the installation: tables, policies, functions, triggers, indexes, the admin rule, users. */
   tokenlimits_diagnosis: {
     Args: never
     Returns: Json
   }
-  /** Who used most in a group, also those who left; in the last 30 days by default. */
+  /** The users with the most usage in a group, including former members; in the last 30 days by default. */
   top_members: {
     Args: { p_group_id: Uuid; p_kind?: string; p_since?: Timestamp; p_until?: Timestamp; p_count?: number }
     Returns: TopMember[]
   }
-  /** Where a group's counters and history differ from the ledger; changes nothing. The history of a day by default. */
+  /** Where a group's counters and history differ from the ledger; changes nothing. By default, one day of history. */
   usage_drift: {
     Args: { p_group_id: Uuid; p_since?: Timestamp }
     Returns: Reconciliation
   }
   // For signed-in users
-  /** Every limit that binds the signed-in user: group, kind, period, scope, max, used, remaining, reset_at. */
+  /** Every limit that applies to the signed-in user: group, kind, period, scope, max, used, remaining, reset_at. */
   my_generation_usage: {
     Args: never
     Returns: UserLimit[]
