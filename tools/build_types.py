@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from build_reference import SECTIONS, Function, functions
+from pydantic import AliasChoices
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
 from tokenlimits import models
@@ -138,7 +140,11 @@ class Schema(GenerateJsonSchema):
         """Describe a model in words that hold for TypeScript."""
         described = inspect.getdoc(schema["cls"]) or ""
         described = re.sub(r"\n*^Example:.*", "", described, flags=re.MULTILINE | re.DOTALL)
-        return super().model_schema(schema) | {"description": described.replace("None", "null")}
+        made = super().model_schema(schema) | {"description": described.replace("None", "null")}
+        names = {name: as_sql_says(name, field) for name, field in schema["cls"].model_fields.items()}
+        made["properties"] = {names[name]: property_ for name, property_ in made["properties"].items()}
+        made["required"] = [names[name] for name in made["required"]]
+        return made
 
     def uuid_schema(self, _: Any) -> dict[str, Any]:
         """Name ids."""
@@ -155,6 +161,12 @@ class Schema(GenerateJsonSchema):
     def literal_schema(self, schema: Any) -> dict[str, Any]:
         """Name words."""
         return {"tsType": next(word for word in WORDS if list(get_args(getattr(models, word))) == schema["expected"])}
+
+
+def as_sql_says(name: str, field: FieldInfo) -> str:
+    """Name a field as the answers do: the last of the names that the model takes."""
+    alias = field.validation_alias
+    return str(alias.choices[-1]) if isinstance(alias, AliasChoices) else name
 
 
 def words() -> str:
