@@ -43,7 +43,7 @@ admin: .venv/.ready
 	$(BIN)/python examples/admin_panel.py
 
 # Several processes, each with its own servers.
-PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
 
 test: .venv/.ready
 	$(PYTEST) -m 'not full and not slow'

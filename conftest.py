@@ -19,6 +19,8 @@ from tokenlimits import AsyncGroupManager, AsyncTokenLimits, GroupManager, Limit
 from tokenlimits.async_client import _AsyncDefault
 from tokenlimits.local import LocalStack
 
+pytest_plugins = ["tests.support.balance"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_tls_context() -> Iterator[None]:

@@ -45,24 +45,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 pytest.param(
                     *place[: len(names)],
                     id=f"postgres-{place[0]}" + ("" if place[1] == "public" else f"-in-{place[1]}"),
-                    marks=[
-                        # one process has the server, and one after the other its tests
-                        pytest.mark.xdist_group("-".join(place)),
-                        *([] if place == places[0] else [pytest.mark.full]),
-                    ],
+                    marks=[] if place == places[0] else [pytest.mark.full],
                 )
                 for place in places
             ],
             indirect=True,
             scope="session",
         )
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process, since they share what is started for them."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(scope="session")
