@@ -42,7 +42,7 @@ async def generate(job: Job) -> None:
 async def work(limits: AsyncTokenLimits, jobs: asyncio.Queue[Job], outcome: Outcome) -> None:
     while not jobs.empty():
         job = jobs.get_nowait()
-        result = await limits.track(job.user_id, job.kind, idempotency_key=str(job.id))
+        result = await limits.track(job.user_id, job.kind, idempotency_key=job.id)
         if result.allowed:
             await generate(job)
             outcome.done.append(job)

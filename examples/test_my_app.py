@@ -1,4 +1,4 @@
-"""How an app tests what it does with limits: with a fake, in memory, without Supabase.
+"""How an app tests what it does with limits: with the fixture `fake_limits`, in memory, without Supabase.
 
 python -m pytest examples/test_my_app.py
 """
@@ -12,10 +12,9 @@ from uuid import UUID, uuid4
 import pytest
 
 from tokenlimits import Limit, ServiceUnavailable, track_generation
-from tokenlimits.testing import FakeTokenLimits, override
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from tokenlimits.testing import FakeTokenLimits
 
 # The app. Yours is in files of its own, and knows nothing of the fake.
 
@@ -34,30 +33,25 @@ def answer(user_id: UUID, prompt: str) -> tuple[int, str]:
 # Its tests.
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeTokenLimits]:
-    with override(FakeTokenLimits(limits={"image": 2})) as fake:
-        yield fake
-
-
-def test_the_third_image_is_denied(fake: FakeTokenLimits) -> None:
+@pytest.mark.fake_limits({"image": 2})
+def test_the_third_image_is_denied(fake_limits: FakeTokenLimits) -> None:
     user = uuid4()
     assert answer(user, "a cat") == (200, "Here is a cat. 1 left.")
     assert answer(user, "a dog") == (200, "Here is a dog. 0 left.")
     assert answer(user, "a cow") == (429, "Image generation limit exceeded: 2 of 2 used in total")
-    assert [usage.metadata["prompt"] for usage in fake.tracked] == ["a cat", "a dog"]
+    assert [usage.metadata["prompt"] for usage in fake_limits.tracked] == ["a cat", "a dog"]
 
 
-def test_tomorrow_there_is_room_again() -> None:
+@pytest.mark.fake_limits([Limit(kind="image", max=1, period="day", scope="member")])
+def test_tomorrow_there_is_room_again(fake_limits: FakeTokenLimits) -> None:
     user = uuid4()
-    with override(FakeTokenLimits(limits=[Limit(kind="image", max=1, period="day", scope="member")])) as fake:
-        assert answer(user, "a cat")[0] == 200
-        assert answer(user, "a dog")[0] == 429
-        fake.advance(timedelta(days=1))
-        assert answer(user, "a dog")[0] == 200
+    assert answer(user, "a cat")[0] == 200
+    assert answer(user, "a dog")[0] == 429
+    fake_limits.advance(timedelta(days=1))
+    assert answer(user, "a dog")[0] == 200
 
 
-def test_supabase_is_away(fake: FakeTokenLimits) -> None:
-    fake.fail(ServiceUnavailable("away"))
+def test_supabase_is_away(fake_limits: FakeTokenLimits) -> None:
+    fake_limits.fail(ServiceUnavailable("away"))
     assert answer(uuid4(), "a cat") == (503, "Please try again soon.")
-    assert fake.tracked == ()
+    assert fake_limits.tracked == ()

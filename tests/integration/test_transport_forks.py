@@ -151,14 +151,14 @@ def test_while_another_thread_holds_our_lock(run: Callable[[str], Any]) -> None:
     """Nobody in the child will ever release it."""
     done = run("""
 import signal
-from tokenlimits import _sessions
+from tokenlimits._drivers import sessions
 
 def child(n):
     signal.alarm(10)
     return one(n, 0, limits.track), one(n, 0, track_generation)
 
 one(0, 0, limits.track)
-with _sessions.lock():
+with sessions.lock():
     forked = fork(child, 1)
 print(json.dumps(harvest(forked)))
 """)
