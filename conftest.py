@@ -17,7 +17,7 @@ from tests.support.doctests import top_level_await
 
 from tokenlimits import AsyncGroupManager, AsyncTokenLimits, GroupManager, Limit, TokenLimits
 from tokenlimits.async_client import _AsyncDefault
-from tokenlimits.local import LocalStack
+from tokenlimits.local import LocalStack, LocalUser
 
 pytest_plugins = ["tests.support.balance"]
 
@@ -46,11 +46,21 @@ def example_stack() -> Iterator[LocalStack]:
         yield stack
 
 
+@pytest.fixture(scope="session")
+def example_session(example_stack: LocalStack) -> tuple[LocalUser, dict[str, str]]:
+    """Somebody who is signed in, and the header that says so."""
+    user = example_stack.create_user("ann@example.com")
+    return user, {"Authorization": f"Bearer {example_stack.access_token(user)}"}
+
+
 @pytest.fixture(autouse=True)
 def names_of_examples(
     request: pytest.FixtureRequest, doctest_namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """`limits`, `groups`, a user in a group with limits, and the group `team`, which nobody is in."""
+    """`limits`, `groups`, a user in a group with limits, and the group `team`, which nobody is in.
+
+    `session` is the client of somebody else in that group, who is signed in.
+    """
     if not isinstance(request.node, pytest.DoctestItem):
         yield
         return
@@ -64,9 +74,12 @@ def names_of_examples(
         (user_id,) = stack.create_users(1)
         everyone = groups.create("Everyone", limits={"image": 100, "video": 20})
         groups.add_member(everyone.id, user_id)
+        user, headers = request.getfixturevalue("example_session")
+        groups.add_member(everyone.id, user.id)
         doctest_namespace |= {
             "limits": TokenLimits(client),
             "groups": groups,
+            "session": Client(stack.url, stack.publishable_key, ClientOptions(httpx_client=http, headers=headers)),
             "user_id": user_id,
             "team": groups.create("Team", limits={"image": 50}),
             "GroupManager": GroupManager,
@@ -74,7 +87,7 @@ def names_of_examples(
             "TokenLimits": TokenLimits,
         }
         if "async" in request.node.name.lower():
-            with async_clients(stack, loop) as clients:
+            with async_clients(stack, loop, headers) as clients:
                 doctest_namespace |= clients
                 yield
         else:
@@ -84,12 +97,14 @@ def names_of_examples(
 
 
 @contextmanager
-def async_clients(stack: LocalStack, loop: asyncio.Runner) -> Iterator[dict[str, Any]]:
+def async_clients(stack: LocalStack, loop: asyncio.Runner, headers: dict[str, str]) -> Iterator[dict[str, Any]]:
     """The same names for the examples of the async classes and functions, in one event loop."""
     http = httpx.AsyncClient(http2=False)
     client = loop.run(create_async_client(stack.url, stack.secret_key, AsyncClientOptions(httpx_client=http)))
+    options = AsyncClientOptions(httpx_client=http, headers=headers)
+    session = loop.run(create_async_client(stack.url, stack.publishable_key, options))
     try:
-        yield {"limits": AsyncTokenLimits(client), "groups": AsyncGroupManager(client)}
+        yield {"limits": AsyncTokenLimits(client), "groups": AsyncGroupManager(client), "session": session}
     finally:
         loop.run(http.aclose())
         if _AsyncDefault.current is not None:  # the client of atrack_generation

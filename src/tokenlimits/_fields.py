@@ -15,7 +15,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, GetPydanticSchema, 
 Text = Annotated[str, Field(strict=True, pattern=r"^[^\x00]*$")]
 """What PostgreSQL's type text can hold: any character but \\0."""
 
-Kind = Annotated[str, Field(strict=True, pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+KIND_PATTERN = r"^[a-z][a-z0-9_]{0,31}$"
+Kind = Annotated[str, Field(strict=True, pattern=KIND_PATTERN)]
 """What is generated."""
 
 Cost = Annotated[StrictInt, Field(ge=1, le=1_000_000_000)]

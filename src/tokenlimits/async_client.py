@@ -20,9 +20,9 @@ from ._drivers.base import DEFAULT_TIMEOUT, AsyncBase
 from ._drivers.coalescing import AsyncCoalescer
 from ._drivers.generations import AsyncGeneration
 from ._drivers.limited import AsyncFunction
-from ._drivers.transport import AsyncTransport
 from .errors import ServiceUnavailable
 from .models import GenerationRequest, OnUnavailable, TrackResult, UserLimit
+from .senders import AsyncSender
 
 __all__ = ["AsyncTokenLimits", "atrack_generation"]
 
@@ -34,7 +34,7 @@ class AsyncTokenLimits(AsyncBase):
 
     Args:
         client: A `supabase.AsyncClient` with the secret (service_role) key. It stays yours: closing this doesn't
-            close it. Without one, see `from_env`.
+            close it. Without one, see `from_env`. Or an `AsyncSender`, which answers calls in a way of its own.
         timeout: Seconds for one call, including its retries.
         on_unavailable: What `track`, `check` and `reserve` do when Supabase can't be reached: `"raise"`
             ServiceUnavailable, `"allow"` the generation (it is not recorded), or `"deny"` it. With `"allow"` no
@@ -54,7 +54,7 @@ class AsyncTokenLimits(AsyncBase):
 
     def __init__(
         self,
-        client: AsyncClient | None = None,
+        client: AsyncClient | AsyncSender | None = None,
         *,
         timeout: float = DEFAULT_TIMEOUT,
         on_unavailable: OnUnavailable = "raise",
@@ -63,8 +63,8 @@ class AsyncTokenLimits(AsyncBase):
     ) -> None:
         super().__init__(client, timeout, schema)
         self._on_unavailable: OnUnavailable = arguments.policy(on_unavailable)
-        self._coalesce = arguments.flag(coalesce, "coalesce")
-        self._travel_by(self._transport)
+        together = arguments.flag(coalesce, "coalesce")
+        self._coalescer = AsyncCoalescer(self._transport.send, self._timeout) if together else None
 
     @classmethod
     def from_env(
@@ -248,6 +248,26 @@ class AsyncTokenLimits(AsyncBase):
             [('image', 0, 100), ('video', 0, 20)]
         """
         return await self._transport.send(workers.usage(user_id))
+
+    async def my_usage(self) -> tuple[UserLimit, ...]:
+        """List every limit that binds the user whose session the client has, with used, remaining and reset_at.
+
+        It takes a client with the access token of a signed-in user, who needs no other right. The secret key is
+        nobody's: `usage` answers it about anybody.
+
+        Returns:
+            What `usage` answers about that user.
+
+        Raises:
+            AccessDenied: The client has no user's session, or one that has ended.
+            ServiceUnavailable: Supabase could not be reached in time.
+
+        Example:
+            >>> mine = AsyncTokenLimits(session)
+            >>> [(limit.kind, limit.remaining) for limit in await mine.my_usage()]
+            [('image', 100), ('video', 20)]
+        """
+        return await self._transport.send(workers.my_usage())
 
     async def reserve(
         self,
@@ -474,14 +494,10 @@ class AsyncTokenLimits(AsyncBase):
         finally:
             await super().aclose()
 
-    def _travel_by(self, transport: AsyncTransport) -> None:
-        self._transport = transport
-        self._coalescer = AsyncCoalescer(transport.send, transport.timeout) if self._coalesce else None
-
     def _open(self, call: Call[TrackResult]) -> AsyncGeneration:
         return AsyncGeneration(call, self._judged, self._settled)
 
-    async def _judged(self, call: Call[TrackResult], by: AsyncCoalescer | AsyncTransport | None = None) -> TrackResult:
+    async def _judged(self, call: Call[TrackResult], by: AsyncCoalescer | AsyncSender | None = None) -> TrackResult:
         try:
             return await (by or self._transport).send(call)
         except ServiceUnavailable as error:

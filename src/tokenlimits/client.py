@@ -20,9 +20,9 @@ from ._drivers.base import DEFAULT_TIMEOUT, Base
 from ._drivers.coalescing import Coalescer
 from ._drivers.generations import Generation
 from ._drivers.limited import Function
-from ._drivers.transport import Transport
 from .errors import ServiceUnavailable
 from .models import GenerationRequest, OnUnavailable, TrackResult, UserLimit
+from .senders import Sender
 
 __all__ = ["TokenLimits", "track_generation"]
 
@@ -34,7 +34,7 @@ class TokenLimits(Base):
 
     Args:
         client: A `supabase.Client` with the secret (service_role) key. It stays yours: closing this doesn't
-            close it. Without one, see `from_env`.
+            close it. Without one, see `from_env`. Or a `Sender`, which answers calls in a way of its own.
         timeout: Seconds for one call, including its retries.
         on_unavailable: What `track`, `check` and `reserve` do when Supabase can't be reached: `"raise"`
             ServiceUnavailable, `"allow"` the generation (it is not recorded), or `"deny"` it. With `"allow"` no
@@ -52,7 +52,7 @@ class TokenLimits(Base):
 
     def __init__(
         self,
-        client: Client | None = None,
+        client: Client | Sender | None = None,
         *,
         timeout: float = DEFAULT_TIMEOUT,
         on_unavailable: OnUnavailable = "raise",
@@ -61,8 +61,8 @@ class TokenLimits(Base):
     ) -> None:
         super().__init__(client, timeout, schema)
         self._on_unavailable: OnUnavailable = arguments.policy(on_unavailable)
-        self._coalesce = arguments.flag(coalesce, "coalesce")
-        self._travel_by(self._transport)
+        together = arguments.flag(coalesce, "coalesce")
+        self._coalescer = Coalescer(self._transport.send, self._timeout) if together else None
 
     @classmethod
     def from_env(
@@ -246,6 +246,26 @@ class TokenLimits(Base):
             [('image', 0, 100), ('video', 0, 20)]
         """
         return self._transport.send(workers.usage(user_id))
+
+    def my_usage(self) -> tuple[UserLimit, ...]:
+        """List every limit that binds the user whose session the client has, with used, remaining and reset_at.
+
+        It takes a client with the access token of a signed-in user, who needs no other right. The secret key is
+        nobody's: `usage` answers it about anybody.
+
+        Returns:
+            What `usage` answers about that user.
+
+        Raises:
+            AccessDenied: The client has no user's session, or one that has ended.
+            ServiceUnavailable: Supabase could not be reached in time.
+
+        Example:
+            >>> mine = TokenLimits(session)
+            >>> [(limit.kind, limit.remaining) for limit in mine.my_usage()]
+            [('image', 100), ('video', 20)]
+        """
+        return self._transport.send(workers.my_usage())
 
     def reserve(
         self,
@@ -470,14 +490,10 @@ class TokenLimits(Base):
         finally:
             super().close()
 
-    def _travel_by(self, transport: Transport) -> None:
-        self._transport = transport
-        self._coalescer = Coalescer(transport.send, transport.timeout) if self._coalesce else None
-
     def _open(self, call: Call[TrackResult]) -> Generation:
         return Generation(call, self._judged, self._settled)
 
-    def _judged(self, call: Call[TrackResult], by: Coalescer | Transport | None = None) -> TrackResult:
+    def _judged(self, call: Call[TrackResult], by: Coalescer | Sender | None = None) -> TrackResult:
         try:
             return (by or self._transport).send(call)
         except ServiceUnavailable as error:

@@ -23,6 +23,7 @@ from .models import (
     HistoryPoint,
     Limit,
     Member,
+    Page,
     Period,
     Reconciliation,
     Scope,
@@ -32,6 +33,7 @@ from .models import (
     UsageSum,
     User,
 )
+from .senders import Sender
 
 __all__ = ["GroupManager"]
 
@@ -45,7 +47,7 @@ class GroupManager(Base):
 
     Args:
         client: A `supabase.Client` with the secret key, or with the session of an admin. It stays yours.
-            Without one, see `from_env`.
+            Without one, see `from_env`. Or a `Sender`, which answers calls in a way of its own.
         timeout: Seconds for one call, including its retries.
         schema: Where tokenlimits is installed, if not in public; by default what `TOKENLIMITS_SCHEMA` in the
             environment or `.env` says on first use. Which schema the client itself uses doesn't matter.
@@ -58,7 +60,11 @@ class GroupManager(Base):
     """
 
     def __init__(
-        self, client: Client | None = None, *, timeout: float = DEFAULT_TIMEOUT, schema: str | None = None
+        self,
+        client: Client | Sender | None = None,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        schema: str | None = None,
     ) -> None:
         super().__init__(client, timeout, schema)
 
@@ -130,8 +136,9 @@ class GroupManager(Base):
         priority: int | None = None,
         timezone: str | None = None,
         is_default: bool | None = None,
+        limits: Limits | None = None,
     ) -> Group:
-        """Change what is not None of a group.
+        """Change what is not None of a group, in one step: an error leaves all as it was.
 
         Another time zone moves the beginning of every period: usage is counted afresh from the ledger.
 
@@ -142,13 +149,15 @@ class GroupManager(Base):
             priority: A user's groups are tried from high to low.
             timezone: An IANA name, in which the calendar periods begin.
             is_default: Users who are in no group have this group's limits. It replaces the previous default.
+            limits: The whole set of limits, as `set_limits` takes it.
 
         Raises:
             GroupExists: Another group has the name.
 
         Example:
-            >>> groups.update(team.id, timezone="Europe/Paris").timezone
-            'Europe/Paris'
+            >>> changed = groups.update(team.id, timezone="Europe/Paris", limits={"image": 20})
+            >>> changed.timezone, changed.limits[0].max
+            ('Europe/Paris', 20)
         """
         return self._transport.send(
             admins.update_group(
@@ -158,6 +167,7 @@ class GroupManager(Base):
                 priority=priority,
                 timezone=timezone,
                 is_default=is_default,
+                limits=limits,
             )
         )
 
@@ -241,7 +251,27 @@ class GroupManager(Base):
             >>> [group.name for group in groups.list(search="tea")]
             ['Team']
         """
-        return self._transport.run(flows.all_groups(search))
+        return self._run(flows.all_groups(search))
+
+    def page(self, *, search: str | None = None, after: str | None = None, size: int = 100) -> Page[Group]:
+        """Read one page of what `list` reads, for an app that shows groups page by page.
+
+        Args:
+            search: A part of the name, whatever its case; all groups when None.
+            after: The `next` of the page before; None for the first page.
+            size: The most groups of the page, up to 200.
+
+        Returns:
+            The groups, and as `next` how the page after it is asked for.
+
+        Example:
+            >>> page = groups.page(size=1)
+            >>> [group.name for group in page], page.next is None
+            (['Everyone'], False)
+            >>> [group.name for group in groups.page(after=page.next)]
+            ['Team']
+        """
+        return self._transport.send(admins.groups_page(search, after, size))
 
     def delete(self, group_id: UUID | str) -> Group:
         """Delete a group with its limits and memberships; the ledger stays. Returns what it was.
@@ -326,7 +356,7 @@ class GroupManager(Base):
             >>> result.added, len(result.refused), result.refused[0].reason
             (1, 1, 'there is no such user')
         """
-        return self._transport.run(flows.add_members(group_id, user_ids, on_progress))
+        return self._run(flows.add_members(group_id, user_ids, on_progress))
 
     def remove_members(
         self, group_id: UUID | str, user_ids: Iterable[UUID | str], *, on_progress: OnProgress | None = None
@@ -345,7 +375,7 @@ class GroupManager(Base):
             >>> groups.remove_members(team.id, [user_id])
             0
         """
-        return self._transport.run(flows.remove_members(group_id, user_ids, on_progress))
+        return self._run(flows.remove_members(group_id, user_ids, on_progress))
 
     def members(self, group_id: UUID | str, *, search: str | None = None) -> Iterator[Member]:
         """Iterate over a group's members in the order of their ids, reading page by page.
@@ -360,7 +390,30 @@ class GroupManager(Base):
             >>> [member.email for member in groups.members(team.id, search="@example.com")]
             []
         """
-        return self._transport.iterate(flows.all_members(group_id, search))
+        return self._iterate(flows.all_members(group_id, search))
+
+    def members_page(
+        self, group_id: UUID | str, *, search: str | None = None, after: str | None = None, size: int = 100
+    ) -> Page[Member]:
+        """Read one page of what `members` iterates over, for an app that shows members page by page.
+
+        Args:
+            group_id: Which group.
+            search: A part of their e-mail address, whatever its case; all members when None.
+            after: The `next` of the page before; None for the first page.
+            size: The most members of the page, up to 500.
+
+        Returns:
+            The members, and as `next` how the page after it is asked for.
+
+        Example:
+            >>> groups.add_member(team.id, user_id)
+            True
+            >>> page = groups.members_page(team.id, size=20)
+            >>> [member.id == user_id for member in page], page.next
+            ([True], None)
+        """
+        return self._transport.send(admins.members_page(group_id, search, after, size))
 
     def find_users(self, email: str) -> builtins.list[User]:
         """Find up to 20 users by a part of their e-mail address, whatever its case.
@@ -384,7 +437,7 @@ class GroupManager(Base):
             >>> groups.find_users_by_email(["nobody@nowhere.example"])
             []
         """
-        return self._transport.run(flows.users_by_email(emails))
+        return self._run(flows.users_by_email(emails))
 
     def usage(self, group_id: UUID | str) -> GroupUsage:
         """Read a group's member count, and of each limit used, remaining, fraction and reset_at.
@@ -405,7 +458,7 @@ class GroupManager(Base):
             >>> "Team" in [usage.group.name for usage in groups.usage_all()]
             True
         """
-        return self._transport.run(flows.all_usage())
+        return self._run(flows.all_usage())
 
     def history(
         self,
@@ -486,7 +539,43 @@ class GroupManager(Base):
             >>> [(total.kind, total.used) for total in groups.export_usage(paid_by.id, bucket="month")]
             [('image', 1)]
         """
-        return self._transport.iterate(flows.exported(reports.export(group_id, user_id, kind, since, until, bucket)))
+        return self._iterate(flows.exported(reports.export(group_id, user_id, kind, since, until, bucket)))
+
+    def export_page(
+        self,
+        group_id: UUID | str | None = None,
+        *,
+        user_id: UUID | str | None = None,
+        kind: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: str | None = None,
+        size: int = 100,
+    ) -> Page[UsageRecord]:
+        """Read one page of the rows that `export_usage` iterates over, for an app that shows them page by page.
+
+        Args:
+            group_id: Only this group; all groups, including deleted ones, when None.
+            user_id: Only this user.
+            kind: Only this kind.
+            since: From this moment on, with a time zone; from the beginning when None.
+            until: Before this moment; up to the moment of the first page when None.
+            after: The `next` of the page before; None for the first page. The other arguments must stay as they were.
+            size: The most rows of the page, up to 2,000; it may have fewer before the last one, even none.
+
+        Returns:
+            The rows, and as `next` how the page after it is asked for.
+
+        Example:
+            >>> tracked = [limits.track(user_id, "image", cost) for cost in (1, 2)]
+            >>> page = groups.export_page(user_id=user_id, size=1)
+            >>> [(usage.kind, usage.cost) for usage in page]
+            [('image', 1)]
+            >>> [usage.cost for usage in groups.export_page(user_id=user_id, after=page.next)]
+            [2]
+        """
+        ledger = reports.ledger(group_id, user_id, kind, since, until)
+        return self._transport.send(ledger.page(after, size))
 
     def top_members(
         self,

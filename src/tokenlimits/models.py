@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, cast
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 from uuid import UUID
 
 from pydantic import (
@@ -46,6 +46,7 @@ __all__ = [
     "Model",
     "Name",
     "OnUnavailable",
+    "Page",
     "Period",
     "Reason",
     "Reconciliation",
@@ -61,6 +62,8 @@ __all__ = [
     "User",
     "UserLimit",
 ]
+
+_T = TypeVar("_T")
 
 Period = Literal["minute", "hour", "day", "week", "month", "lifetime"]
 """Calendar periods begin in the group's time zone, weeks on Monday; lifetime never ends."""
@@ -106,6 +109,25 @@ class _Made(Model):
     """Base of what callers make: a misspelt field would silently be its default, so it is refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class Page(list[_T]):
+    """A part of a longer list; `next` is what to pass as `after` for the part that follows (None: this is the last).
+
+    `next` is opaque: pass it on as it is.
+
+    Example:
+        >>> page = groups.page(size=1)
+        >>> [group.name for group in page], page.next
+        (['Everyone'], 'Everyone')
+        >>> page = groups.page(size=1, after=page.next)
+        >>> [group.name for group in page], page.next
+        (['Team'], None)
+    """
+
+    def __init__(self, items: Iterable[_T] = (), next: str | None = None) -> None:  # noqa: A002  # as the attribute
+        super().__init__(items)
+        self.next = next
 
 
 class GroupRef(Model):

@@ -1261,6 +1261,76 @@ def usage_of_all_groups_page_by_page(world: World) -> None:
             assert [usage.group.name for usage in world.groups.usage_all()] == names
 
 
+@each(one=(1,), two=(2,), three=(3,), more=(7,))
+def pages_of_a_chosen_length(world: World, size: int) -> None:
+    names = ["a", "A2", "b", "B b", "c", "D"]
+    groups = [team(world, {"image": None}, ANN, BOB, CYD, name=name) for name in names]
+    for cost in (1, 2, 3, 4, 5, 6):
+        world.limits.track(ANN, "image", cost, group_id=groups[0])
+        world.wait(seconds=1)
+    last = groups[0]
+    read = [page_by_page(world.groups.page, size=size), page_by_page(world.groups.members_page, last, size=size)]
+    assert [group.name for group in read[0]] == names
+    assert [member.id for member in read[1]] == [ANN, BOB, CYD]
+    for whose in ({"group_id": last}, {"user_id": ANN}):
+        rows = page_by_page(world.groups.export_page, **whose, size=size)
+        assert [usage.cost for usage in rows] == [1, 2, 3, 4, 5, 6]
+    assert [group.name for group in page_by_page(world.groups.page, search="b", size=size)] == ["b", "B b"]
+    found = page_by_page(world.groups.members_page, last, search="@example", size=size)
+    assert [member.id for member in found] == [ANN, BOB]
+    until = world.now - timedelta(seconds=2)
+    rows = page_by_page(world.groups.export_page, last, since=until - timedelta(seconds=2), until=until, size=size)
+    assert [usage.cost for usage in rows] == [3, 4]
+
+
+def page_by_page(read: Callable[..., Any], *args: Any, size: int, **kwargs: Any) -> list[Any]:
+    """Read all pages; the last one says that it is, and of the ledger it may be empty."""
+    pages = [read(*args, size=size, **kwargs)]
+    while pages[-1].next is not None:
+        pages.append(read(*args, size=size, after=pages[-1].next, **kwargs))
+    assert all(len(page) == size for page in pages[:-1])
+    assert len(pages[-1]) <= size
+    return [each for page in pages for each in page]
+
+
+@scenario
+def what_comes_meanwhile_is_on_no_page_of_the_ledger(world: World) -> None:
+    group = team(world, {"image": None})
+    for cost in (1, 2, 3):
+        world.limits.track(ANN, "image", cost)
+        world.wait(seconds=1)
+    first = world.groups.export_page(group, size=2)
+    world.wait(seconds=1)
+    world.limits.track(ANN, "image", 4)
+    rest = world.groups.export_page(group, size=2, after=first.next)
+    assert [usage.cost for usage in (*first, *rest)] == [1, 2, 3]
+    assert rest.next is None
+
+
+@scenario
+def pages_of_nothing(world: World) -> None:
+    assert (world.groups.page(), world.groups.page().next) == ([], None)
+    assert world.groups.export_page() == []
+    group = world.groups.create("Team").id
+    assert world.groups.members_page(group) == []
+    assert refused(GroupNotFound, world.groups.members_page, uuid4()).code == "TL002"
+    assert world.groups.export_page(uuid4()) == []  # it may have been deleted
+
+
+@scenario
+def a_group_is_changed_whole(world: World) -> None:
+    group = team(world, [Limit(kind="image", max=5), Limit(kind="video", max=2)], name="Team")
+    world.limits.track(ANN, "image", 3)
+    team(world, (), BOB, name="Other")
+    changed = world.groups.update(group, name="Crew", priority=7, limits={"image": 4, "audio": None})
+    assert (changed.name, changed.priority) == ("Crew", 7)
+    assert {limit.kind: limit.max for limit in changed.limits} == {"image": 4, "audio": None}
+    assert world.limits.check(ANN, "image").remaining == 1  # what is used stays
+    assert refused(GroupExists, world.groups.update, group, name="other", limits={"image": 100}).code == "TL003"
+    assert world.groups.get(group) == changed  # all or nothing
+    assert world.groups.update(group, limits=()).limits == ()
+
+
 @scenario
 def ids_are_of_their_moment_and_their_group(world: World) -> None:
     group = team(world, {"image": None})

@@ -36,7 +36,7 @@ from tokenlimits import (
 from tokenlimits._core.queue import MAX_WAIT, Flight
 from tokenlimits._core.workers import track_together
 from tokenlimits.local import LocalStack
-from tokenlimits.models import UsageSum
+from tokenlimits.models import Page, UsageSum
 from tokenlimits.testing import FakeAsyncTokenLimits, FakeTokenLimits
 
 Colour = Literal["sync", "async", "batches"]
@@ -126,6 +126,9 @@ class World:
     def _plain(self, value: Any, field: str = "") -> Any:
         if isinstance(value, BaseModel):
             return {type(value).__name__: self._plain(value.model_dump())}
+        if isinstance(value, Page):
+            # what `next` says is each server's own
+            value = {"page": list(value), "is_last": value.next is None}
         if isinstance(value, dict):
             return {key: self._plain(item, key) for key, item in value.items()}
         if isinstance(value, list | tuple):

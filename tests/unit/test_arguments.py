@@ -39,6 +39,7 @@ NAIVE = NOW.replace(tzinfo=None)
 TWICE = [Limit(kind="image", max=1), Limit(kind="image", max=2)]
 
 GOOD: dict[str, Any] = {
+    "after": ID,
     "bucket": "day",
     "cost": 2,
     "count": 3,
@@ -63,6 +64,7 @@ GOOD: dict[str, Any] = {
     "scope": "member",
     "search": "pr",
     "since": NOW,
+    "size": 200,
     "timezone": "Europe/Paris",
     "to": ID,
     "ttl": 600,
@@ -80,6 +82,7 @@ UNREADABLE = "\x01\x1f\x7f\x9f\xad\u061c\u180e\u200b\u200f\u2028\u202e\u2060\u20
 BAD_NAMES = [f"Pro{character}fessional" for character in UNREADABLE]
 BAD_MOMENTS = [NAIVE, "2026-03-01T12:00:00Z", NOW.date(), 1_700_000_000, float("inf")]
 BAD: dict[str, list[Any]] = {
+    "after": BAD_TEXTS,
     "bucket": ["fortnight", "minute", "Day", "", None, 7],
     "cost": [0, -1, 1_000_000_001, 1.0, "1", True, None],
     "count": [0, 1001, 1.0, "1", True, None],
@@ -134,6 +137,7 @@ BAD: dict[str, list[Any]] = {
     "scope": ["world", "", None, 7],
     "search": BAD_TEXTS,
     "since": BAD_MOMENTS,
+    "size": [0, -1, 2_001, 1.0, "1", True, None],
     "timezone": ["", "x" * 65, None, *NO_PLACES, "cet", "LOCALTIME", *BAD_TEXTS],
     "to": BAD_IDS,
     "ttl": [0, -1, 30 * 86_400 + 1, 60.0, "60", True, None],
@@ -147,6 +151,11 @@ BAD: dict[str, list[Any]] = {
 GOOD_HERE: dict[tuple[str, str], list[Any]] = {
     ("commit", "cost"): [0],
     **{(f"{cls}.{name}", "usage_id"): [None] for cls in ("TokenLimits", "AsyncTokenLimits") for name in SETTLEMENTS},
+}
+
+# what one operation alone takes
+GOOD_ALONE: dict[tuple[str, str], Any] = {
+    ("export_page", "after"): '{"p_after": {"id": "0197f0a0-0000-7000-8000-000000000001"}, "p_until": null}'
 }
 
 # what can't be given together: there are no sums of single users
@@ -180,7 +189,7 @@ def good(cls: type, name: str, parameter: str | None = None) -> dict[str, Any]:
     """Give good values to all parameters, or to those that may be given with one."""
     one, other = APART.get(name, (None, None))
     left_out = one if parameter == other else other
-    return {each: GOOD[each] for each in parameters(cls, name) if each != left_out}
+    return {each: GOOD_ALONE.get((name, each), GOOD[each]) for each in parameters(cls, name) if each != left_out}
 
 
 ARGUMENTS = [
@@ -448,7 +457,7 @@ def test_a_name_is_sent_as_it_is_stored() -> None:
     decomposed = "Cafe\u0301 \u05e9\u05dc\u05d5\u05dd \U0001f600"
     for call in (admins.create_group(name=f" {decomposed} "), admins.get_group_by_name(decomposed)):
         assert call.params["p_name"] == "Caf\xe9 \u05e9\u05dc\u05d5\u05dd \U0001f600"
-    assert admins.groups_page("e\u0301", None, 7).params["p_search"] == "\xe9"
+    assert admins.groups_after("e\u0301", None, 7).params["p_search"] == "\xe9"
 
 
 def test_the_oldest_moment() -> None:
@@ -460,6 +469,29 @@ def test_the_oldest_moment() -> None:
 def test_many_requests_are_checked_as_they_are_made() -> None:
     with pytest.raises(ValidationError):
         GenerationRequest(user_id=UUID(ID), kind="image", metadata={"n": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [
+        *(("members_page", bad) for bad in ("", "ann", "Pro")),
+        *(("export_page", bad) for bad in ("", "Pro", ID, "[]", "7", "null", "{}", '{"p_after": {}}', "[" * 100_000)),
+        ("export_page", '{"p_after": {}, "p_until": null, "p_user_id": null}'),
+    ],
+)
+def test_a_page_begins_where_another_of_its_kind_ended(name: str, after: str) -> None:
+    for cls in (GroupManager, AsyncGroupManager):
+        error = refusal(cls, name, {"group_id": ID, "after": after})
+        assert error is not None
+        assert (error.field, error.code) == ("after", "TL001")
+
+
+@pytest.mark.parametrize(("name", "most"), [("page", 200), ("members_page", 500), ("export_page", 2_000)])
+def test_the_longest_page(name: str, most: int) -> None:
+    arguments = good(GroupManager, name)
+    with pytest.raises(Sent):
+        call(GroupManager, name, arguments | {"size": most})
+    assert refusal(GroupManager, name, arguments | {"size": most + 1}) is not None
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e12, "5", None, [5]])

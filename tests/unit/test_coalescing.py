@@ -25,8 +25,8 @@ from tokenlimits._core import queue as _queue
 from tokenlimits._core import workers
 from tokenlimits._core.call import Call
 from tokenlimits._drivers import coalescing, deadline
-from tokenlimits._drivers.transport import AsyncTransport, Transport
 from tokenlimits.errors import AccessDenied, IdempotencyConflict
+from tokenlimits.senders import AsyncSender, Sender
 
 T = TypeVar("T")
 
@@ -105,11 +105,10 @@ class Server:
         return self.charged.total()
 
 
-class Gate(Transport):
+class Gate(Sender):
     """Holds each request until the test has decided about it."""
 
-    def __init__(self, timeout: float) -> None:
-        super().__init__(None, timeout)
+    def __init__(self) -> None:
         self.server = Server()
         self.open = False
         self.closed = 0
@@ -144,9 +143,8 @@ class Threads:
     """Callers in threads, who are known by their costs."""
 
     def __init__(self, timeout: float = LONG, **options: Any) -> None:
-        self.limits = TokenLimits(coalesce=True, timeout=timeout, **options)
-        self.gate = Gate(timeout)
-        self.limits._travel_by(self.gate)
+        self.gate = Gate()
+        self.limits = TokenLimits(self.gate, coalesce=True, timeout=timeout, **options)
         self.threads = ThreadPoolExecutor(100)
 
     def track(self, cost: int, kind: str = "image", **options: Any) -> Future[TrackResult]:
@@ -252,7 +250,7 @@ def struck_at(moment: int) -> bool:
             sys.setprofile(None)
 
     threads.gate.send = send  # type: ignore[method-assign]
-    threads.limits._travel_by(threads.gate)
+    threads.limits = TokenLimits(threads.gate, coalesce=True)
     blow = Blow(moment)
     leader = threading.Thread(target=lead, daemon=True)
     leader.start()
@@ -599,11 +597,10 @@ def _one_then(answers: list[Any]) -> Iterator[Any]:
     raise Strike
 
 
-class AsyncGate(AsyncTransport):
+class AsyncGate(AsyncSender):
     """Holds each request until the test has decided about it."""
 
-    def __init__(self, timeout: float) -> None:
-        super().__init__(None, timeout)
+    def __init__(self) -> None:
         self.server = Server()
         self.open = False
         self.closed = 0
@@ -641,9 +638,8 @@ class Tasks:
     """Callers in tasks, who are known by their costs."""
 
     def __init__(self, timeout: float = LONG, **options: Any) -> None:
-        self.limits = AsyncTokenLimits(coalesce=True, timeout=timeout, **options)
-        self.gate = AsyncGate(timeout)
-        self.limits._travel_by(self.gate)
+        self.gate = AsyncGate()
+        self.limits = AsyncTokenLimits(self.gate, coalesce=True, timeout=timeout, **options)
 
     def track(self, cost: int, kind: str = "image", **options: Any) -> asyncio.Task[TrackResult]:
         return asyncio.get_running_loop().create_task(self.limits.track(ANN, kind, cost, **options))

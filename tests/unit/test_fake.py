@@ -33,6 +33,7 @@ from tokenlimits import (
 from tokenlimits.async_client import _AsyncDefault
 from tokenlimits.client import _Default
 from tokenlimits.errors import AccessDenied, HoldExpired, UnknownUser
+from tokenlimits.senders import Sender
 from tokenlimits.sql_files import one_paste
 from tokenlimits.testing import (
     FakeAsyncGroupManager,
@@ -546,6 +547,77 @@ class TestOverride:
         with override(FakeTokenLimits()) as fake:
             track_generation(ANN, "image", client=mine)
         assert (len(mine.tracked), len(fake.tracked)) == (1, 0)
+
+
+class TestSenders:
+    def test_any_client_can_be_one_of_a_fake(self) -> None:
+        fake = FakeAsyncTokenLimits({"image": 3})
+        clients = [
+            TokenLimits(fake.sender),
+            AsyncTokenLimits(fake.async_sender),
+            TokenLimits(fake.sender, coalesce=True),
+        ]
+        assert [answer(client.track(ANN, "image")).remaining for client in clients] == [2, 1, 0]
+        assert len(fake.tracked) == 3
+        assert [group.name for group in GroupManager(fake.sender).list()] == ["fake"]
+        assert [group.name for group in answer(AsyncGroupManager(fake.async_sender).list())] == ["fake"]
+
+    @pytest.mark.parametrize("cls", [TokenLimits, GroupManager])
+    def test_colours_are_not_mixed(self, cls: type) -> None:
+        with pytest.raises(ConfigurationError, match="client"):
+            cls(FakeTokenLimits().async_sender)
+
+    @pytest.mark.parametrize("cls", [AsyncTokenLimits, AsyncGroupManager])
+    def test_colours_are_not_mixed_in_asyncio(self, cls: type) -> None:
+        with pytest.raises(ConfigurationError, match="client"):
+            cls(FakeTokenLimits().sender)
+
+    def test_closing_a_client_closes_its_sender(self) -> None:
+        class Counting:
+            closed = 0
+
+            def __init__(self, sender: Sender) -> None:
+                self.send = sender.send
+
+            def close(self) -> None:
+                self.closed += 1
+
+        sender = Counting(FakeTokenLimits().sender)
+        with TokenLimits(sender) as limits:
+            assert limits.track(ANN, "image")
+        assert sender.closed == 1
+
+    @pytest.mark.parametrize("make", [FakeTokenLimits, FakeAsyncTokenLimits])
+    @pytest.mark.parametrize("coalesce", [False, True])
+    def test_both_colours_behave_as_the_fake(self, make: type[AnyFake], coalesce: bool) -> None:
+        fake = make({"image": 9}, on_unavailable="deny", coalesce=coalesce)
+        both = fake.in_both_colours()
+        assert fake in both
+        assert [answer(client.track(ANN, "image")).remaining for client in both] == [8, 7]
+        fake.fail(DOWN, times=2)
+        assert [answer(client.track(ANN, "image")).reason for client in both] == ["unavailable"] * 2
+
+
+class TestSession:
+    @pytest.mark.parametrize("make", [FakeTokenLimits, FakeAsyncTokenLimits])
+    def test_is_of_the_user_who_is_signed_in(self, make: type[AnyFake]) -> None:
+        fake = make([Limit(kind="image", max=2, scope="member")])
+        for user in (BOB, str(ANN)):
+            answer(fake.track(ANN, "image"))
+            fake.sign_in(user)
+            assert answer(fake.my_usage()) == answer(fake.usage(user))
+        assert [limit.used for limit in answer(fake.my_usage())] == [2]
+
+    def test_is_nobodys_without_one(self) -> None:
+        fake = FakeTokenLimits({"image": 2})
+        for user in (None, ANN, None):
+            fake.sign_in(user)
+            if user is None:
+                with pytest.raises(AccessDenied, match="nobody is signed in") as raised:
+                    fake.my_usage()
+                assert raised.value.code == "42501"
+        with pytest.raises(InvalidRequest, match="user_id"):
+            fake.sign_in("ann")
 
 
 class TestServer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Generator
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -10,11 +11,10 @@ from uuid import UUID, uuid4
 import pytest
 
 from tokenlimits import InvalidRequest
-from tokenlimits._core import flows, reports
+from tokenlimits._core import admins, flows, reports
 from tokenlimits._core.admins import AddedPage
 from tokenlimits._core.call import Call
-from tokenlimits._core.reports import Page
-from tokenlimits.models import BulkResult, Group, GroupUsage, Member, Refused, UsageRecord, User
+from tokenlimits.models import BulkResult, Group, GroupUsage, Member, Page, Refused, UsageRecord, User
 
 T = TypeVar("T")
 
@@ -138,7 +138,7 @@ def test_members_are_read_until_a_page_is_empty(lengths: list[int]) -> None:
 
     _, calls = drive(flows.all_members(PRO, None), remember)
     assert seen == members
-    assert calls[-1].params == {"p_group_id": str(PRO), "p_after": str(ids[-1]), "p_page_size": flows.MEMBERS_PAGE}
+    assert calls[-1].params == {"p_group_id": str(PRO), "p_after": str(ids[-1]), "p_page_size": admins.MEMBERS_PAGE}
 
 
 def test_members_are_read_page_by_page() -> None:
@@ -229,7 +229,7 @@ def test_the_ledger_is_read_to_its_end_also_through_empty_pages() -> None:
 
     def server(_: Call[Any]) -> Page[UsageRecord]:
         rows, after = next(answers)
-        return Page(rows, {"until": "then", "next": after})
+        return Page(rows, None if after is None else json.dumps({"p_after": after, "p_until": "then"}))
 
     _, calls = drive(flows.exported(reports.ledger(PRO, None, "image", None, None)), server)
     assert all(call.params.items() >= {f"p_{k}": v for k, v in begin.items()}.items() for call in calls)

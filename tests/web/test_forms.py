@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import csv
-import io
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
 from starlette.datastructures import FormData
 
 from tokenlimits import InvalidRequest
 from tokenlimits.errors import GroupExists
-from tokenlimits.models import GroupRef, HistoryPoint, UsageRecord
+from tokenlimits.models import HistoryPoint
 from tokenlimits.web.panel import _charts
-from tokenlimits.web.panel._export import as_csv
 from tokenlimits.web.panel._forms import GroupForm, LimitRow, ids, pasted
 
 
@@ -154,27 +149,3 @@ class TestCharts:
         ]
         found = {trend.kind: (trend.used, trend.change) for trend in _charts.trends(points, self.NOW)}
         assert found == {"image": (15, 50), "video": (1, None)}
-
-
-class TestExport:
-    @pytest.mark.parametrize(
-        "begin", ["=", "+", "-", "@", "\t=", "\r=", "\n=", " =", "\uff1d", "\uff0b", "\uff0d", "\uff20"]
-    )
-    def test_is_csv_that_starts_no_formula(self, begin: str) -> None:
-        record = UsageRecord(
-            id=UUID(int=1), group=GroupRef(id=UUID(int=2)), user_id=UUID(int=3), email=f"{begin}cmd()",
-            kind="image", cost=2,
-            status="committed", idempotency_key="a,b", metadata={"name": "ü"}, created_at=datetime.now(UTC),
-            settled_at=None, expires_at=None,
-        )  # fmt: skip
-
-        async def records() -> AsyncIterator[UsageRecord]:
-            yield record
-
-        async def lines() -> list[str]:
-            return [line async for line in as_csv(records())]
-
-        (row,) = csv.DictReader(io.StringIO("".join(asyncio.run(lines())), newline=""))
-        assert row["email"] == f"'{begin}cmd()"
-        assert row["idempotency_key"] == "a,b"
-        assert row["metadata"] == '{"name": "ü"}'

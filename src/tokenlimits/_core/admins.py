@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 from uuid import UUID
 
 from tokenlimits.errors import GroupNotFound, UnknownUser
-from tokenlimits.models import Group, Limit, Member, Model, Period, Scope, User
+from tokenlimits.models import Group, Limit, Member, Model, Page, Period, Scope, User
 
 from . import arguments
 from .arguments import Id, Limits, parser
 from .call import Call, field_parser
+
+T = TypeVar("T")
+
+GROUPS_PAGE = 200
+"""The most groups of a page."""
+MEMBERS_PAGE = 500
+"""The most members of a page."""
 
 
 class AddedPage(Model):
@@ -89,10 +96,27 @@ def _only(groups: list[Group], what: str) -> Group:
     return groups[0]
 
 
-def groups_page(search: str | None, after: str | None, size: int) -> Call[list[Group]]:
-    """Read the page of groups after a name."""
+def groups_after(search: str | None, after: str | None, size: int) -> Call[list[Group]]:
+    """Read the groups after a name."""
     params = {"p_search": arguments.group_search(search), "p_after": after, "p_page_size": size}
     return Call("find_groups", params, _GROUPS)
+
+
+def groups_page(search: str | None, after: str | None, size: int) -> Call[Page[Group]]:
+    """Read a page of groups, and say whether there are more."""
+    size = arguments.size(size, GROUPS_PAGE)
+    call = groups_after(search, arguments.after(after), size + 1)
+    return _with_one_more(call, size, lambda group: group.name)
+
+
+def _with_one_more(call: Call[list[T]], size: int, cursor: Callable[[T], str]) -> Call[Page[T]]:
+    """Make a page of what a call asks for; one more than that says whether there is another page."""
+
+    def parse(answer: Any) -> Page[T]:
+        rows = call.parse(answer)
+        return Page(rows[:size], cursor(rows[size - 1]) if len(rows) > size else None)
+
+    return Call(call.function, call.params, parse)
 
 
 def delete_group(group_id: Id) -> Call[Group]:
@@ -143,8 +167,15 @@ def move_member(user_id: Id, from_: Id, to: Id) -> Call[bool]:
     return Call("move_group_member", params, _MOVED, retry_safe=False)
 
 
-def members_page(group_id: Id, search: str | None, after: Id | None, size: int) -> Call[list[Member]]:
-    """Read the page of members after a user id."""
+def members_page(group_id: Id, search: str | None, after: str | None, size: int) -> Call[Page[Member]]:
+    """Read a page of members, and say whether there are more."""
+    size = arguments.size(size, MEMBERS_PAGE)
+    call = members_after(group_id, search, arguments.optional_id(after, "after"), size + 1)
+    return _with_one_more(call, size, lambda member: str(member.id))
+
+
+def members_after(group_id: Id, search: str | None, after: Id | None, size: int) -> Call[list[Member]]:
+    """Read the members after a user id."""
     params = {
         **_group_id(group_id),
         "p_after": None if after is None else str(after),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import time
@@ -13,7 +14,7 @@ from uuid import UUID
 
 from pydantic import Field, StrictBool, StrictInt, TypeAdapter, ValidationError
 
-from tokenlimits._fields import composed
+from tokenlimits._fields import KIND_PATTERN, composed
 from tokenlimits.errors import InvalidRequest
 from tokenlimits.models import (
     Bucket,
@@ -80,7 +81,7 @@ def checked(parse: Callable[[Any], T], value: object, field: str = "") -> T:
 
 # in words, what the patterns of the models say
 _PATTERNS = {
-    r"^[a-z][a-z0-9_]{0,31}$": "must be of a to z, 0 to 9 and _, begin with a letter, and have at most 32 characters",
+    KIND_PATTERN: "must be of a to z, 0 to 9 and _, begin with a letter, and have at most 32 characters",
     r"^[^\x00]*$": "must not have the character \\0",
 }
 
@@ -176,6 +177,29 @@ def emails(values: Iterable[str]) -> list[str]:
 def count(value: int) -> int:
     """Check how many are asked for."""
     return checked(_COUNT, value, "count")
+
+
+def size(value: int, most: int) -> int:
+    """Check how long a page is to be."""
+    return checked(parser(Annotated[StrictInt, Field(ge=1, le=most)]), value, "size")
+
+
+def after(value: str | None) -> str | None:
+    """Check where a page begins that is sorted by text, or None: at the beginning."""
+    return None if value is None else checked(_TEXT, value, "after")
+
+
+def cursor(value: str | None) -> Mapping[str, Any]:
+    """Read where a page begins, and which rows it is about; nothing for None."""
+    if value is None:
+        return {}
+    try:
+        read: Any = json.loads(value)
+    except (RecursionError, TypeError, ValueError):
+        read = None
+    if not isinstance(read, dict) or read.keys() != {"p_after", "p_until"}:
+        raise refused("after", "must be the `next` of the page before", value)
+    return cast("Mapping[str, Any]", read)
 
 
 def search(value: str | None) -> str | None:

@@ -8,11 +8,11 @@ from typing import Any, Generic, TypeVar
 
 from .arguments import parser
 
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Call(Generic[T]):
+class Call(Generic[T_co]):
     """One request to PostgREST.
 
     `retry_safe`: sending it again after a lost answer leaves the same state, and the second answer is still useful (it
@@ -21,7 +21,7 @@ class Call(Generic[T]):
 
     function: str
     params: Mapping[str, Any]
-    parse: Callable[[Any], T]
+    parse: Callable[[Any], T_co]
     retry_safe: bool = True
 
 

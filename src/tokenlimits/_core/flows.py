@@ -6,13 +6,13 @@ from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
-from tokenlimits.models import BulkResult, Group, GroupUsage, Member, Refused, User
+from tokenlimits.models import BulkResult, Group, GroupUsage, Member, Page, Refused, User
 
 from . import admins, arguments, reports
 from .admins import AddedPage
 from .arguments import Id
 from .call import Call
-from .reports import Export, Page
+from .reports import Export
 
 T = TypeVar("T")
 
@@ -27,10 +27,7 @@ OnProgress = Callable[[int, int], object]
 
 # 5,000 ids are 200 kB of JSON and well under a second of SQL; Supabase ends a statement after 8 s
 CHUNK = 5_000
-GROUPS_PAGE = 200
 USAGE_PAGE = 1_000
-MEMBERS_PAGE = 500
-EXPORT_PAGE = 2_000
 
 
 def all_groups(search: str | None) -> Flow[list[Group]]:
@@ -38,7 +35,7 @@ def all_groups(search: str | None) -> Flow[list[Group]]:
     groups: list[Group] = []
     after = None
     # a short page needn't be the last, as servers may limit the size of an answer
-    while page := (yield admins.groups_page(search, after, GROUPS_PAGE)):
+    while page := (yield admins.groups_after(search, after, admins.GROUPS_PAGE)):
         groups += page
         after = page[-1].name
     return groups
@@ -65,17 +62,19 @@ def all_members(group_id: Id, search: str | None) -> Pages[Member]:
 
 def _member_pages(group_id: str, search: str | None) -> Pages[Member]:
     after = None
-    while page := (yield admins.members_page(group_id, search, after, MEMBERS_PAGE)):
+    while page := (yield admins.members_after(group_id, search, after, admins.MEMBERS_PAGE)):
         after = page[-1].id
 
 
 def exported(export: Export[T]) -> Pages[T]:
     """Read an export, page by page."""
-    page: Page[T] | None = None
-    # an empty page needn't be the last: perhaps none of its rows matched
-    while page is None or page.next is not None:
-        answer = yield export.page(page, EXPORT_PAGE)
-        page = cast("Page[T]", answer)
+    after = None
+    while True:
+        page = cast("Page[T]", (yield export.page(after, reports.EXPORT_PAGE)))
+        # an empty page needn't be the last: perhaps none of its rows matched
+        after = page.next
+        if after is None:
+            return
 
 
 def users_by_email(emails: Iterable[str]) -> Flow[list[User]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,7 +11,16 @@ from typing import Any, Generic, TypeVar
 from pydantic import AwareDatetime
 
 from tokenlimits.errors import InvalidRequest
-from tokenlimits.models import Bucket, GroupUsage, HistoryPoint, Reconciliation, TopMember, UsageRecord, UsageSum
+from tokenlimits.models import (
+    Bucket,
+    GroupUsage,
+    HistoryPoint,
+    Page,
+    Reconciliation,
+    TopMember,
+    UsageRecord,
+    UsageSum,
+)
 
 from . import arguments
 from .arguments import Id, parser
@@ -27,13 +37,8 @@ _HISTORY = parser(list[HistoryPoint])
 _RESET_AT = field_parser("reset_at", AwareDatetime)
 
 
-class Page(list[T]):
-    """A page of an export; `next` has the parameters of the next page (None: this is the last)."""
-
-    def __init__(self, rows: list[T], answer: Any) -> None:
-        super().__init__(rows)
-        after, until = answer["next"], answer["until"]
-        self.next: Mapping[str, Any] | None = None if after is None else {"p_after": after, "p_until": until}
+EXPORT_PAGE = 2_000
+"""The most rows of a page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +49,15 @@ class Export(Generic[T]):
     params: Mapping[str, Any]
     parse: Callable[[Any], list[T]]
 
-    def page(self, before: Page[T] | None, size: int) -> Call[list[T]]:
-        """Read the page after another."""
-        after = before.next if before is not None else None
-        params = {**self.params, **(after or {}), "p_page_size": size}
-        return Call(self.function, params, lambda answer: Page(self.parse(answer["rows"]), answer))
+    def page(self, after: str | None, size: int) -> Call[Page[T]]:
+        """Read the first page, or the one that another's `next` names."""
+        size = arguments.size(size, EXPORT_PAGE)
+        return Call(self.function, {**self.params, **arguments.cursor(after), "p_page_size": size}, self._page)
+
+    def _page(self, answer: Any) -> Page[T]:
+        # until: what is recorded meanwhile must not come into the pages that follow
+        place = {"p_after": answer["next"], "p_until": answer["until"]}
+        return Page(self.parse(answer["rows"]), None if answer["next"] is None else json.dumps(place))
 
 
 def export(

@@ -101,6 +101,11 @@ def usage(user_id: Id) -> Call[tuple[UserLimit, ...]]:
     return Call("user_generation_usage", {"p_user_id": arguments.id_(user_id, "user_id")}, _USER_LIMITS)
 
 
+def my_usage() -> Call[tuple[UserLimit, ...]]:
+    """List every limit that binds the user who is signed in."""
+    return Call("my_generation_usage", {}, _USER_LIMITS)
+
+
 def reserve(
     user_id: Id,
     kind: str,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import AsyncIterator, Iterator
+from typing import Self, TypeVar
 
 from supabase import AsyncClient, Client
 
+from tokenlimits._core.flows import Flow, Pages
 from tokenlimits.errors import ConfigurationError
+from tokenlimits.senders import AsyncSender, Sender
 from tokenlimits.settings import named_schema
 
 from .transport import AsyncTransport, Transport
+
+T = TypeVar("T")
 
 DEFAULT_TIMEOUT = 10.0
 """Seconds for one call, including its retries."""
@@ -27,17 +32,22 @@ def _checked_schema(schema: object) -> str | None:
     return None if schema is None else named_schema(schema)
 
 
-def _shown(client: object, transport: Transport | AsyncTransport) -> str:
-    return f"<{type(client).__name__} of {transport.place()}, timeout {transport.timeout:g} s>"
+def _shown(client: object, sender: Sender | AsyncSender, timeout: float) -> str:
+    place = sender.place() if isinstance(sender, Transport | AsyncTransport) else repr(sender)
+    return f"<{type(client).__name__} of {place}, timeout {timeout:g} s>"
 
 
 class Base:
-    """Holds the transport; a context manager that closes its connections."""
+    """Holds what sends calls; a context manager that closes its connections."""
 
     def __init__(self, client: object, timeout: float, schema: object = None) -> None:
-        if not isinstance(client, Client | None):
+        self._timeout, schema = _checked_timeout(timeout), _checked_schema(schema)
+        if isinstance(client, Client | None):
+            self._transport: Sender = Transport(client, self._timeout, schema=schema)
+        elif isinstance(client, Sender):
+            self._transport = client
+        else:
             raise ConfigurationError(f"client: must be a supabase.Client (got {type(client).__name__})")
-        self._transport = Transport(client, _checked_timeout(timeout), schema=_checked_schema(schema))
 
     def close(self) -> None:
         """Close the connections that were made here; a client that you passed in stays open.
@@ -47,8 +57,28 @@ class Base:
         """
         self._transport.close()
 
+    def _run(self, flow: Flow[T]) -> T:
+        """Run an operation of several calls."""
+        try:
+            call = next(flow)
+            while True:
+                call = flow.send(self._transport.send(call))
+        except StopIteration as end:
+            return end.value
+
+    def _iterate(self, pages: Pages[T]) -> Iterator[T]:
+        """Yield the items of page after page."""
+        try:
+            call = next(pages)
+            while True:
+                page = self._transport.send(call)
+                yield from page
+                call = pages.send(page)
+        except StopIteration:
+            return
+
     def __repr__(self) -> str:
-        return _shown(self, self._transport)
+        return _shown(self, self._transport, self._timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -58,19 +88,44 @@ class Base:
 
 
 class AsyncBase:
-    """Holds the transport; an async context manager that closes its connections."""
+    """Holds what sends calls; an async context manager that closes its connections."""
 
     def __init__(self, client: object, timeout: float, schema: object = None) -> None:
-        if not isinstance(client, AsyncClient | None):
+        self._timeout, schema = _checked_timeout(timeout), _checked_schema(schema)
+        if isinstance(client, AsyncClient | None):
+            self._transport: AsyncSender = AsyncTransport(client, self._timeout, schema=schema)
+        elif isinstance(client, AsyncSender):
+            self._transport = client
+        else:
             raise ConfigurationError(f"client: must be a supabase.AsyncClient (got {type(client).__name__})")
-        self._transport = AsyncTransport(client, _checked_timeout(timeout), schema=_checked_schema(schema))
 
     async def aclose(self) -> None:
         """Close the connections that were made here; a client that you passed in stays open."""
         await self._transport.aclose()
 
+    async def _run(self, flow: Flow[T]) -> T:
+        """Run an operation of several calls."""
+        try:
+            call = next(flow)
+            while True:
+                call = flow.send(await self._transport.send(call))
+        except StopIteration as end:
+            return end.value
+
+    async def _iterate(self, pages: Pages[T]) -> AsyncIterator[T]:
+        """Yield the items of page after page."""
+        try:
+            call = next(pages)
+            while True:
+                page = await self._transport.send(call)
+                for item in page:
+                    yield item
+                call = pages.send(page)
+        except StopIteration:
+            return
+
     def __repr__(self) -> str:
-        return _shown(self, self._transport)
+        return _shown(self, self._transport, self._timeout)
 
     async def __aenter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,8 +19,8 @@ from tenacity import AsyncRetrying, Retrying
 
 from tokenlimits._core import answers, retry
 from tokenlimits._core.call import Call
-from tokenlimits._core.flows import Flow, Pages
 from tokenlimits.errors import ConfigurationError, SchemaNotInstalled, ServiceUnavailable
+from tokenlimits.senders import AsyncSender, Sender
 from tokenlimits.settings import Settings, load
 
 from . import sessions
@@ -84,7 +84,7 @@ class _Own(NamedTuple):
     use: sessions.Use
 
 
-class Transport:
+class Transport(Sender):
     """Sends calls from any thread; handles forks; closes what it has made."""
 
     def __init__(
@@ -121,26 +121,6 @@ class Transport:
         if call.function != answers.version().function and self._is_installed(deadline):
             raise answers.outdated(call.function, missing) from missing
         raise missing
-
-    def run(self, flow: Flow[T]) -> T:
-        """Run an operation of several calls."""
-        try:
-            call = next(flow)
-            while True:
-                call = flow.send(self.send(call))
-        except StopIteration as end:
-            return end.value
-
-    def iterate(self, pages: Pages[T]) -> Iterator[T]:
-        """Yield the items of page after page."""
-        try:
-            call = next(pages)
-            while True:
-                page = self.send(call)
-                yield from page
-                call = pages.send(page)
-        except StopIteration:
-            return
 
     def close(self) -> None:
         """Close the connections that this has made, as soon as no call is on them."""
@@ -220,7 +200,7 @@ class _OfLoop(NamedTuple):
     use: sessions.Use
 
 
-class AsyncTransport:
+class AsyncTransport(AsyncSender):
     """Sends calls from any event loop; closes what it has made, at the latest when the loop ends."""
 
     def __init__(
@@ -255,27 +235,6 @@ class AsyncTransport:
         if call.function != answers.version().function and await self._is_installed(deadline):
             raise answers.outdated(call.function, missing) from missing
         raise missing
-
-    async def run(self, flow: Flow[T]) -> T:
-        """Run an operation of several calls."""
-        try:
-            call = next(flow)
-            while True:
-                call = flow.send(await self.send(call))
-        except StopIteration as end:
-            return end.value
-
-    async def iterate(self, pages: Pages[T]) -> AsyncIterator[T]:
-        """Yield the items of page after page."""
-        try:
-            call = next(pages)
-            while True:
-                page = await self.send(call)
-                for item in page:
-                    yield item
-                call = pages.send(page)
-        except StopIteration:
-            return
 
     async def aclose(self) -> None:
         """Close the connections that this has made in this loop, as soon as no call is on them."""

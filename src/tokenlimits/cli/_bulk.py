@@ -15,7 +15,7 @@ from typing import IO, Annotated, TypeVar
 
 import typer
 
-from tokenlimits._csv import guarded
+from tokenlimits import ledger_csv
 
 from ._find import as_id
 from ._terminal import Problem, note, plain, print_json, progress, say
@@ -171,7 +171,9 @@ def report(outcome: Outcome, file: Path | None, *, as_json: bool) -> None:
         return
     if file is not None:
         with file.open("w", encoding="utf-8", newline="") as text:
-            csv.writer(text).writerows([("line", "what", "reason"), *_report_rows(outcome)])
+            text.write(ledger_csv.line(("line", "what", "reason")))
+            for line, reason in outcome.refused:
+                text.write(ledger_csv.line((line.number, str(line), reason)))
         note(f"The refused lines are in {file}.")
     elif not as_json:
         for line, reason in outcome.refused[:_SHOWN]:
@@ -179,8 +181,3 @@ def report(outcome: Outcome, file: Path | None, *, as_json: bool) -> None:
         if len(outcome.refused) > _SHOWN:
             note(f"and {len(outcome.refused) - _SHOWN:,} more: pass --report FILE to get them all")
     raise typer.Exit(1)
-
-
-def _report_rows(outcome: Outcome) -> Iterator[tuple[int, object, str]]:
-    for line, reason in outcome.refused:
-        yield line.number, guarded(str(line)), reason

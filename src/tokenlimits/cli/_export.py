@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -13,8 +12,8 @@ from typing import IO, Annotated, Any, Literal
 
 import typer
 
-from tokenlimits._csv import guarded
-from tokenlimits.models import Bucket, UsageRecord, UsageSum
+from tokenlimits import ledger_csv
+from tokenlimits.models import Bucket, UsageSum
 
 from ._find import find_group, find_user, manager
 from ._options import GroupOption, KindOption, Since, Until
@@ -23,21 +22,6 @@ from ._terminal import Problem, counted, err, note, progress, zone_of
 Format = Literal["csv", "jsonl"]
 Row = dict[str, Any]
 
-_LEDGER = (
-    "id",
-    "created_at",
-    "group_id",
-    "group",
-    "user_id",
-    "email",
-    "kind",
-    "cost",
-    "status",
-    "idempotency_key",
-    "metadata",
-    "settled_at",
-    "expires_at",
-)
 _SUMS = ("group_id", "group", "bucket", "kind", "used", "generations")
 
 
@@ -79,10 +63,10 @@ def export(
         if by is None:
             user_id = find_user(groups, user) if user is not None else None
             found = groups.export_usage(group_id, user_id=user_id, kind=kind, since=since, until=until)
-            written = _write(file, format_, _LEDGER, map(_row, found))
+            written = _write(file, format_, ledger_csv.COLUMNS, map(ledger_csv.row, found))
         else:
             sums = groups.export_usage(group_id, kind=kind, since=since, until=until, bucket=by)
-            written = _write(file, format_, _SUMS, map(_row, sums))
+            written = _write(file, format_, _SUMS, map(_sum, sums))
     if output is not None or err.is_terminal:
         note(counted(written, "row") + (f" in {output}." if output is not None else "."))
 
@@ -111,35 +95,24 @@ def _opened(output: Path | None) -> Generator[IO[str]]:
             unfinished.unlink(missing_ok=True)
 
 
-def _row(usage: UsageRecord | UsageSum) -> Row:
-    row = usage.model_dump(mode="json")
-    if isinstance(usage, UsageSum):
-        # in the group's own time zone: in UTC, its November may begin in October
-        row["bucket"] = usage.bucket.astimezone(zone_of(usage.timezone)).isoformat()
-    return {**row, "group_id": row["group"]["id"], "group": row["group"]["name"]}
+def _sum(total: UsageSum) -> Row:
+    # in the group's own time zone: in UTC, its November may begin in October
+    bucket = total.bucket.astimezone(zone_of(total.timezone)).isoformat()
+    numbers = {"bucket": bucket, "kind": total.kind, "used": total.used, "generations": total.generations}
+    return {"group_id": str(total.group.id), "group": total.group.name, **numbers}
 
 
 def _write(file: IO[str], format_: Format, columns: tuple[str, ...], rows: Iterator[Row]) -> int:
     # rows and a progress bar in one terminal would garble each other
     bar, task = progress("Exporting", None, hidden=file.isatty())
-    write = csv.writer(file, lineterminator="\n").writerow
     count = 0
     with bar:
         # write nothing before the first page has arrived: after an error, a lone header would look like no usage
         first = list(islice(rows, 1))
         if format_ == "csv":
-            write(columns)
+            file.write(ledger_csv.line(columns))
         for count, row in enumerate(chain(first, rows), 1):
-            if format_ == "csv":
-                write([_cell(row[column]) for column in columns])
-            else:
-                file.write(json.dumps({column: row[column] for column in columns}) + "\n")
+            file.write(ledger_csv.line(row.values()) if format_ == "csv" else json.dumps(row) + "\n")
             if count % 1000 == 0:
                 bar.update(task, completed=count)
     return count
-
-
-def _cell(value: object) -> object:
-    if isinstance(value, dict):
-        return json.dumps(value) if value else ""
-    return guarded(value)

@@ -15,8 +15,8 @@ from uuid import UUID
 import typer
 
 from tokenlimits import GenerationDenied, GroupManager, InvalidRequest, TokenLimits
-from tokenlimits._csv import unguarded
 from tokenlimits.errors import GroupNotFound, IdempotencyConflict, UnknownUser
+from tokenlimits.ledger_csv import unguarded
 
 from ._bulk import Line, Outcome, Report, Source, StartLine, at_once, in_parts, report, source
 from ._find import find_group, manager, resolve, worker

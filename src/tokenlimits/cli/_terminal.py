@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, tzinfo
 from typing import Any, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -18,12 +18,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from tokenlimits.levels import Level, level
+
 # wide enough that no table wraps in a pipe or a file
 _WIDE = 240
 _BAR = 20
 NARROW = 100
 """Columns; narrower terminals get shorter tables."""
 _NARROW_BAR = 4
+_COLOURS: Mapping[Level, str] = {"none": "green", "ok": "green", "warn": "yellow", "full": "red"}
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -205,8 +208,7 @@ def countdown(until: datetime | None, now: datetime) -> str:
 
 def colour(fraction: float | None) -> str:
     """Choose green, yellow or red for the used fraction of a limit."""
-    used = fraction or 0
-    return "green" if used < 0.7 else "yellow" if used < 0.9 else "red"
+    return _COLOURS[level(fraction)]
 
 
 class Bar:

@@ -1,5 +1,4 @@
-"""The real clients over a transport that asks the engine instead of Supabase."""
-# ruff: noqa: SLF001  # fakes share an engine, which is nobody else's business
+"""The real clients over senders that ask the engine instead of Supabase."""
 
 from __future__ import annotations
 
@@ -16,12 +15,12 @@ from tokenlimits._core import arguments
 from tokenlimits._core.arguments import Limits
 from tokenlimits._core.call import Call
 from tokenlimits._drivers.base import DEFAULT_TIMEOUT
-from tokenlimits._drivers.transport import AsyncTransport, Transport
 from tokenlimits.async_client import AsyncTokenLimits, _AsyncDefault
 from tokenlimits.async_groups import AsyncGroupManager
 from tokenlimits.client import TokenLimits, _Default
 from tokenlimits.groups import GroupManager
 from tokenlimits.models import GroupRef, Model, OnUnavailable, Status
+from tokenlimits.senders import AsyncSender, Sender
 
 from ._engine import Engine
 
@@ -44,13 +43,9 @@ class TrackedUsage(Model):
     expires_at: AwareDatetime | None
 
 
-class _FakeTransport(Transport):
+class _Asks(Sender):
     def __init__(self, engine: Engine) -> None:
-        super().__init__(None, DEFAULT_TIMEOUT)
         self._engine = engine
-
-    def place(self) -> str:
-        return f"{len(self._engine.ledger)} generations in memory"
 
     def send(self, call: Call[T], timeout: float | None = None) -> T:  # noqa: ARG002  # nothing takes any time here
         return call.parse(self._engine.answer(call.function, call.params))
@@ -58,14 +53,13 @@ class _FakeTransport(Transport):
     def close(self) -> None:
         pass
 
+    def __repr__(self) -> str:
+        return repr(self._engine)
 
-class _AsyncFakeTransport(AsyncTransport):
+
+class _AsyncAsks(AsyncSender):
     def __init__(self, engine: Engine) -> None:
-        super().__init__(None, DEFAULT_TIMEOUT)
         self._engine = engine
-
-    def place(self) -> str:
-        return f"{len(self._engine.ledger)} generations in memory"
 
     async def send(self, call: Call[T]) -> T:
         await asyncio.sleep(0)  # others get their turn, as while a real call is on its way
@@ -74,11 +68,39 @@ class _AsyncFakeTransport(AsyncTransport):
     async def aclose(self) -> None:
         pass
 
+    def __repr__(self) -> str:
+        return repr(self._engine)
+
 
 class _Controls:
     """What a test does with a fake of either colour."""
 
     _engine: Engine
+
+    @property
+    def sender(self) -> Sender:
+        """What answers calls of this fake, for other clients: `GroupManager(fake.sender)`.
+
+        Example:
+            >>> from tokenlimits import GroupManager
+            >>> fake = FakeTokenLimits({"image": 2})
+            >>> [group.name for group in GroupManager(fake.sender).list()]
+            ['fake']
+        """
+        return _Asks(self._engine)
+
+    @property
+    def async_sender(self) -> AsyncSender:
+        """What answers calls of this fake, for other async clients.
+
+        Example:
+            >>> from tokenlimits import AsyncTokenLimits
+            >>> fake = FakeTokenLimits({"image": 2})
+            >>> limits = AsyncTokenLimits(fake.async_sender, coalesce=True)
+            >>> asyncio.run(limits.track("a5f40000-0000-4000-8000-000000000001", "image")).remaining
+            1
+        """
+        return _AsyncAsks(self._engine)
 
     @property
     def now(self) -> datetime:
@@ -115,6 +137,20 @@ class _Controls:
         """
         with self._engine.lock:
             self._engine.failures.extend([error] * times)
+
+    def sign_in(self, user_id: UUID | str | None) -> None:
+        """Let it be a user's session, which `my_usage` answers for; None: the secret key's, as in the beginning.
+
+        Whose session it is decides nothing else here.
+
+        Example:
+            >>> fake = FakeTokenLimits({"image": 2})
+            >>> fake.sign_in("a5f40000-0000-4000-8000-000000000001")
+            >>> [(limit.kind, limit.remaining) for limit in fake.my_usage()]
+            [('image', 2)]
+        """
+        with self._engine.lock:
+            self._engine.signed_in = arguments.optional_id(user_id, "user_id")
 
     @property
     def tracked(self) -> tuple[TrackedUsage, ...]:
@@ -180,8 +216,8 @@ class FakeTokenLimits(_Controls, TokenLimits):
         coalesce: bool = False,
         schema: str | None = None,
     ) -> None:
-        super().__init__(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema)
-        self._use(_make_engine(limits, users))
+        self._engine = _make_engine(limits, users)
+        super().__init__(self.sender, timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema)
 
     @property
     def groups(self) -> FakeGroupManager:
@@ -195,9 +231,18 @@ class FakeTokenLimits(_Controls, TokenLimits):
         """
         return FakeGroupManager(self)
 
-    def _use(self, engine: Engine) -> None:
-        self._engine = engine
-        self._travel_by(_FakeTransport(engine))
+    def in_both_colours(self) -> tuple[TokenLimits, AsyncTokenLimits]:
+        """Return this and an async client of the same fake, which behave alike; `override` takes both.
+
+        Example:
+            >>> limits, async_limits = FakeTokenLimits({"image": 2}).in_both_colours()
+            >>> limits.track("a5f40000-0000-4000-8000-000000000001", "image").remaining
+            1
+            >>> asyncio.run(async_limits.track("a5f40000-0000-4000-8000-000000000001", "image")).remaining
+            0
+        """
+        coalesce = self._coalescer is not None
+        return self, AsyncTokenLimits(self.async_sender, on_unavailable=self._on_unavailable, coalesce=coalesce)
 
 
 class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
@@ -230,8 +275,10 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
         coalesce: bool = False,
         schema: str | None = None,
     ) -> None:
-        super().__init__(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema)
-        self._use(_make_engine(limits, users))
+        self._engine = _make_engine(limits, users)
+        super().__init__(
+            self.async_sender, timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema
+        )
 
     @property
     def groups(self) -> FakeAsyncGroupManager:
@@ -244,9 +291,10 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
         """
         return FakeAsyncGroupManager(self)
 
-    def _use(self, engine: Engine) -> None:
-        self._engine = engine
-        self._travel_by(_AsyncFakeTransport(engine))
+    def in_both_colours(self) -> tuple[TokenLimits, AsyncTokenLimits]:
+        """Return a sync client of the same fake, which behaves alike, and this; see `FakeTokenLimits`."""
+        coalesce = self._coalescer is not None
+        return TokenLimits(self.sender, on_unavailable=self._on_unavailable, coalesce=coalesce), self
 
 
 AnyFake = FakeTokenLimits | FakeAsyncTokenLimits
@@ -266,8 +314,7 @@ class FakeGroupManager(GroupManager):
     """
 
     def __init__(self, fake: AnyFake) -> None:
-        super().__init__()
-        self._transport = _FakeTransport(fake._engine)
+        super().__init__(fake.sender)
 
 
 class FakeAsyncGroupManager(AsyncGroupManager):
@@ -278,8 +325,7 @@ class FakeAsyncGroupManager(AsyncGroupManager):
     """
 
     def __init__(self, fake: AnyFake) -> None:
-        super().__init__()
-        self._transport = _AsyncFakeTransport(fake._engine)
+        super().__init__(fake.async_sender)
 
 
 @contextmanager
@@ -300,12 +346,8 @@ def override(fake: F) -> Generator[F]:
         >>> len(fake.tracked)
         1
     """
-    sync, asynchronous = FakeTokenLimits(coalesce=fake._coalesce), FakeAsyncTokenLimits(coalesce=fake._coalesce)
-    for twin in (sync, asynchronous):
-        twin._use(fake._engine)
-        twin._on_unavailable = fake._on_unavailable
     before = _Default.current, _AsyncDefault.current
-    _Default.current, _AsyncDefault.current = sync, asynchronous
+    _Default.current, _AsyncDefault.current = fake.in_both_colours()
     try:
         yield fake
     finally:

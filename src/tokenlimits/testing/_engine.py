@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from threading import RLock
 from typing import Any
 
+from tokenlimits._refusals import refusal
 from tokenlimits.sql_files import SCHEMA_VERSION
 
 from ._admin import AdminFunctions
@@ -27,6 +28,7 @@ class Engine(HoldFunctions, AdminFunctions, ReportFunctions):
         super().__init__(users)
         self.lock = RLock()
         self.failures: deque[Exception] = deque()
+        self.signed_in: str | None = None
         group = self.save_group(p_name=GROUP_NAME, p_is_default=True, p_limits=limits or [])
         self._group(group["id"]).unlimited = limits is None
 
@@ -36,6 +38,16 @@ class Engine(HoldFunctions, AdminFunctions, ReportFunctions):
             if self.failures:
                 raise self.failures.popleft()
             return getattr(self, function)(**params)
+
+    def __repr__(self) -> str:
+        return f"{len(self.ledger)} generations in memory"
+
+    def my_generation_usage(self) -> list[Json]:
+        """List every limit that binds the user who is signed in."""
+        if self.signed_in is None:
+            hint = "Send the user's access token."
+            raise refusal(403, {"code": "42501", "message": "nobody is signed in", "hint": hint})
+        return self.user_generation_usage(self.signed_in)
 
     def tokenlimits_version(self) -> Json:
         """Tell the version of the SQL that this behaves like."""

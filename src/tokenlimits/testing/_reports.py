@@ -37,8 +37,9 @@ class ReportFunctions(State):
             for usage in self._between(p_group_id, p_kind, p_since, until)
             if p_user_id in (None, usage.user_id) and _key(usage, p_user_id) > after
         ]
-        page = sorted(usages, key=lambda usage: _key(usage, p_user_id))[: min(max(p_page_size, 1), 5000)]
-        last = _key(page[-1], p_user_id) if len(page) < len(usages) else None
+        size = min(max(p_page_size, 1), 5000)
+        page = sorted(usages, key=lambda usage: _key(usage, p_user_id))[:size]
+        last = _key(page[-1], p_user_id) if len(page) == size else None
         return {
             "rows": [self._row(usage) for usage in page],
             "until": until.isoformat(),

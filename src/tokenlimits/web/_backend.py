@@ -6,7 +6,7 @@ import asyncio
 import hmac
 from collections.abc import AsyncGenerator, Mapping
 from datetime import datetime
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 from urllib.parse import urlencode
 from uuid import UUID
 
@@ -15,46 +15,12 @@ from pydantic import AwareDatetime, BaseModel, RootModel, ValidationError
 from supabase import AsyncClient, AsyncClientOptions
 
 from tokenlimits import AsyncGroupManager, AsyncTokenLimits, ConfigurationError, ServiceUnavailable
-from tokenlimits._core import admins, call, reports
-from tokenlimits._core.arguments import parser
-from tokenlimits._drivers.transport import until_loop_ends
 from tokenlimits.errors import AccessDenied
-from tokenlimits.models import Group, Member, UsageRecord, UserLimit
 
 from ._auth import Auth
 from ._settings import WebSettings
 
 T = TypeVar("T", bound=BaseModel)
-
-_MY_USAGE = parser(tuple[UserLimit, ...])
-_LEDGER_PAGE = 1000
-
-
-class Groups(AsyncGroupManager):
-    """Everything that one caller may do; the database decides what that is."""
-
-    async def my_usage(self) -> tuple[UserLimit, ...]:
-        """List every limit that binds the caller."""
-        return await self._transport.send(call.Call("my_generation_usage", {}, _MY_USAGE))
-
-    async def save(self, group_id: UUID | None, fields: dict[str, Any]) -> Group:
-        """Create a group, or change what is named of one, with its limits: in one step."""
-        if group_id is None:
-            return await self._transport.send(admins.create_group(**fields))
-        return await self._transport.send(admins.update_group(group_id, **fields))
-
-    async def page(self, search: str | None, after: str | None, size: int) -> list[Group]:
-        """Read the page of groups after a name."""
-        return await self._transport.send(admins.groups_page(search, after, size))
-
-    async def usage_since(self, group_id: UUID, since: datetime | None) -> list[UsageRecord]:
-        """Read the first page of a group's ledger from a moment on, oldest first."""
-        ledger = reports.ledger(group_id, None, None, since, None)
-        return await self._transport.send(ledger.page(None, _LEDGER_PAGE))
-
-    async def members_page(self, group_id: UUID, search: str | None, after: UUID | None, size: int) -> list[Member]:
-        """Read the page of members after a user's id."""
-        return await self._transport.send(admins.members_page(group_id, search, after, size))
 
 
 class _OfLoop(NamedTuple):
@@ -89,11 +55,15 @@ class Backend:
         """Whether there is a key to track with."""
         return self._limits is not None or self.settings.secret_key is not None
 
-    async def groups(self, token: str) -> Groups:
-        """Make a group manager that acts as the bearer of a token: an access token, or a secret key of their own."""
-        key = token if token.startswith("sb_secret_") else self.settings.publishable_key
-        client = await self._client(key, token)
-        return Groups(client, timeout=self.settings.timeout, schema=self.settings.schema_name)
+    async def groups(self, token: str) -> AsyncGroupManager:
+        """Make a group manager that acts as the bearer of a token: the database decides what they may do."""
+        client = await self._client_of(token)
+        return AsyncGroupManager(client, timeout=self.settings.timeout, schema=self.settings.schema_name)
+
+    async def limits_of(self, token: str) -> AsyncTokenLimits:
+        """Make a client that acts as the bearer of a token: the database decides what they may do."""
+        client = await self._client_of(token)
+        return AsyncTokenLimits(client, timeout=self.settings.timeout, schema=self.settings.schema_name)
 
     async def limits(self) -> AsyncTokenLimits:
         """Make the client that tracks, with the server's secret key.
@@ -145,6 +115,10 @@ class Backend:
         rows = _read(answer, _Moments).root
         return rows[0].created_at if rows else None
 
+    async def _client_of(self, token: str) -> AsyncClient:
+        """Make a client for an access token, or a secret key of the caller's own."""
+        return await self._client(token if token.startswith("sb_secret_") else self.settings.publishable_key, token)
+
     async def _client(self, key: str, token: str) -> AsyncClient:
         options = AsyncClientOptions(
             httpx_client=await self._http(),
@@ -159,7 +133,7 @@ class Backend:
         loop = asyncio.get_running_loop()
         if self._of_loop is None or self._of_loop.loop is not loop or self._of_loop.http.is_closed:
             http = httpx.AsyncClient(http2=False, timeout=self.settings.timeout)
-            self._of_loop = _OfLoop(loop, http, until_loop_ends(http))
+            self._of_loop = _OfLoop(loop, http, _until_loop_ends(http))
             await anext(self._of_loop.until_loop_ends)
         return self._of_loop.http
 
@@ -167,6 +141,14 @@ class Backend:
         """Close the connections."""
         if self._of_loop is not None:
             await self._of_loop.until_loop_ends.aclose()
+
+
+async def _until_loop_ends(http: httpx.AsyncClient) -> AsyncGenerator[None]:
+    """Close when asked, or with the loop: asyncio.run() closes the generators that are still open."""
+    try:
+        yield
+    finally:
+        await http.aclose()
 
 
 class _Moment(BaseModel):

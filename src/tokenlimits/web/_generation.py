@@ -10,7 +10,6 @@ from fastapi import Depends, HTTPException, Request, Response
 from pydantic import SecretStr
 
 from tokenlimits import AsyncTokenLimits, GenerationDenied, Hold, InvalidRequest, LimitExceeded, ServiceUnavailable
-from tokenlimits._core import arguments
 
 from . import _ratelimit
 from ._backend import Backend
@@ -54,8 +53,9 @@ def require_generation(
         ... async def image(prompt: str) -> str:
         ...     return f"an image of {prompt}"
     """
-    arguments.kind(kind)
     client = limits if limits is not None else AsyncTokenLimits.from_env()
+    # refuses now what it would refuse of every request; what is not entered sends nothing
+    client.generation(UUID(int=0), kind, ttl=ttl)
     payer = user if user is not None else _Bearer(settings)
     price = cost if callable(cost) else _Constant(cost)
 

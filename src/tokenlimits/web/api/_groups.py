@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Query
@@ -27,14 +27,14 @@ async def list_groups(
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> Groups:
     """List groups with their limits, by name."""
-    page = await groups.page(search or None, after or None, limit)
-    return Groups(items=page, next=page[-1].name if len(page) == limit else None)
+    page = await groups.page(search=search or None, after=after or None, size=limit)
+    return Groups(items=page, next=page.next)
 
 
 @routes.post("/groups", status_code=201, responses={201: _GROUP_EXAMPLE, **documented(409)})
 async def create_group(groups: CallersGroups, group: GroupIn) -> Group:
     """Create a group with its limits, in one step."""
-    return await groups.save(None, _fields(group))
+    return await groups.create(**_fields(group))
 
 
 @routes.get("/groups/{group_id}", responses=_ONE)
@@ -46,7 +46,7 @@ async def read_group(groups: CallersGroups, group_id: UUID) -> Group:
 @routes.patch("/groups/{group_id}", responses={**_ONE, **documented(404, 409)})
 async def edit_group(groups: CallersGroups, group_id: UUID, changes: GroupChanges) -> Group:
     """Change what is named of a group, in one step. Usage stays."""
-    return await groups.save(group_id, _fields(changes))
+    return await groups.update(group_id, **_fields(changes))
 
 
 @routes.delete("/groups/{group_id}", responses=_ONE)
@@ -75,5 +75,5 @@ async def read_history(
     return History(items=points)
 
 
-def _fields(group: GroupIn | GroupChanges) -> dict[str, object]:
+def _fields(group: GroupIn | GroupChanges) -> dict[str, Any]:
     return {name: getattr(group, name) for name in type(group).model_fields}

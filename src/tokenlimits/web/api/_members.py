@@ -30,8 +30,10 @@ async def list_members(
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
 ) -> Members:
     """List a group's members, all or those that are searched for, in the order of their ids."""
-    page = await groups.members_page(group_id, search or None, after, limit)
-    return Members(items=page, next=str(page[-1].id) if len(page) == limit else None)
+    page = await groups.members_page(
+        group_id, search=search or None, after=None if after is None else str(after), size=limit
+    )
+    return Members(items=page, next=page.next)
 
 
 @routes.post(

@@ -12,9 +12,10 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.responses import Response
 
+from tokenlimits import AsyncGroupManager
 from tokenlimits.errors import InvalidRequest, TokenLimitsError
 from tokenlimits.web import _problems
-from tokenlimits.web._backend import Backend, Groups
+from tokenlimits.web._backend import Backend
 from tokenlimits.web._limiter import Limiter, address, caller
 from tokenlimits.web._problems import SignInRequired, TooManyRequests
 
@@ -116,8 +117,8 @@ Token = Annotated[str, Depends(bearer)]
 TheBackend = Annotated[Backend, Depends(backend_of)]
 
 
-async def _groups(backend: TheBackend, token: Token) -> Groups:
+async def _groups(backend: TheBackend, token: Token) -> AsyncGroupManager:
     return await backend.groups(token)
 
 
-CallersGroups = Annotated[Groups, Depends(_groups)]
+CallersGroups = Annotated[AsyncGroupManager, Depends(_groups)]

@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     StrictBool,
     StrictInt,
+    TypeAdapter,
     WithJsonSchema,
     model_validator,
 )
@@ -58,8 +59,6 @@ RESULT: dict[str, Any] = {
     "replayed": False,
 }
 
-_KIND = r"^[a-z][a-z0-9_]{0,31}$"
-
 
 def _whole(value: Any) -> Any:
     """Take 5.0 for 5: JSON has one type of number."""
@@ -101,7 +100,7 @@ _Maxima = Annotated[
         {
             "type": "object",
             "title": "Lifetime pools",
-            "propertyNames": {"pattern": _KIND},
+            "propertyNames": {"pattern": TypeAdapter[Any](Kind).json_schema()["pattern"]},
             "additionalProperties": {
                 "anyOf": [{"type": "integer", "minimum": 0, "maximum": 1_000_000_000_000_000}, {"type": "null"}]
             },

@@ -14,7 +14,7 @@ from tokenlimits.web import _ratelimit
 from tokenlimits.web._backend import Backend
 from tokenlimits.web._problems import documented
 
-from ._routing import ApiRoute, CallersGroups, TheBackend, Token
+from ._routing import ApiRoute, TheBackend, Token
 from ._shapes import RESULT, Generation, MyUsage
 
 usage_routes = APIRouter(route_class=ApiRoute, tags=["usage"])
@@ -22,9 +22,10 @@ track_routes = APIRouter(route_class=ApiRoute, tags=["usage"])
 
 
 @usage_routes.get("/usage/me", responses=documented())
-async def my_usage(groups: CallersGroups) -> MyUsage:
+async def my_usage(backend: TheBackend, token: Token) -> MyUsage:
     """List every limit that binds the caller, with what is used, what remains, and when it resets."""
-    return MyUsage(items=await groups.my_usage())
+    limits = await backend.limits_of(token)
+    return MyUsage(items=await limits.my_usage())
 
 
 @track_routes.post(

@@ -27,6 +27,16 @@ def number(value: int | None) -> str:
     return "∞" if value is None else f"{value:,}"
 
 
+def percent(fraction: float) -> str:
+    """Write a fraction in per cent.
+
+    Example:
+        >>> percent(0.7), percent(12.345)
+        ('70', '1,234')
+    """
+    return f"{round(fraction * 100):,}"
+
+
 def short(value: int | None) -> str:
     """Write a number in few characters, from a million on.
 
@@ -63,4 +73,10 @@ def moment(value: datetime) -> str:
     return value.isoformat()
 
 
-FILTERS: Mapping[str, Callable[[Any], str]] = {"number": number, "short": short, "period": period, "moment": moment}
+FILTERS: Mapping[str, Callable[[Any], str]] = {
+    "number": number,
+    "percent": percent,
+    "short": short,
+    "period": period,
+    "moment": moment,
+}

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import FormData
 
 from tokenlimits import InvalidRequest, TokenLimitsError
-from tokenlimits._core.arguments import parser
 from tokenlimits.errors import GroupExists
-from tokenlimits.models import Group, Name, TimeZone
+from tokenlimits.models import Group, Kind, Name, TimeZone
 
-_KIND = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_KIND = TypeAdapter[Any](Kind)
 # what separates thousands, one and the same throughout: 10,00 is 10 for half of the world, and 1000 for nobody
 _WHOLE = re.compile(r"[0-9]+|[0-9]{1,3}(?P<between>[, _'\u00a0\u2009\u202f])[0-9]{3}(?:(?P=between)[0-9]{3})*")
 _MOST = 1_000_000_000_000_000
 _PERIODS = ("minute", "hour", "day", "week", "month", "lifetime")
 _SCOPES = ("group", "member")
-_NAME = parser(Name)
-_TIMEZONE = parser(TimeZone)
+_NAME = TypeAdapter[Any](Name)
+_TIMEZONE = TypeAdapter[Any](TimeZone)
 _LIMIT_FIELD = re.compile(r"limits\[(\d+)\](?:\.(\w+))?")
 
 
@@ -42,7 +41,7 @@ class LimitRow:
 
     def checked(self) -> tuple[LimitRow, dict[str, Any]]:
         """Return it with what is wrong with it, and as the library takes it."""
-        if not _KIND.fullmatch(self.kind):
+        if not _passes(_KIND, self.kind):
             wrong, error = "kind", "A kind begins with a letter a-z; then a-z, 0-9 and _, 32 at most."
         elif not self.unlimited and not (_WHOLE.fullmatch(self.max) and _digits(self.max) <= _MOST):
             wrong, error = "max", "A maximum is a whole number like 10,000 (commas between thousands only); 0 blocks."
@@ -134,9 +133,9 @@ def _digits(number: str) -> int:
     return int(re.sub(r"[^0-9]", "", number))
 
 
-def _passes(parse: Callable[[Any], Any], value: str) -> bool:
+def _passes(type_: TypeAdapter[Any], value: str) -> bool:
     try:
-        parse(value)
+        type_.validate_python(value)
     except ValidationError:
         return False
     return True

@@ -12,10 +12,10 @@ from uuid import UUID
 from fastapi import APIRouter, Query
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from tokenlimits import ledger_csv
 from tokenlimits.models import UsageRecord
 
 from . import _charts, _views
-from ._export import as_csv
 from ._pages import PageRoute, Panel, Signed, Visit, Watching, done
 
 routes = APIRouter(route_class=PageRoute, include_in_schema=False)
@@ -42,7 +42,6 @@ async def group_page(visit: Signed, group_id: UUID) -> Response:
         most=most,
         recent=recent,
         shape=_views.shape([usage]),
-        level=_views.level,
     )
 
 
@@ -69,7 +68,7 @@ async def export(visit: Signed, group_id: UUID) -> Response:
     group = await visit.groups.get(group_id)
     name = re.sub(r"[^A-Za-z0-9]+", "-", group.name).strip("-")[:60] or "group"
     headers = {"Content-Disposition": f'attachment; filename="{name}-usage.csv"'}
-    lines = as_csv(visit.groups.export_usage(group_id))
+    lines = _csv(visit.groups.export_usage(group_id))
     first = [await anext(lines), await anext(lines, "")]  # here, where an error can still be a page
     return StreamingResponse(_chain(first, lines), headers=headers, media_type="text/csv")
 
@@ -92,7 +91,15 @@ async def _recent(visit: Visit, group_id: UUID) -> list[UsageRecord]:
     panel: Panel = visit.request.state.panel
     token = visit.tokens.access.get_secret_value()
     since = await panel.backend.moment_of(token, group_id, _RECENT - 1)
-    return (await visit.groups.usage_since(group_id, since))[::-1][:_RECENT]
+    # oldest first, and more may come meanwhile
+    page = await visit.groups.export_page(group_id, since=since, size=1000)
+    return page[::-1][:_RECENT]
+
+
+async def _csv(usages: AsyncIterator[UsageRecord]) -> AsyncIterator[str]:
+    yield ledger_csv.line(ledger_csv.COLUMNS)
+    async for usage in usages:
+        yield ledger_csv.line(ledger_csv.row(usage).values())
 
 
 async def _chain(first: list[str], rest: AsyncIterator[str]) -> AsyncIterator[str]:

@@ -22,7 +22,7 @@ _ZONES = ["UTC", *sorted(name for name in available_timezones() if "/" in name a
 @routes.get("/groups/new")
 async def new_dialog(visit: Signed) -> Response:
     """Show an empty form, to those who may fill it in."""
-    await visit.groups.page(None, None, 1)
+    await visit.groups.page(size=1)
     return _dialog(visit, None, GroupForm(rows=[LimitRow(kind="image")]))
 
 
@@ -69,7 +69,7 @@ async def _save(visit: Visit, group_id: UUID | None) -> Response:
     if not form.is_good():
         return _dialog(visit, group_id, form, 422)
     try:
-        group = await visit.groups.save(group_id, fields)
+        group = await (visit.groups.update(group_id, **fields) if group_id else visit.groups.create(**fields))
     except (GroupExists, InvalidRequest) as error:
         return _dialog(visit, group_id, form.refused(error), 422)
     return done(f"{group.name} was saved." if group_id else f"{group.name} was created.")

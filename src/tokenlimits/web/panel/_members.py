@@ -10,9 +10,8 @@ from uuid import UUID
 from fastapi import APIRouter, Query
 from starlette.responses import Response
 
-from tokenlimits import InvalidRequest
+from tokenlimits import AsyncGroupManager, InvalidRequest
 from tokenlimits.models import BulkResult
-from tokenlimits.web._backend import Groups
 
 from ._forms import ids, pasted
 from ._pages import PageRoute, Signed, Visit, stay
@@ -36,8 +35,9 @@ async def member_rows(
     after: Annotated[UUID | None, Query()] = None,
 ) -> Response:
     """Show the members that are searched for, or the next ones."""
-    page = await visit.groups.members_page(group_id, search or None, after, _PAGE)
-    return visit.page("member_rows.html", group_id=group_id, search=search, members=page, size=_PAGE)
+    place = None if after is None else str(after)
+    page = await visit.groups.members_page(group_id, search=search or None, after=place, size=_PAGE)
+    return visit.page("member_rows.html", group_id=group_id, search=search, members=page)
 
 
 @routes.get("/groups/{group_id}/members/search")
@@ -84,7 +84,7 @@ async def move(visit: Signed, group_id: UUID) -> Response:
 async def _dialog(visit: Visit, group_id: UUID, missing: Iterable[str] = (), search: str = "") -> Response:
     usage, page, groups = await asyncio.gather(
         visit.groups.usage(group_id),
-        visit.groups.members_page(group_id, search or None, None, _PAGE),
+        visit.groups.members_page(group_id, search=search or None, size=_PAGE),
         visit.groups.list(),
     )
     others = [group for group in groups if group.id != group_id]
@@ -94,13 +94,12 @@ async def _dialog(visit: Visit, group_id: UUID, missing: Iterable[str] = (), sea
         usage=usage,
         search=search if usage.member_count else "",  # then there is nothing to search
         members=page,
-        size=_PAGE,
         others=others,
         missing=list(missing),
     )
 
 
-async def _by_email(groups: Groups, emails: list[str]) -> tuple[list[UUID], list[str]]:
+async def _by_email(groups: AsyncGroupManager, emails: list[str]) -> tuple[list[UUID], list[str]]:
     """Find the users of whole addresses, and the addresses that nobody has."""
     users = await groups.find_users_by_email(emails) if emails else []
     known = {(user.email or "").lower() for user in users}

@@ -18,9 +18,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.datastructures import FormData
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
-from tokenlimits import errors
+from tokenlimits import AsyncGroupManager, errors, levels
 from tokenlimits.web._auth import Tokens
-from tokenlimits.web._backend import Backend, Groups
+from tokenlimits.web._backend import Backend
 from tokenlimits.web._limiter import Limiter
 from tokenlimits.web._problems import SignInRequired, TooManyRequests, is_sign_in_required
 from tokenlimits.web._sessions import BadOrigin, Session, Sessions
@@ -85,7 +85,7 @@ class Visit:
 
     request: Request
     tokens: Tokens
-    groups: Groups
+    groups: AsyncGroupManager
 
     def page(self, template: str, status: int = 200, **more: Any) -> Response:
         """Render a template."""
@@ -129,6 +129,7 @@ def render(request: Request, template: str, status: int = 200, **more: Any) -> R
         root=request.scope.get("root_path", ""),
         csrf=panel.sessions.csrf(session),
         version=_VERSION,
+        levels=levels,
         person=session.tokens.person if session.tokens else None,
         path=request.url.path,
         **more,

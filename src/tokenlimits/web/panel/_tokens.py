@@ -30,7 +30,6 @@ async def tokens_page(
         shape=_views.shape(usages),
         search=search,
         sort=sort,
-        level=_views.level,
     )
 
 

@@ -8,22 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tokenlimits.levels import Level, level
 from tokenlimits.models import Group, GroupLimitUsage, GroupUsage
 
-Level = Literal["ok", "warn", "full", "none"]
 Sort = Literal["name", "usage", "members"]
-
-
-def level(fraction: float | None) -> Level:
-    """Say how full something is: green below 70 %, yellow below 90 %, then red.
-
-    Example:
-        >>> [level(fraction) for fraction in (0.69, 0.7, 0.89, 0.9, 1.2, None)]
-        ['ok', 'warn', 'warn', 'full', 'full', 'none']
-    """
-    if fraction is None:
-        return "none"
-    return "ok" if fraction < 0.7 else "warn" if fraction < 0.9 else "full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +24,7 @@ class Card:
     @property
     def fraction(self) -> float | None:
         """How full its fullest limit is."""
-        return max((limit.fraction for limit in self.usage.limits if limit.fraction is not None), default=None)
+        return _fullest(self.usage.limits)
 
     @property
     def level(self) -> Level:
@@ -101,10 +89,16 @@ def shape(usages: Iterable[GroupUsage]) -> str:
 
 def _numbers(usage: GroupUsage) -> list[Any]:
     limits = [
-        [limit.used, limit.remaining, limit.fraction, limit.reset_at and limit.reset_at.isoformat(), limit.capacity]
+        [
+            limit.used,
+            limit.remaining,
+            level(limit.fraction),
+            limit.reset_at and limit.reset_at.isoformat(),
+            limit.capacity,
+        ]
         for limit in usage.limits
     ]
-    return [usage.member_count, limits]
+    return [usage.member_count, level(_fullest(usage.limits)), limits]
 
 
 def _counts(usages: Iterable[GroupUsage]) -> Mapping[str, int]:

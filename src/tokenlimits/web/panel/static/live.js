@@ -5,8 +5,6 @@ const numbers = new Intl.NumberFormat("en-US");
 let version = "";
 let timer = 0;
 
-const level = (fraction) => (fraction === null ? "none" : fraction < 0.7 ? "ok" : fraction < 0.9 ? "warn" : "full");
-
 // as `short` in _format.py
 function short(value) {
   for (const [size, name] of [
@@ -32,8 +30,8 @@ function setLevel(element, name) {
   element.classList.add(`is-${name}`);
 }
 
-function showLimit(row, [used, remaining, fraction, resetAt, capacity]) {
-  setLevel(row, level(fraction));
+function showLimit(row, [used, remaining, level, resetAt, capacity]) {
+  setLevel(row, level);
   write(row.querySelector("[data-used]"), numbers.format(used));
   const meter = row.querySelector("progress");
   if (meter) {
@@ -48,7 +46,7 @@ function showLimit(row, [used, remaining, fraction, resetAt, capacity]) {
   if (time && resetAt) time.dateTime = resetAt;
 }
 
-function showGroup(card, [members, limits]) {
+function showGroup(card, [members, level, limits]) {
   const count = card.querySelector("[data-members]");
   if (count) {
     write(count, numbers.format(members));
@@ -58,8 +56,7 @@ function showGroup(card, [members, limits]) {
   for (const [index, limit] of limits.entries()) {
     if (rows[index]) showLimit(rows[index], limit);
   }
-  const fullest = limits.map((limit) => limit[2]).filter((fraction) => fraction !== null);
-  if (card.classList.contains("card")) setLevel(card, level(fullest.length ? Math.max(...fullest) : null));
+  if (card.classList.contains("card")) setLevel(card, level);
 }
 
 function show(answer, place) {
