@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -15,7 +15,6 @@ from zoneinfo import ZoneInfo, available_timezones
 
 import pytest
 from pydantic import ValidationError
-from tests.support.model import day_begins
 
 from tokenlimits import (
     AsyncGroupManager,
@@ -198,6 +197,17 @@ class TestTracked:
             "expires_at": None,
         }
         assert (two.user_id, two.metadata, two.created_at) == (BOB, {}, yesterday)
+
+    def test_says_which_usage_has_a_key_now(self) -> None:
+        fake = FakeTokenLimits()
+        first = fake.reserve(ANN, "image", idempotency_key="job")
+        fake.release(first.usage_id)
+        fake.advance(timedelta(seconds=1))
+        assert [usage.idempotency_key for usage in fake.tracked] == ["job"]
+        fake.track(ANN, "image", idempotency_key="job")
+        assert [usage.idempotency_key for usage in fake.tracked] == [None, "job"]
+        exported = fake.groups.export_usage(user_id=ANN)
+        assert [usage.idempotency_key for usage in exported] == [None, "job"]
 
     def test_is_frozen(self) -> None:
         fake = FakeTokenLimits()
@@ -646,9 +656,17 @@ class TestServer:
                 if offsets[index] != offsets[index - 1]:
                     changes += 1
                     today = day.astimezone(zone).date()
-                    expected = day_begins(today, zone), day_begins(today + timedelta(days=1), zone)
-                    assert period_of("day", name, day) == expected
+                    since, until = period_of("day", name, day)
+                    assert first_read(today, zone, since)
+                    assert first_read(today + timedelta(days=1), zone, until)
         assert changes > 500
+
+
+def first_read(day: date, zone: ZoneInfo, at: datetime) -> bool:
+    """Whether a calendar on the wall first reads this date at that moment (or a later one, where it is skipped)."""
+    # no clock goes back by more than three hours
+    before = (at - timedelta(microseconds=1) - timedelta(minutes=15) * quarter for quarter in range(12))
+    return at.astimezone(zone).date() >= day > max(moment.astimezone(zone).date() for moment in before)
 
 
 def answer(result: Any) -> Any:

@@ -198,8 +198,15 @@ class State:
         if usage.status == "reserved":
             self._holds[usage.id] = usage
         if usage.idempotency_key is not None:
-            self._by_key[usage.user_id, usage.idempotency_key] = usage
+            self._take_key(usage, usage.idempotency_key)
         self._by_id[usage.id] = usage
+
+    def _take_key(self, usage: Usage, key: str) -> None:
+        """Bind a key to a usage; a dead one that had it has none from then on."""
+        dead = self._by_key.get((usage.user_id, key))
+        if dead is not None:
+            dead.idempotency_key = None
+        self._by_key[usage.user_id, key] = usage
 
     def _settle(self, usage: Usage, status: Status, cost: int, at: datetime) -> None:
         before = usage.cost if usage.live else 0

@@ -162,7 +162,7 @@ class WorkerFunctions(State):
         ttl: timedelta | None = None,
     ) -> Json:
         usage = Usage(
-            id=_usage_id(created_at, group.id),
+            id=self._usage_id(created_at, group.id),
             group_id=group.id,
             user_id=user_id,
             kind=kind,
@@ -179,6 +179,10 @@ class WorkerFunctions(State):
         self._write(usage)
         return self._usage_answer(usage, replayed=False)
 
+    def _usage_id(self, at: datetime, home: str) -> str:
+        """Make the id of a usage: of its moment, with the last four hex digits of its group's."""
+        return str(uuid7((at - EPOCH) // timedelta(milliseconds=1)))[:-4] + home[-4:]
+
     def _usage_answer(self, usage: Usage, *, replayed: bool) -> Json:
         group = self._groups.get(usage.group_id)
         states = self._states(group, usage.user_id, usage.kind) if group else []
@@ -190,11 +194,6 @@ class WorkerFunctions(State):
         if verdict.reason is None:
             return allowed_json(kind, cost, group, list(verdict.states))
         return denied_json(kind, cost, group, verdict, self.now)
-
-
-def _usage_id(at: datetime, home: str) -> str:
-    """Make the id of a usage: of its moment, with the last four hex digits of its group's."""
-    return str(uuid7((at - EPOCH) // timedelta(milliseconds=1)))[:-4] + home[-4:]
 
 
 def fits(state: LimitState, cost: int) -> bool:

@@ -1,4 +1,4 @@
-"""The SQL functions as Python methods: they answer like `tests.support.model.Model`, which has the same ones."""
+"""The SQL functions as Python methods, with the `UUID`s and datetimes of their JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import psycopg
-    from tests.support.model import Json
+
+Json = dict[str, Any]
 
 _UUIDS = {"id", "usage_id", "group_id", "user_id"}
 _INSTANTS = {"reset_at", "expires_at", "bucket", "joined_at", "created_at", "updated_at"}

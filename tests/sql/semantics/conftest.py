@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import zoneinfo
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from zoneinfo import ZoneInfo
 
 import pytest
 from tests.sql.semantics.api import Api
@@ -16,6 +16,7 @@ from tests.support import clock, invariants
 from tests.support.postgres import PostgresServer, create_hosted_database
 
 from tokenlimits.sql_files import one_paste
+from tokenlimits.testing import _periods
 
 
 @pytest.fixture(scope="session")
@@ -80,23 +81,19 @@ def hammer(crowd: Crowd, database: Database) -> Hammer:
     return lambda scripts: crowd.call(database.url, scripts)
 
 
-@pytest.fixture(scope="session")
-def zones(postgres_server: PostgresServer) -> Callable[[str], ZoneInfo]:
-    """Python's view of the time zones, by the same rules as the server: PostgreSQL may bring its own."""
-    return _zones(postgres_server)
-
-
-def _zones(server: PostgresServer) -> Callable[[str], ZoneInfo]:
-    share = server._bin.parent / "share"
+@pytest.fixture(scope="module")
+def time_zones(postgres_server: PostgresServer) -> Iterator[None]:
+    """Let Python know time zones by the same rules as the server: PostgreSQL may bring its own."""
+    share = postgres_server._bin.parent / "share"
     own = next(filter(Path.is_dir, (share / "timezone", share / "postgresql" / "timezone")), None)
-    made: dict[str, ZoneInfo] = {}
+    path = zoneinfo.TZPATH
+    _know_zones(path if own is None else [str(own.resolve())])
+    yield
+    _know_zones(path)
 
-    def zone(name: str) -> ZoneInfo:
-        if own is None:
-            return ZoneInfo(name)
-        if name not in made:
-            with (own / name).open("rb") as file:
-                made[name] = ZoneInfo.from_file(file, name)
-        return made[name]
 
-    return zone
+def _know_zones(path: Sequence[str]) -> None:
+    zoneinfo.reset_tzpath(path)
+    zoneinfo.ZoneInfo.clear_cache()
+    _periods.zone.cache_clear()
+    _periods._names.cache_clear()

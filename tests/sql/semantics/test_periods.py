@@ -1,8 +1,8 @@
-"""Calendar periods: PostgreSQL's arithmetic against what a clock and a calendar on the wall read."""
+"""Calendar periods: PostgreSQL's arithmetic against the model's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.sql.semantics.api import Api
 from tests.sql.semantics.database import Database
-from tests.support.model import period_of
+
+from tokenlimits.testing._periods import period_of
 
 CALENDAR = ["minute", "hour", "day", "week", "month"]
 
@@ -33,12 +34,11 @@ ZONES = [
 
 MICROSECOND = timedelta(microseconds=1)
 
-Zones = Callable[[str], ZoneInfo]
 Range = tuple[datetime, datetime]
 
 
 @pytest.fixture(scope="module")
-def periods(shared_database: Database) -> Api:
+def periods(shared_database: Database, time_zones: None) -> Api:
     return Api(shared_database.owner)
 
 
@@ -56,8 +56,9 @@ def of_sql(api: Api, period: str, zone: str, instants: Iterable[datetime]) -> li
     return [(since.astimezone(UTC), until.astimezone(UTC)) for since, until in rows]
 
 
-def changes(zone: ZoneInfo, first_year: int, last_year: int) -> list[datetime]:
+def changes(name: str, first_year: int, last_year: int) -> list[datetime]:
     """Find the instants at which the zone's clocks are changed."""
+    zone = ZoneInfo(name)
     found = []
     day = datetime(first_year, 1, 1, tzinfo=UTC)
     while day.year <= last_year:
@@ -81,42 +82,40 @@ def around(instant: datetime) -> list[datetime]:
     return [at + nudge for at in half_hours for nudge in (-MICROSECOND, timedelta(0), timedelta(minutes=1))]
 
 
-def assert_agrees(api: Api, zone: ZoneInfo, name: str, instants: list[datetime]) -> None:
+def assert_agrees(api: Api, name: str, instants: list[datetime]) -> None:
     for period in CALENDAR:
-        expected = [period_of(period, zone, at) for at in instants]
+        expected = [period_of(period, name, at) for at in instants]
         actual = of_sql(api, period, name, instants)
         wrong = [(period, name, at, e, a) for at, e, a in zip(instants, expected, actual, strict=True) if e != a]
         assert wrong == []
 
 
 @pytest.mark.parametrize("name", ZONES)
-def test_days_on_which_clocks_change(periods: Api, zones: Zones, name: str) -> None:
-    zone = zones(name)
-    for change in changes(zone, 2020, 2027):
-        assert_agrees(periods, zone, name, around(change))
+def test_days_on_which_clocks_change(periods: Api, name: str) -> None:
+    for change in changes(name, 2020, 2027):
+        assert_agrees(periods, name, around(change))
 
 
 @pytest.mark.parametrize("name", ZONES)
-def test_ends_of_months_weeks_and_years(periods: Api, zones: Zones, name: str) -> None:
-    zone = zones(name)
+def test_ends_of_months_weeks_and_years(periods: Api, name: str) -> None:
     for year in (2023, 2024, 2025, 2026, 2027, 2028):
         for day in (date(year, 1, 1), date(year, 2, 28), date(year, 3, 1), date(year, 12, 31)):
-            assert_agrees(periods, zone, name, around(datetime(day.year, day.month, day.day, tzinfo=UTC)))
+            assert_agrees(periods, name, around(datetime(day.year, day.month, day.day, tzinfo=UTC)))
 
 
-def test_both_sides_know_the_same_changes_of_clocks(periods: Api, zones: Zones) -> None:
+def test_both_sides_know_the_same_changes_of_clocks(periods: Api) -> None:
     for name in ZONES:
-        for change in changes(zones(name), 2015, 2037):
+        for change in changes(name, 2015, 2037):
             for at in (change - MICROSECOND, change):
                 shown = periods.one("select %s::timestamptz at time zone %s", [at, name])
-                assert shown == at.astimezone(zones(name)).replace(tzinfo=None)
+                assert shown == at.astimezone(ZoneInfo(name)).replace(tzinfo=None)
 
 
-def test_no_day_begins_before_another_ends(periods: Api, zones: Zones) -> None:
+def test_no_day_begins_before_another_ends(periods: Api) -> None:
     """What the definitions rest on: no zone's calendar goes back to the day before, in years that matter."""
     for name in ZONES:
-        zone = zones(name)
-        for change in changes(zone, 2015, 2037):
+        zone = ZoneInfo(name)
+        for change in changes(name, 2015, 2037):
             before = (change - MICROSECOND).astimezone(zone).date()
             assert change.astimezone(zone).date() >= before
 
@@ -144,11 +143,11 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize(("period", "name", "at", "since", "until"), EXAMPLES)
-def test_examples(periods: Api, zones: Zones, period: str, name: str, at: str, since: str, until: str) -> None:
+def test_examples(periods: Api, period: str, name: str, at: str, since: str, until: str) -> None:
     instant = datetime.fromisoformat(at)
     expected = (datetime.fromisoformat(since), datetime.fromisoformat(until))
     assert of_sql(periods, period, name, [instant]) == [expected]
-    assert period_of(period, zones(name), instant) == expected
+    assert period_of(period, name, instant) == expected
 
 
 def test_a_lifetime_has_neither_beginning_nor_end(periods: Api) -> None:
@@ -159,7 +158,7 @@ def test_a_lifetime_has_neither_beginning_nor_end(periods: Api) -> None:
 @settings(max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_periods_follow_each_other_everywhere_and_always(
-    periods: Api, zones: Zones, all_zones: list[str], data: st.DataObject
+    periods: Api, all_zones: list[str], data: st.DataObject
 ) -> None:
     name = data.draw(st.sampled_from(all_zones))
     at = datetime(2015, 1, 1, tzinfo=UTC) + data.draw(st.timedeltas(timedelta(0), timedelta(days=23 * 365)))
@@ -169,7 +168,7 @@ def test_periods_follow_each_other_everywhere_and_always(
         assert since <= at < until
         assert before[1] == since
         assert after[0] == until
-        assert (since, until) == period_of(period, zones(name), at)
+        assert (since, until) == period_of(period, name, at)
 
 
 @pytest.fixture(scope="module")
@@ -185,13 +184,13 @@ def all_zones(periods: Api) -> list[str]:
     )
 
 
-def test_rollup_buckets_fit_into_every_hour(periods: Api, zones: Zones, all_zones: list[str]) -> None:
+def test_rollup_buckets_fit_into_every_hour(periods: Api, all_zones: list[str]) -> None:
     """History is added up in quarters of an hour, so all hours must begin on one."""
     quarter = timedelta(minutes=15)
     off = []
     for name in all_zones:
         for at in (datetime(2026, 1, 15, 12, tzinfo=UTC), datetime(2026, 7, 15, 12, tzinfo=UTC)):
-            offset: Any = at.astimezone(zones(name)).utcoffset()
+            offset: Any = at.astimezone(ZoneInfo(name)).utcoffset()
             if offset % quarter:
                 off.append((name, offset))
     assert off == []

@@ -6,9 +6,8 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
-from tests.sql.semantics.api import Api
+from tests.sql.semantics.api import Api, Json
 from tests.support import clock
-from tests.support.model import Json
 
 
 def limit(maximum: int | None, kind: str = "image", period: str = "lifetime", scope: str = "group") -> Json:

@@ -1,0 +1,164 @@
+"""What admins change, by functions and in a table editor."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import uuid4
+
+from hypothesis import strategies as st
+from tests.sql.semantics.api import Json
+from tests.sql.semantics.histories import drawn
+from tests.sql.semantics.histories.history import History, happens
+
+
+class Admins(History):
+    """By functions."""
+
+    @happens()
+    def add_group(self) -> None:
+        if len(self.groups()) < 4:
+            taken = [*self.deleted, *(group["id"] for group in self.groups())]
+            id_ = self.one_of([None, None, str(uuid4()), *taken[:1]])
+            priority, limits = self.draw(drawn.priorities), self.draw(drawn.limits)
+            self.call("save_group", p_id=id_, p_name=self.draw(drawn.names), p_priority=priority, p_limits=limits)
+
+    @happens()
+    def edit_group(self) -> None:
+        fields = {
+            "p_name": self.draw(st.none() | drawn.names),
+            "p_priority": self.draw(st.none() | drawn.priorities),
+            "p_is_default": self.one_of([None, False, True]),
+            "p_limits": self.draw(st.none() | drawn.limits),
+        }
+        self.call("save_group", p_group_id=self.group(), **fields)
+
+    @happens()
+    def set_timezone(self) -> None:
+        self.call("save_group", p_group_id=self.group(), p_timezone=self.draw(drawn.zones).upper())
+        self.twins.take_order()
+
+    @happens()
+    def delete_group(self) -> None:
+        if len(self.groups()) > 1:
+            group = self.group()
+            self.call("delete_group", p_group_id=group)
+            self.deleted.append(group)
+
+    @happens()
+    def set_limit(self) -> None:
+        self.call("set_group_limit", p_group_id=self.group(), p_limit=self.draw(drawn.limit))
+
+    @happens()
+    def change_max(self) -> None:
+        for group, limit in self.any_limit():
+            self.call("set_group_limit", p_group_id=group, p_limit=limit | {"max": self.draw(drawn.maxima)})
+
+    @happens()
+    def remove_limit(self) -> None:
+        for group, limit in self.any_limit():
+            self.call("remove_group_limit", p_group_id=group, **_name_of(limit))
+
+    @happens(2)
+    def add_members(self) -> None:
+        members = self.draw(st.lists(drawn.users | st.just(drawn.NOBODY), min_size=1, max_size=3))
+        self.call("add_group_members", p_group_id=self.group(), p_user_ids=members)
+
+    @happens()
+    def remove_member(self) -> None:
+        self.call("remove_group_members", p_group_id=self.group(), p_user_ids=[self.draw(drawn.users)])
+
+    @happens()
+    def move_member(self) -> None:
+        self.call("move_group_member", p_user_id=self.draw(drawn.users), p_from=self.group(), p_to=self.group())
+
+    @happens()
+    def delete_user_and_sign_up_again(self) -> None:
+        user = self.draw(drawn.users)
+        self.twins.delete_user(user)
+        self.twins.sign_up(user)
+
+    @happens(2)
+    def reset(self) -> None:
+        kind = self.draw(st.none() | drawn.kinds)
+        if self.draw(st.booleans()):
+            # at the very moment of the reset, and before it
+            self.twins.call("track_generation", p_user_id=self.draw(drawn.users), p_kind=kind or "image")
+        self.call("reset_group_usage", p_group_id=self.group(), p_kind=kind)
+        self.twins.take_order()
+
+    @happens()
+    def reconcile(self) -> None:
+        self.call("reconcile_usage", p_group_id=self.group())
+
+    def any_limit(self) -> list[tuple[str, Json]]:
+        """Draw one of all groups' limits, if there is any."""
+        limits = [(group["id"], limit) for group in self.groups() for limit in group["limits"]]
+        return [self.one_of(limits)] if limits else []
+
+
+class Tables(Admins):
+    """In a table editor; the model does the same by functions."""
+
+    @happens()
+    def edit_max_in_the_table(self) -> None:
+        for group, limit in self.any_limit():
+            maximum = self.draw(drawn.maxima)
+            self.twins.model.set_group_limit(group, limit | {"max": maximum})
+            self.update_limit(group, limit, "max = %s", maximum)
+
+    @happens()
+    def make_a_limit_another_in_the_table(self) -> None:
+        for group, limit in self.any_limit():
+            target, period, scope = self.one_of(self.groups()), self.draw(drawn.periods), self.draw(drawn.scopes)
+            other = limit | {"period": period, "scope": scope}
+            if _name_of(other) not in map(_name_of, target["limits"]):
+                self.twins.model.remove_group_limit(group, **_name_of(limit))
+                self.twins.model.set_group_limit(target["id"], other)
+                columns = "group_id = %s, period = %s, scope = %s"
+                self.update_limit(group, limit, columns, target["id"], period, scope)
+
+    @happens()
+    def raise_all_limits_of_a_group_in_the_table(self) -> None:
+        group, by = self.one_of(self.groups()), self.draw(st.integers(0, 3))
+        for limit in group["limits"]:
+            if limit["max"] is not None:
+                self.twins.model.set_group_limit(group["id"], limit | {"max": limit["max"] + by})
+        self.execute("update public.group_limits set max = max + %s where group_id = %s", by, group["id"])
+
+    @happens()
+    def delete_limits_of_a_kind_in_the_table(self) -> None:
+        group, kind = self.one_of(self.groups()), self.draw(drawn.kinds)
+        for limit in group["limits"]:
+            if limit["kind"] == kind:
+                self.twins.model.remove_group_limit(group["id"], **_name_of(limit))
+        self.execute("delete from public.group_limits where group_id = %s and kind = %s", group["id"], kind)
+
+    @happens()
+    def edit_a_group_in_the_table(self) -> None:
+        group, zone, priority = self.one_of(self.groups())["id"], self.draw(drawn.zones), self.draw(drawn.priorities)
+        self.twins.model.save_group(group, p_timezone=zone, p_priority=priority)
+        columns = "timezone = %s, priority = %s"
+        self.execute(f"update public.user_groups set {columns} where id = %s", zone.lower(), priority, group)
+        self.twins.take_order()
+
+    @happens()
+    def leave_and_rejoin_in_the_table(self) -> None:
+        group, user = self.one_of(self.groups())["id"], self.draw(drawn.users)
+        self.twins.model.remove_group_members(group, [user])
+        self.twins.model.add_group_members(group, [user])
+        self.execute("delete from public.group_memberships where group_id = %s and user_id = %s", group, user)
+        self.execute("insert into public.group_memberships (group_id, user_id) values (%s, %s)", group, user)
+
+    def update_limit(self, group: str, limit: Json, columns: str, *values: Any) -> None:
+        where = "group_id = %s and kind = %s and period = %s and scope = %s"
+        query = f"update public.group_limits set {columns} where {where}"
+        assert self.execute(query, *values, group, *_name_of(limit).values()) == 1
+
+    def execute(self, query: str, *values: Any) -> int:
+        """Run a statement; tell how many rows it touched."""
+        return self.twins.connection.execute(query, values).rowcount
+
+
+def _name_of(limit: Json) -> Json:
+    """Tell which of a group's limits it is."""
+    return {f"p_{name}": limit[name] for name in ("kind", "period", "scope")}

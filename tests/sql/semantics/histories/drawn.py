@@ -1,0 +1,58 @@
+"""What histories are made of."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import get_args
+from uuid import UUID
+
+from hypothesis import strategies as st
+
+from tokenlimits.models import Period
+
+PERIODS = get_args(Period)
+USERS = [str(UUID(int=number)) for number in range(1, 5)]
+NOBODY = str(UUID(int=99))
+
+# moments around which something happens to the calendar
+BEGINNINGS = [
+    "2026-03-08 06:50:00+00:00",  # New York skips an hour, Havana skips midnight an hour before
+    "2026-03-29 00:50:00+00:00",  # Paris and the Azores skip an hour
+    "2026-04-04 14:50:00+00:00",  # Lord Howe goes back half an hour
+    "2026-10-24 23:50:00+00:00",  # soon midnight happens twice in the Azores
+    "2026-11-01 03:50:00+00:00",  # and in Havana
+    "2026-12-31 22:10:00+00:00",  # a year ends in the middle of a week
+    "2028-02-28 23:59:00+00:00",  # a leap day follows
+]
+ZONES = [
+    "UTC",
+    "Europe/Paris",
+    "America/New_York",
+    "America/Havana",
+    "Atlantic/Azores",
+    "Australia/Lord_Howe",
+    "Asia/Kathmandu",
+]
+
+SOON = [timedelta(microseconds=1), timedelta(seconds=59), timedelta(minutes=15), timedelta(minutes=30)]
+LATER = [timedelta(hours=1), timedelta(hours=11), timedelta(hours=24), *map(timedelta, (2, 6, 29, 180))]
+
+users = st.sampled_from([*USERS[:3], *USERS])
+kinds = st.sampled_from(["image", "image", "image", "video", "gpu_second"])
+periods = st.sampled_from(PERIODS)
+scopes = st.sampled_from(["group", "member"])
+costs = st.sampled_from([1, 1, 1, 2, 3, 7])
+keys = st.sampled_from([None, None, "job-1", "job-2", "job-3"])
+maxima = st.sampled_from([None, 0, 2, 3, 5, 8, 13, 21])
+priorities = st.sampled_from([0, 0, 1, 5])
+zones = st.sampled_from(ZONES)
+names = st.sampled_from(["Alpha", "ALPHA", "Beta", "Gamma", "Delta"])
+parts = st.sampled_from(["a", "A@", " 2@"])
+sizes = st.sampled_from([1, 2, 50])
+limit = st.fixed_dictionaries({"kind": kinds, "period": periods, "scope": scopes, "max": maxima})
+limits, some_limits = (
+    st.lists(limit, min_size=least, max_size=5, unique_by=lambda x: (x["kind"], x["period"], x["scope"]))
+    for least in (0, 2)
+)
+pasts = st.sampled_from([timedelta(seconds=1), *SOON[2:], timedelta(hours=7), timedelta(days=1), timedelta(days=40)])
+ttls = st.sampled_from([1, 1, 60, 900, 3600, 24 * 3600, 3 * 24 * 3600])
