@@ -13,7 +13,7 @@ help:
 	@echo 'make admin       run the admin panel with sample data on a local Supabase'
 	@echo 'make test        run the quick tests on real servers, with the newest PostgreSQL'
 	@echo 'make test-all    run all tests: every available PostgreSQL, and slow tests'
-	@echo 'make check       run all linters and type checkers'
+	@echo 'make check       run all linters, type checkers and checks of the English'
 	@echo 'make hooks       run the linters before each git commit'
 	@echo 'make format      format Python, SQL and JavaScript'
 	@echo 'make sql         rebuild sql/tokenlimits.sql and the newest migration from sql/schema/'
@@ -64,6 +64,8 @@ check: .venv/.ready $(BIOME)/.ready $(TYPES)/.ready
 	$(BIN)/djlint --lint --quiet src/tokenlimits/web
 	$(BIOME)/.bin/biome check --error-on-warnings
 	$(BIN)/zizmor --offline --quiet --strict-collection .github
+	$(BIN)/codespell *.md docs examples benchmarks sql/schema src tools
+	$(BIN)/python tools/check_words.py
 
 hooks: .venv/.ready $(BIOME)/.ready $(TYPES)/.ready
 	$(BIN)/pre-commit install

@@ -1,6 +1,6 @@
-"""The admin panel with made-up groups, on a Supabase on this machine: `make admin`.
+"""The admin panel with sample data, on a local Supabase: `make admin`.
 
-It prints where to open it, and an account to sign in with. Somebody generates all the while, so that the bars move.
+It prints its URL and an account to sign in with. Generations keep coming in, so that the bars move.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ def make_groups(groups: GroupManager, stack: LocalStack) -> list[tuple[Group, li
 
 
 def make_history(limits: TokenLimits, made: list[tuple[Group, list[UUID], float]], chance: random.Random) -> None:
-    """Record two months of generations, and then of each limit as much as its group is to have used."""
+    """Record two months of generations, then use each limit to its group's share."""
     now = datetime.now(UTC)
     days_of = {"day": 1, "week": 7, "month": now.day}
     for group, users, share in made:
         for limit_ in group.limits if share else ():
             members = len(users) // 2 if limit_.scope == "member" else 1
-            # weekends and chance take a quarter away
+            # a quarter less, for weekends and chance
             usual = (limit_.max or 900) * share * members / days_of.get(limit_.period, 30) / 0.78
             for day in range(60, 0, -1):
                 at = (now - timedelta(days=day)).replace(hour=chance.randrange(8, 20))
@@ -82,7 +82,7 @@ def make_history(limits: TokenLimits, made: list[tuple[Group, list[UUID], float]
 def up_to(
     limits: TokenLimits, group: Group, users: list[UUID], share: float, chance: random.Random
 ) -> Iterator[GenerationRequest]:
-    """Make generations that use up a part of each limit."""
+    """Record generations that use up a part of each limit."""
     for status in limits.usage(users[0]):
         wanted = int((status.max or 700) * share)
         if status.scope == "member":
@@ -98,7 +98,7 @@ def up_to(
 def keep_generating(
     limits: TokenLimits, made: list[tuple[Group, list[UUID], float]], chance: random.Random, ended: threading.Event
 ) -> None:
-    """Generate now and then, in all groups."""
+    """Record a generation now and then, in all groups."""
     while not ended.wait(chance.uniform(0.2, 1.5)):
         group, users, _ = chance.choice(made)
         limit = chance.choice(group.limits)
@@ -109,7 +109,7 @@ def main() -> None:
     """Start everything, and serve until Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=8321)
-    parser.add_argument("--still", action="store_true", help="nobody generates")
+    parser.add_argument("--still", action="store_true", help="no generations while it runs")
     options = parser.parse_args()
     chance = random.Random(7)
     ended = threading.Event()

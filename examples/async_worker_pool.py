@@ -1,6 +1,6 @@
-"""A pool of asyncio workers for many jobs: those that fit are done, the others are put off.
+"""A pool of asyncio workers for many jobs: those within the limits are done, the others are postponed.
 
-Set SUPABASE_URL and SUPABASE_SECRET_KEY, and give it the ids of users; each gets as many jobs as you say:
+Set SUPABASE_URL and SUPABASE_SECRET_KEY, and pass the ids of users; --jobs is the number of jobs per user:
 
     python examples/async_worker_pool.py --kind image --jobs 20 --workers 8 8a5d… 91c0…
 """
@@ -19,13 +19,13 @@ from tokenlimits import AsyncTokenLimits
 class Job:
     user_id: UUID
     kind: str
-    id: UUID = field(default_factory=uuid4)  # yours come from a table or a queue, with their ids
+    id: UUID = field(default_factory=uuid4)  # your jobs have ids from a table or a queue
 
 
 @dataclass(frozen=True)
 class PutOff:
     job: Job
-    seconds: float | None  # None: there will be no room by itself
+    seconds: float | None  # None: waiting won't help
 
 
 @dataclass

@@ -8,8 +8,8 @@ Then, in your app:
 
     celery_app.generate.delay(str(user_id), "a cat")
 
-The task's own id is the idempotency key. It stays the same when a task is delivered again, because its process died or
-the broker was in doubt, and when Celery retries it: the same hold goes on, and is charged once. Its body may run twice.
+The task's own id is the idempotency key. It stays the same when a task is redelivered, because its process died or
+the broker wasn't sure, and when Celery retries it: the same hold continues and is charged once. Its body may run twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from celery.signals import worker_process_shutdown
 from tokenlimits import GenerationDenied, ServiceUnavailable, TokenLimits
 
 app = Celery("examples")
-limits = TokenLimits.from_env()  # for all processes of the pool: it notices that they were forked
+limits = TokenLimits.from_env()  # shared by all processes of the pool: it detects the fork
 
 
 @worker_process_shutdown.connect
@@ -38,13 +38,13 @@ def task_id(task: Task, *_: object, **__: object) -> str:
 
 
 @app.task(
-    bind=True,  # limited needs the task, for its id
+    bind=True,  # passes the task, whose id is the key
     acks_late=True,
-    reject_on_worker_lost=True,  # killed while it works: delivered again
-    autoretry_for=(ServiceUnavailable,),  # Supabase is away: nobody knows yet, so try later
+    reject_on_worker_lost=True,  # redeliver it if its process is killed
+    autoretry_for=(ServiceUnavailable,),  # the outcome is unknown: retry later
     retry_backoff=True,
     max_retries=8,
-    throws=(GenerationDenied,),  # an answer, which no retry changes: the task fails, without a traceback in the log
+    throws=(GenerationDenied,),  # a denial, which no retry changes: the task fails without a traceback in the log
 )
 @limits.limited("image", user="user_id", ttl=600, idempotency_key=task_id)  # below the framework's decorator
 def generate(self: Task, user_id: str, prompt: str) -> str:

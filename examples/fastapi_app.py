@@ -4,7 +4,7 @@
     uvicorn --app-dir examples fastapi_app:app
     curl -H "Authorization: Bearer $ACCESS_TOKEN" -X POST 'http://127.0.0.1:8000/images?prompt=a+cat'
 
-There is no idempotency key: whoever sends a request could choose it, and have many generations for one charge.
+There is no idempotency key: whoever sends a request could choose it, and get many generations for one charge.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ app = FastAPI(lifespan=lifespan)
 async def denied(_: Request, error: GenerationDenied) -> JSONResponse:
     wait = error.result.retry_after
     headers = {} if wait is None else {"Retry-After": f"{wait:.0f}"}
-    status = 429 if isinstance(error, LimitExceeded) else 403  # in no group that may have this
+    status = 429 if isinstance(error, LimitExceeded) else 403  # no group of the user includes this kind
     return JSONResponse({"detail": str(error)}, status, headers)
 
 
@@ -64,7 +64,7 @@ async def image(prompt: str, user_id: Annotated[UUID, Depends(signed_in)]) -> st
     return f"an image of {prompt}"
 
 
-@limits.limited("text", user="user_id", ttl=600)  # charged when the last word is out; not when the client hangs up
+@limits.limited("text", user="user_id", ttl=600)  # charged after the last word; not if the client disconnects
 async def words(prompt: str, user_id: UUID) -> AsyncIterator[str]:
     for word in prompt.split():  # replace it with what your model streams
         yield f"{word} "
@@ -80,5 +80,5 @@ async def text(prompt: str, user_id: Annotated[UUID, Depends(signed_in)]) -> Str
                 yield word
 
     rest = words(prompt, user_id)
-    first = await anext(rest, "")  # reserves, while there may still be a 429: no response has begun
+    first = await anext(rest, "")  # reserves before the response begins, so that it can still be a 429
     return StreamingResponse(response(), media_type="text/plain")

@@ -1,9 +1,9 @@
-"""A group, its limits, its members, its usage: what an admin's script looks like.
+"""An admin's script: a group, its limits, its members, its usage.
 
     export SUPABASE_URL=https://abc.supabase.co SUPABASE_SECRET_KEY=sb_secret_…
     python examples/manage_groups.py Pro members.txt
 
-The file has one user id per line. Run it as often as you like: it makes the group what it says here.
+The file has one user id per line. Run it as often as you like: it sets the group up as described here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokenlimits.models import Group
 
 LIMITS = [
     Limit(kind="image", max=1_000, period="month"),  # a pool that the members share
-    Limit(kind="image", max=50, period="day", scope="member"),  # and for each of them
+    Limit(kind="image", max=50, period="day", scope="member"),  # and a limit for each of them
     Limit(kind="video", max=20, period="month"),
     Limit(kind="audio", max=None),  # unlimited, but counted
 ]
@@ -28,7 +28,7 @@ def create_or_update(groups: GroupManager, name: str) -> Group:
         group = groups.get_by_name(name)
     except GroupNotFound:
         return groups.create(name, timezone="Europe/Paris", limits=LIMITS)
-    return groups.set_limits(group.id, LIMITS)  # what has been used stays used
+    return groups.set_limits(group.id, LIMITS)  # keeps usage
 
 
 def show_progress(done: int, total: int) -> None:

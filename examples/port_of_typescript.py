@@ -1,4 +1,4 @@
-"""Two TypeScript snippets, and what they are in Python.
+"""Two TypeScript snippets, and the same in Python.
 
     const result = await trackGeneration(userId, 'image');
     if (!result.allowed) throw new Error(result.error);

@@ -1,6 +1,6 @@
-"""Two groups, four users, thirty-two workers at once: who gets how much, and what a blocked one sees.
+"""Two groups, four users, thirty-two workers at once: who gets how much, and what a denied user sees.
 
-It starts a Supabase of its own, and needs no account:
+It starts a local Supabase and needs no account:
 
     pip install 'tokenlimits[local]' rich
     python examples/quickstart.py
@@ -35,23 +35,23 @@ if TYPE_CHECKING:
     from tokenlimits import TrackResult
     from tokenlimits.models import Group, GroupLimitUsage
 
-COSTS = {"image": 1, "video": 5}  # a video costs as many units as it has seconds
+COSTS = {"image": 1, "video": 5}  # one unit per second of video
 WORKERS_PER_USER = 4
-MANY = 500  # more than any limit here: a worker ends, even if nothing should stop it
+MANY = 500  # more than any limit here, so that a worker ends even if nothing stops it
 
 
 # What an admin does
 
 
 def create_groups(groups: GroupManager) -> list[Group]:
-    """Make two groups. A user who is in both is paid for by Studio first, which has the higher priority."""
+    """Make two groups. For a user in both, Studio pays first: it has the higher priority."""
     studio = groups.create(
         "Studio",
         priority=10,
         timezone="Europe/Paris",
         limits=[
             Limit(kind="image", max=100, period="month"),  # one pool for all members
-            Limit(kind="image", max=40, period="day", scope="member"),  # and for each of them
+            Limit(kind="image", max=40, period="day", scope="member"),  # and a limit for each of them
             Limit(kind="video", max=60, period="month"),
         ],
     )
@@ -104,10 +104,10 @@ async def run_tasks(users: Sequence[UUID]) -> list[TrackResult]:
 
 
 def http_answer(result: TrackResult) -> str:
-    """Say what a web app answers to a denied request: 429 and when to come back, else 403."""
+    """Return a web app's answer to a denied request: 429 and when to retry, or 403."""
     if result.reason != "limit_exceeded":
         return "403 Forbidden"
-    if result.retry_after is None:  # never by itself
+    if result.retry_after is None:  # waiting won't help
         return "429 Too Many Requests"
     return f"429 Too Many Requests, Retry-After: {result.retry_after:.0f}"
 
@@ -116,7 +116,7 @@ def http_answer(result: TrackResult) -> str:
 
 
 class Count(NamedTuple):
-    """Of one kind in one group: how many fit, how many workers were told to go on, how many are in the database."""
+    """For one kind in one group: how many fit, how many were allowed, how many are in the database."""
 
     group: str
     kind: str
@@ -138,7 +138,7 @@ def count(groups: GroupManager, group: Group, kind: str, results: Sequence[Track
 
 
 def verify(counts: Sequence[Count]) -> list[str]:
-    """Say what is wrong: nothing, if exactly what fits has passed and was recorded."""
+    """List what is wrong: nothing, if exactly what fits was allowed and recorded."""
     return [
         f"{c.group} {c.kind}: {c.fit} fit, but {c.passed} passed and {c.recorded} were recorded"
         for c in counts
@@ -162,7 +162,7 @@ def countdown(until: datetime | None) -> str:
 
 
 def limit_row(limit: GroupLimitUsage) -> list[str | ProgressBar]:
-    """Show one limit; of a member limit, what all members used of what they may together."""
+    """Show one limit; for a member limit, the sum of all members."""
     per = "in total" if limit.period == "lifetime" else f"a {limit.period}"
     style = colour(limit.fraction or 0)
     return [
@@ -221,7 +221,7 @@ def show_counts(console: Console, counts: Sequence[Count], problems: Sequence[st
 
 
 def wait_for_reset(groups: GroupManager, ours: Sequence[Group]) -> None:
-    """Let a period end that is about to: the next one is a second helping, and the count would look wrong."""
+    """Wait for a period that is about to end: in the next one, there is room again, and the count would look wrong."""
     limits = [limit for group in ours for limit in groups.usage(group.id).limits]
     first = min(limit.reset_at for limit in limits if limit.reset_at)
     seconds = (first - datetime.now(UTC)).total_seconds()
@@ -232,7 +232,7 @@ def wait_for_reset(groups: GroupManager, ours: Sequence[Group]) -> None:
 def demo(console: Console, groups: GroupManager, ours: Sequence[Group], users: Sequence[UUID]) -> int:
     studio, free = ours
     groups.add_members(studio.id, users[:3])
-    groups.add_members(free.id, users[2:])  # so the third is in both
+    groups.add_members(free.id, users[2:])  # so the third user is in both
     wait_for_reset(groups, ours)
 
     started = time.monotonic()
@@ -265,7 +265,7 @@ def main() -> int:
     try:
         with console.status("Starting a local Supabase (the first start downloads it)"):
             stack.start()
-        # it is on this machine: whatever proxy the environment names isn't for it
+        # it is on this machine, so a proxy from the environment must not be used
         os.environ.update(stack.environment(), no_proxy="127.0.0.1")
         with GroupManager.from_env() as groups:
             ours = create_groups(groups)

@@ -1,4 +1,4 @@
-"""Generations as jobs of RQ: charged when they succeed, and once, however often a job is tried.
+"""Generations as jobs of RQ: charged when they succeed, and once, however often a job is retried.
 
     export SUPABASE_URL=https://abc.supabase.co SUPABASE_SECRET_KEY=sb_secret_…
     export REDIS_URL=redis://localhost
@@ -8,13 +8,13 @@ Then, in your app:
 
     rq_app.generate.enqueue(str(user_id), "a cat")
 
-A job that is denied fails, and so does one that raises, or whose process was killed; the reason is in its result. Try
-it again when there is room, or when the error is mended:
+A job fails if it is denied, raises an error, or loses its process; its result has the reason. Requeue it when there is
+room, or when the error is fixed:
 
     rq requeue --url $REDIS_URL --queue images 4f0c…
 
-The job's own id is the idempotency key, and stays the same then: what was charged is not charged again, and a hold that
-a killed process left behind goes on.
+The job's own id is the idempotency key, and stays the same: what was charged isn't charged again, and the hold of a
+killed process continues.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rq.decorators import job
 from tokenlimits import TokenLimits
 
 queue = Queue("images", connection=Redis.from_url(os.environ.get("REDIS_URL", "redis://localhost")))
-limits = TokenLimits.from_env()  # a worker forks for each job: it notices
+limits = TokenLimits.from_env()  # detects that the worker forks for each job
 
 
 def make_image(prompt: str) -> str:
@@ -37,7 +37,7 @@ def make_image(prompt: str) -> str:
 
 
 def job_id(*_: object, **__: object) -> str | None:
-    """Name the job that runs; None when the function is called as it is, without RQ."""
+    """Return the id of the running job; None if the function is called without RQ."""
     current = get_current_job()
     return current.id if current else None
 

@@ -1,4 +1,4 @@
-"""How an app tests what it does with limits: with the fixture `fake_limits`, in memory, without Supabase.
+"""How an app tests its use of limits: with the fixture `fake_limits`, in memory, without Supabase.
 
 python -m pytest examples/test_my_app.py
 """
@@ -16,7 +16,7 @@ from tokenlimits import Limit, ServiceUnavailable, track_generation
 if TYPE_CHECKING:
     from tokenlimits.testing import FakeTokenLimits
 
-# The app. Yours is in files of its own, and knows nothing of the fake.
+# The app. Yours is in its own files, and doesn't know the fake.
 
 
 def answer(user_id: UUID, prompt: str) -> tuple[int, str]:

@@ -1,10 +1,10 @@
-"""A generation worker. Each line of its input is a job; each line of its output says what became of it.
+"""A generation worker. Each line of input is a job; each line of output is its outcome.
 
     export SUPABASE_URL=https://abc.supabase.co SUPABASE_SECRET_KEY=sb_secret_…
     echo '{"id": "job-1", "user_id": "8a5d…", "kind": "image"}' | python examples/worker.py
 
-Put your queue in the place of the lines. A queue that delivers a job twice (all of them do, now and then) charges it
-once, for the job's id is the idempotency key.
+Replace the lines with your queue. A job that is delivered twice, as every queue does now and then, is charged once,
+because its id is the idempotency key.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def generate(job: Job) -> str:
 
 
 def handle(job: Job) -> dict[str, object]:
-    """Ask first, then generate; whatever happens, say what the queue should do with the job."""
+    """Ask first, then generate; in any case, say what the queue should do with the job."""
     try:
         result = track_generation(job.user_id, job.kind, job.cost, idempotency_key=job.id)
-    except ServiceUnavailable as error:  # nothing is known: try again, under the same key
+    except ServiceUnavailable as error:  # the outcome is unknown: retry with the same key
         return {"job": job.id, "do": "retry", "in": error.retry_after or 30}
-    except InvalidRequest as error:  # a job that can never succeed must not come back for ever
+    except InvalidRequest as error:  # the job can never succeed: don't retry it
         return {"job": job.id, "do": "drop", "why": str(error)}
     if result.allowed:
         return {"job": job.id, "do": "ack", "made": generate(job), "remaining": result.remaining}

@@ -5,8 +5,8 @@
 //     const supabase = createClient<Database>(url, key)
 //     const { data, error } = await supabase.rpc('my_generation_usage')   // data: UserLimit[] | null
 //
-// If you have types from `supabase gen types`, they say Json where these say what it is: put these functions in the
-// place of those. Newer versions of the SQL may add fields and functions.
+// If you have types from `supabase gen types`, replace its functions with these: where those say Json, these name each
+// field. Newer versions of the SQL may add fields and functions.
 
 /** Calendar periods begin in the group's time zone; weeks on Monday; lifetime never ends. */
 export type Period = 'minute' | 'hour' | 'day' | 'week' | 'month' | 'lifetime'

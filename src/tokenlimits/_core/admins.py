@@ -92,7 +92,7 @@ def get_group_by_name(name: str) -> Call[Group]:
 
 def _only(groups: list[Group], what: str) -> Group:
     if not groups:
-        raise GroupNotFound(f"There is no group {what}. List the groups to see which there are.", code="TL002")
+        raise GroupNotFound(f"There is no group {what}. List the groups to see which exist.", code="TL002")
     return groups[0]
 
 

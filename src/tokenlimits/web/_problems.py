@@ -65,7 +65,7 @@ _KINDS: Sequence[tuple[type[Exception], int, str, str]] = (
     (errors.IdempotencyConflict, 409, "idempotency-conflict", "The key was used for another request"),
     (errors.LimitExceeded, 429, "limit-exceeded", "A limit has no room"),
     (errors.NotInGroup, 403, "not-in-group", "The user is in no group that may pay"),
-    (errors.NoLimitForKind, 403, "no-limit-for-kind", "No group of the user entitles to this kind"),
+    (errors.NoLimitForKind, 403, "no-limit-for-kind", "No group of the user has a limit for this kind"),
     (errors.ServiceUnavailable, 503, "unavailable", "Supabase can't be reached"),
     (errors.SchemaNotInstalled, 503, "not-installed", "The database has no tokenlimits"),
     (errors.SchemaOutdated, 503, "not-installed", "The database has an older tokenlimits"),
