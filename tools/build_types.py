@@ -36,8 +36,8 @@ HEADER = """\
 //     const supabase = createClient<Database>(url, key)
 //     const { data, error } = await supabase.rpc('my_generation_usage')   // data: UserLimit[] | null
 //
-// If you have types from `supabase gen types`, they say Json where these say what it is: put these functions in the
-// place of those. Newer versions of the SQL may add fields and functions.
+// If you have types from `supabase gen types`, replace its functions with these: where those say Json, these name each
+// field. Newer versions of the SQL may add fields and functions.
 """
 FOOTER = """\
 export type Database = {
