@@ -1,1 +1,1 @@
-"""Measurements: every rival and ours in the same run, in turns, as ratios."""
+"""Benchmarks: tokenlimits and each alternative in the same run, in turns, as ratios."""

@@ -67,7 +67,7 @@ def _measure(run: Run, only: str) -> results.Section:
 
 
 def main() -> int:
-    """Run all, and say whether every bar is met."""
+    """Run all benchmarks, and return whether every target is met."""
     options = _arguments()
     ours, against = Sql.of(OURS), Sql.of(options.against) if options.against else None
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
@@ -88,7 +88,7 @@ def main() -> int:
                 rows=options.rows,
             )
             sections.append(_measure(run, options.only))
-    # a part says too little to stand there
+    # a partial run must not replace the whole results
     if not (options.only or options.postgres):
         results.write(beginning, sections)
     return 0 if all(row.met for section in sections for row in section.rows) else 1

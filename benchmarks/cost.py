@@ -34,14 +34,14 @@ Step = Callable[[Connection], int]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a generation took of the CPU, and bytes of WAL."""
+    """CPU time and WAL bytes of one generation."""
 
     milliseconds: float
     wal: float
 
 
 def _key() -> str:
-    """Make a key as the client does, in the order of time."""
+    """Make a time-ordered key, as the client does."""
     random = uuid.uuid4().int & ~(0xFFFF_FFFF_FFFF_F << 76)
     return str(uuid.UUID(int=(time.time_ns() // 1_000_000) << 80 | 7 << 76 | random))
 
@@ -83,7 +83,7 @@ def _wal_bytes(connection: Connection) -> int:
 
 
 def _turn(places: dict[str, Connection], watcher: Connection, step: Step, seconds: float) -> dict[str, Cost]:
-    """Call for so long, here and there by a hundred: what disturbs the machine disturbs both."""
+    """Call both sides alternately, a hundred calls each, so that disturbances affect both equally."""
     cpu = {side: _cpu_seconds(place) for side, place in places.items()}
     wal, calls = dict.fromkeys(places, 0), dict.fromkeys(places, 0)
     ends = time.perf_counter() + seconds
@@ -153,7 +153,7 @@ def _in_turns(run: Run, steps: dict[str, Step]) -> dict[str, list[dict[str, Cost
         for number in range(run.rounds + 1):
             for name, step in steps.items():
                 found = _turn(places[name], watcher, step, run.seconds * (2 if name == "admitted" else 1))
-                # the first turn fills caches, and writes each page whole into the WAL
+                # the first turn fills caches and writes full pages to the WAL
                 if number:
                     taken[name].append(found)
     return taken

@@ -1,4 +1,4 @@
-"""Databases to measure: tokenlimits installed, 1,000 users in one group or in 100, and as much history as one likes."""
+"""Databases to measure: tokenlimits installed, 1,000 users in one group or in 100, and any amount of history."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ USER = "('00000000-0000-4000-8000-' || lpad((:user)::text, 12, '0'))::uuid"
 
 
 def user_id(number: int) -> str:
-    """Name the user of a number, from 1."""
+    """Return the id of the n-th user, from 1."""
     return f"00000000-0000-4000-8000-{number:012d}"
 
 
 def bucket(at: str) -> str:
-    """Write where the bucket of the rollup begins that a moment lies in."""
+    """Return the SQL for the beginning of the rollup bucket that contains a moment."""
     return f"date_bin('15 minutes', {at}, '2000-01-01 00:00:00+00')"
 
 
 def uuid_v7(at: str = "clock_timestamp()", home: str | None = None) -> str:
-    """Write a UUIDv7 of a moment; its last four hex digits are those of its home."""
+    """Return the SQL for a UUIDv7 of a moment; its last four hex digits are those of its home."""
     moment = f"lpad(to_hex((date_part('epoch', {at}) * 1000)::bigint), 12, '0')"
     if home is None:
         return f"({moment} || '7' || substr(gen_random_uuid()::text, 16))::uuid"
@@ -45,7 +45,7 @@ def uuid_v7(at: str = "clock_timestamp()", home: str | None = None) -> str:
 
 @contextmanager
 def made(server: PostgresServer, sql: Sql, *names: str) -> Generator[None]:
-    """Make databases with users in nobody's group; gone afterwards, so that they don't disturb what comes next."""
+    """Create databases with users in no group; drop them afterwards, so that they don't disturb later measurements."""
     for name in names:
         make(server, sql, name)
     try:
@@ -56,7 +56,7 @@ def made(server: PostgresServer, sql: Sql, *names: str) -> Generator[None]:
 
 
 def make(server: PostgresServer, sql: Sql, name: str) -> None:
-    """Make a database with one user per id, in nobody's group."""
+    """Create a database with one user per id, in no group."""
     create_hosted_database(server, name)
     with server.connect(name, "postgres") as connection:
         connection.execute(sql.text.encode())
@@ -98,7 +98,7 @@ def many_groups(server: PostgresServer, name: str) -> None:
 
 
 def add_history(server: PostgresServer, name: str, rows: int) -> None:
-    """Fill the ledger with a year of usage of the members, under keys of our own, and the rollup with its sums."""
+    """Fill the ledger with a year of the members' usage, under our own keys, and the rollup with its sums."""
     with server.connect(name, "supabase_admin") as connection:
         connection.execute(
             f"""
@@ -115,7 +115,7 @@ def add_history(server: PostgresServer, name: str, rows: int) -> None:
             inner join (
               select group_id, user_id, row_number() over (order by user_id) as n from public.group_memberships
             ) as m on m.n = 1 + (t.i * 7919) % {USERS}
-            """.encode()  # numbers and expressions of our own
+            """.encode()  # only our own numbers and expressions
         )
         connection.execute("truncate tokenlimits.usage_rollup")
         connection.execute(
@@ -130,7 +130,7 @@ def add_history(server: PostgresServer, name: str, rows: int) -> None:
 
 
 def settle(server: PostgresServer, *names: str) -> None:
-    """Do what autovacuum and the checkpointer would otherwise do in the middle of a measurement."""
+    """Do now what autovacuum and the checkpointer would otherwise do during a measurement."""
     for name in names:
         with psycopg.connect(server.url(name), autocommit=True) as connection:
             connection.execute("vacuum analyze")

@@ -1,4 +1,4 @@
-"""Who is right under load: calls that were denied though there was room, and those admitted though there was none."""
+"""Which limiters are exact under load: calls denied although there was room, and admitted although there was none."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Ask = Callable[[int], bool]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a limiter made of so many calls at once, with room for so many."""
+    """How many of some concurrent calls a limiter admitted, and for how many there was room."""
 
     limiter: str
     calls: int
@@ -46,7 +46,7 @@ class Verdict:
 
 
 def compare(run: Run) -> Iterator[Verdict]:
-    """Let 16 threads call at once: where there is room for all of them, and where there is for half."""
+    """Let 16 threads call at once: with room for all calls, and with room for half."""
     for room in (CALLS * 2, CALLS // 2):
         for limiter, make in (
             ("**tokenlimits** (`track_generation`)", _tokenlimits),
@@ -100,6 +100,6 @@ def _count_then_insert(pool: ConnectionPool, room: int) -> Ask:
 
 
 def _pyrate(pool: ConnectionPool, room: int) -> Ask:
-    # the bucket itself, as workers in processes of their own meet at it
+    # the bucket itself, as it is shared by workers in separate processes
     bucket = PostgresBucket(pool, "images", [Rate(room, A_DAY)])
     return lambda call: bool(bucket.put(RateItem(str(call), bucket.now())))

@@ -1,4 +1,4 @@
-"""The first call after 100,000 holds of one group and kind have expired together, with nobody having swept them."""
+"""The first call after 100,000 holds of one group and kind have expired together, all unswept."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .run import Row, Run, judge
 HOLDS = 100_000
 EACH = HOLDS // databases.USERS
 SECONDS = 0.4
-# What one hold of each member has moved, a hundredfold; and all of them have expired. Beside the holds, each member has
-# a usage that stays.
+# A hundred expired holds per member, with the counters and the rollup as these holds moved them. Each member also has a
+# usage that stays.
 TOGETHER = f"""
 with copies as (
   insert into public.generation_usage (
@@ -48,7 +48,7 @@ set cost = r.cost + excluded.cost, generations = r.generations + excluded.genera
 update public.generation_usage set expires_at = '{{at}}' where status = 'reserved';
 update tokenlimits.holds set expires_at = '{{at}}';
 """
-# somebody else in another group: functions are compiled, but nothing is swept
+# another user in another group: compiles the functions, but sweeps nothing
 ELSEWHERE = f"""
 insert into auth.users (id, email) values ('{databases.user_id(0)}', 'elsewhere@example.com');
 select public.save_group(p_name => 'elsewhere', p_limits => '{databases.LIMITS}');
@@ -69,7 +69,7 @@ from jsonb_array_elements(public.track_generations((
 
 @dataclass(frozen=True)
 class Case:
-    """A call, the room that there is besides expired holds, and whether it is admitted."""
+    """A call, the room that there is without expired holds, and whether it is admitted."""
 
     what: str
     sql: str
@@ -144,9 +144,9 @@ def _first(server: PostgresServer, case: Case) -> float:
 
 
 def _leave_room(server: PostgresServer, room: int) -> None:
-    """Lower the limits to what is used without the holds, and so much room; each member has an equal part of it."""
+    """Lower the limits to what is used without the holds, plus some room; each member has an equal share of it."""
     with server.connect("expired_once") as connection:
-        # the triggers would count afresh, and so warm what the call is to find cold
+        # the triggers would recount, and so warm the caches that the call should find cold
         connection.execute("set session_replication_role = replica")
         connection.execute(
             "update public.group_limits set max = case scope when 'group' then %s else %s end "

@@ -1,4 +1,4 @@
-"""The rows that are measured in SQL alone, without HTTP."""
+"""Benchmarks in SQL alone, without HTTP."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BATCH = f"""select jsonb_array_length(public.track_generations((
 )));
 """
 
-# a commit then waits for a millisecond, as it does for the disks of a cloud
+# makes a commit wait for a millisecond, as it does for cloud disks
 SLOW_COMMITS = ("commit_delay = 1000", "commit_siblings = 0")
 # of the update, what the schema of 11202f6 reached, and what a special path for the common call does
 HOT = {"fast": (0.42, 0.56), "slow": (0.72, 0.85)}
@@ -117,7 +117,7 @@ def batches(run: Run) -> Iterator[Row]:
 
 
 def history(run: Run) -> Iterator[Row]:
-    """Compare an empty ledger with one of a fifth of the rows, and with one of all."""
+    """Compare an empty ledger with one of a fifth of the rows, and with one of all rows."""
     sizes = {"empty": 0, "long": run.rows // 5, "longest": run.rows}
     with databases.made(run.server, run.ours, *sizes):
         for name, rows in sizes.items():
@@ -138,7 +138,7 @@ def history(run: Run) -> Iterator[Row]:
 
 
 def count_then_insert(run: Run) -> Iterator[Row]:
-    """Compare with the way that it is mostly done: count the month's million rows, then insert."""
+    """Compare with the usual way: count the month's million rows, then insert."""
     with databases.made(run.server, run.ours, "counting"):
         databases.one_group(run.server, "counting", databases.LIMITS)
         with run.server.connect("counting", "postgres") as connection:

@@ -1,4 +1,4 @@
-"""What is measured through HTTP with the real Supabase client: one call at a time, and many at once."""
+"""Benchmarks over HTTP with the real Supabase client: one call at a time, and many at once."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def single_call(run: Run) -> Iterator[Row]:
 
 
 async def _rate(limits: AsyncTokenLimits, user_id: UUID, callers: int, seconds: float) -> float:
-    """Let so many tasks call one after the other, and count the calls per second."""
+    """Run some tasks, each of which calls again and again, and count the calls per second."""
     ends = perf_counter() + seconds
 
     async def call() -> int:
@@ -109,7 +109,7 @@ async def _rates(stack: LocalStack, user_id: UUID, callers: int, rounds: int, se
 
 
 def together(run: Run) -> Iterator[Row]:
-    """Compare calls of many tasks that travel together with the same, each by itself."""
+    """Compare coalesced calls of many tasks with the same calls one by one."""
     run.server.create_database("together")
     with LocalStack(database_url=run.server.url("together")) as stack:
         _, user_id = _set_up(stack)

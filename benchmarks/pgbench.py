@@ -1,4 +1,4 @@
-"""Runs SQL scripts under load with pgbench, and rivals in turns."""
+"""Runs SQL scripts under load with pgbench, alternatives in turns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of a database: a script, by so many clients at once, for so many seconds."""
+    """The load on a database: a script, a number of concurrent clients, and a number of seconds."""
 
     url: str
     script: str
@@ -48,7 +48,7 @@ def rate(programs: Path, load: Load) -> float:
 
 
 def in_turns(programs: Path, loads: Mapping[str, Load], rounds: int) -> dict[str, list[float]]:
-    """Measure all, one after the other, so many times: what disturbs the machine disturbs all of them."""
+    """Measure all in turns, several times, so that disturbances affect all of them equally."""
     rates: dict[str, list[float]] = {name: [] for name in loads}
     for _ in range(rounds):
         for name, load in loads.items():

@@ -1,4 +1,4 @@
-"""What those who run it wait for: a dashboard of thousands of groups, and an export of a million rows."""
+"""Reports: a dashboard of thousands of groups, and an export of a million rows."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _execute(connection: psycopg.Connection[Any], sql: str) -> None:
 
 
 def _milliseconds(connection: psycopg.Connection[Any], sql: str, groups: int, times: int) -> float:
-    """Time a query so many times, after it was tried three times; it must answer so many groups."""
+    """Time a query several times, after three warm-up runs, and check the number of groups in its answer."""
     taken: list[float] = []
     for _ in range(3 + times):
         started = perf_counter()
@@ -125,7 +125,7 @@ def _milliseconds(connection: psycopg.Connection[Any], sql: str, groups: int, ti
 
 
 def dashboard(run: Run) -> Iterator[Row]:
-    """Time the usage of all groups, of which it reads counters and the day's history, never the ledger."""
+    """Time the usage of all groups, which reads counters and the day's history, never the ledger."""
     server = run.server
     create_hosted_database(server, "dashboard")
     with server.connect("dashboard", "postgres") as connection:
@@ -142,7 +142,7 @@ def dashboard(run: Run) -> Iterator[Row]:
 
 
 def many_groups(run: Run) -> Iterator[Row]:
-    """Time the usage of more and more groups, which takes as long for each, and of a page of them."""
+    """Time the usage of growing numbers of groups, which takes the same time per group, and of a page of them."""
     server = run.server
     create_hosted_database(server, "groups")
     with server.connect("groups", "postgres") as connection:
@@ -160,7 +160,7 @@ def many_groups(run: Run) -> Iterator[Row]:
     with server.connect("groups", "postgres") as connection:
         ours = _milliseconds(connection, A_PAGE, PAGE, 10 * run.rounds)
     server.drop_database("groups")
-    # a page is as dear as its groups, and a call
+    # a page costs as much as its groups, plus a call
     allowed = PAGE * MICROSECONDS / 1000 + 1
     what = f"a page of {PAGE} of {there:,} groups, against {allowed:g} ms"
     yield judge(what, f"{ours:.1f} ms", f"{allowed:g} ms", ours / allowed, most=1)

@@ -1,4 +1,4 @@
-"""RESULTS.md: what was measured, on which machine, and the rows."""
+"""RESULTS.md: the subject, the machine, and the rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ half.
 
 @dataclass
 class Section:
-    """What was measured on one PostgreSQL."""
+    """The results on one PostgreSQL."""
 
     postgres: str
     rows: list[Row] = field(default_factory=list[Row])
@@ -38,14 +38,14 @@ class Section:
 
     @property
     def text(self) -> str:
-        """Write its tables."""
+        """Return its tables as Markdown."""
         rows = "".join(f"{row.line}\n" for row in self.rows)
         verdicts = "".join(f"{verdict.line}\n" for verdict in self.verdicts)
         return f"\n## PostgreSQL {self.postgres}\n{TABLE}{rows}{EXACTNESS}{verdicts}"
 
 
 def head(options: str, settings: tuple[str, ...], rounds: int, seconds: float, against: Sql | None) -> str:
-    """Say what is measured, before it begins: the checkout may move on meanwhile."""
+    """Describe the subject before the measurements begin: the checkout may change meanwhile."""
     compared = f" `{against.name}` is the SQL that `--against` named." if against else ""
     return f"""# Results
 
@@ -59,7 +59,7 @@ rounds of ours to theirs.{compared}
 
 
 def write(beginning: str, sections: list[Section]) -> None:
-    """Write all of it."""
+    """Write the whole file."""
     RESULTS.write_text(beginning + "".join(section.text for section in sections), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""What every measurement is given, and what it yields."""
+"""What every benchmark gets and returns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.postgres import PostgresServer
 
 @dataclass(frozen=True)
 class Sql:
-    """A tokenlimits.sql that is measured, and its name in the results."""
+    """A tokenlimits.sql to measure, and its name in the results."""
 
     name: str
     text: str
@@ -38,13 +38,13 @@ class Run:
 
     @property
     def sides(self) -> dict[str, Sql]:
-        """Ours, and the SQL that it is compared with, if there is one."""
+        """This checkout's SQL, and the SQL that it is compared with, if any."""
         return {"ours": self.ours} | ({"against": self.against} if self.against else {})
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the results: what was measured, both sides, their ratio, and the bar for it."""
+    """One line of the results: what was measured, both sides, their ratio, and its target."""
 
     what: str
     ours: str
@@ -64,7 +64,7 @@ class Row:
 
 
 def per_second(rates: list[float]) -> str:
-    """Write the median of rates."""
+    """Format the median of rates."""
     return f"{median(rates):,.0f} /s"
 
 
@@ -83,7 +83,7 @@ def judge(
     most: float | None = None,
     note: str = "",
 ) -> Row:
-    """Make a row whose ratio must be at least, or at most, so much; of neither it is only reported."""
+    """Make a row whose ratio must be at least or at most a target; without a target, it is only reported."""
     bar, met = "—", True
     for sign, limit, holds in (("≥", least, operator.ge), ("≤", most, operator.le)):
         if limit is not None:

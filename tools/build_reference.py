@@ -18,7 +18,7 @@ from tokenlimits._refusals import BY_CODE
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-MARK = "tokenlimits: "  # begins the comments of what we make
+MARK = "tokenlimits: "  # the beginning of the comments of our objects
 
 SQL_PAGE = """\
 # SQL functions and tables
@@ -46,7 +46,7 @@ This is `benchmarks/RESULTS.md` of the checkout, as `make bench` wrote it. Look 
 
 
 class Function(NamedTuple):
-    """A public SQL function, as its comment, its arguments and its grants say."""
+    """A public SQL function: its comment, its arguments and its grants."""
 
     name: str
     arguments: str
@@ -56,7 +56,7 @@ class Function(NamedTuple):
 
     @property
     def who(self) -> str:
-        """Whom its section is for."""
+        """The readers of its section."""
         if self.roles == {"service_role"}:
             return "workers"
         return "users" if self.roles == {"authenticated"} or self.name == "tokenlimits_version" else "admins"
@@ -115,7 +115,7 @@ def sql_page(sql: str) -> str:
 
 
 def signature(function: Function) -> list[str]:
-    """Write the head of a function, an argument a line."""
+    """Write the signature of a function, one argument per line."""
     arguments = [argument.strip() for argument in function.arguments.split(",\n")] if function.arguments else []
     if not arguments:
         return [f"{function.name}() returns {function.returns}"]
@@ -147,7 +147,7 @@ def command_line_page() -> str:
     command = [sys.executable, "-m", "typer", "tokenlimits.cli._app", "utils", "docs", "--name", "tokenlimits"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     text = re.sub(r"^```console\n\$ ", "```text\n", text, flags=re.MULTILINE)
-    # brackets in a help text are no links
+    # brackets in a help text aren't links
     text = re.sub(
         r"^(?![*`]|tokenlimits ).*\]\[.*$", lambda line: line[0].replace("[", r"\["), text, flags=re.MULTILINE
     )
@@ -155,7 +155,7 @@ def command_line_page() -> str:
 
 
 def errors_page(schema: str) -> str:
-    """Write the page of errors: classes by their docstrings, SQLSTATEs by the list that the schema begins with."""
+    """Write the page of errors: classes from their docstrings, SQLSTATEs from the list in the schema."""
     lines = [ERRORS_PAGE]
     for cls in sorted(subclasses(errors.TokenLimitsError), key=lambda cls: cls.__name__):
         codes = ", ".join(f"`{code}`" for code, of in BY_CODE.items() if of is cls)
@@ -177,18 +177,18 @@ def errors_page(schema: str) -> str:
 
 
 def subclasses(cls: type) -> set[type]:
-    """Find a class and all beneath it that are in its module."""
+    """Find a class and all its subclasses in its module."""
     return {cls}.union(*(subclasses(each) for each in cls.__subclasses__() if each.__module__ == cls.__module__))
 
 
 def results_page(results: str) -> str:
-    """Write the page of results, whose lines link back to the ways of measuring."""
+    """Write the page of results, with links to the benchmarks."""
     _, _, text = results.partition("\n")
     return RESULTS_PAGE + text
 
 
 def pages() -> dict[Path, str]:
-    """Make all pages: where each goes, and its text."""
+    """Build all pages: the path and the text of each."""
     return {
         DOCS / "reference" / "sql.md": sql_page((ROOT / "sql" / "tokenlimits.sql").read_text()),
         DOCS / "reference" / "command-line.md": command_line_page(),

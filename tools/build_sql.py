@@ -1,4 +1,4 @@
-"""Build sql/tokenlimits.sql and the newest migration from sql/schema/; with --check, fail when they are stale.
+"""Build sql/tokenlimits.sql and the newest migration from sql/schema/; with --check, fail if they are stale.
 
 The files of the schema are Jinja templates: a rule that several functions have in place is a macro in
 sql/schema/macros/, which sqlfluff reads too. The newest migration has those statements of the schema that no earlier
@@ -23,7 +23,7 @@ ONE_PASTE_HEADER = """\
 -- Generated from sql/schema/ by `make sql`; edit it there.
 
 """
-# squawk takes it that a migration runs in a transaction of the tool's; psql makes none
+# squawk assumes that the migration tool begins a transaction; psql doesn't
 BEGIN = """\
 -- All or nothing, also where statements come one by one, as from psql.
 -- squawk-ignore transaction-nesting
@@ -46,7 +46,7 @@ NAMES = (
     "private_table_names",
     "private_function_names",
 )
-# PostgREST has to look again after each
+# PostgREST must reload the schema after each
 RELOAD = "notify pgrst, 'reload schema';"
 
 
@@ -56,7 +56,7 @@ def schema() -> tuple[str, str]:
         loader=FileSystemLoader(SQL / "schema"),
         extensions=["jinja2.ext.do"],
         undefined=StrictUndefined,
-        autoescape=False,  # it's SQL that comes out
+        autoescape=False,  # the output is SQL, not HTML
         keep_trailing_newline=True,
     )
     for path in sorted((SQL / "schema" / "macros").glob("*.sql")):
@@ -68,17 +68,17 @@ def schema() -> tuple[str, str]:
         built = templates.get_template(path.relative_to(SQL / "schema").as_posix()).render(context)
         return re.sub(r"[ \t]+$", "", built, flags=re.MULTILINE)
 
-    # some statements ask for the names that all of them make
+    # some statements use the names of all objects
     names = made_names("".join(render(path, dict.fromkeys(NAMES, "")) for path in paths))
     built = "\n".join(f"-- {path.name}\n\n{render(path, names)}" for path in paths)
     return built, render(SQL / "schema" / "uninstall" / "uninstall.sql", names)
 
 
 def made_names(sql: str) -> dict[str, str]:
-    """List what the SQL makes, for who asks whether a name is taken, or is ours."""
+    """List the names that the SQL creates, for the checks whether a name is taken, or is ours."""
     tables = re.findall(r"^create table if not exists public\.(\w+)", sql, re.MULTILINE)
     functions = re.findall(r"^create or replace function public\.(\w+)", sql, re.MULTILINE)
-    # keys are indexes too, and all names begin with their table's; a sequence is named where it is closed
+    # keys are indexes too, and their names begin with the table's; a sequence is named in its revoke
     indexes = re.findall(
         r"^(?:  constraint|create (?:unique )?index if not exists) (\w+_(?:pkey|key|idx))", sql, re.MULTILINE
     )
@@ -119,7 +119,7 @@ def code(statement: str) -> str:
 
 
 def migration(schema: str, earlier: list[str]) -> str:
-    """Write what a schema has beyond its earlier migrations."""
+    """Build what the schema has beyond its earlier migrations."""
     known = {code(statement) for text in earlier for statement in statements(text)} - {RELOAD}
     new = [statement for statement in statements(schema) if code(statement) not in known]
     return MIGRATION_HEADER + BEGIN + "\n\n".join(new) + "\n" + COMMIT

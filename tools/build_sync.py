@@ -1,4 +1,4 @@
-"""Build the sync clients from the async ones; with --check, fail when they are stale.
+"""Build the sync clients from the async ones; with --check, fail if they are stale.
 
 Each method, docstring and comment of the clients is written once, in the async module. `async`, `await` and the names
 of the async classes go by rule, in `__all__` and in the examples of docstrings too; other strings stay as they are.
@@ -26,7 +26,7 @@ PACKAGE = ROOT / "src" / "tokenlimits"
 SOURCES = {"client.py": "async_client.py", "groups.py": "async_groups.py"}
 HEADER = "# Generated from {source} by `make sync`; edit it there.\n"
 
-# Names that lose more, or something else, than an "Async" before a capital.
+# Names whose sync form isn't made by dropping an "Async" before a capital.
 NAMES = {
     "__aenter__": "__enter__",
     "__aexit__": "__exit__",
@@ -39,7 +39,7 @@ EXAMPLE = re.compile(r"^(?P<indent> *)>>> (?P<code>.*(?:\n(?P=indent)\.\.\.(?: .
 
 
 class Unconvertible(Exception):
-    """A `# SYNC:` comment that doesn't fit what it stands after."""
+    """A `# SYNC:` comment that doesn't match the code before it."""
 
 
 def sync_name(name: str) -> str:
@@ -48,7 +48,7 @@ def sync_name(name: str) -> str:
 
 
 def sync_prose(text: str) -> str:
-    """Convert sentences, and the code that stands in them between backticks."""
+    """Convert prose, and the code in it between backticks."""
 
     def with_article(match: re.Match[str]) -> str:
         article, quote, initial = match.groups()
@@ -75,7 +75,7 @@ def sync_code(code: str) -> str:
 
 
 class _Reword(cst.CSTTransformer):
-    """Applies the `# SYNC:` comments, and drops them."""
+    """Applies the `# SYNC:` comments, and removes them."""
 
     def on_leave(self, _: cst.CSTNode, updated_node: cst.CSTNode) -> cst.CSTNode:
         match updated_node:
@@ -104,11 +104,11 @@ def _replaced(text: str, phrase: str, replacement: str) -> str:
 
 
 class _ToSync(cst.CSTTransformer):
-    """Takes `async` and `await` out, and renames."""
+    """Removes `async` and `await`, and renames."""
 
     def on_leave(self, _: cst.CSTNode, updated_node: cst.CSTNode) -> cst.CSTNode:
         match updated_node:
-            # Parentheses around it go as well: what is awaited binds as tightly as what they were needed for.
+            # Drop parentheses around it too: what is awaited binds tightly enough without them.
             case cst.Await(expression=awaited):
                 return awaited
             case cst.FunctionDef() | cst.For() | cst.With() | cst.CompFor():
@@ -138,7 +138,7 @@ class _Exports(cst.CSTTransformer):
 
 
 def formatted(code: str, path: Path) -> str:
-    """Sort the imports and format, as ruff would do with the file."""
+    """Sort the imports and format, as ruff does with the file."""
     for command in (["check", "--quiet", "--fix", "--select=I"], ["format"]):
         ruff = [sys.executable, "-m", "ruff", *command, "--config=pyproject.toml", f"--stdin-filename={path}", "-"]
         code = subprocess.run(ruff, input=code, stdout=subprocess.PIPE, cwd=ROOT, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""Build the types for TypeScript, examples/frontend/tokenlimits.d.ts; with --check, fail when they are stale.
+"""Build the types for TypeScript, examples/frontend/tokenlimits.d.ts; with --check, fail if they are stale.
 
 What the functions answer is made from the models' JSON schema by json-schema-to-typescript, what they take from the
 SQL. Kept by hand are types/answers.d.ts, since TypeScript can tell an answer that allows from one that denies by
@@ -126,10 +126,10 @@ RETURNS = {
 
 
 class Schema(GenerateJsonSchema):
-    """JSON schema with the names that TypeScript gets for ids, moments and words."""
+    """JSON schema with the names that TypeScript uses for ids, moments and words."""
 
     def field_title_should_be_set(self, _: Any) -> bool:
-        """Leave out the fields' titles, each of which would be a type."""
+        """Leave out the fields' titles, since each would become a type."""
         return False
 
     def field_is_required(self, field: Any, total: bool) -> bool:
@@ -192,7 +192,7 @@ def shapes() -> str:
 
 
 def arguments(function: Function) -> str:
-    """Write what a function takes."""
+    """Write the arguments of a function."""
     if not function.arguments:
         return "never"
     given: list[str] = []

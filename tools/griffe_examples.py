@@ -21,6 +21,6 @@ class Examples(griffe.Extension):
 
 def _section(match: re.Match[str]) -> str:
     code = match[1].rstrip("\n")
-    if ">>>" not in code:  # not a doctest: it would be taken for text
+    if ">>>" not in code:  # not a doctest: griffe would treat it as text
         code = f"    ```python\n{code}\n    ```"
     return f"Examples:\n{code}\n"

@@ -13,12 +13,12 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 
 def urls(environment: Mapping[str, str]) -> dict[str, str]:
-    """Name the pages of the repository that GitHub Actions works for; none elsewhere."""
+    """Return the URLs of the repository that GitHub Actions runs for; none elsewhere."""
     server, repository = environment.get("GITHUB_SERVER_URL"), environment.get("GITHUB_REPOSITORY")
     if not server or not repository:
         return {}
     home = f"{server}/{repository}"
-    # files as of the release that the metadata belongs to
+    # files at the tag of this release
     files = f"{home}/blob/{environment.get('GITHUB_REF_NAME') or 'HEAD'}"
     return {
         "Homepage": home,
@@ -34,5 +34,5 @@ class ProjectUrls(MetadataHookInterface):
     """Fills in `project.urls`."""
 
     def update(self, metadata: dict[str, Any]) -> None:
-        """Set the URLs; hatchling keeps those of an sdist that is built."""
+        """Set the URLs; hatchling keeps those of an sdist that it builds from."""
         metadata["urls"] = urls(os.environ)
