@@ -623,7 +623,7 @@ class TestSession:
         for user in (None, ANN, None):
             fake.sign_in(user)
             if user is None:
-                with pytest.raises(AccessDenied, match="nobody is signed in") as raised:
+                with pytest.raises(AccessDenied, match="no user is signed in") as raised:
                     fake.my_usage()
                 assert raised.value.code == "42501"
         with pytest.raises(InvalidRequest, match="user_id"):

@@ -46,7 +46,7 @@ class Engine(HoldFunctions, AdminFunctions, ReportFunctions):
         """List every limit that binds the user who is signed in."""
         if self.signed_in is None:
             hint = "Send the user's access token."
-            raise refusal(403, {"code": "42501", "message": "nobody is signed in", "hint": hint})
+            raise refusal(403, {"code": "42501", "message": "no user is signed in", "hint": hint})
         return self.user_generation_usage(self.signed_in)
 
     def tokenlimits_version(self) -> Json:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, seed, settings
@@ -12,6 +14,9 @@ from tests.sql.semantics.histories.admins import Tables
 from tests.sql.semantics.histories.reports import Reports
 from tests.sql.semantics.histories.workers import Time
 from tests.sql.semantics.twins import Twins
+
+from tokenlimits.sql_files import one_paste
+from tokenlimits.testing._engine import Engine
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 
@@ -40,3 +45,11 @@ def test_sql_answers_what_the_model_answers(shared_database: Database, time_zone
         return Everything(twins)
 
     run_state_machine_as_test(machine, settings=SETTINGS)
+
+
+def test_histories_have_every_function_that_the_fake_has() -> None:
+    here = Path(__file__).parent
+    called = "".join(path.read_text() for path in [here / "twins.py", *(here / "histories").glob("*.py")])
+    functions = re.findall(r"create or replace function public\.(\w+)\(", one_paste())
+    assert [name for name in functions if hasattr(Engine, name) and f'"{name}"' not in called] == []
+    assert sum(hasattr(Engine, name) for name in functions) >= 29

@@ -97,7 +97,8 @@ class Model(Engine):
             return own  # the SQL has denied it, and the answers will differ
         given = self.usage_ids.popleft()
         milliseconds, version = slice(0, 13), 14
-        assert (given[milliseconds], given[version], given[-4:]) == (own[milliseconds], "7", own[-4:])
+        expected, actual = (own[milliseconds], "7", own[-4:]), (given[milliseconds], given[version], given[-4:])
+        same(f"id of a usage of {at} in {home}", expected, actual)
         return given
 
 
@@ -146,9 +147,8 @@ class Twins:
         actual = self._sql("track_generations", {"p_requests": requests})
         self.model.usage_ids = deque(_new_usages(actual))
         expected = self._engine("track_generations", {"p_requests": requests})
-        same(
-            f"track_generations {requests}", *([_at_some_moment(each) for each in side] for side in (expected, actual))
-        )
+        sides = ([_at_some_moment(answer) for answer in side] for side in (expected, actual))
+        same(f"track_generations {requests}", *sides)
         return actual
 
     def pages(self, function: str, **params: Any) -> list[Json]:
@@ -161,6 +161,12 @@ class Twins:
     def sign_up(self, user: str) -> None:
         """Make a user; the engine knows them already."""
         self.connection.execute("insert into auth.users (id, email) values (%s, %s)", [user, email_of(user)])
+
+    def sign_in(self, user: str | None) -> None:
+        """Whose access token it is from now on; None: nobody's."""
+        self.model.signed_in = user
+        claims = json.dumps({"sub": user}) if user else ""
+        self.connection.execute("select set_config('request.jwt.claims', %s, false)", [claims])
 
     def delete_user(self, user: str) -> None:
         """Delete a user; their usage stays."""
@@ -206,10 +212,9 @@ class Twins:
 
     def _tell_ids(self, function: str, params: Json, answer: Any) -> None:
         """Let the engine choose the ids that the SQL has chosen."""
-        if not isinstance(answer, dict):
-            return
-        self.model.usage_ids = deque(_new_usages([answer]) if "usage_id" in answer else [])
-        if function == "save_group" and params.get("p_group_id") is None:
+        is_usage = isinstance(answer, dict) and "usage_id" in answer
+        self.model.usage_ids = deque(_new_usages([answer]) if is_usage else [])
+        if function == "save_group" and isinstance(answer, dict) and params.get("p_group_id") is None:
             params["p_id"] = answer["id"]
 
     def _sql(self, function: str, params: Json) -> Any:

@@ -27,10 +27,13 @@ class Admins(History):
         fields = {
             "p_name": self.draw(st.none() | drawn.names),
             "p_priority": self.draw(st.none() | drawn.priorities),
-            "p_is_default": self.one_of([None, False, True]),
             "p_limits": self.draw(st.none() | drawn.limits),
         }
         self.call("save_group", p_group_id=self.group(), **fields)
+
+    @happens(2)
+    def set_default(self) -> None:
+        self.call("save_group", p_group_id=self.group(), p_is_default=self.one_of([True, True, False]))
 
     @happens()
     def set_timezone(self) -> None:

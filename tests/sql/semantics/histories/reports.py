@@ -17,6 +17,12 @@ class Reports(History):
         self.twins.call("user_generation_usage", p_user_id=self.draw(drawn.users))
         self.twins.call("group_usage", p_group_id=self.pin())
 
+    @happens()
+    def look_at_ones_own_usage(self) -> None:
+        self.twins.sign_in(self.draw(st.none() | drawn.users | drawn.users))
+        self.twins.call("my_generation_usage")
+        self.twins.sign_in(None)
+
     @happens(2)
     def look_at_history(self) -> None:
         params = {**self.part(), "p_bucket": self.one_of(["hour", "day", "week", "month"])}

@@ -12,6 +12,7 @@ from tests.sql.semantics.histories.history import History, happens
 from tokenlimits.testing._periods import period_of
 from tokenlimits.testing._state import Usage
 
+COMMIT, RELEASE, REFUND = "commit_generation", "release_generation", "refund_generation"
 _UNSWEPT = "select count(*) from tokenlimits.holds where expires_at <= tokenlimits.clock()"
 
 
@@ -85,7 +86,7 @@ class Holders(Workers):
     @happens(6)
     def settle_a_hold(self) -> None:
         for usage in self.any_of(self.holds("reserved")):
-            self.settle_by(self.one_of(["commit", "commit", "release"]), usage)
+            self.settle_by(self.one_of([COMMIT, COMMIT, RELEASE]), usage)
 
     @happens(6)
     def settle_late(self) -> None:
@@ -94,17 +95,17 @@ class Holders(Workers):
             assert usage.expires_at
             self.twins.wait_until(usage.expires_at + self.one_of([timedelta(0), *drawn.SOON]))
             self.one_of([self.track, self.reserve, self.check, self.sweep])()
-            self.settle_by(self.one_of(["commit", "commit", "release"]), usage)
+            self.settle_by(self.one_of([COMMIT, COMMIT, RELEASE]), usage)
 
     @happens(3)
     def settle_whatever_it_is(self) -> None:
         """The answer may well be that it can't be settled so."""
         for usage in self.any_of(self.twins.model.ledger):
-            self.settle_by(self.one_of(["commit", "release", "refund", "refund"]), usage)
+            self.settle_by(self.one_of([COMMIT, RELEASE, REFUND, REFUND]), usage)
 
     @happens()
     def settle_what_nobody_knows(self) -> None:
-        self.call(f"{self.one_of(['commit', 'release', 'refund'])}_generation", p_usage_id=drawn.NOBODY)
+        self.call(self.one_of([COMMIT, RELEASE, REFUND]), p_usage_id=drawn.NOBODY)
 
     @happens()
     def sweep(self) -> None:
@@ -112,13 +113,13 @@ class Holders(Workers):
         assert after == before - swept
         assert (swept > 0) == (before > 0)
 
-    def settle_by(self, action: str, usage: Usage) -> None:
+    def settle_by(self, function: str, usage: Usage) -> None:
         params: Json = {"p_usage_id": usage.id}
-        if action == "commit":
+        if function == COMMIT:
             held = usage.reserved_cost or 1
             params["p_cost"] = self.one_of([None, None, held, held - 1, 0, 1, held + 1, -1])
         for _ in range(self.one_of([1, 1, 2])):
-            self.call(f"{action}_generation", **params)
+            self.call(function, **params)
 
 
 class Time(Holders):
