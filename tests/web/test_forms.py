@@ -83,10 +83,10 @@ class TestGroupForm:
         form = GroupForm(rows=[LimitRow("a"), LimitRow("a")])
         assert form.refused(GroupExists("…")).errors == {"name": "Another group has this name."}
         assert form.refused(InvalidRequest("…", detail="timezone")).errors == {
-            "timezone": "There is no such time zone."
+            "timezone": "This time zone doesn't exist."
         }
         twice = form.refused(InvalidRequest("…", detail="limits[1]"))
-        assert [row.error for row in twice.rows] == ["", "This limit is there twice."]
+        assert [row.error for row in twice.rows] == ["", "This limit occurs twice."]
         assert form.refused(InvalidRequest("something else")).errors == {"": "something else"}
 
 

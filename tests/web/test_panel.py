@@ -246,7 +246,7 @@ class TestDialogs:
         assert answer.status_code == 422
         assert "Another group has this name." in answer.text
         answer = self.post(browser, "/groups/new", {**form, "name": "Other", "timezone": "Mars/Base"})
-        assert "There is no such time zone." in answer.text
+        assert "This time zone doesn't exist." in answer.text
         assert [group.name for group in groups.list()] == ["Pro"]
 
     @pytest.mark.slow
@@ -298,7 +298,7 @@ class TestDialogs:
         for _ in range(2):
             answer = browser.get(path, headers={"Accept": "text/html,*/*;q=0.8"})
             assert answer.status_code == 404
-            assert "There is nothing here" in answer.text
+            assert "Page not found" in answer.text
             assert answer.headers["cache-control"] == "no-store"
             sign_in(browser, admin)
         assert browser.get(path).text == "Not Found"

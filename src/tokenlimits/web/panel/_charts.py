@@ -18,7 +18,10 @@ _WRITTEN: Mapping[Step, str] = {"hour": "{0:%b} {0.day}, {0:%H:%M}", "day": "{0:
 
 @dataclass(frozen=True, slots=True)
 class Trend:
-    """What was used of a kind in the last 30 days; `change` is in per cent of the 30 days before (None: nothing)."""
+    """What was used of a kind in the last 30 days; `change` is the change from the 30 days before, in per cent.
+
+    It is None if there was no usage before.
+    """
 
     kind: str
     used: int
@@ -27,12 +30,12 @@ class Trend:
 
 
 def first(step: Step, timezone: str, now: datetime) -> datetime:
-    """Say where a chart that ends now begins."""
+    """Return where a chart that ends now begins."""
     return buckets(step, timezone, now)[0]
 
 
 def buckets(step: Step, timezone: str, now: datetime) -> list[datetime]:
-    """List the beginnings of the buckets that a chart shows, in a group's time zone.
+    """List when the buckets of a chart begin, in a group's time zone.
 
     Example:
         >>> [b.isoformat() for b in buckets("month", "UTC", datetime(2026, 3, 9, tzinfo=UTC))][-2:]
@@ -52,7 +55,7 @@ def buckets(step: Step, timezone: str, now: datetime) -> list[datetime]:
 
 
 def chart(points: Iterable[HistoryPoint], step: Step, timezone: str, now: datetime) -> dict[str, Any]:
-    """Write a history for the chart library, with the kinds that were used most first."""
+    """Convert a history for the chart library, with the most used kinds first."""
     zone = _zone(timezone)
     used: dict[str, dict[str, int]] = {}
     for point in points:
@@ -88,5 +91,5 @@ def trends(points: Iterable[HistoryPoint], now: datetime) -> list[Trend]:
 def _zone(name: str) -> ZoneInfo:
     try:
         return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError):  # the database knows zones that this machine doesn't
+    except (ZoneInfoNotFoundError, ValueError):  # the database may know more time zones than this machine
         return ZoneInfo("UTC")

@@ -1,19 +1,21 @@
-"""How numbers and moments are written for people."""
+"""How to write numbers, amounts and moments for people."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any
 
 _PERIODS: Mapping[str, str] = {
-    "minute": "a minute",
-    "hour": "an hour",
-    "day": "a day",
-    "week": "a week",
-    "month": "a month",
+    "minute": "per minute",
+    "hour": "per hour",
+    "day": "per day",
+    "week": "per week",
+    "month": "per month",
     "lifetime": "in total",
 }
+# they have no plural
+_UNCOUNTABLE = frozenset({"audio", "music", "sound", "speech", "text"})
 _STEPS = ((10**12, "T"), (10**9, "B"), (10**6, "M"))
 
 
@@ -52,12 +54,40 @@ def short(value: int | None) -> str:
     return f"{value:,}"
 
 
+def amount(value: int, kind: str) -> str:
+    """Write a number with its noun.
+
+    Example:
+        >>> amount(1, "image"), amount(1200, "image")
+        ('1 image', '1,200 images')
+    """
+    return f"{value:,} {plural(value, kind)}"
+
+
+def plural(value: int, kind: str) -> str:
+    """Write a kind in the singular or the plural.
+
+    Example:
+        >>> plural(2, "hd_image"), plural(1, "tokens"), plural(2, "audio"), plural(3, "story"), plural(0, "patch")
+        ('hd images', 'token', 'audio', 'stories', 'patches')
+    """
+    words = kind.replace("_", " ")
+    word = words.rpartition(" ")[2]
+    is_plural = word.endswith("s") and not word.endswith(("ss", "us", "as", "is"))
+    if value == 1:
+        words = words.removesuffix("s") if is_plural else words
+    elif not is_plural and word not in _UNCOUNTABLE:
+        words = f"{words[:-1]}ies" if re.search("[^aeiou]y$", word) else words
+        words += "" if words.endswith("ies") else "es" if re.search("(s|x|z|ch|sh)$", word) else "s"
+    return words
+
+
 def period(value: str) -> str:
     """Write a period.
 
     Example:
         >>> period("day"), period("lifetime")
-        ('a day', 'in total')
+        ('per day', 'in total')
     """
     return _PERIODS[value]
 

@@ -1,4 +1,4 @@
-"""What people type into the dialogs, and what is wrong with it, beside each field."""
+"""What people type into the dialogs, checked field by field."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LIMIT_FIELD = re.compile(r"limits\[(\d+)\](?:\.(\w+))?")
 
 @dataclass(frozen=True, slots=True)
 class LimitRow:
-    """One limit, as it was typed."""
+    """One limit, as typed."""
 
     kind: str = ""
     max: str = ""
@@ -37,7 +37,7 @@ class LimitRow:
     unlimited: bool = False
     error: str = ""
     wrong: str = ""
-    """The field that the error is about; none: the limit as a whole."""
+    """The field that the error is about; empty: the whole limit."""
 
     def checked(self) -> tuple[LimitRow, dict[str, Any]]:
         """Return it with what is wrong with it, and as the library takes it."""
@@ -46,7 +46,7 @@ class LimitRow:
         elif not self.unlimited and not (_WHOLE.fullmatch(self.max) and _digits(self.max) <= _MOST):
             wrong, error = "max", "A maximum is a whole number like 10,000 (commas between thousands only); 0 blocks."
         elif self.period not in _PERIODS or self.scope not in _SCOPES:
-            wrong, error = "", "There is no such period or scope."
+            wrong, error = "", "This period or scope doesn't exist."
         else:
             max_ = None if self.unlimited else _digits(self.max)
             return self, {"kind": self.kind, "max": max_, "period": self.period, "scope": self.scope}
@@ -55,7 +55,7 @@ class LimitRow:
 
 @dataclass(frozen=True, slots=True)
 class GroupForm:
-    """A group, as it was typed."""
+    """A group, as typed."""
 
     name: str = ""
     description: str = ""
@@ -67,7 +67,7 @@ class GroupForm:
 
     @classmethod
     def of_group(cls, group: Group) -> GroupForm:
-        """Show what a group is."""
+        """Make the form of an existing group."""
         rows = [
             LimitRow(
                 limit.kind, "" if limit.max is None else str(limit.max), limit.period, limit.scope, limit.max is None
@@ -78,7 +78,7 @@ class GroupForm:
 
     @classmethod
     def of_typed(cls, form: FormData) -> GroupForm:
-        """Read what was sent."""
+        """Read a submitted form."""
         columns = zip(
             *(_texts(form, name) for name in ("kind", "max", "period", "scope", "unlimited")),
             strict=False,
@@ -92,7 +92,7 @@ class GroupForm:
         return cls(name, description, priority, timezone, "is_default" in form, rows)
 
     def checked(self) -> tuple[GroupForm, dict[str, Any]]:
-        """Return it with what is wrong with it, and as the library takes it."""
+        """Return it with its errors, and its fields as the library takes them."""
         errors = dict(self._wrong())
         checked = [row.checked() for row in self.rows]
         form = replace(self, errors=errors, rows=[row for row, _ in checked])
@@ -103,30 +103,30 @@ class GroupForm:
         return form, {**fields, "timezone": self.timezone, "is_default": self.is_default, "limits": limits}
 
     def is_good(self) -> bool:
-        """Whether nothing is wrong with it."""
+        """Whether it has no errors."""
         return not self.errors and not any(row.error for row in self.rows)
 
     def refused(self, error: TokenLimitsError) -> GroupForm:
-        """Return it with what the database said is wrong with it."""
+        """Return it with the error from the database."""
         if isinstance(error, GroupExists):
             return replace(self, errors={"name": "Another group has this name."})
         place = error.field or "" if isinstance(error, InvalidRequest) else ""
         if (found := _LIMIT_FIELD.match(place)) and int(found[1]) < len(self.rows):
-            words = "This limit is there twice." if not found[2] else "This limit is not valid."
+            words = "This limit occurs twice." if not found[2] else "This limit is not valid."
             rows = [replace(row, error=words) if n == int(found[1]) else row for n, row in enumerate(self.rows)]
             return replace(self, rows=rows)
-        words = "There is no such time zone." if place == "timezone" else str(error)
+        words = "This time zone doesn't exist." if place == "timezone" else str(error)
         return replace(self, errors={place if place in ("name", "description", "priority", "timezone") else "": words})
 
     def _wrong(self) -> Iterable[tuple[str, str]]:
         if not _passes(_NAME, self.name):
-            yield "name", "A name has 1 to 200 characters that can be seen."
+            yield "name", "A name has 1 to 200 visible characters."
         if len(self.description) > 2000 or "\0" in self.description:
             yield "description", "A description has at most 2,000 characters."
         if not re.fullmatch(r"-?[0-9]{1,9}", self.priority):
             yield "priority", "A priority is a whole number."
         if not _passes(_TIMEZONE, self.timezone):
-            yield "timezone", "A time zone is a name like Europe/Paris."
+            yield "timezone", "A time zone is a name such as Europe/Paris."
 
 
 def _digits(number: str) -> int:
@@ -147,7 +147,7 @@ def _texts(form: FormData, name: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Pasted:
-    """A list of users, as it was pasted: ids, addresses, and what is neither."""
+    """A pasted list of users: ids, addresses, and anything else."""
 
     ids: list[UUID]
     emails: list[str]
@@ -182,12 +182,12 @@ def _words(text: str) -> Iterable[str]:
 
 
 def ids(form: FormData, name: str) -> list[UUID]:
-    """Read ids that boxes were ticked for.
+    """Read the ids of ticked boxes.
 
     Raises:
-        InvalidRequest: One is none.
+        InvalidRequest: One is not an id.
     """
     try:
         return [UUID(value) for value in _texts(form, name)]
     except ValueError:
-        raise InvalidRequest(f"{name}: is no id", detail=name) from None
+        raise InvalidRequest(f"{name}: is not an id", detail=name) from None

@@ -1,4 +1,4 @@
-"""A group's page: history, limits, top members, recent usage, export; and a fresh start."""
+"""A group's page: history, limits, top members, recent usage, export, reset."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TOP = 8
 
 @routes.get("/groups/{group_id}")
 async def group_page(visit: Signed, group_id: UUID) -> Response:
-    """Show the group; the chart asks for its history by itself."""
+    """Show the group; the chart requests its history separately."""
     group, usage, top, recent = await asyncio.gather(
         visit.groups.get(group_id),
         visit.groups.usage(group_id),
@@ -47,7 +47,7 @@ async def group_page(visit: Signed, group_id: UUID) -> Response:
 
 @routes.get("/groups/{group_id}/live")
 async def live(visit: Watching, group_id: UUID, version: Annotated[str, Query(max_length=16)] = "") -> Response:
-    """Answer what changes on the page; nothing when nothing has."""
+    """Answer what has changed on the page, if anything."""
     content = _views.live([await visit.groups.usage(group_id)])
     return Response(status_code=204) if content["version"] == version else JSONResponse(content)
 
@@ -77,14 +77,14 @@ async def export(visit: Signed, group_id: UUID) -> Response:
 async def refund(visit: Signed, usage_id: UUID) -> Response:
     """Give back what a usage cost."""
     result = await visit.groups.refund(usage_id)
-    return done(f"{result.cost:,} {result.kind} given back.")
+    return done(f"Refunded {amount(result.cost, result.kind)}.")
 
 
 @routes.post("/groups/{group_id}/reset")
 async def reset(visit: Signed, group_id: UUID) -> Response:
-    """Give the group a fresh start in its current periods."""
+    """Reset the group's usage in its current periods."""
     await visit.groups.reset_usage(group_id)
-    return done("Usage was reset: it counts from now on. The ledger keeps everything.")
+    return done("Usage reset. The ledger keeps everything.")
 
 
 async def _recent(visit: Visit, group_id: UUID) -> list[UsageRecord]:

@@ -46,7 +46,7 @@ async def edit(visit: Signed, group_id: UUID) -> Response:
 
 @routes.get("/groups/{group_id}/delete")
 async def delete_dialog(visit: Signed, group_id: UUID) -> Response:
-    """Ask, and say what goes and what stays."""
+    """Ask for confirmation, and say what is deleted and what stays."""
     return visit.page("delete.html", usage=await visit.groups.usage(group_id))
 
 
@@ -54,11 +54,11 @@ async def delete_dialog(visit: Signed, group_id: UUID) -> Response:
 async def delete(visit: Signed, group_id: UUID) -> Response:
     """Delete a group."""
     group = await visit.groups.delete(group_id)
-    return _deleted(visit, f"{group.name} was deleted. What was recorded stays.")
+    return _deleted(visit, f"{group.name} was deleted. The ledger keeps its usage.")
 
 
 def _deleted(visit: Visit, message: str) -> Response:
-    # its own page is gone too
+    # the group's own page is gone too
     if "/groups/" in visit.request.headers.get("hx-current-url", ""):
         return done(message, go={"to": f"{visit.request.scope.get('root_path', '')}/"})
     return done(message)

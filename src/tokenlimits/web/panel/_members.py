@@ -1,4 +1,4 @@
-"""The dialog of a group's members: list, search, add, remove, move."""
+"""The dialog with a group's members: list, search, add, remove, move."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ async def member_rows(
 
 @routes.get("/groups/{group_id}/members/search")
 async def find_users(visit: Signed, group_id: UUID, email: Annotated[str, Query(max_length=320)] = "") -> Response:
-    """Show users whose address has a part."""
+    """Show users whose address contains a text."""
     users = await visit.groups.find_users(email.strip()) if len(email.strip()) > 1 else None
     return visit.page("found_users.html", group_id=group_id, email=email.strip(), users=users)
 
 
 @routes.post("/groups/{group_id}/members")
 async def add(visit: Signed, group_id: UUID) -> Response:
-    """Add the users that were ticked, and those of a pasted list."""
+    """Add the selected users and those in a pasted list."""
     form = await visit.form()
     listed = pasted(str(form.get("list", "")))
     found, unknown = await _by_email(visit.groups, listed.emails)
@@ -61,7 +61,7 @@ async def add(visit: Signed, group_id: UUID) -> Response:
 
 @routes.post("/groups/{group_id}/members/remove")
 async def remove(visit: Signed, group_id: UUID) -> Response:
-    """Remove the members that were ticked."""
+    """Remove the selected members."""
     form = await visit.form()
     removed = await visit.groups.remove_members(group_id, ids(form, "member"))
     dialog = await _dialog(visit, group_id, search=str(form.get("search", "")))
@@ -70,11 +70,11 @@ async def remove(visit: Signed, group_id: UUID) -> Response:
 
 @routes.post("/groups/{group_id}/members/move")
 async def move(visit: Signed, group_id: UUID) -> Response:
-    """Move the members that were ticked to another group."""
+    """Move the selected members to another group."""
     form = await visit.form()
     to = ids(form, "to")
     if not to:
-        raise InvalidRequest("Choose the group that they move to.", detail="to")
+        raise InvalidRequest("Select the group to move them to.", detail="to")
     members = ids(form, "member")
     moved = [await visit.groups.move_member(member, from_=group_id, to=to[0]) for member in members]
     dialog = await _dialog(visit, group_id, search=str(form.get("search", "")))
@@ -92,7 +92,7 @@ async def _dialog(visit: Visit, group_id: UUID, missing: Iterable[str] = (), sea
         "members.html",
         group_id=group_id,
         usage=usage,
-        search=search if usage.member_count else "",  # then there is nothing to search
+        search=search if usage.member_count else "",  # without members, there is nothing to search
         members=page,
         others=others,
         missing=list(missing),
@@ -109,7 +109,7 @@ async def _by_email(groups: AsyncGroupManager, emails: list[str]) -> tuple[list[
 def _added(result: BulkResult, missing: list[str]) -> str:
     words = [f"{_people(result.added)} added"]
     if result.already:
-        words.append(f"{result.already:,} there already")
+        words.append(f"{result.already:,} already there")
     if missing:
         words.append(f"{len(missing):,} not found")
     return ", ".join(words) + "."

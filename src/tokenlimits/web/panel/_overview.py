@@ -1,4 +1,4 @@
-"""The page over all groups: totals and trends."""
+"""The overview of all groups: totals and trends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FULLEST = 10
 
 @routes.get("/overview")
 async def overview_page(visit: Signed) -> Response:
-    """Show totals, trends, and the groups that are fullest; the chart asks for its history by itself."""
+    """Show totals, trends and the fullest groups; the chart requests its history separately."""
     now = datetime.now(UTC)
     usages, groups, points = await asyncio.gather(
         visit.groups.usage_all(),

@@ -39,7 +39,7 @@ templates.filters.update(_format.FILTERS)
 
 
 def _version() -> str:
-    """Name what is in `static`, so that browsers may keep it."""
+    """Return a digest of `static`, so that browsers may cache each version forever."""
     static = files("tokenlimits.web.panel").joinpath("static")
     contents = (file.read_bytes() for file in sorted(static.iterdir(), key=lambda file: file.name))
     return hashlib.sha256(b"".join(contents)).hexdigest()[:12]
@@ -67,7 +67,7 @@ class Panel:
         self.sign_ins = Limiter(settings.sign_ins_per_minute, "sign-ins")
 
     async def __call__(self, request: Request) -> None:
-        """Let a request in: the first dependency of each page.
+        """Let a request in; the first dependency of each page.
 
         Raises:
             BadOrigin: It would change something, and doesn't come from a page of the panel.
@@ -92,7 +92,7 @@ class Visit:
         return render(self.request, template, status, **more)
 
     async def form(self) -> FormData:
-        """Return what was sent."""
+        """Return the submitted form."""
         return await read_form(self.request)
 
 
@@ -122,7 +122,7 @@ Signed = Annotated[Visit, Depends(_visit)]
 
 
 def render(request: Request, template: str, status: int = 200, **more: Any) -> Response:
-    """Render a template with what all of them need."""
+    """Render a template with the variables that all templates need."""
     panel: Panel = request.state.panel
     session: Session = request.state.session
     content = templates.get_template(template).render(
@@ -138,33 +138,33 @@ def render(request: Request, template: str, status: int = 200, **more: Any) -> R
 
 
 def done(message: str, **events: Any) -> Response:
-    """Answer that something was done: the browser closes the dialog, says so, and looks again."""
+    """Report success: the browser closes the dialog, shows the message, and refreshes."""
     return Response(status_code=204, headers=_event(done={"message": message}, **events))
 
 
 def stay(response: Response, message: str) -> Response:
-    """Let the browser say that something was done, with the dialog open."""
+    """Report success with the dialog left open."""
     response.headers.update(_event(done={"message": message, "stay": True}))
     return response
 
 
 def _event(**events: Any) -> dict[str, str]:
-    # json.dumps writes ASCII alone, as a header needs
+    # json.dumps writes ASCII only, which is all that a header can hold
     return {"HX-Trigger": json.dumps(events)}
 
 
 async def read_form(request: Request) -> FormData:
-    """Read what was sent, up to a list of a hundred thousand users."""
+    """Read a submitted form, up to a list of 100,000 users."""
     return await request.form(max_fields=5_000, max_part_size=8_000_000)
 
 
 def is_fragment(request: Request) -> bool:
-    """Whether a script asks, and not the address bar."""
+    """Whether a script made this request, rather than the address bar."""
     return "hx-request" in request.headers
 
 
 class PageRoute(APIRoute):
-    """Answers errors as pages, or in plain words where a script asked."""
+    """Answers errors as pages, or as plain text if a script made the request."""
 
     def get_route_handler(self) -> _Handler:
         """Wrap FastAPI's handler."""
@@ -192,7 +192,7 @@ class PageRoute(APIRoute):
 def _keep(request: Request, response: Response) -> None:
     session: Session | None = getattr(request.state, "written", None)
     if session is not None:
-        request.state.written = None  # one that can't be written is not tried again for the page that says so
+        request.state.written = None  # if it can't be written, don't try again for the page that says so
         request.state.panel.sessions.write(request, response, session)
 
 
@@ -204,18 +204,18 @@ def _sign_in(request: Request) -> Response:
 
 
 _WORDS: Final = (
-    (BadOrigin, 403, "This page is too old", "Load it again, and try once more."),
+    (BadOrigin, 403, "This page is out of date", "Reload it and try again."),
     (TooManyRequests, 429, "Too many attempts", "Please wait a minute."),
-    (RequestValidationError, 404, "There is nothing here", "The address may be mistyped."),
+    (RequestValidationError, 404, "Page not found", "The address may be mistyped."),
     (errors.AccessDenied, 403, "You are not an admin", ""),
-    (errors.GroupNotFound, 404, "This group is gone", "Somebody may have deleted it meanwhile."),
-    (errors.UsageNotFound, 404, "This usage is gone", ""),
-    (errors.AlreadySettled, 409, "This usage was given back before", "Load the page again to see it."),
-    (errors.InvalidRequest, 422, "That is not valid", ""),
+    (errors.GroupNotFound, 404, "This group no longer exists", "It may have been deleted meanwhile."),
+    (errors.UsageNotFound, 404, "This usage doesn't exist", ""),
+    (errors.AlreadySettled, 409, "This usage was already refunded", "Reload the page to see it."),
+    (errors.InvalidRequest, 422, "The input is not valid", ""),
     (errors.SchemaNotInstalled, 503, "The database is not set up", "Apply sql/tokenlimits.sql to it."),
     (errors.SchemaOutdated, 503, "The database is not up to date", "Apply the newest sql/tokenlimits.sql to it."),
     (errors.ServiceUnavailable, 503, "Supabase can't be reached", "Nothing was changed. Please try again soon."),
-    (errors.TokenLimitsError, 500, "Something is not set up right", "The server's log says more."),
+    (errors.TokenLimitsError, 500, "The server is not set up correctly", "See the server's log."),
 )
 
 

@@ -39,9 +39,9 @@ def routes_of(panel: Panel) -> APIRouter:
 
 
 async def nothing_here(panel: Panel, request: Request) -> Response:
-    """Show that there is no such page."""
+    """Show that the page doesn't exist."""
     await panel(request)
-    words = {"title": "There is nothing here", "advice": "The address may be mistyped.", "retry": False}
+    words = {"title": "Page not found", "advice": "The address may be mistyped.", "retry": False}
     response = render(request, "problem.html", 404, **words)
     response.headers["Cache-Control"] = "no-store"
     return response

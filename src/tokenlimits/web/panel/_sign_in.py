@@ -40,10 +40,10 @@ async def sign_in(request: Request) -> Response:
     except TooManyRequests:
         return _form(request, 429, next_, email, "Too many attempts. Please wait a minute.")
     except AccessDenied:
-        return _form(request, 401, next_, email, "This e-mail address and password don't belong together.")
+        return _form(request, 401, next_, email, "Wrong e-mail address or password.")
     except ServiceUnavailable:
         return _form(request, 503, next_, email, "Supabase can't be reached. Please try again soon.")
-    # a new id: whoever knew the old one knows nothing of this session
+    # a new id, so that somebody who knew or planted the old one can't use this session
     request.state.written = Session(secrets.token_urlsafe(24), tokens)
     return RedirectResponse(_local(request, next_), 303)
 
@@ -62,7 +62,7 @@ def _form(request: Request, status: int, next_: str, email: str, error: str) -> 
 
 
 def _local(request: Request, next_: str) -> str:
-    """Lead back to where somebody came from, and nowhere else."""
+    """Return to the page that asked for the sign-in, and never to another site."""
     root = f"{request.scope.get('root_path', '')}/"
     safe = next_.startswith(root) and not next_.startswith(("//", "/\\"))
     return next_ if safe and next_.isprintable() else root

@@ -35,6 +35,6 @@ async def tokens_page(
 
 @routes.get("/live")
 async def live(visit: Watching, version: Annotated[str, Query(max_length=16)] = "") -> Response:
-    """Answer what changes on the cards; nothing when nothing has."""
+    """Answer what has changed on the cards, if anything."""
     content = _views.live(await visit.groups.usage_all())
     return Response(status_code=204) if content["version"] == version else JSONResponse(content)

@@ -43,7 +43,7 @@ class Summary:
 
 
 def cards(groups: Iterable[Group], usages: Iterable[GroupUsage], search: str, sort: Sort) -> list[Card]:
-    """Put groups and usages together; a group that has just come or gone has no card."""
+    """Match groups with their usage; a group that was just created or deleted has no card."""
     by_id = {usage.group.id: usage for usage in usages}
     found = [Card(group, by_id[group.id]) for group in groups if group.id in by_id and _matches(group, search)]
     if sort == "usage":
@@ -71,9 +71,9 @@ def _fullest(limits: Iterable[GroupLimitUsage]) -> float | None:
 
 
 def live(usages: Iterable[GroupUsage]) -> dict[str, Any]:
-    """Write what changes on the cards, as short as can be: the page asks for it every second.
+    """Return what can change on the cards, in a compact form: the page requests it every second.
 
-    `shape` changes when a group or a limit comes, goes or is edited; then the page loads its cards again.
+    `shape` changes when a group or a limit is added, removed or edited; then the page loads its cards again.
     """
     all_ = list(usages)
     shape = [[str(u.group.id), u.group.name, [[x.kind, x.period, x.scope, x.max] for x in u.limits]] for u in all_]
@@ -83,7 +83,7 @@ def live(usages: Iterable[GroupUsage]) -> dict[str, Any]:
 
 
 def shape(usages: Iterable[GroupUsage]) -> str:
-    """Name the set of groups and limits that a page shows."""
+    """Return the digest of the groups and limits that a page shows."""
     return live(usages)["shape"]
 
 

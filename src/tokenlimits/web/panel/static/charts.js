@@ -1,4 +1,4 @@
-// The history, by Chart.js, and the same numbers as a table.
+// The history as a chart (Chart.js), and the same numbers as a table.
 const COLOURS = {
   dark: ["#34d399", "#38bdf8", "#a78bfa", "#fbbf24", "#fb7185", "#2dd4bf"],
   light: ["#059669", "#0284c7", "#7c3aed", "#d97706", "#e11d48", "#0d9488"],
@@ -32,7 +32,7 @@ function draw({ labels, kinds }) {
     },
     options: {
       animation: matchMedia("(prefers-reduced-motion: reduce)").matches ? false : { duration: 300 },
-      animations: { numbers: { type: "number", properties: ["y", "base"] } }, // bars rise, and come from nowhere else
+      animations: { numbers: { type: "number", properties: ["y", "base"] } }, // bars grow from the axis, without flying in from a corner
       maintainAspectRatio: false,
       interaction: { mode: "index", intersect: false },
       scales: {
@@ -105,11 +105,11 @@ async function load(step) {
     const answer = await fetch(`${place.dataset.chart}?step=${step}`, { headers: { "HX-Request": "true" } });
     if (!answer.ok) throw new Error(String(answer.status));
     shown = await answer.json();
-    say(shown.kinds.length ? "" : "Nothing was generated in this time.");
+    say(shown.kinds.length ? "" : "There was no usage in this time.");
     tabulate(shown);
     draw(shown);
   } catch {
-    say("The history can't be loaded now. Choose a step to try again.");
+    say("The history can't be loaded now. Select a step to try again.");
   }
   place.removeAttribute("aria-busy");
 }

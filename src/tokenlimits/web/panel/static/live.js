@@ -1,4 +1,4 @@
-// Asks every second what has changed, while somebody looks; writes only what differs.
+// Polls for changes every second while the page is visible, and writes only what differs.
 const root = document.querySelector("meta[name=root]").content;
 const EVERY = 1000;
 const numbers = new Intl.NumberFormat("en-US");
@@ -21,7 +21,7 @@ function write(element, text) {
   if (!element || element.textContent === text) return;
   element.textContent = text;
   element.classList.remove("flash");
-  void element.offsetWidth; // so that the animation begins again
+  void element.offsetWidth; // forces a reflow, without which the animation would not start again
   element.classList.add("flash");
 }
 
@@ -61,7 +61,10 @@ function showGroup(card, [members, level, limits]) {
 
 function show(answer, place) {
   for (const [name, value] of Object.entries(answer.summary)) {
-    write(document.querySelector(`[data-stat=${name}]`), numbers.format(value));
+    const number = document.querySelector(`[data-stat=${name}]`);
+    write(number, numbers.format(value));
+    const words = number?.nextElementSibling;
+    if (words?.dataset.noun) words.textContent = value === 1 ? words.dataset.noun : `${words.dataset.noun}s`;
   }
   if (answer.shape !== place.dataset.shape) return htmx.trigger(place, "refresh");
   for (const card of place.querySelectorAll("[data-group]")) {
@@ -71,12 +74,12 @@ function show(answer, place) {
 }
 
 function say(answered) {
-  // an answer may arrive after the tab was hidden
+  // the answer may arrive after the tab was hidden
   const state = document.hidden ? "paused" : answered;
   document.getElementById("away").hidden = state !== "away";
   document.getElementById("live-dot")?.classList.toggle("paused", state !== "live");
   const text = document.getElementById("live-text");
-  if (text) text.textContent = { live: "Live", away: "Trying again…", paused: "Paused" }[state];
+  if (text) text.textContent = { live: "Live", away: "Retrying…", paused: "Paused" }[state];
 }
 
 async function ask(place) {
@@ -107,7 +110,7 @@ async function look() {
 export function startLive() {
   if (!document.querySelector("[data-live]")) return;
   document.addEventListener("visibilitychange", () => (document.hidden ? say("paused") : look()));
-  // after the cards were loaded again, all of them are to be compared
+  // the cards were loaded again: compare all of them with the next answer
   document.body.addEventListener("htmx:afterSwap", (event) => {
     if (event.detail.target.matches?.("[data-live]")) version = "";
   });

@@ -1,4 +1,4 @@
-// Dialogs, toasts, countdowns, the theme. What a page shows comes from the server, by htmx.
+// Dialogs, toasts, countdowns, the theme. The content of pages comes from the server, through htmx.
 import { startLive } from "./live.js";
 
 const modal = document.getElementById("modal");
@@ -6,7 +6,7 @@ const dialog = document.getElementById("dialog"); // what is in it
 const toasts = document.getElementById("toasts");
 let opener = null;
 
-// into an open dialog, the last one: what is beside it is inert, and screen readers would not say it
+// into the last open dialog: everything outside it is inert, and screen readers would not announce it
 function raiseToasts() {
   const place = [...document.querySelectorAll("dialog[open]")].at(-1) ?? document.body;
   if (toasts.parentElement !== place) place.append(toasts);
@@ -23,7 +23,7 @@ export function toast(message, bad = false) {
   setTimeout(() => element.remove(), bad ? 8000 : 4000);
 }
 
-// dialogs: open while they load, close by the button, Escape or a click beside them
+// dialogs: they open while loading, and close with the button, Escape or a click outside
 document.body.addEventListener("htmx:beforeRequest", (event) => {
   if (event.detail.target !== dialog || dialog.contains(event.detail.elt)) return;
   opener = event.detail.elt;
@@ -40,7 +40,7 @@ modal.addEventListener("close", () => {
   if (opener?.isConnected) opener.focus();
 });
 
-// questions, before something is done
+// confirmation before an action
 const confirmation = document.getElementById("confirm");
 document.body.addEventListener("htmx:confirm", (event) => {
   if (!event.detail.question) return;
@@ -62,7 +62,7 @@ document.body.addEventListener("htmx:confirm", (event) => {
   );
 });
 
-// what the server says: done, or why not
+// the server's answers: success, or why not
 document.body.addEventListener("done", (event) => {
   if (!event.detail.stay) modal.close();
   toast(event.detail.message);
@@ -87,7 +87,7 @@ document.body.addEventListener("htmx:afterSettle", (event) => {
   tick();
 });
 
-// a button waits until what it needs is chosen or typed
+// a button is disabled until everything it needs is selected or typed
 function showWhatCanBeDone() {
   for (const button of dialog.querySelectorAll("[data-needs]")) {
     const given = new FormData(button.form);
@@ -96,7 +96,7 @@ function showWhatCanBeDone() {
 }
 dialog.addEventListener("input", showWhatCanBeDone);
 
-// Enter in the search of users searches; it doesn't send what is chosen
+// Enter in a search field searches, without submitting the selection
 document.body.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && event.target.matches("dialog input[type=search]")) event.preventDefault();
 });
@@ -168,7 +168,7 @@ function tick() {
 tick();
 setInterval(() => document.hidden || tick(), 1000);
 
-// a page that could not be shown tries again
+// a page that could not be shown reloads itself
 const reload = document.querySelector("[data-reload]");
 if (reload) {
   let left = Number(reload.dataset.reload);
