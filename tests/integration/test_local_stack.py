@@ -420,7 +420,7 @@ class TestStarts:
             stack.sql("select 1")
 
     def test_not_twice(self, stack: LocalStack) -> None:
-        with pytest.raises(LocalStackError, match="running already"):
+        with pytest.raises(LocalStackError, match="already running"):
             stack.start()
 
     def test_not_with_a_migration_that_fails(self, scratch: str, tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ class TestStarts:
             LocalStack(scratch, sql_dir=tmp_path).start()
 
     def test_not_without_migrations(self, tmp_path: Path) -> None:
-        with pytest.raises(LocalStackError, match="is no directory"):
+        with pytest.raises(LocalStackError, match="is not a directory"):
             LocalStack(sql_dir=tmp_path / "none").start()
 
     def test_not_for_longer_than_it_may(self, scratch: str, sql_dir: Path) -> None:
@@ -595,7 +595,7 @@ class TestCommand:
         with _python(None, "-m", "tokenlimits.local", "--sql-dir", str(tmp_path / "none")) as process:
             output, errors = process.communicate(timeout=PATIENCE)
         assert (output, process.returncode) == ("", 1)
-        assert "is no directory" in errors
+        assert "is not a directory" in errors
         with _python(None, "-m", "tokenlimits.local", "--schema", "auth") as process:
             output, errors = process.communicate(timeout=PATIENCE)
         assert (output, process.returncode) == ("", 1)

@@ -255,7 +255,7 @@ class TestHolds:
         assert not answer(fake.check(ANN, "video"))
         fake.advance(timedelta(microseconds=1))
         assert answer(fake.check(ANN, "video", 8))
-        with pytest.raises(InvalidRequest, match="recorded already"):
+        with pytest.raises(InvalidRequest, match="must not be before anything"):
             fake.advance(-timedelta(microseconds=1))
 
     def test_expire_also_when_they_are_not_looked_at(self) -> None:

@@ -1,8 +1,8 @@
 """A Supabase on your own machine for development and tests: no Docker, no account, ready in seconds.
 
 `LocalStack` runs Supabase Lite (Supabase's own small server, from npm) with this project's SQL applied,
-on an embedded PostgreSQL (PGlite) or on a PostgreSQL of yours. It needs Node 20 or newer, which
-`pip install 'tokenlimits[local]'` brings along.
+on an embedded PostgreSQL (PGlite) or on your own PostgreSQL. It needs Node 20 or newer, which
+`pip install 'tokenlimits[local]'` includes.
 
 Example:
     from supabase import create_client

@@ -1,4 +1,4 @@
-"""`python -m tokenlimits.local`: run the stack until Ctrl-C, and print how to reach it."""
+"""`python -m tokenlimits.local`: run the stack until Ctrl-C, and print its URL and keys."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    description = "Run a Supabase on this machine until Ctrl-C, and print how to reach it."
+    description = "Run a local Supabase until Ctrl-C, and print its URL and keys."
     parser = argparse.ArgumentParser(prog="python -m tokenlimits.local", description=description)
     parser.add_argument("--port", type=int, help="default: a free one")
-    parser.add_argument("--database-url", help="a PostgreSQL to serve; default: an embedded one")
-    parser.add_argument("--sql-dir", help="the migrations to apply; default: those of tokenlimits")
-    parser.add_argument("--schema", default="public", help="where to install tokenlimits; default: public")
+    parser.add_argument("--database-url", help="the PostgreSQL to serve; default: an embedded one")
+    parser.add_argument("--sql-dir", help="the directory of the migrations to apply; default: those of tokenlimits")
+    parser.add_argument("--schema", default="public", help="the schema to install tokenlimits in; default: public")
     options = parser.parse_args(arguments)
     ended = threading.Event()
 

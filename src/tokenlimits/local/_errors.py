@@ -4,4 +4,4 @@ from tokenlimits.errors import TokenLimitsError
 
 
 class LocalStackError(TokenLimitsError):
-    """The local stack can't be had, or did not do what it was asked. The message says what to do next."""
+    """The local stack can't run, or a request to it failed. The message says what to do next."""

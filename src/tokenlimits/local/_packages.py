@@ -1,4 +1,4 @@
-"""The npm packages that the stack runs on, fetched once and kept in the user's cache directory.
+"""The npm packages that the stack runs on, downloaded once to the user's cache directory.
 
 Their versions are pinned in `package.json` and `package-lock.json` beside this file, nowhere else.
 """
@@ -27,10 +27,10 @@ _INSTALL: Final = ("ci", "--ignore-scripts", "--omit=dev", "--no-audit", "--no-f
 def installed_packages(node: Node) -> Path:
     """Return the directory that holds `node_modules`; only the first call needs the network.
 
-    Safe when several processes call it at once: the first to finish wins.
+    Several processes may call it at once: the first to finish wins.
 
     Raises:
-        LocalStackError: npm is missing, or can't fetch the packages.
+        LocalStackError: npm is missing, or can't download the packages.
     """
     pins = {name: _HERE.joinpath(name).read_bytes() for name in _PINS}
     directory = cache_directory() / f"lite-{hashlib.sha256(pins['package-lock.json']).hexdigest()[:12]}"
@@ -43,7 +43,7 @@ def installed_packages(node: Node) -> Path:
 
 
 def server_script(packages: Path) -> Path:
-    """Our server, placed beside `node_modules`: Node looks for packages from where a script lies."""
+    """Return our server's script, placed next to `node_modules`, since Node looks for packages from there."""
     source = _HERE.joinpath("server.mjs").read_bytes()
     script = packages / f"server-{hashlib.sha256(source).hexdigest()[:12]}.mjs"
     if not script.exists():
@@ -54,7 +54,7 @@ def server_script(packages: Path) -> Path:
 
 
 def cache_directory() -> Path:
-    """Return the user's cache directory, ours of it."""
+    """Return our directory in the user's cache directory."""
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (configured if configured.is_absolute() else Path.home() / ".cache") / "tokenlimits"
 
@@ -62,8 +62,8 @@ def cache_directory() -> Path:
 def _install(node: Node, directory: Path, pins: dict[str, bytes]) -> None:
     if not node.npm:
         raise LocalStackError(
-            f"{node.executable} has no npm, which fetches Supabase Lite the first time. "
-            "Install one from PyPI: pip install 'tokenlimits[local]'"
+            f"{node.executable} has no npm, which downloads Supabase Lite at the first start. "
+            "Install it from PyPI: pip install 'tokenlimits[local]'"
         )
     directory.mkdir()
     for name, content in pins.items():
@@ -86,8 +86,8 @@ def _install(node: Node, directory: Path, pins: dict[str, bytes]) -> None:
         raise LocalStackError(f"npm did not install Supabase Lite: {error}") from error
     if done.returncode != 0:
         raise LocalStackError(
-            "npm could not install Supabase Lite. The first start needs the network (or a registry in npm's "
-            f"configuration), later ones don't. npm said:\n{done.stdout.strip()[-2000:]}"
+            "npm could not install Supabase Lite. Only the first start needs the network (or a registry in npm's "
+            f"configuration). Output of npm:\n{done.stdout.strip()[-2000:]}"
         )
 
 
@@ -95,6 +95,6 @@ def _move(source: Path, target: Path) -> None:
     try:
         source.rename(target)
     except OSError:
-        if not target.is_dir():  # else another process was faster, and ours is thrown away
+        if not target.is_dir():  # otherwise another process was faster, and its copy stays
             raise
         shutil.rmtree(source)

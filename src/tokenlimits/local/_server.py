@@ -1,4 +1,4 @@
-"""The Node process that runs Supabase Lite: start it, talk to it, and be sure that it ends."""
+"""The Node process that runs Supabase Lite: start it, talk to it, and make sure that it ends."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ _GRACE: Final = 3.0  # seconds for each step of ending the process
 
 
 class LiteServer:
-    """One Node process and its project directory. Thread-safe; both are gone after `stop`.
+    """One Node process and its project directory. Thread-safe; `stop` removes both.
 
-    The process ends by itself when its stdin does, so it can't outlive this one, however this one ends.
+    The process ends when its stdin does, so it can't outlive this process, however that ends.
     """
 
     def __init__(self, command: Sequence[str], migrations: Sequence[SqlFile]) -> None:
         self._pid = os.getpid()
+        # one question at a time: answers carry no number, so the next line is the answer to the last question
         self._asking = threading.Lock()
+        # another one, since a question that times out stops the process while it holds the first
         self._stopping = threading.Lock()
         self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._directory = Path(tempfile.mkdtemp(prefix="tokenlimits-local-"))
-        # No name, so nothing of it is left behind, and no pipe that someone must drain. Node appends to it
-        # whatever is read here.
+        # A file without a name leaves nothing behind and, unlike a pipe, needs nobody to drain it. Node appends to it
+        # wherever this process reads.
         self._log = cast("IO[bytes]", tempfile.TemporaryFile("a+b"))  # noqa: SIM115 - closed in stop()
         try:
             self._copy(migrations)
@@ -66,7 +68,7 @@ class LiteServer:
             return int(answer["port"])
         if error["code"] == "EADDRINUSE":
             raise LocalStackError(
-                f"Port {configuration['port']} on 127.0.0.1 is taken: name another, or none to get a free one"
+                f"Port {configuration['port']} on 127.0.0.1 is taken; choose another, or leave it out to get a free one"
             )
         raise LocalStackError(f"Supabase Lite did not start: {_text(error)}{self.last_output()}")
 
@@ -78,17 +80,17 @@ class LiteServer:
         return answer["rows"]
 
     def last_output(self) -> str:
-        """Return the end of what the server printed, to be appended to a message; empty if nothing."""
+        """Return the end of the server's output, to append to a message; empty if there is none."""
         if self._log.closed:
             return ""
         end = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, end - 4000))
         text = self._log.read().decode(errors="replace").strip()
-        return f"\nIts last output:\n{text}" if text else ""
+        return f"\nLast output:\n{text}" if text else ""
 
     def stop(self) -> None:
         """End the process and remove its directory; a second call does nothing."""
-        if os.getpid() != self._pid:  # a fork inherits this object, not the process
+        if os.getpid() != self._pid:  # a fork inherits this object, but the process is its parent's to stop
             return
         with self._stopping:
             atexit.unregister(self.stop)
@@ -121,7 +123,7 @@ class LiteServer:
             except (queue.Empty, OSError) as error:
                 late = isinstance(error, queue.Empty)
                 output = self.last_output()
-                self.stop()  # a late answer would be taken for the next question's
+                self.stop()  # a late answer would be taken for that to the next question
                 reason = f"did not answer within {timeout:g} seconds" if late else "is gone"
                 raise LocalStackError(f"Supabase Lite {reason}.{output}") from error
         if line is None:
@@ -136,7 +138,7 @@ class LiteServer:
         stdin.flush()
 
     def _end(self) -> None:
-        with suppress(OSError):  # data that it never read
+        with suppress(OSError):  # data in the buffer that the process never read
             if self._process.stdin is not None:
                 self._process.stdin.close()
         for send in (None, signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _ALPHABET: Final = string.ascii_letters + string.digits
-# as a hosted project does, unless told otherwise
+# the defaults of a hosted project
 _EXPOSED: Final = ("public", "graphql_public")
 
 
@@ -35,21 +35,21 @@ class LocalStack:
         database_url: A PostgreSQL to serve (`postgresql://user:password@host/database`; the role must be
             allowed to create the migrations' objects and to become `anon`, `authenticated` and
             `service_role`). Its migration history is kept, so that a later start applies only what is new.
-            None: an embedded PGlite in memory, gone after `stop`.
+            None: an embedded PGlite in memory, which `stop` discards.
         port: The port to listen on. None: a free one.
         sql_dir: The migrations to apply, in the order of their names (`YYYYMMDDHHMMSS_topic.sql`).
             None: those of this package.
         schema: Where the migrations of this package install tokenlimits. It is exposed in the API besides `public`;
             any other schema is refused, as on a hosted project (406, `PGRST106`).
         pool_size: The most connections to a PostgreSQL at once. PGlite has one.
-        like_hosted: Put right where Lite answers differently from hosted Supabase: the grants of the API
-            roles, the SQLSTATEs of errors, read-only `stable` functions, the metadata in access tokens
-            (`server.mjs` says more). False: Lite as it is.
-        timeout: Seconds that a start may take, and each call of `sql`. A first start also fetches Lite.
+        like_hosted: Correct Lite where it differs from hosted Supabase: the grants of the API roles, the
+            SQLSTATEs of errors, read-only `stable` functions, the metadata in access tokens (see
+            `server.mjs`). False: Lite as it is.
+        timeout: Seconds that a start and each call of `sql` may take. The first start also downloads Lite.
 
     Raises:
-        LocalStackError: `schema` can't be that. On start: Node or Lite can't be had, the port is taken, or a
-            migration fails.
+        LocalStackError: The name `schema` is not allowed. On start: Node or Lite is not available, the port is
+            taken, or a migration fails.
 
     Example:
         with LocalStack() as stack:
@@ -98,9 +98,9 @@ class LocalStack:
         return self._url
 
     def start(self) -> Self:
-        """Start, and return once it answers. A stack that was stopped may start again, with the same keys."""
+        """Start, and return once it answers. A stopped stack can start again, with the same keys."""
         if self._server is not None:
-            raise LocalStackError("The local stack is running already")
+            raise LocalStackError("The local stack is already running")
         node = find_node()
         packages = installed_packages(node)
         command = [str(node.executable), str(server_script(packages))]
@@ -121,7 +121,7 @@ class LocalStack:
             server.stop()
 
     def environment(self) -> dict[str, str]:
-        """Return the variables with which `tokenlimits` (and other Supabase programs) find this stack."""
+        """Return the variables that tell `tokenlimits` (and other Supabase programs) how to reach this stack."""
         return {
             "SUPABASE_URL": self.url,
             "SUPABASE_SECRET_KEY": self.secret_key,
@@ -130,7 +130,7 @@ class LocalStack:
         }
 
     def create_user(self, email: str, password: str | None = None, *, admin: bool = False) -> LocalUser:
-        """Sign somebody up, with a confirmed address; without a password, one is made up."""
+        """Sign up a user with a confirmed address; without a password, one is generated."""
         password = password or _token(20)
         answer = self._auth("signup", email, password)
         user = LocalUser(id=UUID(answer["user"]["id"]), email=answer["user"]["email"], password=password)
@@ -139,24 +139,24 @@ class LocalStack:
         return user
 
     def create_users(self, count: int, prefix: str | None = None) -> list[UUID]:
-        """Create many users at once, who can't sign in.
+        """Create many users at once; they can't sign in.
 
-        They are `<prefix>1@example.com`, `<prefix>2@example.com` …, and their ids come in that order.
-        50,000 take a second or two. Without a prefix, one is made up that is used nowhere else.
+        Their addresses are `<prefix>1@example.com`, `<prefix>2@example.com` and so on; their ids are returned in that
+        order. 50,000 take a second or two. Without a prefix, a unique one is generated.
         """
         prefix = f"user-{_token(8).lower()}-" if prefix is None else prefix
         return [UUID(row["id"]) for row in self.sql(INSERT_USERS, count, prefix)]
 
     def grant_admin(self, user_id: UUID | str) -> None:
-        """Make a user an admin, from their next sign-in on."""
+        """Make a user an admin, starting with their next sign-in."""
         self._change(GRANT_ADMIN, user_id)
 
     def revoke_admin(self, user_id: UUID | str) -> None:
-        """Make a user an ordinary one, from their next sign-in on (a token lives for an hour)."""
+        """Take the admin role away from a user, starting with their next sign-in (a token lives for an hour)."""
         self._change(REVOKE_ADMIN, user_id)
 
     def access_token(self, user: LocalUser) -> str:
-        """Sign in with the password; the answer is the JWT of a new session."""
+        """Sign in with the password and return the JWT of a new session."""
         return self._auth("token?grant_type=password", user.email, user.password)["access_token"]
 
     def sql(self, statement: str, *parameters: object) -> list[dict[str, Any]]:
@@ -168,14 +168,14 @@ class LocalStack:
             stack.sql("select email from auth.users where id = $1", str(user.id))
         """
         if self._server is None:
-            raise LocalStackError("The local stack isn't running")
+            raise LocalStackError("The local stack isn't running: call start(), or use it in a with statement")
         return self._server.query(statement, parameters, timeout=self._timeout)
 
     def _migrations(self) -> tuple[SqlFile, ...]:
         if self._sql_dir is None:
             return migrations(self.schema)
         if not self._sql_dir.is_dir():
-            raise LocalStackError(f"sql_dir {self._sql_dir} is no directory")
+            raise LocalStackError(f"sql_dir {self._sql_dir} is not a directory")
         found = sorted(self._sql_dir.glob("*.sql"))
         return tuple(SqlFile(path.name, path.read_text(encoding="utf-8")) for path in found)
 
@@ -208,7 +208,7 @@ class LocalStack:
 
     def _post(self, path: str, key: str, body: dict[str, str]) -> httpx.Response:
         try:
-            # Whatever proxy the environment names, it isn't for 127.0.0.1.
+            # a proxy from the environment couldn't reach 127.0.0.1
             with httpx.Client(timeout=self._timeout, trust_env=False) as client:
                 return client.post(f"{self.url}{path}", headers={"apikey": key}, json=body)
         except httpx.HTTPError as error:

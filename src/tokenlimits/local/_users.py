@@ -1,4 +1,4 @@
-"""People who can sign in to the local stack, and the SQL that makes and changes them."""
+"""Users who can sign in to the local stack, and the SQL that creates and changes users."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from uuid import UUID
 
-# As the rows of people who signed up and confirmed their address, but nobody has a password.
+# Like the rows of users who signed up and confirmed their address, but without a password.
 INSERT_USERS: Final = """
 insert into auth.users (
    id, aud, role, email, email_confirmed_at, raw_app_meta_data, raw_user_meta_data, created_at, updated_at

@@ -1,6 +1,6 @@
 """Fakes for your own tests: the whole contract in memory, without Supabase.
 
-They are the real clients with their checks, errors and answers, over a server that lives in the process.
+They are the real clients, with their checks, errors and answers, over a server inside the process.
 
 Example:
     >>> from tokenlimits import track_generation
@@ -14,7 +14,7 @@ Example:
     'here you are'
     'Image generation limit exceeded: 1 of 1 used in total'
 
-    The clock is yours, so holds expire when you say so:
+    You control the clock, and so when holds expire:
 
     >>> from datetime import timedelta
     >>> fake = FakeTokenLimits(limits={"video": 8})

@@ -32,7 +32,7 @@ class AdminFunctions(State):
         p_limits: list[Json] | None = None,
         p_id: str | None = None,
     ) -> Json:
-        """Make a group, or change what is not null of one; everything is checked before anything changes."""
+        """Create a group, or change the fields that are not null; everything is checked before anything changes."""
         limits = None if p_limits is None else _limits(p_limits)
         group = None if p_group_id is None else self._group(p_group_id)
         id_ = self._new_id(group, p_id)
@@ -87,7 +87,7 @@ class AdminFunctions(State):
         p_after: str | None = None,
         p_page_size: int = 200,
     ) -> list[Json]:
-        """Find groups by id, by name, or by a part of it; the page after a name."""
+        """Find groups by id, by name or by a part of the name; the page after a name."""
         found = [
             group
             for group in self._by_name()
@@ -122,7 +122,7 @@ class AdminFunctions(State):
     def group_members(
         self, p_group_id: str, p_after: str | None = None, p_page_size: int = 500, p_search: str | None = None
     ) -> list[Json]:
-        """List members, or those whose address has a part, in the order of their ids; the page after one."""
+        """List members, or those whose address contains a text, in order of id; the page after an id."""
         members = self._group(p_group_id).members
         emails = self._users or {}
         part = (p_search or "").strip(" ").lower()
@@ -143,7 +143,7 @@ class AdminFunctions(State):
         return {"reset_at": self.now.isoformat()}
 
     def reconcile_usage(self, p_group_id: str, p_since: str | None = None) -> Json:  # noqa: ARG002  # as the SQL's
-        """Count a group's usage again; here nobody can write past the functions, so nothing ever differs."""
+        """Recount a group's usage; here nobody can bypass the functions, so nothing ever differs."""
         self._group(p_group_id)
         return {"counters": [], "rollup": [], "holds": 0}
 
@@ -157,7 +157,7 @@ class AdminFunctions(State):
     def group_usage(
         self, p_group_id: str | None = None, p_after: str | None = None, p_page_size: int | None = None
     ) -> list[Json]:
-        """Show the members counted, and the limits, of one group or of all; or of the page after a name."""
+        """Show the member count and the limits of one group, of all, or of the page after a name."""
         groups = [self._group(p_group_id)] if p_group_id is not None else self._after(p_after, p_page_size)
         return [
             {
@@ -204,7 +204,7 @@ class AdminFunctions(State):
         ]
 
     def _new_id(self, group: Group | None, wanted: str | None) -> str:
-        """Choose the id of a new group, or refuse the one that is wanted: the ledger goes on naming old ones."""
+        """Choose the id of a new group, or refuse the wanted one: the ledger still refers to old ids."""
         if wanted is None:
             return str(uuid4())
         if group is not None:

@@ -54,7 +54,7 @@ def limit_json(state: LimitState, until: datetime | None = None) -> Json:
 
 
 def group_limit_json(state: LimitState, members: int) -> Json:
-    """Show a limit for the group as a whole; of a member limit, of what all members may use."""
+    """Show a limit for the group as a whole; for a member limit, the total of all members."""
     capacity = None if state.max is None else state.max * (members if state.rule.scope == "member" else 1)
     fraction = None
     if capacity is not None:
@@ -96,7 +96,7 @@ def allowed_json(
 
 
 def denied_json(kind: str, cost: int, group: Json | None, verdict: Verdict, now: datetime) -> Json:
-    """Answer that it is denied; `reset_at` is when the limit that denied it will have room."""
+    """Answer that it is denied; `reset_at` is when the denying limit will have room."""
     answer = allowed_json(kind, cost, group, list(verdict.states))
     waits = None if verdict.room_at == NEVER else -((now - verdict.room_at) // timedelta(seconds=1))
     return {
@@ -111,7 +111,7 @@ def denied_json(kind: str, cost: int, group: Json | None, verdict: Verdict, now:
 
 
 def refused_json(kind: str, cost: int, error: TokenLimitsError) -> Json:
-    """Answer a request of many that alone would raise an error."""
+    """Answer a request of a batch that would raise an error on its own."""
     answer = allowed_json(kind, cost, None, [])
     refusal = {"error": str(error), "code": error.code, "detail": error.detail}
     return {**answer, "allowed": False, "reason": "refused", **refusal}

@@ -29,7 +29,7 @@ Users = Mapping[UUID | str, str | None]
 
 
 class TrackedUsage(Model):
-    """A generation that a fake has recorded, as it is now; `group` is the one that paid, `expires_at` is a hold's."""
+    """A generation that a fake has recorded, in its current state; `group` is the group that paid."""
 
     usage_id: UUID
     user_id: UUID
@@ -62,7 +62,7 @@ class _AsyncAsks(AsyncSender):
         self._engine = engine
 
     async def send(self, call: Call[T]) -> T:
-        await asyncio.sleep(0)  # others get their turn, as while a real call is on its way
+        await asyncio.sleep(0)  # lets other tasks run, as they would during a real call
         return call.parse(self._engine.answer(call.function, call.params))
 
     async def aclose(self) -> None:
@@ -73,7 +73,7 @@ class _AsyncAsks(AsyncSender):
 
 
 class _Controls:
-    """What a test does with a fake of either colour."""
+    """What a test can do with a fake, sync or async."""
 
     _engine: Engine
 
@@ -104,7 +104,7 @@ class _Controls:
 
     @property
     def now(self) -> datetime:
-        """The moment that it is for the fake; it stays until you set it, or `advance`."""
+        """The fake's current time; it stands still until you set it or call `advance`."""
         return self._engine.now
 
     @now.setter
@@ -113,7 +113,7 @@ class _Controls:
             self._engine.move_clock(moment)
 
     def advance(self, by: timedelta) -> None:
-        """Let time pass.
+        """Move the clock forward.
 
         Example:
             >>> fake = FakeTokenLimits()
@@ -126,7 +126,7 @@ class _Controls:
             self._engine.move_clock(self._engine.now + by)
 
     def fail(self, error: Exception, *, times: int = 1) -> None:
-        """Let the next calls fail with this error, also those of `groups`.
+        """Make the next calls fail with this error, including those of `groups`.
 
         Example:
             >>> from tokenlimits import ServiceUnavailable
@@ -154,7 +154,7 @@ class _Controls:
 
     @property
     def tracked(self) -> tuple[TrackedUsage, ...]:
-        """What was recorded, in that order; denied and replayed calls record nothing."""
+        """What was recorded, in order; denied and replayed calls record nothing."""
         with self._engine.lock:
             return tuple(
                 TrackedUsage(
@@ -184,18 +184,19 @@ class FakeTokenLimits(_Controls, TokenLimits):
     """A `TokenLimits` for tests: the whole contract, in memory, with a clock that stands still.
 
     Everybody is in one group named "fake", which has these limits. It is the default group: a user whom you add to
-    another one by `groups` is in that one alone.
+    another group with `groups` is only in that one.
 
     Args:
-        limits: A list of `Limit`, or the shorthand `{"image": 2}` for lifetime pools. Without limits (None) every kind
-            is allowed and unlimited; with none at all (`{}`) no kind is.
-        users: Who there is, with their e-mail addresses; others are `UnknownUser`s to `groups`. Without it, any id is a
-            user's.
-        timeout: As of the real one; nothing takes any time here.
-        on_unavailable: As of the real one: what `track`, `check` and `reserve` do after `fail(ServiceUnavailable(…))`.
-        coalesce: As of the real one: calls that wait at once are one call of `track_generations`, which may `fail` as
-            a whole.
-        schema: As of the real one; it is checked, and makes no difference here.
+        limits: A list of `Limit`, or the shorthand `{"image": 2}` for lifetime pools. Without limits (None), every kind
+            is allowed and unlimited; with no limits (`{}`), no kind is allowed.
+        users: The existing users, with their e-mail addresses; for others, `groups` raises `UnknownUser`. By default,
+            any id is a user's.
+        timeout: Like the real client's; nothing takes any time here.
+        on_unavailable: Like the real client's: what `track`, `check` and `reserve` do after
+            `fail(ServiceUnavailable(…))`.
+        coalesce: Like the real client's: calls that wait at the same time become one call of `track_generations`,
+            which can `fail` as a whole.
+        schema: Like the real client's; it is checked, but makes no difference here.
 
     Example:
         >>> fake = FakeTokenLimits(limits={"image": 2})
@@ -221,7 +222,7 @@ class FakeTokenLimits(_Controls, TokenLimits):
 
     @property
     def groups(self) -> FakeGroupManager:
-        """The groups of this fake, to set up more than one group, and to read usage and history.
+        """The groups of this fake: set up more groups, or read usage and history.
 
         Example:
             >>> fake = FakeTokenLimits()
@@ -249,15 +250,16 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
     """An `AsyncTokenLimits` for tests; see `FakeTokenLimits`. It works in any event loop.
 
     Args:
-        limits: A list of `Limit`, or the shorthand `{"image": 2}` for lifetime pools. Without limits (None) every kind
-            is allowed and unlimited; with none at all (`{}`) no kind is.
-        users: Who there is, with their e-mail addresses; others are `UnknownUser`s to `groups`. Without it, any id is a
-            user's.
-        timeout: As of the real one; nothing takes any time here.
-        on_unavailable: As of the real one: what `track`, `check` and `reserve` do after `fail(ServiceUnavailable(…))`.
-        coalesce: As of the real one: calls that wait at once are one call of `track_generations`, which may `fail` as
-            a whole.
-        schema: As of the real one; it is checked, and makes no difference here.
+        limits: A list of `Limit`, or the shorthand `{"image": 2}` for lifetime pools. Without limits (None), every kind
+            is allowed and unlimited; with no limits (`{}`), no kind is allowed.
+        users: The existing users, with their e-mail addresses; for others, `groups` raises `UnknownUser`. By default,
+            any id is a user's.
+        timeout: Like the real client's; nothing takes any time here.
+        on_unavailable: Like the real client's: what `track`, `check` and `reserve` do after
+            `fail(ServiceUnavailable(…))`.
+        coalesce: Like the real client's: calls that wait at the same time become one call of `track_generations`,
+            which can `fail` as a whole.
+        schema: Like the real client's; it is checked, but makes no difference here.
 
     Example:
         >>> fake = FakeAsyncTokenLimits(limits={"image": 2})
@@ -282,7 +284,7 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
 
     @property
     def groups(self) -> FakeAsyncGroupManager:
-        """The groups of this fake, to set up more than one group, and to read usage and history.
+        """The groups of this fake: set up more groups, or read usage and history.
 
         Example:
             >>> fake = FakeAsyncTokenLimits({"image": 2})
@@ -305,7 +307,7 @@ class FakeGroupManager(GroupManager):
     """A `GroupManager` of a fake's groups.
 
     Args:
-        fake: The fake, of either colour.
+        fake: The fake, sync or async.
 
     Example:
         >>> fake = FakeTokenLimits({"image": 2})
@@ -321,7 +323,7 @@ class FakeAsyncGroupManager(AsyncGroupManager):
     """An `AsyncGroupManager` of a fake's groups.
 
     Args:
-        fake: The fake, of either colour.
+        fake: The fake, sync or async.
     """
 
     def __init__(self, fake: AnyFake) -> None:
@@ -330,13 +332,13 @@ class FakeAsyncGroupManager(AsyncGroupManager):
 
 @contextmanager
 def override(fake: F) -> Generator[F]:
-    """Let `track_generation` and `atrack_generation` use a fake, in all threads and event loops, until the end.
+    """Make `track_generation` and `atrack_generation` use a fake in all threads and event loops, inside a `with` block.
 
-    A fake of either colour serves both. It also decorates plain functions; an `async def` needs the `with` inside.
-    Calls with `client=` go where they always went.
+    A sync or an async fake serves both. As a decorator, it works on plain functions; an `async def` needs the `with`
+    inside. Calls with `client=` are not affected.
 
     Args:
-        fake: The fake, which `with` answers.
+        fake: The fake, which `with … as` returns.
 
     Example:
         >>> from tokenlimits import track_generation

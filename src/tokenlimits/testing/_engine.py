@@ -1,4 +1,4 @@
-"""The whole of the fake's server: answers calls one after another, and fails when a test wants it to."""
+"""The fake's whole server: it answers calls one at a time, and fails when a test tells it to."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ GROUP_NAME = "fake"
 
 
 class Engine(HoldFunctions, AdminFunctions, ReportFunctions):
-    """Its methods with parameters `p_…` are the SQL functions; `lock` is held while one runs.
+    """The methods with parameters `p_…` are the SQL functions; `lock` is held while one runs.
 
-    It begins with a default group that has these limits, or, without any, allows every kind.
+    It starts with a default group that has these limits or, without limits, allows every kind.
     """
 
     def __init__(self, limits: list[Json] | None, users: Mapping[str, str | None] | None) -> None:
         super().__init__(users)
+        # Tests call a fake from many threads, and each call must be one transaction, as in the database: without the
+        # lock, two calls could both find room for the last unit. The clock and `tracked` take it too.
         self.lock = RLock()
         self.failures: deque[Exception] = deque()
         self.signed_in: str | None = None
@@ -34,6 +36,7 @@ class Engine(HoldFunctions, AdminFunctions, ReportFunctions):
 
     def answer(self, function: str, params: Mapping[str, Any]) -> Any:
         """Call a function as PostgREST would."""
+        # the failures inside as well, so that `fail(…, times=2)` hits two calls and no more, whatever runs at once
         with self.lock:
             if self.failures:
                 raise self.failures.popleft()
@@ -50,5 +53,5 @@ class Engine(HoldFunctions, AdminFunctions, ReportFunctions):
         return self.user_generation_usage(self.signed_in)
 
     def tokenlimits_version(self) -> Json:
-        """Tell the version of the SQL that this behaves like."""
+        """Return the version of the SQL that this behaves like."""
         return {"version": SCHEMA_VERSION}

@@ -1,6 +1,6 @@
 """The SQL functions that settle a usage, by their names and parameters (sql/schema/74_settle.sql).
 
-Holds that have expired are marked so whenever the clock is moved, so none is left to sweep here.
+Expired holds are marked whenever the clock moves, so there is nothing to sweep here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ._workers import WorkerFunctions, fits
 
 
 class HoldFunctions(WorkerFunctions):
-    """Settling: once for each usage, by its id alone."""
+    """Settling: once for each usage, by its id."""
 
     def commit_generation(self, p_usage_id: str, p_cost: int | None = None) -> Json:
         """Settle a hold for what was reserved, or for less."""
@@ -37,7 +37,7 @@ class HoldFunctions(WorkerFunctions):
         return self._settled(usage, None if replayed else "committed", cost)
 
     def release_generation(self, p_usage_id: str) -> Json:
-        """Give back all that a hold holds."""
+        """Give back the whole cost of a hold."""
         usage = self._recorded(p_usage_id)
         if usage.status not in ("reserved", "released", "expired"):
             _refuse_again(usage, "release")
@@ -69,7 +69,7 @@ class HoldFunctions(WorkerFunctions):
         return usage
 
     def _require_room(self, hold: Usage, cost: int) -> None:
-        """Let an expired hold be committed as long as its periods last and have room for it."""
+        """Refuse to commit an expired hold unless its periods still last and have room for it."""
         group = self._groups.get(hold.group_id)
         states = self._states(group, hold.user_id, hold.kind) if group else []
         if any(hold.created_at < state.since or not fits(state, cost) for state in states):

@@ -25,7 +25,7 @@ def _names() -> dict[str, str]:
 
 
 def canonical(timezone: str) -> str | None:
-    """Return an IANA name as it is spelt, whatever the case; None when it is none that a group may have.
+    """Return an IANA name in its own spelling, ignoring case; None if a group can't have it.
 
     Example:
         >>> canonical("utc"), canonical("Nowhere/Land")
@@ -36,7 +36,7 @@ def canonical(timezone: str) -> str | None:
 
 @cache
 def zone(timezone: str) -> tzinfo:
-    """Find the time zone of a name; UTC also where the system has no time zones."""
+    """Find the time zone of a name; UTC works even if the system has no time zones."""
     return UTC if timezone == "UTC" else ZoneInfo(timezone)
 
 
@@ -61,7 +61,7 @@ def quarter(at: datetime) -> datetime:
 
 
 def period_of(period: str, timezone: str, at: datetime) -> tuple[datetime, datetime]:
-    """Tell when the period that a moment lies in begins, and when the next one does.
+    """Return when the period of a moment begins, and when the next one does.
 
     Example:
         >>> noon = datetime(2026, 3, 29, 12, tzinfo=UTC)
@@ -93,5 +93,5 @@ def _dates(period: str, today: date) -> tuple[date, date]:
 
 
 def _begin(day: date, timezone: str) -> datetime:
-    # fold=0, the default: of a midnight that happens twice the first, of one that is skipped the end of the gap
+    # with fold=0, the default: the first of two midnights, or the end of the gap if midnight is skipped
     return datetime.combine(day, time(), zone(timezone)).astimezone(UTC)

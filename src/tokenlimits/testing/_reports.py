@@ -1,4 +1,4 @@
-"""The SQL functions for reports and for those who run it, by their names and parameters (sql/schema/86 and 88)."""
+"""The SQL functions for reports and operations, by their names and parameters (sql/schema/86 and 88)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ._state import MOMENT, Json, State, Usage
 
 
 class ReportFunctions(State):
-    """Exports, rankings, drift, users by their addresses."""
+    """Exports, rankings, drift, users by address."""
 
     def find_users_by_email(self, p_emails: list[str]) -> list[Json]:
         """Find the users of whole e-mail addresses."""
@@ -116,7 +116,7 @@ class ReportFunctions(State):
         ]
 
     def usage_drift(self, p_group_id: str, p_since: str | None = None) -> Json:  # noqa: ARG002  # as the SQL's
-        """Compare counters with the ledger; here nobody can write past the functions, so nothing ever differs."""
+        """Compare counters with the ledger; here nobody can bypass the functions, so nothing ever differs."""
         self._group(p_group_id)
         return {"counters": [], "rollup": [], "holds": 0}
 

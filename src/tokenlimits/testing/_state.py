@@ -1,7 +1,7 @@
 """What the fake keeps in memory, and what its functions ask of it.
 
-Usage is added up from the ledger when somebody first asks what was used since a moment, and kept up from then on. Ids
-are text, as in JSON. Nothing is recorded later than `now`, so whatever was recorded since a period began is in it.
+Usage since a moment is added up from the ledger when it is first needed, and kept up to date from then on. Ids are
+text, as in JSON. Nothing is recorded later than `now`, so whatever was recorded since a period began is in it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Json = dict[str, Any]
 ALL_KINDS = "*"
 MOMENT = timedelta(microseconds=1)
 
-# more beginnings than one group's limits have at a time
+# more than the limits of one group have different beginnings at a time
 _MANY_TOTALS = 16
 
 
@@ -39,7 +39,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """That a user is in a group; `place` counts up, for many may join while the clock stands still."""
+    """A user's membership of a group; `place` orders members who joined while the clock stood still."""
 
     joined_at: datetime
     place: int
@@ -71,7 +71,7 @@ class Group:
 
 @dataclass(eq=False, slots=True)
 class Usage:
-    """A row of the ledger; `request` is what was asked for under the key."""
+    """A row of the ledger; `request` is what was requested with the idempotency key."""
 
     id: str
     group_id: str
@@ -90,13 +90,13 @@ class Usage:
 
     @property
     def live(self) -> bool:
-        """Whether it counts."""
+        """Whether it counts towards limits."""
         return self.status in ("reserved", "committed")
 
 
 @dataclass(frozen=True, slots=True)
 class LimitState:
-    """A limit, and what is used of it since `since`, in the period that ends at `until`."""
+    """A limit and its usage since `since`, in the period that ends at `until`."""
 
     rule: Rule
     max: int | None
@@ -106,7 +106,7 @@ class LimitState:
 
 
 def refuse(code: str, message: str, *, detail: str | None = None, hint: str | None = None) -> NoReturn:
-    """Raise what a client raises when the server answers with this error."""
+    """Raise the error that a client raises when the server answers with this one."""
     raise refusal(400, {"code": code, "message": f"{message} ({code})", "details": detail, "hint": hint})
 
 
@@ -117,7 +117,7 @@ class State:
         self.now = datetime.now(UTC)
         self.ledger: list[Usage] = []
         self._groups: dict[str, Group] = {}
-        # also of those that were deleted
+        # including those of deleted groups
         self._group_ids: set[str] = set()
         self._users = users
         self._places = count()
@@ -126,17 +126,17 @@ class State:
         self._by_id: dict[str, Usage] = {}
         self._by_key: dict[tuple[str, str], Usage] = {}
         self._holds: dict[str, Usage] = {}
-        # by group, kind and user (None: all): what was used since a moment
+        # by group, kind and user (None: all users): what was used since each moment
         self._totals: defaultdict[tuple[str, str, str | None], dict[datetime, int]] = defaultdict(dict)
 
     def move_clock(self, moment: datetime) -> None:
-        """Move the clock; not back behind what has happened."""
+        """Move the clock, but not back to before anything that was recorded."""
         if moment.tzinfo is None:
             raise InvalidRequest(f"now: needs a time zone (got {moment!r})", code="TL001", detail="now")
         happened = [usage.settled_at or usage.created_at for usage in self.ledger] + list(self._resets.values())
         if moment < max(happened, default=BEGINNING):
             raise InvalidRequest(
-                "now: lies before what has been recorded already. Set the clock before you track.",
+                "now: must not be before anything that was recorded. Set the clock before you track.",
                 code="TL001",
                 detail="now",
             )
@@ -144,7 +144,7 @@ class State:
         self._expire()
 
     def reference(self, group_id: str) -> Json:
-        """Name a group; one that was deleted since has no name."""
+        """Refer to a group; a deleted group has no name."""
         group = self._groups.get(group_id)
         return {"id": group_id, "name": group.name if group else None}
 
@@ -169,7 +169,7 @@ class State:
         return [group] if group in paying else []
 
     def _states(self, group: Group, user_id: str | None, kind: str | None = None) -> list[LimitState]:
-        """Look at a group's limits for a user; without one, a member limit counts all members together."""
+        """Return a group's limits for a user; without a user, member limits count all members together."""
         states: list[LimitState] = []
         for rule, max_ in group.rules(kind).items():
             since, until = period_of(rule.period, group.timezone, self.now)
@@ -220,7 +220,7 @@ class State:
             totals.update({since: used + cost for since, used in totals.items() if usage.created_at >= since})
 
     def _expire(self) -> None:
-        """Take back what holds held whose time is over; whoever moves the clock does this."""
+        """Mark holds whose time is over as expired; called whenever the clock moves."""
         for hold in list(self._holds.values()):
             if hold.expires_at is not None and hold.expires_at <= self.now:
                 self._settle(hold, "expired", hold.cost, hold.expires_at)
@@ -239,7 +239,7 @@ class State:
         return usage
 
     def _reset(self, group: Group, kind: str) -> None:
-        """Let usage count from now on; what was recorded at this very moment is before."""
+        """Let usage count from now on; usage of this very moment counts as before."""
         if any(usage.created_at == self.now for usage in self.ledger if usage.group_id == group.id):
             self.now += MOMENT
             self._expire()
@@ -253,5 +253,5 @@ class State:
 
 
 def text(moment: datetime) -> str | None:
-    """Write a moment as JSON does; null when it never comes."""
+    """Write a moment as in JSON; null if it never comes."""
     return None if moment == NEVER else moment.isoformat()

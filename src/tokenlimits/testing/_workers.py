@@ -71,7 +71,7 @@ class WorkerFunctions(State):
         p_group_id: str | None = None,
         p_metadata: Json | None = None,
     ) -> Json:
-        """Record past or outside usage; never denied."""
+        """Record usage that has already happened; never denied."""
         created_at = self.now if p_created_at is None else datetime.fromisoformat(p_created_at)
         if created_at > self.now + _CLOCKS_DIFFER:
             refuse(
@@ -95,7 +95,7 @@ class WorkerFunctions(State):
         )
 
     def user_generation_usage(self, p_user_id: str) -> list[Json]:
-        """List every limit that binds a user."""
+        """List every limit that applies to a user."""
         return [
             {**limit_json(state), "group": self.reference(group.id)}
             for group in self._paying_groups(p_user_id, None)
@@ -202,5 +202,5 @@ def fits(state: LimitState, cost: int) -> bool:
 
 
 def _room_at(state: LimitState, cost: int) -> datetime:
-    # what can never fit, and a lifetime limit, wait for ever
+    # a cost that can never fit, and a lifetime limit, wait forever
     return BEGINNING if state.max is None else NEVER if cost > state.max else state.until
