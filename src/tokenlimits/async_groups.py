@@ -41,16 +41,16 @@ __all__ = ["AsyncGroupManager"]
 class AsyncGroupManager(AsyncBase):
     """Manages groups of users, their limits and members.
 
-    Every method raises `AccessDenied` when the key or the session is no admin's, `ServiceUnavailable` when Supabase
-    can't be reached in time, and `InvalidRequest`, with the field's name, when an argument is not valid. Those that
-    take a group's id raise `GroupNotFound` when there is none.
+    Every method raises `AccessDenied` if the key or the session isn't an admin's, `ServiceUnavailable` if Supabase
+    can't be reached in time, and `InvalidRequest`, with the field's name, if an argument is not valid. Methods that
+    take a group's id raise `GroupNotFound` if there is no such group.
 
     Args:
         client: A `supabase.AsyncClient` with the secret key, or with the session of an admin. It stays yours.
             Without one, see `from_env`. Or an `AsyncSender`, which answers calls in a way of its own.
         timeout: Seconds for one call, including its retries.
-        schema: Where tokenlimits is installed, if not in public; by default what `TOKENLIMITS_SCHEMA` in the
-            environment or `.env` says on first use. Which schema the client itself uses doesn't matter.
+        schema: The schema that tokenlimits is installed in; by default `TOKENLIMITS_SCHEMA` from the environment or
+            `.env`, read on first use, or public. The client's own schema doesn't matter.
 
     Example:
         >>> async with AsyncGroupManager.from_env() as groups:
@@ -98,13 +98,13 @@ class AsyncGroupManager(AsyncBase):
         """Create a group with its limits, in one step: an error leaves nothing behind.
 
         Args:
-            name: Unique whatever its case, 1 to 200 characters.
+            name: 1 to 200 characters; unique, ignoring case.
             description: For people, at most 2,000 characters.
             limits: A list of `Limit`, or the shorthand `{"image": 100}` for lifetime pools.
             priority: A user's groups are tried from high to low.
             timezone: An IANA name, in which the calendar periods begin.
             is_default: Users who are in no group have this group's limits. It replaces the previous default.
-            id: An id of your choice, which no group has ever had; without it, one is made up.
+            id: An id of your choice that no group has ever had; by default, one is generated.
 
         Raises:
             GroupExists: Another group has the name.
@@ -140,11 +140,11 @@ class AsyncGroupManager(AsyncBase):
     ) -> Group:
         """Change what is not None of a group, in one step: an error leaves all as it was.
 
-        Another time zone moves the beginning of every period: usage is counted afresh from the ledger.
+        A new time zone moves the beginning of every period, so usage is recounted from the ledger.
 
         Args:
             group_id: Which group.
-            name: Unique whatever its case, 1 to 200 characters.
+            name: 1 to 200 characters; unique, ignoring case.
             description: For people, at most 2,000 characters.
             priority: A user's groups are tried from high to low.
             timezone: An IANA name, in which the calendar periods begin.
@@ -227,7 +227,7 @@ class AsyncGroupManager(AsyncBase):
         return await self._transport.send(admins.get_group(group_id))
 
     async def get_by_name(self, name: str) -> Group:
-        """Read one group by its name, whatever its case.
+        """Read one group by its name, ignoring case.
 
         Args:
             name: The whole name.
@@ -242,7 +242,7 @@ class AsyncGroupManager(AsyncBase):
         return await self._transport.send(admins.get_group_by_name(name))
 
     async def list(self, *, search: str | None = None) -> builtins.list[Group]:
-        """Read all groups by name, or those whose name contains a text, whatever its case.
+        """Read all groups in order of name, or those whose name contains a text, ignoring case.
 
         Args:
             search: The text; all groups when None.
@@ -274,7 +274,7 @@ class AsyncGroupManager(AsyncBase):
         return await self._transport.send(admins.groups_page(search, after, size))
 
     async def delete(self, group_id: UUID | str) -> Group:
-        """Delete a group with its limits and memberships; the ledger stays. Returns what it was.
+        """Delete a group with its limits and memberships, and return it as it was; the ledger stays.
 
         Args:
             group_id: Which group.
@@ -305,7 +305,7 @@ class AsyncGroupManager(AsyncBase):
         return await self._transport.send(admins.add_member(group_id, user_id))
 
     async def remove_member(self, group_id: UUID | str, user_id: UUID | str) -> bool:
-        """Remove a user from a group; their usage stays, and is found again if they return.
+        """Remove a user from a group; their usage stays, and counts again if they return.
 
         Args:
             group_id: Which group.
@@ -378,11 +378,11 @@ class AsyncGroupManager(AsyncBase):
         return await self._run(flows.remove_members(group_id, user_ids, on_progress))
 
     def members(self, group_id: UUID | str, *, search: str | None = None) -> AsyncIterator[Member]:
-        """Iterate over a group's members in the order of their ids, reading page by page.
+        """Iterate over a group's members in order of id, reading page by page.
 
         Args:
             group_id: Which group.
-            search: A part of their e-mail address, whatever its case; all members when None.
+            search: A part of their e-mail address, ignoring case; all members when None.
 
         Example:
             >>> [member.email async for member in groups.members(team.id)]
@@ -416,7 +416,7 @@ class AsyncGroupManager(AsyncBase):
         return await self._transport.send(admins.members_page(group_id, search, after, size))
 
     async def find_users(self, email: str) -> builtins.list[User]:
-        """Find up to 20 users by a part of their e-mail address, whatever its case.
+        """Find up to 20 users by a part of their e-mail address, ignoring case.
 
         Args:
             email: The part.
@@ -428,7 +428,7 @@ class AsyncGroupManager(AsyncBase):
         return await self._transport.send(admins.find_users(email))
 
     async def find_users_by_email(self, emails: Iterable[str]) -> builtins.list[User]:
-        """Find the users of any number of whole e-mail addresses, whatever their case, in batches of 5,000.
+        """Find the users with any number of whole e-mail addresses, ignoring case, in batches of 5,000.
 
         Args:
             emails: The addresses; those that nobody has are left out.
@@ -440,7 +440,7 @@ class AsyncGroupManager(AsyncBase):
         return await self._run(flows.users_by_email(emails))
 
     async def usage(self, group_id: UUID | str) -> GroupUsage:
-        """Read a group's member count, and of each limit used, remaining, fraction and reset_at.
+        """Read a group's member count, and used, remaining, fraction and reset_at of each limit.
 
         Args:
             group_id: Which group.
@@ -452,7 +452,7 @@ class AsyncGroupManager(AsyncBase):
         return await self._transport.send(reports.group_usage(group_id))
 
     async def usage_all(self) -> builtins.list[GroupUsage]:
-        """Read the usage of all groups, by name.
+        """Read the usage of all groups, in order of name.
 
         Example:
             >>> "Team" in [usage.group.name for usage in await groups.usage_all()]
@@ -472,7 +472,7 @@ class AsyncGroupManager(AsyncBase):
         """Read what was used per kind and hour, day, week or month, oldest first; empty ones are left out.
 
         Args:
-            group_id: Which group, whose time zone the buckets begin in; all groups, in UTC, when None.
+            group_id: Which group; buckets begin in its time zone. All groups, in UTC, when None.
             kind: Only this kind.
             bucket: The step.
             since: From the bucket of this moment on, with a time zone; 30 days ago when None.
@@ -517,20 +517,20 @@ class AsyncGroupManager(AsyncBase):
         until: datetime | None = None,
         bucket: Bucket | None = None,
     ) -> AsyncIterator[UsageRecord] | AsyncIterator[UsageSum]:
-        """Iterate over the ledger or, with a bucket, over its sums, reading page by page: any number in little memory.
+        """Iterate over the ledger or, with a bucket, over its sums, reading page by page, so that memory use stays low.
 
-        Rows of the ledger come by group, or by user when one is named, and then by `created_at`; sums by group, kind
-        and bucket, the empty ones left out. What was recorded before you began comes exactly once, as a row or in a
-        sum, whatever is recorded meanwhile; a group that was deleted has no name.
+        Rows come in order of group and `created_at`, or only of `created_at` if a user is named; sums in order of
+        group, kind and bucket, without empty ones. Everything recorded before you began comes exactly once, whatever
+        is recorded meanwhile. A deleted group has no name.
 
         Args:
             group_id: Only this group; all groups, including deleted ones, when None.
-            user_id: Only this user; not with a bucket, as there are no sums of single users.
+            user_id: Only this user; not with a bucket, as there are no sums per user.
             kind: Only this kind.
             since: From this moment on, with a time zone; from the beginning when None. Sums begin with its bucket.
             until: Before this moment; up to now when None. Sums end to the quarter of an hour.
-            bucket: What each group used per kind and hour, day, week or month of its time zone (of a deleted one in
-                UTC), in place of single rows.
+            bucket: Instead of single rows, what each group used per kind and hour, day, week or month in its time zone
+                (UTC for a deleted group).
 
         Example:
             >>> paid_by = (await limits.track(user_id, "image")).group
@@ -588,7 +588,7 @@ class AsyncGroupManager(AsyncBase):
     ) -> builtins.list[TopMember]:
         """Read who used the most in a group, including those who have left it.
 
-        It reads the ledger of that time, so it takes longer the more there is.
+        It reads the ledger of that time, so it takes longer the more usage there is.
 
         Args:
             group_id: Which group.
@@ -604,7 +604,7 @@ class AsyncGroupManager(AsyncBase):
         return await self._transport.send(reports.top_members(group_id, kind, since, until, count))
 
     async def reset_usage(self, group_id: UUID | str, *, kind: str | None = None) -> datetime:
-        """Give a group a fresh start in its current periods; the ledger keeps everything.
+        """Reset a group's usage in its current periods; the ledger keeps everything.
 
         Args:
             group_id: Which group.
@@ -643,7 +643,7 @@ class AsyncGroupManager(AsyncBase):
     async def reconcile(self, group_id: UUID | str, *, since: datetime | None = None) -> Reconciliation:
         """Recount a group's usage from the ledger, and correct what differs.
 
-        Calls for the group wait meanwhile, and it reads the group's whole ledger: pass `since` if that is long.
+        Calls for the group wait meanwhile, as this reads the group's whole ledger: pass `since` if that is long.
 
         Args:
             group_id: Which group.

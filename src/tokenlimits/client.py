@@ -1,5 +1,5 @@
 # Generated from async_client.py by `make sync`; edit it there.
-"""For generation workers: ask before money is spent."""
+"""For generation workers: ask before you spend money."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class TokenLimits(Base):
             close it. Without one, see `from_env`. Or a `Sender`, which answers calls in a way of its own.
         timeout: Seconds for one call, including its retries.
         on_unavailable: What `track`, `check` and `reserve` do when Supabase can't be reached: `"raise"`
-            ServiceUnavailable, `"allow"` the generation (it is not recorded), or `"deny"` it. With `"allow"` no
-            `commit` or `release` raises it either. A wrong key or a missing schema always raises.
-        coalesce: Send calls of `track` that wait at the same time as one request: while one is under way, others queue.
-            Each still has its own result, error and timeout. A call that is alone is sent at once.
-        schema: Where tokenlimits is installed, if not in public; by default what `TOKENLIMITS_SCHEMA` in the
-            environment or `.env` says on first use. Which schema the client itself uses doesn't matter.
+            ServiceUnavailable, `"allow"` the generation (it is not recorded), or `"deny"` it. With `"allow"`, `commit`
+            and `release` don't raise it either. A wrong key or a missing schema always raises an error.
+        coalesce: Combine calls of `track` into one request: while a request is under way, further calls queue for the
+            next one. Each call still has its own result, error and timeout. A lone call is sent at once.
+        schema: The schema that tokenlimits is installed in; by default `TOKENLIMITS_SCHEMA` from the environment or
+            `.env`, read on first use, or public. The client's own schema doesn't matter.
 
     Example:
         >>> with TokenLimits.from_env() as limits:
@@ -163,9 +163,9 @@ class TokenLimits(Base):
     def check(
         self, user_id: UUID | str, kind: str, cost: int = 1, *, group_id: UUID | str | None = None
     ) -> TrackResult:
-        """Say what `track` would answer now; record nothing.
+        """Return what `track` would answer now, without recording anything.
 
-        Others may use the room before you call `track`, which alone decides.
+        Others may use the room before you call `track`; only `track` decides.
 
         Args:
             user_id: Who would generate.
@@ -228,7 +228,7 @@ class TokenLimits(Base):
         return self._transport.send(call)
 
     def usage(self, user_id: UUID | str) -> tuple[UserLimit, ...]:
-        """List every limit that binds a user, with used, remaining and reset_at.
+        """List every limit that applies to a user, with used, remaining and reset_at.
 
         Args:
             user_id: Whose.
@@ -286,8 +286,8 @@ class TokenLimits(Base):
             user_id: Who generates.
             kind: What is generated, like `"image"` or `"video"`.
             cost: The most that it may take from the limits.
-            ttl: Seconds until the hold expires, up to 30 days; allow for the longest that the work can take. What a
-                killed worker leaves behind is given back then.
+            ttl: Seconds until the hold expires, up to 30 days; allow for the longest that the work can take. The hold
+                of a killed worker is given back then.
             idempotency_key: The job's own id: repeated calls return the same hold, `replayed`. Take it from your job,
                 never from an end user. Without one, the client makes one for its own retries.
             group_id: Which of the user's groups pays; by default the first that has room, by priority.
@@ -336,7 +336,7 @@ class TokenLimits(Base):
         return self._settled(workers.commit(usage_id, cost))
 
     def release(self, usage_id: UUID | str | None) -> TrackResult:
-        """Give back all that a hold holds; repeating it changes nothing, nor does releasing an expired hold.
+        """Give back the whole cost of a hold; repeating it changes nothing, nor does releasing an expired hold.
 
         Args:
             usage_id: The hold's. With None (`on_unavailable` allowed it unrecorded), nothing is done.
@@ -479,7 +479,7 @@ class TokenLimits(Base):
     def close(self) -> None:
         """Close the connections that were made here; a client that you passed in stays open.
 
-        Calls that are queued or under way together get their results first.
+        Coalesced calls that are queued or under way get their results first.
 
         Example:
             >>> limits.close()
