@@ -1,6 +1,6 @@
 """The admin panel, the API, and a dependency for FastAPI apps: `pip install 'tokenlimits[web]'`.
 
-The panel and the API act with the access token of whoever asks, so that the database decides what they may do.
+The panel and the API act with the caller's access token, so that the database decides what the caller may do.
 
 Example:
     from fastapi import Depends, FastAPI

@@ -15,12 +15,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status.
 
     Args:
-        arguments: Of the command line; those of this process when None.
+        arguments: The command line; this process's own arguments when None.
     """
     parser = argparse.ArgumentParser(prog="python -m tokenlimits.web", description=__doc__)
-    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
-    parser.add_argument("--port", type=int, default=8321, help="default: 8321; 0: a free one")
-    parser.add_argument("--forwarded-allow-ips", help="proxies whose X-Forwarded-… headers are believed")
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
+    parser.add_argument("--port", type=int, default=8321, help="default: 8321; 0 picks a free one")
+    parser.add_argument("--forwarded-allow-ips", help="proxies whose X-Forwarded-* headers to trust, comma-separated")
     options = parser.parse_args(arguments)
     try:
         serve(options.host, options.port, forwarded_allow_ips=options.forwarded_allow_ips)

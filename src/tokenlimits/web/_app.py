@@ -1,4 +1,4 @@
-"""The app: the API, and what every answer has."""
+"""The app: the panel, the API, and what all answers have in common."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def create_app(settings: WebSettings | None = None, *, self_service: Mapping[str
 
 
 class _Static(StaticFiles):
-    """Files whose address names their version, so that browsers may keep them."""
+    """Files with their version in the URL, so that browsers may cache them forever."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         response = await super().get_response(path, scope)

@@ -1,4 +1,4 @@
-"""Supabase Auth: who somebody is, and sessions, by the client of the `supabase` package."""
+"""Supabase Auth: identities and sessions, through the client of the `supabase` package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ._settings import WebSettings
 T = TypeVar("T")
 
 _MARGIN = 60.0
-# Auth doesn't say how long; its limits refill within minutes
+# Auth doesn't say how long to wait; its limits refill within minutes
 _WAIT = 60.0
 
 
@@ -78,7 +78,7 @@ class Auth:
         try:
             return await self._ask(request)
         except AccessDenied:
-            raise SignInRequired("The access token is not valid, or not valid any more.") from None
+            raise SignInRequired("The access token is not valid, or has expired.") from None
 
     async def sign_in(self, email: str, password: SecretStr) -> Tokens:
         """Begin a session.
@@ -96,7 +96,7 @@ class Auth:
         return await self._ask(request)
 
     async def refresh(self, tokens: Tokens) -> Tokens:
-        """Go on with a session.
+        """Refresh a session.
 
         Raises:
             AccessDenied: It has ended.
@@ -111,7 +111,7 @@ class Auth:
         return await self._ask(request)
 
     async def sign_out(self, tokens: Tokens) -> None:
-        """End a session, and no other of the same person.
+        """End a session, but no other session of the same person.
 
         Raises:
             AccessDenied: It has ended already.
@@ -121,7 +121,7 @@ class Auth:
         await self._ask(lambda client: client.admin.sign_out(tokens.access.get_secret_value(), "local"))
 
     async def _ask(self, request: Callable[[AsyncGoTrueClient], Awaitable[T]]) -> T:
-        # one for each request: it remembers who signed in last
+        # one for each request, since a client remembers who signed in last
         client = AsyncGoTrueClient(
             url=f"{self._settings.url.rstrip('/')}/auth/v1",
             headers={"apikey": self._settings.publishable_key},
@@ -130,27 +130,27 @@ class Auth:
             http_client=await self._http(),
         )
         try:
-            # httpx limits each read, and not how many there are
+            # httpx limits each read, but not their number
             async with asyncio.timeout(self._settings.timeout):
                 return await request(client)
         except (AuthError, TimeoutError, ValueError) as error:
             problem = _problem(error)
-        # Out here, so that it has no context: the client's errors hold the request with its password or token, and
-        # pydantic's the answer.
+        # Outside the except block, so that it has no context: the client's errors hold the request with its password or
+        # token, and pydantic's errors hold the answer.
         raise problem
 
 
 def _problem(error: Exception) -> Exception:
-    """Say what an error of the client, or an answer that it couldn't read, means to us."""
+    """Translate an error of the client, or an answer that it couldn't read, into ours."""
     if isinstance(error, AuthApiError | CustomAuthError) and 400 <= error.status < 500:
         if error.status == 429:
             return TooManyRequests(_WAIT)
         return AccessDenied("The e-mail address or the password is wrong, or the session has ended.")
-    if isinstance(error, UnicodeEncodeError):  # no header can hold it, so it is no token
+    if isinstance(error, UnicodeEncodeError):  # no header can hold it, so it is not a token
         return AccessDenied("The access token is not valid.")
     if isinstance(error, AuthError | TimeoutError):
         return ServiceUnavailable(f"Supabase Auth could not be reached ({type(error).__name__})")
-    return ServiceUnavailable("Supabase Auth answered, and not as expected")
+    return ServiceUnavailable("Supabase Auth gave an unexpected answer")
 
 
 def _person(user: User | None) -> Person:

@@ -1,4 +1,4 @@
-"""Supabase, as the panel and the API see it: always with the key or the token of whoever asks."""
+"""Supabase, as the panel and the API use it: always with the caller's own key or token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _OfLoop(NamedTuple):
 
 
 class Backend:
-    """Makes clients that share connections; `auth` is Supabase Auth, by the same ones.
+    """Makes clients that share connections; `auth` is Supabase Auth, over the same ones.
 
     Args:
         settings: Where Supabase is.
@@ -95,14 +95,14 @@ class Backend:
             return await http.get(f"{self.settings.url.rstrip('/')}/{path}", headers=headers)
         except httpx.HTTPError as error:
             reason = type(error).__name__
-        # out here, so that no context of it holds a token
+        # outside the except block, so that the error's context doesn't hold a token
         raise ServiceUnavailable(f"Supabase could not be reached ({reason})")
 
     async def moment_of(self, token: str, group_id: UUID, place: int) -> datetime | None:
-        """Read when the newest but so many usages of a group were recorded, as an admin; None: there are fewer.
+        """Read when a group's usage at a place, counted from the newest, was recorded; None: there are fewer.
 
         Raises:
-            AccessDenied: The token is no admin's, or not valid any more.
+            AccessDenied: The token is not an admin's, or no longer valid.
             ServiceUnavailable: Supabase gave no answer.
         """
         query = {"select": "created_at", "group_id": f"eq.{group_id}", "order": "created_at.desc"}
@@ -129,7 +129,7 @@ class Backend:
         return AsyncClient(self.settings.url, key, options)
 
     async def _http(self) -> httpx.AsyncClient:
-        """Share one pool per event loop: mounted in another app, nobody tells us when that begins or ends."""
+        """Return the connections of this event loop: a mounted app isn't told when the outer app starts or stops."""
         loop = asyncio.get_running_loop()
         if self._of_loop is None or self._of_loop.loop is not loop or self._of_loop.http.is_closed:
             http = httpx.AsyncClient(http2=False, timeout=self.settings.timeout)

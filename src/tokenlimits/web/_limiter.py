@@ -1,4 +1,4 @@
-"""How many requests a caller may send: the library `limits`, in this process's memory."""
+"""Rate limits per caller, with the library `limits`, in this process's memory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Limiter:
     """Counts the requests of each caller within the last minute.
 
     Args:
-        per_minute: How many each may send.
-        name: Of the policy, in the `RateLimit` fields.
+        per_minute: How many requests each caller may send.
+        name: The policy's name in the `RateLimit` fields.
     """
 
     def __init__(self, per_minute: int, name: str) -> None:
@@ -44,11 +44,11 @@ class Limiter:
         }
 
     def count(self, caller: str) -> None:
-        """Count a request, whether there is one left or not."""
+        """Count a request, even if none is left."""
         self._limiter.hit(self._limit, self._name, caller)
 
     def check(self, caller: str) -> None:
-        """Refuse, and count nothing.
+        """Check that a request is left, without counting one.
 
         Raises:
             TooManyRequests: The caller has no request left.
@@ -59,7 +59,7 @@ class Limiter:
 
 
 def address(request: Request) -> str:
-    """Name the address that a request came from, as the server sees it."""
+    """Return the address that a request came from, as the server sees it."""
     return request.client.host if request.client else "unknown"
 
 

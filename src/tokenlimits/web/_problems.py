@@ -28,7 +28,7 @@ class FieldProblem(BaseModel):
 
 
 class Problem(BaseModel):
-    """Problem details, as RFC 9457 defines them; `errors` and `result` are there where they say something."""
+    """Problem details, as RFC 9457 defines them; `errors` and `result` are optional."""
 
     model_config = ConfigDict(title="Problem")
 
@@ -41,7 +41,7 @@ class Problem(BaseModel):
 
 
 class SignInRequired(Exception):
-    """The caller did not say who they are, or not in a way that can be believed."""
+    """The caller sent no access token, or not a valid one."""
 
 
 class TooManyRequests(Exception):
@@ -56,38 +56,38 @@ _KINDS: Sequence[tuple[type[Exception], int, str, str]] = (
     (SignInRequired, 401, "sign-in-required", "Send a valid access token"),
     (TooManyRequests, 429, "too-many-requests", "Too many requests"),
     (errors.InvalidRequest, 422, "invalid-request", "The request is not valid"),
-    (errors.AccessDenied, 403, "access-denied", "The caller may not do this"),
+    (errors.AccessDenied, 403, "access-denied", "The caller has no right to do this"),
     (errors.GroupNotFound, 404, "group-not-found", "There is no such group"),
     (errors.UnknownUser, 404, "unknown-user", "There is no such user"),
     (errors.UsageNotFound, 404, "usage-not-found", "There is no such usage"),
     (errors.GroupExists, 409, "group-exists", "Another group has this name"),
-    (errors.AlreadySettled, 409, "already-settled", "The usage was settled in another way"),
+    (errors.AlreadySettled, 409, "already-settled", "The usage was already settled in another way"),
     (errors.IdempotencyConflict, 409, "idempotency-conflict", "The key was used for another request"),
     (errors.LimitExceeded, 429, "limit-exceeded", "A limit has no room"),
     (errors.NotInGroup, 403, "not-in-group", "The user is in no group that may pay"),
     (errors.NoLimitForKind, 403, "no-limit-for-kind", "No group of the user has a limit for this kind"),
     (errors.ServiceUnavailable, 503, "unavailable", "Supabase can't be reached"),
-    (errors.SchemaNotInstalled, 503, "not-installed", "The database has no tokenlimits"),
-    (errors.SchemaOutdated, 503, "not-installed", "The database has an older tokenlimits"),
-    (errors.TokenLimitsError, 500, "internal", "The server is not set up right"),
+    (errors.SchemaNotInstalled, 503, "not-installed", "tokenlimits is not installed in the database"),
+    (errors.SchemaOutdated, 503, "not-installed", "The database has an older version of tokenlimits"),
+    (errors.TokenLimitsError, 500, "internal", "The server is not set up correctly"),
 )
-# PostgREST's codes for a token that is not valid, or not valid any more
+# PostgREST's codes for a token that is not valid, or no longer valid
 _BAD_TOKEN = ("PGRST301", "PGRST302", "PGRST303")
 
 
 def is_sign_in_required(error: Exception) -> bool:
-    """Whether the caller's token was not believed, here or by the database."""
+    """Whether the caller's token was rejected, here or by the database."""
     return isinstance(error, SignInRequired) or (isinstance(error, errors.AccessDenied) and error.code in _BAD_TOKEN)
 
 
 def of_error(error: Exception) -> JSONResponse:
     """Make the answer for an error that an endpoint raised."""
     if is_sign_in_required(error):
-        error = SignInRequired("The access token is not valid, or not valid any more.")
+        error = SignInRequired("The access token is not valid, or has expired.")
     status, name, title = next(kind[1:] for kind in _KINDS if isinstance(error, kind[0]))
     if status == 500:
         logger.error("%s: %s", type(error).__name__, error)
-    # what is wrong with the server is for its log
+    # the details of the server's own problems are only for its log
     detail = None if status >= 500 else str(error) or None
     headers: dict[str, str] = {}
     fields: list[FieldProblem] | None = None
@@ -114,7 +114,7 @@ def of_validation(found: Sequence[Any]) -> JSONResponse:
 
 
 def of_status(status: int, title: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Make the answer for an HTTP error that has no more to say than its status."""
+    """Make the answer for an HTTP error that has no details."""
     return _answer(status, None, title, None, dict(headers or {}))
 
 
@@ -136,8 +136,8 @@ def _answer(
 
 _EXAMPLES: Mapping[int, tuple[str, str, str]] = {
     400: ("bad-request", "The body is not JSON", ""),
-    401: ("sign-in-required", "Send a valid access token", "The access token is not valid, or not valid any more."),
-    403: ("access-denied", "The caller may not do this", "only an admin may do this"),
+    401: ("sign-in-required", "Send a valid access token", "The access token is not valid, or has expired."),
+    403: ("access-denied", "The caller has no right to do this", "only an admin may do this"),
     404: ("group-not-found", "There is no such group", "There is no group of this id."),
     409: ("group-exists", "Another group has this name", "a group named 'Pro' already exists"),
     422: ("invalid-request", "The request is not valid", "name: must have 1 to 200 characters"),

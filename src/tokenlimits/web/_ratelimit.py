@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from tokenlimits import TrackResult
 from tokenlimits.models import LimitStatus
 
-# months have no fixed length, and lifetime has none
+# months have no fixed length, and lifetime never ends
 _WINDOWS: Mapping[str, int] = {"minute": 60, "hour": 3600, "day": 86_400, "week": 604_800}
 
 
@@ -24,7 +24,7 @@ def policy(name: str, quota: int, window: int | None) -> str:
 
 
 def state(name: str, remaining: int, reset: float | None) -> str:
-    """Write what is left of a policy, and in how many seconds it resets.
+    """Write what remains of a policy, and in how many seconds it resets.
 
     Example:
         >>> state("image-day-group", 0, 12.3)
@@ -34,7 +34,7 @@ def state(name: str, remaining: int, reset: float | None) -> str:
 
 
 def of_limits(limits: Iterable[LimitStatus]) -> dict[str, str]:
-    """Write the fields for the limits that bind a generation; unlimited ones are left out."""
+    """Write the fields for the limits that apply to a generation, except unlimited ones."""
     now = datetime.now(UTC)
     policies: list[str] = []
     states: list[str] = []

@@ -1,4 +1,4 @@
-"""What cookies are sealed with, and CSRF tokens made of: keys derived from the secrets of the settings."""
+"""Seals cookies and makes CSRF tokens, with keys derived from the secrets in the settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 
 class Seal:
-    """Seals with the first secret, and opens what any of them sealed, so that they can be rotated.
+    """Seals with the first secret and opens with any of them, so that secrets can be rotated.
 
     Args:
         secrets: One or more.
@@ -31,11 +31,11 @@ class Seal:
         self._seconds = int(seconds)
 
     def close(self, content: Mapping[str, Any]) -> str:
-        """Seal something that JSON can hold."""
+        """Seal a JSON object."""
         return self._fernets.encrypt(zlib.compress(json.dumps(content).encode())).decode()
 
     def open(self, sealed: str) -> tuple[dict[str, Any], float] | None:
-        """Return what was sealed, and when; None: another secret sealed it, or nobody, or too long ago."""
+        """Return what was sealed, and when; None if it is too old, or none of the secrets sealed it."""
         try:
             content = self._fernets.decrypt(sealed.encode(), ttl=self._seconds)
             return json.loads(zlib.decompress(content)), self._fernets.extract_timestamp(sealed.encode())
@@ -47,7 +47,7 @@ class Seal:
         return _csrf(self._csrf_keys[0], id_)
 
     def is_csrf(self, id_: str, token: str) -> bool:
-        """Whether it is the CSRF token of a session."""
+        """Whether a text is the CSRF token of a session."""
         return any(hmac.compare_digest(token.encode(), _csrf(key, id_).encode()) for key in self._csrf_keys)
 
 

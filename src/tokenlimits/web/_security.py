@@ -1,4 +1,4 @@
-"""What holds for every request: security headers on the answer, and an end to what is read."""
+"""For every request: security headers on the answer, and a limit on the size of the body."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ HEADERS: Mapping[str, str] = {
     "X-Frame-Options": "DENY",
 }
 _A_YEAR = 31_536_000
-# a list of a hundred thousand users has four million bytes
+# bytes; a list of 100,000 users has four million
 _MOST = 10_000_000
 
 
 class SecurityHeaders:
-    """Adds the headers; behind TLS also `Strict-Transport-Security`.
+    """Adds the headers, and `Strict-Transport-Security` behind TLS.
 
     Args:
         app: What answers.
@@ -61,7 +61,7 @@ class SecurityHeaders:
 
 
 class BodyLimit:
-    """Reads no more of a request than a large list needs: whoever sends it may not be known yet.
+    """Reads no more of a request than a large list needs, as the caller may not be authenticated yet.
 
     Args:
         app: What answers.
@@ -79,7 +79,7 @@ class BodyLimit:
             message = await receive()
             left -= len(message.get("body", b""))
             if left < 0:
-                raise HTTPException(413, "This is too large. Send it in parts.")
+                raise HTTPException(413, "The request is too large. Send it in parts.")
             return message
 
         await self._app(scope, receive_within if scope["type"] == "http" else receive, send)

@@ -1,4 +1,4 @@
-"""Serve the panel by itself, until Ctrl-C."""
+"""Serve the panel on its own until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ._settings import WebSettings, load
 
 
 def serve(host: str = "127.0.0.1", port: int = 8321, *, forwarded_allow_ips: str | None = None) -> None:
-    """Serve the panel and the API with the settings of the environment, until Ctrl-C.
+    """Serve the panel and the API with the settings from the environment until Ctrl-C.
 
     Args:
-        host: The address to listen on; by default of this machine alone.
-        port: The port; 0 is a free one.
-        forwarded_allow_ips: Proxies whose `X-Forwarded-…` headers are believed.
+        host: The address to listen on; by default only this machine can connect.
+        port: The port; 0 picks a free one.
+        forwarded_allow_ips: Proxies whose `X-Forwarded-*` headers to trust, comma-separated.
 
     Raises:
-        ConfigurationError: A variable is missing or can't be right; nothing was started.
+        ConfigurationError: A variable is missing or not valid; nothing was started.
     """
     app = create_app(_sealed(load(), host))
     uvicorn.run(app, host=host, port=port, forwarded_allow_ips=forwarded_allow_ips)
 
 
 def _sealed(settings: WebSettings, host: str) -> WebSettings:
-    """On this machine alone a secret may be made up: when it ends, people sign in again."""
+    """Generate a secret if only this machine can connect: after a restart, people have to sign in again."""
     if not settings.web_secret and _is_loopback(host):
         return settings.model_copy(update={"web_secret": (SecretStr(secrets.token_urlsafe(32)),)})
     return settings

@@ -24,9 +24,9 @@ logger = logging.getLogger("tokenlimits")
 
 # browsers keep 4,096 bytes with the name and the attributes
 _MOST = 3900
-# for so many seconds an answer of Supabase Auth is believed
+# Seconds for which an answer of Supabase Auth holds.
 _CONFIRMED = 60
-# and for so many late requests may have the cookie from before a refresh
+# Seconds for which late requests may still have the cookie from before a refresh.
 _LATE = 30
 
 
@@ -52,9 +52,9 @@ class Sessions:
 
     Args:
         auth: Supabase Auth.
-        keys: What seals the cookie: the first; the others open what they sealed before.
-        idle: Seconds that a session lasts without a request of its person.
-        longest: Seconds that it lasts at most.
+        keys: The secrets. The first one seals cookies; the others open cookies that they sealed earlier.
+        idle: Seconds after which an unused session ends.
+        longest: Seconds after which a session ends in any case.
     """
 
     def __init__(self, auth: Auth, keys: Sequence[SecretStr], *, idle: float, longest: float) -> None:
@@ -71,24 +71,24 @@ class Sessions:
         return (None if sealed is None else self._open(sealed)) or Session(secrets.token_urlsafe(24))
 
     def write(self, request: Request, response: Response, session: Session) -> None:
-        """Give the browser its session.
+        """Set the cookie with the session.
 
         Raises:
-            InvalidRequest: It is too large for a cookie.
+            InvalidRequest: The session is too large for a cookie.
         """
         sealed = self._close(session)
         if len(sealed) > _MOST:
-            raise InvalidRequest("This account's access token is too large for a cookie: give it fewer claims.")
+            raise InvalidRequest("This account's access token is too large for a cookie; give it fewer claims.")
         response.set_cookie(
             cookie_name(request), sealed, path="/", httponly=True, samesite="lax", secure=request.url.scheme == "https"
         )
 
     def is_due(self, session: Session) -> bool:
-        """Whether the cookie is to be sealed again, so that it doesn't go idle."""
+        """Whether to seal the cookie again, so that the session doesn't become idle."""
         return time.time() - session.seen > self._idle / 10
 
     def csrf(self, session: Session) -> str:
-        """Make the token that requests of this session prove with that they come from its pages."""
+        """Make the token that proves that a request comes from a page of this session."""
         return self._seal.csrf(session.id)
 
     def check_csrf(self, request: Request, session: Session, token: object) -> None:
@@ -108,8 +108,8 @@ class Sessions:
 
         Raises:
             SignInRequired: There is none, or it has ended.
-            TooManyRequests: Supabase Auth has answered too many.
-            ServiceUnavailable: It gave no answer.
+            TooManyRequests: Supabase Auth's rate limit is exceeded.
+            ServiceUnavailable: Supabase Auth gave no answer.
         """
         if session.tokens is None:
             raise SignInRequired("Please sign in.")
@@ -121,12 +121,12 @@ class Sessions:
             raise SignInRequired("Your session has ended. Please sign in again.") from None
 
     async def end(self, session: Session) -> None:
-        """End a session in Supabase Auth, so that no copy of its cookie is worth anything."""
+        """End a session in Supabase Auth, so that copies of its cookie are worthless."""
         tokens = session.tokens
         if tokens is None:
             return
         try:
-            if tokens.is_ending():  # one that has ended isn't even taken to end its session
+            if tokens.is_ending():  # Auth doesn't accept an expired token, not even to end its session
                 tokens = await self._refresh(tokens)
             await self._auth.sign_out(tokens)
         except AccessDenied:
@@ -136,10 +136,10 @@ class Sessions:
         self._persons.forget(tokens.access.get_secret_value())
 
     async def _is_confirmed(self, tokens: Tokens) -> bool:
-        """Whether Supabase Auth says of the person what it said when it gave the tokens.
+        """Whether Supabase Auth still says the same about the person as when it issued the tokens.
 
-        Where it doesn't, a refresh gives tokens with their roles of now, or none: the database believes what is in a
-        token until it ends.
+        If not, a refresh gives tokens with the person's current roles, or none; the database trusts a token until it
+        expires.
 
         Raises:
             SignInRequired: The session was signed out.
@@ -148,7 +148,7 @@ class Sessions:
         return await self._persons.get(key, lambda: self._auth.person(tokens.access)) == tokens.person
 
     async def _refresh(self, tokens: Tokens) -> Tokens:
-        """Refresh once for all requests that come at once: a refresh token may be used but once."""
+        """Refresh once for all concurrent requests: a refresh token can be used only once."""
 
         async def refresh() -> Tokens:
             new = await self._auth.refresh(tokens)
@@ -176,7 +176,7 @@ class Sessions:
         content, seen = opened
         now = time.time()
         if "access" not in content or now - seen > self._idle or now - content["since"] > self._longest:
-            # with its id, so that forms of its pages lead to the sign-in page
+            # with its id, so that its open pages lead to the sign-in page rather than to a CSRF error
             return Session(content["id"], seen=seen)
         person = Person.model_validate(content["person"])
         access, refresh = SecretStr(content["access"]), SecretStr(content["refresh"])

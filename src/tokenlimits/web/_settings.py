@@ -57,22 +57,23 @@ def _not_secret(value: str) -> str:
 
 
 class WebSettings(ProjectSettings):
-    """Settings of the admin panel and of the API; the environment wins over `.env`.
+    """Settings of the admin panel and the API; the environment overrides `.env`.
 
     Args:
-        url: The project, `SUPABASE_URL`.
-        publishable_key: `SUPABASE_PUBLISHABLE_KEY` or `SUPABASE_ANON_KEY`: administration needs no other.
+        url: The project's URL, `SUPABASE_URL`.
+        publishable_key: `SUPABASE_PUBLISHABLE_KEY` or `SUPABASE_ANON_KEY`; administration needs no other key.
         secret_key: `SUPABASE_SECRET_KEY` or `SUPABASE_SERVICE_ROLE_KEY`: for `/api/track-generation` alone, which
             isn't there without it.
-        web_secret: `TOKENLIMITS_WEB_SECRET`, 32 random characters or more, the same in all processes: seals the panel's
-            session cookies. Of several, separated by commas, the first seals, and all open. The API needs none.
-        session_idle_minutes: `TOKENLIMITS_WEB_SESSION_IDLE_MINUTES`: when a session of the panel ends that nobody uses.
-            A page that is only looked at doesn't count as used.
-        session_hours: `TOKENLIMITS_WEB_SESSION_HOURS`: when it ends in any case.
+        web_secret: `TOKENLIMITS_WEB_SECRET`, 32 random characters or more, the same in all processes; it seals the
+            panel's session cookies. You can list several, separated by commas, for rotation: the first one seals
+            cookies, and all of them open cookies. The API needs none.
+        session_idle_minutes: `TOKENLIMITS_WEB_SESSION_IDLE_MINUTES`; an unused session of the panel ends after this
+            time. A page that only refreshes itself doesn't count as use.
+        session_hours: `TOKENLIMITS_WEB_SESSION_HOURS`; a session ends after this time in any case.
         requests_per_minute: `TOKENLIMITS_WEB_REQUESTS_PER_MINUTE`, for each caller of the API.
-        sign_ins_per_minute: `TOKENLIMITS_WEB_SIGN_INS_PER_MINUTE`, for each address, and for each account.
-        schema_name: `TOKENLIMITS_SCHEMA`: where tokenlimits is installed, if not in public.
-        timeout: Seconds that Supabase may take for one call.
+        sign_ins_per_minute: `TOKENLIMITS_WEB_SIGN_INS_PER_MINUTE`, for each address and for each account.
+        schema_name: `TOKENLIMITS_SCHEMA`, the schema that tokenlimits is installed in; public by default.
+        timeout: Seconds that one call to Supabase may take.
     """
 
     # case-sensitive, or another program's SECRET_KEY, URL and TIMEOUT would be taken for the fields of these names

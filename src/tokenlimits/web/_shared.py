@@ -1,4 +1,4 @@
-"""Answers that requests share."""
+"""Answers that concurrent requests share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Kept(NamedTuple, Generic[T]):
 
 
 class Shared(Generic[T]):
-    """Asks once for all who want the same at the same time, and keeps the answer for a while.
+    """Asks once for all concurrent requests with the same key, and keeps the answer for a while.
 
     Args:
         seconds: For how long, from the question on.
@@ -27,7 +27,7 @@ class Shared(Generic[T]):
         self._kept: dict[str, _Kept[T]] = {}
 
     async def get(self, key: str, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return the answer, and raise what asking raises, which isn't kept."""
+        """Return the answer; errors are raised, and not kept."""
         now = time.monotonic()
         kept = self._kept.get(key)
         if kept is None or kept.until <= now:
@@ -35,7 +35,7 @@ class Shared(Generic[T]):
             task = asyncio.create_task(ask())
             kept = self._kept[key] = _Kept(task, now + self._seconds)
             task.add_done_callback(lambda _: self._drop_failed(key, task))
-        # whoever gives up waiting takes the answer from nobody else
+        # shielded: a request that is cancelled must not cancel the question of the others
         return await asyncio.shield(kept.answer)
 
     def keep(self, key: str, answer: T) -> None:
