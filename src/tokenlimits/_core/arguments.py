@@ -1,4 +1,4 @@
-"""Checks what callers pass, so that bad input is refused with the field's name before anything is sent."""
+"""Checks arguments, so that bad input is refused with the field's name before anything is sent."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def checked(parse: Callable[[Any], T], value: object, field: str = "") -> T:
     for part in first["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     if first["type"] == "extra_forbidden":
-        raise refused(path, f"is no field of {title}", first["input"])
+        raise refused(path, f"is not a field of {title}", first["input"])
     pattern = str(first.get("ctx", {}).get("pattern"))
     rule = _PATTERNS.get(pattern, first["msg"].removeprefix("Value error, "))
     if first["type"] == "uuid_parsing":
@@ -79,20 +79,20 @@ def checked(parse: Callable[[Any], T], value: object, field: str = "") -> T:
     raise refused(path, rule, first["input"])
 
 
-# in words, what the patterns of the models say
+# the patterns of the models in words
 _PATTERNS = {
     KIND_PATTERN: "must be of a to z, 0 to 9 and _, begin with a letter, and have at most 32 characters",
     r"^[^\x00]*$": "must not have the character \\0",
 }
 
 
-# who answers with the id that belongs in a field, and the fields that nobody answers for are left out
+# the methods that give the id for a field; fields without such a method are left out
 _IDS_OF_ADDRESSES = {"user_id": "find_users gives the id", "user_ids": "find_users_by_email gives the ids"}
 _IDS_OF_NAMES = {"group_id", "from_", "to"}
 
 
 def _id_wanted(path: str, given: str) -> str | None:
-    """Say how to get the id, where a text is what people know a user or a group by; None where it looks like an id."""
+    """Say how to get the id if a text looks like an address or a name; None if it looks like an id."""
     field = path.rpartition(".")[2].partition("[")[0]
     if field in _IDS_OF_ADDRESSES and re.fullmatch(r"[^\s@]+@[^\s@]+", given.strip()):
         return f"must be an id, and is an e-mail address. GroupManager.{_IDS_OF_ADDRESSES[field]}"
@@ -119,7 +119,7 @@ def id_(value: Id, field: str) -> str:
 
 
 def ids(values: Iterable[Id], field: str) -> list[str]:
-    """Check many ids; a bad one is refused with its place."""
+    """Check many ids; a bad one is refused with its index."""
     return [id_(value, f"{field}[{index}]") for index, value in enumerate(_iterable(values, field))]
 
 
@@ -170,12 +170,12 @@ def email(value: str) -> str:
 
 
 def emails(values: Iterable[str]) -> list[str]:
-    """Check e-mail addresses; a bad one is refused with its place."""
+    """Check e-mail addresses; a bad one is refused with its index."""
     return [checked(_TEXT, value, f"emails[{index}]") for index, value in enumerate(_iterable(values, "emails"))]
 
 
 def count(value: int) -> int:
-    """Check how many are asked for."""
+    """Check how many are requested."""
     return checked(_COUNT, value, "count")
 
 
@@ -214,7 +214,7 @@ def group_search(value: str | None) -> str | None:
 
 
 def ttl(value: int) -> int:
-    """Check for how many seconds a hold holds."""
+    """Check the seconds until a hold expires."""
     return checked(_TTL, value, "ttl")
 
 
@@ -229,18 +229,18 @@ def policy(value: OnUnavailable) -> OnUnavailable:
 
 
 def flag(value: bool, field: str) -> bool:
-    """Check what is true or false."""
+    """Check a boolean."""
     return checked(_FLAG, value, field)
 
 
 def callback(value: Callable[..., object] | None, field: str) -> None:
-    """Check a function that is to be called, or None."""
+    """Check a callback, or None."""
     if value is not None and not callable(value):
         raise refused(field, "must be a function", value)
 
 
 def moment(value: datetime | None, field: str) -> str | None:
-    """Check a moment, which must say in which time zone it is, or None."""
+    """Check a moment, which must have a time zone, or None."""
     if value is None:
         return None
     if not isinstance(cast("object", value), datetime):
@@ -259,12 +259,12 @@ def recorded_at(value: datetime | None) -> str | None:
 
 
 def request(**fields: Any) -> dict[str, Any]:
-    """Check a generation, and make the parameters of its call, with a key of its own if it has none."""
+    """Check a generation and make the parameters of its call; without a key, it gets a new one."""
     return {f"p_{name}": value for name, value in _generation(fields).items()}
 
 
 def requests(values: Iterable[GenerationRequest | Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Check many generations, each with a key of its own if it has none; a bad one is refused with its place."""
+    """Check many generations, each of which gets a new key if it has none; a bad one is refused with its index."""
     return [_generation(value, f"requests[{index}]") for index, value in enumerate(_iterable(values, "requests"))]
 
 
@@ -290,7 +290,7 @@ def limits(value: Limits) -> list[dict[str, Any]]:
     for index, each in enumerate(parsed):
         identity = (each.kind, each.period, each.scope)
         if identity in seen:
-            raise refused(f"limits[{index}]", "is there twice; there is one max per kind, period and scope", each)
+            raise refused(f"limits[{index}]", "occurs twice; there is one max per kind, period and scope", each)
         seen.add(identity)
     return [each.model_dump() for each in parsed]
 
@@ -311,7 +311,7 @@ _GROUP_FIELDS: Mapping[str, Callable[[Any], Any]] = {
 
 
 def new_key() -> str:
-    """Make a time-ordered key (UUIDv7): the index of keys stays hot at its right edge."""
+    """Make a time-ordered key (UUIDv7), so that new keys go to the right edge of the index, which stays cached."""
     return str(uuid7(time.time_ns() // 1_000_000))
 
 

@@ -16,18 +16,19 @@ from tokenlimits.errors import ServiceUnavailable
 
 logger = logging.getLogger("tokenlimits")
 
+# those of gateways, when Supabase behind them can't answer; 520 is Cloudflare's
 RETRIED_STATUSES = frozenset({429, 502, 503, 504, 520})
 
 
 class Trouble(NamedTuple):
-    """What a code says of the service, whatever was asked; `harmless`: nothing was written."""
+    """What a code says about the service, whatever the call was; `harmless`: nothing was written."""
 
     words: str
     harmless: bool = True
 
 
-# By SQLSTATE or its class; the longest that fits counts. A statement that PostgreSQL refuses is rolled back. Where the
-# connection may have ended after the commit, nobody knows.
+# By SQLSTATE or its class; the longest match counts. A statement that PostgreSQL refuses is rolled back, so it is
+# harmless. If the connection was lost, it may have been lost after the commit.
 TROUBLES: Mapping[str, Trouble] = {
     # what PostgREST answers, with 400, when its database goes away around a commit
     "": Trouble("its database went away", harmless=False),
@@ -50,7 +51,7 @@ TROUBLES: Mapping[str, Trouble] = {
 
 
 def trouble_of(code: str | None) -> Trouble | None:
-    """Find what a code says of the service.
+    """Return what a code says about the service.
 
     Example:
         >>> trouble_of("53100").words, trouble_of("TL001"), trouble_of(None)
@@ -61,6 +62,7 @@ def trouble_of(code: str | None) -> Trouble | None:
     return TROUBLES.get(code) or TROUBLES.get(code[:2])
 
 
+# jitter, so that workers who lost the service together don't all come back together
 _backoff = wait_exponential_jitter(multiplier=0.1, max=5.0, jitter=0.1)
 
 
@@ -87,14 +89,15 @@ class Transient(Exception):  # never leaves the package
 
 
 def from_answer(status: int, headers: Mapping[str, str], code: str | None) -> Transient | None:
-    """Say whether an HTTP answer is a transient failure; `code` is that of its JSON body, if it has one."""
-    # a gateway that refuses the key may say anything beside it
+    """Return the transient failure that an HTTP answer means, if any; `code` comes from its JSON body."""
+    # a gateway that refuses the key may send any code along
     trouble = None if status < 400 or status in (401, 403) else trouble_of(code)
     if trouble is None and status not in RETRIED_STATUSES:
         return None
     words = f"the server answered with status {status}" + (f" ({code})" if code else "")
     return Transient(
         f"{words}: {trouble.words}" if trouble else words,
+        # a 502 or 504 may have lost the answer of a call that went through; only a 429 never reached the database
         harmless=trouble.harmless if trouble else status == 429,
         code=code,
         retry_after=seconds(headers.get("retry-after")),
@@ -129,6 +132,7 @@ def policy(function: str, *, retry_safe: bool, timeout: float) -> dict[str, obje
     """Make the arguments for tenacity's `Retrying` and `AsyncRetrying`, for one call with its deadline in seconds."""
 
     def worth_it(error: BaseException) -> bool:
+        # anything else is an answer, and would be the same the next time
         return isinstance(error, Transient) and (retry_safe or error.harmless)
 
     def log(state: RetryCallState) -> None:
@@ -144,6 +148,7 @@ def policy(function: str, *, retry_safe: bool, timeout: float) -> dict[str, obje
     return {
         "retry": retry_if_exception(worth_it),
         "wait": _wait,
+        # before: a wait that would end after the deadline is not begun, so the caller knows sooner
         "stop": stop_before_delay(timeout),
         "before_sleep": log,
         "reraise": True,

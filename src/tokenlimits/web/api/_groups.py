@@ -22,7 +22,7 @@ _ONE = {200: _GROUP_EXAMPLE, **documented(404)}
 @routes.get("/groups", responses=documented())
 async def list_groups(
     groups: CallersGroups,
-    search: Annotated[Text, Query(max_length=200, description="A part of the name, whatever its case")] = "",
+    search: Annotated[Text, Query(max_length=200, description="A part of the name, ignoring case")] = "",
     after: Annotated[Text, Query(max_length=200, description="`next` of the page before")] = "",
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> Groups:
@@ -51,13 +51,13 @@ async def edit_group(groups: CallersGroups, group_id: UUID, changes: GroupChange
 
 @routes.delete("/groups/{group_id}", responses=_ONE)
 async def delete_group(groups: CallersGroups, group_id: UUID) -> Group:
-    """Delete a group with its limits and memberships, and answer what it was. What was recorded stays."""
+    """Delete a group with its limits and memberships, and return it as it was. The ledger keeps its usage."""
     return await groups.delete(group_id)
 
 
 @routes.get("/groups/{group_id}/usage", responses={200: {"content": {"application/json": {"example": USAGE}}}, **_ONE})
 async def read_usage(groups: CallersGroups, group_id: UUID) -> GroupUsage:
-    """Count the members, and say of each limit what is used, what remains, and when it resets."""
+    """Return the member count and, for each limit, what is used, what remains, and when it resets."""
     return await groups.usage(group_id)
 
 
@@ -67,8 +67,8 @@ async def read_history(
     group_id: UUID,
     kind: Annotated[Kind | None, Query()] = None,
     bucket: Annotated[Bucket, Query()] = "day",
-    since: Annotated[Moment | None, Query(description="30 days ago, if not said")] = None,
-    until: Annotated[Moment | None, Query(description="Now, if not said")] = None,
+    since: Annotated[Moment | None, Query(description="Default: 30 days ago")] = None,
+    until: Annotated[Moment | None, Query(description="Default: now")] = None,
 ) -> History:
     """Read what was used per kind and hour, day, week or month of the group's time zone; empty ones are left out."""
     points = await groups.history(group_id, kind=kind, bucket=bucket, since=since, until=until)

@@ -24,7 +24,7 @@ async def list_members(
     group_id: Annotated[UUID, Query()],
     search: Annotated[
         Text,
-        Query(max_length=320, description="A part of the e-mail address, whatever its case", examples=["@example.com"]),
+        Query(max_length=320, description="A part of the e-mail address, ignoring case", examples=["@example.com"]),
     ] = "",
     after: Annotated[UUID | None, Query(description="`next` of the page before")] = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
@@ -40,7 +40,7 @@ async def list_members(
     "/group-members", responses={200: {"content": {"application/json": {"example": _BULK}}}, **documented(404)}
 )
 async def add_members(groups: CallersGroups, members: NewMembers) -> BulkResult:
-    """Add one user or many to a group; one that is unknown doesn't stop the others."""
+    """Add one or many users to a group; unknown users don't stop the others."""
     return await groups.add_members(members.group_id, members.ids())
 
 
@@ -50,5 +50,5 @@ async def remove_members(
     group_id: Annotated[UUID, Query()],
     user_id: Annotated[list[UUID], Query(min_length=1, max_length=500, description="May be repeated")],
 ) -> Removed:
-    """Remove users from a group. Their usage stays, and is found again if they return."""
+    """Remove users from a group. Their usage stays, and counts again if they return."""
     return Removed(removed=await groups.remove_members(group_id, user_id))

@@ -1,4 +1,4 @@
-"""What every endpoint of the API has in common: who calls, how often, and errors as problem details."""
+"""What all endpoints of the API have in common: the caller, rate limits, and errors as problem details."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ class Gate:
 
 
 def _check_query(request: Request) -> None:
-    """Refuse what FastAPI would ignore: a name that is misspelt, and all but the last of a value."""
+    """Refuse what FastAPI would ignore: misspelt names, and repeated values but for the last one."""
     known = {field.alias for field in request.scope["route"].dependant.query_params}
     for name in request.query_params:
         if name not in known:
-            raise InvalidRequest(f"{name:.100}: is no parameter here", detail=name[:100])
+            raise InvalidRequest(f"{name:.100}: is not a parameter here", detail=name[:100])
         if name not in _REPEATABLE and len(request.query_params.getlist(name)) > 1:
-            raise InvalidRequest(f"{name}: is there more than once", detail=name)
+            raise InvalidRequest(f"{name}: occurs more than once", detail=name)
 
 
 async def bearer(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)] = None) -> str:

@@ -41,10 +41,10 @@ async def track_generation(
 ) -> TrackResult:
     """Check every limit that applies, and record the generation, in one atomic step.
 
-    For workers, with the server's secret key, who name the user. A key in the header `Idempotency-Key` is the same as
-    one in the body. A signed-in user may track what the server lets them track for themself, at its cost, and name the
-    kind alone. A denial is a problem: 429 with `Retry-After` where a limit has no room, 403 where no group of the user
-    has the kind; its `result` says more.
+    Workers use the server's secret key and name the user. The header `Idempotency-Key` has the same effect as
+    `idempotency_key` in the body. Signed-in users may track only for themselves, only the kinds that the server allows,
+    at the server's cost, and may name only the kind. A denial is a problem: 429 with `Retry-After` if a limit has no
+    room, 403 if no group of the user has a limit for the kind; `result` has the details.
     """
     fields = generation.model_dump(exclude={"user_id"})
     if idempotency_key is not None:
@@ -65,11 +65,11 @@ async def track_generation(
 async def _themself(
     backend: Backend, token: str, generation: Generation, header: str | None
 ) -> tuple[UUID, dict[str, Any]]:
-    """Read what a signed-in user tracks: whatever they could choose, they could choose to be charged less for."""
+    """Read what a signed-in user tracks. They may choose only the kind: with anything else, they could pay less."""
     person = await backend.auth.person(SecretStr(token))
     cost = backend.self_service.get(generation.kind)
     if cost is None:
-        raise AccessDenied("Tracking is for workers, with the secret key: this server lets no user track this kind.")
+        raise AccessDenied("This server doesn't let users track this kind. Workers use the secret key.")
     if generation.user_id not in (None, person.id):
         raise AccessDenied("A signed-in user can charge nobody else. Workers use the secret key.")
     chosen = sorted(generation.model_fields_set - {"kind", "user_id"}) + ["Idempotency-Key"] * (header is not None)
