@@ -138,7 +138,7 @@ class AsyncGroupManager(AsyncBase):
         is_default: bool | None = None,
         limits: Limits | None = None,
     ) -> Group:
-        """Change what is not None of a group, in one step: an error leaves all as it was.
+        """Change a group in one step: an error changes nothing, and arguments that are None leave their field alone.
 
         A new time zone moves the beginning of every period, so usage is recounted from the ledger.
 
@@ -399,7 +399,7 @@ class AsyncGroupManager(AsyncBase):
 
         Args:
             group_id: Which group.
-            search: A part of their e-mail address, whatever its case; all members when None.
+            search: A part of their e-mail address, ignoring case; all members when None.
             after: The `next` of the page before; None for the first page.
             size: The most members of the page, up to 500.
 

@@ -180,7 +180,7 @@ class WorkerFunctions(State):
         return self._usage_answer(usage, replayed=False)
 
     def _usage_id(self, at: datetime, home: str) -> str:
-        """Make the id of a usage: of its moment, with the last four hex digits of its group's."""
+        """Make the id of a usage: a UUIDv7 of its moment that ends with the last four hex digits of its group's id."""
         return str(uuid7((at - EPOCH) // timedelta(milliseconds=1)))[:-4] + home[-4:]
 
     def _usage_answer(self, usage: Usage, *, replayed: bool) -> Json:

@@ -24,7 +24,7 @@ from .panel._routes import nothing_here, panel_for, routes_of
 
 
 def create_app(settings: WebSettings | None = None, *, self_service: Mapping[str, int] | None = None) -> FastAPI:
-    """Make the app, to be served by itself or mounted in another, as in `app.mount("/limits", …)`.
+    """Make the app, to serve on its own or to mount in another app, as in `app.mount("/limits", …)`.
 
     Args:
         settings: Where Supabase is; from the environment when None.

@@ -31,8 +31,8 @@ def require_generation(
     With FastAPI's default scope it commits when the response has been sent, so that a stream that breaks isn't charged;
     with `Depends(…, scope="function")` before it is sent. The endpoint may take the `Hold`, and commit less.
 
-    A request that is denied gets 403 (in no group, or in none with a limit for the kind) or 429, with `Retry-After`,
-    `RateLimit` and `RateLimit-Policy`. There is no idempotency key: a request's sender could choose it.
+    A denied request gets 403 (the user is in no group, or in none with a limit for the kind) or 429, with
+    `Retry-After`, `RateLimit` and `RateLimit-Policy`. There is no idempotency key: the sender could choose it.
 
     Args:
         kind: What is generated.

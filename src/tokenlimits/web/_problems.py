@@ -64,7 +64,7 @@ _KINDS: Sequence[tuple[type[Exception], int, str, str]] = (
     (errors.AlreadySettled, 409, "already-settled", "The usage was already settled in another way"),
     (errors.IdempotencyConflict, 409, "idempotency-conflict", "The key was used for another request"),
     (errors.LimitExceeded, 429, "limit-exceeded", "A limit has no room"),
-    (errors.NotInGroup, 403, "not-in-group", "The user is in no group that may pay"),
+    (errors.NotInGroup, 403, "not-in-group", "The user is in no group that can pay"),
     (errors.NoLimitForKind, 403, "no-limit-for-kind", "No group of the user has a limit for this kind"),
     (errors.ServiceUnavailable, 503, "unavailable", "Supabase can't be reached"),
     (errors.SchemaNotInstalled, 503, "not-installed", "tokenlimits is not installed in the database"),

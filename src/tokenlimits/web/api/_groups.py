@@ -45,7 +45,7 @@ async def read_group(groups: CallersGroups, group_id: UUID) -> Group:
 
 @routes.patch("/groups/{group_id}", responses={**_ONE, **documented(404, 409)})
 async def edit_group(groups: CallersGroups, group_id: UUID, changes: GroupChanges) -> Group:
-    """Change what is named of a group, in one step. Usage stays."""
+    """Change the given fields of a group in one step. Usage stays."""
     return await groups.update(group_id, **_fields(changes))
 
 

@@ -29,7 +29,7 @@ async def list_members(
     after: Annotated[UUID | None, Query(description="`next` of the page before")] = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
 ) -> Members:
-    """List a group's members, all or those that are searched for, in the order of their ids."""
+    """List a group's members, or those that match the search, in order of id."""
     page = await groups.members_page(
         group_id, search=search or None, after=None if after is None else str(after), size=limit
     )

@@ -23,7 +23,7 @@ track_routes = APIRouter(route_class=ApiRoute, tags=["usage"])
 
 @usage_routes.get("/usage/me", responses=documented())
 async def my_usage(backend: TheBackend, token: Token) -> MyUsage:
-    """List every limit that binds the caller, with what is used, what remains, and when it resets."""
+    """List every limit that applies to the caller, with what is used, what remains, and when it resets."""
     limits = await backend.limits_of(token)
     return MyUsage(items=await limits.my_usage())
 

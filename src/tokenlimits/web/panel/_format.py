@@ -103,10 +103,12 @@ def moment(value: datetime) -> str:
     return value.isoformat()
 
 
-FILTERS: Mapping[str, Callable[[Any], str]] = {
+FILTERS: Mapping[str, Callable[..., str]] = {
     "number": number,
     "percent": percent,
     "short": short,
+    "amount": amount,
+    "plural": plural,
     "period": period,
     "moment": moment,
 }

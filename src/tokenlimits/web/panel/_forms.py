@@ -40,9 +40,9 @@ class LimitRow:
     """The field that the error is about; empty: the whole limit."""
 
     def checked(self) -> tuple[LimitRow, dict[str, Any]]:
-        """Return it with what is wrong with it, and as the library takes it."""
+        """Return it with its errors, and its fields as the library takes them."""
         if not _passes(_KIND, self.kind):
-            wrong, error = "kind", "A kind begins with a letter a-z; then a-z, 0-9 and _, 32 at most."
+            wrong, error = "kind", "A kind has at most 32 of a-z, 0-9 and _, and begins with a letter."
         elif not self.unlimited and not (_WHOLE.fullmatch(self.max) and _digits(self.max) <= _MOST):
             wrong, error = "max", "A maximum is a whole number like 10,000 (commas between thousands only); 0 blocks."
         elif self.period not in _PERIODS or self.scope not in _SCOPES:

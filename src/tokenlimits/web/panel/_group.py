@@ -16,6 +16,7 @@ from tokenlimits import ledger_csv
 from tokenlimits.models import UsageRecord
 
 from . import _charts, _views
+from ._format import amount
 from ._pages import PageRoute, Panel, Signed, Visit, Watching, done
 
 routes = APIRouter(route_class=PageRoute, include_in_schema=False)
@@ -69,7 +70,7 @@ async def export(visit: Signed, group_id: UUID) -> Response:
     name = re.sub(r"[^A-Za-z0-9]+", "-", group.name).strip("-")[:60] or "group"
     headers = {"Content-Disposition": f'attachment; filename="{name}-usage.csv"'}
     lines = _csv(visit.groups.export_usage(group_id))
-    first = [await anext(lines), await anext(lines, "")]  # here, where an error can still be a page
+    first = [await anext(lines), await anext(lines, "")]  # before the status is sent: an error can still be a page
     return StreamingResponse(_chain(first, lines), headers=headers, media_type="text/csv")
 
 

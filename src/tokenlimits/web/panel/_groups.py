@@ -21,7 +21,7 @@ _ZONES = ["UTC", *sorted(name for name in available_timezones() if "/" in name a
 
 @routes.get("/groups/new")
 async def new_dialog(visit: Signed) -> Response:
-    """Show an empty form, to those who may fill it in."""
+    """Show an empty form, if the caller may create groups."""
     await visit.groups.page(size=1)
     return _dialog(visit, None, GroupForm(rows=[LimitRow(kind="image")]))
 

@@ -34,7 +34,7 @@ async def member_rows(
     search: Annotated[str, Query(max_length=320)] = "",
     after: Annotated[UUID | None, Query()] = None,
 ) -> Response:
-    """Show the members that are searched for, or the next ones."""
+    """Show the matching members, or the next page of them."""
     place = None if after is None else str(after)
     page = await visit.groups.members_page(group_id, search=search or None, after=place, size=_PAGE)
     return visit.page("member_rows.html", group_id=group_id, search=search, members=page)
@@ -100,7 +100,7 @@ async def _dialog(visit: Visit, group_id: UUID, missing: Iterable[str] = (), sea
 
 
 async def _by_email(groups: AsyncGroupManager, emails: list[str]) -> tuple[list[UUID], list[str]]:
-    """Find the users of whole addresses, and the addresses that nobody has."""
+    """Find the users with these addresses, and the addresses that no user has."""
     users = await groups.find_users_by_email(emails) if emails else []
     known = {(user.email or "").lower() for user in users}
     return [user.id for user in users], [email for email in emails if email.lower() not in known]
