@@ -248,7 +248,7 @@ class TestGroupPage:
         lines = Path(download.value.path()).read_text(encoding="utf-8").splitlines()
         assert download.value.suggested_filename == "Studio-usage.csv"
         assert len(lines) == 4
-        assert lines[0].startswith("id,created_at,user_id,email,kind,cost,status")
+        assert lines[0].startswith("id,created_at,group_id,group,user_id,email,kind,cost,status")
 
     def test_overview_counts_everything(self, sign_in: SignIn, group: Group) -> None:
         page = sign_in()
