@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import typer.main
 from tests.integration.servers import raw_server, silent
+from tests.support.waiting import eventually
 
 from tokenlimits.cli._app import app
 
@@ -122,8 +123,7 @@ def test_the_key_is_never_shown(tl: Program) -> None:
 
 def test_ctrl_c_ends_a_command_that_waits(tl: Program) -> None:
     with raw_server(silent) as server, tl.on_terminal("groups", "list", SUPABASE_URL=server.url) as terminal:
-        while not server.accepted:
-            time.sleep(0.01)
+        eventually(lambda: server.accepted)
         terminal.interrupt()
         assert terminal.status() == 130
         assert "Traceback" not in terminal.text
@@ -149,7 +149,9 @@ def test_what_is_tried_again_is_said_once(tl: Program) -> None:
     with raw_server(lambda *_: None) as hanging_up:
         for debug, says, count in ((), "Supabase is not responding; retrying.", 1), (("--debug",), "find_groups: ", 3):
             with tl.on_terminal("groups", "list", *debug, SUPABASE_URL=hanging_up.url) as terminal:
+                before = hanging_up.accepted
                 terminal.wait_for(rf"(?s)(retrying.*){{{count}}}")
+                eventually(lambda before=before: hanging_up.accepted >= before + 4)
                 terminal.interrupt()
                 assert terminal.status() == 130
                 assert says in terminal.text

@@ -16,6 +16,9 @@ from tests.faults.worker import Orders
 
 ROOT = Path(__file__).resolve().parents[2]
 
+HANGING = 120
+"""Seconds without a word after which workers hang."""
+
 
 @dataclass
 class Post:
@@ -69,10 +72,13 @@ class Crew:
         goal = self.written + written
         self.wait_until(lambda: self.written >= goal or not self.working)
 
-    def wait_until(self, happened: Callable[[], bool], seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        """Wait for as long as they write anything."""
+        written, since = self.written, time.monotonic()
         while not happened():
-            assert time.monotonic() < deadline, f"workers hang: {self._said()}"
+            if self.written > written:
+                written, since = self.written, time.monotonic()
+            assert time.monotonic() < since + HANGING, f"workers hang: {self._said()}"
             time.sleep(0.01)
 
     def finish(self) -> Account:

@@ -27,7 +27,7 @@ BODIES = ("ends_well", "fails")
 BATCH = 20
 
 USERS = 12
-TTL = 120
+TTL = 3600
 """Seconds for which holds hold: longer than a run takes, so that only what is left behind expires."""
 
 SHARED: tuple[Story, ...] = ("track", "repeat")

@@ -14,7 +14,7 @@ from tokenlimits.local import LocalStack
 from tokenlimits.models import Group
 
 CHILDREN = 4
-CALLS = 20
+CALLS = 10
 
 # what every script begins with: who works writes down what it did, for the ledger to be compared with
 COMMON = """

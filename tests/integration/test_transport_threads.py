@@ -22,8 +22,8 @@ from tokenlimits.local import LocalStack
 from tokenlimits.models import Group
 
 THREADS = 32
-CALLS = 50
-LIMIT = 1000
+CALLS = 25
+LIMIT = 500
 
 
 @pytest.fixture

@@ -513,7 +513,7 @@ class TestWithoutSupabase:
     ) -> None:
         away = threading.Event()
         with raw_server(relay_unless(away, stack.url)) as between:
-            settings = settings_for(stack, url=between.url.replace("localhost", "127.0.0.1"), timeout=1)
+            settings = settings_for(stack, url=between.url.replace("localhost", "127.0.0.1"), timeout=3)
             with served(create_app(settings)) as url:
                 page = sign_in(at=url)
                 studio = page.get_by_role("article", name="Studio")
@@ -532,5 +532,5 @@ class TestWithoutSupabase:
                 expect(page.get_by_role("heading", name="Supabase can't be reached")).to_be_visible()
                 assert "Traceback" not in page.content()
                 away.clear()
-                expect(page.get_by_role("heading", name="Tokens")).to_be_visible(timeout=20_000)
+                expect(page.get_by_role("heading", name="Tokens")).to_be_visible()
                 page.context.close()

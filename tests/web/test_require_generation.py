@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Annotated
@@ -13,6 +12,7 @@ import pytest
 from fastapi import Depends, FastAPI, Header, HTTPException
 from fastapi.responses import StreamingResponse
 from supabase import AsyncClient, AsyncClientOptions
+from tests.support.waiting import eventually
 from tests.web.conftest import served
 
 from tokenlimits import AsyncTokenLimits, GroupManager, Hold, InvalidRequest, Limit, TokenLimits
@@ -96,12 +96,14 @@ def http(app_url: str, tokens: dict[str, str]) -> Iterator[httpx.Client]:
 def statuses(stack: LocalStack, group: Group) -> list[tuple[str, int]]:
     """Return what the ledger says about a group, once all is settled: that comes after the response."""
     query = "select status, cost from public.generation_usage where group_id = $1 order by created_at"
-    until = time.monotonic() + 30
-    while True:
-        found = [(row["status"], int(row["cost"])) for row in stack.sql(query, str(group.id))]
-        if "reserved" not in dict(found):
-            return found
-        assert time.monotonic() < until, found
+    found: list[tuple[str, int]] = []
+
+    def settled() -> bool:
+        found[:] = [(row["status"], int(row["cost"])) for row in stack.sql(query, str(group.id))]
+        return "reserved" not in dict(found)
+
+    eventually(settled)
+    return found
 
 
 def test_commits_what_went_well(http: httpx.Client, stack: LocalStack, pro: Group) -> None:
