@@ -7,12 +7,15 @@ import re
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 
 from tokenlimits import GroupManager, TokenLimits
 from tokenlimits.models import Group
 
 if TYPE_CHECKING:
+    from tests.support.postgres import PostgresServer
+
     from tokenlimits.local import LocalStack
 
     from .conftest import Program
@@ -140,16 +143,22 @@ def test_json_of_many(tl: Program, groups: GroupManager, team: Group, users: lis
 
 
 def test_fifty_thousand_and_on_where_it_stopped(
-    tl: Program, groups: GroupManager, team: Group, stack: LocalStack
+    tl: Program, groups: GroupManager, team: Group, stack: LocalStack, server: PostgresServer
 ) -> None:
     ids = stack.create_users(50_000)
     tl.directory.joinpath("users.txt").write_text("".join(f"{id_}\n" for id_ in ids))
-    with tl.on_terminal("members", "add", team.name, "-f", "users.txt") as terminal:
-        terminal.wait_for(r"Adding .* [1-4]?\d000/50000")
-        terminal.interrupt()
-        assert terminal.status() == 130
-        assert "━" in terminal.text
-        (line,) = map(int, re.findall(r"--start-line (\d+)", terminal.text))
+    with psycopg.connect(server.url("cli")) as another:
+        # who adds one of the third part as well, and lets it wait
+        another.execute(
+            "insert into public.group_memberships (group_id, user_id) values (%s, %s)", [team.id, ids[2_500]]
+        )
+        with tl.on_terminal("members", "add", team.name, "-f", "users.txt") as terminal:
+            terminal.wait_for("Adding .* 2000/50000")
+            terminal.interrupt()
+            assert terminal.status() == 130
+            assert "━" in terminal.text
+            (line,) = map(int, re.findall(r"--start-line (\d+)", terminal.text))
+        another.rollback()
     assert 1_000 < line <= groups.usage(team.id).member_count + 1 < 50_000
     assert line % 1_000 == 1  # where a part begins
     done = tl("members", "add", team.name, "-f", "users.txt", "--start-line", line)

@@ -107,7 +107,7 @@ def test_threads_meet_a_limit_exactly_in_few_requests(
 
     assert_exact(stack, group, answers, 500)
     assert groups.usage(group.id).limits[0].used == 500
-    assert wire.sent.total() < THREADS * EACH / 4
+    assert wire.sent.total() < THREADS * EACH / 2
 
 
 def test_tasks_meet_a_limit_exactly_in_one_request(
@@ -150,12 +150,12 @@ def test_a_locked_group_holds_no_other_back(
         with locked(stack, hot):
             late = [threads.submit(limits.track, user, "image") for user in users[: 1 if alone else 8]]
             free = [threads.submit(limits.track, user, "image") for user in users[8:]]
-            assert all(future.result(30).allowed for future in free)
+            assert all(future.result(60).allowed for future in free)
             late += [threads.submit(limits.track, user, "image") for user in users[:8]]
             again = [threads.submit(limits.track, user, "image") for user in users[8:16]]
-            assert all(future.result(30).allowed for future in again)
+            assert all(future.result(60).allowed for future in again)
             assert not any(future.done() for future in late)
-        assert all(future.result(30).allowed for future in late)
+        assert all(future.result(60).allowed for future in late)
     assert groups.usage(hot.id).limits[0].used == len(late)
     assert groups.usage(other.id).limits[0].used == len(free) + len(again)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC
 from typing import Any
 
 import psycopg
@@ -34,9 +34,10 @@ class Database:
         return connection
 
     def clean(self) -> None:
-        """Forget all data, and let the clock tell the real time."""
+        """Forget all data, and let the clock run, from today's afternoon: no period ends in a test by chance."""
         self.owner.execute(FORGET_EVERYTHING)
-        clock.shift(self.owner, timedelta(0))
+        afternoon = clock.real_time(self.owner).astimezone(UTC).replace(hour=15, minute=9, second=26)
+        clock.run_from(self.owner, afternoon)
 
     def close_others(self) -> None:
         while self._connections:

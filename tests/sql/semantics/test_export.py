@@ -24,7 +24,7 @@ with made as (
   insert into public.generation_usage (id, group_id, user_id, kind, cost, status, created_at, settled_at)
   select gen_random_uuid(), g.id, gen_random_uuid(), k.kind, s.slot + 1, 'committed', q.at, q.at
   from unnest(%s::uuid[]) as g (id), unnest(%s::text[]) as k (kind), generate_series(0, 1) as s (slot), (
-    select date_bin('15 minutes', now(), '2000-01-01 00:00:00+00') - n * interval '15 minutes' as at
+    select date_bin('15 minutes', tokenlimits.clock(), '2000-01-01 00:00:00+00') - n * interval '15 minutes' as at
     from generate_series(1, %s) as n
   ) as q
   returning group_id, kind, created_at, cost
