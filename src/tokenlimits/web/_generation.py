@@ -1,6 +1,5 @@
 """`require_generation`: a FastAPI dependency that reserves before an endpoint, and settles after it."""
 
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Annotated
@@ -9,11 +8,11 @@ from uuid import UUID
 from fastapi import Depends, HTTPException, Request, Response
 from pydantic import SecretStr
 
-from tokenlimits import AsyncTokenLimits, GenerationDenied, Hold, InvalidRequest, LimitExceeded, ServiceUnavailable
+from tokenlimits import AsyncTokenLimits, GenerationDenied, Hold, InvalidRequest, ServiceUnavailable
 
 from . import _ratelimit
 from ._backend import Backend
-from ._problems import SignInRequired, TooManyRequests
+from ._problems import SignInRequired, TooManyRequests, headers_of, kind_of
 from ._settings import WebSettings, load
 
 
@@ -75,14 +74,14 @@ def require_generation(
 async def _enter(stack: AsyncExitStack, generation: Callable[[], AbstractAsyncContextManager[Hold]]) -> Hold:
     try:
         return await stack.enter_async_context(generation())
-    except GenerationDenied as denied:
-        status = 429 if isinstance(denied, LimitExceeded) else 403
-        raise HTTPException(status, str(denied), _ratelimit.of_denial(denied.result)) from denied
-    except InvalidRequest as error:
-        raise HTTPException(422, str(error)) from error
+    except (GenerationDenied, InvalidRequest) as error:
+        raise _refused(error, str(error)) from error
     except ServiceUnavailable as error:
-        headers = {"Retry-After": str(math.ceil(error.retry_after or 5))}
-        raise HTTPException(503, "Generations can't be counted now. Please try again soon.", headers) from error
+        raise _refused(error, "Generations can't be counted now. Please try again soon.") from error
+
+
+def _refused(error: Exception, words: str) -> HTTPException:
+    return HTTPException(kind_of(error).status, words, headers_of(error) or None)
 
 
 class _Constant:
@@ -110,10 +109,7 @@ class _Bearer:
                 return (await self._backend.auth.person(SecretStr(token.strip()))).id
             except SignInRequired:
                 pass
-            except TooManyRequests as error:
-                raise HTTPException(
-                    429, "Too many requests", {"Retry-After": str(math.ceil(error.retry_after))}
-                ) from error
-            except ServiceUnavailable as error:
-                raise HTTPException(503, "Please try again soon", {"Retry-After": "5"}) from error
-        raise HTTPException(401, "Send a valid access token", {"WWW-Authenticate": "Bearer"})
+            except (TooManyRequests, ServiceUnavailable) as error:
+                raise _refused(error, kind_of(error).advice) from error
+        nobody = SignInRequired()
+        raise _refused(nobody, kind_of(nobody).title)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -52,24 +52,52 @@ class TooManyRequests(Exception):
         self.retry_after = retry_after
 
 
-_KINDS: Sequence[tuple[type[Exception], int, str, str]] = (
-    (SignInRequired, 401, "sign-in-required", "Send a valid access token"),
-    (TooManyRequests, 429, "too-many-requests", "Too many requests"),
-    (errors.InvalidRequest, 422, "invalid-request", "The request is not valid"),
-    (errors.AccessDenied, 403, "access-denied", "The caller has no right to do this"),
-    (errors.GroupNotFound, 404, "group-not-found", "There is no such group"),
-    (errors.UnknownUser, 404, "unknown-user", "There is no such user"),
-    (errors.UsageNotFound, 404, "usage-not-found", "There is no such usage"),
-    (errors.GroupExists, 409, "group-exists", "Another group has this name"),
-    (errors.AlreadySettled, 409, "already-settled", "The usage was already settled in another way"),
-    (errors.IdempotencyConflict, 409, "idempotency-conflict", "The key was used for another request"),
-    (errors.LimitExceeded, 429, "limit-exceeded", "A limit has no room"),
-    (errors.NotInGroup, 403, "not-in-group", "The user is in no group that can pay"),
-    (errors.NoLimitForKind, 403, "no-limit-for-kind", "No group of the user has a limit for this kind"),
-    (errors.ServiceUnavailable, 503, "unavailable", "Supabase can't be reached"),
-    (errors.SchemaNotInstalled, 503, "not-installed", "tokenlimits is not installed in the database"),
-    (errors.SchemaOutdated, 503, "not-installed", "The database has an older version of tokenlimits"),
-    (errors.TokenLimitsError, 500, "internal", "The server is not set up correctly"),
+class Kind(NamedTuple):
+    """What an error is to a caller: its HTTP status, its name as a problem, and to people a title and what to do."""
+
+    error: type[Exception]
+    status: int
+    name: str
+    title: str
+    advice: str = ""
+
+
+_KINDS: Sequence[Kind] = (
+    Kind(SignInRequired, 401, "sign-in-required", "Send a valid access token", "Please sign in again."),
+    Kind(TooManyRequests, 429, "too-many-requests", "Too many requests", "Please wait a minute."),
+    Kind(errors.InvalidRequest, 422, "invalid-request", "The request is not valid"),
+    Kind(errors.AccessDenied, 403, "access-denied", "You have no right to do this", "Only admins have."),
+    Kind(errors.GroupNotFound, 404, "group-not-found", "There is no such group", "It may have been deleted meanwhile."),
+    Kind(errors.UnknownUser, 404, "unknown-user", "There is no such user"),
+    Kind(errors.UsageNotFound, 404, "usage-not-found", "There is no such usage"),
+    Kind(errors.GroupExists, 409, "group-exists", "Another group has this name"),
+    Kind(
+        errors.AlreadySettled,
+        409,
+        "already-settled",
+        "The usage was already settled in another way",
+        "Reload the page to see it.",
+    ),
+    Kind(errors.IdempotencyConflict, 409, "idempotency-conflict", "The key was used for another request"),
+    Kind(errors.LimitExceeded, 429, "limit-exceeded", "A limit has no room"),
+    Kind(errors.NotInGroup, 403, "not-in-group", "The user is in no group that can pay"),
+    Kind(errors.NoLimitForKind, 403, "no-limit-for-kind", "No group of the user has a limit for this kind"),
+    Kind(errors.ServiceUnavailable, 503, "unavailable", "Supabase can't be reached", "Please try again soon."),
+    Kind(
+        errors.SchemaNotInstalled,
+        503,
+        "not-installed",
+        "tokenlimits is not installed in the database",
+        "Apply sql/tokenlimits.sql to it.",
+    ),
+    Kind(
+        errors.SchemaOutdated,
+        503,
+        "not-installed",
+        "The database has an older version of tokenlimits",
+        "Apply the newest sql/tokenlimits.sql to it.",
+    ),
+    Kind(errors.TokenLimitsError, 500, "internal", "The server is not set up correctly", "See the server's log."),
 )
 # PostgREST's codes for a token that is not valid, or no longer valid
 _BAD_TOKEN = ("PGRST301", "PGRST302", "PGRST303")
@@ -80,37 +108,53 @@ def is_sign_in_required(error: Exception) -> bool:
     return isinstance(error, SignInRequired) or (isinstance(error, errors.AccessDenied) and error.code in _BAD_TOKEN)
 
 
-def of_error(error: Exception) -> JSONResponse:
-    """Make the answer for an error that an endpoint raised."""
-    if is_sign_in_required(error):
-        error = SignInRequired("The access token is not valid, or has expired.")
-    status, name, title = next(kind[1:] for kind in _KINDS if isinstance(error, kind[0]))
-    if status == 500:
-        logger.error("%s: %s", type(error).__name__, error)
-    # the details of the server's own problems are only for its log
-    detail = None if status >= 500 else str(error) or None
+def kind_of(error: Exception, also: Sequence[Kind] = ()) -> Kind:
+    """Find what an error is to a caller: the one table of errors, statuses and words.
+
+    Args:
+        error: The error.
+        also: What else may be raised where it was.
+    """
+    return next(kind for kind in (*also, *_KINDS) if isinstance(error, kind.error))
+
+
+def headers_of(error: Exception) -> dict[str, str]:
+    """Make the headers of the answer for an error."""
+    status = kind_of(error).status
     headers: dict[str, str] = {}
-    fields: list[FieldProblem] | None = None
-    result = None
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, errors.GenerationDenied):
-        result = error.result
-        headers |= _ratelimit.of_denial(result)
-    if isinstance(error, errors.InvalidRequest) and error.field:
-        fields = [FieldProblem(field=error.field, message=str(error))]
+        headers |= _ratelimit.of_denial(error.result)
     retry_after = 5 if status == 503 else None
     if isinstance(error, errors.ServiceUnavailable | TooManyRequests):
         retry_after = error.retry_after or retry_after
     if retry_after is not None:
         headers["Retry-After"] = str(math.ceil(retry_after))
-    return _answer(status, name, title, detail, headers, errors=fields, result=result)
+    return headers
+
+
+def of_error(error: Exception) -> JSONResponse:
+    """Make the answer for an error that an endpoint raised."""
+    if is_sign_in_required(error):
+        error = SignInRequired("The access token is not valid, or has expired.")
+    kind = kind_of(error)
+    if kind.status == 500:
+        logger.error("%s: %s", type(error).__name__, error)
+    # the details of the server's own problems are only for its log
+    detail = None if kind.status >= 500 else str(error) or None
+    fields: list[FieldProblem] | None = None
+    if isinstance(error, errors.InvalidRequest) and error.field:
+        fields = [FieldProblem(field=error.field, message=str(error))]
+    result = error.result if isinstance(error, errors.GenerationDenied) else None
+    return _answer(kind.status, kind.name, kind.title, detail, headers_of(error), errors=fields, result=result)
 
 
 def of_validation(found: Sequence[Any]) -> JSONResponse:
     """Make the answer for a request that FastAPI refused, from what pydantic found."""
     fields = [FieldProblem(field=_path(each["loc"]), message=str(each["msg"])) for each in found]
-    return _answer(422, "invalid-request", "The request is not valid", None, {}, errors=fields)
+    kind = kind_of(errors.InvalidRequest(""))
+    return _answer(kind.status, kind.name, kind.title, None, {}, errors=fields)
 
 
 def of_status(status: int, title: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -134,15 +178,16 @@ def _answer(
     return JSONResponse(content, status, headers, media_type=MEDIA_TYPE)
 
 
-_EXAMPLES: Mapping[int, tuple[str, str, str]] = {
-    400: ("bad-request", "The body is not JSON", ""),
-    401: ("sign-in-required", "Send a valid access token", "The access token is not valid, or has expired."),
-    403: ("access-denied", "The caller has no right to do this", "only an admin may do this"),
-    404: ("group-not-found", "There is no such group", "There is no group of this id."),
-    409: ("group-exists", "Another group has this name", "a group named 'Pro' already exists"),
-    422: ("invalid-request", "The request is not valid", "name: must have 1 to 200 characters"),
-    429: ("too-many-requests", "Too many requests", "too many requests"),
-    503: ("unavailable", "Supabase can't be reached", ""),
+# by status, the name and the detail of a problem that may have it
+_EXAMPLES: Mapping[int, tuple[str, str]] = {
+    400: ("bad-request", ""),
+    401: ("sign-in-required", "The access token is not valid, or has expired."),
+    403: ("access-denied", "only an admin may do this"),
+    404: ("group-not-found", "There is no group of this id."),
+    409: ("group-exists", "a group named 'Pro' already exists"),
+    422: ("invalid-request", "name: must have 1 to 200 characters"),
+    429: ("too-many-requests", "too many requests"),
+    503: ("unavailable", ""),
 }
 _HEADERS: Mapping[int, tuple[str, ...]] = {401: ("WWW-Authenticate",), 429: ("Retry-After",), 503: ("Retry-After",)}
 
@@ -153,7 +198,8 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _documented(status: int) -> dict[str, Any]:
-    name, title, detail = _EXAMPLES[status]
+    name, detail = _EXAMPLES[status]
+    title = next((kind.title for kind in _KINDS if kind.name == name), "The body is not JSON")
     example = {"type": f"urn:tokenlimits:problem:{name}", "title": title, "status": status, "detail": detail}
     described: dict[str, Any] = {
         "description": title,

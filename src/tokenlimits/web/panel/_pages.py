@@ -22,7 +22,7 @@ from tokenlimits import AsyncGroupManager, errors, levels
 from tokenlimits.web._auth import Tokens
 from tokenlimits.web._backend import Backend
 from tokenlimits.web._limiter import Limiter
-from tokenlimits.web._problems import SignInRequired, TooManyRequests, is_sign_in_required
+from tokenlimits.web._problems import Kind, SignInRequired, TooManyRequests, is_sign_in_required, kind_of
 from tokenlimits.web._sessions import BadOrigin, Session, Sessions
 
 from . import _format
@@ -203,24 +203,15 @@ def _sign_in(request: Request) -> Response:
     return RedirectResponse(f"{request.scope.get('root_path', '')}/sign-in?next={quote(path)}", 303)
 
 
-_WORDS: Final = (
-    (BadOrigin, 403, "This page is out of date", "Reload it and try again."),
-    (TooManyRequests, 429, "Too many attempts", "Please wait a minute."),
-    (RequestValidationError, 404, "Page not found", "The address may be mistyped."),
-    (errors.AccessDenied, 403, "You are not an admin", ""),
-    (errors.GroupNotFound, 404, "This group no longer exists", "It may have been deleted meanwhile."),
-    (errors.UsageNotFound, 404, "This usage doesn't exist", ""),
-    (errors.AlreadySettled, 409, "This usage was already refunded", "Reload the page to see it."),
-    (errors.InvalidRequest, 422, "The input is not valid", ""),
-    (errors.SchemaNotInstalled, 503, "The database is not set up", "Apply sql/tokenlimits.sql to it."),
-    (errors.SchemaOutdated, 503, "The database is not up to date", "Apply the newest sql/tokenlimits.sql to it."),
-    (errors.ServiceUnavailable, 503, "Supabase can't be reached", "Nothing was changed. Please try again soon."),
-    (errors.TokenLimitsError, 500, "The server is not set up correctly", "See the server's log."),
+# what nothing but a page raises
+_OF_PAGES: Final = (
+    Kind(BadOrigin, 403, "bad-origin", "This page is out of date", "Reload it and try again."),
+    Kind(RequestValidationError, 404, "not-found", "Page not found", "The address may be mistyped."),
 )
 
 
 def _failed(request: Request, error: Exception) -> Response:
-    status, title, advice = next(words[1:] for words in _WORDS if isinstance(error, words[0]))
+    _, status, _, title, advice = kind_of(error, _OF_PAGES)
     if status == 500:
         logger.error("%s: %s", type(error).__name__, error)
     if isinstance(error, errors.AccessDenied) and not is_fragment(request):

@@ -12,7 +12,7 @@ from starlette.responses import RedirectResponse, Response
 from tokenlimits import ServiceUnavailable
 from tokenlimits.errors import AccessDenied
 from tokenlimits.web._limiter import address
-from tokenlimits.web._problems import TooManyRequests
+from tokenlimits.web._problems import TooManyRequests, kind_of
 from tokenlimits.web._sessions import Session
 
 from ._pages import PageRoute, Panel, read_form, render
@@ -37,12 +37,11 @@ async def sign_in(request: Request) -> Response:
         for who in (address(request), email.strip().lower()[:320]):
             panel.sign_ins.hit(who)
         tokens = await panel.backend.auth.sign_in(email.strip(), SecretStr(password))
-    except TooManyRequests:
-        return _form(request, 429, next_, email, "Too many attempts. Please wait a minute.")
     except AccessDenied:
         return _form(request, 401, next_, email, "Wrong e-mail address or password.")
-    except ServiceUnavailable:
-        return _form(request, 503, next_, email, "Supabase can't be reached. Please try again soon.")
+    except (TooManyRequests, ServiceUnavailable) as error:
+        kind = kind_of(error)
+        return _form(request, kind.status, next_, email, f"{kind.title}. {kind.advice}")
     # a new id, so that somebody who knew or planted the old one can't use this session
     request.state.written = Session(secrets.token_urlsafe(24), tokens)
     return RedirectResponse(_local(request, next_), 303)
