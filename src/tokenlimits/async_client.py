@@ -43,6 +43,8 @@ class AsyncTokenLimits(AsyncBase):
             next one. Each call still has its own result, error and timeout. A lone call is sent at once.
         schema: The schema that tokenlimits is installed in; by default `TOKENLIMITS_SCHEMA` from the environment or
             `.env`, read on first use, or public. The client's own schema doesn't matter.
+        allow_http: Send the key unencrypted (`http://`) to another machine, as in a private network;
+            `TOKENLIMITS_ALLOW_HTTP=1` allows it too. This machine is always allowed.
 
     Example:
         >>> async with AsyncTokenLimits.from_env() as limits:
@@ -60,8 +62,9 @@ class AsyncTokenLimits(AsyncBase):
         on_unavailable: OnUnavailable = "raise",
         coalesce: bool = False,
         schema: str | None = None,
+        allow_http: bool = False,
     ) -> None:
-        super().__init__(client, timeout, schema)
+        super().__init__(client, timeout, schema, allow_http=allow_http)
         self._on_unavailable: OnUnavailable = arguments.policy(on_unavailable)
         together = arguments.flag(coalesce, "coalesce")
         self._coalescer = AsyncCoalescer(self._transport.send, self._timeout) if together else None
@@ -74,6 +77,7 @@ class AsyncTokenLimits(AsyncBase):
         on_unavailable: OnUnavailable = "raise",
         coalesce: bool = False,
         schema: str | None = None,
+        allow_http: bool = False,
     ) -> Self:
         """Make one for `SUPABASE_URL` and `SUPABASE_SECRET_KEY` (or `SUPABASE_SERVICE_ROLE_KEY`), read on first use.
 
@@ -82,6 +86,7 @@ class AsyncTokenLimits(AsyncBase):
             on_unavailable: See the class.
             coalesce: See the class.
             schema: See the class.
+            allow_http: See the class.
 
         Raises:
             ConfigurationError: On first use, when a variable is missing.
@@ -89,7 +94,9 @@ class AsyncTokenLimits(AsyncBase):
         Example:
             >>> limits = AsyncTokenLimits.from_env(timeout=5, on_unavailable="allow")
         """
-        return cls(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema)
+        return cls(
+            timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema, allow_http=allow_http
+        )
 
     async def track(
         self,

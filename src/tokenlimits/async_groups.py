@@ -51,6 +51,8 @@ class AsyncGroupManager(AsyncBase):
         timeout: Seconds for one call, including its retries.
         schema: The schema that tokenlimits is installed in; by default `TOKENLIMITS_SCHEMA` from the environment or
             `.env`, read on first use, or public. The client's own schema doesn't matter.
+        allow_http: Send the key unencrypted (`http://`) to another machine, as in a private network;
+            `TOKENLIMITS_ALLOW_HTTP=1` allows it too. This machine is always allowed.
 
     Example:
         >>> async with AsyncGroupManager.from_env() as groups:
@@ -65,16 +67,18 @@ class AsyncGroupManager(AsyncBase):
         *,
         timeout: float = DEFAULT_TIMEOUT,
         schema: str | None = None,
+        allow_http: bool = False,
     ) -> None:
-        super().__init__(client, timeout, schema)
+        super().__init__(client, timeout, schema, allow_http=allow_http)
 
     @classmethod
-    def from_env(cls, *, timeout: float = DEFAULT_TIMEOUT, schema: str | None = None) -> Self:
+    def from_env(cls, *, timeout: float = DEFAULT_TIMEOUT, schema: str | None = None, allow_http: bool = False) -> Self:
         """Make one for `SUPABASE_URL` and `SUPABASE_SECRET_KEY` (or `SUPABASE_SERVICE_ROLE_KEY`), read on first use.
 
         Args:
             timeout: Seconds for one call, including its retries.
             schema: See the class.
+            allow_http: See the class.
 
         Raises:
             ConfigurationError: On first use, when a variable is missing.
@@ -82,7 +86,7 @@ class AsyncGroupManager(AsyncBase):
         Example:
             >>> groups = AsyncGroupManager.from_env(timeout=30)
         """
-        return cls(timeout=timeout, schema=schema)
+        return cls(timeout=timeout, schema=schema, allow_http=allow_http)
 
     async def create(
         self,

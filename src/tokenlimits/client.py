@@ -43,6 +43,8 @@ class TokenLimits(Base):
             next one. Each call still has its own result, error and timeout. A lone call is sent at once.
         schema: The schema that tokenlimits is installed in; by default `TOKENLIMITS_SCHEMA` from the environment or
             `.env`, read on first use, or public. The client's own schema doesn't matter.
+        allow_http: Send the key unencrypted (`http://`) to another machine, as in a private network;
+            `TOKENLIMITS_ALLOW_HTTP=1` allows it too. This machine is always allowed.
 
     Example:
         >>> with TokenLimits.from_env() as limits:
@@ -58,8 +60,9 @@ class TokenLimits(Base):
         on_unavailable: OnUnavailable = "raise",
         coalesce: bool = False,
         schema: str | None = None,
+        allow_http: bool = False,
     ) -> None:
-        super().__init__(client, timeout, schema)
+        super().__init__(client, timeout, schema, allow_http=allow_http)
         self._on_unavailable: OnUnavailable = arguments.policy(on_unavailable)
         together = arguments.flag(coalesce, "coalesce")
         self._coalescer = Coalescer(self._transport.send, self._timeout) if together else None
@@ -72,6 +75,7 @@ class TokenLimits(Base):
         on_unavailable: OnUnavailable = "raise",
         coalesce: bool = False,
         schema: str | None = None,
+        allow_http: bool = False,
     ) -> Self:
         """Make one for `SUPABASE_URL` and `SUPABASE_SECRET_KEY` (or `SUPABASE_SERVICE_ROLE_KEY`), read on first use.
 
@@ -80,6 +84,7 @@ class TokenLimits(Base):
             on_unavailable: See the class.
             coalesce: See the class.
             schema: See the class.
+            allow_http: See the class.
 
         Raises:
             ConfigurationError: On first use, when a variable is missing.
@@ -87,7 +92,9 @@ class TokenLimits(Base):
         Example:
             >>> limits = TokenLimits.from_env(timeout=5, on_unavailable="allow")
         """
-        return cls(timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema)
+        return cls(
+            timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema, allow_http=allow_http
+        )
 
     def track(
         self,

@@ -6,6 +6,7 @@ import os
 import re
 from ipaddress import ip_address
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, AliasChoices, AnyHttpUrl, Field, SecretStr, TypeAdapter, ValidationError
 from pydantic_settings import (
@@ -129,8 +130,8 @@ def check_encrypted(url: str, *, allow_http: bool = False) -> None:
     Raises:
         ConfigurationError: The URL is `http://`, its host isn't this machine, and nobody allows it.
     """
-    address = _URL.validate_python(url)
-    if address.scheme == "https" or is_loopback(address.host or "") or allow_http:
+    address = urlsplit(url.strip())
+    if address.scheme != "http" or allow_http or is_loopback(address.hostname or ""):
         return
     try:
         allowed = _Network().allow_http
@@ -138,8 +139,8 @@ def check_encrypted(url: str, *, allow_http: bool = False) -> None:
         allowed = False
     if not allowed:
         raise ConfigurationError(
-            f"SUPABASE_URL is http://{address.host}, so keys and tokens would be sent unencrypted. Use https://; in a "
-            "private network, pass allow_http=True or set TOKENLIMITS_ALLOW_HTTP=1."
+            f"The URL is http://{address.hostname}, so keys and tokens would be sent unencrypted. Use https://; in "
+            "a private network, pass allow_http=True or set TOKENLIMITS_ALLOW_HTTP=1."
         )
 
 

@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
+from supabase import create_client
 from tests.http.leaks import text_of
 
-from tokenlimits import ConfigurationError, TokenLimits
+from tokenlimits import ConfigurationError, GroupManager, ServiceUnavailable, TokenLimits
 from tokenlimits.settings import load, load_schema
 
 URL = "https://abc.supabase.co"
@@ -132,6 +133,27 @@ class TestUnencrypted:
         monkeypatch.setenv("TOKENLIMITS_ALLOW_HTTP", word)
         with pytest.raises(ConfigurationError, match="unencrypted"):
             load()
+
+
+@pytest.mark.parametrize("cls", [TokenLimits, GroupManager])
+def test_a_client_that_is_passed_sends_no_key_unencrypted(
+    monkeypatch: pytest.MonkeyPatch, cls: type[TokenLimits | GroupManager]
+) -> None:
+    client = create_client("http://kong:8000", SECRET)
+    with pytest.raises(ConfigurationError, match="unencrypted"):
+        cls(client)
+    cls(client, allow_http=True)
+    cls(create_client("http://127.0.0.1:1", SECRET))
+    monkeypatch.setenv("TOKENLIMITS_ALLOW_HTTP", "1")
+    cls(client)
+
+
+def test_the_environments_client_may_be_allowed_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, URL="http://kong.invalid:1", SECRET_KEY=SECRET)
+    with pytest.raises(ConfigurationError, match="unencrypted"):
+        TokenLimits.from_env(timeout=0.1).usage(ID)
+    with pytest.raises(ServiceUnavailable):
+        TokenLimits.from_env(timeout=0.1, allow_http=True).usage(ID)
 
 
 class TestProblems:

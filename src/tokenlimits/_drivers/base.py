@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from typing import Self, TypeVar
 
 from supabase import AsyncClient, Client
 
+from tokenlimits._core import arguments
 from tokenlimits._core.flows import Flow, Pages
 from tokenlimits.errors import ConfigurationError
 from tokenlimits.senders import AsyncSender, Sender
-from tokenlimits.settings import named_schema
+from tokenlimits.settings import Settings, check_encrypted, load, named_schema
 
 from .transport import AsyncTransport, Transport
 
@@ -32,6 +34,14 @@ def _checked_schema(schema: object) -> str | None:
     return None if schema is None else named_schema(schema)
 
 
+def _settings(client: Client | AsyncClient | None, allow_http: bool) -> Callable[[], Settings]:
+    """Check where a client sends its key to, or make what reads that on first use."""
+    allowed = arguments.flag(allow_http, "allow_http")
+    if client is not None:
+        check_encrypted(str(client.supabase_url), allow_http=allowed)
+    return partial(load, allow_http=allowed)
+
+
 def _shown(client: object, sender: Sender | AsyncSender, timeout: float) -> str:
     place = sender.place() if isinstance(sender, Transport | AsyncTransport) else repr(sender)
     return f"<{type(client).__name__} of {place}, timeout {timeout:g} s>"
@@ -40,10 +50,11 @@ def _shown(client: object, sender: Sender | AsyncSender, timeout: float) -> str:
 class Base:
     """Holds what sends calls; a context manager that closes its connections."""
 
-    def __init__(self, client: object, timeout: float, schema: object = None) -> None:
+    def __init__(self, client: object, timeout: float, schema: object = None, *, allow_http: bool = False) -> None:
         self._timeout, schema = _checked_timeout(timeout), _checked_schema(schema)
         if isinstance(client, Client | None):
-            self._transport: Sender = Transport(client, self._timeout, schema=schema)
+            settings = _settings(client, allow_http)
+            self._transport: Sender = Transport(client, self._timeout, settings, schema=schema)
         elif isinstance(client, Sender):
             self._transport = client
         else:
@@ -90,10 +101,12 @@ class Base:
 class AsyncBase:
     """Holds what sends calls; an async context manager that closes its connections."""
 
-    def __init__(self, client: object, timeout: float, schema: object = None) -> None:
+    def __init__(self, client: object, timeout: float, schema: object = None, *, allow_http: bool = False) -> None:
         self._timeout, schema = _checked_timeout(timeout), _checked_schema(schema)
         if isinstance(client, AsyncClient | None):
-            self._transport: AsyncSender = AsyncTransport(client, self._timeout, schema=schema)
+            self._transport: AsyncSender = AsyncTransport(
+                client, self._timeout, _settings(client, allow_http), schema=schema
+            )
         elif isinstance(client, AsyncSender):
             self._transport = client
         else:

@@ -197,6 +197,7 @@ class FakeTokenLimits(_Controls, TokenLimits):
         coalesce: Like the real client's: calls that wait at the same time become one call of `track_generations`,
             which can `fail` as a whole.
         schema: Like the real client's; it is checked, but makes no difference here.
+        allow_http: Like the real client's; nothing is sent here.
 
     Example:
         >>> fake = FakeTokenLimits(limits={"image": 2})
@@ -216,9 +217,17 @@ class FakeTokenLimits(_Controls, TokenLimits):
         on_unavailable: OnUnavailable = "raise",
         coalesce: bool = False,
         schema: str | None = None,
+        allow_http: bool = False,
     ) -> None:
         self._engine = _make_engine(limits, users)
-        super().__init__(self.sender, timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema)
+        super().__init__(
+            self.sender,
+            timeout=timeout,
+            on_unavailable=on_unavailable,
+            coalesce=coalesce,
+            schema=schema,
+            allow_http=allow_http,
+        )
 
     @property
     def groups(self) -> FakeGroupManager:
@@ -260,6 +269,7 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
         coalesce: Like the real client's: calls that wait at the same time become one call of `track_generations`,
             which can `fail` as a whole.
         schema: Like the real client's; it is checked, but makes no difference here.
+        allow_http: Like the real client's; nothing is sent here.
 
     Example:
         >>> fake = FakeAsyncTokenLimits(limits={"image": 2})
@@ -276,10 +286,16 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
         on_unavailable: OnUnavailable = "raise",
         coalesce: bool = False,
         schema: str | None = None,
+        allow_http: bool = False,
     ) -> None:
         self._engine = _make_engine(limits, users)
         super().__init__(
-            self.async_sender, timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema
+            self.async_sender,
+            timeout=timeout,
+            on_unavailable=on_unavailable,
+            coalesce=coalesce,
+            schema=schema,
+            allow_http=allow_http,
         )
 
     @property
