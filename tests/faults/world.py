@@ -85,15 +85,15 @@ class World:
 
         def left(user: User) -> int:
             rooms = verdict.rooms(owner, group_id, kind)
-            return min((each.max - each.live for each in rooms if each.subject in (group_id, user.user_id)), default=0)
+            return min((each.max - each.live for each in rooms if each.subject in (group_id, user.id)), default=0)
 
         with TokenLimits.from_env(timeout=60) as limits:
             for user in self.groups.members(group_id):
                 room = left(user)
-                taken = room <= 0 or limits.track(user.user_id, kind, room, group_id=group_id).allowed
+                taken = room <= 0 or limits.track(user.id, kind, room, group_id=group_id).allowed
                 if not taken and left(user) >= room:
                     yield user, room
-                if limits.track(user.user_id, kind, group_id=group_id) and left(user) < 0:
+                if limits.track(user.id, kind, group_id=group_id) and left(user) < 0:
                     yield user, left(user)
                 if room < 0:
                     yield user, room
