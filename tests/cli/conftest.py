@@ -40,11 +40,11 @@ class Program:
     def command(self, *arguments: object) -> list[str]:
         return [sys.executable, "-W", "error", "-m", "tokenlimits", *map(str, arguments)]
 
-    def __call__(self, *arguments: object, stdin: str = "", status: int | None = 0, **environment: str) -> Done:
+    def __call__(self, *arguments: object, stdin: str | bytes = "", status: int | None = 0, **environment: str) -> Done:
         with TemporaryDirectory() as streams:
             paths = [Path(streams, name) for name in ("stdin", "stdout", "stderr")]
-            for path, text in zip(paths, (stdin, "", ""), strict=True):
-                path.write_text(text, encoding="utf-8", newline="")
+            for path, content in zip(paths, (stdin, b"", b""), strict=True):
+                path.write_bytes(content.encode() if isinstance(content, str) else content)
             words = [str(argument) for argument in arguments]
             status_ = processes.run(words, self.directory, self.environment | environment, paths)
             done = Done(words, status_, *(path.read_text(encoding="utf-8") for path in paths[1:]))

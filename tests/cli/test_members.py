@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
+import threading
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
@@ -103,6 +105,85 @@ def test_from_a_file(
     assert tl("members", "add", team.name, "--file", "users.csv").stdout.startswith("4 added")
     assert members(groups, team) == {id_ for id_, _ in users}
     assert tl("members", "remove", team.name, "-f", "-", "--yes", stdin=text).stdout.startswith("4 removed")
+
+
+TITLED = "Customers,,\nExported by ann@example.com on 2026-01-02,,\n\nName,Email,\n"
+STRIPE = "id,Description,Email,Name\n"
+CLERK = "id,first_name,primary_email_address,verified_email_addresses\n"
+# what stands before the lines, with what each line has around its address, and how it is encoded
+EXPORTS = {
+    "Stripe's customers": (STRIPE, "cus_Q1,a pro,{},Ann", "utf-8"),
+    "Stripe's payments": ("id,Amount,Customer Email\n", "ch_3P,12.00,{}", "utf-8"),
+    "Clerk's users": (CLERK, "user_2abc,Ann,{0},{0}", "utf-8"),
+    "an id that is none": ("user_id,E-Mail Address\n", "auth0|17,{}", "utf-8"),
+    "sep=": ("sep=;\r\nName;Email\r\n", "Ann;{}", "utf-8"),
+    "a separator of one's own": ('\ufeff"sep=|"\nName|Email\n', "Ann|{}", "utf-8"),
+    "a title": (TITLED, "Ann,{},", "utf-8"),
+    "a title, with semicolons": (TITLED.replace(",", ";"), "Ann;{};", "utf-8"),
+    "Excel's Unicode text": ("\ufeffName\tE-mail\r\n", "Änn\t{}", "utf-16-le"),
+    "UTF-16 with the first byte first": ("\ufeffName,E-mail\r\n", "Änn,{}", "utf-16-be"),
+    "UTF-16 that doesn't say so": ("email\n", "{}", "utf-16-le"),
+    "returns alone": ("Name,Email\r", "Ann,{}\r", "utf-8"),
+    "a long cell": ("note,email\n", '"' + "x\n" * 100_000 + '",{}', "utf-8"),
+}
+
+
+@pytest.mark.parametrize(("header", "line", "encoding"), EXPORTS.values(), ids=EXPORTS)
+def test_what_others_export(
+    tl: Program,
+    groups: GroupManager,
+    team: Group,
+    users: list[tuple[UUID, str]],
+    header: str,
+    line: str,
+    encoding: str,
+) -> None:
+    text = header + "".join(line.format(email) + ("" if line.endswith("\r") else "\n") for _, email in users)
+    tl.directory.joinpath("users.csv").write_bytes(text.encode(encoding))
+    assert tl("members", "add", team.name, "--file", "users.csv").stdout.startswith("4 added")
+    assert members(groups, team) == {id_ for id_, _ in users}
+    removed = tl("members", "remove", team.name, "-f", "-", "--yes", stdin=text.encode(encoding))
+    assert removed.stdout == "4 removed, 0 not there, 0 refused.\n"
+
+
+def test_lines_count_from_the_beginning_of_the_file(tl: Program, team: Group, users: list[tuple[UUID, str]]) -> None:
+    text = "sep=,\nUsers\n\nemail,note\n" + "".join(f"{email},\n" for _, email in users) + "x,\n"
+    done = tl("members", "add", team.name, "-f", "-", "--start-line", "7", stdin=text, status=1)
+    assert (done.stdout, done.stderr[:8]) == ("2 added, 0 already there, 1 refused.\n", "line 9: ")
+
+
+def test_no_line_of_data_is_taken_for_a_title(
+    tl: Program, groups: GroupManager, team: Group, users: list[tuple[UUID, str]]
+) -> None:
+    text = "\n".join([users[0][1], "user", "email", users[1][1]])
+    done = tl("members", "add", team.name, "-f", "-", stdin=text, status=1)
+    assert done.stdout == "2 added, 0 already there, 2 refused.\n"
+
+
+def test_a_quotation_mark_that_is_never_closed(tl: Program, team: Group, users: list[tuple[UUID, str]]) -> None:
+    text = "note,email\n" + "".join(f'"a,{email}\n' if n == 2 else f"a,{email}\n" for n, (_, email) in enumerate(users))
+    said = tl.fails("members", "add", team.name, "-f", "-", stdin=text)
+    assert "line 4 has a quotation mark that is never closed" in said
+
+
+def test_a_pipe_is_read_like_a_file(
+    tl: Program, groups: GroupManager, team: Group, users: list[tuple[UUID, str]]
+) -> None:
+    pipe = tl.directory / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("email\n" + "".join(f"{e}\n" for _, e in users),))
+    writer.start()
+    assert tl("members", "add", team.name, "-f", "pipe").stdout.startswith("4 added")
+    writer.join()
+
+
+def test_where_a_report_can_go_is_known_before_the_work(
+    tl: Program, groups: GroupManager, team: Group, users: list[tuple[UUID, str]]
+) -> None:
+    for path, says in (("no/where.csv", "the directory no does not exist"), (".", ". is a directory")):
+        assert says in tl.fails("members", "add", team.name, users[0][0], "x", "--report", path)
+        assert says in tl.fails("import", "-", "--batch", "b", "--report", path)
+    assert members(groups, team) == set()
 
 
 def test_refused_lines_are_reported(tl: Program, team: Group, users: list[tuple[UUID, str]]) -> None:

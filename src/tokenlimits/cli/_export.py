@@ -15,9 +15,10 @@ import typer
 from tokenlimits import ledger_csv
 from tokenlimits.models import Bucket, UsageSum
 
+from ._files import check_directory, written
 from ._find import find_group, find_user, manager
 from ._options import GroupOption, KindOption, Since, Until
-from ._terminal import Problem, counted, err, note, progress, zone_of
+from ._terminal import counted, err, note, progress, zone_of
 
 Format = Literal["csv", "jsonl"]
 Row = dict[str, Any]
@@ -35,7 +36,9 @@ def export(
     format_: Annotated[Format, typer.Option("--format", help="The output format.")] = "csv",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The file to write. Default: stdout.", dir_okay=False, show_default=False),
+        typer.Option(
+            "--output", "-o", help="The file to write. Default: stdout.", callback=check_directory, show_default=False
+        ),
     ] = None,
     by: Annotated[
         Bucket | None,
@@ -81,18 +84,8 @@ def _opened(output: Path | None) -> Generator[IO[str]]:
         yield sys.stdout
         sys.stdout.flush()
         return
-    if not output.parent.is_dir():
-        raise Problem(f"{output}: the directory {output.parent} does not exist.")
-    # a device, such as /dev/stdout, is written to directly: it must not be replaced by a file
-    unfinished = output.with_name(f"{output.name}.unfinished") if output.is_file() or not output.exists() else output
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        if unfinished != output:
-            unfinished.replace(output)
-    finally:
-        if unfinished != output:
-            unfinished.unlink(missing_ok=True)
+    with written(output) as file:
+        yield file
 
 
 def _sum(total: UsageSum) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -93,6 +94,11 @@ def resolve(groups: GroupManager, names: Iterable[str]) -> dict[str, UUID | str]
     for user in groups.find_users_by_email(emails) if emails else []:
         by_email[(user.email or "").lower()].append(user.id)
     return {name: _user_id(name, by_email[name.strip().lower()]) for name in distinct}
+
+
+def names_a_user(text: str) -> bool:
+    """Whether a text is an id or an e-mail address."""
+    return re.fullmatch(r"\S+@\S+", text) is not None or as_id(text) is not None
 
 
 def _is_address(name: str) -> bool:

@@ -18,13 +18,15 @@ from tokenlimits import GenerationDenied, GroupManager, InvalidRequest, TokenLim
 from tokenlimits.errors import GroupNotFound, IdempotencyConflict, UnknownUser
 from tokenlimits.ledger_csv import unguarded
 
-from ._bulk import Line, Outcome, Report, Source, StartLine, at_once, in_parts, report, source
+from ._bulk import Outcome, Report, StartLine, at_once, in_parts, report
 from ._find import find_group, manager, resolve, worker
+from ._lines import EMAILS, Line, Source, source
 from ._options import AsJson, moment
 from ._terminal import Problem
 
+_USER = ("user_id", *EMAILS)
 _COLUMNS = (
-    "user_id", "email", "kind", "cost", "created_at", "group_id", "group", "idempotency_key", "metadata", "id", "status"
+    *_USER, "kind", "cost", "created_at", "group_id", "group", "idempotency_key", "metadata", "id", "status"
 )  # fmt: skip
 _NEEDED = ("kind", "created_at")
 _PART = 200
@@ -66,7 +68,7 @@ def import_(
         raise Problem("An import from stdin needs a name, so that it is never counted twice; pass --batch NAME.")
     outcome = Outcome()
     with manager() as groups, worker() as limits, source([], file, _COLUMNS) as found:
-        lines = Source(_from(start_line, _numbered(found.lines)), found.total and max(0, found.total - start_line + 1))
+        lines = Source(_from(start_line, _numbered(found.lines)), max(0, found.total - start_line + 1))
         importer = _Importer(groups, limits, batch or file.name, group)
         in_parts(lines, "Importing", _PART, lambda part: importer.record(part, outcome))
     report(outcome, report_to, as_json=as_json)
@@ -92,7 +94,7 @@ def _said(line: Line) -> list[object]:
     except (typer.BadParameter, OverflowError):
         created_at = cells.get("created_at", "")
     group = cells.get("group_id") or cells.get("group") or ""
-    return [_user(line).lower(), cells.get("kind"), cells.get("cost") or "1", created_at, group.lower()]
+    return [line.user(_USER).lower(), cells.get("kind"), cells.get("cost") or "1", created_at, group.lower()]
 
 
 def _digest(said: object) -> str:
@@ -115,8 +117,10 @@ class _Importer:
         self._by_name = {each.name.lower(): each.id for each in groups.list()}
 
     def record(self, part: Sequence[Line], outcome: Outcome) -> None:
-        users = resolve(self._groups, [_user(line) for line in part])
-        for line, came_to in zip(part, at_once(lambda line: self._try(line, users[_user(line)]), part), strict=True):
+        users = resolve(self._groups, [line.user(_USER) for line in part])
+        for line, came_to in zip(
+            part, at_once(lambda line: self._try(line, users[line.user(_USER)]), part), strict=True
+        ):
             if isinstance(came_to, _Refusal):
                 outcome.refuse(line, came_to.reason)
             else:
@@ -178,10 +182,6 @@ class _Importer:
         if found is None:
             raise Problem(f"there is no group named {name}")
         return found
-
-
-def _user(line: Line) -> str:
-    return line.cells.get("user_id") or line.cells.get("email") or ""
 
 
 def _checked(cells: Mapping[str, str]) -> Mapping[str, str]:

@@ -11,8 +11,9 @@ import typer
 from tokenlimits import GroupManager
 from tokenlimits.models import Group
 
-from ._bulk import File, Line, Outcome, Report, StartLine, at_once, in_parts, report, source
+from ._bulk import File, Outcome, Report, StartLine, at_once, in_parts, report
 from ._find import find_group, manager, resolve
+from ._lines import EMAILS, Line, source
 from ._options import AsJson, GroupArgument, KindOption, Since, Until, Yes
 from ._terminal import Bar, confirm, counted, moment, out, plain, print_json, print_json_list, say, show, table
 
@@ -22,8 +23,7 @@ Users = Annotated[
     list[str] | None, typer.Argument(metavar="USER", help="User ids or e-mail addresses.", show_default=False)
 ]
 
-# a line names its user in the first of these columns that it has
-_COLUMNS = ("user_id", "id", "user", "email", "e-mail")
+_COLUMNS = ("user_id", "id", "user", *EMAILS)
 _PART = 1_000
 _MOVES = 100
 
@@ -180,7 +180,7 @@ def _move(groups: GroupManager, left: Group, joined: Group, part: Sequence[Line]
 
 def _ids(groups: GroupManager, part: Sequence[Line], outcome: Outcome) -> dict[Line, UUID]:
     """Read or look up the users of some lines; refuse the lines that name none."""
-    names = {line: next((line.cells[column] for column in _COLUMNS if line.cells.get(column)), "") for line in part}
+    names = {line: line.user(_COLUMNS) for line in part}
     users = resolve(groups, names.values())
     found: dict[Line, UUID] = {}
     for line, name in names.items():
