@@ -289,7 +289,7 @@ class TestMembers:
         expect(page.get_by_text("1 member moved.")).to_be_visible()
         expect(search).to_have_value(newcomer.email[3:20].upper())
         expect(dialog.get_by_text("No member's address contains this.")).to_be_visible()
-        assert [member.user_id for member in groups.members(free.id)] == [newcomer.id]
+        assert [member.id for member in groups.members(free.id)] == [newcomer.id]
         search.fill("")
         expect(rows).to_have_count(50)
         page.keyboard.press("Escape")
