@@ -43,8 +43,14 @@ COLUMNS = (
 )
 """What a row of the ledger has, in this order."""
 
-# white space before it, and the wide forms of East Asia, keep no spreadsheet from it
-_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
+# also in the wide forms of East Asia
+_BEGIN = r"[=+\-@\uff1d\uff0b\uff0d\uff20]"
+# white space before it keeps no spreadsheet from it
+_FORMULA = re.compile(rf"\s*{_BEGIN}|[\t\r\n]")
+# Where semicolons or tabs separate, as in much of Europe, our commas don't, and so our quotation marks enclose nothing:
+# a cell begins after each semicolon, tab and end of line.
+_INSIDE = re.compile(rf"([;\t\r\n][\s\"]*)(?={_BEGIN})")
+_GUARDED_INSIDE = re.compile(rf"([;\t\r\n][\s\"]*)'(?={_BEGIN})")
 
 
 def row(usage: UsageRecord) -> dict[str, Any]:
@@ -63,11 +69,12 @@ def line(cells: Iterable[object]) -> str:
 
     Args:
         cells: What is in it: objects are written as JSON, empty ones and None as nothing, and text that a spreadsheet
-            would take for a formula has an apostrophe before it, see `unguarded`.
+            would take for a formula has an apostrophe before it, see `unguarded`, also after a semicolon, which
+            separates cells in some countries.
 
     Example:
-        >>> line(["image", 3, None, {}, {"size": [1, 2]}, "=SUM(A1)"])
-        'image,3,,,"{""size"": [1, 2]}",\'=SUM(A1)\n'
+        >>> line(["image", 3, None, {}, {"size": [1, 2]}, "=SUM(A1)", "a;=B1"])
+        'image,3,,,"{""size"": [1, 2]}",\'=SUM(A1),a;\'=B1\n'
     """
     text = io.StringIO()
     csv.writer(text, lineterminator="\r\n").writerow([_cell(cell) for cell in cells])
@@ -77,18 +84,26 @@ def line(cells: Iterable[object]) -> str:
 
 def _cell(value: object) -> object:
     if isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False) if value else ""
-    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+        # its semicolons are in texts, where JSON has another way to write them
+        return re.sub(_INSIDE, _escaped, json.dumps(value, ensure_ascii=False)) if value else ""
+    if not isinstance(value, str):
+        return value
+    return ("'" if _FORMULA.match(value) else "") + _INSIDE.sub(r"\1'", value)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0][0]):04x}{found[0][1:]}"
 
 
 def unguarded(cell: str) -> str:
-    """Take away the apostrophe that `line` puts before text.
+    """Take away the apostrophes that `line` puts into text.
 
     Args:
-        cell: A cell that was read.
+        cell: A cell that was read; JSON has none.
 
     Example:
-        >>> unguarded("'=SUM(A1)"), unguarded("'tis")
-        ('=SUM(A1)', "'tis")
+        >>> unguarded("'=SUM(A1)"), unguarded("a;'=B1"), unguarded("'tis")
+        ('=SUM(A1)', 'a;=B1', "'tis")
     """
-    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell, 1) else cell
+    text = cell[1:] if cell.startswith("'") and _FORMULA.match(cell, 1) else cell
+    return _GUARDED_INSIDE.sub(r"\1", text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import stat
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -82,6 +83,49 @@ def test_a_file_appears_when_it_is_whole(tl: Program, team: Group, user: UUID, l
     assert tl.directory.joinpath("out.csv").read_text() == "what was there"
     assert "1 row in /dev/null" in tl("export", "--group", team.name, "-o", "/dev/null").stderr
     assert not Path("/dev/null").is_file()
+
+
+def test_nobody_else_reads_or_redirects_a_file(tl: Program, team: Group) -> None:
+    tl.directory.joinpath("precious").write_text("precious")
+    tl.directory.joinpath("tty").symlink_to("/dev/zero")
+    for name in ("out.csv", "out.csv.unfinished"):
+        tl.directory.joinpath(name).symlink_to("precious")
+    for name in ("out.csv", "tty"):
+        tl("export", "--group", team.name, "-o", name)
+        path = tl.directory / name
+        assert not path.is_symlink()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert tl.directory.joinpath("precious").read_text() == "precious"
+
+
+def test_for_excel(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:
+    limits.track(user, "image")
+    tl("export", "--group", team.name, "-o", "out.csv", "--excel")
+    assert tl.directory.joinpath("out.csv").read_bytes().startswith(b"\xef\xbb\xbfid,created_at,")
+    assert tl.json("import", "out.csv") == {"already_there": 1, "refused": []}
+    assert "--excel is for CSV" in tl.fails("export", "--excel", "--format", "jsonl", status=2)
+
+
+def test_no_key_moves_the_cursor_of_a_terminal(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:
+    limits.track(user, "image", idempotency_key="a\x1b[31mb\x9b2Jc")
+    with tl.on_terminal("export", "--group", team.name) as terminal:
+        assert terminal.status() == 0
+        assert "a\ufffd[31mb\ufffd2Jc" in terminal.text
+        assert "\x1b[31m" not in terminal.raw
+    assert "a\x1b[31mb" in tl("export", "--group", team.name).stdout
+
+
+def test_semicolons_come_back(tl: Program, groups: GroupManager, team: Group, user: UUID, limits: TokenLimits) -> None:
+    metadata = {"a;=b": ";'=1", "c": "d;@e"}
+    limits.track(user, "image", idempotency_key="a;=1", metadata=metadata)
+    text = tl("export", "--group", team.name).stdout
+    assert ";=" not in text
+    stray = text.replace(text.splitlines()[1].split(",")[0], "").replace("a;'=1", "b;'=1")
+    assert tl.json("import", "-", "--batch", "b", stdin=stray) == {"recorded": 1, "refused": []}
+    assert [(u.idempotency_key, u.metadata) for u in groups.export_usage(team.id)] == [
+        ("a;=1", metadata),
+        ("b;=1", metadata),
+    ]
 
 
 def test_sums(tl: Program, groups: GroupManager, team: Group, user: UUID, limits: TokenLimits) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -20,7 +22,8 @@ from tokenlimits.cli._app import app
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tokenlimits import GroupManager
+    from tokenlimits import GroupManager, TokenLimits
+    from tokenlimits.local import LocalStack
 
     from .conftest import Program
 
@@ -111,6 +114,56 @@ def test_colours_only_where_they_can_be_seen(nowhere: Program) -> None:
             assert terminal.status() == 1
             assert ("\x1b[31m" in terminal.raw) is coloured
             assert "SUPABASE_URL" in terminal.text
+
+
+def printed(program: Program, *arguments: object, stdout: Any = subprocess.PIPE, **environment: str) -> Any:
+    """Run a command whose stdout is as Python makes it."""
+    return subprocess.run(
+        program.command(*arguments),
+        cwd=program.directory,
+        env=program.environment | environment,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("encoding", "bar"), [("cp1252", "#####---------------"), ("cp437", "█████░░░░░░░░░░░░░░░")])
+def test_an_encoding_that_lacks_characters(
+    tl: Program, groups: GroupManager, limits: TokenLimits, stack: LocalStack, name: str, encoding: str, bar: str
+) -> None:
+    (user,) = stack.create_users(1)
+    group = groups.create(f"{name} \u4eba", limits={"image": 4})
+    groups.add_member(group.id, user)
+    limits.track(user, "image")
+    for command in (["usage", group.id], ["usage", group.id, "--json"], ["groups", "list"], ["doctor"]):
+        done = printed(tl, *command, PYTHONIOENCODING=encoding)
+        assert done.stderr == b"", command
+    said = printed(tl, "usage", group.id, PYTHONIOENCODING=encoding).stdout.decode(encoding)
+    assert f"{name} ?" in said
+    assert bar in said
+    listed = json.loads(printed(tl, "members", "list", group.id, "--json", PYTHONIOENCODING="ascii").stdout)
+    assert [member["id"] for member in listed] == [str(user)]
+
+
+@pytest.mark.parametrize("command", [["--version"], ["groups", "list"], ["groups", "list", "--json"], ["export"]])
+def test_a_full_disk(tl: Program, groups: GroupManager, name: str, command: list[str]) -> None:
+    groups.create(name)
+    with Path("/dev/full").open("w") as full:
+        done = printed(tl, *command, stdout=full)
+    assert (done.returncode, done.stderr) == (1, b"Error: The output can't be written: No space left on device.\n")
+
+
+def test_a_full_disk_for_a_file(tl: Program) -> None:
+    assert tl.fails("export", "-o", "/dev/full") == "/dev/full: No space left on device"
+
+
+def test_whoever_reads_nothing_hears_nothing(nowhere: Program) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = printed(nowhere, "--version", stdout=writing)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_the_key_is_never_shown(tl: Program) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import sys
 import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -14,7 +16,7 @@ import tokenlimits
 from tokenlimits.errors import TokenLimitsError
 
 from . import _admin, _dev, _export, _groups, _history, _import, _limits, _members, _migrate, _setup, _track, _usage
-from ._terminal import Problem, note
+from ._terminal import Problem, discard_output, note, print_anything
 from .doctor import _command
 
 _HELP = """Exact limits on AI generations for users and groups, on Supabase.
@@ -28,6 +30,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# a full disk, a quota, a bad disk, somebody who went away
+_OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EPIPE)
 _logger = logging.getLogger("tokenlimits")
 _IN_ORDER = (
     *(_setup, _migrate, _command, _dev),
@@ -62,9 +66,11 @@ def run(arguments: Sequence[str]) -> int:
     rest = [argument for argument in arguments if argument != "--debug"]
     patience = logging.StreamHandler() if debug else _Patience()
     _logger.addHandler(patience)
+    print_anything()
     try:
         command: Any = typer.main.get_command(app)
-        return command.main(rest, prog_name="tokenlimits", standalone_mode=False) or 0
+        status = command.main(rest, prog_name="tokenlimits", standalone_mode=False) or 0
+        sys.stdout.flush()
     except Exception as error:  # noqa: BLE001 - nothing above this handles it
         if str(error).startswith("Usage: "):  # a command that has only subcommands
             print(error)  # noqa: T201
@@ -72,12 +78,22 @@ def run(arguments: Sequence[str]) -> int:
         if isinstance(error, typer.Abort):  # Ctrl-C at a prompt: the cursor is still in its line
             note("\nNothing was changed.", style="red")
             return 130
+        if _is_of_output(error):
+            discard_output()
+        if isinstance(error, BrokenPipeError):  # nobody reads on
+            return 1
         if debug:
             traceback.print_exception(error)
         note(f"Error: {_message(error)}", style="red")
         return getattr(error, "exit_code", 1)
+    else:
+        return status
     finally:
         _logger.removeHandler(patience)
+
+
+def _is_of_output(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.filename is None and error.errno in _OF_OUTPUT
 
 
 class _Patience(logging.Handler):
@@ -94,6 +110,8 @@ class _Patience(logging.Handler):
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if _is_of_output(error):
+        return f"The output can't be written: {getattr(error, 'strerror', error)}."
     if isinstance(error, typer.TyperException):
         context: typer.Context | None = getattr(error, "ctx", None)
         # pydantic puts the class of the error before the message

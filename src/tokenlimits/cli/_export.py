@@ -18,11 +18,12 @@ from tokenlimits.models import Bucket, UsageSum
 from ._files import check_directory, written
 from ._find import find_group, find_user, manager
 from ._options import GroupOption, KindOption, Since, Until
-from ._terminal import counted, err, note, progress, zone_of
+from ._terminal import counted, err, note, plain_lines, progress, zone_of
 
 Format = Literal["csv", "jsonl"]
 Row = dict[str, Any]
 
+_BYTE_ORDER_MARK = "\ufeff"
 _SUMS = ("group_id", "group", "bucket", "kind", "used", "generations")
 
 
@@ -40,6 +41,9 @@ def export(
             "--output", "-o", help="The file to write. Default: stdout.", callback=check_directory, show_default=False
         ),
     ] = None,
+    excel: Annotated[
+        bool, typer.Option("--excel", help="Begin CSV with a byte order mark: Excel then reads it as UTF-8.")
+    ] = False,
     by: Annotated[
         Bucket | None,
         typer.Option("--by", help="Write sums per group, kind and step instead of single rows.", show_default=False),
@@ -59,17 +63,20 @@ def export(
     months begin in the group's time zone. In CSV, an apostrophe precedes any text that a spreadsheet would take for a
     formula.
     """
+    if excel and format_ != "csv":
+        raise typer.BadParameter("--excel is for CSV; leave out --format")
     if by is not None and user is not None:
         raise typer.BadParameter("--by has no sums per user; leave out --user")
     with manager() as groups, _opened(output) as file:
+        begin = _BYTE_ORDER_MARK if excel else ""
         group_id = find_group(groups, group).id if group is not None else None
         if by is None:
             user_id = find_user(groups, user) if user is not None else None
             found = groups.export_usage(group_id, user_id=user_id, kind=kind, since=since, until=until)
-            written = _write(file, format_, ledger_csv.COLUMNS, map(ledger_csv.row, found))
+            written = _write(file, format_, begin, ledger_csv.COLUMNS, map(ledger_csv.row, found))
         else:
             sums = groups.export_usage(group_id, kind=kind, since=since, until=until, bucket=by)
-            written = _write(file, format_, _SUMS, map(_sum, sums))
+            written = _write(file, format_, begin, _SUMS, map(_sum, sums))
     if output is not None or err.is_terminal:
         note(counted(written, "row") + (f" in {output}." if output is not None else "."))
 
@@ -95,17 +102,19 @@ def _sum(total: UsageSum) -> Row:
     return {"group_id": str(total.group.id), "group": total.group.name, **numbers}
 
 
-def _write(file: IO[str], format_: Format, columns: tuple[str, ...], rows: Iterator[Row]) -> int:
+def _write(file: IO[str], format_: Format, begin: str, columns: tuple[str, ...], rows: Iterator[Row]) -> int:
     # rows and a progress bar in one terminal would garble each other
-    bar, task = progress("Exporting", None, hidden=file.isatty())
+    terminal = file.isatty()
+    bar, task = progress("Exporting", None, hidden=terminal)
     count = 0
     with bar:
         # write nothing before the first page has arrived: after an error, a lone header would look like no usage
         first = list(islice(rows, 1))
         if format_ == "csv":
-            file.write(ledger_csv.line(columns))
+            file.write(begin + ledger_csv.line(columns))
         for count, row in enumerate(chain(first, rows), 1):
-            file.write(ledger_csv.line(row.values()) if format_ == "csv" else json.dumps(row) + "\n")
+            line = ledger_csv.line(row.values()) if format_ == "csv" else json.dumps(row) + "\n"
+            file.write(plain_lines(line) if terminal else line)
             if count % 1000 == 0:
                 bar.update(task, completed=count)
     return count

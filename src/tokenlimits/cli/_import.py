@@ -188,7 +188,7 @@ def _checked(cells: Mapping[str, str]) -> Mapping[str, str]:
     missing = [name for name in _NEEDED if not cells.get(name)]
     if missing:
         raise Problem(f"{' and '.join(missing)} missing: does the first line of the file name the columns?")
-    return {name: unguarded(cell) for name, cell in cells.items()}
+    return {name: cell if name == "metadata" else unguarded(cell) for name, cell in cells.items()}
 
 
 def _uncharged(cells: Mapping[str, str]) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, tzinfo
+from io import TextIOWrapper
 from typing import Any, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -42,6 +44,38 @@ err = _console(stderr=True)
 """For errors, progress and prompts, so that results can be piped."""
 
 
+_IN_ASCII = {
+    **dict.fromkeys("█▉▊▋▌", "#"),
+    **dict.fromkeys("▍▎▏░", "-"),
+    "✓": "+",
+    "✗": "x",
+    "→": ">",
+    "…": ".",
+}
+
+
+def _substitute(error: UnicodeError) -> tuple[str, int]:
+    """Replace what an encoding doesn't have, character by character, so that columns stay in line."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_IN_ASCII.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("tokenlimits", _substitute)
+
+
+def print_anything() -> None:
+    """Print what the encoding of stdout and stderr doesn't have in ASCII, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="tokenlimits")
+
+
+def discard_output() -> None:
+    """Let go of what stdout can't take: the interpreter would try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Problem(Exception):
     """Ends a command with one line that says what to do."""
 
@@ -59,14 +93,19 @@ def plain(text: object) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
 
 
+def plain_lines(text: object) -> str:
+    """Make untrusted text of several lines safe to print."""
+    return "\n".join(map(plain, str(text).split("\n")))
+
+
 def say(text: object, style: str = "") -> None:
     """Print a line for people; it may contain names that users chose."""
-    out.print(Text("\n".join(map(plain, str(text).split("\n"))), style=style), soft_wrap=not out.is_terminal)
+    out.print(Text(plain_lines(text), style=style), soft_wrap=not out.is_terminal)
 
 
 def note(text: object, style: str = "") -> None:
     """Print a line for people on stderr, apart from the results."""
-    err.print(Text("\n".join(map(plain, str(text).split("\n"))), style=style), soft_wrap=not err.is_terminal)
+    err.print(Text(plain_lines(text), style=style), soft_wrap=not err.is_terminal)
 
 
 def table(
@@ -123,7 +162,7 @@ def print_json_list(values: Iterable[BaseModel]) -> None:
     """Print a list item by item, however long it is."""
     separator = "[\n  "
     for value in values:
-        print(f"{separator}{value.model_dump_json()}", end="")  # noqa: T201
+        print(f"{separator}{json.dumps(value.model_dump(mode='json'))}", end="")  # noqa: T201
         separator = ",\n  "
     print("\n]" if separator.startswith(",") else "[]", flush=True)  # noqa: T201
 
