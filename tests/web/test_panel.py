@@ -121,20 +121,6 @@ class TestCsrf:
         assert browser.post("/sign-out", data={"csrf": csrf}, headers=headers).url.path == "/sign-in"
 
 
-class TestSizes:
-    @pytest.mark.parametrize("path", ["/sign-in", "/api/track-generation"])
-    @pytest.mark.parametrize("is_said", [True, False], ids=["said", "streamed"])
-    def test_nobody_fills_the_memory(self, browser: httpx.Client, path: str, is_said: bool) -> None:
-        def parts() -> Iterator[bytes]:
-            for _ in range(40):
-                yield b"a=" + b"a" * 499_997 + b"&"
-
-        headers = {"Content-Type": "application/json" if "api" in path else "application/x-www-form-urlencoded"}
-        if is_said:
-            headers["Content-Length"] = str(40 * 500_000)
-        assert browser.post(path, content=parts(), headers=headers).status_code == 413
-
-
 class TestHeaders:
     @pytest.mark.parametrize("path", ["/sign-in", "/", "/api/groups", "/static/panel.css", "/nowhere"])
     def test_are_on_every_answer(self, browser: httpx.Client, path: str) -> None:

@@ -17,7 +17,7 @@ import tokenlimits
 
 from . import _problems
 from ._backend import Backend
-from ._security import BodyLimit, SecurityHeaders
+from ._security import SecurityHeaders
 from ._settings import WebSettings, load
 from .api._routes import api_of
 from .panel._routes import nothing_here, panel_for, routes_of
@@ -55,19 +55,23 @@ def create_app(settings: WebSettings | None = None, *, self_service: Mapping[str
         docs_url=None,
         redoc_url=None,
         openapi_url="/api/openapi.json",
+        redirect_slashes=False,  # those lead to whatever Host a request names
     )
     app.include_router(api_of(backend))
     app.include_router(routes_of(panel))
     app.mount("/static", _Static(packages=[("tokenlimits.web.panel", "static")]))
     app.add_middleware(GZipMiddleware)
     app.add_middleware(SecurityHeaders)
-    app.add_middleware(BodyLimit)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101  # what it is registered for
         if request.url.path.startswith(f"{request.scope.get('root_path', '')}/api/"):
             return _problems.of_status(error.status_code, error.detail, error.headers)
-        if error.status_code == 404 and request.method == "GET" and "text/html" in request.headers.get("accept", ""):
+        if (
+            error.status_code == 404
+            and request.method in ("GET", "HEAD")
+            and "text/html" in request.headers.get("accept", "")
+        ):
             return await nothing_here(panel, request)
         return PlainTextResponse(error.detail, error.status_code, error.headers)
 

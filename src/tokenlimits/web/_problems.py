@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from tokenlimits import TrackResult, errors
@@ -52,6 +53,20 @@ class TooManyRequests(Exception):
         self.retry_after = retry_after
 
 
+class TooLarge(HTTPException):
+    """A body has more bytes than are read; as an HTTPException, or FastAPI says that it can't be parsed."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(413, f"A body may have {most:,} bytes here. Send it in parts.")
+
+
+class TooSlow(HTTPException):
+    """A body took too long to arrive."""
+
+    def __init__(self) -> None:
+        super().__init__(408, "The body took too long to arrive. Send it again, or in parts.")
+
+
 class Kind(NamedTuple):
     """What an error is to a caller: its HTTP status, its name as a problem, and to people a title and what to do."""
 
@@ -65,6 +80,8 @@ class Kind(NamedTuple):
 _KINDS: Sequence[Kind] = (
     Kind(SignInRequired, 401, "sign-in-required", "Send a valid access token", "Please sign in again."),
     Kind(TooManyRequests, 429, "too-many-requests", "Too many requests", "Please wait a minute."),
+    Kind(TooLarge, 413, "too-large", "This is too large", "Send it in parts."),
+    Kind(TooSlow, 408, "too-slow", "This took too long to arrive", "Send it again, or in parts."),
     Kind(errors.InvalidRequest, 422, "invalid-request", "The request is not valid"),
     Kind(errors.AccessDenied, 403, "access-denied", "You have no right to do this", "Only admins have."),
     Kind(errors.GroupNotFound, 404, "group-not-found", "There is no such group", "It may have been deleted meanwhile."),
@@ -142,7 +159,8 @@ def of_error(error: Exception) -> JSONResponse:
     if kind.status == 500:
         logger.error("%s: %s", type(error).__name__, error)
     # the details of the server's own problems are only for its log
-    detail = None if kind.status >= 500 else str(error) or None
+    words = error.detail if isinstance(error, HTTPException) else str(error)
+    detail = None if kind.status >= 500 else words or None
     fields: list[FieldProblem] | None = None
     if isinstance(error, errors.InvalidRequest) and error.field:
         fields = [FieldProblem(field=error.field, message=str(error))]
@@ -185,6 +203,7 @@ _EXAMPLES: Mapping[int, tuple[str, str]] = {
     403: ("access-denied", "only an admin may do this"),
     404: ("group-not-found", "There is no group of this id."),
     409: ("group-exists", "a group named 'Pro' already exists"),
+    413: ("too-large", "A body may have 65,536 bytes here. Send it in parts."),
     422: ("invalid-request", "name: must have 1 to 200 characters"),
     429: ("too-many-requests", "too many requests"),
     503: ("unavailable", ""),

@@ -1,10 +1,9 @@
-"""For every request: security headers on the answer, and a limit on the size of the body."""
+"""Security headers on every answer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fastapi import HTTPException
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,8 +30,6 @@ HEADERS: Mapping[str, str] = {
     "X-Frame-Options": "DENY",
 }
 _A_YEAR = 31_536_000
-# bytes; a list of 100,000 users has four million
-_MOST = 10_000_000
 
 
 class SecurityHeaders:
@@ -58,28 +55,3 @@ class SecurityHeaders:
             await send(message)
 
         await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)
-
-
-class BodyLimit:
-    """Reads no more of a request than a large list needs, as the caller may not be authenticated yet.
-
-    Args:
-        app: What answers.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer."""
-        left = _MOST
-
-        async def receive_within() -> Message:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise HTTPException(413, "The request is too large. Send it in parts.")
-            return message
-
-        await self._app(scope, receive_within if scope["type"] == "http" else receive, send)

@@ -8,18 +8,18 @@ from uuid import UUID
 from fastapi import APIRouter, Query
 
 from tokenlimits.models import Bucket, Group, GroupUsage, Kind, Text
+from tokenlimits.web._bodies import MOST_IN_BULK
 from tokenlimits.web._problems import documented
+from tokenlimits.web._router import Router
 
-from ._routing import ApiRoute, CallersGroups
+from ._routing import CallersGroups, Gate, route_class
 from ._shapes import GROUP, USAGE, GroupChanges, GroupIn, Groups, History, Moment
 
-routes = APIRouter(route_class=ApiRoute, tags=["groups"])
-
 _GROUP_EXAMPLE = {"content": {"application/json": {"example": GROUP}}}
+_USAGE_EXAMPLE = {"content": {"application/json": {"example": USAGE}}}
 _ONE = {200: _GROUP_EXAMPLE, **documented(404)}
 
 
-@routes.get("/groups", responses=documented())
 async def list_groups(
     groups: CallersGroups,
     search: Annotated[Text, Query(max_length=200, description="A part of the name, ignoring case")] = "",
@@ -31,37 +31,31 @@ async def list_groups(
     return Groups(items=page, next=page.next)
 
 
-@routes.post("/groups", status_code=201, responses={201: _GROUP_EXAMPLE, **documented(409)})
 async def create_group(groups: CallersGroups, group: GroupIn) -> Group:
     """Create a group with its limits, in one step."""
     return await groups.create(**_fields(group))
 
 
-@routes.get("/groups/{group_id}", responses=_ONE)
 async def read_group(groups: CallersGroups, group_id: UUID) -> Group:
     """Read one group with its limits."""
     return await groups.get(group_id)
 
 
-@routes.patch("/groups/{group_id}", responses={**_ONE, **documented(404, 409)})
 async def edit_group(groups: CallersGroups, group_id: UUID, changes: GroupChanges) -> Group:
     """Change the given fields of a group in one step. Usage stays."""
     return await groups.update(group_id, **_fields(changes))
 
 
-@routes.delete("/groups/{group_id}", responses=_ONE)
 async def delete_group(groups: CallersGroups, group_id: UUID) -> Group:
     """Delete a group with its limits and memberships, and return it as it was. The ledger keeps its usage."""
     return await groups.delete(group_id)
 
 
-@routes.get("/groups/{group_id}/usage", responses={200: {"content": {"application/json": {"example": USAGE}}}, **_ONE})
 async def read_usage(groups: CallersGroups, group_id: UUID) -> GroupUsage:
     """Return the member count and, for each limit, what is used, what remains, and when it resets."""
     return await groups.usage(group_id)
 
 
-@routes.get("/groups/{group_id}/history", responses=documented(404))
 async def read_history(
     groups: CallersGroups,
     group_id: UUID,
@@ -77,3 +71,16 @@ async def read_history(
 
 def _fields(group: GroupIn | GroupChanges) -> dict[str, Any]:
     return {name: getattr(group, name) for name in type(group).model_fields}
+
+
+def routes_of(gate: Gate) -> APIRouter:
+    """Make the routes behind a gate; 500 limits are a list."""
+    routes = Router(route_class=route_class(gate, MOST_IN_BULK), tags=["groups"])
+    routes.get("/groups", responses=documented())(list_groups)
+    routes.post("/groups", status_code=201, responses={201: _GROUP_EXAMPLE, **documented(409, 413)})(create_group)
+    routes.get("/groups/{group_id}", responses=_ONE)(read_group)
+    routes.patch("/groups/{group_id}", responses={**_ONE, **documented(404, 409, 413)})(edit_group)
+    routes.delete("/groups/{group_id}", responses=_ONE)(delete_group)
+    routes.get("/groups/{group_id}/usage", responses={**_ONE, 200: _USAGE_EXAMPLE})(read_usage)
+    routes.get("/groups/{group_id}/history", responses=documented(404))(read_history)
+    return routes

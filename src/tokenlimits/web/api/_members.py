@@ -8,17 +8,17 @@ from uuid import UUID
 from fastapi import APIRouter, Query
 
 from tokenlimits.models import BulkResult, Text
+from tokenlimits.web._bodies import MOST_IN_BULK
 from tokenlimits.web._problems import documented
+from tokenlimits.web._router import Router
 
-from ._routing import ApiRoute, CallersGroups
+from ._routing import CallersGroups, Gate, route_class
 from ._shapes import Members, NewMembers, Removed
 
-routes = APIRouter(route_class=ApiRoute, tags=["members"])
-
 _BULK = {"added": 2, "already": 1, "refused": [{"user_id": "9c1f…", "reason": "there is no such user"}]}
+_BULK_EXAMPLE = {"content": {"application/json": {"example": _BULK}}}
 
 
-@routes.get("/group-members", responses=documented(404))
 async def list_members(
     groups: CallersGroups,
     group_id: Annotated[UUID, Query()],
@@ -36,15 +36,11 @@ async def list_members(
     return Members(items=page, next=page.next)
 
 
-@routes.post(
-    "/group-members", responses={200: {"content": {"application/json": {"example": _BULK}}}, **documented(404)}
-)
 async def add_members(groups: CallersGroups, members: NewMembers) -> BulkResult:
     """Add one or many users to a group; unknown users don't stop the others."""
     return await groups.add_members(members.group_id, members.ids())
 
 
-@routes.delete("/group-members", responses=documented(404))
 async def remove_members(
     groups: CallersGroups,
     group_id: Annotated[UUID, Query()],
@@ -52,3 +48,12 @@ async def remove_members(
 ) -> Removed:
     """Remove users from a group. Their usage stays, and counts again if they return."""
     return Removed(removed=await groups.remove_members(group_id, user_id))
+
+
+def routes_of(gate: Gate) -> APIRouter:
+    """Make the routes behind a gate."""
+    routes = Router(route_class=route_class(gate, MOST_IN_BULK), tags=["members"])
+    routes.get("/group-members", responses=documented(404))(list_members)
+    routes.post("/group-members", responses={200: _BULK_EXAMPLE, **documented(404, 413)})(add_members)
+    routes.delete("/group-members", responses=documented(404))(remove_members)
+    return routes

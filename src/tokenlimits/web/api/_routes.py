@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
 from tokenlimits import AsyncTokenLimits
 from tokenlimits.web._backend import Backend
@@ -12,7 +13,7 @@ from tokenlimits.web._problems import Problem
 from tokenlimits.web._settings import WebSettings, load
 
 from . import _groups, _members, _usage
-from ._routing import ApiRoute, Gate
+from ._routing import Gate
 
 
 def router(
@@ -44,16 +45,13 @@ def router(
 
 def api_of(backend: Backend) -> APIRouter:
     """Make the router for a backend."""
+    gate = Gate(backend)
     # a response without a model of its own puts the schema of problems among the others
-    api = APIRouter(
-        prefix="/api",
-        route_class=ApiRoute,
-        dependencies=[Depends(Gate(backend))],
-        responses={"default": {"model": Problem, "description": "What went wrong, as RFC 9457 problem details"}},
-    )
-    api.include_router(_groups.routes)
-    api.include_router(_members.routes)
-    api.include_router(_usage.usage_routes)
-    if backend.can_track:
-        api.include_router(_usage.track_routes)
+    responses: dict[int | str, dict[str, Any]] = {
+        "default": {"model": Problem, "description": "What went wrong, as RFC 9457 problem details"}
+    }
+    api = APIRouter(prefix="/api", responses=responses)
+    api.include_router(_groups.routes_of(gate))
+    api.include_router(_members.routes_of(gate))
+    api.include_router(_usage.routes_of(gate, can_track=backend.can_track))
     return api

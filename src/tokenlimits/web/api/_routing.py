@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
-from fastapi import Depends, HTTPException, Request
+from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from tokenlimits import AsyncGroupManager
 from tokenlimits.errors import InvalidRequest, TokenLimitsError
 from tokenlimits.web import _problems
 from tokenlimits.web._backend import Backend
+from tokenlimits.web._bearer import token_of
+from tokenlimits.web._bodies import MOST, BoundedRequest
 from tokenlimits.web._limiter import Limiter, address, caller
-from tokenlimits.web._problems import SignInRequired, TooManyRequests
+from tokenlimits.web._problems import SignInRequired, TooLarge, TooManyRequests, TooSlow
 
 _BEARER = HTTPBearer(
     scheme_name="token",
@@ -26,42 +28,12 @@ _BEARER = HTTPBearer(
     "A secret key is taken too, where no user is needed.",
     auto_error=False,
 )
-_TOKEN = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+|sb_secret_[!-~]+")
 _REPEATABLE = frozenset({"user_id"})
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
-class ApiRoute(APIRoute):
-    """Answers errors as problem details, in whatever app it is mounted."""
-
-    def get_route_handler(self) -> _Handler:
-        """Wrap FastAPI's handler."""
-        handler = super().get_route_handler()
-
-        async def answer(request: Request) -> Response:
-            response = await _answer(handler, request)
-            headers: dict[str, str] = getattr(request.state, "ratelimit", {})
-            return _problems.with_headers(response, {**headers, "Cache-Control": "no-store"})
-
-        return answer
-
-
-async def _answer(handler: _Handler, request: Request) -> Response:
-    try:
-        return await handler(request)
-    except RequestValidationError as error:
-        return _problems.of_validation(error.errors())
-    except (TokenLimitsError, TooManyRequests, SignInRequired) as error:
-        if _problems.is_sign_in_required(error):
-            # whoever guesses tokens is known by the address alone
-            request.state.failures.count(address(request))
-        return _problems.of_error(error)
-    except HTTPException as error:
-        return _problems.of_status(error.status_code, str(error.detail), error.headers)
-
-
 class Gate:
-    """Counts requests, and hands the backend to the endpoints: the first dependency of each.
+    """Lets requests in, before anything of them is read, and answers errors as problem details.
 
     Args:
         backend: Where the answers come from.
@@ -73,18 +45,68 @@ class Gate:
         self._requests = Limiter(per_minute, "requests")
         self._failures = Limiter(max(per_minute // 10, 1), "failures")
 
-    async def __call__(self, request: Request) -> None:
-        """Let a request in.
+    async def answer(self, handler: _Handler, request: Request, most: int) -> Response:
+        """Answer a request whose body has at most so many bytes."""
+        response = await self._answer(handler, request, most)
+        headers: dict[str, str] = getattr(request.state, "ratelimit", {})
+        return _problems.with_headers(response, {**headers, "Cache-Control": "no-store"})
+
+    async def _answer(self, handler: _Handler, request: Request, most: int) -> Response:
+        try:
+            return await handler(await self._let_in(request, most))
+        except RequestValidationError as error:
+            return _problems.of_validation(error.errors())
+        except (TokenLimitsError, TooManyRequests, SignInRequired, TooLarge, TooSlow) as error:
+            if _problems.is_sign_in_required(error):
+                # whoever guesses tokens is known by the address alone
+                self._failures.count(address(request))
+            return _problems.of_error(error)
+        except HTTPException as error:
+            return _problems.of_status(error.status_code, str(error.detail), error.headers)
+
+    async def _let_in(self, request: Request, most: int) -> Request:
+        """Check what can be checked without the body.
 
         Raises:
             TooManyRequests: Its caller sent too many.
+            SignInRequired: It has no token, or a long body and no valid token.
+            AccessDenied: It has a long body, and its caller is no admin.
             InvalidRequest: A parameter is there twice, or is unknown.
+            TooLarge: Its body is too long.
         """
-        request.state.backend = self._backend
-        request.state.failures = self._failures
         self._failures.check(address(request))
         request.state.ratelimit = self._requests.hit(caller(request))
+        token = token_of(request)
+        if token is None:
+            raise SignInRequired("Send an access token: Authorization: Bearer …")
+        request.state.backend = self._backend
+        request.state.token = token
         _check_query(request)
+        bounded = BoundedRequest(request, most)
+        if most > MOST and bounded.may_be_long():
+            # a forged token looks like any other until the database has seen it
+            await (await self._backend.groups(token)).page(size=1)
+        return bounded
+
+
+def route_class(gate: Gate, most: int = MOST) -> type[APIRoute]:
+    """Make the class of routes behind a gate, in whatever app they are.
+
+    Args:
+        gate: What lets requests in.
+        most: Bytes of a body. Longer ones than `MOST` are read from admins alone.
+    """
+
+    class GatedRoute(APIRoute):
+        def get_route_handler(self) -> _Handler:
+            handler = super().get_route_handler()
+
+            async def answer(request: Request) -> Response:
+                return await gate.answer(handler, request, most)
+
+            return answer
+
+    return GatedRoute
 
 
 def _check_query(request: Request) -> None:
@@ -97,15 +119,9 @@ def _check_query(request: Request) -> None:
             raise InvalidRequest(f"{name}: occurs more than once", detail=name)
 
 
-async def bearer(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)] = None) -> str:
-    """Read the caller's token.
-
-    Raises:
-        SignInRequired: There is none, or it can't be one.
-    """
-    if credentials is None or not _TOKEN.fullmatch(credentials.credentials):
-        raise SignInRequired("Send an access token: Authorization: Bearer …")
-    return credentials.credentials
+async def bearer(request: Request, _: Annotated[object, Depends(_BEARER)]) -> str:
+    """Return the caller's token; it stands in OpenAPI's document."""
+    return request.state.token
 
 
 def backend_of(request: Request) -> Backend:

@@ -13,25 +13,20 @@ from tokenlimits.errors import AccessDenied
 from tokenlimits.web import _ratelimit
 from tokenlimits.web._backend import Backend
 from tokenlimits.web._problems import documented
+from tokenlimits.web._router import Router
 
-from ._routing import ApiRoute, TheBackend, Token
+from ._routing import Gate, TheBackend, Token, route_class
 from ._shapes import RESULT, Generation, MyUsage
 
-usage_routes = APIRouter(route_class=ApiRoute, tags=["usage"])
-track_routes = APIRouter(route_class=ApiRoute, tags=["usage"])
+_RESULT_EXAMPLE = {"content": {"application/json": {"example": RESULT}}}
 
 
-@usage_routes.get("/usage/me", responses=documented())
 async def my_usage(backend: TheBackend, token: Token) -> MyUsage:
     """List every limit that applies to the caller, with what is used, what remains, and when it resets."""
     limits = await backend.limits_of(token)
     return MyUsage(items=await limits.my_usage())
 
 
-@track_routes.post(
-    "/track-generation",
-    responses={200: {"content": {"application/json": {"example": RESULT}}}, **documented(404, 409)},
-)
 async def track_generation(
     backend: TheBackend,
     token: Token,
@@ -76,3 +71,13 @@ async def _themself(
     if chosen:
         raise HTTPException(400, f"A signed-in user can't choose {', '.join(chosen)}; send the kind alone")
     return person.id, {"kind": generation.kind, "cost": cost}
+
+
+def routes_of(gate: Gate, *, can_track: bool) -> APIRouter:
+    """Make the routes behind a gate."""
+    routes = Router(route_class=route_class(gate), tags=["usage"])
+    routes.get("/usage/me", responses=documented())(my_usage)
+    if can_track:
+        responses = {200: _RESULT_EXAMPLE, **documented(404, 409, 413)}
+        routes.post("/track-generation", responses=responses)(track_generation)
+    return routes

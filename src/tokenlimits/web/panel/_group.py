@@ -9,17 +9,18 @@ from datetime import UTC, datetime
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from tokenlimits import ledger_csv
 from tokenlimits.models import UsageRecord
+from tokenlimits.web._router import Router
 
 from . import _charts, _views
 from ._format import amount
 from ._pages import PageRoute, Panel, Signed, Visit, Watching, done
 
-routes = APIRouter(route_class=PageRoute, include_in_schema=False)
+routes = Router(route_class=PageRoute, include_in_schema=False)
 
 _RECENT = 25
 _TOP = 8

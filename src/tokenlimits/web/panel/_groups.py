@@ -5,16 +5,16 @@ from __future__ import annotations
 from uuid import UUID
 from zoneinfo import available_timezones
 
-from fastapi import APIRouter
 from starlette.responses import Response
 
 from tokenlimits import InvalidRequest
 from tokenlimits.errors import GroupExists
+from tokenlimits.web._router import Router
 
 from ._forms import GroupForm, LimitRow
-from ._pages import PageRoute, Signed, Visit, done
+from ._pages import BulkPageRoute, Signed, Visit, done
 
-routes = APIRouter(route_class=PageRoute, include_in_schema=False)
+routes = Router(route_class=BulkPageRoute, include_in_schema=False)
 
 _ZONES = ["UTC", *sorted(name for name in available_timezones() if "/" in name and not name.startswith("Etc/"))]
 

@@ -7,16 +7,17 @@ from collections.abc import Iterable
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from starlette.responses import Response
 
 from tokenlimits import AsyncGroupManager, InvalidRequest
 from tokenlimits.models import BulkResult
+from tokenlimits.web._router import Router
 
 from ._forms import ids, pasted
-from ._pages import PageRoute, Signed, Visit, stay
+from ._pages import BulkPageRoute, Signed, Visit, stay
 
-routes = APIRouter(route_class=PageRoute, include_in_schema=False)
+routes = Router(route_class=BulkPageRoute, include_in_schema=False)
 
 _PAGE = 50
 

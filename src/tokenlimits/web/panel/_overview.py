@@ -6,13 +6,15 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from starlette.responses import JSONResponse, Response
+
+from tokenlimits.web._router import Router
 
 from . import _charts, _views
 from ._pages import PageRoute, Signed
 
-routes = APIRouter(route_class=PageRoute, include_in_schema=False)
+routes = Router(route_class=PageRoute, include_in_schema=False)
 
 _FULLEST = 10
 

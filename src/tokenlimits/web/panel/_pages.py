@@ -21,8 +21,17 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from tokenlimits import AsyncGroupManager, errors, levels
 from tokenlimits.web._auth import Tokens
 from tokenlimits.web._backend import Backend
-from tokenlimits.web._limiter import Limiter
-from tokenlimits.web._problems import Kind, SignInRequired, TooManyRequests, is_sign_in_required, kind_of
+from tokenlimits.web._bodies import MOST, MOST_IN_BULK, BoundedRequest
+from tokenlimits.web._limiter import Limiter, address
+from tokenlimits.web._problems import (
+    Kind,
+    SignInRequired,
+    TooLarge,
+    TooManyRequests,
+    TooSlow,
+    is_sign_in_required,
+    kind_of,
+)
 from tokenlimits.web._sessions import BadOrigin, Session, Sessions
 
 from . import _format
@@ -65,16 +74,23 @@ class Panel:
             longest=settings.session_hours * 3600,
         )
         self.sign_ins = Limiter(settings.sign_ins_per_minute, "sign-ins")
+        self._requests = Limiter(settings.requests_per_minute, "requests")
 
     async def __call__(self, request: Request) -> None:
         """Let a request in; the first dependency of each page.
 
         Raises:
+            TooManyRequests: Its sender sent too many.
             BadOrigin: It would change something, and doesn't come from a page of the panel.
+            SignInRequired: It has a long body, and nobody is signed in.
+            AccessDenied: It has a long body, and its sender is no admin.
         """
         request.state.panel = self
         request.state.session = session = self.sessions.read(request)
+        self._requests.hit(str(session.tokens.person.id) if session.tokens else address(request))
         if request.method not in _SAFE:
+            if request.state.may_be_long:
+                await (await _watch(request)).groups.page(size=1)
             token = request.headers.get("x-csrf-token") or (await read_form(request)).get("csrf")
             self.sessions.check_csrf(request, session, token)
 
@@ -155,7 +171,7 @@ def _event(**events: Any) -> dict[str, str]:
 
 async def read_form(request: Request) -> FormData:
     """Read a submitted form, up to a list of 100,000 users."""
-    return await request.form(max_fields=5_000, max_part_size=8_000_000)
+    return await request.form(max_fields=5_000, max_part_size=MOST_IN_BULK)
 
 
 def is_fragment(request: Request) -> bool:
@@ -166,18 +182,25 @@ def is_fragment(request: Request) -> bool:
 class PageRoute(APIRoute):
     """Answers errors as pages, or as plain text if a script made the request."""
 
+    most = MOST
+    """Bytes of a body; longer ones than `MOST` are read from admins alone."""
+
     def get_route_handler(self) -> _Handler:
         """Wrap FastAPI's handler."""
         handler = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
+            bounded = BoundedRequest(request, self.most)
+            request.state.may_be_long = self.most > MOST and bounded.may_be_long()
             try:
-                response = await handler(request)
+                response = await handler(bounded)
                 _keep(request, response)
             except (
                 BadOrigin,
                 SignInRequired,
+                TooLarge,
                 TooManyRequests,
+                TooSlow,
                 RequestValidationError,
                 errors.TokenLimitsError,
             ) as error:
@@ -187,6 +210,12 @@ class PageRoute(APIRoute):
             return response
 
         return answer
+
+
+class BulkPageRoute(PageRoute):
+    """Takes long lists."""
+
+    most = MOST_IN_BULK
 
 
 def _keep(request: Request, response: Response) -> None:

@@ -6,7 +6,9 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from tokenlimits import ConfigurationError
+from tokenlimits.web import _problems
 from tokenlimits.web._backend import Backend
+from tokenlimits.web._problems import TooManyRequests
 from tokenlimits.web._settings import MAKE_ONE
 
 from . import _group, _groups, _members, _overview, _sign_in, _tokens
@@ -40,7 +42,10 @@ def routes_of(panel: Panel) -> APIRouter:
 
 async def nothing_here(panel: Panel, request: Request) -> Response:
     """Show that the page doesn't exist."""
-    await panel(request)
+    try:
+        await panel(request)
+    except TooManyRequests as error:
+        return _problems.of_error(error)
     words = {"title": "Page not found", "advice": "The address may be mistyped.", "retry": False}
     response = render(request, "problem.html", 404, **words)
     response.headers["Cache-Control"] = "no-store"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 from pydantic import SecretStr
 from starlette.responses import RedirectResponse, Response
 
@@ -13,11 +13,12 @@ from tokenlimits import ServiceUnavailable
 from tokenlimits.errors import AccessDenied
 from tokenlimits.web._limiter import address
 from tokenlimits.web._problems import TooManyRequests, kind_of
+from tokenlimits.web._router import Router
 from tokenlimits.web._sessions import Session
 
 from ._pages import PageRoute, Panel, read_form, render
 
-routes = APIRouter(route_class=PageRoute, include_in_schema=False)
+routes = Router(route_class=PageRoute, include_in_schema=False)
 
 
 @routes.get("/sign-in")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from starlette.responses import JSONResponse, Response
+
+from tokenlimits.web._router import Router
 
 from . import _views
 from ._pages import PageRoute, Signed, Watching
 
-routes = APIRouter(route_class=PageRoute, include_in_schema=False)
+routes = Router(route_class=PageRoute, include_in_schema=False)
 
 
 @routes.get("/")
