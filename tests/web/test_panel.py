@@ -232,7 +232,7 @@ class TestDialogs:
         assert answer.status_code == 422
         assert "Another group has this name." in answer.text
         answer = self.post(browser, "/groups/new", {**form, "name": "Other", "timezone": "Mars/Base"})
-        assert "This time zone doesn't exist." in answer.text
+        assert "This time zone doesn&#39;t exist." in answer.text
         assert [group.name for group in groups.list()] == ["Pro"]
 
     @pytest.mark.slow
