@@ -316,6 +316,7 @@ $do$;
 --   TL008  idempotency key used for another request
 --   TL009  the transaction is not READ COMMITTED
 --   TL010  names that tokenlimits needs are taken, or it is installed in another schema; raised when the SQL is applied
+--   TL011  somebody else changed the group meanwhile; DETAIL is when
 --   TL099  overtaken by another call; always caught internally
 --   42501  the caller is not an admin
 
@@ -699,7 +700,8 @@ begin
     ),
     nfc
   );
-  new.updated_at := tokenlimits.clock();
+  -- two changes never have the same moment, or the second editor would not notice the first
+  new.updated_at := greatest(tokenlimits.clock(), old.updated_at + interval '1 microsecond');
   if (char_length(new.name) >= 1 and char_length(new.name) <= 200 and new.name = normalize(
   btrim(
     new.name,
@@ -4670,7 +4672,8 @@ create or replace function public.save_group(
   p_timezone text default null,
   p_is_default boolean default null,
   p_limits jsonb default null,
-  p_id uuid default null
+  p_id uuid default null,
+  p_updated_at timestamptz default null
 )
 returns jsonb
 language plpgsql
@@ -4690,6 +4693,21 @@ begin
       perform tokenlimits.refuse('TL001', 'id: is for a new group; group_id names an existing one', 'id');
     end if;
     v_group := tokenlimits.require_group(p_group_id);
+    if p_updated_at is not null then
+      -- locked first, or two who read the same could both pass
+      select g.* into v_group
+      from public.user_groups as g
+      where g.id = p_group_id
+      for no key update;
+      if v_group.updated_at is distinct from p_updated_at then
+        perform tokenlimits.refuse(
+          'TL011',
+          format('the group %L was changed meanwhile', v_group.name),
+          to_json(v_group.updated_at) #>> '{}',
+          'Read it again, and decide whether your change still fits. Nothing was saved.'
+        );
+      end if;
+    end if;
   end if;
   if p_is_default then
     -- one default group at a time; the stripes of groups are 0 to 255
@@ -4740,14 +4758,14 @@ begin
 end
 $$;
 
-comment on function public.save_group(uuid, text, text, integer, text, boolean, jsonb, uuid)
+comment on function public.save_group(uuid, text, text, integer, text, boolean, jsonb, uuid, timestamptz)
 is 'tokenlimits: Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an '
-'existing group, with its whole set of limits, in one step.';
+'existing group, with its whole set of limits, in one step. With p_updated_at, only if nobody has changed it since.';
 
-revoke execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb, uuid)
+revoke execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb, uuid, timestamptz)
 from public, anon, authenticated, service_role;
 
-grant execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb, uuid)
+grant execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb, uuid, timestamptz)
 to authenticated, service_role;
 
 create or replace function public.set_group_limit(p_group_id uuid, p_limit jsonb)
@@ -4762,7 +4780,10 @@ begin
   perform tokenlimits.require_admin();
   perform tokenlimits.check_limits(jsonb_build_array(v_limit));
   perform tokenlimits.require_group(p_group_id);
-  perform from public.user_groups as g where g.id = p_group_id for no key update;
+  -- before the limit is locked; and the group has changed, for those who look at its updated_at
+  update public.user_groups as g
+  set name = g.name
+  where g.id = p_group_id;
   insert into public.group_limits as l (group_id, kind, period, scope, max)
   values (
     p_group_id, v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'scope', (v_limit ->> 'max')::numeric::bigint
@@ -4791,6 +4812,9 @@ as $$
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
+  update public.user_groups as g
+  set name = g.name
+  where g.id = p_group_id;
   delete from public.group_limits as l
   where l.group_id = p_group_id and l.kind = p_kind and l.period = p_period and l.scope = p_scope;
   return tokenlimits.group_json(tokenlimits.require_group(p_group_id));
@@ -5032,7 +5056,10 @@ begin
   if not p_kind ~ '^[a-z][a-z0-9_]{0,31}$' then
     perform tokenlimits.refuse('TL001', 'kind: is not a kind of generation', 'kind');
   end if;
-  perform from public.user_groups as g where g.id = p_group_id for no key update;
+  -- before the limit is locked; and the group has changed, for those who look at its updated_at
+  update public.user_groups as g
+  set name = g.name
+  where g.id = p_group_id;
   perform
   from public.group_limits as l
   where l.group_id = p_group_id

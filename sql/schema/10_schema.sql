@@ -16,6 +16,7 @@
 --   TL008  idempotency key used for another request
 --   TL009  the transaction is not READ COMMITTED
 --   TL010  names that tokenlimits needs are taken, or it is installed in another schema; raised when the SQL is applied
+--   TL011  somebody else changed the group meanwhile; DETAIL is when
 --   TL099  overtaken by another call; always caught internally
 --   42501  the caller is not an admin
 

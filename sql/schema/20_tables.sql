@@ -139,7 +139,8 @@ begin
   -- row-level security refuses an insert only afterwards; read nothing for such a caller before that
   perform tokenlimits.require_admin();
   new.name := {{ tidied('new.name') | indent(2) }};
-  new.updated_at := tokenlimits.clock();
+  -- two changes never have the same moment, or the second editor would not notice the first
+  new.updated_at := greatest(tokenlimits.clock(), old.updated_at + interval '1 microsecond');
   if ({{ is_name('new.name') }}) is not true then
     perform tokenlimits.refuse(
       'TL001', 'name: must have 1 to 200 characters, none of them a control, zero-width or direction character', 'name'

@@ -10,6 +10,7 @@ from .errors import (
     AccessDenied,
     AlreadySettled,
     ConfigurationError,
+    GroupChanged,
     GroupExists,
     GroupNotFound,
     HoldExpired,
@@ -32,6 +33,7 @@ BY_CODE: Mapping[str, type[TokenLimitsError]] = {
     "TL008": IdempotencyConflict,
     "TL009": ConfigurationError,
     "TL010": ConfigurationError,
+    "TL011": GroupChanged,
     "42501": AccessDenied,  # insufficient_privilege
     "42883": SchemaNotInstalled,  # undefined_function
     "3F000": SchemaNotInstalled,  # invalid_schema_name

@@ -141,6 +141,7 @@ class AsyncGroupManager(AsyncBase):
         timezone: str | None = None,
         is_default: bool | None = None,
         limits: Limits | None = None,
+        unchanged_since: datetime | None = None,
     ) -> Group:
         """Change a group in one step: an error changes nothing, and arguments that are None leave their field alone.
 
@@ -154,9 +155,12 @@ class AsyncGroupManager(AsyncBase):
             timezone: An IANA name, in which the calendar periods begin.
             is_default: Users who are in no group have this group's limits. It replaces the previous default.
             limits: The whole set of limits, as `set_limits` takes it.
+            unchanged_since: The `updated_at` of the group that you decided by: what somebody else has changed since is
+                not overwritten.
 
         Raises:
             GroupExists: Another group has the name.
+            GroupChanged: Somebody has changed the group since.
 
         Example:
             >>> changed = await groups.update(team.id, timezone="Europe/Paris", limits={"image": 20})
@@ -172,6 +176,7 @@ class AsyncGroupManager(AsyncBase):
                 timezone=timezone,
                 is_default=is_default,
                 limits=limits,
+                unchanged_since=unchanged_since,
             )
         )
 

@@ -13,6 +13,7 @@ __all__ = [
     "AlreadySettled",
     "ConfigurationError",
     "GenerationDenied",
+    "GroupChanged",
     "GroupExists",
     "GroupNotFound",
     "HoldExpired",
@@ -101,6 +102,10 @@ class GroupNotFound(TokenLimitsError):
 
 class GroupExists(TokenLimitsError):
     """Another group has this name (names are unique, ignoring case)."""
+
+
+class GroupChanged(TokenLimitsError):
+    """Somebody else has changed the group since it was read; nothing was saved."""
 
 
 class UnknownUser(TokenLimitsError):

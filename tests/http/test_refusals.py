@@ -14,6 +14,7 @@ from tokenlimits._refusals import BY_CODE
 from tokenlimits.errors import (
     AccessDenied,
     AlreadySettled,
+    GroupChanged,
     GroupExists,
     GroupNotFound,
     HoldExpired,
@@ -36,6 +37,7 @@ OURS: dict[str, type[TokenLimitsError]] = {
     "TL008": IdempotencyConflict,
     "TL009": ConfigurationError,
     "TL010": ConfigurationError,
+    "TL011": GroupChanged,
 }
 MISSING = httpx.Response(
     404, json={"code": "PGRST202", "message": "Could not find the function public.x in the schema cache"}

@@ -41,6 +41,7 @@ from tokenlimits import (
 from tokenlimits._core import flows
 from tokenlimits.errors import (
     AlreadySettled,
+    GroupChanged,
     GroupExists,
     GroupNotFound,
     HoldExpired,
@@ -239,6 +240,19 @@ def unlimited(world: World) -> None:
     result = world.limits.track(ANN, "image", 1_000_000_000)
     assert (result.allowed, result.remaining, result.reset_at) == (True, None, None)
     assert [(limit.used, limit.remaining) for limit in result.limits] == [(1_000_000_000, None)] * 2
+
+
+@scenario
+def what_somebody_else_changed_is_not_overwritten(world: World) -> None:
+    made = world.groups.create("Pro", limits={"image": 1})
+    world.wait(minutes=1)
+    changed = world.groups.set_limit(made.id, Limit(kind="image", max=2))
+    refused(GroupChanged, world.groups.update, made.id, limits={"image": 9}, unchanged_since=made.updated_at)
+    world.groups.update(made.id, limits={"image": 9}, unchanged_since=changed.updated_at)
+    # also within the same moment
+    refused(GroupChanged, world.groups.update, made.id, name="Max", unchanged_since=changed.updated_at)
+    removed = world.groups.remove_limit(made.id, "image")
+    world.groups.update(made.id, name="Max", unchanged_since=removed.updated_at)
 
 
 @scenario

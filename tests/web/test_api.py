@@ -45,6 +45,23 @@ class TestGroups:
         problem(api("admin", "GET", path), 404, "group-not-found")
         assert groups.list() == []
 
+    def test_what_somebody_else_changed_is_not_overwritten(self, api: Ask, groups: GroupManager) -> None:
+        pro = groups.create("Pro", limits={"image": 1})
+        path = f"/groups/{pro.id}"
+        tag = api("admin", "GET", path).headers["etag"]
+        groups.set_limit(pro.id, Limit(kind="image", max=2))
+        stale = api("admin", "PATCH", path, json={"limits": {"image": 9}}, headers={"If-Match": tag})
+        problem(stale, 412, "group-changed")
+        assert groups.get(pro.id).limits[0].max == 2
+        now = api("admin", "GET", path).headers["etag"]
+        edited = api("admin", "PATCH", path, json={"limits": {"image": 9}}, headers={"If-Match": now})
+        assert (edited.status_code, edited.json()["limits"][0]["max"]) == (200, 9)
+        assert edited.headers["etag"] not in (tag, now)
+        again = api("admin", "PATCH", path, json={"name": "Pro"}, headers={"If-Match": edited.headers["etag"]})
+        assert again.status_code == 200
+        assert api("admin", "PATCH", path, json={"name": "Pro"}, headers={"If-Match": "*"}).status_code == 200
+        assert api("admin", "PATCH", path, json={"name": "Pro"}, headers={"If-Match": '"x"'}).status_code == 412
+
     def test_an_error_names_the_field_and_changes_nothing(self, api: Ask, groups: GroupManager) -> None:
         pro = groups.create("Pro", limits={"image": 1})
         path = f"/groups/{pro.id}"
@@ -188,7 +205,7 @@ class TestTrackGeneration:
         both = body | {"idempotency_key": "sent-1"}
         assert api("service", "POST", "/track-generation", json=both, headers=key).json()["replayed"]
         other = body | {"idempotency_key": "sent-2"}
-        assert api("service", "POST", "/track-generation", json=other, headers=key).status_code == 400
+        problem(api("service", "POST", "/track-generation", json=other, headers=key), 409, "idempotency-conflict")
         assert groups.usage(pro.id).limits[0].used == 1
 
     def test_a_user_tracks_nothing(self, api: Ask, groups: GroupManager, user: LocalUser) -> None:

@@ -156,6 +156,70 @@ class TestAnAdminsDay:
         expect(pro).to_have_count(0)
         assert groups.list() == []
 
+    def test_a_stale_dialog_says_what_somebody_else_changed(
+        self, sign_in: SignIn, groups: GroupManager, group: Group
+    ) -> None:
+        page = sign_in()
+        page.get_by_role("button", name=f"Edit {group.name}").click()
+        dialog = page.get_by_role("dialog", name="Edit group")
+        dialog.get_by_label("Description").fill("typed")
+        groups.set_limit(group.id, Limit(kind="audio", max=12_000, period="day"))
+        dialog.get_by_role("button", name="Save").click()
+        expect(dialog.get_by_role("alert")).to_contain_text("Somebody else changed this group just now")
+        expect(dialog.get_by_role("alert")).to_contain_text("audio per day: none → 12,000")
+        assert groups.get(group.id).description == group.description
+        dialog.get_by_role("button", name="reload").click()
+        expect(dialog.get_by_label("Description")).to_have_value(group.description)
+        expect(dialog.get_by_role("textbox", name="Maximum").first).to_have_value("12000")
+
+        dialog.get_by_label("Description").fill("mine")
+        groups.update(group.id, priority=7)
+        dialog.get_by_role("button", name="Save").click()
+        expect(dialog.get_by_role("alert")).to_contain_text("priority: 0 → 7")
+        dialog.get_by_role("button", name="Save").click()
+        expect(page.get_by_text(f"{group.name} was saved.")).to_be_visible()
+        assert (groups.get(group.id).description, groups.get(group.id).priority) == ("mine", 0)
+
+    def test_closing_an_edited_form_asks(self, sign_in: SignIn, group: Group) -> None:
+        page = sign_in()
+        page.get_by_role("button", name=f"Edit {group.name}").click()
+        dialog = page.get_by_role("dialog", name="Edit group")
+        dialog.get_by_label("Description").fill("typed")
+        question = page.get_by_role("dialog", name="Discard your changes?")
+        page.keyboard.press("Escape")
+        question.get_by_role("button", name="Cancel").click()
+        expect(dialog.get_by_label("Description")).to_have_value("typed")
+        dialog.get_by_role("button", name="Close").click()
+        question.get_by_role("button", name="Discard").click()
+        expect(dialog).to_be_hidden()
+        page.get_by_role("button", name=f"Edit {group.name}").click()
+        expect(dialog.get_by_label("Description")).to_have_value(group.description)
+        page.keyboard.press("Escape")
+        expect(dialog).to_be_hidden()
+
+    def test_what_was_typed_outlives_the_session(
+        self, sign_in: SignIn, groups: GroupManager, group: Group, admin: LocalUser
+    ) -> None:
+        page = sign_in()
+        page.get_by_role("button", name=f"Edit {group.name}").click()
+        dialog = page.get_by_role("dialog", name="Edit group")
+        dialog.get_by_label("Description").fill("typed for an hour")
+        dialog.get_by_role("button", name="Add a limit").click()
+        dialog.get_by_label("Kind").last.fill("speech")
+        dialog.get_by_label("Maximum").last.fill("1,5")
+        page.context.clear_cookies()
+        dialog.get_by_role("button", name="Save").click()
+        page.get_by_label("E-mail").fill(admin.email)
+        page.get_by_label("Password").fill(admin.password)
+        page.get_by_role("button", name="Sign in").click()
+        expect(dialog.get_by_label("Description")).to_have_value("typed for an hour")
+        expect(dialog.get_by_label("Kind").last).to_have_value("speech")
+        expect(dialog.get_by_label("Maximum").last).to_have_value("1,5")
+        dialog.get_by_label("Maximum").last.fill("15")
+        dialog.get_by_role("button", name="Save").click()
+        expect(page.get_by_text(f"{group.name} was saved.")).to_be_visible()
+        assert groups.get(group.id).description == "typed for an hour"
+
     def test_a_generation_is_shown_within_two_seconds_of_the_pages_time(
         self, sign_in: SignIn, stack: LocalStack, group: Group, limits: TokenLimits, user: LocalUser
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -51,10 +52,15 @@ def create_group(id_: Id | None = None, **fields: Any) -> Call[Group]:
     return Call("save_group", params, _GROUP, retry_safe=False)
 
 
-def update_group(group_id: Id, **fields: Any) -> Call[Group]:
-    """Change what is not None of a group."""
+def update_group(group_id: Id, unchanged_since: datetime | None = None, **fields: Any) -> Call[Group]:
+    """Change what is not None of a group, perhaps only if nobody has changed it since."""
     changes = {name: value for name, value in fields.items() if value is not None}
-    return Call("save_group", {**_group_id(group_id), **arguments.group(changes)}, _GROUP)
+    params = {**_group_id(group_id), **arguments.group(changes)}
+    if unchanged_since is None:
+        return Call("save_group", params, _GROUP)
+    params["p_updated_at"] = arguments.moment(unchanged_since, "unchanged_since")
+    # after a lost answer, the change itself would be somebody else's
+    return Call("save_group", params, _GROUP, retry_safe=False)
 
 
 def set_limits(group_id: Id, limits: Limits) -> Call[Group]:

@@ -31,11 +31,19 @@ class AdminFunctions(State):
         p_is_default: bool | None = None,
         p_limits: list[Json] | None = None,
         p_id: str | None = None,
+        p_updated_at: str | None = None,
     ) -> Json:
         """Create a group, or change the fields that are not null; everything is checked before anything changes."""
         limits = None if p_limits is None else _limits(p_limits)
         group = None if p_group_id is None else self._group(p_group_id)
         id_ = self._new_id(group, p_id)
+        if group is not None and p_updated_at is not None and datetime.fromisoformat(p_updated_at) != group.updated_at:
+            refuse(
+                "TL011",
+                f"the group '{group.name}' was changed meanwhile",
+                detail=group.updated_at.isoformat(),
+                hint="Read it again, and decide whether your change still fits. Nothing was saved.",
+            )
         name = p_name if p_name is not None else group.name if group else ""
         timezone = None if p_timezone is None else _timezone(p_timezone)
         if any(other is not group and other.name.lower() == name.lower() for other in self._groups.values()):
@@ -56,23 +64,30 @@ class AdminFunctions(State):
         group.priority = group.priority if p_priority is None else p_priority
         group.timezone = timezone or group.timezone
         group.is_default = group.is_default if p_is_default is None else p_is_default
-        group.updated_at = self.now
+        if p_group_id is not None:
+            self._touch(group)
         if limits is not None:
             kept = {rule: limits[rule] for rule in group.limits if rule in limits}
             group.limits = kept | limits
             group.unlimited = False
         return group_json(group, _PERIODS)
 
+    def _touch(self, group: Group) -> None:
+        # two changes never have the same moment, or the second editor would not notice the first
+        group.updated_at = max(self.now, group.updated_at + timedelta(microseconds=1))
+
     def set_group_limit(self, p_group_id: str, p_limit: Json) -> Json:
         """Add one limit, or change its max."""
         group = self._group(p_group_id)
         group.limits |= _limits([p_limit])
+        self._touch(group)
         return group_json(group, _PERIODS)
 
     def remove_group_limit(self, p_group_id: str, p_kind: str, p_period: str, p_scope: str) -> Json:
         """Remove one limit, if it is there."""
         group = self._group(p_group_id)
         group.limits.pop(Rule(p_kind, p_period, p_scope), None)
+        self._touch(group)
         return group_json(group, _PERIODS)
 
     def delete_group(self, p_group_id: str) -> Json:
@@ -225,7 +240,7 @@ class AdminFunctions(State):
         for group in self._groups.values():
             if group.is_default:
                 group.is_default = False
-                group.updated_at = self.now
+                self._touch(group)
 
 
 def _limits(limits: list[Json]) -> dict[Rule, int | None]:

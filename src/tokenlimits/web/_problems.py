@@ -87,6 +87,7 @@ _KINDS: Sequence[Kind] = (
     Kind(errors.GroupNotFound, 404, "group-not-found", "There is no such group", "It may have been deleted meanwhile."),
     Kind(errors.UnknownUser, 404, "unknown-user", "There is no such user"),
     Kind(errors.UsageNotFound, 404, "usage-not-found", "There is no such usage"),
+    Kind(errors.GroupChanged, 412, "group-changed", "Somebody else changed the group meanwhile"),
     Kind(errors.GroupExists, 409, "group-exists", "Another group has this name"),
     Kind(
         errors.AlreadySettled,
@@ -203,6 +204,7 @@ _EXAMPLES: Mapping[int, tuple[str, str]] = {
     403: ("access-denied", "only an admin may do this"),
     404: ("group-not-found", "There is no group of this id."),
     409: ("group-exists", "a group named 'Pro' already exists"),
+    412: ("group-changed", "the group 'Pro' was changed meanwhile"),
     413: ("too-large", "A body may have 65,536 bytes here. Send it in parts."),
     422: ("invalid-request", "name: must have 1 to 200 characters"),
     429: ("too-many-requests", "too many requests"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Header, HTTPException, Query, Response
 
 from tokenlimits.models import Bucket, Group, GroupUsage, Kind, Text
 from tokenlimits.web._bodies import MOST_IN_BULK
@@ -36,14 +37,24 @@ async def create_group(groups: CallersGroups, group: GroupIn) -> Group:
     return await groups.create(**_fields(group))
 
 
-async def read_group(groups: CallersGroups, group_id: UUID) -> Group:
-    """Read one group with its limits."""
-    return await groups.get(group_id)
+async def read_group(groups: CallersGroups, group_id: UUID, response: Response) -> Group:
+    """Read one group with its limits. Its `ETag` tells this state from any later one."""
+    return _tagged(await groups.get(group_id), response)
 
 
-async def edit_group(groups: CallersGroups, group_id: UUID, changes: GroupChanges) -> Group:
-    """Change the given fields of a group in one step. Usage stays."""
-    return await groups.update(group_id, **_fields(changes))
+async def edit_group(
+    groups: CallersGroups,
+    group_id: UUID,
+    changes: GroupChanges,
+    response: Response,
+    if_match: Annotated[str | None, Header(description="The `ETag` of the group that you decided by")] = None,
+) -> Group:
+    """Change the given fields of a group in one step. Usage stays.
+
+    With `If-Match`, a change that somebody else made meanwhile isn't overwritten: 412.
+    """
+    group = await groups.update(group_id, **_fields(changes), unchanged_since=_read_tag(if_match))
+    return _tagged(group, response)
 
 
 async def delete_group(groups: CallersGroups, group_id: UUID) -> Group:
@@ -69,6 +80,21 @@ async def read_history(
     return History(items=points)
 
 
+def _tagged(group: Group, response: Response) -> Group:
+    response.headers["ETag"] = f'"{group.updated_at.isoformat()}"'
+    return group
+
+
+def _read_tag(if_match: str | None) -> datetime | None:
+    if if_match is None or if_match.strip() == "*":
+        return None
+    try:
+        moment = datetime.fromisoformat(if_match.strip().removeprefix("W/").strip('"'))
+    except ValueError:
+        raise HTTPException(412, "If-Match is no ETag of a group") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
 def _fields(group: GroupIn | GroupChanges) -> dict[str, Any]:
     return {name: getattr(group, name) for name in type(group).model_fields}
 
@@ -79,7 +105,7 @@ def routes_of(gate: Gate) -> APIRouter:
     routes.get("/groups", responses=documented())(list_groups)
     routes.post("/groups", status_code=201, responses={201: _GROUP_EXAMPLE, **documented(409, 413)})(create_group)
     routes.get("/groups/{group_id}", responses=_ONE)(read_group)
-    routes.patch("/groups/{group_id}", responses={**_ONE, **documented(404, 409, 413)})(edit_group)
+    routes.patch("/groups/{group_id}", responses={**_ONE, **documented(404, 409, 412, 413)})(edit_group)
     routes.delete("/groups/{group_id}", responses=_ONE)(delete_group)
     routes.get("/groups/{group_id}/usage", responses={**_ONE, 200: _USAGE_EXAMPLE})(read_usage)
     routes.get("/groups/{group_id}/history", responses=documented(404))(read_history)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Header, HTTPException, Request
 from pydantic import SecretStr
 
 from tokenlimits import InvalidRequest, TrackResult
-from tokenlimits.errors import AccessDenied
+from tokenlimits.errors import AccessDenied, IdempotencyConflict
 from tokenlimits.web import _ratelimit
 from tokenlimits.web._backend import Backend
 from tokenlimits.web._problems import documented
@@ -44,7 +44,7 @@ async def track_generation(
     fields = generation.model_dump(exclude={"user_id"})
     if idempotency_key is not None:
         if generation.idempotency_key not in (None, idempotency_key):
-            raise HTTPException(400, "Idempotency-Key and idempotency_key differ: send one of them")
+            raise IdempotencyConflict("Idempotency-Key and idempotency_key differ: send one of them")
         fields["idempotency_key"] = idempotency_key
     user_id = generation.user_id
     if not backend.is_worker(token):

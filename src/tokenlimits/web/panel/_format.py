@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 
 _PERIODS: Mapping[str, str] = {
     "minute": "per minute",
@@ -112,3 +112,16 @@ FILTERS: Mapping[str, Callable[..., str]] = {
     "period": period,
     "moment": moment,
 }
+
+
+def ago(time: timedelta) -> str:
+    """Say how long ago something was.
+
+    Example:
+        >>> ago(timedelta(seconds=3)), ago(timedelta(minutes=2)), ago(timedelta(days=1, hours=3))
+        ('just now', '2 minutes ago', '1 day ago')
+    """
+    for seconds, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):
+        if (count := int(time.total_seconds()) // seconds) > 0:
+            return f"{count} {unit}{'' if count == 1 else 's'} ago"
+    return "just now"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -64,6 +66,9 @@ class GroupForm:
     is_default: bool = False
     rows: Sequence[LimitRow] = ()
     errors: dict[str, str] = field(default_factory=dict[str, str])
+    updated_at: str = ""
+    before: str = ""
+    """What the group was when the form was opened, as JSON: what others change meanwhile is told from it."""
 
     @classmethod
     def of_group(cls, group: Group) -> GroupForm:
@@ -74,7 +79,8 @@ class GroupForm:
             )
             for limit in group.limits
         ]
-        return cls(group.name, group.description, str(group.priority), group.timezone, group.is_default, rows)
+        form = cls(group.name, group.description, str(group.priority), group.timezone, group.is_default, rows)
+        return replace(form, updated_at=group.updated_at.isoformat(), before=json.dumps(_facts(group)))
 
     @classmethod
     def of_typed(cls, form: FormData) -> GroupForm:
@@ -89,7 +95,9 @@ class GroupForm:
         name, description, priority, timezone = (
             str(form.get(name, "")).strip() for name in ("name", "description", "priority", "timezone")
         )
-        return cls(name, description, priority, timezone, "is_default" in form, rows)
+        before, updated_at = (str(form.get(name, "")) for name in ("before", "updated_at"))
+        typed = cls(name, description, priority, timezone, "is_default" in form, rows)
+        return replace(typed, before=before, updated_at=updated_at)
 
     def checked(self) -> tuple[GroupForm, dict[str, Any]]:
         """Return it with its errors, and its fields as the library takes them."""
@@ -98,9 +106,22 @@ class GroupForm:
         form = replace(self, errors=errors, rows=[row for row, _ in checked])
         if not form.is_good():
             return form, {}
-        fields = {"name": self.name, "description": self.description, "priority": int(self.priority)}
+        fields: dict[str, Any] = {"name": self.name, "description": self.description, "priority": int(self.priority)}
         limits = [limit for _, limit in checked]
-        return form, {**fields, "timezone": self.timezone, "is_default": self.is_default, "limits": limits}
+        fields |= {"timezone": self.timezone, "is_default": self.is_default, "limits": limits}
+        if self.updated_at:
+            fields["unchanged_since"] = _moment(self.updated_at)
+        return form, fields
+
+    def changed_meanwhile(self, group: Group) -> list[str]:
+        """Say what is different from when the form was opened."""
+        try:
+            before: dict[str, str] = TypeAdapter(dict[str, str]).validate_json(self.before)
+        except ValidationError:
+            return []
+        now = _facts(group)
+        names = [name for name in [*before, *now] if before.get(name) != now.get(name)]
+        return [f"{name}: {before.get(name, 'none')} → {now.get(name, 'none')}" for name in dict.fromkeys(names)]
 
     def is_good(self) -> bool:
         """Whether it has no errors."""
@@ -127,6 +148,29 @@ class GroupForm:
             yield "priority", "A priority is a whole number."
         if not _passes(_TIMEZONE, self.timezone):
             yield "timezone", "A time zone is a name such as Europe/Paris."
+
+
+def _facts(group: Group) -> dict[str, str]:
+    """Write a group down, line by line, as an admin knows it."""
+    facts = {
+        "name": group.name,
+        "description": group.description,
+        "priority": str(group.priority),
+        "time zone": group.timezone,
+        "default group": "yes" if group.is_default else "no",
+    }
+    for limit in group.limits:
+        period = "in total" if limit.period == "lifetime" else f"per {limit.period}"
+        scope = " for each member" if limit.scope == "member" else ""
+        facts[f"{limit.kind} {period}{scope}"] = "unlimited" if limit.max is None else f"{limit.max:,}"
+    return facts
+
+
+def _moment(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise InvalidRequest("updated_at: is no moment", detail="updated_at") from None
 
 
 def _digits(number: str) -> int:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import UTC, datetime
 from uuid import UUID
 from zoneinfo import available_timezones
 
 from starlette.responses import Response
 
 from tokenlimits import InvalidRequest
-from tokenlimits.errors import GroupExists
+from tokenlimits.errors import GroupChanged, GroupExists
 from tokenlimits.web._router import Router
 
+from ._format import ago
 from ._forms import GroupForm, LimitRow
 from ._pages import BulkPageRoute, Signed, Visit, done
 
@@ -65,15 +68,31 @@ def _deleted(visit: Visit, message: str) -> Response:
 
 
 async def _save(visit: Visit, group_id: UUID | None) -> Response:
-    form, fields = GroupForm.of_typed(await visit.form()).checked()
+    sent = await visit.form()
+    if "draft" in sent:
+        return _dialog(visit, group_id, GroupForm.of_typed(sent))
+    form, fields = GroupForm.of_typed(sent).checked()
     if not form.is_good():
         return _dialog(visit, group_id, form, 422)
     try:
         group = await (visit.groups.update(group_id, **fields) if group_id else visit.groups.create(**fields))
+    except GroupChanged:
+        return await _changed(visit, group_id, form)
     except (GroupExists, InvalidRequest) as error:
         return _dialog(visit, group_id, form.refused(error), 422)
     return done(f"{group.name} was saved." if group_id else f"{group.name} was created.")
 
 
-def _dialog(visit: Visit, group_id: UUID | None, form: GroupForm, status: int = 200) -> Response:
-    return visit.page("group_form.html", status, group_id=group_id, form=form, empty=LimitRow(), zones=_ZONES)
+async def _changed(visit: Visit, group_id: UUID | None, form: GroupForm) -> Response:
+    """Say what somebody else changed; saving again overwrites it."""
+    assert group_id is not None  # noqa: S101  # a new group has no other editor
+    group = await visit.groups.get(group_id)
+    changes = form.changed_meanwhile(group)
+    now = GroupForm.of_group(group)
+    form = replace(form, updated_at=now.updated_at, before=now.before)
+    when = ago(datetime.now(UTC) - group.updated_at)
+    return _dialog(visit, group_id, form, 422, changes=changes, when=when)
+
+
+def _dialog(visit: Visit, group_id: UUID | None, form: GroupForm, status: int = 200, **more: object) -> Response:
+    return visit.page("group_form.html", status, group_id=group_id, form=form, empty=LimitRow(), zones=_ZONES, **more)

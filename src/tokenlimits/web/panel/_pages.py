@@ -248,5 +248,7 @@ def _failed(request: Request, error: Exception) -> Response:
     if isinstance(error, errors.InvalidRequest):
         advice = str(error)
     if is_fragment(request):
-        return PlainTextResponse(f"{title}. {advice}".strip(), status)
+        # the session of the page is gone, with its cookie: the script keeps what was typed, and loads the page anew
+        headers = {"X-Stale-Page": "yes"} if isinstance(error, BadOrigin) else None
+        return PlainTextResponse(f"{title}. {advice}".strip(), status, headers)
     return render(request, "problem.html", status, title=title, advice=advice, retry=status == 503)

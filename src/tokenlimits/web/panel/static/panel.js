@@ -32,9 +32,15 @@ document.body.addEventListener("htmx:beforeRequest", (event) => {
   raiseToasts();
 });
 document.body.addEventListener("click", (event) => {
-  if (event.target === modal || event.target.closest("[data-close]")) modal.close();
+  if (event.target === modal || event.target.closest("[data-close]")) leave();
+});
+modal.addEventListener("cancel", (event) => {
+  if (event.target !== modal || !edited()) return;
+  event.preventDefault();
+  leave();
 });
 modal.addEventListener("close", () => {
+  delete dialog.dataset.edited;
   raiseToasts();
   dialog.replaceChildren();
   if (opener?.isConnected) opener.focus();
@@ -42,12 +48,9 @@ modal.addEventListener("close", () => {
 
 // confirmation before an action
 const confirmation = document.getElementById("confirm");
-document.body.addEventListener("htmx:confirm", (event) => {
-  if (!event.detail.question) return;
-  event.preventDefault();
-  const { title, yes } = event.detail.elt.dataset;
+function ask(title, words, yes, act) {
   document.getElementById("confirm-title").textContent = title;
-  document.getElementById("confirm-words").textContent = event.detail.question;
+  document.getElementById("confirm-words").textContent = words;
   document.getElementById("confirm-yes").textContent = yes;
   confirmation.returnValue = "no";
   confirmation.showModal();
@@ -56,11 +59,48 @@ document.body.addEventListener("htmx:confirm", (event) => {
     "close",
     () => {
       raiseToasts();
-      if (confirmation.returnValue === "yes") event.detail.issueRequest(true);
+      if (confirmation.returnValue === "yes") act();
     },
     { once: true },
   );
+}
+document.body.addEventListener("htmx:confirm", (event) => {
+  if (!event.detail.question) return;
+  event.preventDefault();
+  const { title, yes } = event.detail.elt.dataset;
+  ask(title, event.detail.question, yes, () => event.detail.issueRequest(true));
 });
+
+// what was typed into a form is not lost by a slip: closing asks, and a session that has ended brings it back
+const DRAFT = "tokenlimits-draft";
+const edited = () => dialog.dataset.edited === "yes" && dialog.querySelector("form[data-draft]");
+function leave() {
+  if (!edited()) return modal.close();
+  ask("Discard your changes?", "What you typed is not saved.", "Discard", () => modal.close());
+}
+function markEdited(event) {
+  if (event.target.closest("form[data-draft]")) dialog.dataset.edited = "yes";
+}
+dialog.addEventListener("input", markEdited);
+window.addEventListener("beforeunload", (event) => {
+  if (edited()) event.preventDefault();
+});
+function keepDraft() {
+  const form = edited();
+  if (!form) return;
+  const values = {};
+  for (const [name, value] of new FormData(form)) values[name] = [...(values[name] ?? []), value];
+  sessionStorage.setItem(DRAFT, JSON.stringify({ url: form.getAttribute("hx-post"), values }));
+  delete dialog.dataset.edited;
+}
+async function bringDraftBack() {
+  const draft = JSON.parse(sessionStorage.getItem(DRAFT));
+  if (!draft || !dialog) return;
+  sessionStorage.removeItem(DRAFT);
+  await htmx.ajax("POST", draft.url, { source: document.body, target: dialog, values: { ...draft.values, draft: "yes" } });
+  dialog.dataset.edited = "yes";
+  toast("Your changes are back. They are not saved yet.");
+}
 
 // the server's answers: success, or why not
 document.body.addEventListener("done", (event) => {
@@ -71,7 +111,10 @@ document.body.addEventListener("done", (event) => {
 document.body.addEventListener("go", (event) => location.assign(event.detail.to));
 document.body.addEventListener("htmx:responseError", (event) => {
   const { status, responseText } = event.detail.xhr;
-  if (status === 401) return location.reload();
+  if (status === 401 || event.detail.xhr.getResponseHeader("X-Stale-Page")) {
+    keepDraft();
+    return location.reload();
+  }
   if (modal.open && !dialog.querySelector("form, [data-close]")) modal.close();
   toast(responseText.length < 500 ? responseText : "Something went wrong.", true);
 });
@@ -109,9 +152,11 @@ document.body.addEventListener("click", (event) => {
     const kind = row.querySelector("input");
     document.querySelector(".limit-rows").append(row);
     kind.focus();
+    markEdited(event);
   }
   const remove = event.target.closest("[data-remove-limit]");
   if (remove) {
+    markEdited(event);
     remove.closest(".limit-row").remove();
     document.querySelector("[data-add-limit]").focus();
   }
@@ -179,3 +224,4 @@ if (reload) {
 }
 
 startLive();
+if (document.querySelector("[data-signed-in]")) bringDraftBack();
