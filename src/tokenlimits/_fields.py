@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, cast
 from unicodedata import normalize
 from uuid import UUID
 
-from pydantic import AfterValidator, BeforeValidator, Field, GetPydanticSchema, JsonValue, StrictInt
+from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, GetPydanticSchema, JsonValue, StrictInt
 
 Text = Annotated[str, Field(strict=True, pattern=r"^[^\x00]*$")]
 """What PostgreSQL's type text can hold: any character but \\0."""
@@ -125,3 +126,29 @@ def _storable(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 Metadata = Annotated[dict[str, JsonValue], AfterValidator(_storable)]
 """A JSON object that PostgreSQL can store, of at most 8 kB."""
+
+
+def _written_out(value: object) -> object:
+    """Refuse numbers: 20260131 would be a day in 1970, and milliseconds would be seconds if there are few."""
+    if isinstance(value, datetime) or (isinstance(value, str) and not is_number(value)):
+        return value
+    raise ValueError("must be a date and time like 2026-01-31T12:00:00Z, not a number")
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number, such as milliseconds since 1970."""
+    return re.fullmatch(r"\s*[-+]?[0-9]+([.,][0-9]*)?\s*", text) is not None
+
+
+_FIRST = datetime.min.replace(tzinfo=UTC) + timedelta(days=1)
+_LAST = datetime.max.replace(tzinfo=UTC) - timedelta(days=1)
+
+
+def _in_every_zone(at: datetime) -> datetime:
+    if not _FIRST <= at <= _LAST:
+        raise ValueError("must not be within a day of the calendar's ends")
+    return at
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_written_out), AfterValidator(_in_every_zone)]
+"""A date and time with a time zone, which every time zone can express."""

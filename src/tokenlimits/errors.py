@@ -27,6 +27,7 @@ __all__ = [
     "ServiceUnavailable",
     "TokenLimitsError",
     "UnknownUser",
+    "UnreadableValue",
     "UsageNotFound",
 ]
 
@@ -114,6 +115,13 @@ class UnknownUser(TokenLimitsError):
 
 class UsageNotFound(TokenLimitsError):
     """There is no usage with this id."""
+
+
+class UnreadableValue(TokenLimitsError):
+    """The database holds a value that Python can't represent, such as the moment `infinity`; `detail` is its field.
+
+    Lists leave such rows out, and log a warning for each.
+    """
 
 
 class AlreadySettled(TokenLimitsError):

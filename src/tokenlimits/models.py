@@ -20,7 +20,7 @@ from pydantic import (
     WrapValidator,
 )
 
-from ._fields import Cost, Key, Kind, Max, Metadata, Name, Text, TimeZone
+from ._fields import Cost, Key, Kind, Max, Metadata, Moment, Name, Text, TimeZone
 from ._refusals import refusal
 from .errors import GenerationDenied, LimitExceeded, NoLimitForKind, NotInGroup, TokenLimitsError
 
@@ -44,6 +44,7 @@ __all__ = [
     "Member",
     "Metadata",
     "Model",
+    "Moment",
     "Name",
     "OnUnavailable",
     "Page",
@@ -264,8 +265,8 @@ class Group(Model):
     priority: int
     timezone: str
     is_default: bool
-    created_at: AwareDatetime
-    updated_at: AwareDatetime
+    created_at: Moment
+    updated_at: Moment
     limits: tuple[Annotated[Limit, BeforeValidator(_known_fields)], ...]
 
 
@@ -291,7 +292,7 @@ class GroupUsage(Model):
 class HistoryPoint(Model):
     """What was used of a kind in the hour, day, week or month that begins at `bucket`."""
 
-    bucket: AwareDatetime
+    bucket: Moment
     kind: str
     used: int
     generations: int
@@ -319,7 +320,7 @@ class HistoryDrift(Model):
     """A quarter-hour of the history that differed from the ledger; `used` is the correct value."""
 
     kind: str
-    bucket: AwareDatetime
+    bucket: Moment
     was: int
     used: int
 
@@ -371,15 +372,15 @@ class UsageRecord(Model):
     status: Annotated[Status, *_Open]
     idempotency_key: str | None
     metadata: dict[str, JsonValue]
-    created_at: AwareDatetime
-    settled_at: AwareDatetime | None
-    expires_at: AwareDatetime | None
+    created_at: Moment
+    settled_at: Moment | None
+    expires_at: Moment | None
 
 
 class Member(User):
     """A user in a group."""
 
-    joined_at: AwareDatetime
+    joined_at: Moment
 
 
 class Refused(Model):

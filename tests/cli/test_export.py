@@ -19,6 +19,8 @@ from tokenlimits import GroupManager, TokenLimits
 from tokenlimits.models import Group
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tokenlimits.local import LocalStack
 
     from .conftest import Program
@@ -241,7 +243,49 @@ sys.exit(status)
     assert many < 200_000
 
 
+@pytest.fixture
+def poison(stack: LocalStack, team: Group, user: UUID) -> Iterator[None]:
+    """Rows of which two can't be read, as somebody's restore may leave them."""
+    values = ", ".join(
+        f"('{UUID(int=n)}', '{team.id}', '{user}', 'image', 1, 'committed', '{at}', '{settled_at}')"
+        for n, at, settled_at in (
+            (0xBAD0, "2026-01-01", "infinity"),
+            (0xBAD1, "2026-01-02", "2026-01-03"),
+            (0xBAD2, "0044-03-15 BC", "2026-01-03"),
+        )
+    )
+    columns = "id, group_id, user_id, kind, cost, status, created_at, settled_at"
+    stack.sql(f"insert into public.generation_usage ({columns}) values {values}")
+    yield
+    stack.sql(f"delete from public.generation_usage where group_id = '{team.id}'")
+
+
+@pytest.mark.usefixtures("poison")
+def test_what_no_reader_knows_is_left_out(tl: Program, team: Group) -> None:
+    done = tl("export", "--group", team.name)
+    assert [row["created_at"] for row in rows(done.stdout)] == ["2026-01-02T00:00:00Z"]
+    for id_, value in (
+        (UUID(int=0xBAD0), "settled_at is 'infinity'"),
+        (UUID(int=0xBAD2), "created_at is '0044-03-15T00:00:00+00:00 BC'"),
+    ):
+        assert f"Left out: UsageRecord {id_} can't be read: {value}." in done.stderr
+
+
+@pytest.mark.parametrize("number", ["1712010112345", "1767225600", "17672256000000", "1701012345"])
+def test_a_number_is_no_year(tl: Program, number: str) -> None:
+    assert "not a date or time like" in tl.fails("export", "--since", number, status=2)
+
+
 class TestImport:
+    def test_moments_that_cannot_be(self, tl: Program, groups: GroupManager, user: UUID) -> None:
+        bad = ["1712010112345", "1767225600", "0001-01-01", "9999-12-31T23:59:59.999999Z", "10000-01-01", "infinity"]
+        lines = [f"{UUID(int=n)},{user},image,{moment}" for n, moment in enumerate(bad)]
+        tl.directory.joinpath("past.csv").write_text("\n".join(["id,user_id,kind,created_at", *lines]))
+        found = tl.json("import", "past.csv", status=1)
+        assert [refused["line"] for refused in found["refused"]] == [2, 3, 4, 5, 6, 7]
+        assert all("created_at" in refused["reason"] for refused in found["refused"])
+        assert list(groups.export_usage(user_id=user)) == []
+
     def test_what_was_exported(self, tl: Program, groups: GroupManager, team: Group, user: UUID, name: str) -> None:
         other = groups.create(f"{name} other", limits={"image": 5})
         text = (

@@ -53,12 +53,13 @@ class Pages:
         self._lengths = iter(lengths)
         self._cursor = cursor
 
-    def __call__(self, call: Call[Any]) -> list[Any]:
+    def __call__(self, call: Call[Any]) -> Page[Any]:
         after = call.params["p_after"]
         start = 0
         if after is not None:
             start = 1 + [str(getattr(item, self._cursor)) for item in self._items].index(after)
-        return self._items[start : start + min(next(self._lengths), call.params["p_page_size"])]
+        items = self._items[start : start + min(next(self._lengths), call.params["p_page_size"])]
+        return Page(items, str(getattr(items[-1], self._cursor)) if items else None)
 
 
 LENGTHS = [
@@ -80,7 +81,7 @@ def test_groups_are_read_until_a_page_is_empty(lengths: list[int]) -> None:
 
 
 def test_no_groups() -> None:
-    assert drive(flows.all_groups(None), lambda _: [])[0] == []
+    assert drive(flows.all_groups(None), lambda _: Page())[0] == []
 
 
 def usage(name: str | None, id_: UUID | None = None) -> GroupUsage:
@@ -88,15 +89,19 @@ def usage(name: str | None, id_: UUID | None = None) -> GroupUsage:
     return GroupUsage.model_validate({"group": group, "member_count": 0, "limits": []})
 
 
+def usage_page(usages: list[GroupUsage], call: Call[Any]) -> Page[GroupUsage]:
+    return Page(usages, usages[-1].group.name if len(usages) == call.params["p_page_size"] else None)
+
+
 class TestUsageOfAllGroups:
     @pytest.mark.parametrize("groups", [0, 1, 999, 1000, 20_000])
     def test_is_read_page_by_page(self, groups: int) -> None:
         usages = [usage(f"group {n:05}") for n in range(groups)]
 
-        def server(call: Call[Any]) -> list[GroupUsage]:
+        def server(call: Call[Any]) -> Page[GroupUsage]:
             after = call.params["p_after"] or ""
             start = next((n for n, each in enumerate(usages) if (each.group.name or "") > after), len(usages))
-            return usages[start : start + call.params["p_page_size"]]
+            return usage_page(usages[start : start + call.params["p_page_size"]], call)
 
         read, calls = drive(flows.all_usage(), server)
         assert read == usages
@@ -109,19 +114,19 @@ class TestUsageOfAllGroups:
         monkeypatch.setattr(flows, "USAGE_PAGE", 2)
         first, second, third = (usage(name) for name in "abc")
         pages = iter([[first, second], [usage("b2", first.group.id), third], []])
-        assert drive(flows.all_usage(), lambda _: next(pages))[0] == [first, second, third]
+        assert drive(flows.all_usage(), lambda call: usage_page(next(pages), call))[0] == [first, second, third]
 
     def test_ends_though_a_group_is_renamed_for_ever(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(flows, "USAGE_PAGE", 1)
         names = (f"group {n:05}" for n in range(100_000))
-        read, calls = drive(flows.all_usage(), lambda _: [usage(next(names), PRO)])
+        read, calls = drive(flows.all_usage(), lambda call: usage_page([usage(next(names), PRO)], call))
         assert [each.group.name for each in read] == ["group 00000"]
         assert len(calls) == 2
 
     @pytest.mark.parametrize("name", ["Pro", None])
     def test_ends_on_a_server_that_has_one_page_for_all(self, name: str | None) -> None:
         all_ = [usage("Free"), usage(name)]
-        assert drive(flows.all_usage(), lambda _: all_)[0] == all_
+        assert drive(flows.all_usage(), lambda call: usage_page(all_, call))[0] == all_
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -131,7 +136,7 @@ def test_members_are_read_until_a_page_is_empty(lengths: list[int]) -> None:
     server = Pages(members, lengths, "id")
     seen: list[Member] = []
 
-    def remember(call: Call[Any]) -> list[Member]:
+    def remember(call: Call[Any]) -> Page[Member]:
         page = server(call)
         seen.extend(page)
         return page
@@ -145,16 +150,16 @@ def test_members_are_read_page_by_page() -> None:
     pages = flows.all_members(PRO, None)
     first = next(pages)
     assert first.params["p_after"] is None
-    second = pages.send([Member(user_id=PRO, email=None, joined_at=NOW)])
+    second = pages.send(Page([Member(user_id=PRO, email=None, joined_at=NOW)], str(PRO)))
     assert second.params["p_after"] == str(PRO)
     with pytest.raises(StopIteration):
-        pages.send([])
+        pages.send(Page())
 
 
 def test_every_page_of_members_is_one_of_the_search() -> None:
     pages = flows.all_members(PRO, "ann@")
     assert next(pages).params["p_search"] == "ann@"
-    assert pages.send([Member(user_id=PRO, email=None, joined_at=NOW)]).params["p_search"] == "ann@"
+    assert pages.send(Page([Member(user_id=PRO, email=None, joined_at=NOW)], str(PRO))).params["p_search"] == "ann@"
 
 
 def test_members_of_no_id_are_refused_before_the_first_is_asked_for() -> None:

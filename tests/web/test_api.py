@@ -77,6 +77,24 @@ class TestGroups:
         problem(api("admin", "POST", "/groups", json={"name": "PRO"}), 409, "group-exists")
         assert groups.list() == [pro]
 
+    def test_one_that_no_reader_knows_hides_no_other(self, api: Ask, groups: GroupManager, stack: LocalStack) -> None:
+        """It got in past the check, and the others are as they were."""
+        pro, bad = groups.create("Pro"), groups.create("Bad")
+        check = "user_groups_created_at_check"
+        (rule,) = stack.sql(f"select pg_get_constraintdef(oid) as def from pg_constraint where conname = '{check}'")
+        stack.sql(f"alter table public.user_groups drop constraint {check}")
+        stack.sql(f"update public.user_groups set created_at = 'infinity' where id = '{bad.id}'")
+        try:
+            page = api("admin", "GET", "/groups", params={"limit": 1}).json()
+            assert (page["items"], page["next"]) == ([], "Bad")
+            page = api("admin", "GET", "/groups", params={"limit": 1, "after": "Bad"}).json()
+            assert [group["name"] for group in page["items"]] == ["Pro"]
+            assert groups.list() == [pro]
+            problem(api("admin", "GET", f"/groups/{bad.id}"), 500, "unreadable-value")
+        finally:
+            stack.sql("update public.user_groups set created_at = now() where not isfinite(created_at)")
+            stack.sql(f"alter table public.user_groups add constraint {check} {rule['def']}")
+
     def test_are_searched_and_paged(self, api: Ask, groups: GroupManager) -> None:
         for name in ("Team A", "team b", "Team C", "Other"):
             groups.create(name)
@@ -104,6 +122,12 @@ class TestGroups:
         history = api("admin", "GET", f"/groups/{pro.id}/history", params={"bucket": "hour"}).json()["items"]
         assert [(point["kind"], point["used"], point["generations"]) for point in history] == [("image", 4, 1)]
         problem(api("admin", "GET", f"/groups/{uuid4()}/history"), 404, "group-not-found")
+
+    def test_numbers_are_no_moments(self, api: Ask, groups: GroupManager) -> None:
+        path = f"/groups/{groups.create('Pro').id}/history"
+        for number in ("1767225600000", "1767225600", "20260131", "-1"):
+            found = problem(api("admin", "GET", path, params={"since": number}), 422, "invalid-request")
+            assert [each["field"] for each in found["errors"]] == ["since"]
 
 
 class TestMembers:

@@ -13,6 +13,7 @@ from tokenlimits.models import Group, Limit, Member, Model, Page, Period, Scope,
 from . import arguments
 from .arguments import Id, Limits, parser
 from .call import Call, field_parser
+from .rows import row_parser, rows_parser
 
 T = TypeVar("T")
 
@@ -30,13 +31,13 @@ class AddedPage(Model):
     unknown: tuple[UUID, ...]
 
 
-_GROUP = parser(Group)
-_GROUPS = parser(list[Group])
-_MEMBERS = parser(list[Member])
+_GROUP = row_parser(Group)
+_GROUPS = rows_parser(Group)
+_MEMBERS = rows_parser(Member)
 _ADDED = parser(AddedPage)
 _MOVED = field_parser("moved", bool)
 _REMOVED = field_parser("removed", int)
-_USERS = parser(list[User])
+_USERS = rows_parser(User)
 
 
 def _group_id(value: Id) -> dict[str, str]:
@@ -87,40 +88,44 @@ def remove_limit(group_id: Id, kind: str, period: Period, scope: Scope) -> Call[
 
 def get_group(group_id: Id) -> Call[Group]:
     """Read one group by its id."""
-    return Call("find_groups", _group_id(group_id), lambda answer: _only(_GROUPS(answer), f"with the id {group_id}"))
+    return Call("find_groups", _group_id(group_id), lambda answer: _only(answer, f"with the id {group_id}"))
 
 
 def get_group_by_name(name: str) -> Call[Group]:
     """Read one group by its name, whatever its case."""
     params = {"p_name": arguments.name(name)}
-    return Call("find_groups", params, lambda answer: _only(_GROUPS(answer), f"named {name!r}"))
+    return Call("find_groups", params, lambda answer: _only(answer, f"named {name!r}"))
 
 
-def _only(groups: list[Group], what: str) -> Group:
-    if not groups:
+def _only(answer: Any, what: str) -> Group:
+    if not answer:
         raise GroupNotFound(f"There is no group {what}. List the groups to see which exist.", code="TL002")
-    return groups[0]
+    return _GROUP(answer[0])
 
 
-def groups_after(search: str | None, after: str | None, size: int) -> Call[list[Group]]:
-    """Read the groups after a name."""
+def groups_after(search: str | None, after: str | None, size: int) -> Call[Page[Group]]:
+    """Read the groups after a name; `next` is None only if there are none."""
     params = {"p_search": arguments.group_search(search), "p_after": after, "p_page_size": size}
-    return Call("find_groups", params, _GROUPS)
+    return _paged("find_groups", params, _GROUPS, "name")
+
+
+def _paged(function: str, params: dict[str, Any], parse: Callable[[Any], list[T]], cursor: str) -> Call[Page[T]]:
+    """Make a call of which the next page begins after the last row, whether that can be read or not."""
+    return Call(function, params, lambda answer: Page(parse(answer), str(answer[-1][cursor]) if answer else None))
 
 
 def groups_page(search: str | None, after: str | None, size: int) -> Call[Page[Group]]:
     """Read a page of groups, and say whether there are more."""
     size = arguments.size(size, GROUPS_PAGE)
-    call = groups_after(search, arguments.after(after), size + 1)
-    return _with_one_more(call, size, lambda group: group.name)
+    return _with_one_more(groups_after(search, arguments.after(after), size + 1), size)
 
 
-def _with_one_more(call: Call[list[T]], size: int, cursor: Callable[[T], str]) -> Call[Page[T]]:
-    """Make a page of what a call asks for; one more than that says whether there is another page."""
+def _with_one_more(call: Call[Page[T]], size: int) -> Call[Page[T]]:
+    """Make a page of what a call asks for; one more row than that says whether there is another page."""
 
     def parse(answer: Any) -> Page[T]:
-        rows = call.parse(answer)
-        return Page(rows[:size], cursor(rows[size - 1]) if len(rows) > size else None)
+        page = call.parse(answer[:size])
+        return Page(page, page.next if len(answer) > size else None)
 
     return Call(call.function, call.params, parse)
 
@@ -176,12 +181,11 @@ def move_member(user_id: Id, from_: Id, to: Id) -> Call[bool]:
 def members_page(group_id: Id, search: str | None, after: str | None, size: int) -> Call[Page[Member]]:
     """Read a page of members, and say whether there are more."""
     size = arguments.size(size, MEMBERS_PAGE)
-    call = members_after(group_id, search, arguments.optional_id(after, "after"), size + 1)
-    return _with_one_more(call, size, lambda member: str(member.id))
+    return _with_one_more(members_after(group_id, search, arguments.optional_id(after, "after"), size + 1), size)
 
 
-def members_after(group_id: Id, search: str | None, after: Id | None, size: int) -> Call[list[Member]]:
-    """Read the members after a user id."""
+def members_after(group_id: Id, search: str | None, after: Id | None, size: int) -> Call[Page[Member]]:
+    """Read the members after a user id; `next` is None only if there are none."""
     params = {
         **_group_id(group_id),
         "p_after": None if after is None else str(after),
@@ -189,7 +193,7 @@ def members_after(group_id: Id, search: str | None, after: Id | None, size: int)
     }
     if search is not None:  # older SQL has no such parameter
         params["p_search"] = arguments.search(search)
-    return Call("group_members", params, _MEMBERS)
+    return _paged("group_members", params, _MEMBERS, "user_id")
 
 
 def find_users(email: str) -> Call[list[User]]:

@@ -34,25 +34,27 @@ def all_groups(search: str | None) -> Flow[list[Group]]:
     """Read all groups whose name contains a text."""
     groups: list[Group] = []
     after = None
-    # a short page needn't be the last, as servers may limit the size of an answer
-    while page := (yield admins.groups_after(search, after, admins.GROUPS_PAGE)):
+    while True:
+        page = cast("Page[Group]", (yield admins.groups_after(search, after, admins.GROUPS_PAGE)))
         groups += page
-        after = page[-1].name
-    return groups
+        # a short page needn't be the last, as servers may limit the size of an answer
+        after = page.next
+        if after is None:
+            return groups
 
 
 def all_usage() -> Flow[list[GroupUsage]]:
-    """Read the usage of all groups; a page that isn't full is the last."""
+    """Read the usage of all groups."""
     usages: dict[UUID, GroupUsage] = {}
     after = None
     while True:
-        page = yield reports.usage_page(after, USAGE_PAGE)
+        page = cast("Page[GroupUsage]", (yield reports.usage_page(after, USAGE_PAGE)))
         fresh = {usage.group.id: usage for usage in page if usage.group.id not in usages}
         usages |= fresh
         # a group that is renamed meanwhile may come twice; stop when nothing is new, or renaming could keep this going
-        if len(page) < USAGE_PAGE or not fresh:
+        after = page.next
+        if after is None or (page and not fresh):
             return list(usages.values())
-        after = page[-1].group.name
 
 
 def all_members(group_id: Id, search: str | None) -> Pages[Member]:
@@ -61,17 +63,20 @@ def all_members(group_id: Id, search: str | None) -> Pages[Member]:
 
 
 def _member_pages(group_id: str, search: str | None) -> Pages[Member]:
-    after = None
-    while page := (yield admins.members_after(group_id, search, after, admins.MEMBERS_PAGE)):
-        after = page[-1].id
+    # a short page needn't be the last, nor one of which no row can be read
+    return _pages(lambda after: admins.members_after(group_id, search, after, admins.MEMBERS_PAGE))
 
 
 def exported(export: Export[T]) -> Pages[T]:
     """Read an export, page by page."""
+    # an empty page needn't be the last: perhaps none of its rows matched
+    return _pages(lambda after: export.page(after, reports.EXPORT_PAGE))
+
+
+def _pages(call: Callable[[str | None], Call[Page[T]]]) -> Pages[T]:
     after = None
     while True:
-        page = cast("Page[T]", (yield export.page(after, reports.EXPORT_PAGE)))
-        # an empty page needn't be the last: perhaps none of its rows matched
+        page = cast("Page[T]", (yield call(after)))
         after = page.next
         if after is None:
             return

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
-from pydantic import AwareDatetime
-
 from tokenlimits.errors import InvalidRequest
 from tokenlimits.models import (
     Bucket,
     GroupUsage,
     HistoryPoint,
+    Moment,
     Page,
     Reconciliation,
     TopMember,
@@ -25,16 +24,18 @@ from tokenlimits.models import (
 from . import arguments
 from .arguments import Id, parser
 from .call import Call, field_parser
+from .rows import row_parser, rows_parser
 
 T = TypeVar("T")
 
 _RECONCILIATION = parser(Reconciliation)
-_RECORDS = parser(list[UsageRecord])
-_SUMS = parser(list[UsageSum])
-_TOP = parser(list[TopMember])
-_GROUP_USAGES = parser(list[GroupUsage])
-_HISTORY = parser(list[HistoryPoint])
-_RESET_AT = field_parser("reset_at", AwareDatetime)
+_RECORDS = rows_parser(UsageRecord)
+_SUMS = rows_parser(UsageSum)
+_TOP = rows_parser(TopMember)
+_GROUP_USAGE = row_parser(GroupUsage)
+_GROUP_USAGES = rows_parser(GroupUsage)
+_HISTORY = rows_parser(HistoryPoint)
+_RESET_AT = field_parser("reset_at", Moment)
 
 
 EXPORT_PAGE = 2_000
@@ -127,13 +128,17 @@ def reconcile(group_id: Id, since: datetime | None) -> Call[Reconciliation]:
 def group_usage(group_id: Id) -> Call[GroupUsage]:
     """Read the usage of one group."""
     return Call(
-        "group_usage", {"p_group_id": arguments.id_(group_id, "group_id")}, lambda answer: _GROUP_USAGES(answer)[0]
+        "group_usage", {"p_group_id": arguments.id_(group_id, "group_id")}, lambda answer: _GROUP_USAGE(answer[0])
     )
 
 
-def usage_page(after: str | None, size: int) -> Call[list[GroupUsage]]:
-    """Read the usage of a page of groups, after a name."""
-    return Call("group_usage", {"p_after": after, "p_page_size": size}, _GROUP_USAGES)
+def usage_page(after: str | None, size: int) -> Call[Page[GroupUsage]]:
+    """Read the usage of a page of groups, after a name; a page that isn't full is the last."""
+
+    def parse(answer: Any) -> Page[GroupUsage]:
+        return Page(_GROUP_USAGES(answer), None if len(answer) < size else answer[-1]["group"]["name"])
+
+    return Call("group_usage", {"p_after": after, "p_page_size": size}, parse)
 
 
 def history(

@@ -97,12 +97,14 @@ def _is_of_output(error: Exception) -> bool:
 
 
 class _Patience(logging.Handler):
-    """Reports the first retry only; with --debug, the log has every retry with its call and reason."""
+    """Reports unreadable rows, and the first retry only; with --debug, the log has every retry with its reason."""
 
     _said = False
 
-    def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - whatever it says
-        if not self._said:
+    def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, "left_out"):
+            note(record.getMessage(), style="yellow")
+        elif not self._said:
             self._said = True
             note("Supabase is not responding; retrying.", style="yellow")
 

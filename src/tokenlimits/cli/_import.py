@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, timedelta
+from datetime import MAXYEAR, UTC, timedelta
 from pathlib import Path
 from typing import Annotated, Any, cast
 from uuid import UUID
@@ -208,9 +208,12 @@ def _number(text: str) -> int:
 
 def _moment(text: str) -> Any:
     try:
-        return moment(text)
+        read = moment(text)
     except typer.BadParameter as error:
         raise Problem(f"created_at: {error.message}") from None
+    if read.year == MAXYEAR:  # nothing could be added to it
+        raise Problem("created_at: must not be in the future")
+    return read
 
 
 def _metadata(text: str) -> dict[str, Any] | None:

@@ -71,10 +71,17 @@ def find_schema(given: str | None) -> str:
         raise Misunderstood(str(error)) from None
 
 
+def _no_number(text: str) -> str:
+    # milliseconds since 1970 look like a year with month, day, hour and minutes: 1712010112345
+    if text.isdecimal() and len(text) != len("20260131"):
+        raise ValueError
+    return text
+
+
 def moment(text: str) -> datetime:
     """Read a date or a time; without a time zone, it is UTC."""
     try:
-        read = datetime.fromisoformat(text.strip())
+        read = datetime.fromisoformat(_no_number(text.strip()))
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a date or time like 2026-01-31 or 2026-01-31T12:00:00Z") from None
     return read if read.tzinfo is not None else read.replace(tzinfo=UTC)

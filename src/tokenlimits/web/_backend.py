@@ -106,6 +106,8 @@ class Backend:
             ServiceUnavailable: Supabase gave no answer.
         """
         query = {"select": "created_at", "group_id": f"eq.{group_id}", "order": "created_at.desc"}
+        # infinity would come first, and no reader can represent it
+        query["created_at"] = "lt.9999-01-01"
         path = f"rest/v1/generation_usage?{urlencode({**query, 'limit': 1, 'offset': place})}"
         answer = await self._get(path, token)
         if answer.status_code in (401, 403):

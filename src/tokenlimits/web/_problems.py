@@ -115,6 +115,13 @@ _KINDS: Sequence[Kind] = (
         "The database has an older version of tokenlimits",
         "Apply the newest sql/tokenlimits.sql to it.",
     ),
+    Kind(
+        errors.UnreadableValue,
+        500,
+        "unreadable-value",
+        "The database holds a value that can't be read",
+        "See the server's log.",
+    ),
     Kind(errors.TokenLimitsError, 500, "internal", "The server is not set up correctly", "See the server's log."),
 )
 # PostgREST's codes for a token that is not valid, or no longer valid

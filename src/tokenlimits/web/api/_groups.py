@@ -14,7 +14,7 @@ from tokenlimits.web._problems import documented
 from tokenlimits.web._router import Router
 
 from ._routing import CallersGroups, Gate, route_class
-from ._shapes import GROUP, USAGE, GroupChanges, GroupIn, Groups, History, Moment
+from ._shapes import GROUP, USAGE, GroupChanges, GroupIn, Groups, History, UtcMoment
 
 _GROUP_EXAMPLE = {"content": {"application/json": {"example": GROUP}}}
 _USAGE_EXAMPLE = {"content": {"application/json": {"example": USAGE}}}
@@ -72,8 +72,8 @@ async def read_history(
     group_id: UUID,
     kind: Annotated[Kind | None, Query()] = None,
     bucket: Annotated[Bucket, Query()] = "day",
-    since: Annotated[Moment | None, Query(description="Default: 30 days ago")] = None,
-    until: Annotated[Moment | None, Query(description="Default: now")] = None,
+    since: Annotated[UtcMoment | None, Query(description="Default: 30 days ago")] = None,
+    until: Annotated[UtcMoment | None, Query(description="Default: now")] = None,
 ) -> History:
     """Read what was used per kind and hour, day, week or month of the group's time zone; empty ones are left out."""
     points = await groups.history(group_id, kind=kind, bucket=bucket, since=since, until=until)

@@ -8,7 +8,6 @@ from uuid import UUID
 
 from pydantic import (
     AfterValidator,
-    AwareDatetime,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,7 +20,20 @@ from pydantic import (
 )
 
 from tokenlimits import Limit
-from tokenlimits.models import Cost, Group, HistoryPoint, Kind, Max, Member, Metadata, Name, Text, TimeZone, UserLimit
+from tokenlimits.models import (
+    Cost,
+    Group,
+    HistoryPoint,
+    Kind,
+    Max,
+    Member,
+    Metadata,
+    Moment,
+    Name,
+    Text,
+    TimeZone,
+    UserLimit,
+)
 
 T = TypeVar("T")
 
@@ -86,13 +98,10 @@ _Whole = BeforeValidator(_whole)
 
 def _in_utc(value: datetime) -> datetime:
     """Write a moment in UTC: PostgreSQL doesn't know every offset that ISO 8601 has."""
-    try:
-        return value.astimezone(UTC)
-    except OverflowError:  # within a day of the calendar's ends
-        return value.replace(tzinfo=UTC)
+    return value.astimezone(UTC)
 
 
-Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
+UtcMoment = Annotated[Moment, AfterValidator(_in_utc)]
 Priority = Annotated[StrictInt, Field(ge=-(2**31), lt=2**31), _Whole]
 _Maxima = Annotated[
     dict[Kind, Max | None],
