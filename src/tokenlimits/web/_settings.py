@@ -70,8 +70,10 @@ class WebSettings(ProjectSettings):
         session_idle_minutes: `TOKENLIMITS_WEB_SESSION_IDLE_MINUTES`; an unused session of the panel ends after this
             time. A page that only refreshes itself doesn't count as use.
         session_hours: `TOKENLIMITS_WEB_SESSION_HOURS`; a session ends after this time in any case.
-        requests_per_minute: `TOKENLIMITS_WEB_REQUESTS_PER_MINUTE`, for each caller of the API.
-        sign_ins_per_minute: `TOKENLIMITS_WEB_SIGN_INS_PER_MINUTE`, for each address and for each account.
+        requests_per_minute: `TOKENLIMITS_WEB_REQUESTS_PER_MINUTE`, for each caller of the API and each user of the
+            panel.
+        sign_ins_per_minute: `TOKENLIMITS_WEB_SIGN_INS_PER_MINUTE`: how many may fail from each address; three times as
+            many from all together.
         schema_name: `TOKENLIMITS_SCHEMA`, the schema that tokenlimits is installed in; public by default.
         timeout: Seconds that one call to Supabase may take.
     """

@@ -29,12 +29,15 @@ from tokenlimits.web._problems import (
     TooLarge,
     TooManyRequests,
     TooSlow,
+    headers_of,
     is_sign_in_required,
     kind_of,
+    with_headers,
 )
 from tokenlimits.web._sessions import BadOrigin, Session, Sessions
 
 from . import _format
+from ._attempts import Attempts
 
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 _SAFE: Final = frozenset({"GET", "HEAD"})
@@ -73,7 +76,7 @@ class Panel:
             idle=settings.session_idle_minutes * 60,
             longest=settings.session_hours * 3600,
         )
-        self.sign_ins = Limiter(settings.sign_ins_per_minute, "sign-ins")
+        self.attempts = Attempts(settings.sign_ins_per_minute)
         self._requests = Limiter(settings.requests_per_minute, "requests")
 
     async def __call__(self, request: Request) -> None:
@@ -205,6 +208,8 @@ class PageRoute(APIRoute):
                 errors.TokenLimitsError,
             ) as error:
                 response = _sign_in(request) if is_sign_in_required(error) else _failed(request, error)
+                if response.status_code in (429, 503):
+                    with_headers(response, headers_of(error))
                 _keep(request, response)
             response.headers["Cache-Control"] = "no-store"
             return response

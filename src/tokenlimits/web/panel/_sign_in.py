@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from typing import Annotated
 
@@ -11,8 +12,9 @@ from starlette.responses import RedirectResponse, Response
 
 from tokenlimits import ServiceUnavailable
 from tokenlimits.errors import AccessDenied
+from tokenlimits.web._auth import Tokens
 from tokenlimits.web._limiter import address
-from tokenlimits.web._problems import TooManyRequests, kind_of
+from tokenlimits.web._problems import TooManyRequests, headers_of, kind_of, with_headers
 from tokenlimits.web._router import Router
 from tokenlimits.web._sessions import Session
 
@@ -35,17 +37,31 @@ async def sign_in(request: Request) -> Response:
     form = await read_form(request)
     email, password, next_ = (str(form.get(name, "")) for name in ("email", "password", "next"))
     try:
-        for who in (address(request), email.strip().lower()[:320]):
-            panel.sign_ins.hit(who)
-        tokens = await panel.backend.auth.sign_in(email.strip(), SecretStr(password))
+        tokens = await _signed_in(panel, email.strip(), SecretStr(password), address(request))
     except AccessDenied:
         return _form(request, 401, next_, email, "Wrong e-mail address or password.")
-    except (TooManyRequests, ServiceUnavailable) as error:
+    except TooManyRequests as error:
+        minutes = math.ceil(error.retry_after / 60)
+        wait = "in a minute" if minutes <= 1 else f"in {minutes} minutes"
+        response = _form(request, 429, next_, email, f"Too many attempts. Please try again {wait}.")
+        return with_headers(response, headers_of(error))
+    except ServiceUnavailable as error:
         kind = kind_of(error)
         return _form(request, kind.status, next_, email, f"{kind.title}. {kind.advice}")
     # a new id, so that somebody who knew or planted the old one can't use this session
     request.state.written = Session(secrets.token_urlsafe(24), tokens)
     return RedirectResponse(_local(request, next_), 303)
+
+
+async def _signed_in(panel: Panel, email: str, password: SecretStr, address_: str) -> Tokens:
+    attempt = panel.attempts.begin(email, address_)
+    try:
+        tokens = await panel.backend.auth.sign_in(email, password)
+    except (TooManyRequests, ServiceUnavailable):
+        panel.attempts.take_back(attempt)
+        raise
+    panel.attempts.succeeded(attempt)
+    return tokens
 
 
 @routes.post("/sign-out")
