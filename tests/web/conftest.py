@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
 from uuid import uuid4
 
 import httpx
 import pytest
 import uvicorn
+from playwright.sync_api import Browser, Page, ViewportSize, expect
 from starlette.types import ASGIApp
 from supabase import Client, ClientOptions
+from tests.web.chromium import chromium
 
-from tokenlimits import GroupManager, TokenLimits
+from tokenlimits import GroupManager, Limit, TokenLimits
 from tokenlimits.local import LocalStack, LocalUser
+from tokenlimits.models import Group
 from tokenlimits.web import WebSettings, create_app
 
 Serve = Callable[[ASGIApp], str]
+SignIn = Callable[..., Page]
+Theme = Literal["dark", "light"]
+# what is expected comes as soon as it can; on a busy machine that may be later
+expect.set_options(timeout=60_000)
 
 SECRET = secrets.token_urlsafe(32)
 
@@ -137,3 +146,65 @@ def api(url: str, tokens: dict[str, str]) -> Iterator[Callable[..., httpx.Respon
             return client.request(method, path, headers={**known, **(headers or {})}, **more)
 
         yield ask
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def sign_in(browser: Browser, url: str, admin: LocalUser) -> Iterator[SignIn]:
+    """Sign in, in a browser of one's own; nothing may fail or be refused by the policy meanwhile."""
+    pages: list[Page] = []
+    problems: list[str] = []
+
+    def listen(page: Page) -> None:
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
+
+    def do(
+        user: LocalUser = admin,
+        *,
+        width: int = 1280,
+        height: int = 900,
+        theme: Theme = "dark",
+        at: str = url,
+        **more: Any,
+    ) -> Page:
+        viewport: ViewportSize = {"width": width, "height": height}
+        page = browser.new_context(viewport=viewport, locale="en-US", color_scheme=theme, **more).new_page()
+        pages.append(page)
+        listen(page)
+        page.goto(f"{at}/")
+        page.get_by_label("E-mail").fill(user.email)
+        page.get_by_label("Password").fill(user.password)
+        page.get_by_role("button", name="Sign in").click()
+        return page
+
+    yield do
+    for page in pages:
+        page.context.close()
+    # the browser and htmx say so too when an answer is no 200
+    expected = re.compile("the server responded with a status of|^Response Status Error Code")
+    assert [problem for problem in problems if not expected.search(problem)] == []
+
+
+@pytest.fixture
+def group(groups: GroupManager, limits: TokenLimits, user: LocalUser) -> Group:
+    """One with everything that a page can show."""
+    group = groups.create(
+        "Studio",
+        description="Agencies",
+        limits=[
+            Limit(kind="image", max=100, period="day"),
+            Limit(kind="video", max=4, period="hour", scope="member"),
+            Limit(kind="audio", max=None),
+            Limit(kind="text", max=0),
+        ],
+    )
+    groups.add_member(group.id, user.id)
+    for kind, cost in (("image", 80), ("video", 4), ("audio", 12_345)):
+        limits.track(user.id, kind, cost)
+    return group

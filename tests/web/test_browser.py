@@ -13,77 +13,15 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Page, Route, expect
 from tests.integration.servers import Handler, raw_server
-from tests.web.chromium import axe, chromium
-from tests.web.conftest import served, settings_for
+from tests.web.chromium import axe
+from tests.web.conftest import SignIn, served, settings_for
 
 from tokenlimits import GroupManager, Limit, TokenLimits
 from tokenlimits.local import LocalStack, LocalUser
 from tokenlimits.models import Group
 from tokenlimits.web import create_app
-
-SignIn = Callable[..., Page]
-# what is expected comes as soon as it can; on a busy machine that may be later
-expect.set_options(timeout=60_000)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def sign_in(browser: Browser, url: str, admin: LocalUser) -> Iterator[SignIn]:
-    """Sign in, in a browser of one's own; nothing may fail or be refused by the policy meanwhile."""
-    pages: list[Page] = []
-    problems: list[str] = []
-
-    def listen(page: Page) -> None:
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
-
-    def do(
-        user: LocalUser = admin, *, width: int = 1280, height: int = 900, theme: str = "dark", at: str = url
-    ) -> Page:
-        page = browser.new_context(viewport={"width": width, "height": height}, locale="en-US").new_page()
-        pages.append(page)
-        listen(page)
-        page.add_init_script(
-            f"localStorage.getItem('tokenlimits-theme') || localStorage.setItem('tokenlimits-theme', '{theme}')"
-        )
-        page.goto(f"{at}/")
-        page.get_by_label("E-mail").fill(user.email)
-        page.get_by_label("Password").fill(user.password)
-        page.get_by_role("button", name="Sign in").click()
-        return page
-
-    yield do
-    for page in pages:
-        page.context.close()
-    # the browser and htmx say so too when an answer is no 200
-    expected = re.compile("the server responded with a status of|^Response Status Error Code")
-    assert [problem for problem in problems if not expected.search(problem)] == []
-
-
-@pytest.fixture
-def group(groups: GroupManager, limits: TokenLimits, user: LocalUser) -> Group:
-    """One with everything that a page can show."""
-    group = groups.create(
-        "Studio",
-        description="Agencies",
-        limits=[
-            Limit(kind="image", max=100, period="day"),
-            Limit(kind="video", max=4, period="hour", scope="member"),
-            Limit(kind="audio", max=None),
-            Limit(kind="text", max=0),
-        ],
-    )
-    groups.add_member(group.id, user.id)
-    for kind, cost in (("image", 80), ("video", 4), ("audio", 12_345)):
-        limits.track(user.id, kind, cost)
-    return group
 
 
 def generate(stack: LocalStack, user: LocalUser, kind: str, times: int) -> str:

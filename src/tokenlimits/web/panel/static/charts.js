@@ -31,7 +31,7 @@ function draw({ labels, kinds }) {
       })),
     },
     options: {
-      animation: matchMedia("(prefers-reduced-motion: reduce)").matches ? false : { duration: 300 },
+      animation: matchMedia("(prefers-reduced-motion: reduce), print").matches ? false : { duration: 300 },
       animations: { numbers: { type: "number", properties: ["y", "base"] } }, // bars grow from the axis, without flying in from a corner
       maintainAspectRatio: false,
       interaction: { mode: "index", intersect: false },

@@ -1,4 +1,4 @@
-// Dialogs, toasts, countdowns, the theme. The content of pages comes from the server, through htmx.
+// Dialogs, toasts, countdowns. The content of pages comes from the server, through htmx.
 import { startLive } from "./live.js";
 
 const modal = document.getElementById("modal");
@@ -168,14 +168,6 @@ document.body.addEventListener("change", (event) => {
   max.readOnly = event.target.checked;
   if (event.target.checked) max.value = "";
   row.querySelector("[name=unlimited]").value = event.target.checked ? "yes" : "no";
-});
-
-// the theme
-document.querySelector("[data-theme-switch]")?.addEventListener("click", () => {
-  const root = document.documentElement;
-  root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
-  localStorage.setItem("tokenlimits-theme", root.dataset.theme);
-  document.dispatchEvent(new Event("theme"));
 });
 
 // countdowns, and moments in the reader's own time zone
