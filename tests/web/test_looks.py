@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from playwright.sync_api import Page, expect
 from tests.web.conftest import SignIn, Theme
 
+from tokenlimits import GroupManager, Limit, TokenLimits
+from tokenlimits.local import LocalUser
 from tokenlimits.models import Group
 
 # the outline of what has the focus, and whether an element around it cuts the outline off
@@ -138,3 +142,74 @@ class TestPaper:
             expect(page.get_by_role("heading", level=1)).to_be_visible()
             page.emulate_media(media="screen")
             expect(page.locator("html")).to_have_attribute("data-theme", "dark")
+
+
+class TestNumbers:
+    def test_a_limit_of_any_size_is_written_in_few_characters(self, sign_in: SignIn, groups: GroupManager) -> None:
+        groups.create("Vast", limits={"tokens": 10**15, "image": 999_999_999_999})
+        page = sign_in(width=360)
+        vast = page.get_by_role("article", name="Vast")
+        expect(vast).to_contain_text("0 of 1\N{MULTIPLICATION SIGN}10¹⁵ used")
+        expect(vast).to_contain_text("999.9B left")
+
+    def test_kinds_are_never_added_together(
+        self, sign_in: SignIn, group: Group, limits: TokenLimits, newcomer: LocalUser, groups: GroupManager
+    ) -> None:
+        groups.add_member(group.id, newcomer.id)
+        limits.track(newcomer.id, "image", 3)
+        page = sign_in()
+        page.goto(f"{page.url}groups/{group.id}")
+        top = page.get_by_role("region", name="Top members")
+        kind = top.get_by_role("combobox", name="Kind")
+        expect(kind).to_have_value("image")
+        expect(top.get_by_role("row")).to_have_count(3)
+        expect(top.get_by_role("row").nth(1)).to_contain_text(re.compile(r"bob@example.com\s*1\s*80$"))
+        kind.select_option("audio")
+        expect(top.get_by_role("row")).to_have_count(2)
+        expect(top.get_by_role("row").nth(1)).to_contain_text(re.compile(r"bob@example.com\s*1\s*12,345$"))
+        chart = page.get_by_role("region", name="Usage over time").first
+        chart.get_by_role("combobox", name="Kind").select_option("video")
+        drawn = "Object.values(Chart.instances).map(chart => chart.data.datasets.map(({ label }) => label))"
+        assert page.evaluate(drawn) == [["video"]]
+        chart.get_by_role("button", name="Hours").click()
+        expect(page.locator(".chart:not([aria-busy])")).to_be_visible()
+        assert page.evaluate(drawn) == [["video"]]
+
+    def test_blocked_groups_are_not_full(self, sign_in: SignIn, groups: GroupManager) -> None:
+        groups.create("Ended", limits={"image": 0})
+        groups.create("Empty", limits=[Limit(kind="image", max=5, scope="member")])
+        page = sign_in()
+        expect(page.get_by_role("article", name="Ended")).to_contain_text("blocked")
+        expect(page.get_by_role("article", name="Ended")).to_have_class(re.compile("is-none"))
+        expect(page.locator("[data-stat=full]")).to_have_text("0")
+        page.get_by_role("link", name="Overview").click()
+        expect(page.get_by_role("region", name="Fullest groups")).not_to_contain_text("Ended")
+
+    def test_a_member_limit_is_no_pool(
+        self, sign_in: SignIn, groups: GroupManager, limits: TokenLimits, user: LocalUser, newcomer: LocalUser
+    ) -> None:
+        free = groups.create("Free", limits=[Limit(kind="image", max=5, scope="member")])
+        for each in (user, newcomer):
+            groups.add_member(free.id, each.id)
+        page = sign_in()
+        card = page.get_by_role("article", name="Free")
+        expect(card).to_contain_text("5 per member")
+        limits.track(user.id, "image", 5)
+        expect(card).to_contain_text("5 used by all members")
+        expect(card.locator(".limit")).not_to_have_class(re.compile("is-ok"))
+        expect(card).not_to_contain_text("left")
+
+
+class TestTimes:
+    def test_are_in_one_zone_that_the_page_names(self, sign_in: SignIn, groups: GroupManager) -> None:
+        there = groups.create("There", timezone="America/New_York", limits=[Limit(kind="image", max=1, period="day")])
+        page = sign_in(timezone_id="Asia/Tokyo")
+        for path, zone, hour in (
+            ("", "Asia/Tokyo", "[12]:00 PM"),
+            (f"groups/{there.id}", "America/New_York", "12:00 AM"),
+        ):
+            page.goto(f"{page.url}{path}")
+            expect(page.get_by_text(f"Times in {zone}")).to_be_visible()
+            reset = page.locator("time[data-countdown]")
+            expect(reset).to_have_text(re.compile(rf"^resets in \S.* · \w+ \d+, (?:\d{{4}}, )?{hour}$"))
+            expect(reset).to_have_attribute("title", re.compile(rf"^\w+day, .*\({zone}\)$"))

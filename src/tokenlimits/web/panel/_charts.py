@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -55,15 +56,17 @@ def buckets(step: Step, timezone: str, now: datetime) -> list[datetime]:
 
 
 def chart(points: Iterable[HistoryPoint], step: Step, timezone: str, now: datetime) -> dict[str, Any]:
-    """Convert a history for the chart library, with the most used kinds first."""
+    """Convert a history for the chart library, with the kinds of the most generations first."""
     zone = _zone(timezone)
     used: dict[str, dict[str, int]] = {}
+    generations: Counter[str] = Counter()
     for point in points:
+        generations[point.kind] += point.generations
         label = _WRITTEN[step].format(point.bucket.astimezone(zone))
         of_kind = used.setdefault(point.kind, {})
         of_kind[label] = of_kind.get(label, 0) + point.used
     labels = list(dict.fromkeys(_WRITTEN[step].format(bucket) for bucket in buckets(step, timezone, now)))
-    kinds = sorted(used, key=lambda kind: (-sum(used[kind].values()), kind))
+    kinds = sorted(used, key=lambda kind: (-generations[kind], kind))
     return {
         "labels": labels,
         "kinds": [{"kind": kind, "used": [used[kind].get(label, 0) for label in labels]} for kind in kinds],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 from uuid import UUID
 
@@ -13,7 +14,7 @@ from fastapi import Query
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from tokenlimits import ledger_csv
-from tokenlimits.models import UsageRecord
+from tokenlimits.models import TopMember, UsageRecord
 from tokenlimits.web._router import Router
 
 from . import _charts, _views
@@ -26,22 +27,30 @@ _RECENT = 25
 _TOP = 8
 
 
+@dataclass(frozen=True, slots=True)
+class _Top:
+    """Who used most of a kind, and of which kinds anything was used: units of different kinds can't be added."""
+
+    kind: str | None = None
+    kinds: Sequence[str] = ()
+    members: Sequence[TopMember] = ()
+
+
 @routes.get("/groups/{group_id}")
-async def group_page(visit: Signed, group_id: UUID) -> Response:
-    """Show the group; the chart requests its history separately."""
-    group, usage, top, recent = await asyncio.gather(
+async def group_page(visit: Signed, group_id: UUID, top: Annotated[str, Query(max_length=32)] = "") -> Response:
+    """Show the group, with the top members of a kind; the chart requests its history separately."""
+    group, usage, top_, recent = await asyncio.gather(
         visit.groups.get(group_id),
         visit.groups.usage(group_id),
-        visit.groups.top_members(group_id, count=_TOP),
+        _top(visit, group_id, top),
         _recent(visit, group_id),
     )
-    most = max((member.used for member in top), default=1)
     return visit.page(
         "group.html",
         group=group,
         usage=usage,
-        top=top,
-        most=most,
+        meters=_views.meters(usage),
+        top=top_,
         recent=recent,
         shape=_views.shape([usage]),
     )
@@ -87,6 +96,16 @@ async def reset(visit: Signed, group_id: UUID) -> Response:
     """Reset the group's usage in its current periods."""
     await visit.groups.reset_usage(group_id)
     return done("Usage reset. The ledger keeps everything.")
+
+
+async def _top(visit: Visit, group_id: UUID, kind: str) -> _Top:
+    now = datetime.now(UTC)
+    points = await visit.groups.history(group_id, bucket="day", since=now - timedelta(days=30))
+    kinds = [trend.kind for trend in _charts.trends(points, now)]
+    if not kinds:
+        return _Top()
+    shown = kind if kind in kinds else kinds[0]
+    return _Top(shown, kinds, await visit.groups.top_members(group_id, kind=shown, count=_TOP))
 
 
 async def _recent(visit: Visit, group_id: UUID) -> list[UsageRecord]:

@@ -11,7 +11,59 @@ from typing import Any, Literal
 from tokenlimits.levels import Level, level
 from tokenlimits.models import Group, GroupLimitUsage, GroupUsage
 
+from ._format import number, short
+
 Sort = Literal["name", "usage", "members"]
+
+_LEVELS: tuple[Level, ...] = ("none", "ok", "warn", "full")
+
+
+@dataclass(frozen=True, slots=True)
+class Meter:
+    """A limit as a page shows it."""
+
+    limit: GroupLimitUsage
+
+    @property
+    def fraction(self) -> float | None:
+        """How full it is; None if it is unlimited, or blocked on purpose."""
+        # nothing is used up in a group without members
+        return None if not self.limit.max else self.limit.fraction if self.limit.capacity else 0.0
+
+    @property
+    def level(self) -> Level:
+        """How full it is, in a word."""
+        found = level(self.fraction)
+        # while members together have used little, some of them may have used all that they may
+        return "none" if found == "ok" and self.limit.scope == "member" else found
+
+    @property
+    def used(self) -> str:
+        """How much is used, in words."""
+        if self.limit.scope == "member":
+            return f"{number(self.limit.used)} used by all members"
+        of = "" if not self.limit.max else f" of {short(self.limit.capacity)}"
+        return f"{number(self.limit.used)}{of} used"
+
+    @property
+    def left(self) -> str:
+        """How much is left, in words; of a member limit, what each member has."""
+        if self.limit.max is None:
+            return "unlimited"
+        if self.limit.max == 0:
+            return "blocked"
+        if self.limit.scope == "member":
+            return f"{short(self.limit.max)} per member"
+        return f"{short(self.limit.remaining)} left"
+
+    @property
+    def bar(self) -> tuple[int, int] | None:
+        """How long its bar is, and how long it can be; None if it is unlimited."""
+        if self.limit.capacity is None:
+            return None
+        if self.limit.max == 0:
+            return 1, 1
+        return min(self.limit.used, self.limit.capacity), self.limit.capacity or 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +74,19 @@ class Card:
     usage: GroupUsage
 
     @property
+    def meters(self) -> list[Meter]:
+        """Its limits."""
+        return meters(self.usage)
+
+    @property
     def fraction(self) -> float | None:
         """How full its fullest limit is."""
-        return _fullest(self.usage.limits)
+        return _fullest(self.usage)
 
     @property
     def level(self) -> Level:
         """How full its fullest limit is, in a word."""
-        return level(self.fraction)
+        return _level(self.usage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +118,22 @@ def _matches(group: Group, search: str) -> bool:
 def summary(usages: Iterable[GroupUsage]) -> Summary:
     """Count groups and members, and the groups whose fullest limit is yellow or red."""
     all_ = list(usages)
-    levels = [level(_fullest(usage.limits)) for usage in all_]
+    levels = [_level(usage) for usage in all_]
     members = sum(usage.member_count for usage in all_)
     return Summary(len(all_), members, levels.count("warn"), levels.count("full"))
 
 
-def _fullest(limits: Iterable[GroupLimitUsage]) -> float | None:
-    return max((limit.fraction for limit in limits if limit.fraction is not None), default=None)
+def meters(usage: GroupUsage) -> list[Meter]:
+    """Return the limits of a group as a page shows them."""
+    return [Meter(limit) for limit in usage.limits]
+
+
+def _fullest(usage: GroupUsage) -> float | None:
+    return max((meter.fraction for meter in meters(usage) if meter.fraction is not None), default=None)
+
+
+def _level(usage: GroupUsage) -> Level:
+    return _LEVELS[max((_LEVELS.index(meter.level) for meter in meters(usage)), default=0)]
 
 
 def live(usages: Iterable[GroupUsage]) -> dict[str, Any]:
@@ -89,16 +155,10 @@ def shape(usages: Iterable[GroupUsage]) -> str:
 
 def _numbers(usage: GroupUsage) -> list[Any]:
     limits = [
-        [
-            limit.used,
-            limit.remaining,
-            level(limit.fraction),
-            limit.reset_at and limit.reset_at.isoformat(),
-            limit.capacity,
-        ]
-        for limit in usage.limits
+        [meter.level, meter.bar, meter.used, meter.left, meter.limit.reset_at and meter.limit.reset_at.isoformat()]
+        for meter in meters(usage)
     ]
-    return [usage.member_count, level(_fullest(usage.limits)), limits]
+    return [usage.member_count, _level(usage), limits]
 
 
 def _counts(usages: Iterable[GroupUsage]) -> Mapping[str, int]:

@@ -6,14 +6,18 @@ const COLOURS = {
 const numbers = new Intl.NumberFormat("en-US");
 const compact = new Intl.NumberFormat("en-US", { notation: "compact" });
 const place = document.querySelector("[data-chart]");
+const choice = document.querySelector("[data-kind]");
 const words = place.querySelector(".chart-words");
 let drawn = null;
 let shown = null;
 
 const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+// units of different kinds have no common axis
 function draw({ labels, kinds }) {
   drawn?.destroy();
+  const index = Math.max(kindOf(kinds), 0);
+  const { kind, used } = kinds[index] ?? { kind: "", used: [] };
   const colours = COLOURS[document.documentElement.dataset.theme];
   Chart.defaults.font.family = "Inter, sans-serif";
   Chart.defaults.color = variable("--muted");
@@ -22,13 +26,15 @@ function draw({ labels, kinds }) {
     type: "bar",
     data: {
       labels,
-      datasets: kinds.map(({ kind, used }, index) => ({
-        label: kind,
-        data: used,
-        backgroundColor: colours[index % colours.length],
-        borderRadius: 3,
-        maxBarThickness: 34,
-      })),
+      datasets: [
+        {
+          label: kind,
+          data: used,
+          backgroundColor: colours[index % colours.length],
+          borderRadius: 3,
+          maxBarThickness: 34,
+        },
+      ],
     },
     options: {
       animation: matchMedia("(prefers-reduced-motion: reduce), print").matches ? false : { duration: 300 },
@@ -37,25 +43,19 @@ function draw({ labels, kinds }) {
       interaction: { mode: "index", intersect: false },
       scales: {
         x: {
-          stacked: true,
           grid: { display: false },
           border: { color: variable("--line") },
           ticks: { maxRotation: 0, autoSkipPadding: 18 },
         },
         y: {
-          stacked: true,
           grid,
           border: { display: false },
           beginAtZero: true,
-          ticks: { padding: 8, maxTicksLimit: 6, callback: (value) => compact.format(value) },
+          ticks: { padding: 8, maxTicksLimit: 6, callback: short },
         },
       },
       plugins: {
-        legend: {
-          position: "bottom",
-          align: "start",
-          labels: { usePointStyle: true, pointStyle: "circle", boxHeight: 7, padding: 18, color: variable("--text") },
-        },
+        legend: { display: false },
         tooltip: {
           backgroundColor: variable("--raised"),
           titleColor: variable("--text"),
@@ -71,6 +71,21 @@ function draw({ labels, kinds }) {
       },
     },
   });
+}
+
+// as `short` in _format.py
+function short(value) {
+  if (value < 1e15) return compact.format(value);
+  const [digits, power] = value.toExponential(1).split("e+");
+  return `${digits.replace(".0", "")}×10${[...power].map((digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]).join("")}`;
+}
+
+const kindOf = (kinds) => kinds.findIndex(({ kind }) => kind === choice.value);
+
+function offer(kinds) {
+  const options = kinds.map(({ kind }) => new Option(kind, kind, false, kind === choice.value));
+  choice.replaceChildren(...options);
+  choice.hidden = !options.length;
 }
 
 function tabulate({ labels, kinds }) {
@@ -106,6 +121,7 @@ async function load(step) {
     if (!answer.ok) throw new Error(String(answer.status));
     shown = await answer.json();
     say(shown.kinds.length ? "" : "There was no usage in this time.");
+    offer(shown.kinds);
     tabulate(shown);
     draw(shown);
   } catch {
@@ -121,6 +137,7 @@ for (const button of steps) {
     load(button.dataset.step);
   });
 }
+choice.addEventListener("change", () => draw(shown));
 const now = () => document.querySelector("[data-step][aria-pressed=true]").dataset.step;
 document.addEventListener("theme", () => shown && draw(shown));
 document.body.addEventListener("done", () => load(now()));

@@ -5,18 +5,6 @@ const numbers = new Intl.NumberFormat("en-US");
 let version = "";
 let timer = 0;
 
-// as `short` in _format.py
-function short(value) {
-  for (const [size, name] of [
-    [1e12, "T"],
-    [1e9, "B"],
-    [1e6, "M"],
-  ]) {
-    if (value >= size) return `${(value / size).toFixed(1).replace(/\.0$/, "")}${name}`;
-  }
-  return numbers.format(value);
-}
-
 function write(element, text) {
   if (!element || element.textContent === text) return;
   element.textContent = text;
@@ -30,17 +18,14 @@ function setLevel(element, name) {
   element.classList.add(`is-${name}`);
 }
 
-function showLimit(row, [used, remaining, level, resetAt, capacity]) {
+function showLimit(row, [level, bar, used, left, resetAt]) {
   setLevel(row, level);
-  write(row.querySelector("[data-used]"), numbers.format(used));
+  write(row.querySelector("[data-used]"), used);
+  write(row.querySelector("[data-left]"), left);
   const meter = row.querySelector("progress");
-  if (meter) {
-    meter.max = capacity || 1;
-    meter.value = capacity ? Math.min(used, capacity) : 1;
-    meter.textContent = `${used} of ${capacity}`;
-    write(row.querySelector("[data-capacity]"), short(capacity));
-    const left = row.querySelector("[data-left]");
-    if (left.textContent !== "blocked") write(left, `${short(remaining)} left`);
+  if (meter && bar) {
+    [meter.value, meter.max] = bar;
+    meter.textContent = used;
   }
   const time = row.querySelector("time");
   if (time && resetAt) time.dateTime = resetAt;

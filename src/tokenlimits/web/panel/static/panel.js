@@ -170,7 +170,24 @@ document.body.addEventListener("change", (event) => {
   row.querySelector("[name=unlimited]").value = event.target.checked ? "yes" : "no";
 });
 
-// countdowns, and moments in the reader's own time zone
+// countdowns and moments, all in one time zone: the group's on its page, else the reader's
+const zone = known(document.querySelector("[data-zone]")?.dataset.zone);
+const inFull = new Intl.DateTimeFormat(undefined, { dateStyle: "full", timeStyle: "long", timeZone: zone });
+const ofMinute = { month: "short", day: "numeric", hour: "numeric", minute: "2-digit", timeZone: zone };
+const inShort = new Intl.DateTimeFormat(undefined, ofMinute);
+const withYear = new Intl.DateTimeFormat(undefined, { ...ofMinute, year: "numeric" });
+for (const element of document.querySelectorAll("[data-zone-name]")) element.textContent = zone;
+
+// the database may know more time zones than this browser, as _charts.py has it of the server
+function known(name) {
+  try {
+    const { timeZone } = new Intl.DateTimeFormat(undefined, { timeZone: name }).resolvedOptions();
+    return name ?? timeZone;
+  } catch {
+    return "UTC";
+  }
+}
+
 function inWords(milliseconds) {
   const seconds = Math.max(0, Math.ceil(milliseconds / 1000));
   const [days, hours, minutes] = [
@@ -183,23 +200,23 @@ function inWords(milliseconds) {
   if (hours) return `resets in ${hours}h ${two(minutes)}m ${two(seconds % 60)}s`;
   return minutes ? `resets in ${minutes}m ${two(seconds % 60)}s` : `resets in ${seconds}s`;
 }
+function written(moment) {
+  return (moment.getFullYear() === new Date().getFullYear() ? inShort : withYear).format(moment);
+}
+function showMoment(element) {
+  if (element.dataset.shown === element.dateTime) return;
+  const moment = new Date(element.dateTime);
+  element.dataset.shown = element.dateTime;
+  element.dataset.words = written(moment);
+  element.title = `${inFull.format(moment)} (${zone})`;
+  if (!("countdown" in element.dataset)) element.textContent = element.dataset.words;
+}
 function tick() {
   const now = Date.now();
+  for (const element of document.querySelectorAll("time[data-moment], time[data-countdown]")) showMoment(element);
   for (const element of document.querySelectorAll("time[data-countdown]")) {
-    const words = inWords(Date.parse(element.dateTime) - now);
+    const words = `${inWords(Date.parse(element.dateTime) - now)} · ${element.dataset.words}`;
     if (element.textContent !== words) element.textContent = words;
-  }
-  for (const element of document.querySelectorAll("time[data-moment]:not([title])")) {
-    const moment = new Date(element.dateTime);
-    element.title = moment.toISOString();
-    const year = moment.getFullYear() === new Date(now).getFullYear() ? undefined : "numeric";
-    element.textContent = moment.toLocaleString(undefined, {
-      year,
-      month: "short",
-      day: "numeric",
-      hour: "numeric",
-      minute: "2-digit",
-    });
   }
 }
 tick();
