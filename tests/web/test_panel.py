@@ -173,7 +173,7 @@ class TestLive:
         sign_in(browser, admin)
         pro = groups.create("Pro", limits={"image": 4})
         first = browser.get("/live").json()
-        assert first["groups"][str(pro.id)] == [0, "ok", [[0, 4, "ok", None, 4]]]
+        assert first["groups"][str(pro.id)] == [0, "ok", [["ok", [0, 4], "0 of 4 used", "4 left", None]]]
         assert browser.get("/live", params={"version": first["version"]}).status_code == 204
         groups.set_limits(pro.id, {"image": 5})
         second = browser.get("/live", params={"version": first["version"]}).json()
