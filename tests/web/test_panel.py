@@ -257,7 +257,7 @@ class TestDialogs:
             assert rows.text.count('name="member"') == 50
             last = list(groups.members(pro.id))[-1]
             rows = browser.get(f"/groups/{pro.id}/members/rows", params={"search": last.email})
-            assert [str(last.user_id)] == re.findall(r'name="member" value="([^"]+)"', rows.text)
+            assert [str(last.id)] == re.findall(r'name="member" value="([^"]+)"', rows.text)
 
     def test_members_move_to_another_group(
         self, browser: httpx.Client, admin: LocalUser, groups: GroupManager, stack: LocalStack

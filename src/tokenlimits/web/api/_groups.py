@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, Header, HTTPException, Query, Response
+from fastapi import APIRouter, Header, Query, Response
 
 from tokenlimits.models import Bucket, Group, GroupUsage, Kind, Text
 from tokenlimits.web._bodies import MOST_IN_BULK
@@ -80,6 +80,10 @@ async def read_history(
     return History(items=points)
 
 
+_NEVER = datetime(1970, 1, 1, tzinfo=UTC)
+"""When no group was changed: what stands for a tag that isn't one of ours."""
+
+
 def _tagged(group: Group, response: Response) -> Group:
     response.headers["ETag"] = f'"{group.updated_at.isoformat()}"'
     return group
@@ -91,7 +95,7 @@ def _read_tag(if_match: str | None) -> datetime | None:
     try:
         moment = datetime.fromisoformat(if_match.strip().removeprefix("W/").strip('"'))
     except ValueError:
-        raise HTTPException(412, "If-Match is no ETag of a group") from None
+        return _NEVER
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
