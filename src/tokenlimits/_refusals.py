@@ -40,13 +40,28 @@ BY_CODE: Mapping[str, type[TokenLimitsError]] = {
     "23502": InvalidRequest,  # not_null_violation
     "23503": UnknownUser,  # foreign_key_violation: only memberships refer to a table of others, auth.users
     "23514": InvalidRequest,  # check_violation
+    "42P17": ConfigurationError,  # infinite recursion, of a policy in itself
+    "54001": ConfigurationError,  # too deep a recursion, of a policy by way of a function
     "PGRST106": ConfigurationError,  # the schema is not exposed
+    "PGRST125": ConfigurationError,  # no such path
     "PGRST202": SchemaNotInstalled,  # function not in the schema cache
     "PGRST301": AccessDenied,  # the JWT is not valid
     "PGRST302": AccessDenied,  # anonymous access is off
     "PGRST303": AccessDenied,  # the JWT's claims are not valid
 }
 """The class for each SQLSTATE (sql/schema/10_schema.sql lists our own) or PostgREST code."""
+
+
+_RECURSION = (
+    "A policy reads a table whose policy comes back to it. If the project has its own tokenlimits.is_admin(), make it "
+    "`security definer`, with `set search_path = pg_catalog, pg_temp`"
+)
+_HINTS: Mapping[str, str] = {
+    "42P17": _RECURSION,
+    "54001": _RECURSION,
+    "PGRST106": HOW_TO_EXPOSE,
+    "PGRST125": "The client's URL must be the project's, like https://abc.supabase.co, without a path",
+}
 
 
 def refusal(status: int, answer: Mapping[str, object]) -> TokenLimitsError:
@@ -57,14 +72,17 @@ def refusal(status: int, answer: Mapping[str, object]) -> TokenLimitsError:
     if in_message := re.search(r"\((TL\d{3})\)$", text):
         code = in_message[1]
     code = code if isinstance(code, str) else None
-    cls = _class_of(status, code)
-    hints = [answer.get("hint") or cls.default_hint, HOW_TO_EXPOSE if code == "PGRST106" else ""]
+    cls = _class_of(status, code, text)
+    # PostgreSQL's hint for 54001 is a larger stack
+    hints = [None if code == "54001" else answer.get("hint") or cls.default_hint, _HINTS.get(code or "")]
     detail = answer.get("details")
     message = ". ".join(str(part) for part in (text, *hints) if part)
     return cls(message, code=code, detail=None if detail is None else str(detail))
 
 
-def _class_of(status: int, code: str | None) -> type[TokenLimitsError]:
+def _class_of(status: int, code: str | None, text: str) -> type[TokenLimitsError]:
+    if code == "22023" and re.fullmatch(r'role ".*" does not exist', text):  # the JWT's
+        return AccessDenied
     if code is not None and code in BY_CODE:
         return BY_CODE[code]
     if status in (401, 403):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
+from collections.abc import Mapping
 from ipaddress import ip_address
-from typing import Annotated
+from typing import Annotated, Any, cast
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, AliasChoices, AnyHttpUrl, Field, SecretStr, TypeAdapter, ValidationError
@@ -25,23 +28,38 @@ __all__ = [
     "check_encrypted",
     "checked_key",
     "checked_url",
+    "claims",
     "exported",
     "from_one_place",
     "is_loopback",
+    "is_secret",
     "load",
     "load_schema",
     "named_schema",
+    "project_url",
     "stripped_schema",
+    "unusable_network",
 ]
 
 _URL = TypeAdapter(AnyHttpUrl)
 
 
+def project_url(value: str) -> str:
+    """Return the URL of a project, where somebody has copied that of one of its services.
+
+    Example:
+        >>> project_url("https://abc.supabase.co/rest/v1/")
+        'https://abc.supabase.co'
+    """
+    return re.sub(r"/(auth|functions|graphql|rest|storage)/v1/?$", "", value.strip())
+
+
 def checked_url(value: str) -> str:
     """Check the URL of a project."""
-    host = _URL.validate_python(value.strip()).host or ""
+    url = project_url(value)
+    host = _URL.validate_python(url).host or ""
     host.encode("idna")  # pydantic accepts labels that are empty or too long
-    return value.strip()
+    return url
 
 
 def checked_key(value: SecretStr) -> SecretStr:
@@ -50,6 +68,55 @@ def checked_key(value: SecretStr) -> SecretStr:
     if not re.fullmatch(r"[!-~]+", key):
         raise ValueError("has characters that are not allowed in an HTTP header")
     return SecretStr(key)
+
+
+def claims(key: str) -> Mapping[str, Any] | None:
+    """Read what a key says of itself if it is a JWT, whoever has signed it; None if it is none.
+
+    Args:
+        key: A key of a project.
+
+    Example:
+        >>> claims("e30.eyJyb2xlIjoiYW5vbiJ9.signature"), claims("sb_secret_…")
+        ({'role': 'anon'}, None)
+    """
+    parts = key.split(".")
+    try:
+        read: Any = json.loads(base64.urlsafe_b64decode(parts[1] + "=="))
+    except (IndexError, ValueError):
+        return None
+    return cast("dict[str, Any]", read) if len(parts) == 3 and isinstance(read, dict) else None
+
+
+def is_secret(key: str) -> bool:
+    """Whether a key may do everything: a secret key, or the older service_role key.
+
+    Args:
+        key: A key of a project.
+
+    Example:
+        >>> is_secret("sb_secret_…"), is_secret("e30.eyJyb2xlIjoiYW5vbiJ9.signature")
+        (True, False)
+    """
+    return key.startswith("sb_secret_") or (claims(key) or {}).get("role") == "service_role"
+
+
+def unusable_network(error: Exception) -> ConfigurationError:
+    """Make the error for what the environment says of HTTP and can't be.
+
+    Args:
+        error: What went wrong. Its message is only repeated where it can't contain a proxy's password.
+    """
+    # the first two: SOCKS isn't installed; a file of certificates doesn't exist
+    problem = (
+        str(error)
+        if isinstance(error, ImportError | OSError)
+        else "a proxy's URL is not valid, or a host in NO_PROXY isn't (there, IPv6 addresses have no brackets)"
+    )
+    return ConfigurationError(
+        f"HTTP can't be set up from the environment: {problem}. Check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY, "
+        "SSL_CERT_FILE and SSL_CERT_DIR."
+    )
 
 
 def stripped_schema(value: str) -> str:

@@ -150,6 +150,17 @@ def test_what_is_configured_wrongly(patient: Program, environment: dict[str, str
     assert "hush" not in said
 
 
+def test_a_network_that_can_not_be(patient: Program) -> None:
+    for name, value in (("no_proxy", "127.0.0.1,[::1]"), ("https_proxy", "socks9://ann:hush@proxy")):
+        level, said = findings(patient, **{name: value})["network"]
+        assert (level, "NO_PROXY" in said, "hush" in said) == ("error", True, False)
+
+
+def test_the_url_of_a_service_is_the_projects(patient: Program) -> None:
+    url = patient.environment["SUPABASE_URL"]
+    assert "url" not in findings(patient, SUPABASE_URL=f"{url}/rest/v1")
+
+
 @pytest.mark.parametrize(
     ("environment", "conclusion"),
     [

@@ -149,6 +149,28 @@ def test_sums(tl: Program, groups: GroupManager, team: Group, user: UUID, limits
     assert {line["group"] for line in gone} == {None}
 
 
+def test_without_time_zones_no_month_is_another(
+    tl: Program, groups: GroupManager, team: Group, user: UUID, limits: TokenLimits
+) -> None:
+    limits.track(user, "image")
+    script = """
+import sys
+sys.modules["tzdata"] = None
+from tokenlimits.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    for command in (["export", "--by", "month", "--group", str(team.id)], ["history", str(team.id), "--by", "month"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *command],
+            env=tl.environment | {"PYTHONTZPATH": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "This system has no data on the time zone Asia/Tokyo. Run: pip install" in done.stderr
+
+
 def test_nothing_is_written_before_there_is_an_answer(tl: Program) -> None:
     for arguments in ([], ["--by", "day"]):
         done = tl("export", *arguments, status=1, SUPABASE_SECRET_KEY="sb_secret_of_another_project")

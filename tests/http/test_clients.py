@@ -182,6 +182,11 @@ class TestSchema:
         assert clock.slept == []
 
 
+PUBLISHABLE = "sb_publishable_x"
+# {"role": "service_role"}
+SERVICE_ROLE = "eyJyb2xlIjoic2VydmljZV9yb2xlIn0"
+
+
 class TestKeys:
     def test_ours(self, shell: Shell, server: Server) -> None:
         shell.track()
@@ -189,9 +194,16 @@ class TestKeys:
         assert (headers["apikey"], headers["authorization"]) == (KEY, f"Bearer {KEY}")
 
     def test_a_session_of_a_foreign_client(self, shell: Shell, server: Server) -> None:
-        shell.track(foreign={"headers": {"Authorization": "Bearer a-token"}})
+        shell.track(foreign={"key": PUBLISHABLE, "headers": {"Authorization": "Bearer a-token"}})
         headers = server.requests[0].headers
-        assert (headers["apikey"], headers["authorization"]) == (KEY, "Bearer a-token")
+        assert (headers["apikey"], headers["authorization"]) == (PUBLISHABLE, "Bearer a-token")
+
+    @pytest.mark.parametrize("key", [KEY, f"e30.{SERVICE_ROLE}.signature"])
+    def test_a_session_on_a_secret_keys_client(self, shell: Shell, server: Server, key: str) -> None:
+        """The worker would have the rights of whoever has signed in."""
+        with pytest.raises(ConfigurationError, match=r"has signed in on this Supabase client.*publishable key"):
+            shell.track(foreign={"key": key, "headers": {"Authorization": "Bearer a-token"}}, on_unavailable="allow")
+        assert server.requests == []
 
     def test_a_token_that_was_set_on_postgrest_alone(self, client: Client, server: Server) -> None:
         client.postgrest.auth("a-token")
@@ -252,6 +264,11 @@ class TestManyThreads:
 class TestChangeOfSession:
     """Supabase forgets `client.postgrest` when somebody signs in, and then changes the header: not in one step."""
 
+    @pytest.fixture
+    def client(self, server: Server) -> Iterator[Client]:
+        with httpx.Client() as http:
+            yield create_client(URL, PUBLISHABLE, ClientOptions(httpx_client=http))
+
     @staticmethod
     def sign_in(client: Client, token: str) -> None:
         session: Any = type("Session", (), {"access_token": token})()
@@ -282,7 +299,7 @@ class TestChangeOfSession:
         limits.track(ANN, "image")
         GroupManager(client).list()
         sent = [request.headers["authorization"] for request in server.requests]
-        assert sent == [f"Bearer {KEY}", f"Bearer {KEY}", "Bearer one", "Bearer one"]
+        assert sent == [f"Bearer {PUBLISHABLE}", f"Bearer {PUBLISHABLE}", "Bearer one", "Bearer one"]
 
     def test_that_comes_while_postgrest_is_read(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         real: Any = supabase.Client.postgrest
@@ -546,7 +563,11 @@ class TestOneCall:
 
 @pytest.mark.parametrize(
     ("name", "value", "told"),
-    [("HTTPS_PROXY", "socks9://proxy", "URL is not valid"), ("SSL_CERT_FILE", "/no/such/file", "No such file")],
+    [
+        ("HTTPS_PROXY", "socks9://proxy", "URL is not valid"),
+        ("NO_PROXY", "[::1]", "IPv6 addresses have no brackets"),
+        ("SSL_CERT_FILE", "/no/such/file", "No such file"),
+    ],
 )
 def test_what_the_environment_asks_of_http_and_can_not_be(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str

@@ -40,7 +40,7 @@ ANSWERS: dict[str, Callable[[], httpx.Response | Exception]] = {
 FOREIGN: dict[str, Any] = {
     "ours": None,
     "a key": {"key": KEY},
-    "a session": {"key": KEY, "headers": {"Authorization": f"Bearer {TOKEN}"}},
+    "a session": {"key": "sb_publishable_x", "headers": {"Authorization": f"Bearer {TOKEN}"}},
 }
 
 

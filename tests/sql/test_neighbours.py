@@ -15,6 +15,7 @@ from tests.sql import dumps
 from tests.sql.api import ACTORS, GROUP_ID, USER_ID, request_by, seed
 from tests.support.postgres import create_hosted_database, servers
 
+from tokenlimits._refusals import BY_CODE
 from tokenlimits.sql_files import checked_schema, migrations, one_paste, uninstall
 
 if TYPE_CHECKING:
@@ -437,6 +438,21 @@ class TestKnownUsers:
             postgres.execute(one_paste().encode())
             query = "select has_function_privilege('anon', 'tokenlimits.is_admin()', 'execute')"
             assert postgres.execute(query).fetchone() == (True,)
+
+    def test_of_a_rule_that_reads_our_tables_as_its_caller_recurse(self, new_database: NewDatabase) -> None:
+        """The errors for which the client says `security definer`."""
+        with new_database()("postgres") as postgres:
+            seed(postgres)
+            postgres.execute("""
+                create or replace function tokenlimits.is_admin() returns boolean language plpgsql stable as
+                $$ begin return exists (select from public.group_memberships where user_id <> auth.uid()); end $$
+            """)
+            with request_by(postgres, ACTORS["user"]), pytest.raises(errors.StatementTooComplex) as raised:
+                postgres.execute("select from public.group_memberships")
+            assert raised.value.sqlstate in BY_CODE
+            postgres.execute("alter function tokenlimits.is_admin() security definer")
+            with request_by(postgres, ACTORS["user"]):
+                postgres.execute("select from public.group_memberships")
 
     def test_are_not_told_to_anybody(self, new_database: NewDatabase) -> None:
         with new_database()("postgres") as postgres:

@@ -156,3 +156,20 @@ def test_they_are_public_documented_and_of_one_base(cls: type[TokenLimitsError])
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_their_repr_shows_the_message(cls: type[TokenLimitsError]) -> None:
     assert str(example(cls)) in repr(example(cls))
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "cls", "says"),
+    [
+        (400, {"code": "22023", "message": 'role "editor" does not exist'}, AccessDenied, "secret"),
+        (400, {"code": "22023", "message": "cost: must be a number"}, InvalidRequest, "must be a number"),
+        (500, {"code": "54001", "message": "stack depth limit exceeded"}, ConfigurationError, "`security definer`"),
+        (500, {"code": "42P17", "message": "infinite recursion"}, ConfigurationError, "`security definer`"),
+        (404, {"code": "PGRST125", "message": "Invalid path"}, ConfigurationError, "without a path"),
+    ],
+)
+def test_what_a_setup_comes_to(status: int, answer: dict[str, str], cls: type[Exception], says: str) -> None:
+    error = refusal(status, answer | {"hint": "Increase max_stack_depth"} if status == 500 else answer)
+    assert type(error) is cls
+    assert says in str(error)
+    assert answer["code"] != "54001" or "max_stack_depth" not in str(error)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
@@ -673,3 +676,21 @@ def first_read(day: date, zone: ZoneInfo, at: datetime) -> bool:
 def answer(result: Any) -> Any:
     """Wait for the answer of either colour."""
     return asyncio.run(result) if inspect.iscoroutine(result) else result
+
+
+def test_without_time_zones_it_says_so() -> None:
+    script = """
+import sys
+sys.modules["tzdata"] = None
+from tokenlimits.errors import ConfigurationError
+from tokenlimits.testing import FakeTokenLimits
+groups = FakeTokenLimits().groups
+assert groups.create("Pro", timezone="utc").timezone == "UTC"
+try:
+    groups.create("Paris", timezone="Europe/Paris")
+except ConfigurationError as error:
+    print(error)
+"""
+    environment = os.environ | {"PYTHONTZPATH": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "This system has no time zone data, so not Europe/Paris either. Run: pip install tzdata\n"

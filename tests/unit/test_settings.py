@@ -239,3 +239,9 @@ def test_no_value_in_a_repr(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
 
 def test_nothing_is_read_before_the_first_use() -> None:
     TokenLimits.from_env().close()
+
+
+@pytest.mark.parametrize("path", ["", "/rest/v1", "/rest/v1/", "/auth/v1"])
+def test_the_url_of_a_service_is_the_projects(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    given(monkeypatch, URL=f"{URL}{path}", SECRET_KEY=SECRET)
+    assert loaded() == (URL, SECRET)

@@ -201,10 +201,13 @@ class TestStarting:
         with pytest.raises(ConfigurationError, match="SUPABASE_URL"):
             create_app()
         monkeypatch.setenv("SUPABASE_URL", "https://abc.supabase.co")
-        monkeypatch.setenv("SUPABASE_PUBLISHABLE_KEY", "sb_secret_abcdefgh")
-        with pytest.raises(ConfigurationError, match="must be the publishable one") as refused:
-            create_app()
-        assert "abcdefgh" not in str(refused.value)
+        service_role = "e30.eyJyb2xlIjoic2VydmljZV9yb2xlIn0.abcdefgh"
+        for name, key in (("PUBLISHABLE_KEY", "sb_secret_abcdefgh"), ("ANON_KEY", service_role)):
+            with monkeypatch.context() as patched:
+                patched.setenv(f"SUPABASE_{name}", key)
+                with pytest.raises(ConfigurationError, match="must be the publishable one") as refused:
+                    create_app()
+            assert "abcdefgh" not in str(refused.value)
 
 
 class TestWithoutSupabase:

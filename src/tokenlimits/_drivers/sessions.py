@@ -15,7 +15,7 @@ from supabase import AsyncClient, Client
 
 from tokenlimits._core.call import Call
 from tokenlimits.errors import ConfigurationError
-from tokenlimits.settings import load_schema
+from tokenlimits.settings import is_secret, load_schema
 
 _forks = 0
 # supabase makes `client.postgrest` lazily, on first use and after each change of session; without a lock, two threads
@@ -138,6 +138,16 @@ def request(client: Client | AsyncClient, call: Call[Any], schema: str | None) -
     raise unsendable_key()
 
 
+def _check_session(client: Client | AsyncClient, authorization: str | None) -> None:
+    """Refuse a client whose key may do everything, but which would send the token of whoever has signed in on it."""
+    key: str = client.supabase_key
+    if authorization not in (None, f"Bearer {key}") and is_secret(key):
+        raise ConfigurationError(
+            "Somebody has signed in on this Supabase client, so that it sends their token instead of its secret key. "
+            "Sign users in on another client, made with the publishable key."
+        )
+
+
 def _request(client: Client | AsyncClient, call: Call[Any], schema: str) -> Any:
     # Read under the lock, so that `made_with` is what this `postgrest` was made with and no thread makes a second one.
     # supabase itself doesn't take the lock: when somebody signs in, it drops `postgrest` and then changes the header.
@@ -147,6 +157,7 @@ def _request(client: Client | AsyncClient, call: Call[Any], schema: str) -> Any:
         while postgrest is None:  # dropped between the check and the return of supabase's property
             postgrest = client.postgrest
         made_with = _made_with.setdefault(postgrest, authorization)
+    _check_session(client, authorization)
     made = postgrest.rpc(call.function, dict(call.params)).request
     # on the request: `client.schema(…)` would make another PostgREST client for each call
     made.headers["Content-Profile"] = made.headers["Accept-Profile"] = schema

@@ -21,7 +21,7 @@ from tokenlimits._core import answers, retry
 from tokenlimits._core.call import Call
 from tokenlimits.errors import ConfigurationError, SchemaNotInstalled, ServiceUnavailable
 from tokenlimits.senders import AsyncSender, Sender
-from tokenlimits.settings import Settings, load
+from tokenlimits.settings import Settings, load, unusable_network
 
 from . import sessions
 from .deadline import Deadline, Timeouts, extensions
@@ -68,14 +68,9 @@ def _made(sort: Callable[..., Http], timeout: float) -> Http:
     try:
         # with HTTP/2, threads share a connection, and httpcore loses calls when the server sends GOAWAY on it
         return sort(http2=False, timeout=timeout)
-    except (ImportError, OSError) as error:  # SOCKS isn't installed; a file of certificates doesn't exist
-        problem = str(error)
-    except (ValueError, httpx.InvalidURL):  # their messages may contain a proxy's password
-        problem = "a proxy's URL is not valid"
-    raise ConfigurationError(
-        f"HTTP can't be set up from the environment: {problem}. Check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, "
-        "SSL_CERT_FILE and SSL_CERT_DIR."
-    )
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        problem = unusable_network(error)
+    raise problem  # outside the except block, so that its context doesn't hold a proxy's password
 
 
 class _Own(NamedTuple):

@@ -208,11 +208,15 @@ def counted(number: int, what: str) -> str:
 
 
 def zone_of(name: str) -> tzinfo:
-    """Find a time zone; UTC if this system doesn't know it, though the database does."""
+    """Find a time zone.
+
+    Raises:
+        Problem: This system doesn't know it, though the database does. In another zone, a month would be another month.
+    """
     try:
-        return ZoneInfo(name)
+        return UTC if name == "UTC" else ZoneInfo(name)
     except ZoneInfoNotFoundError:
-        return UTC
+        raise Problem(f"This system has no data on the time zone {name}. Run: pip install --upgrade tzdata") from None
 
 
 def moment(at: datetime | None) -> str:

@@ -11,6 +11,7 @@ from functools import cache
 from zoneinfo import ZoneInfo, available_timezones
 
 from tokenlimits._fields import NO_PLACES
+from tokenlimits.errors import ConfigurationError
 
 BEGINNING = datetime.min.replace(tzinfo=UTC)
 NEVER = datetime.max.replace(tzinfo=UTC)
@@ -31,7 +32,12 @@ def canonical(timezone: str) -> str | None:
         >>> canonical("utc"), canonical("Nowhere/Land")
         ('UTC', None)
     """
-    return _names().get(timezone.lower())
+    names = _names()
+    if len(names) == 1 and timezone.lower() not in names:
+        raise ConfigurationError(
+            f"This system has no time zone data, so not {timezone} either. Run: pip install tzdata"
+        )
+    return names.get(timezone.lower())
 
 
 @cache

@@ -16,6 +16,7 @@ from supabase import AsyncClient, AsyncClientOptions
 
 from tokenlimits import AsyncGroupManager, AsyncTokenLimits, ConfigurationError, ServiceUnavailable
 from tokenlimits.errors import AccessDenied
+from tokenlimits.settings import unusable_network
 
 from ._auth import Auth
 from ._settings import WebSettings
@@ -134,7 +135,7 @@ class Backend:
         """Return the connections of this event loop: a mounted app isn't told when the outer app starts or stops."""
         loop = asyncio.get_running_loop()
         if self._of_loop is None or self._of_loop.loop is not loop or self._of_loop.http.is_closed:
-            http = httpx.AsyncClient(http2=False, timeout=self.settings.timeout)
+            http = _made(self.settings.timeout)
             self._of_loop = _OfLoop(loop, http, _until_loop_ends(http))
             await anext(self._of_loop.until_loop_ends)
         return self._of_loop.http
@@ -143,6 +144,14 @@ class Backend:
         """Close the connections."""
         if self._of_loop is not None:
             await self._of_loop.until_loop_ends.aclose()
+
+
+def _made(timeout: float) -> httpx.AsyncClient:
+    try:
+        return httpx.AsyncClient(http2=False, timeout=timeout)
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        problem = unusable_network(error)
+    raise problem  # outside the except block, so that its context doesn't hold a proxy's password
 
 
 async def _until_loop_ends(http: httpx.AsyncClient) -> AsyncGenerator[None]:

@@ -23,6 +23,7 @@ from tokenlimits.settings import (
     checked_key,
     checked_url,
     from_one_place,
+    is_secret,
     stripped_schema,
 )
 
@@ -51,7 +52,7 @@ def _split(value: object) -> object:
 
 def _not_secret(value: str) -> str:
     key = checked_key(SecretStr(value)).get_secret_value()
-    if key.startswith("sb_secret_"):
+    if is_secret(key):
         raise ValueError("is the project's secret key, and must be the publishable one")
     return key
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import re
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Self, cast
+from typing import Annotated, Any, Self, cast
 from urllib.parse import urlsplit
 
 import httpx
-from pydantic import AliasChoices, Field, SecretStr
+from pydantic import AfterValidator, AliasChoices, Field, SecretStr
 
 from tokenlimits.errors import HOW_TO_EXPOSE
-from tokenlimits.settings import ProjectSettings, from_one_place
+from tokenlimits.settings import ProjectSettings, claims, from_one_place, project_url
 from tokenlimits.sql_files import checked_schema
 
 from ._expected import REAPPLY
@@ -40,7 +38,7 @@ _PROBES: Mapping[str, Mapping[str, object]] = {
 class Configuration(ProjectSettings):
     """The settings as they are, even if they are wrong."""
 
-    url: str = Field("", validation_alias="SUPABASE_URL")
+    url: Annotated[str, AfterValidator(project_url)] = Field("", validation_alias="SUPABASE_URL")
     key: SecretStr = Field(SecretStr(""), validation_alias=AliasChoices(*_KEY_NAMES))
     schema_name: str = Field("public", validation_alias=_SCHEMA_NAME)
 
@@ -158,14 +156,14 @@ def _key_finding(key: str, host: str) -> Finding:
         return ok("key", "This is a secret key.")
     if key.startswith("sb_publishable_"):
         return error("key", "This is a publishable key, which has no rights here.", SECRET)
-    claims = _claims(key)
-    if claims is None:
+    said = claims(key)
+    if said is None:
         return warning("key", "This doesn't look like a Supabase key.", SECRET)
-    return _token_finding(claims, host)
+    return _token_finding(said, host)
 
 
-def _token_finding(claims: Mapping[str, Any], host: str) -> Finding:
-    role, project, expires = claims.get("role"), claims.get("ref"), claims.get("exp")
+def _token_finding(said: Mapping[str, Any], host: str) -> Finding:
+    role, project, expires = said.get("role"), said.get("ref"), said.get("exp")
     if role != "service_role":
         return error("key", f"This is a token for the role {role}, not service_role.", SECRET)
     if isinstance(expires, int | float) and expires < datetime.now(UTC).timestamp():
@@ -173,16 +171,6 @@ def _token_finding(claims: Mapping[str, Any], host: str) -> Finding:
     if host.endswith(".supabase.co") and project and not host.startswith(f"{project}."):
         return error("key", f"The key belongs to the project {project}, and SUPABASE_URL to another.", _WHERE)
     return ok("key", "This is a service_role key. (Secret keys are newer and can be revoked one by one.)")
-
-
-def _claims(key: str) -> dict[str, Any] | None:
-    """Read the claims of the key if it is a JWT; its signature doesn't matter here."""
-    parts = key.split(".")
-    try:
-        read: Any = json.loads(base64.urlsafe_b64decode(parts[1] + "=="))
-    except (IndexError, ValueError):
-        return None
-    return cast("dict[str, Any]", read) if len(parts) == 3 and isinstance(read, dict) else None
 
 
 def unreachable(host: str, reason: httpx.HTTPError) -> Finding:

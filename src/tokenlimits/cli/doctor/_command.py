@@ -17,6 +17,7 @@ from tokenlimits.cli._find import manager
 from tokenlimits.cli._migrate import pending
 from tokenlimits.cli._options import AsJson, DatabaseUrl, Schema
 from tokenlimits.cli._terminal import Problem, counted, err, print_json, say, show
+from tokenlimits.settings import unusable_network
 
 from ._api import (
     SECRET,
@@ -88,7 +89,12 @@ def _examine(configuration: Configuration) -> Findings:
     yield from check_configuration(configuration)
     if not configuration.usable:
         return
-    with httpx.Client(timeout=20) as http:
+    try:
+        made = httpx.Client(timeout=20)
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as problem:
+        yield error("network", str(unusable_network(problem)), "Correct the variable, or unset it.")
+        return
+    with made as http:
         api = Api(configuration, http)
         try:
             yield from _examine_api(configuration, api)
