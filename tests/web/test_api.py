@@ -45,6 +45,18 @@ class TestGroups:
         problem(api("admin", "GET", path), 404, "group-not-found")
         assert groups.list() == []
 
+    def test_creating_one_is_repeatable(self, api: Ask, groups: GroupManager) -> None:
+        key = {"Idempotency-Key": "signup-1"}
+        body = {"name": "Pro", "limits": {"image": 1}}
+        first = api("admin", "POST", "/groups", json=body, headers=key)
+        again = api("admin", "POST", "/groups", json=body, headers=key)
+        assert (first.status_code, again.status_code, again.json()) == (201, 201, first.json())
+        problem(api("admin", "POST", "/groups", json=body), 409, "group-exists")
+        other = {"Idempotency-Key": "signup-2"}
+        problem(api("admin", "POST", "/groups", json=body, headers=other), 409, "group-exists")
+        assert api("admin", "POST", "/groups", json={"name": "Max"}, headers=key).status_code == 201
+        assert len(groups.list()) == 2
+
     def test_what_somebody_else_changed_is_not_overwritten(self, api: Ask, groups: GroupManager) -> None:
         pro = groups.create("Pro", limits={"image": 1})
         path = f"/groups/{pro.id}"

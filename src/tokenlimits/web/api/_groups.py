@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Query, Response
 
+from tokenlimits import InvalidRequest
+from tokenlimits.errors import GroupExists, GroupNotFound
 from tokenlimits.models import Bucket, Group, GroupUsage, Kind, Text
 from tokenlimits.web._bodies import MOST_IN_BULK
 from tokenlimits.web._problems import documented
@@ -32,9 +36,25 @@ async def list_groups(
     return Groups(items=page, next=page.next)
 
 
-async def create_group(groups: CallersGroups, group: GroupIn) -> Group:
-    """Create a group with its limits, in one step."""
-    return await groups.create(**_fields(group))
+async def create_group(
+    groups: CallersGroups,
+    group: GroupIn,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> Group:
+    """Create a group with its limits, in one step.
+
+    Sent again with the same `Idempotency-Key` and name, the request returns the group that the first one created.
+    """
+    if idempotency_key is None:
+        return await groups.create(**_fields(group))
+    # the key makes the id, so that the database itself knows a repetition
+    id_ = UUID(bytes=sha256(f"{idempotency_key}\0{group.name.casefold()}".encode()).digest()[:16], version=5)
+    try:
+        return await groups.create(id=id_, **_fields(group))
+    except (GroupExists, InvalidRequest):
+        with suppress(GroupNotFound):
+            return await groups.get(id_)
+        raise
 
 
 async def read_group(groups: CallersGroups, group_id: UUID, response: Response) -> Group:
