@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,6 +122,65 @@ class TestCsrf:
         assert browser.post("/sign-out", data={"csrf": csrf}, headers=headers).url.path == "/sign-in"
 
 
+class TestBehindAProxy:
+    """Where the host that the panel sees is not, or not quite, the one that the browser has."""
+
+    HERE = "https://limits.example"
+
+    @pytest.mark.parametrize(
+        "seen",
+        [
+            {"Sec-Fetch-Site": "same-origin"},  # nginx with its default Host, and any browser of these years
+            {"X-Forwarded-Host": "limits.example"},
+            {"X-Forwarded-Host": "127.0.0.1:8321, limits.example"},
+            {"Host": "limits.example"},
+            {"Host": "limits.example:443"},
+            {"Host": "LIMITS.example:80"},
+            {"Host": "limits.example", "Origin": "https://limits.example:8443"},
+            {"Host": "limits.example:8443", "Origin": "https://limits.example:8443"},
+            {"Host": "[2001:db8::1]:8321", "Origin": "http://[2001:db8::1]:8321"},
+        ],
+    )
+    def test_somebody_signs_in(self, browser: httpx.Client, admin: LocalUser, seen: dict[str, str]) -> None:
+        form = {"csrf": csrf_of(browser.get("/sign-in")), "email": admin.email, "password": admin.password}
+        answer = browser.post("/sign-in", data=form, headers={"Origin": self.HERE} | seen, follow_redirects=False)
+        assert (answer.status_code, answer.headers.get("location")) == (303, "/")
+
+    @pytest.mark.parametrize(
+        "seen",
+        [
+            {},
+            {"Sec-Fetch-Site": "same-site", "Host": "limits.example"},
+            {"Sec-Fetch-Site": "cross-site", "Origin": "null"},
+            {"Host": "limits.example:8443"},
+            {"Host": "limits.example:8443", "Origin": "https://limits.example:9443"},
+            {"Host": "example"},
+            {"Host": "limits.example:x"},
+            {"X-Forwarded-Host": "other.example"},
+        ],
+    )
+    def test_nobody_does_from_elsewhere(self, browser: httpx.Client, admin: LocalUser, seen: dict[str, str]) -> None:
+        form = {"csrf": csrf_of(browser.get("/sign-in")), "email": admin.email, "password": admin.password}
+        answer = browser.post("/sign-in", data=form, headers={"Origin": self.HERE} | seen)
+        assert answer.status_code == 403
+
+    @pytest.mark.parametrize("path", ["/groups/new/", "/api/groups/", "/sign-in/", "//evil.example/"])
+    def test_nothing_leads_to_the_host_of_a_request(self, browser: httpx.Client, path: str) -> None:
+        answer = browser.get(path, headers={"Host": "evil.example"}, follow_redirects=False)
+        assert "evil" not in answer.headers.get("location", "")
+
+
+class TestHead:
+    @pytest.mark.parametrize(
+        "path", ["/", "/sign-in", "/groups/new", "/live", "/static/panel.css", "/api/openapi.json", "/nowhere"]
+    )
+    def test_answers_as_get_without_a_body(self, browser: httpx.Client, admin: LocalUser, path: str) -> None:
+        sign_in(browser, admin)
+        read, head = (browser.request(method, path) for method in ("GET", "HEAD"))
+        assert (head.status_code, head.content) == (read.status_code, b"")
+        assert head.headers["content-type"] == read.headers["content-type"]
+
+
 class TestHeaders:
     @pytest.mark.parametrize("path", ["/sign-in", "/", "/api/groups", "/static/panel.css", "/nowhere"])
     def test_are_on_every_answer(self, browser: httpx.Client, path: str) -> None:
@@ -142,7 +202,7 @@ class TestHeaders:
 
         answer = asyncio.run(ask())
         assert answer.headers["strict-transport-security"].startswith("max-age=31536000")
-        assert answer.headers["set-cookie"].startswith("__Host-tokenlimits=")
+        assert answer.headers["set-cookie"].startswith("__Host-tokenlimits-")
 
     def test_pages_are_not_kept_and_files_are(self, browser: httpx.Client, admin: LocalUser) -> None:
         page = sign_in(browser, admin)
@@ -336,6 +396,38 @@ class TestCommand:
         finally:
             server.terminate()
             server.communicate(timeout=30)
+
+
+class TestServing:
+    def test_below_the_path_of_a_proxy_and_quietly(self, stack: LocalStack, admin: LocalUser) -> None:
+        command = [sys.executable, "-m", "tokenlimits.web", "--port", "0", "--root-path", "limits/"]
+        # buffered, or the log could fill the pipe
+        with tempfile.TemporaryFile("w+") as log:
+            environment = {**stack.environment(), "PYTHONPATH": str(ROOT / "src")}
+            server = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=log, text=True)
+            try:
+                assert server.stderr is not None
+                found = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in server.stderr)
+                url = next(each[0] for each in found if each)
+                with browsing(url) as browser:
+                    form = {"csrf": csrf_of(browser.get("/sign-in")), "email": admin.email, "password": admin.password}
+                    answer = browser.post("/sign-in", data=form, follow_redirects=False)
+                    assert answer.headers["location"] == "/limits/"
+                    page = browser.get("/")
+                    for address in set(re.findall(r'(?:href|src|action|hx-get)="([^"#]*)"', page.text)):
+                        assert address.startswith("/limits/")
+                    problem = browser.get("/api/nowhere")
+                    assert problem.headers["content-type"] == "application/problem+json"
+                    for path in ("/live", "/live?version=x", "/?search=ada%40example.com"):
+                        assert browser.get(path).status_code == 200
+            finally:
+                server.terminate()
+                server.communicate(timeout=30)
+            log.seek(0)
+            lines = log.read()
+        assert "GET /limits/ HTTP" in lines
+        assert "live" not in lines
+        assert "ada" not in lines
 
 
 class TestDemo:

@@ -9,11 +9,13 @@ from uuid import UUID
 
 import httpx
 import pytest
-from fastapi import Depends, FastAPI, Header, HTTPException
+from fastapi import Depends, FastAPI, Header, HTTPException, WebSocket
 from fastapi.responses import StreamingResponse
 from supabase import AsyncClient, AsyncClientOptions
 from tests.support.waiting import eventually
 from tests.web.conftest import served
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from tokenlimits import AsyncTokenLimits, GroupManager, Hold, InvalidRequest, Limit, TokenLimits
 from tokenlimits.local import LocalStack, LocalUser
@@ -54,6 +56,13 @@ def add_endpoints(app: FastAPI, limits: AsyncTokenLimits, settings: WebSettings)
             yield "two"
 
         return StreamingResponse(words())
+
+    @app.websocket("/socket")
+    async def socket(websocket: WebSocket, hold: Hold = Depends(image)) -> None:  # noqa: B008  # the name is local
+        await websocket.accept()
+        await websocket.send_text(f"{hold.cost} held")
+        hold.commit(cost=1)
+        await websocket.close()
 
     @app.post("/named", dependencies=[Depends(require_generation("image", 2, user=named, limits=limits))])
     async def by_name() -> str:
@@ -170,3 +179,20 @@ def test_a_bad_cost_is_422(http: httpx.Client, pro: Group) -> None:
 def test_a_bad_kind_is_noticed_at_once() -> None:
     with pytest.raises(InvalidRequest, match="kind"):
         require_generation("Big Image")
+
+
+def test_on_a_websocket(app_url: str, stack: LocalStack, pro: Group, tokens: dict[str, str]) -> None:
+    url = f"{app_url.replace('http', 'ws', 1)}/socket"
+
+    def talk(token: str) -> str | bytes:
+        headers = {"Authorization": f"Bearer {token}", "X-Cost": "3"}
+        with connect(url, additional_headers=headers, proxy=None) as socket:
+            return socket.recv()
+
+    assert talk(tokens["user"]) == "3 held"
+    assert statuses(stack, pro) == [("committed", 1)]
+    for token in (tokens["user"], "garbage"):
+        with pytest.raises(InvalidStatus) as denied:
+            talk(token)
+        assert denied.value.response.status_code == 403
+    assert statuses(stack, pro) == [("committed", 1)]

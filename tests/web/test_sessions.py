@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from cryptography.fernet import MultiFernet
+from fastapi import FastAPI
 from pydantic import SecretStr
 from starlette.requests import Request
 from starlette.responses import Response
@@ -78,13 +79,19 @@ def tokens_of(settings: WebSettings, user: LocalUser) -> Tokens:
     return asyncio.run(signed_in())
 
 
+def name_of_cookie(browser: httpx.Client) -> str:
+    """Return what the panel calls its cookie."""
+    return browser.get("/sign-in").headers["set-cookie"].partition("=")[0]
+
+
 def carry(browser: httpx.Client, cookie: str) -> None:
+    name = name_of_cookie(browser)
     browser.cookies.clear()
-    browser.cookies.set("tokenlimits", cookie, domain="127.0.0.1")
+    browser.cookies.set(name, cookie, domain="127.0.0.1")
 
 
 def cookie_in(browser: httpx.Client) -> str:
-    return browser.cookies.get("tokenlimits", domain="127.0.0.1") or ""
+    return "".join(browser.cookies.values())
 
 
 def is_signed_in(browser: httpx.Client, cookie: str) -> bool:
@@ -107,12 +114,25 @@ class TestTheCookie:
         )
         response = Response()
         sessions_of(settings).write(request, response, Session("id"))
-        assert response.headers["set-cookie"].startswith("__Host-tokenlimits=")
+        assert response.headers["set-cookie"].startswith("__Host-tokenlimits-")
         assert "Secure" in response.headers["set-cookie"]
+
+    def test_each_panel_of_a_host_has_its_own(self, stack: LocalStack, settings: WebSettings, admin: LocalUser) -> None:
+        there = settings_for(stack, url=f"{stack.url}/", web_secret=secrets.token_urlsafe(32))
+        host = FastAPI()
+        host.mount("/a", create_app(settings))
+        host.mount("/b", create_app(there))
+        host.mount("/c", create_app(settings_for(stack, web_secret=secrets.token_urlsafe(32))))
+        with served(host) as url, browsing(url) as browser:
+            for panel in "abc":
+                csrf = csrf_of(browser.get(f"/{panel}/sign-in"))
+                form = {"csrf": csrf, "email": admin.email, "password": admin.password}
+                assert browser.post(f"/{panel}/sign-in", data=form).status_code == 200
+            assert [browser.get(f"/{panel}/").url.path for panel in "abc"] == ["/a/", "/b/", "/c/"]
 
     @pytest.mark.parametrize("cookie", ["", "garbage", "gAAAAABn", "gAAAAAB\u00fc".encode().decode("latin-1")])
     def test_one_that_was_changed_is_nobody(self, browser: httpx.Client, cookie: str) -> None:
-        header = {b"Cookie": f"tokenlimits={cookie}".encode("latin-1")}
+        header = {b"Cookie": f"{name_of_cookie(browser)}={cookie}".encode("latin-1")}
         assert browser.get("/", headers=header).url.path == "/sign-in"
 
     def test_one_that_is_too_large_is_said_in_words(
@@ -340,7 +360,7 @@ class TestConfirming:
 
     def held(self, auth: Auth) -> tuple[Sessions, Session]:
         tokens = Tokens(SecretStr("access"), SecretStr("refresh"), time.time() + HOUR, self.ADA)
-        return Sessions(auth, [SecretStr(SECRET)], idle=HOUR, longest=HOUR), Session("id", tokens)
+        return Sessions(auth, [SecretStr(SECRET)], project="", idle=HOUR, longest=HOUR), Session("id", tokens)
 
     @in_a_loop
     async def test_once_a_minute_for_all_requests(self, turn: Callable[[float], None]) -> None:

@@ -44,6 +44,9 @@ def panel(
     forwarded_allow_ips: Annotated[
         str | None, typer.Option(help="Proxies whose X-Forwarded-* headers to trust, comma-separated.")
     ] = None,
+    root_path: Annotated[
+        str, typer.Option(help="The path that a proxy serves the panel below and removes, like /limits.")
+    ] = "",
 ) -> None:
     """Serve the admin panel; grant or revoke the admin role.
 
@@ -56,7 +59,7 @@ def panel(
         from tokenlimits.web import serve  # noqa: PLC0415  # it may not be installed
     except ModuleNotFoundError as error:
         raise Problem(str(error)) from error
-    serve(host, port, forwarded_allow_ips=forwarded_allow_ips)
+    serve(host, port, forwarded_allow_ips=forwarded_allow_ips, root_path=root_path)
 
 
 @commands.command()

@@ -5,13 +5,15 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import Depends, HTTPException, Request, Response
+from fastapi import Depends, HTTPException, Response, WebSocketException, status
 from pydantic import SecretStr
+from starlette.requests import HTTPConnection
 
 from tokenlimits import AsyncTokenLimits, GenerationDenied, Hold, InvalidRequest, ServiceUnavailable
 
 from . import _ratelimit
 from ._backend import Backend
+from ._bearer import token_of
 from ._problems import SignInRequired, TooManyRequests, headers_of, kind_of
 from ._settings import WebSettings, load
 
@@ -32,6 +34,10 @@ def require_generation(
 
     A denied request gets 403 (the user is in no group, or in none with a limit for the kind) or 429, with
     `Retry-After`, `RateLimit` and `RateLimit-Policy`. There is no idempotency key: the sender could choose it.
+
+    On a WebSocket, a denied one is closed before it is accepted, which servers answer with 403. Whatever ends by an
+    exception after a part was sent isn't charged: a WebSocket whose client leaves, or a background task that fails. If
+    that part cost something, call `hold.used()` or `hold.commit()` before you send it.
 
     Args:
         kind: What is generated.
@@ -59,29 +65,37 @@ def require_generation(
     price = cost if callable(cost) else _Constant(cost)
 
     async def reserved(
+        connection: HTTPConnection,
         response: Response,
         user_id: Annotated[UUID, Depends(payer)],
         price_: Annotated[int, Depends(price)],
     ) -> AsyncIterator[Hold]:
         async with AsyncExitStack() as stack:
-            hold = await _enter(stack, lambda: client.generation(user_id, kind, price_, ttl=ttl))
+            hold = await _enter(connection, stack, lambda: client.generation(user_id, kind, price_, ttl=ttl))
             response.headers.update(_ratelimit.of_limits(hold.result.limits))
             yield hold
 
     return reserved
 
 
-async def _enter(stack: AsyncExitStack, generation: Callable[[], AbstractAsyncContextManager[Hold]]) -> Hold:
+async def _enter(
+    connection: HTTPConnection, stack: AsyncExitStack, generation: Callable[[], AbstractAsyncContextManager[Hold]]
+) -> Hold:
     try:
         return await stack.enter_async_context(generation())
     except (GenerationDenied, InvalidRequest) as error:
-        raise _refused(error, str(error)) from error
+        raise _refused(connection, error, str(error)) from error
     except ServiceUnavailable as error:
-        raise _refused(error, "Generations can't be counted now. Please try again soon.") from error
+        raise _refused(connection, error, "Generations can't be counted now. Please try again soon.") from error
 
 
-def _refused(error: Exception, words: str) -> HTTPException:
-    return HTTPException(kind_of(error).status, words, headers_of(error) or None)
+def _refused(connection: HTTPConnection, error: Exception, words: str) -> Exception:
+    kind = kind_of(error)
+    if connection.scope["type"] == "websocket":
+        code = status.WS_1013_TRY_AGAIN_LATER if kind.status == 503 else status.WS_1008_POLICY_VIOLATION
+        # a closing frame holds 123 bytes of reason
+        return WebSocketException(code, words.encode()[:123].decode(errors="ignore"))
+    return HTTPException(kind.status, words, headers_of(error) or None)
 
 
 class _Constant:
@@ -100,16 +114,16 @@ class _Bearer:
     def __init__(self, settings: WebSettings | None) -> None:
         self._backend = None if settings is None else Backend(settings)
 
-    async def __call__(self, request: Request) -> UUID:
+    async def __call__(self, connection: HTTPConnection) -> UUID:
         if self._backend is None:
             self._backend = Backend(load())
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and token.strip():
+        token = token_of(connection)
+        if token is not None:
             try:
-                return (await self._backend.auth.person(SecretStr(token.strip()))).id
+                return (await self._backend.auth.person(SecretStr(token))).id
             except SignInRequired:
                 pass
             except (TooManyRequests, ServiceUnavailable) as error:
-                raise _refused(error, kind_of(error).advice) from error
+                raise _refused(connection, error, kind_of(error).advice) from error
         nobody = SignInRequired()
-        raise _refused(nobody, kind_of(nobody).title)
+        raise _refused(connection, nobody, kind_of(nobody).title)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 from starlette.requests import Request
@@ -57,8 +59,9 @@ class Sessions:
         longest: Seconds after which a session ends in any case.
     """
 
-    def __init__(self, auth: Auth, keys: Sequence[SecretStr], *, idle: float, longest: float) -> None:
+    def __init__(self, auth: Auth, keys: Sequence[SecretStr], *, project: str, idle: float, longest: float) -> None:
         self._auth = auth
+        self._project = project
         self._seal = Seal(keys, longest)
         self._idle = idle
         self._longest = longest
@@ -67,7 +70,7 @@ class Sessions:
 
     def read(self, request: Request) -> Session:
         """Return the browser's session, or a new one."""
-        sealed = request.cookies.get(cookie_name(request))
+        sealed = request.cookies.get(self._cookie(request))
         return (None if sealed is None else self._open(sealed)) or Session(secrets.token_urlsafe(24))
 
     def write(self, request: Request, response: Response, session: Session) -> None:
@@ -80,7 +83,7 @@ class Sessions:
         if len(sealed) > _MOST:
             raise InvalidRequest("This account's access token is too large for a cookie; give it fewer claims.")
         response.set_cookie(
-            cookie_name(request), sealed, path="/", httponly=True, samesite="lax", secure=request.url.scheme == "https"
+            self._cookie(request), sealed, path="/", httponly=True, samesite="lax", secure=request.url.scheme == "https"
         )
 
     def is_due(self, session: Session) -> bool:
@@ -97,8 +100,7 @@ class Sessions:
         Raises:
             BadOrigin: It doesn't.
         """
-        origin = request.headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+        if not _is_from_here(request):
             raise BadOrigin
         if not isinstance(token, str) or not self._seal.is_csrf(session.id, token):
             raise BadOrigin
@@ -134,6 +136,12 @@ class Sessions:
         except (TokenLimitsError, TooManyRequests) as error:
             logger.warning("A session was signed out in the browser, but not in Supabase Auth: %s", error)
         self._persons.forget(tokens.access.get_secret_value())
+
+    def _cookie(self, request: Request) -> str:
+        """Name the cookie: each panel of a host has its own, and behind TLS no other host can set it."""
+        panel = f"{self._project} {request.scope.get('root_path', '')}"
+        name = f"tokenlimits-{hashlib.sha256(panel.encode()).hexdigest()[:8]}"
+        return f"__Host-{name}" if request.url.scheme == "https" else name
 
     async def _is_confirmed(self, tokens: Tokens) -> bool:
         """Whether Supabase Auth still says the same about the person as when it issued the tokens.
@@ -184,6 +192,27 @@ class Sessions:
         return Session(content["id"], tokens, content["since"], seen)
 
 
-def cookie_name(request: Request) -> str:
-    """Name the cookie: behind TLS so that no other host can set it."""
-    return "__Host-tokenlimits" if request.url.scheme == "https" else "tokenlimits"
+def _is_from_here(request: Request) -> bool:
+    """Whether a browser says that one of our pages sent a request, or nothing at all.
+
+    Browsers say so themselves, if they are not too old and the connection is encrypted. Else the origin is compared:
+    with the host, and with the one that a proxy forwards, whoever sends that, since no page of another site can.
+    """
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("same-origin", "none")
+    origin = request.headers.get("origin")
+    hosts = [request.headers.get("host", ""), *request.headers.get("x-forwarded-host", "").split(",")]
+    return origin is None or any(_is_same(origin, host.strip()) for host in hosts)
+
+
+def _is_same(origin: str, host: str) -> bool:
+    """Whether an origin has a host; proxies may leave its port out, or add the usual one of theirs."""
+    try:
+        theirs, ours = urlsplit(origin), urlsplit(f"//{host}")
+        ports = theirs.port, ours.port
+    except ValueError:
+        return False
+    if theirs.hostname is None or theirs.hostname != ours.hostname:
+        return False
+    return ports[1] in (None, ports[0]) or (ports[0] is None and ports[1] in (80, 443))

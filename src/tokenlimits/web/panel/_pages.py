@@ -73,6 +73,7 @@ class Panel:
         self.sessions = Sessions(
             backend.auth,
             settings.web_secret,
+            project=settings.url,
             idle=settings.session_idle_minutes * 60,
             longest=settings.session_hours * 3600,
         )
