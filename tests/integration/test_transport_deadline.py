@@ -7,6 +7,7 @@ import socket
 import ssl
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from supabase import ClientOptions, create_client
+from tests.http.leaks import chain
 from tests.integration.servers import (
     Handler,
     certificate,
@@ -216,3 +218,22 @@ def test_our_clients_speak_http_1_also_to_a_server_that_offers_http_2(
     assert [record.getMessage().split('"')[1] for record in caplog.records if record.name == "httpx"] == [
         "HTTP/1.1 200 OK"
     ]
+
+
+def test_no_traceback_of_a_time_out_holds_the_key(track: Track) -> None:
+    """Error trackers send the local variables of every frame."""
+    key = "sb_secret_7Hn9wQz"
+    with raw_server(silent) as server:
+        try:
+            raise LookupError("what the caller was about")
+        except LookupError:
+            with pytest.raises(ServiceUnavailable) as caught:
+                track(server.url, ANN, "image", timeout=0.3, key=key)
+    found = list(chain(caught.value))
+    assert any(isinstance(each, httpx.TimeoutException | TimeoutError) for each in found)
+    (about,) = (each for each in found if isinstance(each, LookupError))
+    assert about.__traceback__ is not None
+    for each in found:
+        for frame, _ in traceback.walk_tb(each.__traceback__):
+            if frame.f_code.co_filename != __file__:
+                assert key not in repr(frame.f_locals), frame

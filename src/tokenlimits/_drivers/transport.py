@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
@@ -51,6 +52,22 @@ def _failure(error: Exception) -> Exception:
     # without a connection nothing was sent; after any other error, the server may have done what it was asked
     never_sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
     return retry.Transient(f"{type(error).__name__} {error}".strip(), harmless=never_sent, cause=error)
+
+
+def _bare(error: BaseException, outside: BaseException | None) -> None:
+    """Take the tracebacks off an error and off what caused it, up to what the caller was handling before the call.
+
+    The local variables of httpx and httpcore hold headers, and so the key, and error trackers show local variables.
+    """
+    waiting: list[BaseException | None] = [error]
+    seen = [outside]
+    while waiting:
+        each = waiting.pop()
+        if each is None or any(each is known for known in seen):
+            continue
+        seen.append(each)
+        each.__traceback__ = None
+        waiting += [each.__cause__, each.__context__]
 
 
 def _closed(error: RuntimeError, session: httpx.Client | httpx.AsyncClient, *, foreign: bool) -> Exception:
@@ -141,6 +158,7 @@ class Transport(Sender):
             _log(call.function, deadline)
 
     def _attempt(self, call: Call[T], deadline: Deadline) -> T:
+        outside = sys.exception()
         with self._client() as client:
             # for each attempt anew: somebody may sign in between two of them
             request = sessions.request(client, call, self._schema)
@@ -154,6 +172,7 @@ class Transport(Sender):
                     extensions=extensions(deadline.attempt(retry_safe=call.retry_safe)),
                 )
             except _FAILURES as error:
+                _bare(error, outside)
                 failure = _failure(error)
             except RuntimeError as error:
                 failure = _closed(error, request.session, foreign=self._foreign is not None)
@@ -254,6 +273,7 @@ class AsyncTransport(AsyncSender):
             _log(call.function, deadline)
 
     async def _attempt(self, call: Call[T], deadline: Deadline) -> T:
+        outside = sys.exception()
         async with self._client() as client:
             request = sessions.request(client, call, self._schema)
             attempt = deadline.attempt(retry_safe=call.retry_safe)
@@ -270,8 +290,10 @@ class AsyncTransport(AsyncSender):
                         extensions={"timeout": Timeouts(attempt)},
                     )
             except TimeoutError as error:
+                _bare(error, outside)
                 failure = retry.Transient("no answer in time", cause=error)
             except _FAILURES as error:
+                _bare(error, outside)
                 failure = _failure(error)
             except RuntimeError as error:
                 failure = _closed(error, request.session, foreign=self._foreign is not None)
