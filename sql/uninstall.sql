@@ -81,6 +81,7 @@ begin
             'save_group',
             'set_group_limit',
             'tokenlimits_diagnosis',
+            'tokenlimits_health',
             'tokenlimits_version',
             'top_members',
             'track_generation',

@@ -116,6 +116,7 @@ RETURNS = {
     "save_group": "Group",
     "set_group_limit": "Group",
     "tokenlimits_diagnosis": "Json",
+    "tokenlimits_health": "Json",
     "tokenlimits_version": "{ version: number }",
     "top_members": "TopMember[]",
     "track_generation": "TrackResult",

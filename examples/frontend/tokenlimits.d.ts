@@ -319,6 +319,11 @@ export type Functions = {
     }
     Returns: TrackResult
   }
+  /** Tracks a generation and rolls it back, within a second per lock; says who holds locks, and how full it is. */
+  tokenlimits_health: {
+    Args: never
+    Returns: Json
+  }
   /** Checks every limit and records the generation, in one step: whether it is allowed, what remains, when it resets. */
   track_generation: {
     Args: {

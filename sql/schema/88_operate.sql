@@ -1,8 +1,8 @@
 -- For operators: users by e-mail address, and diagnosis.
 --
 -- Invariants
---   * Nothing here changes anything.
---   * tokenlimits_diagnosis returns facts; `tokenlimits doctor` interprets them.
+--   * Nothing here changes anything: the health check's generation is rolled back. Neither waits for locks for long.
+--   * tokenlimits_diagnosis and tokenlimits_health return facts; `tokenlimits doctor` interprets them.
 
 create or replace function tokenlimits.find_users_by_email(p_emails text[])
 returns jsonb
@@ -228,6 +228,145 @@ end
 $$;
 {{ private('groups_not_summed()', "How many groups have usage in the ledger that is missing in the sums.") }}
 
+-- What a call would do now. A session that keeps a lock shows only to who needs the lock, and a full disk to who writes.
+create or replace function tokenlimits.trial()
+returns jsonb
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+declare
+  v_caller record;
+  v_answer json;
+  v_code text;
+  v_message text;
+begin
+  for v_caller in
+    -- the latest callers, whose counters exist; where there are none, anybody who may call
+    (select distinct u.user_id, u.kind
+    from (select l.user_id, l.kind from public.generation_usage as l order by l.id desc limit 10) as u)
+    union all
+    (select m.user_id, l.kind
+    from public.group_memberships as m
+    inner join public.group_limits as l on l.group_id = m.group_id
+    limit 10)
+  loop
+    begin
+      v_answer := tokenlimits.track_generation(v_caller.user_id, v_caller.kind, 1, null, null, null);
+      raise sqlstate 'TL099';
+    exception
+      when sqlstate 'TL099' then
+        -- everything is rolled back
+        null;
+    end;
+    exit when (v_answer ->> 'allowed')::boolean;
+  end loop;
+  return jsonb_build_object(
+    'outcome', case v_answer ->> 'allowed' when 'true' then 'allowed' when 'false' then 'denied' else 'untried' end,
+    'reason', v_answer ->> 'reason'
+  );
+exception when others then
+  get stacked diagnostics v_code = returned_sqlstate, v_message = message_text;
+  return jsonb_build_object('outcome', 'failed', 'code', v_code, 'reason', v_message);
+end
+$$;
+{{ private('trial()', "Tracks a generation and rolls it back: what came of it.") }}
+
+-- Who has or awaits a lock that calls need, or keeps somebody from one, for longer than a second. Of a query, only what
+-- comes before the first text or comment, which may be a secret. Other roles' sessions have neither age nor query here,
+-- unless our owner is in pg_read_all_stats.
+create or replace function tokenlimits.holders()
+returns jsonb
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+declare
+  c_tables constant text[] := array[{{ table_names }}];
+begin
+  return (
+    with ours as (
+      select l.pid, l.granted
+      from pg_catalog.pg_locks as l
+      left join pg_catalog.pg_class as c on c.oid = l.relation
+      where
+        l.database = (select d.oid from pg_catalog.pg_database as d where d.datname = current_database())
+        and l.pid <> pg_backend_pid()
+        and (
+          (l.locktype = 'advisory' and l.classid = {{ stripe_class() }})
+          or (l.mode <> 'AccessShareLock' and (
+            c.relnamespace = 'tokenlimits'::regnamespace
+            or (c.relnamespace = 'public'::regnamespace and c.relname = any(c_tables))
+          ))
+        )
+    ),
+    waiting as (
+      select w.pid, pg_blocking_pids(w.pid) as for_pids
+      from (select distinct l.pid from pg_catalog.pg_locks as l where not l.granted) as w
+    ),
+    sessions as (
+      select
+        a.pid, a.usename, a.state,
+        extract(epoch from clock_timestamp() - a.xact_start)::bigint as seconds,
+        left(regexp_replace(regexp_replace(
+          nullif(a.query, '<insufficient privilege>'), '(''|\$([^0-9]|$)|--|/\*).*', '…'
+        ), '\s+', ' ', 'g'), 120) as query,
+        (select count(*) from waiting as w where a.pid = any(w.for_pids)) as blocks
+      from pg_catalog.pg_stat_activity as a
+      where
+        a.pid in (
+          select o.pid from ours as o
+          union
+          select unnest(w.for_pids) from waiting as w inner join ours as o on o.pid = w.pid
+        )
+        and coalesce(a.xact_start < clock_timestamp() - interval '1 second', true)
+      order by a.xact_start
+      limit 10
+    )
+    select coalesce(jsonb_agg(jsonb_build_object(
+      'pid', s.pid, 'role', s.usename, 'state', s.state, 'seconds', s.seconds, 'query', s.query, 'blocks', s.blocks
+    ) order by s.seconds desc nulls last, s.pid), '[]')
+    from sessions as s
+  );
+end
+$$;
+{{ private('holders()', "The sessions that have had locks for long that calls need.") }}
+
+create or replace function tokenlimits.tokenlimits_health()
+returns jsonb
+language plpgsql
+volatile
+-- definer: counters are private
+security definer
+{{ search_path() }}
+set lock_timeout = '1s'
+as $$
+declare
+  v_trial jsonb;
+begin
+  perform tokenlimits.require_admin();
+  v_trial := tokenlimits.trial();
+  return jsonb_build_object(
+    'trial', v_trial,
+    'standby', pg_is_in_recovery(),
+    'read_only', current_setting('transaction_read_only')::boolean,
+    'read_only_by_default', current_setting('default_transaction_read_only')::boolean,
+    'database', current_database(),
+    'holders', tokenlimits.holders(),
+    'connections', (select sum(d.numbackends) from pg_catalog.pg_stat_database as d),
+    'most_connections',
+    current_setting('max_connections')::integer - current_setting('superuser_reserved_connections')::integer,
+    'bytes', pg_database_size(current_database())
+  );
+end
+$$;
+{{ rpc(
+  'tokenlimits_health',
+  [],
+  to='service_role',
+  comment="Tracks a generation and rolls it back, within a second per lock; says who holds locks, and how full it is."
+) }}
+
 create or replace function tokenlimits.tokenlimits_diagnosis()
 returns jsonb
 language plpgsql
@@ -235,6 +374,7 @@ volatile
 -- definer: counters are private
 security definer
 {{ search_path() }}
+set lock_timeout = '1s'
 as $$
 declare
   c_tables constant text[] := array[{{ table_names }}];

@@ -425,6 +425,7 @@ def answers(stack: LocalStack, groups: GroupManager) -> str:
         ("top_members", one),
         ("usage_drift", one),
         ("tokenlimits_diagnosis", {}),
+        ("tokenlimits_health", {}),
         ("find_groups", {"p_name": group.name}),
         ("save_group", {**one, "p_description": "…"}),
         ("set_group_limit", {**one, "p_limit": {"kind": "image", "period": "day", "scope": "group", "max": 1}}),

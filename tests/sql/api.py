@@ -137,6 +137,7 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
     },
     "usage_drift": {"p_group_id": GROUP_ID, "p_since": "2026-01-01T00:00:00Z"},
     "tokenlimits_diagnosis": {},
+    "tokenlimits_health": {},
     "group_usage": {"p_group_id": GROUP_ID, "p_after": None, "p_page_size": 10},
     "generation_history": {
         "p_group_id": GROUP_ID,

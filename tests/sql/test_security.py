@@ -121,6 +121,7 @@ FUNCTIONS: Final = {
             "commit_generation",
             "release_generation",
             "user_generation_usage",
+            "tokenlimits_health",
         ),
         WORKERS,
     ),
