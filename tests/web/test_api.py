@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
@@ -98,7 +99,7 @@ class TestGroups:
         stack.sql(f"update public.user_groups set created_at = 'infinity' where id = '{bad.id}'")
         try:
             page = api("admin", "GET", "/groups", params={"limit": 1}).json()
-            assert (page["items"], page["next"]) == ([], "Bad")
+            assert (page["items"], page["next"] is None) == ([], False)
             page = api("admin", "GET", "/groups", params={"limit": 1, "after": "Bad"}).json()
             assert [group["name"] for group in page["items"]] == ["Pro"]
             assert groups.list() == [pro]
@@ -119,6 +120,27 @@ class TestGroups:
             if after is None:
                 break
         assert names == [["Team A", "team b"], ["Team C"]]
+
+    def test_a_cursor_is_opaque_and_only_where_more_follows(self, api: Ask, groups: GroupManager) -> None:
+        for name in ("Télé \U0001f3ac" * 20, "Team", "Zoo"):
+            groups.create(name)
+        found, after = [], None
+        while len(found) < 4:
+            params = {"limit": 1} | ({"after": after} if after else {})
+            page = api("admin", "GET", "/groups", params=params).json()
+            found.append(page["items"][0]["name"])
+            after = page["next"]
+            if after is None:
+                break
+            assert found[-1] not in after
+            assert re.fullmatch(r"[\w-]+", after, re.ASCII)
+        assert len(found) == 3
+        assert api("admin", "GET", "/groups", params={"limit": 3}).json()["next"] is None
+        for params in ({"after": "Team!"}, {"after": "_w"}, {"after": "a"}):
+            refused = problem(api("admin", "GET", "/groups", params=params), 422, "invalid-request")
+            assert [each["field"] for each in refused["errors"]] == ["after"]
+            members = {"group_id": str(uuid4())} | params
+            problem(api("admin", "GET", "/group-members", params=members), 422, "invalid-request")
 
     def test_a_name_that_is_misspelt_is_refused(self, api: Ask) -> None:
         found = problem(api("admin", "GET", "/groups?serach=x"), 422, "invalid-request")
@@ -328,6 +350,11 @@ class TestInAnotherApp:
             assert httpx.get(f"{url}/limits/api/groups", headers=headers, trust_env=False).status_code == 200
             described = httpx.get(f"{url}/openapi.json", trust_env=False).json()
         assert described["openapi"].startswith("3.1")
+        names = {operation["operationId"] for path in described["paths"].values() for operation in path.values()}
+        assert names == {
+            "list_groups", "create_group", "read_group", "edit_group", "delete_group", "read_usage", "read_history",
+            "list_members", "add_members", "remove_members", "my_usage", "track_generation",
+        }  # fmt: skip
         assert set(described["components"]["schemas"]) >= {"Problem", "Group", "TrackResult"}
         for operations in described["paths"].values():
             for operation in operations.values():

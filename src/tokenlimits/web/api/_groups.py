@@ -18,7 +18,7 @@ from tokenlimits.web._problems import documented
 from tokenlimits.web._router import Router
 
 from ._routing import CallersGroups, Gate, route_class
-from ._shapes import GROUP, USAGE, GroupChanges, GroupIn, Groups, History, UtcMoment
+from ._shapes import GROUP, USAGE, After, GroupChanges, GroupIn, Groups, History, UtcMoment, cursor
 
 _GROUP_EXAMPLE = {"content": {"application/json": {"example": GROUP}}}
 _USAGE_EXAMPLE = {"content": {"application/json": {"example": USAGE}}}
@@ -28,12 +28,12 @@ _ONE = {200: _GROUP_EXAMPLE, **documented(404)}
 async def list_groups(
     groups: CallersGroups,
     search: Annotated[Text, Query(max_length=200, description="A part of the name, ignoring case")] = "",
-    after: Annotated[Text, Query(max_length=200, description="`next` of the page before")] = "",
+    after: After = "",
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> Groups:
     """List groups with their limits, by name."""
     page = await groups.page(search=search or None, after=after or None, size=limit)
-    return Groups(items=page, next=page.next)
+    return Groups(items=page, next=cursor(page.next))
 
 
 async def create_group(

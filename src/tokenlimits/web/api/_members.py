@@ -13,7 +13,7 @@ from tokenlimits.web._problems import documented
 from tokenlimits.web._router import Router
 
 from ._routing import CallersGroups, Gate, route_class
-from ._shapes import Members, NewMembers, Removed
+from ._shapes import After, Members, NewMembers, Removed, cursor
 
 _BULK = {"added": 2, "already": 1, "refused": [{"user_id": "9c1f…", "reason": "there is no such user"}]}
 _BULK_EXAMPLE = {"content": {"application/json": {"example": _BULK}}}
@@ -26,14 +26,12 @@ async def list_members(
         Text,
         Query(max_length=320, description="A part of the e-mail address, ignoring case", examples=["@example.com"]),
     ] = "",
-    after: Annotated[UUID | None, Query(description="`next` of the page before")] = None,
+    after: After = "",
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
 ) -> Members:
     """List a group's members, or those that match the search, in order of id."""
-    page = await groups.members_page(
-        group_id, search=search or None, after=None if after is None else str(after), size=limit
-    )
-    return Members(items=page, next=page.next)
+    page = await groups.members_page(group_id, search=search or None, after=after or None, size=limit)
+    return Members(items=page, next=cursor(page.next))
 
 
 async def add_members(groups: CallersGroups, members: NewMembers) -> BulkResult:

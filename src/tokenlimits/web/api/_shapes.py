@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 from datetime import UTC, datetime
 from typing import Annotated, Any, Generic, TypeVar, cast
 from uuid import UUID
 
+from fastapi import Query
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -101,6 +103,19 @@ def _in_utc(value: datetime) -> datetime:
     return value.astimezone(UTC)
 
 
+def cursor(next_: str | None) -> str | None:
+    """Write where the next page begins: what that is may change, so nobody should read it."""
+    return None if next_ is None else base64.urlsafe_b64encode(next_.encode()).decode().rstrip("=")
+
+
+def _place(value: str) -> str:
+    try:
+        return base64.b64decode(value + "=" * (-len(value) % 4), altchars=b"-_", validate=True).decode()
+    except ValueError:
+        raise ValueError("must be the `next` of the page before") from None
+
+
+After = Annotated[str, AfterValidator(_place), Query(max_length=1200, description="`next` of the page before")]
 UtcMoment = Annotated[Moment, AfterValidator(_in_utc)]
 Priority = Annotated[StrictInt, Field(ge=-(2**31), lt=2**31), _Whole]
 _Maxima = Annotated[
