@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from psycopg.conninfo import conninfo_to_dict
 
-from tokenlimits.cli._database import connection_of
+from tokenlimits.cli._database import connection_of, find_url
 from tokenlimits.cli._terminal import Problem
 
 HOST = "aws-0-eu-west-1.pooler.supabase.com"
@@ -68,3 +69,15 @@ def test_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_no_url(url: str) -> None:
     with pytest.raises(Problem, match="can't be read"):
         connection_of(url)
+
+
+def test_a_file_that_holds_the_url(tmp_path: Path) -> None:
+    """What stands in a command line, all users of the machine can see."""
+    path = tmp_path / "url"
+    path.write_text("postgresql://u:hush@127.0.0.1/x\n")
+    assert find_url(f"@{path}") == "postgresql://u:hush@127.0.0.1/x"
+    with pytest.raises(FileNotFoundError):
+        find_url(f"@{path}s")
+    path.write_bytes(b"\xff")
+    with pytest.raises(Problem, match="is not UTF-8 text"):
+        find_url(f"@{path}")

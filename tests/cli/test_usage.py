@@ -134,3 +134,29 @@ def test_history(tl: Program, groups: GroupManager, team: Group, past: Callable[
     assert "image" in tl("history", "--by", "month").stdout
     assert "not a date" in tl.fails("history", "--since", "yesterdays", status=2)
     assert "year" in tl.fails("history", "--by", "year", status=2)
+
+
+def test_a_kind_that_is_a_slip(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:
+    asked = "Did you mean image?"
+    limits.track(user, "image")
+    for command in (["track", user, "images"], ["check", user, "imgae"]):
+        assert tl(*command, status=1).stdout.endswith(f". {asked}\n")
+    for command in (["history", team.name, "--kind", "images"], ["members", "top", team.name, "--kind", "images"]):
+        assert tl(*command).stdout == f"There was no usage in that time. {asked}\n"
+    assert tl("export", "--group", team.name, "--kind", "images").stderr == f"There was no usage. {asked}\n"
+    assert asked not in tl("track", user, "music", status=1).stdout
+    assert asked not in tl("history", team.name, "--since", "0h").stdout
+    assert tl("limits", "set", team.name, "images=3").stderr == f"images is a new kind. {asked}\n"
+    assert tl("limits", "set", team.name, "image_hd=3", "image=11", "images=4").stderr == ""
+
+
+def test_how_long_ago(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:
+    for days in (0, 3, 10):
+        limits.record(user, "image", created_at=datetime.now(UTC) - timedelta(days=days, minutes=5))
+    exported = [
+        tl("export", "--group", team.name, "--since", since).stdout.count("\n") - 1 for since in ("1h", "7d", "2W")
+    ]
+    assert exported == [1, 2, 3]
+    assert tl("export", "--group", team.name, "--until", "48h").stdout.count("\n") - 1 == 2
+    assert "like 7d (7 days ago; h, d or w), 2026-01-31 or" in tl.fails("history", "--since", "7y", status=2)
+    assert "not a date" in tl.fails("history", "--since", "99999w", status=2)

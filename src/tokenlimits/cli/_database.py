@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 import psycopg
@@ -30,7 +31,17 @@ class _Settings(BaseSettings):
 
 
 def find_url(given: str | None) -> str | None:
-    """Choose the database's URL: from the option, the environment or `.env`."""
+    """Choose the database's URL: from the option, the file that it names after an @, the environment or `.env`.
+
+    Raises:
+        Problem: The file isn't text.
+        OSError: It can't be read.
+    """
+    if given is not None and given.startswith("@"):
+        try:
+            return Path(given[1:]).read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError:
+            raise Problem(f"{given[1:]} is not UTF-8 text.") from None
     if given is not None:
         return given
     url = _Settings().url  # pyright: ignore[reportCallIssue]  # the field comes from the environment

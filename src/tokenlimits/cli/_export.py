@@ -16,7 +16,7 @@ from tokenlimits import ledger_csv
 from tokenlimits.models import Bucket, UsageSum
 
 from ._files import check_directory, written
-from ._find import find_group, find_user, manager
+from ._find import find_group, find_user, kind_meant, manager
 from ._options import GroupOption, KindOption, Since, Until
 from ._terminal import counted, err, note, plain_lines, progress, zone_of
 
@@ -73,12 +73,15 @@ def export(
         if by is None:
             user_id = find_user(groups, user) if user is not None else None
             found = groups.export_usage(group_id, user_id=user_id, kind=kind, since=since, until=until)
-            written = _write(file, format_, begin, ledger_csv.COLUMNS, map(ledger_csv.row, found))
+            rows = _write(file, format_, begin, ledger_csv.COLUMNS, map(ledger_csv.row, found))
         else:
             sums = groups.export_usage(group_id, kind=kind, since=since, until=until, bucket=by)
-            written = _write(file, format_, begin, _SUMS, map(_sum, sums))
+            rows = _write(file, format_, begin, _SUMS, map(_sum, sums))
+        meant = "" if rows else kind_meant(groups, kind)
+    if meant:
+        note(f"There was no usage.{meant}", "yellow")
     if output is not None or err.is_terminal:
-        note(counted(written, "row") + (f" in {output}." if output is not None else "."))
+        note(counted(rows, "row") + (f" in {output}." if output is not None else "."))
 
 
 @contextmanager

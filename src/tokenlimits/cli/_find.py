@@ -6,6 +6,7 @@ import re
 import socket
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 from uuid import UUID
@@ -72,6 +73,16 @@ def find_group(groups: GroupManager, text: str) -> Group:
         return groups.get(id_)
     except GroupNotFound:
         return groups.get_by_name(text)
+
+
+def kind_meant(groups: GroupManager, kind: str | None) -> str:
+    """Ask, with a leading space, whether a kind that no group has a limit for was meant as one that some have."""
+    if kind is None:
+        return ""
+    known = {limit.kind for group in groups.list() for limit in group.limits}
+    # so near that it is a slip: image_hd is another kind than image, as audio is than video
+    near = [] if kind in known else get_close_matches(kind, known, n=1, cutoff=0.8)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def find_user(groups: GroupManager, text: str) -> UUID:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tokenlimits.models import Bucket, Group, HistoryPoint
 
-from ._find import find_group, manager
+from ._find import find_group, kind_meant, manager
 from ._options import AsJson, KindOption, Since, Until
 from ._terminal import Bar, print_json, say, show, table, zone_of
 
@@ -42,12 +42,13 @@ def history(
         found = find_group(groups, group) if group is not None else None
         group_id = found.id if found is not None else None
         points = groups.history(group_id, kind=kind, bucket=by, since=since, until=until)
+        meant = "" if points else kind_meant(groups, kind)
     if as_json:
         print_json(points)
     elif points:
         show(_table(points, by, found))
     else:
-        say("There was no usage in that time.")
+        say(f"There was no usage in that time.{meant}")
 
 
 def _table(points: Sequence[HistoryPoint], by: Bucket, group: Group | None) -> Table:

@@ -11,9 +11,9 @@ import typer
 from tokenlimits import GroupManager, Limit
 from tokenlimits.models import Group, Period, Scope
 
-from ._find import find_group, manager
+from ._find import find_group, kind_meant, manager
 from ._options import AsJson, GroupArgument, Yes
-from ._terminal import Problem, confirm, print_json, say, show, table
+from ._terminal import Problem, confirm, note, print_json, say, show, table
 
 _EXAMPLE = "write it like image=100/month, image=10/day/member or audio=unlimited"
 Limits = Annotated[
@@ -148,8 +148,15 @@ def set_(
     wanted = parse_all(limits)
     with manager() as groups:
         found = find_group(groups, group)
+        _warn_of_slips(groups, found, wanted)
         found = _replace(groups, found, wanted, yes=yes) if replace else _change(groups, found, wanted)
     _print(found, as_json=as_json)
+
+
+def _warn_of_slips(groups: GroupManager, group: Group, limits: Sequence[Limit]) -> None:
+    for kind in {limit.kind for limit in limits} - {limit.kind for limit in group.limits}:
+        if meant := kind_meant(groups, kind):
+            note(f"{kind} is a new kind.{meant}", "yellow")
 
 
 def _change(groups: GroupManager, group: Group, limits: Sequence[Limit]) -> Group:

@@ -12,7 +12,7 @@ from tokenlimits import GroupManager
 from tokenlimits.models import Group
 
 from ._bulk import File, Outcome, Report, StartLine, at_once, in_parts, report
-from ._find import find_group, manager, resolve
+from ._find import find_group, kind_meant, manager, resolve
 from ._lines import EMAILS, Line, source
 from ._options import AsJson, GroupArgument, KindOption, Since, Until, Yes
 from ._terminal import Bar, confirm, counted, moment, out, plain, print_json, print_json_list, say, show, table
@@ -71,6 +71,7 @@ def top(
     with manager() as groups:
         found = find_group(groups, group)
         members = groups.top_members(found.id, kind=kind, since=since, until=until, count=count)
+        meant = "" if members else kind_meant(groups, kind)
     if as_json:
         print_json(members)
     elif members:
@@ -85,7 +86,7 @@ def top(
         ]
         show(table("user", "", "used", "generations", rows=rows, right=["used", "generations"]))
     else:
-        say("There was no usage in that time.")
+        say(f"There was no usage in that time.{meant}")
 
 
 @commands.command()

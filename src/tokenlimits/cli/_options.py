@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import re
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
@@ -26,8 +27,9 @@ DatabaseUrl = Annotated[
     str | None,
     typer.Option(
         "--db-url",
-        help="The database's URL, such as postgresql://postgres@db.abc.supabase.co:5432/postgres. "
-        "Default: DATABASE_URL or SUPABASE_DB_URL from the environment or .env, which keeps the password out of sight.",
+        help="The database's URL, such as postgresql://postgres@db.abc.supabase.co:5432/postgres, or @FILE to read it "
+        "from a file. Default: DATABASE_URL or SUPABASE_DB_URL from the environment or .env. Other users of this "
+        "machine can see what stands in a command line, also a password.",
         show_default=False,
     ),
 ]
@@ -87,15 +89,36 @@ def moment(text: str) -> datetime:
     return read if read.tzinfo is not None else read.replace(tzinfo=UTC)
 
 
+_AGO = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
+
+
+def moment_or_ago(text: str) -> datetime:
+    """Read a date or a time, or how long ago it was: 12h, 7d, 2w."""
+    if ago := re.fullmatch(r"([0-9]{1,4})([hdw])", text.strip().lower()):
+        return datetime.now(UTC) - int(ago[1]) * _AGO[ago[2]]
+    try:
+        return moment(text)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(error.message.replace(" like ", " like 7d (7 days ago; h, d or w), ")) from None
+
+
 Since = Annotated[
     datetime | None,
     typer.Option(
-        "--since", parser=moment, metavar="TIME", help="From this date or time on; UTC by default.", show_default=False
+        "--since",
+        parser=moment_or_ago,
+        metavar="TIME",
+        help="From this date or time on, in UTC by default; 7d is 7 days ago.",
+        show_default=False,
     ),
 ]
 Until = Annotated[
     datetime | None,
     typer.Option(
-        "--until", parser=moment, metavar="TIME", help="Before this date or time; UTC by default.", show_default=False
+        "--until",
+        parser=moment_or_ago,
+        metavar="TIME",
+        help="Before this date or time, in UTC by default; 12h is 12 hours ago.",
+        show_default=False,
     ),
 ]

@@ -10,7 +10,7 @@ import typer
 
 from tokenlimits import TrackResult
 
-from ._find import find_group, find_user, manager, worker
+from ._find import find_group, find_user, kind_meant, manager, worker
 from ._options import AsJson, GroupOption, KindArgument, UserArgument
 from ._terminal import countdown, facts, print_json, say, show
 
@@ -61,9 +61,18 @@ def _answer(result: TrackResult, *, as_json: bool) -> None:
     elif result.allowed:
         _show(result)
     else:
-        say(f"Denied ({result.reason}): {result.error}", style="red")
+        say(f"Denied ({result.reason}): {_why(result)}", style="red")
     if not result.allowed:
         raise typer.Exit(1)
+
+
+def _why(result: TrackResult) -> str:
+    why = f"{result.error}"
+    if result.reason != "no_limit_for_kind":
+        return why
+    with manager() as groups:
+        meant = kind_meant(groups, result.kind)
+    return f"{why.removesuffix('.')}.{meant}" if meant else why
 
 
 def _show(result: TrackResult) -> None:
