@@ -15,7 +15,21 @@ import typer.main
 import tokenlimits
 from tokenlimits.errors import TokenLimitsError
 
-from . import _admin, _dev, _export, _groups, _history, _import, _limits, _members, _migrate, _setup, _track, _usage
+from . import (
+    _admin,
+    _correct,
+    _dev,
+    _export,
+    _groups,
+    _history,
+    _import,
+    _limits,
+    _members,
+    _migrate,
+    _setup,
+    _track,
+    _usage,
+)
 from ._terminal import Problem, discard_output, note, print_anything
 from .doctor import _command
 
@@ -36,7 +50,7 @@ _logger = logging.getLogger("tokenlimits")
 _IN_ORDER = (
     *(_setup, _migrate, _command, _dev),
     *(_groups, _members, _limits, _admin),
-    *(_usage, _history, _export, _import, _track),
+    *(_usage, _history, _export, _import, _track, _correct),
 )
 for commands in _IN_ORDER:
     commands.register(app)

@@ -109,10 +109,7 @@ def show_limits(group: Group) -> None:
     if not group.limits:
         say("This group has no limits, so its members can't generate anything with it.", style="yellow")
         return
-    rows = [
-        (limit.kind, "unlimited" if limit.max is None else f"{limit.max:,}", limit.period, limit.scope)
-        for limit in group.limits
-    ]
+    rows = [(limit.kind, _most(limit), limit.period, limit.scope) for limit in group.limits]
     show(table("kind", "max", "period", "scope", rows=rows, right=["max"]))
 
 
@@ -147,10 +144,24 @@ def set_(
     """
     wanted = parse_all(limits)
     with manager() as groups:
-        found = find_group(groups, group)
-        _warn_of_slips(groups, found, wanted)
-        found = _replace(groups, found, wanted, yes=yes) if replace else _change(groups, found, wanted)
+        before = find_group(groups, group)
+        _warn_of_slips(groups, before, wanted)
+        found = _replace(groups, before, wanted, yes=yes) if replace else _change(groups, before, wanted)
+    if not as_json:
+        _say_changes(before, found)
     _print(found, as_json=as_json)
+
+
+def _say_changes(before: Group, after: Group) -> None:
+    """Say what became of each limit: a slip shows at once."""
+    was, now = ({f"{each.kind}{_suffix(each)}": _most(each) for each in group.limits} for group in (before, after))
+    for name in dict.fromkeys([*was, *now]):
+        if was.get(name) != now.get(name):
+            say(f"{name}: {was.get(name, 'none')} → {now.get(name, 'none')}")
+
+
+def _most(limit: Limit) -> str:
+    return "unlimited" if limit.max is None else f"{limit.max:,}"
 
 
 def _warn_of_slips(groups: GroupManager, group: Group, limits: Sequence[Limit]) -> None:

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tokenlimits import GroupManager, ServiceUnavailable, TokenLimits
+from tokenlimits import GroupManager, ServiceUnavailable, TokenLimits, TokenLimitsError
 from tokenlimits.models import GroupLimitUsage, GroupUsage, UserLimit
 
 from ._find import find_group, find_user, manager, worker
@@ -23,6 +23,12 @@ from ._terminal import NARROW, Bar, Problem, colour, countdown, out, plain, prin
 _NUMBERS = ("used", "of", "left", "resets in")
 
 Answer = Sequence[GroupUsage | UserLimit]
+
+
+class _CantTell(Problem):
+    """Usage can't be read: not the same as no alarm, nor as one."""
+
+    exit_code = 3
 
 
 def register(app: typer.Typer) -> None:
@@ -55,19 +61,25 @@ def usage(
 ) -> None:
     """Show the usage of every limit.
 
-    Without --user, a member limit is shown for all members together.
+    Without --user, a member limit is shown for all members together. With --at-least, the exit status is 0 if no limit
+    is that full, 1 if one is, and 3 if usage can't be read.
     """
     if group is not None and user is not None:
         raise Problem("Pass either a group or --user.")
     if watch and (as_json or not out.is_terminal):
         raise Problem("--watch needs a terminal and can't be combined with --json; leave it out to print once.")
-    with manager() as groups, worker() as limits:
-        everything = _reader(groups, limits, group, user)
-        read = everything if at_least is None else lambda: _full(everything(), at_least / 100)
-        if watch:
-            _watch(read, interval)
-            return
-        answer = read()
+    try:
+        with manager() as groups, worker() as limits:
+            everything = _reader(groups, limits, group, user)
+            read = everything if at_least is None else lambda: _full(everything(), at_least / 100)
+            if watch:
+                _watch(read, interval)
+                return
+            answer = read()
+    except (Problem, TokenLimitsError) as error:
+        if at_least is None:
+            raise
+        raise _CantTell(str(error)) from error
     if as_json:
         print_json(answer)
     elif at_least is not None and not answer:
