@@ -124,10 +124,8 @@ def test_semicolons_come_back(tl: Program, groups: GroupManager, team: Group, us
     assert ";=" not in text
     stray = text.replace(text.splitlines()[1].split(",")[0], "").replace("a;'=1", "b;'=1")
     assert tl.json("import", "-", "--batch", "b", stdin=stray) == {"recorded": 1, "refused": []}
-    assert [(u.idempotency_key, u.metadata) for u in groups.export_usage(team.id)] == [
-        ("a;=1", metadata),
-        ("b;=1", metadata),
-    ]
+    found = {usage.idempotency_key: usage.metadata for usage in groups.export_usage(team.id)}
+    assert found == {"a;=1": metadata, "b;=1": metadata}
 
 
 def test_sums(tl: Program, groups: GroupManager, team: Group, user: UUID, limits: TokenLimits) -> None:
@@ -385,6 +383,16 @@ class TestImport:
     def test_a_column_that_is_there_twice(self, tl: Program, user: UUID) -> None:
         text = f"user_id,kind,created_at,kind\n{user},image,2026-01-02,video\n"
         assert "kind twice" in tl("import", "-", "--batch", "b", stdin=text, status=1).stderr
+
+    def test_what_others_export(self, tl: Program, groups: GroupManager, team: Group, user: UUID) -> None:
+        text = (
+            "Usage\n\nuser_id;Customer Email;Kind;Cost;Created At\n"
+            f"cus_1;{team.id}@example.com;image;2;2026-01-02\n{user};;image;3;2026-01-02\n"
+        )
+        content = text.encode("utf-16")
+        assert tl("import", "-", "--batch", "b", stdin=content).stdout == "2 recorded, 0 refused.\n"
+        assert tl("import", "-", "--batch", "b", stdin=content).stdout == "2 already there, 0 refused.\n"
+        assert groups.usage(team.id).limits[0].used == 5
 
     def test_an_unknown_status_is_refused(self, tl: Program, user: UUID) -> None:
         text = f"user_id,kind,created_at,status\n{user},image,2026-01-02,failed\n"
