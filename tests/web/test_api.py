@@ -100,7 +100,7 @@ class TestGroups:
         try:
             page = api("admin", "GET", "/groups", params={"limit": 1}).json()
             assert (page["items"], page["next"] is None) == ([], False)
-            page = api("admin", "GET", "/groups", params={"limit": 1, "after": "Bad"}).json()
+            page = api("admin", "GET", "/groups", params={"limit": 1, "after": page["next"]}).json()
             assert [group["name"] for group in page["items"]] == ["Pro"]
             assert groups.list() == [pro]
             problem(api("admin", "GET", f"/groups/{bad.id}"), 500, "unreadable-value")
