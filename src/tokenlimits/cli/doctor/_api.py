@@ -206,7 +206,7 @@ def check_schema(answer: Answer, schema: str) -> Findings:
         yield error("schema", f"The API doesn't expose the schema {schema}.", HOW_TO_EXPOSE)
     elif answer.is_missing:
         elsewhere = "If it is in another schema, set TOKENLIMITS_SCHEMA or pass --schema."
-        remedy = f"{REAPPLY} If you just did, run: notify pgrst, 'reload schema'."
+        remedy = f"{REAPPLY} If you just did, run `notify pgrst, 'reload schema'`."
         yield error(
             "version",
             f"tokenlimits is not installed in the schema {schema}, or the API's schema cache is out of date.",
@@ -236,7 +236,7 @@ def check_functions(api: Api) -> Findings:
     missing = [name for name, answer in answers.items() if answer.is_missing]
     closed = [name for name, answer in answers.items() if answer.code == "42501"]
     if missing:
-        remedy = f"{REAPPLY} If you just did, run: notify pgrst, 'reload schema'."
+        remedy = f"{REAPPLY} If you just did, run `notify pgrst, 'reload schema'`."
         yield error("functions", f"The API doesn't serve {listed(missing)}.", remedy)
     if closed:
         yield error("functions", f"This key may not call {listed(closed)}.", f"{SECRET} {REAPPLY}")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from time import monotonic
 from typing import Any, cast
 
 from pydantic import AwareDatetime, BaseModel, ValidationError
 
 from tokenlimits import GroupManager, ServiceUnavailable
 from tokenlimits.cli._terminal import counted
+from tokenlimits.models import Group
 from tokenlimits.sql_files import SCHEMA_VERSION
 
 from ._expected import COLUMN_BY_COLUMN, POLICIES, REAPPLY, adopt, expected
-from ._findings import Finding, Findings, error, listed, ok, warning
+from ._findings import Finding, Findings, error, listed, ok, quoted, warning
 from ._storage import Storage, check_storage
 
-_MOST_GROUPS = 50
+_SECONDS = 10
 _SKEW = 5
 
 
@@ -77,7 +79,7 @@ def check_version(installed: int) -> Finding:
         says = f"The database has version {installed} of the schema; {shipped} is current."
         return Finding(check="version", level=level, says=says, remedy=REAPPLY)
     if installed > shipped:
-        remedy = "This works. To use what is new, upgrade the package: pip install --upgrade tokenlimits"
+        remedy = "This works. To use what is new, upgrade the package: `pip install --upgrade tokenlimits`"
         return warning("version", f"The database has version {installed}; this package knows {shipped}.", remedy)
     return ok("version", f"Version {installed} of the schema is installed.")
 
@@ -94,7 +96,7 @@ def check_database(facts: Diagnosis, before: datetime, schema: str) -> Findings:
         yield _all_there("triggers", expected().triggers - set(facts.triggers), "Counters go wrong without them.")
         yield _all_there("indexes", _missing_indexes(facts), "Calls get slower with every row.")
     yield from check_storage(facts.storage)
-    yield _history(facts.groups_not_summed)
+    yield _history(facts.groups_not_summed, schema)
     yield _clocks(facts.at, before)
     yield from _people(facts)
 
@@ -127,11 +129,13 @@ def _tables(facts: Diagnosis) -> Finding:
 
 def _policies(facts: Diagnosis, schema: str) -> Finding:
     ours = {(table, f"admins may {action}") for table, actions in POLICIES.items() for action in actions}
-    loose = [f"“{p.name}” on {p.table}" for p in facts.policies if not p.asks_is_admin]
+    loose = [policy for policy in facts.policies if not policy.asks_is_admin]
     missing = ours - {(policy.table, policy.name) for policy in facts.policies}
     if loose:
-        remedy = f"Drop it (drop policy … on {schema}.…), unless it is yours and intended."
-        return error("policies", f"Users who are not admins get access through {listed(loose)}.", remedy)
+        who = listed([f"“{policy.name}” on {policy.table}" for policy in loose])
+        drop = ", ".join(f"`drop policy {quoted(policy.name)} on {schema}.{policy.table}`" for policy in loose)
+        remedy = f"Unless it is yours and intended, drop it: {drop}"
+        return error("policies", f"Users who are not admins get access through {who}.", remedy)
     if missing:
         names = [f"“{name}” on {table}" for table, name in sorted(missing)]
         return error("policies", f"Admins have no access: {listed(names)} missing.", REAPPLY)
@@ -168,7 +172,10 @@ def _rights(facts: Diagnosis) -> Finding:
 
 
 def _admin_rule(rule: AdminRule) -> Finding:
-    where = "Correct tokenlimits.is_admin() in the SQL editor."
+    where = (
+        "Correct tokenlimits.is_admin() in the SQL editor, or have its default again: "
+        f"`drop function tokenlimits.is_admin() cascade`. {REAPPLY}"
+    )
     if rule.user_metadata:
         return error("admins", "Users can make themselves admins: role: admin in user_metadata is enough.", where)
     if rule.nobody:
@@ -202,13 +209,14 @@ def _clocks(at: datetime, before: datetime) -> Finding:
     return ok("clocks", "This machine's clock and the database's agree.")
 
 
-def _history(not_summed: int) -> Finding:
+def _history(not_summed: int, schema: str) -> Finding:
     if not not_summed:
         return ok("history", "The history covers the whole ledger.")
     groups = "1 group has" if not_summed == 1 else f"{not_summed:,} groups have"
     says = f"{groups} usage in the ledger that was never added up, as after a restore of these tables alone."
-    remedy = "Until then, limits count too little. Call GroupManager.reconcile(group_id) for each group."
-    return error("history", says, remedy)
+    recount = f"select {schema}.reconcile_usage(id) from {schema}.user_groups"  # noqa: S608  # it is printed
+    advice = "Until they are, limits count too little. In the SQL editor, or group by group if there are many"
+    return error("history", says, f"{advice}: `{recount}`")
 
 
 def _people(facts: Diagnosis) -> Findings:
@@ -216,14 +224,14 @@ def _people(facts: Diagnosis) -> Findings:
         yield warning(
             "groups",
             "There are no groups, so everybody is denied.",
-            "Run: tokenlimits groups create Pro --limit image=100/month",
+            "Run `tokenlimits groups create Pro --limit image=100/month`",
         )
         return
     if facts.groups_without_limits:
         have = "has" if facts.groups_without_limits == 1 else "have"
         some = f"{facts.groups_without_limits:,} of {counted(facts.groups, 'group')}"
         says = f"{some} {have} no limits, so nothing is allowed there."
-        yield warning("groups", says, "Run: tokenlimits limits set GROUP image=100/month (or image=unlimited)")
+        yield warning("groups", says, "Run `tokenlimits limits set GROUP image=100/month` (or image=unlimited)")
     else:
         yield ok("groups", f"{counted(facts.groups, 'group')}, all with limits.")
     yield _users(facts)
@@ -238,33 +246,40 @@ def _users(facts: Diagnosis) -> Finding:
     if facts.default_group is not None:
         return ok("users", f"The default group {facts.default_group} applies to {many} in no group.")
     remedy = (
-        "Run: tokenlimits members add GROUP USER, or make a group the default: tokenlimits groups edit GROUP --default"
+        "Run `tokenlimits members add GROUP USER`, or make a group the default: "
+        "`tokenlimits groups edit GROUP --default`"
     )
     return warning("users", f"In no group, and so denied everything: {many}.", remedy)
 
 
-def check_ledger(groups: GroupManager) -> Findings:
-    """Compare the counters with the ledger, group by group."""
-    found = groups.list()
-    drifted: list[str] = []
-    late: list[str] = []
-    for group in found[:_MOST_GROUPS]:
+def check_ledger(groups: GroupManager, schema: str, *, every_group: bool) -> Findings:
+    """Compare the counters with the ledger, group by group, as long as there is time or, if wanted, to the end."""
+    found, until = groups.list(), monotonic() + _SECONDS
+    drifted: list[Group] = []
+    late: list[Group] = []
+    checked = 0
+    for group in found:
+        if not every_group and monotonic() > until:
+            break
         try:
             if groups.drift(group.id).drifted:
-                drifted.append(group.name)
+                drifted.append(group)
         except ServiceUnavailable:
-            late.append(group.name)
-    yield _ledger(drifted, late, len(found))
+            late.append(group)
+        checked += 1
+    some = "" if checked == len(found) else f" in {checked:,} of {counted(len(found), 'group')}; --all checks the rest"
+    yield _ledger(drifted, late, some, schema)
 
 
-def _ledger(drifted: Sequence[str], late: Sequence[str], count: int) -> Finding:
+def _ledger(drifted: Sequence[Group], late: Sequence[Group], some: str, schema: str) -> Finding:
     if drifted:
-        remedy = "Call GroupManager.reconcile(group_id) to recount. Did something write to the tables directly?"
-        return error("counters", f"They differ from the ledger in {listed(drifted)}.", remedy)
+        says = f"They differ from the ledger in {listed([group.name for group in drifted])}{some and f', {some}'}."
+        recount = ", ".join(f"`select {schema}.reconcile_usage('{group.id}')`" for group in drifted)
+        remedy = f"Recount them in the SQL editor: {recount}. Did something write to the tables directly?"
+        return error("counters", says, remedy)
     if late:
         remedy = "Call GroupManager.reconcile(group_id, since=…) to recount a part."
-        return warning("counters", f"Too large to check here: {listed(late)}.", remedy)
-    some = f" in the first {_MOST_GROUPS} of {count:,} groups" if count > _MOST_GROUPS else ""
+        return warning("counters", f"Too large to check here: {listed([group.name for group in late])}.", remedy)
     return ok("counters", f"They agree with the ledger{some}.")
 
 
@@ -275,7 +290,7 @@ def unreadable(answer: Any, problem: ValidationError) -> Finding:
     version: Any = cast("dict[str, Any]", answer).get("version") if isinstance(answer, dict) else None
     newer = isinstance(version, int) and version > expected().version
     if newer and all(each["input"] is not None for each in wrong):
-        remedy = "Upgrade the package: pip install --upgrade tokenlimits"
+        remedy = "Upgrade the package: `pip install --upgrade tokenlimits`"
         return warning("database", f"The diagnosis has a newer format ({fields}).", remedy)
     return error("database", f"The diagnosis is not valid: {fields}.", REAPPLY)
 

@@ -11,7 +11,7 @@ from tokenlimits.cli._options import schema_option
 from tokenlimits.sql_files import one_paste
 
 REAPPLY = (
-    "Apply the SQL again, which keeps all data: run tokenlimits migrate --reapply, or paste the output of "
+    "Apply the SQL again, which keeps all data: run `tokenlimits migrate --reapply`, or paste the output of "
     "`tokenlimits sql` into the SQL editor."
 )
 
@@ -19,7 +19,7 @@ REAPPLY = (
 def adopt(schema: str) -> str:
     """Say how to mark objects as tokenlimits' own again."""
     paste = f'(echo "set tokenlimits.adopt = \'yes\';"; tokenlimits sql{schema_option(schema)}) | psql "$DATABASE_URL"'
-    return f"If they belong to tokenlimits, apply the SQL and let it adopt them: {paste}"
+    return f"If they belong to tokenlimits, apply the SQL and let it adopt them: `{paste}`"
 
 
 class Expected(NamedTuple):

@@ -62,3 +62,8 @@ def listed(names: Sequence[str]) -> str:
     """List the first names, and how many more there are."""
     shown = ", ".join(names[:4])
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
+
+
+def quoted(name: str) -> str:
+    """Quote a name for SQL."""
+    return '"' + name.replace('"', '""') + '"'

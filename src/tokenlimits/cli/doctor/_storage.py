@@ -15,8 +15,8 @@ _WORTH_REBUILDING = 32 * 2**20
 # Autovacuum starts at a fifth of the rows, so more dead than live rows remain only where it can't remove them.
 _MANY_DEAD = 100_000
 _OPEN_FOR_LONG = (
-    "A transaction that has been open for long keeps them; find it with: select pid, xact_start, query from "
-    "pg_stat_activity where xact_start is not null order by xact_start. Once it has ended, run:"
+    "A transaction that has been open for long keeps them; find it with `select pid, xact_start, query from "
+    "pg_stat_activity where xact_start is not null order by xact_start`. Once it has ended, run:"
 )
 
 
@@ -85,7 +85,8 @@ def _dead_rows(tables: list[TableStorage]) -> Finding:
 
 def _each(statements: list[str]) -> str:
     # neither `reindex concurrently` nor `vacuum` can run in a transaction, so the editor can't run several at once
-    return "; ".join(statements) + (" (one at a time, in the SQL editor)" if len(statements) > 1 else "")
+    one_by_one = " (one at a time, in the SQL editor)" if len(statements) > 1 else ""
+    return ", ".join(f"`{statement}`" for statement in statements) + one_by_one
 
 
 def _megabytes(size: int) -> str:
