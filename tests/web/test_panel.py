@@ -22,6 +22,7 @@ from tests.web.conftest import served, settings_for
 from tokenlimits import ConfigurationError, GroupManager
 from tokenlimits.local import LocalStack, LocalUser
 from tokenlimits.web import WebSettings, create_app
+from tokenlimits.web._backend import Backend
 
 ROOT = Path(__file__).parents[2]
 
@@ -268,6 +269,16 @@ class TestStarting:
                 with pytest.raises(ConfigurationError, match="must be the publishable one") as refused:
                     create_app()
             assert "abcdefgh" not in str(refused.value)
+
+    @pytest.mark.parametrize(("name", "value"), [("no_proxy", "[::1]"), ("https_proxy", "socks9://ann:hush@proxy")])
+    def test_says_which_variable_http_can_not_use(
+        self, settings: WebSettings, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+    ) -> None:
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigurationError, match=name.upper()) as refused:
+            asyncio.run(Backend(settings)._http())
+        assert "hush" not in str(refused.value)
+        assert refused.value.__context__ is None
 
 
 class TestWithoutSupabase:
