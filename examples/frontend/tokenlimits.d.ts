@@ -443,7 +443,7 @@ export type Functions = {
     Args: { p_group_id: Uuid; p_kind?: string }
     Returns: { reset_at: Timestamp }
   }
-  /** Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an existing group, with its whole set of limits, in one step. */
+  /** Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an existing group, with its whole set of limits, in one step. With p_updated_at, only if nobody has changed it since. */
   save_group: {
     Args: {
       p_group_id?: Uuid
@@ -454,6 +454,7 @@ export type Functions = {
       p_is_default?: boolean
       p_limits?: Limit[]
       p_id?: Uuid
+      p_updated_at?: Timestamp
     }
     Returns: Group
   }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from uuid import uuid4
 
 import pytest
@@ -17,14 +16,14 @@ _GROUPS = 70
 
 
 @pytest.fixture
-def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[GroupManager]:
+def groups(monkeypatch: pytest.MonkeyPatch) -> GroupManager:
     """So many groups that each takes a second of the ten."""
     fake = FakeTokenLimits()
     for n in range(_GROUPS - 1):
         fake.groups.create(f"group {n:02}")
     seconds = iter(range(10_000))
     monkeypatch.setattr(_database, "monotonic", lambda: next(seconds))
-    yield fake.groups
+    return fake.groups
 
 
 def test_as_many_as_there_is_time_for(groups: GroupManager) -> None:
