@@ -121,6 +121,7 @@ begin
         'generation_history',
         'group_members',
         'group_usage',
+        'limit_pressure',
         'move_group_member',
         'my_generation_usage',
         'reconcile_usage',
@@ -223,6 +224,7 @@ begin
         'insert_group',
         'is_metadata',
         'judge_batch',
+        'limit_pressure',
         'limit_states',
         'lock_batch',
         'lock_expired',
@@ -5807,6 +5809,154 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.export_history(uuid, text, text, timestamptz, timestamptz, jsonb, integer)
 to authenticated, service_role;
 
+-- Reads one counter per member and member limit: the cost grows with the group, so it isn't part of group_usage.
+create or replace function tokenlimits.limit_pressure(p_group_id uuid, p_at_least integer, p_count integer)
+returns jsonb
+language plpgsql
+stable
+-- definer: counters are private, and e-mail addresses are not open to admins
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := tokenlimits.clock();
+  v_at_least integer := least(greatest(p_at_least, 1), 100);
+  v_any_expired boolean := exists (select from tokenlimits.holds as h where h.expires_at <= v_now);
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  return coalesce((
+    with limits as materialized (
+      select
+        l.kind, l.period, l.max, l.counter_id, upper(p.range) as until,
+        greatest(lower(p.range), null, (
+          select max(r.reset_at)
+          from tokenlimits.usage_resets as r
+          where r.group_id = p_group_id and r.kind in (l.kind, '*')
+        )) as since
+      from public.group_limits as l
+      inner join public.user_groups as g on g.id = l.group_id
+      cross join lateral (select tokenlimits.period_of(l.period, g.timezone, v_now) as range) as p
+      where l.group_id = p_group_id and l.scope = 'member' and l.max > 0
+    ),
+
+    -- as in limit_states: an open counter says what is used; if a new period has begun since, nothing is used; null
+    -- means that there is no counter
+    states as (
+      select
+        l.kind, l.period, l.max, m.user_id, l.until,
+        case when c.until > v_now then c.since else greatest(l.since, c.until) end as since,
+        case when c.until > v_now then c.used when c.until is not null then 0 end as used
+      from limits as l
+      inner join public.group_memberships as m on m.group_id = p_group_id
+      left join lateral (
+        select k.since, k.until, k.used
+        from tokenlimits.counters as k
+        where k.subject = m.user_id and k.counter_id = l.counter_id
+        offset 0
+      ) as c on true
+    ),
+
+    counted as (
+      select
+        s.kind, s.period, s.max, s.user_id, s.since,
+        coalesce(s.used, (
+          select sum(u.cost)
+          from public.generation_usage as u
+          where
+            u.user_id = s.user_id
+            and u.created_at >= s.since
+            and u.created_at < s.until
+            and u.group_id = p_group_id
+            and u.kind = s.kind
+            and u.status in ('reserved', 'committed')
+        ), 0) as used
+      from states as s
+    ),
+
+    pressed as materialized (
+      select p.kind, p.period, p.max, p.user_id, p.used, row_number() over (
+        partition by p.kind, p.period order by p.used desc, p.user_id
+      ) as place
+      from (
+        select
+          c.kind, c.period, c.max, c.user_id,
+          c.used - case
+            when v_any_expired then tokenlimits.expired_cost(p_group_id, c.user_id, c.kind, c.since, v_now)
+            else 0
+          end as used
+        from counted as c
+        where c.used * 100::numeric >= c.max * v_at_least::numeric
+      ) as p
+      where p.used * 100::numeric >= p.max * v_at_least::numeric
+    ),
+
+    shown as materialized (
+      select p.kind, p.period, p.user_id, p.used, p.place
+      from pressed as p
+      where p.place <= least(greatest(p_count, 0), 1000)
+    )
+
+    select jsonb_agg(
+      jsonb_build_object(
+        'kind', l.kind,
+        'period', l.period,
+        'max', l.max,
+        'full', (
+          select count(*)
+          from pressed as p
+          where p.kind = l.kind and p.period = l.period and p.used >= p.max
+        ),
+        'near', (select count(*) from pressed as p where p.kind = l.kind and p.period = l.period),
+        'members', coalesce((
+          select jsonb_agg(
+            jsonb_build_object('user_id', s.user_id, 'email', k.email, 'used', s.used)
+            order by s.place
+          )
+          from shown as s
+          left join tokenlimits.users(array(select t.user_id from shown as t)) as k on k.id = s.user_id
+          where s.kind = l.kind and s.period = l.period
+        ), '[]')
+      )
+      order by l.kind, l.counter_id
+    )
+    from limits as l
+  ), '[]');
+end
+$$;
+create or replace function public.limit_pressure(
+  p_group_id uuid,
+  p_at_least integer default 90,
+  p_count integer default 100
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return tokenlimits.limit_pressure(
+    p_group_id,
+    p_at_least,
+    p_count
+  );
+end
+$$;
+comment on function public.limit_pressure(uuid, integer, integer)
+is 'tokenlimits: How many members have used all, or a percentage, of each member limit of a group, and the first of '
+'them.';
+revoke execute on function public.limit_pressure(uuid, integer, integer)
+from public, anon, authenticated, service_role;
+grant execute on function public.limit_pressure(uuid, integer, integer)
+to authenticated, service_role;
+
+comment on function tokenlimits.limit_pressure(uuid, integer, integer)
+is 'tokenlimits: The private half of public.limit_pressure.';
+revoke execute on function tokenlimits.limit_pressure(uuid, integer, integer)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.limit_pressure(uuid, integer, integer)
+to authenticated, service_role;
+
 -- Counters don't keep past periods, so this reads the ledger: the cost grows with the requested time, not with the
 -- history.
 create or replace function tokenlimits.top_members(
@@ -6568,6 +6718,7 @@ declare
     'generation_history',
     'group_members',
     'group_usage',
+    'limit_pressure',
     'move_group_member',
     'my_generation_usage',
     'reconcile_usage',

@@ -67,6 +67,7 @@ begin
             'generation_history',
             'group_members',
             'group_usage',
+            'limit_pressure',
             'move_group_member',
             'my_generation_usage',
             'reconcile_usage',

@@ -181,6 +181,28 @@ export interface UsageSum {
   timezone: string
 }
 /**
+ * What a member has used of a member limit, in its current period.
+ */
+export interface PressedMember {
+  user_id: Uuid
+  email: string | null
+  used: number
+}
+/**
+ * How many members are at a member limit, or close to it.
+ *
+ * `full` of them have used all that they may, and `near` at least the percentage that was asked for, including those.
+ * `members` are the first of them, with the most used first.
+ */
+export interface LimitPressure {
+  kind: string
+  period: Period
+  max: number
+  full: number
+  near: number
+  members: PressedMember[]
+}
+/**
  * What a user used in a group; `email` is null if the user has been deleted.
  */
 export interface TopMember {
@@ -412,6 +434,11 @@ export type Functions = {
   group_usage: {
     Args: { p_group_id?: Uuid; p_after?: string; p_page_size?: number }
     Returns: GroupUsage[]
+  }
+  /** How many members have used all, or a percentage, of each member limit of a group, and the first of them. */
+  limit_pressure: {
+    Args: { p_group_id: Uuid; p_at_least?: number; p_count?: number }
+    Returns: LimitPressure[]
   }
   /** Moves a user from one group to another in one step; false when the user was not in the first. */
   move_group_member: {

@@ -22,6 +22,7 @@ from .models import (
     GroupUsage,
     HistoryPoint,
     Limit,
+    LimitPressure,
     Member,
     Page,
     Period,
@@ -611,6 +612,27 @@ class GroupManager(Base):
             []
         """
         return self._transport.send(reports.top_members(group_id, kind, since, until, count))
+
+    def limit_pressure(
+        self, group_id: UUID | str, *, at_least: int = 90, count: int = 100
+    ) -> builtins.list[LimitPressure]:
+        """Read how many members are at the member limits of a group, or close to them, and who they are.
+
+        `usage` adds up what all members have used of a member limit, which says nothing about any one of them. This
+        reads the counter of each member, so it takes longer the more members there are. Limits that are unlimited or
+        0 are left out.
+
+        Args:
+            group_id: Which group.
+            at_least: From which percentage of a limit on a member is close to it, from 1 to 100.
+            count: How many members to name for each limit, at most 1,000.
+
+        Example:
+            >>> _ = groups.set_limit(team.id, Limit(kind="image", max=5, period="day", scope="member"))
+            >>> [(each.kind, each.full, each.near) for each in groups.limit_pressure(team.id)]
+            [('image', 0, 0)]
+        """
+        return self._transport.send(reports.limit_pressure(group_id, at_least, count))
 
     def reset_usage(self, group_id: UUID | str, *, kind: str | None = None) -> datetime:
         """Reset a group's usage in its current periods; the ledger keeps everything.

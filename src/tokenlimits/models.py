@@ -39,6 +39,7 @@ __all__ = [
     "Key",
     "Kind",
     "Limit",
+    "LimitPressure",
     "LimitStatus",
     "Max",
     "Member",
@@ -49,6 +50,7 @@ __all__ = [
     "OnUnavailable",
     "Page",
     "Period",
+    "PressedMember",
     "Reason",
     "Reconciliation",
     "Refused",
@@ -354,6 +356,27 @@ class TopMember(User):
 
     used: int
     generations: int
+
+
+class PressedMember(User):
+    """What a member has used of a member limit, in its current period."""
+
+    used: int
+
+
+class LimitPressure(Model):
+    """How many members are at a member limit, or close to it.
+
+    `full` of them have used all that they may, and `near` at least the percentage that was asked for, including those.
+    `members` are the first of them, with the most used first.
+    """
+
+    kind: str
+    period: Annotated[Period, *_Open]
+    max: int
+    full: int
+    near: int
+    members: tuple[PressedMember, ...]
 
 
 class UsageRecord(Model):

@@ -1608,6 +1608,40 @@ def members_are_ranked(world: World) -> None:
 
 
 @scenario
+def members_at_their_limits_are_counted(world: World) -> None:
+    group = team(world, [Limit(kind="image", max=10, scope="member"), Limit(kind="image", max=100)], ANN, BOB, CYD)
+
+    def pressure(**arguments: Any) -> list[tuple[Any, ...]]:
+        return [
+            (each.kind, each.period, each.max, each.full, each.near, [(m.id, m.email, m.used) for m in each.members])
+            for each in world.groups.limit_pressure(group, **arguments)
+        ]
+
+    assert pressure() == [("image", "lifetime", 10, 0, 0, [])]
+    world.limits.track(BOB, "image", 9)
+    world.limits.track(CYD, "image", 10)
+    world.limits.track(ANN, "image", 8)
+    hold = world.limits.reserve(ANN, "image", 2, ttl=3600)
+    at_most = [(CYD, EMAILS[CYD], 10), (BOB, EMAILS[BOB], 9)]
+    assert pressure(count=1) == [("image", "lifetime", 10, 2, 3, [min(at_most[0], (ANN, EMAILS[ANN], 10))])]
+    world.groups.remove_member(group, BOB)
+    assert pressure(at_least=100)[0][3:5] == (2, 2)
+    world.limits.release(hold.usage_id)
+    assert pressure() == [("image", "lifetime", 10, 1, 1, at_most[:1])]
+    assert pressure(at_least=80)[0][3:5] == (1, 2)
+    # a limit that is new counts what was used before, also of those who have used nothing since
+    world.groups.set_limits(
+        group, [Limit(kind="image", max=8, period="day", scope="member"), Limit(kind="video", max=0)]
+    )
+    assert [each[:5] for each in pressure()] == [("image", "day", 8, 2, 2)]
+    world.groups.reset_usage(group)
+    assert [each[:5] for each in pressure()] == [("image", "day", 8, 0, 0)]
+    for wrong in (0, 101):
+        with pytest.raises(InvalidRequest, match="at_least"):
+            pressure(at_least=wrong)
+
+
+@scenario
 def nothing_drifts(world: World) -> None:
     group = team(world, [Limit(kind="image", max=9), day(5, "member")], ANN, BOB)
     world.limits.track(ANN, "image", 2)

@@ -422,6 +422,7 @@ def answers(stack: LocalStack, groups: GroupManager) -> str:
         ("export_usage", {**one, "p_page_size": 1}),  # more follow
         ("export_history", one),
         ("export_history", {"p_bucket": "hour", "p_page_size": 1}),  # more follow
+        ("limit_pressure", one),
         ("top_members", one),
         ("usage_drift", one),
         ("tokenlimits_diagnosis", {}),

@@ -128,6 +128,7 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
         "p_after": None,
         "p_page_size": 10,
     },
+    "limit_pressure": {"p_group_id": GROUP_ID, "p_at_least": 90, "p_count": 10},
     "top_members": {
         "p_group_id": GROUP_ID,
         "p_kind": "image",

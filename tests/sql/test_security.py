@@ -141,6 +141,7 @@ FUNCTIONS: Final = {
             "find_users_by_email",
             "export_usage",
             "export_history",
+            "limit_pressure",
             "top_members",
             "usage_drift",
             "tokenlimits_diagnosis",

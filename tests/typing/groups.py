@@ -16,6 +16,7 @@ from tokenlimits.models import (
     GroupLimitUsage,
     GroupUsage,
     HistoryPoint,
+    LimitPressure,
     Member,
     Reconciliation,
     Refused,
@@ -26,7 +27,7 @@ from tokenlimits.models import (
 )
 
 
-def manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], texts: set[str], now: datetime) -> None:
+def manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], texts: set[str], now: datetime) -> None:  # noqa: PLR0915
     assert_type(GroupManager.from_env(), GroupManager)
     GroupManager(aclient)  # pyright: ignore[reportArgumentType]
     assert_type(GroupManager.from_env(schema="limits"), GroupManager)
@@ -56,6 +57,7 @@ def manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], te
         assert_type(groups.export_usage(id_, kind="image", since=now), Iterator[UsageRecord])
         assert_type(groups.export_usage(id_, kind="image", bucket="day"), Iterator[UsageSum])
         assert_type([total.group.name for total in groups.export_usage(bucket="month")], list[str | None])
+        assert_type(groups.limit_pressure(id_, at_least=80, count=3), list[LimitPressure])
         assert_type(groups.top_members(id_, count=3), list[TopMember])
         assert_type(groups.drift(id_), Reconciliation)
         assert_type(groups.usage(id_), GroupUsage)
@@ -102,6 +104,7 @@ async def async_manager(client: Client, aclient: AsyncClient, id_: UUID, ids: li
         assert_type(await groups.find_users("ann@"), list[User])
         assert_type(groups.export_usage(user_id=id_), AsyncIterator[UsageRecord])
         assert_type(groups.export_usage(bucket="hour"), AsyncIterator[UsageSum])
+        assert_type(await groups.limit_pressure(id_, at_least=80, count=3), list[LimitPressure])
         assert_type(await groups.top_members(id_, count=3), list[TopMember])
         assert_type(await groups.usage(id_), GroupUsage)
         assert_type(await groups.usage_all(), list[GroupUsage])

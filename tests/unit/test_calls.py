@@ -360,6 +360,23 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         },
         lambda page: (page[0].group.id, page[0].used, page.next) == (UUID(PRO), 3, None),
     ),
+    "limit_pressure": (
+        reports.limit_pressure(PRO, 80, 3),
+        "limit_pressure",
+        {"p_group_id": PRO, "p_at_least": 80, "p_count": 3},
+        True,
+        [
+            {
+                "kind": "image",
+                "period": "day",
+                "max": 5,
+                "full": 1,
+                "near": 2,
+                "members": [{"user_id": ANN, "email": None, "used": 5}],
+            }
+        ],
+        lambda limits: (limits[0].full, limits[0].members[0].id) == (1, UUID(ANN)),
+    ),
     "top_members": (
         reports.top_members(PRO, "image", NOW, None, 3),
         "top_members",

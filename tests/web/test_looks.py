@@ -199,6 +199,26 @@ class TestNumbers:
         expect(card.locator(".limit")).not_to_have_class(re.compile("is-ok"))
         expect(card).not_to_contain_text("left")
 
+    def test_who_is_at_a_member_limit_is_named(
+        self, sign_in: SignIn, groups: GroupManager, limits: TokenLimits, user: LocalUser, newcomer: LocalUser
+    ) -> None:
+        free = groups.create("Free", limits=[Limit(kind="image", max=10, scope="member")])
+        groups.add_members(free.id, [user.id, newcomer.id])
+        page = sign_in()
+        base = page.url
+        page.goto(f"{base}groups/{free.id}")
+        shown = page.get_by_role("region", name="Limits")
+        expect(shown).to_contain_text("No member is at 90 % or more.")
+        limits.track(user.id, "image", 10)
+        limits.track(newcomer.id, "image", 9)
+        page.reload()
+        shown.get_by_role("button", name="1 member at their limit, 2 at 90 % or more").click()
+        dialog = page.get_by_role("dialog", name="Members at their limit")
+        rows = dialog.get_by_role("row")
+        expect(rows).to_have_count(3)
+        expect(rows.nth(1)).to_contain_text(re.compile(rf"{user.email}\s*10 of 10"))
+        expect(rows.nth(2)).to_contain_text(re.compile(rf"{newcomer.email}\s*9 of 10"))
+
 
 class TestTimes:
     def test_are_in_one_zone_that_the_page_names(self, sign_in: SignIn, groups: GroupManager) -> None:

@@ -369,7 +369,7 @@ class TestDialogs:
         headers = {"HX-Request": "true", "X-CSRF-Token": csrf}
         group = f"/groups/{pro.id}"
         for path in ("/groups/new", group, f"{group}/edit", f"{group}/delete", f"{group}/members", f"{group}/live",
-                     f"{group}/history", f"{group}/export", "/overview", "/overview/history",
+                     f"{group}/history", f"{group}/pressure", f"{group}/export", "/overview", "/overview/history",
                      f"{group}/members/search?email=example", f"{group}/members/rows?search=example",
                      f"{group}/members/rows?after={uuid4()}"):  # fmt: skip
             answer = browser.get(path, headers=headers)

@@ -42,6 +42,7 @@ def parser(type_: Any) -> Callable[[Any], Any]:
 
 
 _BUCKET = parser(Bucket)
+_PERCENTAGE = parser(Annotated[StrictInt, Field(ge=1, le=100)])
 _COUNT = parser(Annotated[StrictInt, Field(ge=1, le=1000)])
 _DESCRIPTION = parser(Annotated[Text, Field(max_length=2000)])
 _FLAG = parser(StrictBool)
@@ -177,6 +178,11 @@ def emails(values: Iterable[str]) -> list[str]:
 def count(value: int) -> int:
     """Check how many are requested."""
     return checked(_COUNT, value, "count")
+
+
+def percentage(value: int, name: str) -> int:
+    """Check a percentage, from 1."""
+    return checked(_PERCENTAGE, value, name)
 
 
 def size(value: int, most: int) -> int:

@@ -13,6 +13,7 @@ from tokenlimits.models import (
     Bucket,
     GroupUsage,
     HistoryPoint,
+    LimitPressure,
     Moment,
     Page,
     Reconciliation,
@@ -31,6 +32,7 @@ T = TypeVar("T")
 _RECONCILIATION = parser(Reconciliation)
 _RECORDS = rows_parser(UsageRecord)
 _SUMS = rows_parser(UsageSum)
+_PRESSURE = rows_parser(LimitPressure)
 _TOP = rows_parser(TopMember)
 _GROUP_USAGE = row_parser(GroupUsage)
 _GROUP_USAGES = rows_parser(GroupUsage)
@@ -111,6 +113,16 @@ def top_members(
         "p_count": arguments.count(count),
     }
     return Call("top_members", params, _TOP)
+
+
+def limit_pressure(group_id: Id, at_least: int, count: int) -> Call[list[LimitPressure]]:
+    """Read how many members are at their limits."""
+    params = {
+        "p_group_id": arguments.id_(group_id, "group_id"),
+        "p_at_least": arguments.percentage(at_least, "at_least"),
+        "p_count": arguments.count(count),
+    }
+    return Call("limit_pressure", params, _PRESSURE)
 
 
 def drift(group_id: Id, since: datetime | None) -> Call[Reconciliation]:

@@ -115,6 +115,33 @@ class ReportFunctions(State):
             for each in ranked[: min(max(p_count, 1), 1000)]
         ]
 
+    def limit_pressure(self, p_group_id: str, p_at_least: int = 90, p_count: int = 100) -> list[Json]:
+        """Count the members who have used all of a member limit, or a percentage of it."""
+        group = self._group(p_group_id)
+        at_least = min(max(p_at_least, 1), 100)
+        used: dict[tuple[str, str, int], list[tuple[int, str]]] = {}
+        for rule, max_ in group.rules(None).items():
+            if rule.scope == "member" and max_:
+                used[rule.kind, rule.period, max_] = []
+        for user_id in group.members:
+            for state in self._states(group, user_id):
+                if state.rule.scope == "member" and state.max and 100 * state.used >= state.max * at_least:
+                    used[state.rule.kind, state.rule.period, state.max].append((-state.used, user_id))
+        return [
+            {
+                "kind": kind,
+                "period": period,
+                "max": max_,
+                "full": sum(-minus >= max_ for minus, _ in pressed),
+                "near": len(pressed),
+                "members": [
+                    {"user_id": user_id, "email": self._email(user_id), "used": -minus}
+                    for minus, user_id in sorted(pressed)[: min(max(p_count, 0), 1000)]
+                ],
+            }
+            for (kind, period, max_), pressed in used.items()
+        ]
+
     def usage_drift(self, p_group_id: str, p_since: str | None = None) -> Json:  # noqa: ARG002  # as the SQL's
         """Compare counters with the ledger; here nobody can bypass the functions, so nothing ever differs."""
         self._group(p_group_id)

@@ -14,6 +14,7 @@ from fastapi import Query
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from tokenlimits import ledger_csv
+from tokenlimits.levels import FULL
 from tokenlimits.models import TopMember, UsageRecord
 from tokenlimits.web._router import Router
 
@@ -25,6 +26,9 @@ routes = Router(route_class=PageRoute, include_in_schema=False)
 
 _RECENT = 25
 _TOP = 8
+_PRESSED = 100
+# in per cent
+_NEAR = round(FULL * 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +43,10 @@ class _Top:
 @routes.get("/groups/{group_id}")
 async def group_page(visit: Signed, group_id: UUID, top: Annotated[str, Query(max_length=32)] = "") -> Response:
     """Show the group, with the top members of a kind; the chart requests its history separately."""
-    group, usage, top_, recent = await asyncio.gather(
+    group, usage, pressure, top_, recent = await asyncio.gather(
         visit.groups.get(group_id),
         visit.groups.usage(group_id),
+        visit.groups.limit_pressure(group_id, at_least=_NEAR, count=1),
         _top(visit, group_id, top),
         _recent(visit, group_id),
     )
@@ -50,10 +55,27 @@ async def group_page(visit: Signed, group_id: UUID, top: Annotated[str, Query(ma
         group=group,
         usage=usage,
         meters=_views.meters(usage),
+        pressed=_views.pressed(pressure),
+        near=_NEAR,
         top=top_,
         recent=recent,
         shape=_views.shape([usage]),
     )
+
+
+@routes.get("/groups/{group_id}/pressure")
+async def pressed_members(
+    visit: Signed,
+    group_id: UUID,
+    kind: Annotated[str, Query(max_length=32)] = "",
+    period: Annotated[str, Query(max_length=32)] = "",
+) -> Response:
+    """Show the dialog with the members who are at a member limit, or close to it."""
+    group, pressure = await asyncio.gather(
+        visit.groups.get(group_id), visit.groups.limit_pressure(group_id, at_least=_NEAR, count=_PRESSED)
+    )
+    limit = _views.pressed(pressure).get((kind, period))
+    return visit.page("pressure.html", group=group, limit=limit, near=_NEAR)
 
 
 @routes.get("/groups/{group_id}/live")

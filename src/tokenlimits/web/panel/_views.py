@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tokenlimits.levels import Level, level
-from tokenlimits.models import Group, GroupLimitUsage, GroupUsage
+from tokenlimits.models import Group, GroupLimitUsage, GroupUsage, LimitPressure
 
 from ._format import number, short
 
@@ -126,6 +126,11 @@ def summary(usages: Iterable[GroupUsage]) -> Summary:
 def meters(usage: GroupUsage) -> list[Meter]:
     """Return the limits of a group as a page shows them."""
     return [Meter(limit) for limit in usage.limits]
+
+
+def pressed(pressure: Iterable[LimitPressure]) -> Mapping[tuple[str, str], LimitPressure]:
+    """Return how many members are at each member limit, by its kind and period."""
+    return {(limit.kind, limit.period): limit for limit in pressure}
 
 
 def _fullest(usage: GroupUsage) -> float | None:

@@ -32,6 +32,7 @@ class Reports(History):
     @happens(2)
     def look_at_the_ledger(self) -> None:
         params, size = self.part(), self.draw(drawn.sizes)
+        self.twins.call("limit_pressure", p_group_id=self.group(), p_at_least=self.one_of([1, 60, 100]), p_count=size)
         self.twins.call("top_members", **params | {"p_group_id": self.group()}, p_count=size)
         # a row says "reserved" until its hold is swept, which the model does when time passes
         self.sweep_all()
