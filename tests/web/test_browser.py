@@ -424,6 +424,9 @@ def visit_all(page: Page, group: Group) -> Iterator[str]:
             make_mistakes(page)
             yield f"{name}, with mistakes"
         page.keyboard.press("Escape")
+        if name == "New group":
+            yield "what was typed is discarded"
+            page.get_by_role("button", name="Discard").click()
         expect(page.locator("#dialog")).to_be_hidden()
     page.get_by_role("searchbox", name="Search groups").fill("no such group")
     expect(page.get_by_role("heading", name="No group matches")).to_be_visible()
