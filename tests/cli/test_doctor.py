@@ -611,6 +611,18 @@ class TestElsewhere:
             assert findings(guest, "--schema", "limits", **environment) == {}
         assert "not installed in the schema public" in findings(guest, "--schema", "public")["version"][1]
 
+    def test_a_remedy_is_about_the_schema_that_was_asked_about(
+        self, guest: Program, elsewhere: tuple[LocalStack, str]
+    ) -> None:
+        with psycopg.connect(elsewhere[1], autocommit=True) as owner:
+            owner.execute("alter table limits.user_groups disable row level security")
+        environment = {"TOKENLIMITS_SCHEMA": ""}
+        done = guest("doctor", "--schema", "limits", "--json", status=1, **environment)
+        (bad,) = [each for each in json.loads(done.stdout)["findings"] if each["level"] == "error"]
+        guest.environment |= environment
+        followed(bad["remedy"], guest, elsewhere[1])
+        assert findings(guest, "--schema", "limits") == {}
+
     def test_what_lost_its_mark(self, guest: Program, elsewhere: tuple[LocalStack, str]) -> None:
         comment = "comment on table limits.user_groups is {}"
         with planted(elsewhere[1], comment.format("null"), comment.format("'tokenlimits: A group.'")):

@@ -33,7 +33,7 @@ from ._api import (
     unreachable,
 )
 from ._database import check_database, check_ledger, check_version, read, unreadable
-from ._expected import REAPPLY
+from ._expected import REAPPLY, in_schema
 from ._findings import Finding, Findings, error, findings_table, ok, warning
 from ._health import READ_ONLY, Health, check_health, read_only
 
@@ -59,6 +59,8 @@ def doctor(
     configuration = Configuration.load(schema)
     with err.status("Checking"):
         findings = [*_examine(configuration, every_group=every_group), *_migrations(db_url)]
+    for finding in findings:
+        finding.remedy = in_schema(finding.remedy, configuration.text_of_schema)
     bad = [finding for finding in findings if finding.level == "error"]
     if as_json:
         _print_json(configuration, findings)

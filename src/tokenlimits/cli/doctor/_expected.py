@@ -16,6 +16,11 @@ REAPPLY = (
 )
 
 
+def in_schema(remedy: str, schema: str) -> str:
+    """Add the option to the commands that need it, or they would be about public."""
+    return re.sub(r"`(tokenlimits (?:migrate --reapply|sql))`", rf"`\1{schema_option(schema)}`", remedy)
+
+
 def adopt(schema: str) -> str:
     """Say how to mark objects as tokenlimits' own again."""
     paste = f'(echo "set tokenlimits.adopt = \'yes\';"; tokenlimits sql{schema_option(schema)}) | psql "$DATABASE_URL"'
