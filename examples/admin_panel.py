@@ -86,7 +86,8 @@ def up_to(
     for status in limits.usage(users[0]):
         wanted = int((status.max or 700) * share)
         if status.scope == "member":
-            payers, costs = users[::2], [chance.randint(1, max(wanted * 2, 1)) for _ in users[::2]]
+            most = min(max(wanted * 3, 1), status.max or 1)
+            payers, costs = users[::2], [chance.randint(1, most) for _ in users[::2]]
         else:
             payers, parts = users[:12], [chance.uniform(0.2, 1) for _ in users[:12]]
             costs = [int((wanted - status.used) * part / sum(parts)) for part in parts]
