@@ -97,6 +97,23 @@ def test_usage_warns_of_what_is_nearly_full(
     assert f"{team.name}  image  10 in total" not in shown
 
 
+def test_who_is_at_a_member_limit(
+    tl: Program, team: Group, user: UUID, limits: TokenLimits, groups: GroupManager
+) -> None:
+    needs = ("usage", team.name, "--members", "--at-least")
+    assert "No member is at 90 % or more" in tl(*needs, 90).stdout
+    limits.track(user, "image", 3)
+    assert tl.json(*needs, 90) == []
+    (found,) = tl.json(*needs, 75, status=1)
+    assert found["group"] == {"id": str(team.id), "name": team.name}
+    assert (found["kind"], found["full"], found["near"]) == ("image", 0, 1)
+    assert [(each["id"], each["used"]) for each in found["members"]] == [(str(user), 3)]
+    shown = tl("usage", "--members", "--at-least", 75, status=1).stdout
+    assert "0 at the limit, 1 at 75 % or more" in shown
+    for wrong in (("--at-least", 0), ("--at-least", 12.5), ("--at-least", 90, "--user", user), ()):
+        assert "--members needs --at-least" in tl("usage", "--members", *wrong, status=1).stderr
+
+
 def test_usage_live(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:
     with tl.on_terminal("usage", team.name, "--watch", "--interval", "0.5") as terminal:
         terminal.wait_for("10 in total .* 0 ")

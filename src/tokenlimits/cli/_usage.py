@@ -18,6 +18,7 @@ from tokenlimits.models import GroupLimitUsage, GroupUsage, UserLimit
 
 from ._find import find_group, find_user, manager, worker
 from ._options import AsJson
+from ._pressure import read_pressed, show_pressed
 from ._terminal import NARROW, Bar, Problem, colour, countdown, out, plain, print_json, say, show, table
 
 _NUMBERS = ("used", "of", "left", "resets in")
@@ -55,6 +56,9 @@ def usage(
             show_default=False,
         ),
     ] = None,
+    members: Annotated[
+        bool, typer.Option("--members", help="With --at-least: the members who have used that much of a member limit.")
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep the display up to date until Ctrl-C.")] = False,
     interval: Annotated[float, typer.Option("--interval", min=0.5, help="Seconds between updates with --watch.")] = 2,
     as_json: AsJson = False,
@@ -68,8 +72,13 @@ def usage(
         raise Problem("Pass either a group or --user.")
     if watch and (as_json or not out.is_terminal):
         raise Problem("--watch needs a terminal and can't be combined with --json; leave it out to print once.")
+    percentage = _percentage(at_least, may_be=user is None and not watch) if members else 0
     try:
         with manager() as groups, worker() as limits:
+            if members:
+                pressed = read_pressed(groups, group, percentage)
+                show_pressed(pressed, percentage, as_json=as_json)
+                raise typer.Exit(1 if pressed else 0)
             everything = _reader(groups, limits, group, user)
             read = everything if at_least is None else lambda: _full(everything(), at_least / 100)
             if watch:
@@ -88,6 +97,13 @@ def usage(
         _show(answer)
     if at_least is not None and answer:
         raise typer.Exit(1)
+
+
+def _percentage(at_least: float | None, *, may_be: bool) -> int:
+    """Return from which percentage on --members names somebody."""
+    if not may_be or at_least is None or not 1 <= at_least <= 100 or at_least % 1:
+        raise Problem("--members needs --at-least with a whole number from 1 to 100, and neither --user nor --watch.")
+    return int(at_least)
 
 
 def _reader(groups: GroupManager, limits: TokenLimits, group: str | None, user: str | None) -> Callable[[], Answer]:
