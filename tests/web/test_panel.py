@@ -345,6 +345,28 @@ class TestDialogs:
         assert "2 members moved." in answer.headers["hx-trigger"]
         assert (groups.usage(free.id).member_count, groups.usage(pro.id).member_count) == (1, 2)
 
+    def test_rows_that_no_reader_knows_hide_no_others(
+        self, browser: httpx.Client, admin: LocalUser, groups: GroupManager, stack: LocalStack
+    ) -> None:
+        pro = groups.create("Pro", limits={"image": None})
+        stack.sql(
+            "insert into public.generation_usage (id, group_id, user_id, kind, cost, status, created_at, settled_at) "
+            f"select gen_random_uuid(), '{pro.id}', '{admin.id}', 'image', 1000 + n, 'committed', at, settled_at "
+            "from generate_series(1, 40) as n, lateral (values "
+            "(timestamptz 'infinity', now()), ('0044-03-15 BC', now()), "
+            "(now() - n * interval '1 day', now()), (now() - n * interval '1 day', 'infinity')) as e (at, settled_at)"
+        )
+        try:
+            sign_in(browser, admin)
+            page = browser.get(f"groups/{pro.id}")
+            exported = browser.get(f"groups/{pro.id}/export")
+        finally:
+            stack.sql(f"delete from public.generation_usage where group_id = '{pro.id}'")
+        assert (page.status_code, exported.status_code) == (200, 200)
+        assert "Recent usage" in page.text
+        assert len(re.findall(r"\b10[0-4][0-9]\b|\b1,0[0-4][0-9]\b", page.text)) >= 10
+        assert len(exported.text.splitlines()) == 1 + 40
+
     def test_a_group_that_is_gone_is_said_in_words(self, browser: httpx.Client, admin: LocalUser) -> None:
         sign_in(browser, admin)
         for path in (f"/groups/{uuid4()}", "/groups/x"):
