@@ -97,7 +97,11 @@ async function bringDraftBack() {
   const draft = JSON.parse(sessionStorage.getItem(DRAFT));
   if (!draft || !dialog) return;
   sessionStorage.removeItem(DRAFT);
-  await htmx.ajax("POST", draft.url, { source: document.body, target: dialog, values: { ...draft.values, draft: "yes" } });
+  await htmx.ajax("POST", draft.url, {
+    source: document.body,
+    target: dialog,
+    values: { ...draft.values, draft: "yes" },
+  });
   dialog.dataset.edited = "yes";
   toast("Your changes are back. They are not saved yet.");
 }
