@@ -6,6 +6,8 @@
 --   * Pages are ordered by columns that never change. Each usage that was committed before the first page, and created
 --     before "until", is in exactly one page, as a row or in a sum.
 
+{%- set is_over = "p_usage.status = 'reserved' and p_usage.expires_at <= tokenlimits.clock()" %}
+-- A hold whose time is over has expired, whether it has been swept or not.
 create or replace function tokenlimits.usage_json(p_usage public.generation_usage, p_email text)
 returns jsonb
 language sql
@@ -22,11 +24,11 @@ as $$
     'email', p_email,
     'kind', p_usage.kind,
     'cost', p_usage.cost,
-    'status', p_usage.status,
+    'status', case when {{ is_over }} then 'expired' else p_usage.status end,
     'idempotency_key', p_usage.idempotency_key,
     'metadata', p_usage.metadata,
     'created_at', p_usage.created_at,
-    'settled_at', p_usage.settled_at,
+    'settled_at', case when {{ is_over }} then p_usage.expires_at else p_usage.settled_at end,
     'expires_at', p_usage.expires_at
   )
 $$;

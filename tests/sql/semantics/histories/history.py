@@ -71,6 +71,7 @@ class History(RuleBasedStateMachine):
         self.twins.call("group_usage")
         self.twins.pages("export_history", p_bucket="hour")
         self.twins.compare_tables()
+        self.twins.pages("export_usage")
         self.sweep_all()
         self.nothing_drifts()
         self.twins.compare_tables()
