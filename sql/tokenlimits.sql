@@ -1207,10 +1207,21 @@ begin
       )::tokenlimits.limit_state
       order by l.kind, l.scope = 'group', l.subject, l.counter_id
     ),
-    bool_and(c.since is not null and c.since <= p_at and c.until > p_at) and not exists (
+    bool_and(c.since is not null and c.since <= p_at and c.until > p_at)
+    and not exists (
       select
-      from tokenlimits.holds as h
-      where h.group_id = p_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= p_at
+      from (
+        select distinct i.kind
+        from public.group_limits as i
+        where i.group_id = p_group_id and (p_kind is null or i.kind = p_kind)
+      ) as k
+      where (
+        select true
+        from tokenlimits.holds as h
+        where h.group_id = p_group_id and h.kind = k.kind and h.expires_at <= p_at
+        order by h.expires_at
+        limit 1
+      ) is true
     )
   into v_states, v_is_plain
   from (
@@ -1270,8 +1281,18 @@ group_name, timezone, place)
   end if;
   if p_less_expired and exists (
     select
-    from tokenlimits.holds as h
-    where h.group_id = p_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= v_now
+    from (
+      select distinct i.kind
+      from public.group_limits as i
+      where i.group_id = p_group_id and (p_kind is null or i.kind = p_kind)
+    ) as k
+    where (
+      select true
+      from tokenlimits.holds as h
+      where h.group_id = p_group_id and h.kind = k.kind and h.expires_at <= v_now
+      order by h.expires_at
+      limit 1
+    ) is true
   ) then
     for i in 1..cardinality(v_states) loop
       v_state := v_states[i];
@@ -1910,21 +1931,26 @@ begin
   elsif current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
     perform tokenlimits.refuse_transaction();
   end if;
-  v_group_ids := coalesce(
-    nullif(array(
-      select g.id
-      from public.group_memberships as m
-      inner join public.user_groups as g on g.id = m.group_id
-      where m.user_id = p_user_id
-      order by g.priority desc, m.joined_at, g.id
-    ), '{}'),
-    array(select d.id from public.user_groups as d where d.is_default)
-  );
-  v_group_ids := case
-    when p_group_id is null then v_group_ids
-    when p_group_id = any(v_group_ids) then array[p_group_id]
-    else '{}'
-  end;
+  v_group_ids := array(select m.group_id from public.group_memberships as m where m.user_id = p_user_id);
+  if cardinality(v_group_ids) <> 1 then
+    v_group_ids := coalesce(
+      nullif(array(
+        select g.id
+        from public.group_memberships as m
+        inner join public.user_groups as g on g.id = m.group_id
+        where m.user_id = p_user_id
+        order by g.priority desc, m.joined_at, g.id
+      ), '{}'),
+      array(select d.id from public.user_groups as d where d.is_default)
+    );
+  end if;
+  if p_group_id is not null then
+    v_group_ids := case
+      when p_group_id is null then v_group_ids
+      when p_group_id = any(v_group_ids) then array[p_group_id]
+      else '{}'
+    end;
+  end if;
   -- nearly every call has a single group: the condition itself locks it, at a tenth of the cost of a query
   if
     cardinality(v_group_ids) <> 1
@@ -1945,13 +1971,16 @@ begin
             l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
             c.since, c.until, c.used, null, c.until > v_at, l.name, l.timezone
           )::tokenlimits.limit_state
-          order by l.kind, l.scope = 'group', l.subject, l.counter_id
+          order by l.scope = 'group', l.counter_id
         ),
-        bool_and(c.since is not null and c.since <= v_at and c.until > v_at) and not exists (
-          select
+        bool_and(c.since is not null and c.since <= v_at and c.until > v_at)
+        and not (
+          select true
           from tokenlimits.holds as h
-          where h.group_id = v_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= v_at
-        )
+          where h.group_id = v_group_id and h.kind = p_kind and h.expires_at <= v_at
+          order by h.expires_at
+          limit 1
+        ) is true
       into v_states, v_is_plain
       from (
         select
@@ -1959,7 +1988,7 @@ begin
           case i.scope when 'group' then i.group_id else p_user_id end as subject
         from public.group_limits as i
         inner join public.user_groups as g on g.id = i.group_id
-        where i.group_id = v_group_id and (p_kind is null or i.kind = p_kind)
+        where i.group_id = v_group_id and i.kind = p_kind
       ) as l
       left join lateral (
         select k.since, k.until, k.used
@@ -2032,8 +2061,6 @@ begin
               on conflict on constraint usage_rollup_pkey do update
               set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
             end if;
-            v_limits := '{}';
-            v_tightest := null;
             -- the group's own counters, which all its members share, come last, so that they are locked for the
             -- shortest time
             foreach v_state in array v_states loop
@@ -2085,7 +2112,8 @@ begin
       exception
         when sqlstate 'TL099' then
           -- everything is rolled back, to be judged again
-          null;
+          v_limits := '{}';
+          v_tightest := null;
       end;
     end if;
     if p_idempotency_key is not null then
@@ -2190,21 +2218,26 @@ begin
   elsif current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
     perform tokenlimits.refuse_transaction();
   end if;
-  v_group_ids := coalesce(
-    nullif(array(
-      select g.id
-      from public.group_memberships as m
-      inner join public.user_groups as g on g.id = m.group_id
-      where m.user_id = p_user_id
-      order by g.priority desc, m.joined_at, g.id
-    ), '{}'),
-    array(select d.id from public.user_groups as d where d.is_default)
-  );
-  v_group_ids := case
-    when p_group_id is null then v_group_ids
-    when p_group_id = any(v_group_ids) then array[p_group_id]
-    else '{}'
-  end;
+  v_group_ids := array(select m.group_id from public.group_memberships as m where m.user_id = p_user_id);
+  if cardinality(v_group_ids) <> 1 then
+    v_group_ids := coalesce(
+      nullif(array(
+        select g.id
+        from public.group_memberships as m
+        inner join public.user_groups as g on g.id = m.group_id
+        where m.user_id = p_user_id
+        order by g.priority desc, m.joined_at, g.id
+      ), '{}'),
+      array(select d.id from public.user_groups as d where d.is_default)
+    );
+  end if;
+  if p_group_id is not null then
+    v_group_ids := case
+      when p_group_id is null then v_group_ids
+      when p_group_id = any(v_group_ids) then array[p_group_id]
+      else '{}'
+    end;
+  end if;
   -- nearly every call has a single group: the condition itself locks it, at a tenth of the cost of a query
   if
     cardinality(v_group_ids) <> 1
@@ -2225,13 +2258,16 @@ begin
             l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
             c.since, c.until, c.used, null, c.until > v_at, l.name, l.timezone
           )::tokenlimits.limit_state
-          order by l.kind, l.scope = 'group', l.subject, l.counter_id
+          order by l.scope = 'group', l.counter_id
         ),
-        bool_and(c.since is not null and c.since <= v_at and c.until > v_at) and not exists (
-          select
+        bool_and(c.since is not null and c.since <= v_at and c.until > v_at)
+        and not (
+          select true
           from tokenlimits.holds as h
-          where h.group_id = v_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= v_at
-        )
+          where h.group_id = v_group_id and h.kind = p_kind and h.expires_at <= v_at
+          order by h.expires_at
+          limit 1
+        ) is true
       into v_states, v_is_plain
       from (
         select
@@ -2239,7 +2275,7 @@ begin
           case i.scope when 'group' then i.group_id else p_user_id end as subject
         from public.group_limits as i
         inner join public.user_groups as g on g.id = i.group_id
-        where i.group_id = v_group_id and (p_kind is null or i.kind = p_kind)
+        where i.group_id = v_group_id and i.kind = p_kind
       ) as l
       left join lateral (
         select k.since, k.until, k.used
@@ -2316,8 +2352,6 @@ begin
               on conflict on constraint usage_rollup_pkey do update
               set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
             end if;
-            v_limits := '{}';
-            v_tightest := null;
             -- the group's own counters, which all its members share, come last, so that they are locked for the
             -- shortest time
             foreach v_state in array v_states loop
@@ -2369,7 +2403,8 @@ begin
       exception
         when sqlstate 'TL099' then
           -- everything is rolled back, to be judged again
-          null;
+          v_limits := '{}';
+          v_tightest := null;
       end;
     end if;
     if p_idempotency_key is not null then
@@ -2495,13 +2530,16 @@ begin
             l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
             c.since, c.until, c.used, null, c.until > v_at, l.name, l.timezone
           )::tokenlimits.limit_state
-          order by l.kind, l.scope = 'group', l.subject, l.counter_id
+          order by l.scope = 'group', l.counter_id
         ),
-        bool_and(c.since is not null and c.since <= v_at and c.until > v_at) and not exists (
-          select
+        bool_and(c.since is not null and c.since <= v_at and c.until > v_at)
+        and not (
+          select true
           from tokenlimits.holds as h
-          where h.group_id = v_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= v_at
-        )
+          where h.group_id = v_group_id and h.kind = p_kind and h.expires_at <= v_at
+          order by h.expires_at
+          limit 1
+        ) is true
       into v_states, v_is_plain
       from (
         select
@@ -2509,7 +2547,7 @@ begin
           case i.scope when 'group' then i.group_id else p_user_id end as subject
         from public.group_limits as i
         inner join public.user_groups as g on g.id = i.group_id
-        where i.group_id = v_group_id and (p_kind is null or i.kind = p_kind)
+        where i.group_id = v_group_id and i.kind = p_kind
       ) as l
       left join lateral (
         select k.since, k.until, k.used
@@ -2657,21 +2695,26 @@ begin
     perform tokenlimits.refuse_transaction();
   end if;
   v_at := tokenlimits.clock();
-  v_group_ids := coalesce(
-    nullif(array(
-      select g.id
-      from public.group_memberships as m
-      inner join public.user_groups as g on g.id = m.group_id
-      where m.user_id = p_user_id
-      order by g.priority desc, m.joined_at, g.id
-    ), '{}'),
-    array(select d.id from public.user_groups as d where d.is_default)
-  );
-  v_group_ids := case
-    when p_group_id is null then v_group_ids
-    when p_group_id = any(v_group_ids) then array[p_group_id]
-    else '{}'
-  end;
+  v_group_ids := array(select m.group_id from public.group_memberships as m where m.user_id = p_user_id);
+  if cardinality(v_group_ids) <> 1 then
+    v_group_ids := coalesce(
+      nullif(array(
+        select g.id
+        from public.group_memberships as m
+        inner join public.user_groups as g on g.id = m.group_id
+        where m.user_id = p_user_id
+        order by g.priority desc, m.joined_at, g.id
+      ), '{}'),
+      array(select d.id from public.user_groups as d where d.is_default)
+    );
+  end if;
+  if p_group_id is not null then
+    v_group_ids := case
+      when p_group_id is null then v_group_ids
+      when p_group_id = any(v_group_ids) then array[p_group_id]
+      else '{}'
+    end;
+  end if;
   v_verdict := row(
     false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
   );
@@ -2682,13 +2725,16 @@ begin
           l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
           c.since, c.until, c.used, null, c.until > v_at, l.name, l.timezone
         )::tokenlimits.limit_state
-        order by l.kind, l.scope = 'group', l.subject, l.counter_id
+        order by l.scope = 'group', l.counter_id
       ),
-      bool_and(c.since is not null and c.since <= v_at and c.until > v_at) and not exists (
-        select
+      bool_and(c.since is not null and c.since <= v_at and c.until > v_at)
+      and not (
+        select true
         from tokenlimits.holds as h
-        where h.group_id = v_group_id and (p_kind is null or h.kind = p_kind) and h.expires_at <= v_at
-      )
+        where h.group_id = v_group_id and h.kind = p_kind and h.expires_at <= v_at
+        order by h.expires_at
+        limit 1
+      ) is true
     into v_states, v_is_plain
     from (
       select
@@ -2696,7 +2742,7 @@ begin
         case i.scope when 'group' then i.group_id else p_user_id end as subject
       from public.group_limits as i
       inner join public.user_groups as g on g.id = i.group_id
-      where i.group_id = v_group_id and (p_kind is null or i.kind = p_kind)
+      where i.group_id = v_group_id and i.kind = p_kind
     ) as l
     left join lateral (
       select k.since, k.until, k.used

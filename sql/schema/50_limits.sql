@@ -117,7 +117,8 @@ declare
   v_now timestamptz := least(p_at, tokenlimits.clock());
 begin
   {{ read_limits(
-    'p_group_id', "unnest(case i.scope when 'group' then array[i.group_id] else p_user_ids end)", 'p_kind', 'p_at'
+    'p_group_id', "unnest(case i.scope when 'group' then array[i.group_id] else p_user_ids end)", 'p_kind', 'p_at',
+    of_many=true
   ) | indent(2) }}
   if v_states is null then
     return '{}';
@@ -154,7 +155,7 @@ begin
       v_states[v.place] := v_state;
     end loop;
   end if;
-  if p_less_expired and {{ any_expired('p_group_id', 'p_kind', 'v_now') | indent(2) }} then
+  if p_less_expired and {{ any_expired_of_all('p_group_id', 'p_kind', 'v_now') | indent(2) }} then
     for i in 1..cardinality(v_states) loop
       v_state := v_states[i];
       v_state.expired := tokenlimits.expired_cost(

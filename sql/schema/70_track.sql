@@ -235,8 +235,7 @@ begin
   {%- if operation == 'record' %}
   v_group_ids := tokenlimits.recording_group(p_user_id, p_kind, p_group_id);
   {%- else %}
-  v_group_ids := {{ payers('p_user_id') | indent(2) }};
-  v_group_ids := {{ pinned('v_group_ids', 'p_group_id') | indent(2) }};
+  {{ read_payers('v_group_ids', 'p_user_id', 'p_group_id') | indent(2) }}
   {%- endif %}
   -- nearly every call has a single group: the condition itself locks it, at a tenth of the cost of a query
   if
@@ -281,8 +280,6 @@ begin
               v_slot := tokenlimits.free_slot(v_usage.group_id);
             end if;
             {{ add_to_rollup('v_usage', 'v_slot') | indent(12) }}
-            v_limits := '{}';
-            v_tightest := null;
             -- the group's own counters, which all its members share, come last, so that they are locked for the
             -- shortest time
             foreach v_state in array v_states loop
@@ -307,7 +304,12 @@ begin
       exception
         when sqlstate 'TL099' then
           -- everything is rolled back, to be judged again
+          {%- if operation == 'record' %}
           null;
+          {%- else %}
+          v_limits := '{}';
+          v_tightest := null;
+          {%- endif %}
       end;
     end if;
     if p_idempotency_key is not null then
@@ -351,8 +353,7 @@ begin
     perform tokenlimits.refuse_transaction();
   end if;
   v_at := tokenlimits.clock();
-  v_group_ids := {{ payers('p_user_id') | indent(2) }};
-  v_group_ids := {{ pinned('v_group_ids', 'p_group_id') | indent(2) }};
+  {{ read_payers('v_group_ids', 'p_user_id', 'p_group_id') | indent(2) }}
   {{ judge('p_user_id', 'p_kind', 'p_cost') | indent(2) }}
   if v_verdict.reason = 'not_in_group' then
     perform tokenlimits.refuse_group('check', p_group_id);

@@ -129,31 +129,55 @@ group_id, counter_id, subject, kind, period, scope, max, since, until, used, exp
 group_name, timezone
 {%- endmacro %}
 
-{# Whether a group has unswept expired holds of a kind (of any kind if it is null). #}
+{#
+Whether a group has unswept expired holds of a kind. Not "exists": the planner expects to find one soon wherever it looks,
+and reads all live holds; the order is the index's.
+#}
 {% macro any_expired(group_id, kind, at) -%}
+(
+  select true
+  from tokenlimits.holds as h
+  where h.group_id = {{ group_id }} and h.kind = {{ kind }} and h.expires_at <= {{ at }}
+  order by h.expires_at
+  limit 1
+) is true
+{%- endmacro %}
+
+{# Whether a kind is the one that is asked for; null asks for all. #}
+{% macro is_kind_or_all(its, kind) -%}
+({{ kind }} is null or {{ its }} = {{ kind }})
+{%- endmacro %}
+
+{# Whether any of a group have expired, of a kind that may be null: then of all that the group has limits for. #}
+{% macro any_expired_of_all(group_id, kind, at) -%}
 exists (
   select
-  from tokenlimits.holds as h
-  where h.group_id = {{ group_id }} and ({{ kind }} is null or h.kind = {{ kind }}) and h.expires_at <= {{ at }}
+  from (
+    select distinct i.kind
+    from public.group_limits as i
+    where i.group_id = {{ group_id }} and {{ is_kind_or_all('i.kind', kind) }}
+  ) as k
+  where {{ any_expired(group_id, 'k.kind', at) | indent(2) }}
 )
 {%- endmacro %}
 
 {#
-A group's limits of a kind (of all kinds if it is null) in the order in which counters are locked: members' first, then
-the group's. `subject` is the subject of a limit i; for several subjects, an expression that returns a row for each: in
-"from", it would cost more than all the rest. v_is_plain: every counter is current, and there is no expired hold to
-subtract, so the states can be used as they are.
+A group's limits in the order in which counters are locked: members' first, then the group's. `subject` is the subject of
+a limit i. With `of_many`, there are several: an expression that returns a row for each (in "from", it would cost more
+than all the rest), and a null kind means all kinds; one request needs less to sort and to compare. v_is_plain: every
+counter is current, and there is no expired hold to subtract, so the states can be used as they are.
 #}
-{% macro read_limits(group_id, subject, kind, at) -%}
+{% macro read_limits(group_id, subject, kind, at, of_many=false) -%}
 select
   array_agg(
     row(
       l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
       c.since, c.until, c.used, null, c.until > {{ at }}, l.name, l.timezone
     )::tokenlimits.limit_state
-    order by l.kind, l.scope = 'group', l.subject, l.counter_id
+    order by {{ "l.kind, l.scope = 'group', l.subject" if of_many else "l.scope = 'group'" }}, l.counter_id
   ),
-  bool_and(c.since is not null and c.since <= {{ at }} and c.until > {{ at }}) and not {{ any_expired(group_id, kind, at) | indent(2) }}
+  bool_and(c.since is not null and c.since <= {{ at }} and c.until > {{ at }})
+  and not {{ (any_expired_of_all if of_many else any_expired)(group_id, kind, at) | indent(2) }}
 into v_states, v_is_plain
 from (
   select
@@ -161,7 +185,7 @@ from (
     {{ subject }} as subject
   from public.group_limits as i
   inner join public.user_groups as g on g.id = i.group_id
-  where i.group_id = {{ group_id }} and ({{ kind }} is null or i.kind = {{ kind }})
+  where i.group_id = {{ group_id }} and {{ is_kind_or_all('i.kind', kind) if of_many else 'i.kind = ' ~ kind }}
 ) as l
 left join lateral (
   select k.since, k.until, k.used
@@ -501,6 +525,20 @@ case
   when {{ group_id }} = any({{ group_ids }}) then array[{{ group_id }}]
   else '{}'
 end
+{%- endmacro %}
+
+{#
+Reads the groups that may pay for one request into a variable. Nearly every user is in one group, which needs no order.
+Even an expression that isn't needed costs time to set up.
+#}
+{% macro read_payers(group_ids, user_id, group_id) -%}
+{{ group_ids }} := array(select m.group_id from public.group_memberships as m where m.user_id = {{ user_id }});
+if cardinality({{ group_ids }}) <> 1 then
+  {{ group_ids }} := {{ payers(user_id) | indent(2) }};
+end if;
+if {{ group_id }} is not null then
+  {{ group_ids }} := {{ pinned(group_ids, group_id) | indent(2) }};
+end if;
 {%- endmacro %}
 
 {# A field of a request in a batch. #}

@@ -858,6 +858,27 @@ class TestFlat:
             assert reader.track(user, "image")["limits"][0]["used"] == 1
             assert _rows_read_so_far(reader)["generation_usage"] == before["generation_usage"]
 
+    # the last, for what is known of holds from then on changes plans
+    def test_a_call_reads_nothing_of_holds_that_live(self, owner: Api, world: World, database: Database) -> None:
+        # as planned everywhere: that expects to find an expired one soon, if it reads the whole table
+        caller = Api(database.connect("postgres"))
+        caller.execute("set plan_cache_mode = force_generic_plan")
+        group = world.group(limit(10**9), limit(10**9, scope="member"))
+        user = world.user(group)
+        owner.execute(
+            """
+            insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+            select gen_random_uuid(), %s, gen_random_uuid(), 'image', 1, now(), '2100-01-01 00:00Z'
+            from generate_series(1, 5000)
+            """,
+            [group],
+        )
+        owner.execute("analyze")
+        for call in (caller.track, caller.check):
+            assert _rows_read(caller, lambda call=call: call(user, "image"))["holds"] == 0
+        assert _rows_read(caller, lambda: caller.user_usage(user))["holds"] == 0
+        owner.execute("truncate tokenlimits.holds")  # no ledger has them
+
 
 def _grown(few: dict[str, int], many: dict[str, int]) -> dict[str, tuple[int, int]]:
     """Tell where more rows were read: thousands, if they were read at all, not the few that a merge join meets."""
