@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -32,16 +33,28 @@ LIMITS = """[
     {"kind": "image", "period": "day", "scope": "member", "max": 100},
     {"kind": "video", "period": "lifetime", "scope": "group", "max": 1000}
 ]"""
-_GROUPS_AND_MEMBERS = f"""
+
+
+def _zone() -> str:
+    """Name the time zone whose day is 22 hours old: what is added up is the day so far, so the hour must not matter."""
+    ahead = (22 - datetime.now(UTC).hour + 11) % 24 - 11
+    return f"Etc/GMT{-ahead:+d}"  # POSIX counts westwards
+
+
+def _groups_and_members() -> str:
+    return f"""
 insert into auth.users (id, email) select gen_random_uuid(), 'user' || i || '@example.com'
 from generate_series(1, {USERS}) as i;
-select public.save_group(p_name => 'group ' || i, p_limits => '{LIMITS}') from generate_series(1, {GROUPS}) as i;
+select public.save_group(p_name => 'group ' || i, p_limits => '{LIMITS}', p_timezone => '{_zone()}')
+from generate_series(1, {GROUPS}) as i;
 insert into public.group_memberships (group_id, user_id)
 select g.id, u.id
 from (select id, row_number() over (order by id) as n from public.user_groups) as g
 inner join (select id, row_number() over (order by id) as n from auth.users) as u on u.n % {GROUPS} = g.n - 1;
 select public.track_generation(id, 'image') from auth.users;
 """
+
+
 _EXPORT = """
 import resource, sys
 from tokenlimits.cli import main
@@ -67,7 +80,8 @@ def _more_groups(since: int, until: int) -> str:
 
     A thousandth of 10 million rows in a year is 27 a day.
     """
-    at = "date_trunc('day', now(), 'UTC') + interval '1 day' * (i / 27.0)"
+    zone = _zone()
+    at = f"date_trunc('day', now(), '{zone}') + interval '1 day' * (i / 27.0)"
     return f"""
     with users as (
       insert into auth.users (id, email)
@@ -75,8 +89,8 @@ def _more_groups(since: int, until: int) -> str:
       returning id
     ),
     groups as (
-      insert into public.user_groups (name)
-      select 'group ' || i from generate_series({since}, {until}) as i
+      insert into public.user_groups (name, timezone)
+      select 'group ' || i, '{zone}' from generate_series({since}, {until}) as i
       returning id
     ),
     limits as (
@@ -130,7 +144,7 @@ def dashboard(run: Run) -> Iterator[Row]:
     create_hosted_database(server, "dashboard")
     with server.connect("dashboard", "postgres") as connection:
         _execute(connection, run.ours.text)
-        _execute(connection, _GROUPS_AND_MEMBERS)
+        _execute(connection, _groups_and_members())
     with server.connect("dashboard") as connection:
         _execute(connection, _history(run.rows))
     settle(server, "dashboard")
