@@ -6577,7 +6577,7 @@ is 'tokenlimits: How many groups have usage in the ledger that is missing in the
 revoke execute on function tokenlimits.groups_not_summed()
 from public, anon, authenticated, service_role;
 
--- What a call would do now. A session that keeps a lock shows only to who needs the lock, and a full disk to who writes.
+-- What a call would do now. A lock shows only to those who need it, a full disk only to those who write.
 create or replace function tokenlimits.trial()
 returns jsonb
 language plpgsql

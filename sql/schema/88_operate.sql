@@ -228,7 +228,7 @@ end
 $$;
 {{ private('groups_not_summed()', "How many groups have usage in the ledger that is missing in the sums.") }}
 
--- What a call would do now. A session that keeps a lock shows only to who needs the lock, and a full disk to who writes.
+-- What a call would do now. A lock shows only to those who need it, a full disk only to those who write.
 create or replace function tokenlimits.trial()
 returns jsonb
 language plpgsql
