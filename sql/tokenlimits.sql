@@ -4664,6 +4664,7 @@ as $$
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
+  -- as in set_group_limit
   update public.user_groups as g
   set name = g.name
   where g.id = p_group_id;
@@ -4887,10 +4888,7 @@ begin
   if not p_kind ~ '^[a-z][a-z0-9_]{0,31}$' then
     perform tokenlimits.refuse('TL001', 'kind: is not a kind of generation', 'kind');
   end if;
-  -- before the limit is locked; and the group has changed, for those who look at its updated_at
-  update public.user_groups as g
-  set name = g.name
-  where g.id = p_group_id;
+  perform from public.user_groups as g where g.id = p_group_id for no key update;
   perform
   from public.group_limits as l
   where l.group_id = p_group_id

@@ -58,7 +58,7 @@ class AdminFunctions(State):
             self._groups[id_] = group
             self._group_ids.add(id_)
         if p_is_default:
-            self._clear_default()
+            self._clear_default(group)
         group.name = name
         group.description = group.description if p_description is None else p_description
         group.priority = group.priority if p_priority is None else p_priority
@@ -236,9 +236,9 @@ class AdminFunctions(State):
     def _by_name(self) -> list[Group]:
         return sorted(self._groups.values(), key=lambda group: group.name.lower())
 
-    def _clear_default(self) -> None:
+    def _clear_default(self, heir: Group) -> None:
         for group in self._groups.values():
-            if group.is_default:
+            if group.is_default and group is not heir:
                 group.is_default = False
                 self._touch(group)
 
