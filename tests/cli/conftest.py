@@ -55,8 +55,8 @@ class Program:
     def on_terminal(self, *arguments: object, **environment: str) -> Terminal:
         return Terminal(self.command(*arguments), self.directory, self.environment | environment)
 
-    def json(self, *arguments: object, stdin: str = "", status: int | None = 0) -> Any:
-        return json.loads(self(*arguments, "--json", stdin=stdin, status=status).stdout)
+    def json(self, *arguments: object, stdin: str = "", status: int | None = 0, **environment: str) -> Any:
+        return json.loads(self(*arguments, "--json", stdin=stdin, status=status, **environment).stdout)
 
     def fails(self, *arguments: object, stdin: str = "", status: int = 1, **environment: str) -> str:
         """Run a command that goes wrong; return its error, which is one line."""

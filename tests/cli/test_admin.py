@@ -38,17 +38,48 @@ def test_in_the_database(tl: Program, stack: LocalStack, server: PostgresServer)
     assert "nobody" in tl.fails("admin", "grant", "nobody@example.com", "--db-url", url)
 
 
+def test_lists_the_admins(tl: Program, stack: LocalStack, server: PostgresServer) -> None:
+    url = server.url("cli")
+    user = stack.create_user("listed@example.com")
+    assert str(user.id) not in [each["id"] for each in tl.json("admin", "list", "--db-url", url)]
+    tl("admin", "grant", user.email, "--db-url", url)
+    assert {"id": str(user.id), "email": user.email} in tl.json("admin", "list", "--db-url", url)
+    assert user.email in tl("admin", "list", DATABASE_URL=url).stdout
+
+
+def test_an_address_that_was_not_confirmed_is_nobodys(tl: Program, stack: LocalStack, server: PostgresServer) -> None:
+    url = server.url("cli")
+    user = stack.create_user("unconfirmed@example.com")
+    stack.sql("update auth.users set email_confirmed_at = null where id = $1::uuid", str(user.id))
+    assert "not confirmed" in tl.fails("admin", "grant", user.email, "--db-url", url)
+    assert role(stack, user.email) is None
+    tl("admin", "grant", user.id, "--db-url", url)
+    assert role(stack, user.email) == "admin"
+    tl("admin", "revoke", user.email, "--db-url", url)
+    assert role(stack, user.email) is None
+
+
+ADMIN = {"id": "1", "email": "a@example.com", "app_metadata": {"role": "admin"}}
+
+
 class AuthApi(BaseHTTPRequestHandler):
     """Answers as Supabase's auth API does, and passes everything else on to the stack."""
 
     stack: LocalStack
     changes: list[tuple[str, Any]]
+    user: dict[str, Any]
 
     def do_PUT(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         authorized = self.headers["apikey"] == self.stack.secret_key
         self.changes.append((self.path, body))
         self._answer(200 if authorized else 401, b"{}")
+
+    def do_GET(self) -> None:
+        pages = {"1": [ADMIN, {"id": "2", "email": "b@example.com", "app_metadata": {}}], "2": []}
+        _, _, query = self.path.partition("?page=")
+        found = {"users": pages[query.partition("&")[0]]} if query else self.user
+        self._answer(200, json.dumps(found).encode())
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -69,6 +100,7 @@ class AuthApi(BaseHTTPRequestHandler):
 @pytest.fixture
 def auth_api(stack: LocalStack) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
     AuthApi.stack, AuthApi.changes = stack, []
+    AuthApi.user = {"email_confirmed_at": "2026-03-01T12:00:00Z"}
     with ThreadingHTTPServer(("127.0.0.1", 0), AuthApi) as server:
         threading.Thread(target=server.serve_forever).start()
         yield f"http://127.0.0.1:{server.server_address[1]}", AuthApi.changes
@@ -82,6 +114,10 @@ def test_through_the_auth_api(tl: Program, stack: LocalStack, auth_api: tuple[st
     tl("admin", "revoke", user.id, SUPABASE_URL=url)
     path = f"/auth/v1/admin/users/{user.id}"
     assert changes == [(path, {"app_metadata": {"role": "admin"}}), (path, {"app_metadata": {"role": None}})]
+    assert tl.json("admin", "list", SUPABASE_URL=url) == [{"id": "1", "email": "a@example.com"}]
+    AuthApi.user = {"email_confirmed_at": None}
+    assert "not confirmed" in tl.fails("admin", "grant", user.email, SUPABASE_URL=url)
+    assert len(changes) == 2
     # the local stack has none
     assert "--db-url" in tl.fails("admin", "grant", user.id)
 
@@ -90,10 +126,11 @@ def test_through_the_auth_api(tl: Program, stack: LocalStack, auth_api: tuple[st
 def test_dev_is_a_stack_with_an_admin_until_ctrl_c(tl: Program, server: PostgresServer, home: str) -> None:
     url = server.url(f"dev_{home}")
     server.create_database(f"dev_{home}")
-    with tl.on_terminal("dev", "--db-url", url, "--schema", home) as terminal:
+    with tl.on_terminal("dev", "--db-url", url, "--schema", home, "--user", "ann@example.com") as terminal:
         terminal.wait_for("Ready")
         env = dict(line.split("=", 1) for line in terminal.text.split() if "=" in line)
         assert env["TOKENLIMITS_SCHEMA"] == home
+        assert (env["TOKENLIMITS_USER_EMAIL"], len(env["TOKENLIMITS_USER_ID"])) == ("ann@example.com", 36)
         key = env["SUPABASE_PUBLISHABLE_KEY"]
         answer = httpx.post(
             f"{env['SUPABASE_URL']}/auth/v1/token?grant_type=password",
@@ -118,7 +155,7 @@ def test_dev_is_a_stack_with_an_admin_until_ctrl_c(tl: Program, server: Postgres
     with pytest.raises(httpx.ConnectError):
         httpx.get(env["SUPABASE_URL"], trust_env=False)
     with psycopg.connect(url) as connection:
-        assert connection.execute("select count(*) from auth.users").fetchone() == (1,)
+        assert connection.execute("select count(*) from auth.users").fetchone() == (2,)
     assert "taken" in tl.fails("dev", "--port", env_port(tl), "--db-url", url)
 
 

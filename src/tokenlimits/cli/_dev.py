@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType
 from typing import Annotated
 
@@ -31,6 +32,10 @@ def dev(
         str | None,
         typer.Option("--db-url", help="The PostgreSQL to serve. Default: one in memory.", show_default=False),
     ] = None,
+    user: Annotated[
+        list[str] | None,
+        typer.Option("--user", metavar="EMAIL", help="Also create this user; may be repeated.", show_default=False),
+    ] = None,
     schema: Schema = None,
 ) -> None:
     """Run a local Supabase until Ctrl-C.
@@ -50,7 +55,7 @@ def dev(
     with err.status("Starting a local Supabase (the first start downloads it)"):
         stack.start()
     try:
-        _print(stack)
+        _print(stack, user or [])
         note("Ready. Press Ctrl-C to stop.", style="green")
         while not ended.wait(3600):
             pass
@@ -59,13 +64,17 @@ def dev(
     note("Stopped.")
 
 
-def _print(stack: LocalStack) -> None:
-    """Print the .env file; with an admin, if the database had none of that name."""
+def _print(stack: LocalStack, emails: Sequence[str]) -> None:
+    """Print the .env file; with an admin, if the database had none of that name, and the users that were asked for."""
     taken = stack.sql("select from auth.users where email = $1", _EMAIL)
     lines = dict(stack.environment())
     if not taken:
         admin = stack.create_user(_EMAIL, admin=True)
         lines |= {"TOKENLIMITS_ADMIN_EMAIL": admin.email, "TOKENLIMITS_ADMIN_PASSWORD": admin.password}
+    for number, email in enumerate(emails, 1):
+        made = stack.create_user(email)
+        prefix = f"TOKENLIMITS_USER{'' if len(emails) == 1 else f'_{number}'}"
+        lines |= {f"{prefix}_ID": str(made.id), f"{prefix}_EMAIL": made.email, f"{prefix}_PASSWORD": made.password}
     for name, value in lines.items():
         print(f"{name}={value}")  # noqa: T201
     print(end="", flush=True)  # noqa: T201

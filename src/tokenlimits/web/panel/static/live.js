@@ -3,6 +3,7 @@ const root = document.querySelector("meta[name=root]").content;
 const EVERY = 1000;
 const numbers = new Intl.NumberFormat("en-US");
 let version = "";
+let signedOut;
 let timer = 0;
 
 function write(element, text) {
@@ -70,7 +71,7 @@ function say(answered) {
 async function ask(place) {
   const address = `${root}${place.dataset.live || "/live"}?version=${version}`;
   const answer = await fetch(address, { headers: { "HX-Request": "true" } });
-  if (answer.status === 401 || answer.status === 403) return location.reload();
+  if (answer.status === 401 || answer.status === 403) return signedOut();
   if (answer.status === 204) return say("live");
   if (!answer.ok) return say("away");
   const content = await answer.json();
@@ -92,7 +93,8 @@ async function look() {
   timer = setTimeout(look, EVERY);
 }
 
-export function startLive() {
+export function startLive(whenSignedOut) {
+  signedOut = whenSignedOut;
   if (!document.querySelector("[data-live]")) return;
   document.addEventListener("visibilitychange", () => (document.hidden ? say("paused") : look()));
   // the cards were loaded again: compare all of them with the next answer

@@ -93,6 +93,10 @@ function keepDraft() {
   sessionStorage.setItem(DRAFT, JSON.stringify({ url: form.getAttribute("hx-post"), values }));
   delete dialog.dataset.edited;
 }
+function startAnew() {
+  keepDraft();
+  location.reload();
+}
 async function bringDraftBack() {
   const draft = JSON.parse(sessionStorage.getItem(DRAFT));
   if (!draft || !dialog) return;
@@ -115,10 +119,7 @@ document.body.addEventListener("done", (event) => {
 document.body.addEventListener("go", (event) => location.assign(event.detail.to));
 document.body.addEventListener("htmx:responseError", (event) => {
   const { status, responseText } = event.detail.xhr;
-  if (status === 401 || event.detail.xhr.getResponseHeader("X-Stale-Page")) {
-    keepDraft();
-    return location.reload();
-  }
+  if (status === 401 || event.detail.xhr.getResponseHeader("X-Stale-Page")) return startAnew();
   if (modal.open && !dialog.querySelector("form, [data-close]")) modal.close();
   toast(responseText.length < 500 ? responseText : "Something went wrong.", true);
 });
@@ -236,5 +237,5 @@ if (reload) {
   }, 1000);
 }
 
-startLive();
+startLive(startAnew);
 if (document.querySelector("[data-signed-in]")) bringDraftBack();
