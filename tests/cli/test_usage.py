@@ -11,6 +11,7 @@ from uuid import uuid4
 import pytest
 
 from tokenlimits import GroupManager, Limit, TokenLimits
+from tokenlimits.cli._usage import _fullest_first
 from tokenlimits.models import Group
 
 if TYPE_CHECKING:
@@ -124,6 +125,14 @@ def test_usage_live(tl: Program, team: Group, user: UUID, limits: TokenLimits) -
         terminal.interrupt()
         assert terminal.status() == 0
         assert "Traceback" not in terminal.text
+
+
+def test_live_usage_begins_with_the_fullest(groups: GroupManager, team: Group, user: UUID, limits: TokenLimits) -> None:
+    first = groups.create(f"A {team.name}", limits={"image": 100, "video": 0})
+    limits.track(user, "image", 3)
+    read = [each for each in groups.usage_all() if each.group.id in (team.id, first.id)]
+    assert [each.group.id for each in read] == [first.id, team.id]
+    assert [each.group.id for each in _fullest_first(read)] == [team.id, first.id]  # type: ignore[union-attr]
 
 
 @pytest.fixture

@@ -208,10 +208,21 @@ def _watch(read: Callable[[], Answer], interval: float) -> None:
 
 def _screen(answer: Answer, problem: str) -> Stack:
     clock = Text(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC   Press Ctrl-C to stop", style="dim")
-    shown = _fitting(answer, out.height - 5)
+    shown = _fitting(_fullest_first(answer), out.height - 5)
     left = len(answer) - len(shown)
     more = Text(f"and {left:,} more: enlarge the window, or name a group" if left else "", style="dim")
     return Stack(clock, usage_table(shown), more, Text(plain(problem), style="red"))
+
+
+def _fullest_first(answer: Answer) -> Answer:
+    """Put first what needs looking at: not everything fits on a screen."""
+
+    def fullness(each: GroupUsage | UserLimit) -> float:
+        limits = each.limits if isinstance(each, GroupUsage) else [each]
+        # a max of 0 blocks on purpose
+        return max((_fraction(limit) or 0 for limit in limits if limit.max), default=0)
+
+    return sorted(answer, key=fullness, reverse=True)
 
 
 def _fitting(answer: Answer, lines: int) -> Answer:
