@@ -396,6 +396,7 @@ def answers(stack: LocalStack, groups: GroupManager) -> str:
     """TypeScript that is valid only if each answer has exactly the fields that the types say."""
     user = stack.create_user(f"{uuid4()}@example.com")
     limits = [Limit(kind="image", max=2), Limit(kind="video", max=None, period="day", scope="member")]
+    limits.append(Limit(kind="text", max=1, scope="member"))
     group, empty = (new_group(groups, limits, []) for _ in range(2))
     one = {"p_group_id": str(group.id)}
     mine = {"p_user_id": str(user.id)}
@@ -422,6 +423,7 @@ def answers(stack: LocalStack, groups: GroupManager) -> str:
         ("export_usage", {**one, "p_page_size": 1}),  # more follow
         ("export_history", one),
         ("export_history", {"p_bucket": "hour", "p_page_size": 1}),  # more follow
+        ("track_generation", {**mine, "p_kind": "text"}),
         ("limit_pressure", one),
         ("top_members", one),
         ("usage_drift", one),
