@@ -30,7 +30,7 @@ from tokenlimits import (
 )
 from tokenlimits.async_client import _AsyncDefault
 from tokenlimits.client import _Default
-from tokenlimits.errors import SchemaNotInstalled
+from tokenlimits.errors import AccessDenied, SchemaNotInstalled
 from tokenlimits.local import LocalStack
 
 # neither asks the server anything
@@ -81,6 +81,8 @@ def manage(world: World) -> None:
     assert groups.add_members(team, [BOB, CYD]).added == 2
     assert groups.move_member(CYD, from_=team, to=other)
     assert [member.id for member in groups.members(team)] == [ANN, BOB]
+    assert [member.id for member in groups.members_page(team, size=1)] == [ANN]
+    assert [group.id for group in groups.page(size=1)] == [other]
     assert [user.id for user in groups.find_users("ann@")] == [ANN]
     assert [user.id for user in groups.find_users_by_email(["bob@example.com"])] == [BOB]
     usage = world.limits.track(ANN, "image", 2)
@@ -88,7 +90,10 @@ def manage(world: World) -> None:
     assert [each.group.id for each in groups.usage_all()] == [other, team]
     assert [point.used for point in groups.history(team)] == [2]
     assert [row.id for row in groups.export_usage(team)] == [usage.usage_id]
+    assert [row.id for row in groups.export_page(team)] == [usage.usage_id]
     assert [total.used for total in groups.export_usage(team, bucket="day")] == [2]
+    groups.set_limit(team, Limit(kind="image", max=2, scope="member"))
+    assert [(limit.kind, limit.full) for limit in groups.limit_pressure(team)] == [("image", 1)]
     assert [each.id for each in groups.top_members(team)] == [ANN]
     assert not groups.drift(team).drifted
     assert not groups.reconcile(team).drifted
@@ -104,6 +109,8 @@ def work(world: World) -> None:
     limits = world.limits
     world.groups.add_member(world.groups.create("Team", limits={"image": 100}).id, ANN)
     assert limits.track(ANN, "image").remaining == 99
+    with pytest.raises(AccessDenied):
+        limits.my_usage()
     assert [result.remaining for result in limits.track_many([GenerationRequest(user_id=ANN, kind="image")])] == [98]
     assert limits.check(ANN, "image", 99).denied_by.used == 2
     assert limits.record(ANN, "image", created_at=world.now - timedelta(days=40)).status == "committed"
