@@ -215,6 +215,9 @@ begin
     end if;
     v_group := tokenlimits.require_group(p_group_id);
     if p_updated_at is not null then
+      if {{ in_wrong_transaction() }} then
+        perform tokenlimits.refuse_transaction();
+      end if;
       -- locked first, or two who read the same could both pass
       select g.* into v_group
       from public.user_groups as g
@@ -284,6 +287,9 @@ begin
   perform tokenlimits.require_admin();
   perform tokenlimits.check_limits(jsonb_build_array(v_limit));
   perform tokenlimits.require_group(p_group_id);
+  if {{ in_wrong_transaction() }} then
+    perform tokenlimits.refuse_transaction();
+  end if;
   -- before the limit is locked; and the group has changed, for those who look at its updated_at
   update public.user_groups as g
   set name = g.name
@@ -312,6 +318,9 @@ as $$
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
+  if {{ in_wrong_transaction() }} then
+    perform tokenlimits.refuse_transaction();
+  end if;
   -- as in set_group_limit
   update public.user_groups as g
   set name = g.name

@@ -219,7 +219,7 @@ class TestFiles:
             holder.execute(LOCK)
             assert process.stderr is not None
             # before anything is applied
-            assert b"left alone" in process.stderr.readline()
+            assert b"was kept" in process.stderr.readline()
             assert where(hosted) == []
             holder.rollback()
             assert process.wait(60) == 0
@@ -341,7 +341,7 @@ class TestReapply:
         ask(hosted, "alter table public.user_groups disable row level security; create table public.later ()")
         done = newer("migrate", "--reapply", "--db-url", hosted, status=1)
         assert "PostgreSQL refused (42P07)" in done.stderr
-        assert "Nothing of it was applied" in done.stderr
+        assert "Nothing of the SQL was applied" in done.stderr
         assert "Traceback" not in done.stderr
         assert ask(hosted, "select relrowsecurity from pg_class where relname = 'user_groups'") == [(False,)]
         assert len(history(hosted)) == len(NAMES)

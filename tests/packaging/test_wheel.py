@@ -88,7 +88,16 @@ class TestTheWheel:
         assert "Typing :: Typed" in about.get_all("Classifier", [])
         needed = [line for line in about.get_all("Requires-Dist", []) if "extra ==" not in line]
         names = sorted(re.split(r"[<>=]", line)[0] for line in needed)
-        assert names == ["httpcore", "httpx", "postgrest", "pydantic", "pydantic-settings", "supabase", "tenacity"]
+        assert names == [
+            "httpcore",
+            "httpx",
+            "postgrest",
+            "pydantic",
+            "pydantic-settings",
+            "supabase",
+            "tenacity",
+            "tzdata",
+        ]
         assert str(about.get_payload()).strip().startswith("# tokenlimits")
 
     def test_says_where_it_comes_from(self, wheel: Path) -> None:

@@ -95,6 +95,7 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
         "p_is_default": False,
         "p_limits": [{"kind": "image", "period": "day", "scope": "member", "max": 5}],
         "p_id": None,
+        "p_updated_at": None,
     },
     "set_group_limit": {
         "p_group_id": GROUP_ID,

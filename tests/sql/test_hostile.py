@@ -112,7 +112,7 @@ RAW: Final = [
 HOSTILE: Final = [json.dumps(value) for value in TEXTS + NUMBERS + STRUCTURES] + RAW
 
 # ours; data exceptions and limits that reading the JSON hits before we see it; broken constraints
-GOOD_ERRORS: Final = re.compile("TL00[1-9]|22...|54...|23...")
+GOOD_ERRORS: Final = re.compile("TL00[1-9]|TL011|22...|54...|23...")
 
 # What nobody in these tests has any business with: all of the other group and the other user.
 WITNESSES: Final = f"""

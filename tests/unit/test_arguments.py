@@ -40,6 +40,7 @@ TWICE = [Limit(kind="image", max=1), Limit(kind="image", max=2)]
 
 GOOD: dict[str, Any] = {
     "after": ID,
+    "at_least": 90,
     "bucket": "day",
     "cost": 2,
     "count": 3,
@@ -68,6 +69,7 @@ GOOD: dict[str, Any] = {
     "timezone": "Europe/Paris",
     "to": ID,
     "ttl": 600,
+    "unchanged_since": NOW,
     "until": NOW,
     "usage_id": ID,
     "user_id": ID,
@@ -83,6 +85,7 @@ BAD_NAMES = [f"Pro{character}fessional" for character in UNREADABLE]
 BAD_MOMENTS = [NAIVE, "2026-03-01T12:00:00Z", NOW.date(), 1_700_000_000, float("inf")]
 BAD: dict[str, list[Any]] = {
     "after": BAD_TEXTS,
+    "at_least": [0, 101, 1.5, "90", True, None],
     "bucket": ["fortnight", "minute", "Day", "", None, 7],
     "cost": [0, -1, 1_000_000_001, 1.0, "1", True, None],
     "count": [0, 1001, 1.0, "1", True, None],
@@ -141,6 +144,7 @@ BAD: dict[str, list[Any]] = {
     "timezone": ["", "x" * 65, None, *NO_PLACES, "cet", "LOCALTIME", *BAD_TEXTS],
     "to": BAD_IDS,
     "ttl": [0, -1, 30 * 86_400 + 1, 60.0, "60", True, None],
+    "unchanged_since": BAD_MOMENTS,
     "until": BAD_MOMENTS,
     "usage_id": BAD_IDS,
     "user_id": BAD_IDS,

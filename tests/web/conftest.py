@@ -148,7 +148,8 @@ def api(url: str, tokens: dict[str, str]) -> Iterator[Callable[..., httpx.Respon
         yield ask
 
 
-@pytest.fixture(scope="session")
+# of a module: it runs an event loop in this thread, and what comes after it has its own
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with chromium() as browser:
         yield browser

@@ -22,9 +22,9 @@ def register(app: typer.Typer) -> None:
 
 
 def drift(group: GroupArgument, *, since: Since = None, as_json: AsJson = False) -> None:
-    """Compare a group's counters and history with the ledger; change nothing.
+    """Compare a group's usage with the ledger.
 
-    The exit status is 1 if anything differs.
+    It changes nothing. The exit status is 1 if anything differs.
     """
     with manager() as groups:
         found = groups.drift(find_group(groups, group).id, since=since)
@@ -34,9 +34,10 @@ def drift(group: GroupArgument, *, since: Since = None, as_json: AsJson = False)
 
 
 def reconcile(group: GroupArgument, *, since: Since = None, yes: Yes = False, as_json: AsJson = False) -> None:
-    """Recount a group's usage from the ledger, and show what was wrong.
+    """Recount a group's usage from the ledger.
 
-    Workers of this group wait meanwhile. After the ledger has been restored on its own, run this for every group.
+    It shows what was wrong. Workers of this group wait meanwhile. After the ledger has been restored on its own, run this
+    for every group.
     """
     with manager() as groups:
         found = find_group(groups, group)
@@ -51,9 +52,10 @@ def refund(
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Give back what committed usages cost. The ledger keeps them, marked as refunded.
+    """Give back what committed usages cost.
 
-    A usage's id is in the answer to the worker, and in `tokenlimits export`. Refunding one twice changes nothing.
+    The ledger keeps them, marked as refunded. A usage's id is in the answer to the worker, and in `tokenlimits export`.
+    Refunding one twice changes nothing.
     """
     ids = [_usage_id(text) for text in usage]
     confirm(f"Refund {counted(len(ids), 'usage')}?", yes=yes)
