@@ -36,8 +36,8 @@ def drift(group: GroupArgument, *, since: Since = None, as_json: AsJson = False)
 def reconcile(group: GroupArgument, *, since: Since = None, yes: Yes = False, as_json: AsJson = False) -> None:
     """Recount a group's usage from the ledger.
 
-    It shows what was wrong. Workers of this group wait meanwhile. After the ledger has been restored on its own, run this
-    for every group.
+    It shows what was wrong. Workers of this group wait meanwhile. After the ledger has been restored on its own, run
+    this for every group.
     """
     with manager() as groups:
         found = find_group(groups, group)
