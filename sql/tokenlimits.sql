@@ -944,6 +944,8 @@ comment on function tokenlimits.refuse_transaction()
 is 'tokenlimits: Raises 25006 on a standby, otherwise TL009: READ COMMITTED is required.';
 revoke execute on function tokenlimits.refuse_transaction()
 from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.refuse_transaction()
+to authenticated, service_role;
 
 create or replace function tokenlimits.lock_groups(p_group_ids uuid[], p_exclusive boolean default false)
 returns void
@@ -4551,10 +4553,10 @@ begin
       perform tokenlimits.refuse('TL001', 'id: is for a new group; group_id names an existing one', 'id');
     end if;
     v_group := tokenlimits.require_group(p_group_id);
+    if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
+      perform tokenlimits.refuse_transaction();
+    end if;
     if p_updated_at is not null then
-      if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
-        perform tokenlimits.refuse_transaction();
-      end if;
       -- locked first, or two who read the same could both pass
       select g.* into v_group
       from public.user_groups as g
@@ -4896,6 +4898,9 @@ begin
   perform tokenlimits.require_group(p_group_id);
   if not p_kind ~ '^[a-z][a-z0-9_]{0,31}$' then
     perform tokenlimits.refuse('TL001', 'kind: is not a kind of generation', 'kind');
+  end if;
+  if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
+    perform tokenlimits.refuse_transaction();
   end if;
   perform from public.user_groups as g where g.id = p_group_id for no key update;
   perform

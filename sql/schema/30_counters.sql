@@ -150,7 +150,11 @@ begin
   );
 end
 $$;
-{{ private('refuse_transaction()', 'Raises 25006 on a standby, otherwise TL009: READ COMMITTED is required.') }}
+{{ private(
+  'refuse_transaction()',
+  'Raises 25006 on a standby, otherwise TL009: READ COMMITTED is required.',
+  to='authenticated, service_role'
+) }}
 
 create or replace function tokenlimits.lock_groups(p_group_ids uuid[], p_exclusive boolean default false)
 returns void

@@ -214,10 +214,10 @@ begin
       perform tokenlimits.refuse('TL001', 'id: is for a new group; group_id names an existing one', 'id');
     end if;
     v_group := tokenlimits.require_group(p_group_id);
+    if {{ in_wrong_transaction() }} then
+      perform tokenlimits.refuse_transaction();
+    end if;
     if p_updated_at is not null then
-      if {{ in_wrong_transaction() }} then
-        perform tokenlimits.refuse_transaction();
-      end if;
       -- locked first, or two who read the same could both pass
       select g.* into v_group
       from public.user_groups as g
@@ -502,6 +502,9 @@ begin
   perform tokenlimits.require_group(p_group_id);
   if not {{ is_kind('p_kind') }} then
     perform tokenlimits.refuse('TL001', 'kind: is not a kind of generation', 'kind');
+  end if;
+  if {{ in_wrong_transaction() }} then
+    perform tokenlimits.refuse_transaction();
   end if;
   perform from public.user_groups as g where g.id = p_group_id for no key update;
   perform

@@ -170,6 +170,7 @@ HELPERS: Final = {
     "is_admin",
     "require_admin",
     "refuse",
+    "refuse_transaction",
     "require_group",
     "group_json",
     "check_limits",
