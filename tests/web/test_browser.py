@@ -531,7 +531,7 @@ class TestWithoutSupabase:
                 away.set()
                 expect(page.get_by_text("Supabase can't be reached. This page may be out of date")).to_be_visible()
                 page.get_by_role("button", name="Edit Studio").click()
-                expect(page.get_by_text("Nothing was changed.")).to_be_visible()
+                expect(page.get_by_text("Please try again soon.")).to_be_visible()
                 expect(studio).to_contain_text("20 left")
                 limits.track(user.id, "image", 1)
                 away.clear()

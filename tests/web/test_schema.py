@@ -78,7 +78,7 @@ class TestInASchemaOfItsOwn:
         with served(create_app(settings)) as url, browsing(url) as browser:
             page = sign_in(browser, boss, next="/")
         assert page.status_code == 500
-        assert "The server&#39;s log says more." in page.text
+        assert "See the server&#39;s log." in page.text
         assert "quotas" in caplog.text
         assert "Exposed schemas" in caplog.text
 
