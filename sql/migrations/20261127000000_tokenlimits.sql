@@ -4841,7 +4841,6 @@ begin
   if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
     perform tokenlimits.refuse_transaction();
   end if;
-  -- before the limit is locked; and the group has changed, for those who look at its updated_at
   update public.user_groups as g
   set name = g.name
   where g.id = p_group_id;
@@ -4876,7 +4875,6 @@ begin
   if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
     perform tokenlimits.refuse_transaction();
   end if;
-  -- as in set_group_limit
   update public.user_groups as g
   set name = g.name
   where g.id = p_group_id;
@@ -6202,17 +6200,7 @@ begin
     counted as (
       select
         s.kind, s.period, s.max, s.user_id, s.since,
-        coalesce(s.used, (
-          select sum(u.cost)
-          from public.generation_usage as u
-          where
-            u.user_id = s.user_id
-            and u.created_at >= s.since
-            and u.created_at < s.until
-            and u.group_id = p_group_id
-            and u.kind = s.kind
-            and u.status in ('reserved', 'committed')
-        ), 0) as used
+        coalesce(s.used, tokenlimits.count_usage(p_group_id, s.user_id, s.kind, s.since, s.until)) as used
       from states as s
     ),
 

@@ -165,9 +165,7 @@ as $$
 declare
   v_stripe integer;
 begin
-  if {{ in_wrong_transaction() }} then
-    perform tokenlimits.refuse_transaction();
-  end if;
+  {{ insist_on_transaction() | indent(2) }}
   -- in one order, or two calls could deadlock
   for v_stripe in
     select distinct {{ stripe('g.id') }}

@@ -214,9 +214,7 @@ begin
       perform tokenlimits.refuse('TL001', 'id: is for a new group; group_id names an existing one', 'id');
     end if;
     v_group := tokenlimits.require_group(p_group_id);
-    if {{ in_wrong_transaction() }} then
-      perform tokenlimits.refuse_transaction();
-    end if;
+    {{ insist_on_transaction() | indent(4) }}
     if p_updated_at is not null then
       -- locked first, or two who read the same could both pass
       select g.* into v_group
@@ -287,13 +285,7 @@ begin
   perform tokenlimits.require_admin();
   perform tokenlimits.check_limits(jsonb_build_array(v_limit));
   perform tokenlimits.require_group(p_group_id);
-  if {{ in_wrong_transaction() }} then
-    perform tokenlimits.refuse_transaction();
-  end if;
-  -- before the limit is locked; and the group has changed, for those who look at its updated_at
-  update public.user_groups as g
-  set name = g.name
-  where g.id = p_group_id;
+  {{ touch_group('p_group_id') | indent(2) }}
   insert into public.group_limits as l (group_id, kind, period, scope, max)
   values (
     p_group_id, v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'scope', (v_limit ->> 'max')::numeric::bigint
@@ -318,13 +310,7 @@ as $$
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
-  if {{ in_wrong_transaction() }} then
-    perform tokenlimits.refuse_transaction();
-  end if;
-  -- as in set_group_limit
-  update public.user_groups as g
-  set name = g.name
-  where g.id = p_group_id;
+  {{ touch_group('p_group_id') | indent(2) }}
   delete from public.group_limits as l
   where l.group_id = p_group_id and l.kind = p_kind and l.period = p_period and l.scope = p_scope;
   return tokenlimits.group_json(tokenlimits.require_group(p_group_id));
@@ -503,9 +489,7 @@ begin
   if not {{ is_kind('p_kind') }} then
     perform tokenlimits.refuse('TL001', 'kind: is not a kind of generation', 'kind');
   end if;
-  if {{ in_wrong_transaction() }} then
-    perform tokenlimits.refuse_transaction();
-  end if;
+  {{ insist_on_transaction() | indent(2) }}
   perform from public.user_groups as g where g.id = p_group_id for no key update;
   perform
   from public.group_limits as l

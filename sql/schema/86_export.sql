@@ -287,17 +287,7 @@ begin
     counted as (
       select
         s.kind, s.period, s.max, s.user_id, s.since,
-        coalesce(s.used, (
-          select sum(u.cost)
-          from public.generation_usage as u
-          where
-            u.user_id = s.user_id
-            and u.created_at >= s.since
-            and u.created_at < s.until
-            and u.group_id = p_group_id
-            and u.kind = s.kind
-            and u.status in ('reserved', 'committed')
-        ), 0) as used
+        coalesce(s.used, tokenlimits.count_usage(p_group_id, s.user_id, s.kind, s.since, s.until)) as used
       from states as s
     ),
 

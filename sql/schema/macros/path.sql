@@ -88,6 +88,21 @@ lags behind, so a denial there may already be wrong.
 current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery()
 {%- endmacro %}
 
+{# A statement that refuses such a transaction, before it waits for a row that another one has changed (40001). #}
+{% macro insist_on_transaction() -%}
+if {{ in_wrong_transaction() }} then
+  perform tokenlimits.refuse_transaction();
+end if;
+{%- endmacro %}
+
+{# Locks a group's row before its limits are, and changes its updated_at, by which editors notice each other. #}
+{% macro touch_group(group_id) -%}
+{{ insist_on_transaction() }}
+update public.user_groups as g
+set name = g.name
+where g.id = {{ group_id }};
+{%- endmacro %}
+
 {#
 The class of advisory locks on stripes: 'tokl' in ASCII, so that they don't collide with a project's own. 256: which
 group is the default. 257: installation and uninstallation.
