@@ -40,10 +40,6 @@ _REMOVED = field_parser("removed", int)
 _USERS = rows_parser(User)
 
 
-def _group_id(value: Id) -> dict[str, str]:
-    return {"p_group_id": arguments.id_(value, "group_id")}
-
-
 def create_group(id_: Id | None = None, **fields: Any) -> Call[Group]:
     """Create a group, with an id of the caller's choice if there is one."""
     params = {"p_group_id": None, **arguments.group(fields)}
@@ -56,7 +52,7 @@ def create_group(id_: Id | None = None, **fields: Any) -> Call[Group]:
 def update_group(group_id: Id, unchanged_since: datetime | None = None, **fields: Any) -> Call[Group]:
     """Change what is not None of a group, perhaps only if nobody has changed it since."""
     changes = {name: value for name, value in fields.items() if value is not None}
-    params = {**_group_id(group_id), **arguments.group(changes)}
+    params = {**arguments.of_group(group_id), **arguments.group(changes)}
     if unchanged_since is None:
         return Call("save_group", params, _GROUP)
     params["p_updated_at"] = arguments.moment(unchanged_since, "unchanged_since")
@@ -66,19 +62,19 @@ def update_group(group_id: Id, unchanged_since: datetime | None = None, **fields
 
 def set_limits(group_id: Id, limits: Limits) -> Call[Group]:
     """Replace a group's set of limits."""
-    return Call("save_group", {**_group_id(group_id), "p_limits": arguments.limits(limits)}, _GROUP)
+    return Call("save_group", {**arguments.of_group(group_id), "p_limits": arguments.limits(limits)}, _GROUP)
 
 
 def set_limit(group_id: Id, limit: Limit) -> Call[Group]:
     """Add one limit, or change its max."""
-    params = {**_group_id(group_id), "p_limit": arguments.limit(limit)}
+    params = {**arguments.of_group(group_id), "p_limit": arguments.limit(limit)}
     return Call("set_group_limit", params, _GROUP)
 
 
 def remove_limit(group_id: Id, kind: str, period: Period, scope: Scope) -> Call[Group]:
     """Remove one limit."""
     params = {
-        **_group_id(group_id),
+        **arguments.of_group(group_id),
         "p_kind": arguments.kind(kind),
         "p_period": arguments.period(period),
         "p_scope": arguments.scope(scope),
@@ -88,7 +84,7 @@ def remove_limit(group_id: Id, kind: str, period: Period, scope: Scope) -> Call[
 
 def get_group(group_id: Id) -> Call[Group]:
     """Read one group by its id."""
-    return Call("find_groups", _group_id(group_id), lambda answer: _only(answer, f"with the id {group_id}"))
+    return Call("find_groups", arguments.of_group(group_id), lambda answer: _only(answer, f"with the id {group_id}"))
 
 
 def get_group_by_name(name: str) -> Call[Group]:
@@ -133,12 +129,12 @@ def _with_one_more(call: Call[Page[T]], size: int) -> Call[Page[T]]:
 def delete_group(group_id: Id) -> Call[Group]:
     """Delete a group."""
     # after a lost answer, deleting it again would fail with GroupNotFound
-    return Call("delete_group", _group_id(group_id), _GROUP, retry_safe=False)
+    return Call("delete_group", arguments.of_group(group_id), _GROUP, retry_safe=False)
 
 
 def add_members(group_id: Id, user_ids: list[str]) -> Call[AddedPage]:
     """Add up to a few thousand users to a group."""
-    return Call("add_group_members", {**_group_id(group_id), "p_user_ids": user_ids}, _ADDED)
+    return Call("add_group_members", {**arguments.of_group(group_id), "p_user_ids": user_ids}, _ADDED)
 
 
 def add_member(group_id: Id, user_id: Id) -> Call[bool]:
@@ -153,18 +149,18 @@ def add_member(group_id: Id, user_id: Id) -> Call[bool]:
             )
         return page.added == 1
 
-    return Call("add_group_members", {**_group_id(group_id), "p_user_ids": [id_]}, parse)
+    return Call("add_group_members", {**arguments.of_group(group_id), "p_user_ids": [id_]}, parse)
 
 
 def remove_members(group_id: Id, user_ids: list[str]) -> Call[int]:
     """Remove up to a few thousand users from a group."""
-    params = {**_group_id(group_id), "p_user_ids": user_ids}
+    params = {**arguments.of_group(group_id), "p_user_ids": user_ids}
     return Call("remove_group_members", params, _REMOVED)
 
 
 def remove_member(group_id: Id, user_id: Id) -> Call[bool]:
     """Remove one user from a group."""
-    params = {**_group_id(group_id), "p_user_ids": [arguments.id_(user_id, "user_id")]}
+    params = {**arguments.of_group(group_id), "p_user_ids": [arguments.id_(user_id, "user_id")]}
     return Call("remove_group_members", params, lambda answer: _REMOVED(answer) == 1)
 
 
@@ -187,7 +183,7 @@ def members_page(group_id: Id, search: str | None, after: str | None, size: int)
 def members_after(group_id: Id, search: str | None, after: Id | None, size: int) -> Call[Page[Member]]:
     """Read the members after a user id; `next` is None only if there are none."""
     params = {
-        **_group_id(group_id),
+        **arguments.of_group(group_id),
         "p_after": None if after is None else str(after),
         "p_page_size": size,
     }

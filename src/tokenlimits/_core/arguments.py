@@ -130,6 +130,11 @@ def _iterable(values: Iterable[T], field: str) -> Iterable[T]:
     return values
 
 
+def of_group(group_id: Id) -> dict[str, Any]:
+    """Make the parameter of what is about one group."""
+    return {"p_group_id": id_(group_id, "group_id")}
+
+
 def optional_id(value: Id | None, field: str) -> str | None:
     """Check an id, or None."""
     return None if value is None else id_(value, field)

@@ -106,7 +106,7 @@ def top_members(
 ) -> Call[list[TopMember]]:
     """Read who used the most."""
     params = {
-        "p_group_id": arguments.id_(group_id, "group_id"),
+        **arguments.of_group(group_id),
         "p_kind": arguments.optional_kind(kind),
         "p_since": arguments.moment(since, "since"),
         "p_until": arguments.moment(until, "until"),
@@ -118,7 +118,7 @@ def top_members(
 def limit_pressure(group_id: Id, at_least: int, count: int) -> Call[list[LimitPressure]]:
     """Read how many members are at their limits."""
     params = {
-        "p_group_id": arguments.id_(group_id, "group_id"),
+        **arguments.of_group(group_id),
         "p_at_least": arguments.percentage(at_least, "at_least"),
         "p_count": arguments.count(count),
     }
@@ -127,21 +127,19 @@ def limit_pressure(group_id: Id, at_least: int, count: int) -> Call[list[LimitPr
 
 def drift(group_id: Id, since: datetime | None) -> Call[Reconciliation]:
     """Compare a group's counters and history with the ledger."""
-    params = {"p_group_id": arguments.id_(group_id, "group_id"), "p_since": arguments.moment(since, "since")}
+    params = {**arguments.of_group(group_id), "p_since": arguments.moment(since, "since")}
     return Call("usage_drift", params, _RECONCILIATION)
 
 
 def reconcile(group_id: Id, since: datetime | None) -> Call[Reconciliation]:
     """Recount a group's usage from the ledger."""
-    params = {"p_group_id": arguments.id_(group_id, "group_id"), "p_since": arguments.moment(since, "since")}
+    params = {**arguments.of_group(group_id), "p_since": arguments.moment(since, "since")}
     return Call("reconcile_usage", params, _RECONCILIATION)
 
 
 def group_usage(group_id: Id) -> Call[GroupUsage]:
     """Read the usage of one group."""
-    return Call(
-        "group_usage", {"p_group_id": arguments.id_(group_id, "group_id")}, lambda answer: _GROUP_USAGE(answer[0])
-    )
+    return Call("group_usage", arguments.of_group(group_id), lambda answer: _GROUP_USAGE(answer[0]))
 
 
 def usage_page(after: str | None, size: int) -> Call[Page[GroupUsage]]:
@@ -157,18 +155,12 @@ def history(
     group_id: Id | None, kind: str | None, bucket: Bucket, since: datetime | None, until: datetime | None
 ) -> Call[list[HistoryPoint]]:
     """Read what was used over time."""
-    params = {
-        "p_group_id": arguments.optional_id(group_id, "group_id"),
-        "p_kind": arguments.optional_kind(kind),
-        "p_bucket": arguments.bucket(bucket),
-        "p_since": arguments.moment(since, "since"),
-        "p_until": arguments.moment(until, "until"),
-    }
+    params = {**_wanted(group_id, kind, since, until), "p_bucket": arguments.bucket(bucket)}
     return Call("generation_history", params, _HISTORY)
 
 
 def reset_usage(group_id: Id, kind: str | None) -> Call[datetime]:
     """Give a group a fresh start."""
-    params = {"p_group_id": arguments.id_(group_id, "group_id"), "p_kind": arguments.optional_kind(kind)}
+    params = {**arguments.of_group(group_id), "p_kind": arguments.optional_kind(kind)}
     # a second reset would also forgive what was used since the first one
     return Call("reset_group_usage", params, _RESET_AT, retry_safe=False)

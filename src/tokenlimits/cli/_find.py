@@ -7,6 +7,7 @@ import socket
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from functools import cache
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 from uuid import UUID
@@ -25,23 +26,25 @@ _PORTS = {"http": 80, "https": 443}
 
 def manager(schema: str | None = None) -> GroupManager:
     """Make the client for groups; without a schema, the environment says which."""
-    _check_that_somebody_listens()
+    _check_that_somebody_listens(load().url)
     return GroupManager.from_env(timeout=_TIMEOUT, schema=schema)
 
 
 def worker() -> TokenLimits:
     """Make the client for generations."""
-    _check_that_somebody_listens()
+    _check_that_somebody_listens(load().url)
     return TokenLimits.from_env(timeout=_TIMEOUT)
 
 
-def _check_that_somebody_listens() -> None:
+# once for a command that makes both clients
+@cache
+def _check_that_somebody_listens(project: str) -> None:
     """Refuse at once where nothing listens: a worker waits for its server to come back, a person needn't.
 
     Raises:
         Problem: The connection is refused.
     """
-    url = urlsplit(load().url)
+    url = urlsplit(project)
     if getproxies().keys() - {"no"}:
         return
     try:

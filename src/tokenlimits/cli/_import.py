@@ -78,8 +78,9 @@ def _numbered(lines: Iterable[Line]) -> Iterator[Line]:
     """Number identical lines, each of which was a generation of its own."""
     said: Counter[str] = Counter()
     for line in lines:
-        said[_digest(_said(line))] += 1
-        yield replace(line, nth=said[_digest(_said(line))])
+        digest = _digest(_said(line))
+        said[digest] += 1
+        yield replace(line, nth=said[digest])
 
 
 def _from(start: int, lines: Iterable[Line]) -> Iterator[Line]:

@@ -120,7 +120,7 @@ def _full(answer: Answer, fraction: float) -> Answer:
     """Keep the limits that are at least this full, but not those with a max of 0: they are blocked on purpose."""
 
     def is_full(limit: GroupLimitUsage | UserLimit) -> bool:
-        return bool(limit.max) and (_fraction(limit) or 0) >= fraction
+        return bool(limit.max) and _fullness(limit) >= fraction
 
     kept: list[GroupUsage | UserLimit] = []
     for each in answer:
@@ -136,6 +136,11 @@ def _fraction(limit: GroupLimitUsage | UserLimit) -> float | None:
         return None if limit.max is None else limit.used / limit.max if limit.max else 1.0
     # a member limit of a group without members: the server calls it full, but it is no reason for an alarm
     return 0.0 if limit.capacity == limit.used == 0 and limit.max else limit.fraction
+
+
+def _fullness(limit: GroupLimitUsage | UserLimit) -> float:
+    """How near a limit is to denying; one with a max of 0 denies on purpose."""
+    return (_fraction(limit) or 0) if limit.max else 0
 
 
 def _show(answer: Answer) -> None:
@@ -218,9 +223,7 @@ def _fullest_first(answer: Answer) -> Answer:
     """Put first what needs looking at: not everything fits on a screen."""
 
     def fullness(each: GroupUsage | UserLimit) -> float:
-        limits = each.limits if isinstance(each, GroupUsage) else [each]
-        # a max of 0 blocks on purpose
-        return max((_fraction(limit) or 0 for limit in limits if limit.max), default=0)
+        return max(map(_fullness, each.limits), default=0) if isinstance(each, GroupUsage) else _fullness(each)
 
     return sorted(answer, key=fullness, reverse=True)
 
