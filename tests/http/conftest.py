@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -53,29 +54,40 @@ Answer = httpx.Response | Exception | Callable[[httpx.Request], httpx.Response]
 
 
 class Clock:
-    """Time that passes only when somebody sleeps, and then at once."""
+    """Time that passes only when somebody sleeps, and then at once.
+
+    Threads that ran before, such as a web server that other tests have started in this process, keep the real time.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.slept: list[float] = []
         self._ahead = 0.0
-        really, begun = asyncio.sleep, time.monotonic()
+        others = set(threading.enumerate()) - {threading.current_thread()}
+        really_sleep, really_asleep, really_now = time.sleep, asyncio.sleep, time.monotonic
+        begun = really_now()
 
-        def sleep(seconds: float) -> None:
+        def pass_(seconds: float) -> None:
             self.slept.append(seconds)
             self._ahead += seconds
 
+        def sleep(seconds: float) -> None:
+            really_sleep(seconds) if threading.current_thread() in others else pass_(seconds)
+
         async def asleep(seconds: float) -> None:
-            sleep(seconds)
-            await really(0)
+            if threading.current_thread() in others:
+                await really_asleep(seconds)
+            else:
+                pass_(seconds)
+                await really_asleep(0)
 
         def now() -> float:
-            return begun + self._ahead
+            return really_now() if threading.current_thread() in others else begun + self._ahead
 
         monkeypatch.setattr("time.sleep", sleep)
         monkeypatch.setattr("asyncio.sleep", asleep)
         monkeypatch.setattr("time.monotonic", now)
         monkeypatch.setattr(deadline, "monotonic", now)
-        self.pass_ = sleep
+        self.pass_ = pass_
 
 
 @pytest.fixture(autouse=True)
