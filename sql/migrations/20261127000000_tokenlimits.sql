@@ -532,8 +532,8 @@ to authenticated, service_role;
 -- Invariants
 --   * Only functions of tokenlimits write the ledger, and nothing deletes from it. It has no foreign keys: deleting a
 --     group or a user must not touch millions of rows. It has no checks either: every call would parse each of them.
---   * A limit is identified by (group, kind, period, scope), and keeps its id through every edit. Its counter_id names
---     its counters, and changes whenever they must be recounted.
+--   * A limit is identified by (group, kind, period, starts, scope), and keeps its id through every edit. Its counter_id
+--     names its counters, and changes whenever they must be recounted.
 --   * A time zone is one of pg_timezone_names: PostgreSQL itself would accept 'Foo/Bar5'.
 --   * Every reader can represent every stored timestamp: no infinity, no year beyond four digits.
 --   * A name looks like what it is: NFC, without invisible characters and without those that change text direction.
@@ -545,6 +545,7 @@ create table if not exists public.user_groups (
   priority integer not null default 0,
   timezone text not null default 'UTC',
   is_default boolean not null default false,
+  anchor_at timestamptz,
   created_at timestamptz not null default now(),
   updated_at timestamptz not null default now(),
   constraint user_groups_pkey primary key (id),
@@ -560,6 +561,9 @@ create table if not exists public.user_groups (
     and name !~ '[\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0]'
   ),
   constraint user_groups_description_check check (char_length(description) <= 2000),
+  constraint user_groups_anchor_at_check check (
+    anchor_at >= '1970-01-01 00:00:00+00' and anchor_at < '9999-01-01 00:00:00+00'
+  ),
   constraint user_groups_created_at_check check (
     created_at >= '1970-01-01 00:00:00+00' and created_at < '9999-01-01 00:00:00+00'
   ),
@@ -576,6 +580,9 @@ comment on column public.user_groups.timezone is 'IANA name; the periods of the 
 
 comment on column public.user_groups.is_default is 'Applies to users who are in no group; at most one group.';
 
+comment on column public.user_groups.anchor_at
+is 'From when the periods of its anchored group limits are counted; null: from created_at.';
+
 create unique index if not exists user_groups_name_key on public.user_groups (lower(name));
 
 create unique index if not exists user_groups_is_default_key on public.user_groups (is_default) where is_default;
@@ -585,15 +592,32 @@ create table if not exists public.group_limits (
   group_id uuid not null,
   kind text not null,
   period text not null default 'lifetime',
+  starts text not null default 'calendar',
   scope text not null default 'group',
+  mode text not null default 'enforce',
   max bigint,
+  counts jsonb,
+  -- a call is fast where the group's limits are plain: none is observed, counts several kinds, or needs more than its
+  -- counter to say what is used
+  is_plain boolean not null generated always as (
+    counts is null and mode = 'enforce' and starts in ('calendar', 'anchor')
+  ) stored,
   counter_id bigint generated always as identity,
   constraint group_limits_pkey primary key (id),
-  constraint group_limits_key unique (group_id, kind, period, scope),
+  constraint group_limits_key unique (group_id, kind, period, starts, scope),
   constraint group_limits_group_id_fkey foreign key (group_id) references public.user_groups (id) on delete cascade,
   constraint group_limits_counter_id_key unique (counter_id),
   constraint group_limits_kind_check check (kind ~ '^[a-z][a-z0-9_]{0,31}$'),
-  constraint group_limits_period_check check (period in ('minute', 'hour', 'day', 'week', 'month', 'lifetime')),
+  constraint group_limits_period_check check (
+    period in ('minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime') or (period ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks|months)$')
+  ),
+  constraint group_limits_starts_check check (
+    (starts = 'calendar' and period !~ ' ')
+    or (starts = 'anchor' and period <> 'lifetime' and period !~ '^(2[5-9]|[3-9][0-9]|[0-9]{3}) months$')
+    or (starts = 'first_use' and period <> 'lifetime' and period !~ ' months$')
+    or (starts = 'rolling' and period !~ '^(month|year|lifetime)$| months$')
+  ),
+  constraint group_limits_mode_check check (mode in ('enforce', 'observe')),
   constraint group_limits_scope_check check (scope in ('group', 'member')),
   constraint group_limits_max_check check (max between 0 and 1000000000000000)
 );
@@ -601,7 +625,15 @@ create table if not exists public.group_limits (
 comment on table public.group_limits
 is 'tokenlimits: How much of a kind a group (or each of its members) may use in a period.';
 
+comment on column public.group_limits.starts
+is 'Where periods begin: calendar, anchor (the subject''s own moment), first_use, or rolling (at every moment).';
+
+comment on column public.group_limits.mode is 'enforce, or observe: it counts, but never denies.';
+
 comment on column public.group_limits.max is 'Null: unlimited. 0: blocked.';
+
+comment on column public.group_limits.counts
+is 'The kinds that it counts, with their weights; null: its own kind alone, with weight 1.';
 
 comment on column public.group_limits.counter_id is 'Names the limit''s counters; only tokenlimits sets it.';
 
@@ -609,15 +641,22 @@ create table if not exists public.group_memberships (
   group_id uuid not null,
   user_id uuid not null,
   joined_at timestamptz not null default now(),
+  anchor_at timestamptz,
   constraint group_memberships_pkey primary key (group_id, user_id),
   constraint group_memberships_joined_at_check check (
     joined_at >= '1970-01-01 00:00:00+00' and joined_at < '9999-01-01 00:00:00+00'
+  ),
+  constraint group_memberships_anchor_at_check check (
+    anchor_at >= '1970-01-01 00:00:00+00' and anchor_at < '9999-01-01 00:00:00+00'
   ),
   constraint group_memberships_group_id_fkey foreign key (group_id)
   references public.user_groups (id) on delete cascade
 );
 
 comment on table public.group_memberships is 'tokenlimits: Who is in which group.';
+
+comment on column public.group_memberships.anchor_at
+is 'From when the periods of the member''s anchored limits are counted; null: from joined_at.';
 
 create index if not exists group_memberships_user_id_idx on public.group_memberships (user_id);
 
@@ -4530,7 +4569,7 @@ begin
   return to_jsonb(p_group) || jsonb_build_object('limits', coalesce((
     select jsonb_agg(
       jsonb_build_object('kind', l.kind, 'period', l.period, 'scope', l.scope, 'max', l.max)
-      order by l.kind, l.scope, array_position(array['minute', 'hour', 'day', 'week', 'month', 'lifetime'], l.period)
+      order by l.kind, l.scope, array_position(array['minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime'], l.period)
     )
     from public.group_limits as l
     where l.group_id = p_group.id
@@ -4569,7 +4608,7 @@ begin
     v_field := case
       when jsonb_typeof(v_limit) <> 'object' then ''
       when (v_limit ->> 'kind' ~ '^[a-z][a-z0-9_]{0,31}$') is not true then '.kind'
-      when coalesce(v_limit ->> 'period', '') not in ('minute', 'hour', 'day', 'week', 'month', 'lifetime') then '.period'
+      when coalesce(v_limit ->> 'period', '') not in ('minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime') then '.period'
       when coalesce(v_limit ->> 'scope', '') not in ('group', 'member') then '.scope'
       when not v_limit ? 'max' then '.max'
       when jsonb_typeof(v_limit -> 'max') = 'null' then null

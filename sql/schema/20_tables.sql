@@ -3,8 +3,8 @@
 -- Invariants
 --   * Only functions of tokenlimits write the ledger, and nothing deletes from it. It has no foreign keys: deleting a
 --     group or a user must not touch millions of rows. It has no checks either: every call would parse each of them.
---   * A limit is identified by (group, kind, period, scope), and keeps its id through every edit. Its counter_id names
---     its counters, and changes whenever they must be recounted.
+--   * A limit is identified by (group, kind, period, starts, scope), and keeps its id through every edit. Its counter_id
+--     names its counters, and changes whenever they must be recounted.
 --   * A time zone is one of pg_timezone_names: PostgreSQL itself would accept 'Foo/Bar5'.
 --   * Every reader can represent every stored timestamp: no infinity, no year beyond four digits.
 --   * A name looks like what it is: NFC, without invisible characters and without those that change text direction.
@@ -16,6 +16,7 @@ create table if not exists public.user_groups (
   priority integer not null default 0,
   timezone text not null default 'UTC',
   is_default boolean not null default false,
+  anchor_at timestamptz,
   created_at timestamptz not null default now(),
   updated_at timestamptz not null default now(),
   constraint user_groups_pkey primary key (id),
@@ -23,6 +24,9 @@ create table if not exists public.user_groups (
     {{ is_name('name') | indent(4) }}
   ),
   constraint user_groups_description_check check (char_length(description) <= 2000),
+  constraint user_groups_anchor_at_check check (
+    {{ is_moment('anchor_at') }}
+  ),
   constraint user_groups_created_at_check check (
     {{ is_moment('created_at') }}
   ),
@@ -34,6 +38,8 @@ comment on table public.user_groups is 'tokenlimits: Groups of users that share 
 comment on column public.user_groups.priority is 'A user''s groups are tried from high to low.';
 comment on column public.user_groups.timezone is 'IANA name; the periods of the group''s limits follow its calendar.';
 comment on column public.user_groups.is_default is 'Applies to users who are in no group; at most one group.';
+comment on column public.user_groups.anchor_at
+is 'From when the periods of its anchored group limits are counted; null: from created_at.';
 
 create unique index if not exists user_groups_name_key on public.user_groups (lower(name));
 create unique index if not exists user_groups_is_default_key on public.user_groups (is_default) where is_default;
@@ -43,35 +49,60 @@ create table if not exists public.group_limits (
   group_id uuid not null,
   kind text not null,
   period text not null default 'lifetime',
+  starts text not null default 'calendar',
   scope text not null default 'group',
+  mode text not null default 'enforce',
   max bigint,
+  counts jsonb,
+  -- a call is fast where the group's limits are plain: none is observed, counts several kinds, or needs more than its
+  -- counter to say what is used
+  is_plain boolean not null generated always as (
+    counts is null and mode = 'enforce' and starts in ('calendar', 'anchor')
+  ) stored,
   counter_id bigint generated always as identity,
   constraint group_limits_pkey primary key (id),
-  constraint group_limits_key unique (group_id, kind, period, scope),
+  constraint group_limits_key unique (group_id, kind, period, starts, scope),
   constraint group_limits_group_id_fkey foreign key (group_id) references public.user_groups (id) on delete cascade,
   constraint group_limits_counter_id_key unique (counter_id),
   constraint group_limits_kind_check check ({{ is_kind('kind') }}),
-  constraint group_limits_period_check check (period in {{ periods() }}),
+  constraint group_limits_period_check check (
+    period in {{ periods() }} or ({{ is_multiple('period') }})
+  ),
+  constraint group_limits_starts_check check (
+    {{ is_start('starts', 'period') | indent(4) }}
+  ),
+  constraint group_limits_mode_check check (mode in ('enforce', 'observe')),
   constraint group_limits_scope_check check (scope in ('group', 'member')),
   constraint group_limits_max_check check (max between 0 and {{ most_of_a_limit() }})
 );
 comment on table public.group_limits
 is 'tokenlimits: How much of a kind a group (or each of its members) may use in a period.';
+comment on column public.group_limits.starts
+is 'Where periods begin: calendar, anchor (the subject''s own moment), first_use, or rolling (at every moment).';
+comment on column public.group_limits.mode is 'enforce, or observe: it counts, but never denies.';
 comment on column public.group_limits.max is 'Null: unlimited. 0: blocked.';
+comment on column public.group_limits.counts
+is 'The kinds that it counts, with their weights; null: its own kind alone, with weight 1.';
 comment on column public.group_limits.counter_id is 'Names the limit''s counters; only tokenlimits sets it.';
 
 create table if not exists public.group_memberships (
   group_id uuid not null,
   user_id uuid not null,
   joined_at timestamptz not null default now(),
+  anchor_at timestamptz,
   constraint group_memberships_pkey primary key (group_id, user_id),
   constraint group_memberships_joined_at_check check (
     {{ is_moment('joined_at') }}
+  ),
+  constraint group_memberships_anchor_at_check check (
+    {{ is_moment('anchor_at') }}
   ),
   constraint group_memberships_group_id_fkey foreign key (group_id)
   references public.user_groups (id) on delete cascade
 );
 comment on table public.group_memberships is 'tokenlimits: Who is in which group.';
+comment on column public.group_memberships.anchor_at
+is 'From when the periods of the member''s anchored limits are counted; null: from joined_at.';
 create index if not exists group_memberships_user_id_idx on public.group_memberships (user_id);
 
 -- With a project's own known_users, members need not be in auth.users.

@@ -31,7 +31,27 @@ and {{ name }} !~ '[\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0]'
 
 {# The periods, from the shortest to the longest. #}
 {% macro periods() -%}
-('minute', 'hour', 'day', 'week', 'month', 'lifetime')
+('minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime')
+{%- endmacro %}
+
+{# A period of several units, such as "5 hours": 2 to 366. #}
+{% macro is_multiple(period) -%}
+{{ period }} ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks|months)$'
+{%- endmacro %}
+
+{# Whether periods of that length can begin there. Conditions are flat, as a restored dump writes them. #}
+{% macro is_start(starts, period) -%}
+({{ starts }} = 'calendar' and {{ period }} !~ ' ')
+or ({{ starts }} = 'anchor' and {{ period }} <> 'lifetime' and {{ period }} !~ '^(2[5-9]|[3-9][0-9]|[0-9]{3}) months$')
+or ({{ starts }} = 'first_use' and {{ period }} <> 'lifetime' and {{ period }} !~ ' months$')
+or ({{ starts }} = 'rolling' and {{ period }} !~ '^(month|year|lifetime)$| months$')
+{%- endmacro %}
+
+{# The kinds and weights of a pool: 1 to 50 kinds, whole weights to a million. Null is an ordinary limit. #}
+{% macro is_counts(counts) -%}
+{{ counts }} is null
+or jsonb_typeof({{ counts }}) = 'object' and {{ counts }} <> '{}'
+and not jsonb_path_exists({{ counts }}, '$.keyvalue() ? (@.value.type() != "number" || @.value < 1 || @.value > 1000000 || @.value != @.value.floor() || !(@.key like_regex "^[a-z][a-z0-9_]{0,31}$"))')
 {%- endmacro %}
 
 {# 10^15 is exact in JavaScript. #}
