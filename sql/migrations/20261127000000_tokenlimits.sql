@@ -166,7 +166,7 @@ begin
     where
       c.relnamespace = to_regnamespace('tokenlimits')
       and c.relname in (
-        'deleted_groups', 'counters', 'usage_rollup', 'holds', 'usage_resets'
+        'deleted_groups', 'counters', 'counter_parts', 'usage_rollup', 'holds', 'usage_resets'
       )
       -- an index and an identity's sequence belong to their table
       and not coalesce(obj_description(coalesce(i.indrelid, d.refobjid, c.oid), 'pg_class') like 'tokenlimits:%', false)
@@ -176,7 +176,7 @@ begin
     where
       t.typnamespace = to_regnamespace('tokenlimits')
       and t.typname in (
-        'deleted_groups', 'counters', 'usage_rollup', 'holds', 'usage_resets',
+        'deleted_groups', 'counters', 'counter_parts', 'usage_rollup', 'holds', 'usage_resets',
         'limit_state', 'usage_move', 'verdict', 'limit_answer', 'group_answer', 'generation_answer', 'batch_item', 'batch_charge', 'group_limit_answer', 'group_usage_answer'
       )
       and t.typrelid = 0
@@ -191,6 +191,8 @@ begin
       p.pronamespace = to_regnamespace('tokenlimits')
       and p.proname in (
         'add_group_members',
+        'anchor_of',
+        'anchored_period',
         'answer',
         'answer_busy',
         'answer_charges',
@@ -201,13 +203,17 @@ begin
         'check_limits',
         'clock',
         'commit_generation',
+        'complete_state',
+        'count_limit',
         'count_usage',
         'counter_differences',
         'denial_text',
         'deny_item',
         'drop_stale_counters',
+        'end_of',
         'expire_holds',
         'expired_cost',
+        'expired_of_limit',
         'export_history',
         'export_usage',
         'find_users',
@@ -223,20 +229,26 @@ begin
         'insert_group',
         'is_metadata',
         'judge_batch',
+        'length_of',
         'limit_pressure',
         'limit_states',
         'lock_batch',
         'lock_expired',
         'lock_groups',
         'missing_holds',
+        'move_parts',
         'move_usage',
         'my_generation_usage',
+        'next_leaving',
         'open_counter',
+        'opened_at',
+        'part_of',
         'period_of',
         'read_request',
         'read_requests',
         'reconcile_usage',
         'record_generation',
+        'recorded_parts',
         'recording_group',
         'refund_generation',
         'refuse',
@@ -259,6 +271,7 @@ begin
         'reserve_generation',
         'reset_group_usage',
         'rollup_differences',
+        'room_at',
         'settle',
         'settled_status',
         'squeeze',
@@ -277,10 +290,12 @@ begin
         'usage_drift',
         'usage_json',
         'usage_under_key',
+        'used_parts',
         'user_generation_usage',
         'user_usage',
         'users',
         'users_in_no_group',
+        'window_of',
         'would_be_admin',
         'write_batch',
         'write_ledger'
@@ -532,8 +547,8 @@ to authenticated, service_role;
 -- Invariants
 --   * Only functions of tokenlimits write the ledger, and nothing deletes from it. It has no foreign keys: deleting a
 --     group or a user must not touch millions of rows. It has no checks either: every call would parse each of them.
---   * A limit is identified by (group, kind, period, starts, scope), and keeps its id through every edit. Its counter_id
---     names its counters, and changes whenever they must be recounted.
+--   * A limit is identified by (group, kind, period, starts, scope), and keeps its id through every edit. Its
+--     counter_id names its counters, and changes whenever they must be recounted.
 --   * A time zone is one of pg_timezone_names: PostgreSQL itself would accept 'Foo/Bar5'.
 --   * Every reader can represent every stored timestamp: no infinity, no year beyond four digits.
 --   * A name looks like what it is: NFC, without invisible characters and without those that change text direction.
@@ -609,13 +624,25 @@ create table if not exists public.group_limits (
   constraint group_limits_counter_id_key unique (counter_id),
   constraint group_limits_kind_check check (kind ~ '^[a-z][a-z0-9_]{0,31}$'),
   constraint group_limits_period_check check (
-    period in ('minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime') or (period ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks|months)$')
+    period in ('minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime')
+    or period ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks|months)$'
   ),
   constraint group_limits_starts_check check (
     (starts = 'calendar' and period !~ ' ')
     or (starts = 'anchor' and period <> 'lifetime' and period !~ '^(2[5-9]|[3-9][0-9]|[0-9]{3}) months$')
     or (starts = 'first_use' and period <> 'lifetime' and period !~ ' months$')
     or (starts = 'rolling' and period !~ '^(month|year|lifetime)$| months$')
+  ),
+  constraint group_limits_counts_check check (
+    counts is null or (
+      jsonb_typeof(counts) = 'object'
+      and pg_column_size(counts) < 4096
+      and jsonb_array_length(jsonb_path_query_array(counts, '$.keyvalue()')) >= 1
+      and jsonb_array_length(jsonb_path_query_array(counts, '$.keyvalue()')) <= 50
+      and not jsonb_path_exists(counts, '$.keyvalue() ? (!(@.key like_regex "^[a-z][a-z0-9_]{0,31}$"))')
+      and not jsonb_path_exists(counts, '$.* ? (@.type() != "number")')
+      and not jsonb_path_exists(counts, '$.* ? (@ < 1 || @ > 1000000 || @.floor() != @)')
+    )
   ),
   constraint group_limits_mode_check check (mode in ('enforce', 'observe')),
   constraint group_limits_scope_check check (scope in ('group', 'member')),
@@ -893,6 +920,21 @@ create table if not exists tokenlimits.counters (
 
 comment on table tokenlimits.counters is 'tokenlimits: What a subject has used of a limit in [since, until).';
 
+-- A rolling window is counted in sixtieths. Its counter is current for one of them; in the next, it has lost the
+-- oldest. Only who has locked the counter writes its parts.
+create table if not exists tokenlimits.counter_parts (
+  subject uuid not null,
+  counter_id bigint not null,
+  part timestamptz not null,
+  used bigint not null,
+  constraint counter_parts_pkey primary key (subject, counter_id, part),
+  constraint counter_parts_counter_fkey foreign key (subject, counter_id)
+  references tokenlimits.counters (subject, counter_id) on delete cascade
+);
+
+comment on table tokenlimits.counter_parts
+is 'tokenlimits: What was used in each part of a rolling window; their sum is the counter.';
+
 -- Members of one group write different slots, so they don't wait for each other; readers sum the slots. A slot may be
 -- negative (after a refund from another connection); their sum is not.
 create table if not exists tokenlimits.usage_rollup (
@@ -961,7 +1003,8 @@ create table if not exists tokenlimits.usage_resets (
 comment on table tokenlimits.usage_resets
 is 'tokenlimits: When an admin last reset a group''s usage: its counters count from then.';
 
-revoke all on tokenlimits.counters, tokenlimits.usage_rollup, tokenlimits.usage_resets, tokenlimits.holds
+revoke all on
+tokenlimits.counters, tokenlimits.counter_parts, tokenlimits.usage_rollup, tokenlimits.usage_resets, tokenlimits.holds
 from public, anon, authenticated, service_role;
 
 do $do$
@@ -974,10 +1017,18 @@ begin
       subject uuid,
       kind text,
       period text,
+      starts text,
       scope text,
+      mode text,
       max bigint,
+      -- the kinds that it counts, with their weights; null: its own kind
+      counts jsonb,
+      -- of the kind that was asked for; 1 if several were
+      weight bigint,
       since timestamptz,
       until timestamptz,
+      -- when there is room again, if that isn't the end of the period
+      reset_at timestamptz,
       used bigint,
       -- the cost of expired holds that is still in the counter; null: not looked up
       expired bigint,
@@ -1095,12 +1146,16 @@ from public, anon, authenticated, service_role;
 
 -- 40_periods.sql
 
--- Calendar periods in a time zone.
+-- Periods: of the calendar in a time zone, and those that begin elsewhere.
 --
 -- Invariants
 --   * Periods of one length in one zone follow each other without gap or overlap, on daylight-saving days too.
 --   * A day begins at the first moment with its date, even where midnight happens twice or not at all.
 --   * Hours are counted from the beginning of the day, so that a repeated hour is a separate period.
+--   * An anchored period begins a whole number of periods after the anchor: by the local calendar if it has days or
+--     months, each counted from the anchor itself (31 January, 28 February, 31 March).
+--   * A rolling window of 60 parts counts 61, the one that has just begun and 60 before it. So within any window of
+--     that length, never more than the max is used, and room returns at most a sixtieth late.
 
 -- PostgreSQL reads a time that happens twice as the later one, and a time that doesn't happen with the offset before
 -- the gap, which is the gap's beginning for a midnight. So only the first case needs care: try the offset of the day
@@ -1166,12 +1221,157 @@ is 'tokenlimits: The calendar period in a zone that contains a moment.';
 revoke execute on function tokenlimits.period_of(text, text, timestamptz)
 from public, anon, authenticated, service_role;
 
+create or replace function tokenlimits.length_of(p_period text)
+returns interval
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- "hour" is one, "5 hours" says how many
+  return case when p_period ~ '^[0-9]' then p_period::interval else ('1 ' || p_period)::interval end;
+end
+$$;
+
+comment on function tokenlimits.length_of(text)
+is 'tokenlimits: How long a period is.';
+
+revoke execute on function tokenlimits.length_of(text)
+from public, anon, authenticated, service_role;
+
+-- Of a window that begins at a moment. A day is 24 hours here; a month ends on the same day of the next one.
+create or replace function tokenlimits.end_of(p_period text, p_timezone text, p_since timestamptz)
+returns timestamptz
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_period in ('month', 'year') then
+    return tokenlimits.first_moment(
+      (p_since at time zone p_timezone) + tokenlimits.length_of(p_period), p_timezone
+    );
+  end if;
+  return p_since + make_interval(secs => extract(epoch from tokenlimits.length_of(p_period))::float8);
+end
+$$;
+
+comment on function tokenlimits.end_of(text, text, timestamptz)
+is 'tokenlimits: When a window that begins at a moment ends.';
+
+revoke execute on function tokenlimits.end_of(text, text, timestamptz)
+from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.anchored_period(
+  p_period text,
+  p_timezone text,
+  p_anchor timestamptz,
+  p_at timestamptz
+)
+returns tstzrange
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_length interval := tokenlimits.length_of(p_period);
+  v_anchor timestamp := p_anchor at time zone p_timezone;
+  v_local timestamp := p_at at time zone p_timezone;
+  v_since timestamptz;
+  v_until timestamptz;
+  -- how many periods after the anchor; days and months are first estimated, since they differ in length
+  v_number integer;
+begin
+  if p_period ~ '(minute|hour)' then
+    v_since := date_bin(v_length, p_at, p_anchor);
+    return tstzrange(v_since, v_since + v_length);
+  elsif p_period ~ '(month|year)' then
+    v_number := 12 * (date_part('year', v_local) - date_part('year', v_anchor))
+      + date_part('month', v_local) - date_part('month', v_anchor);
+    v_number := v_number / (12 * date_part('year', v_length) + date_part('month', v_length))::integer;
+  else
+    v_number := (v_local::date - v_anchor::date) / date_part('day', v_length)::integer;
+  end if;
+  -- one too many, so that only the way back is left
+  v_number := v_number + 2;
+  loop
+    v_until := v_since;
+    v_since := tokenlimits.first_moment(v_anchor + v_number * v_length, p_timezone);
+    exit when v_since <= p_at and v_until is not null;
+    v_number := v_number - 1;
+  end loop;
+  return tstzrange(v_since, v_until);
+end
+$$;
+
+comment on function tokenlimits.anchored_period(text, text, timestamptz, timestamptz)
+is 'tokenlimits: The period that contains a moment, where periods are counted from an anchor.';
+
+revoke execute on function tokenlimits.anchored_period(text, text, timestamptz, timestamptz)
+from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.part_of(p_period text)
+returns interval
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return make_interval(secs => extract(epoch from tokenlimits.length_of(p_period))::float8 / 60);
+end
+$$;
+
+comment on function tokenlimits.part_of(text)
+is 'tokenlimits: How long a part of a rolling window is.';
+
+revoke execute on function tokenlimits.part_of(text)
+from public, anon, authenticated, service_role;
+
+-- For rolling: from the oldest part that counts to the end of the part that has just begun, when the oldest leaves.
+create or replace function tokenlimits.window_of(
+  p_period text,
+  p_starts text,
+  p_timezone text,
+  p_anchor timestamptz,
+  p_at timestamptz
+)
+returns tstzrange
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_part interval;
+  v_since timestamptz;
+begin
+  case p_starts
+    when 'calendar' then
+      return tokenlimits.period_of(p_period, p_timezone, p_at);
+    when 'anchor' then
+      return tokenlimits.anchored_period(p_period, p_timezone, p_anchor, p_at);
+    when 'first_use' then
+      return tstzrange(p_at, tokenlimits.end_of(p_period, p_timezone, p_at));
+    when 'rolling' then
+      v_part := tokenlimits.part_of(p_period);
+      v_since := date_bin(v_part, p_at, '1970-01-01 00:00:00+00');
+      return tstzrange(v_since - 60 * v_part, v_since + v_part);
+  end case;
+end
+$$;
+
+comment on function tokenlimits.window_of(text, text, text, timestamptz, timestamptz)
+is 'tokenlimits: The period of a limit that contains a moment; for first_use, one that begins then.';
+
+revoke execute on function tokenlimits.window_of(text, text, text, timestamptz, timestamptz)
+from public, anon, authenticated, service_role;
+
 -- 50_limits.sql
 
 -- The state of a group's limits at a moment: read from counters, or counted from rollup and ledger if there is none.
 --
 -- Invariants
 --   * limit_states returns members' limits first, by member, then the group's: the order in which they are locked.
+--   * A plain limit's counter says what is used. Others need more: limit_states and open_counter know what.
 --   * It reads everything in one snapshot, so the counters that it read include the expired holds that it subtracts.
 
 -- Counts what a counter would contain. For a group: whole buckets from the rollup, and the partial buckets before and
@@ -1280,10 +1480,338 @@ is 'tokenlimits: The cost of expired holds that counters since a moment contain,
 revoke execute on function tokenlimits.expired_cost(uuid, uuid, text, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
 
+create or replace function tokenlimits.count_limit(
+  p_group_id uuid,
+  p_user_id uuid,
+  p_kind text,
+  p_counts jsonb,
+  p_since timestamptz,
+  p_until timestamptz
+)
+returns bigint
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_counts is null then
+    return tokenlimits.count_usage(p_group_id, p_user_id, p_kind, p_since, p_until);
+  end if;
+  return (
+    select sum(w.value::bigint * tokenlimits.count_usage(p_group_id, p_user_id, w.key, p_since, p_until))::bigint
+    from jsonb_each_text(p_counts) as w
+  );
+end
+$$;
+
+comment on function tokenlimits.count_limit(uuid, uuid, text, jsonb, timestamptz, timestamptz)
+is 'tokenlimits: What a limit on a kind, or on the kinds of a pool, counts between two moments: see count_usage.';
+
+revoke execute on function tokenlimits.count_limit(uuid, uuid, text, jsonb, timestamptz, timestamptz)
+from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.expired_of_limit(
+  p_group_id uuid,
+  p_user_id uuid,
+  p_kind text,
+  p_counts jsonb,
+  p_since timestamptz,
+  p_at timestamptz
+)
+returns bigint
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_counts is null then
+    return tokenlimits.expired_cost(p_group_id, p_user_id, p_kind, p_since, p_at);
+  end if;
+  return (
+    select sum(w.value::bigint * tokenlimits.expired_cost(p_group_id, p_user_id, w.key, p_since, p_at))::bigint
+    from jsonb_each_text(p_counts) as w
+  );
+end
+$$;
+
+comment on function tokenlimits.expired_of_limit(uuid, uuid, text, jsonb, timestamptz, timestamptz)
+is 'tokenlimits: What expired holds take from a limit: see expired_cost.';
+
+revoke execute on function tokenlimits.expired_of_limit(uuid, uuid, text, jsonb, timestamptz, timestamptz)
+from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.anchor_of(p_group_id uuid, p_user_id uuid)
+returns timestamptz
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return coalesce(
+    (
+      select coalesce(m.anchor_at, m.joined_at)
+      from public.group_memberships as m
+      where m.group_id = p_group_id and m.user_id = p_user_id
+    ),
+    (
+      select coalesce(g.anchor_at, g.created_at)
+      from public.user_groups as g
+      where g.id = p_group_id
+    )
+  );
+end
+$$;
+
+comment on function tokenlimits.anchor_of(uuid, uuid)
+is 'tokenlimits: From when anchored periods are counted, of a member, or of the group if the user is null or no '
+'member.';
+
+revoke execute on function tokenlimits.anchor_of(uuid, uuid)
+from public, anon, authenticated, service_role;
+
+-- When the window began that a usage has opened, of a limit whose counter is missing: at the oldest live usage whose
+-- window has not ended. Usage that was recorded for the past opens none.
+create or replace function tokenlimits.opened_at(p_state tokenlimits.limit_state, p_at timestamptz)
+returns timestamptz
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- two days more, since months differ; what is too old is left out below
+  v_since timestamptz := greatest(
+    p_at - tokenlimits.length_of(p_state.period) - interval '2 days',
+    (
+      select max(r.reset_at)
+      from tokenlimits.usage_resets as r
+      where r.group_id = p_state.group_id and r.kind in (p_state.kind, '*')
+    )
+  );
+begin
+  return (
+    select u.created_at
+    from (
+      select l.created_at, l.kind, l.cost, l.reserved_cost, l.settled_at
+      from public.generation_usage as l
+      where
+        p_state.scope = 'group' and l.group_id = p_state.group_id
+        and (p_state.counts is null and p_state.kind = l.kind or p_state.counts ? l.kind) and l.created_at >= v_since and l.status in ('reserved', 'committed')
+      union all
+      select l.created_at, l.kind, l.cost, l.reserved_cost, l.settled_at
+      from public.generation_usage as l
+      where
+        p_state.scope = 'member' and l.group_id = p_state.group_id and l.user_id = p_state.subject
+        and (p_state.counts is null and p_state.kind = l.kind or p_state.counts ? l.kind) and l.created_at >= v_since and l.status in ('reserved', 'committed')
+    ) as u
+    where
+      (u.reserved_cost is not null or u.settled_at = u.created_at)
+      and tokenlimits.end_of(p_state.period, p_state.timezone, u.created_at) > p_at
+    order by u.created_at
+    limit 1
+  );
+end
+$$;
+
+comment on function tokenlimits.opened_at(tokenlimits.limit_state, timestamptz)
+is 'tokenlimits: When the current window of a limit was opened by a first use, if any is known from the ledger.';
+
+revoke execute on function tokenlimits.opened_at(tokenlimits.limit_state, timestamptz)
+from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.recorded_parts(p_state tokenlimits.limit_state)
+returns table (part timestamptz, used bigint)
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_part interval := tokenlimits.part_of(p_state.period);
+begin
+  return query
+  select date_bin(v_part, u.created_at, '1970-01-01 00:00:00+00'), sum(u.cost * case when p_state.counts is null then 1 else (p_state.counts ->> u.kind)::bigint end)::bigint
+  from (
+    select l.created_at, l.kind, l.cost, l.reserved_cost, l.settled_at
+    from public.generation_usage as l
+    where
+      p_state.scope = 'group' and l.group_id = p_state.group_id
+      and (p_state.counts is null and p_state.kind = l.kind or p_state.counts ? l.kind) and l.created_at >= p_state.since and l.status in ('reserved', 'committed')
+    union all
+    select l.created_at, l.kind, l.cost, l.reserved_cost, l.settled_at
+    from public.generation_usage as l
+    where
+      p_state.scope = 'member' and l.group_id = p_state.group_id and l.user_id = p_state.subject
+      and (p_state.counts is null and p_state.kind = l.kind or p_state.counts ? l.kind) and l.created_at >= p_state.since and l.status in ('reserved', 'committed')
+  ) as u
+  group by 1;
+end
+$$;
+
+comment on function tokenlimits.recorded_parts(tokenlimits.limit_state)
+is 'tokenlimits: What is used in each part of a rolling window, according to the ledger.';
+
+revoke execute on function tokenlimits.recorded_parts(tokenlimits.limit_state)
+from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.used_parts(p_state tokenlimits.limit_state, p_at timestamptz)
+returns table (part timestamptz, used bigint)
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_part interval := tokenlimits.part_of(p_state.period);
+begin
+  return query
+  select q.part, sum(q.used)::bigint
+  from (
+    select c.part, c.used
+    from tokenlimits.counter_parts as c
+    where c.subject = p_state.subject and c.counter_id = p_state.counter_id
+    union all
+    select r.part, r.used
+    from tokenlimits.recorded_parts(p_state) as r
+    where p_state.is_open is null
+    union all
+    select date_bin(v_part, h.created_at, '1970-01-01 00:00:00+00'), -h.cost * case when p_state.counts is null then 1 else (p_state.counts ->> h.kind)::bigint end
+    from tokenlimits.holds as h
+    where
+      h.group_id = p_state.group_id and (p_state.counts is null and p_state.kind = h.kind or p_state.counts ? h.kind) and h.expires_at <= p_at
+      and (p_state.scope = 'group' or h.user_id = p_state.subject)
+      and h.created_at >= p_state.since
+  ) as q
+  where q.part > p_state.since - v_part
+  group by q.part;
+end
+$$;
+
+comment on function tokenlimits.used_parts(tokenlimits.limit_state, timestamptz)
+is 'tokenlimits: What is used in each part of a rolling window, less expired holds; from the ledger, if there is no '
+'counter yet.';
+
+revoke execute on function tokenlimits.used_parts(tokenlimits.limit_state, timestamptz)
+from public, anon, authenticated, service_role;
+
+-- A part that began at a moment leaves the window one length after its end.
+create or replace function tokenlimits.room_at(p_state tokenlimits.limit_state, p_cost bigint)
+returns timestamptz
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_part interval := tokenlimits.part_of(p_state.period);
+begin
+  return coalesce(
+    (
+      select q.part + 61 * v_part
+      from (
+        select p.part, sum(p.used) over (order by p.part) as gone
+        from tokenlimits.used_parts(p_state, tokenlimits.clock()) as p
+      ) as q
+      where p_state.used - q.gone + p_cost <= p_state.max
+      order by q.part
+      limit 1
+    ),
+    -- what a batch is about to use is in no part yet
+    p_state.until + 60 * v_part
+  );
+end
+$$;
+
+comment on function tokenlimits.room_at(tokenlimits.limit_state, bigint)
+is 'tokenlimits: When a rolling window will have room for a cost.';
+
+revoke execute on function tokenlimits.room_at(tokenlimits.limit_state, bigint)
+from public, anon, authenticated, service_role;
+
+-- Completes a state whose counter is missing, or belongs to another period, or doesn't say when there is room again.
+create or replace function tokenlimits.complete_state(
+  p_state tokenlimits.limit_state,
+  p_window tstzrange,
+  p_at timestamptz
+)
+returns tokenlimits.limit_state
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_user_id uuid := case p_state.scope when 'member' then p_state.subject end;
+  v_opened_at timestamptz;
+begin
+  if p_state.is_open is not true then
+    if p_window is null then
+      p_window := tokenlimits.window_of(
+        p_state.period, p_state.starts, p_state.timezone,
+        case p_state.starts when 'anchor' then tokenlimits.anchor_of(p_state.group_id, v_user_id) end, p_at
+      );
+    end if;
+    if p_state.starts = 'first_use' then
+      v_opened_at := case when p_state.until is null then tokenlimits.opened_at(p_state, p_at) end;
+      if v_opened_at is null then
+        p_state.reset_at := 'infinity';
+      else
+        p_window := tstzrange(
+          v_opened_at, tokenlimits.end_of(p_state.period, p_state.timezone, v_opened_at)
+        );
+      end if;
+    end if;
+    p_state.since := greatest(lower(p_window), case when p_state.starts <> 'rolling' then p_state.until end, (
+      select max(r.reset_at)
+      from tokenlimits.usage_resets as r
+      where r.group_id = p_state.group_id and r.kind in (p_state.kind, '*')
+    ));
+    p_state.used := case
+      when p_state.until is null then tokenlimits.count_limit(
+        p_state.group_id, v_user_id, p_state.kind, p_state.counts, p_state.since, upper(p_window)
+      )
+      when p_state.starts = 'rolling' then coalesce((
+        select sum(c.used)
+        from tokenlimits.counter_parts as c
+        where
+          c.subject = p_state.subject and c.counter_id = p_state.counter_id and c.part >= lower(p_window)
+      ), 0)
+      else 0
+    end;
+    p_state.until := upper(p_window);
+  end if;
+  return p_state;
+end
+$$;
+
+comment on function tokenlimits.complete_state(tokenlimits.limit_state, tstzrange, timestamptz)
+is 'tokenlimits: A state whose counter was not current, as of a moment.';
+
+revoke execute on function tokenlimits.complete_state(tokenlimits.limit_state, tstzrange, timestamptz)
+from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.next_leaving(p_state tokenlimits.limit_state, p_at timestamptz)
+returns timestamptz
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_part interval := tokenlimits.part_of(p_state.period);
+begin
+  return coalesce((
+    select min(q.part) + 61 * v_part
+    from tokenlimits.used_parts(p_state, p_at) as q
+    where q.used > 0
+  ), 'infinity');
+end
+$$;
+
+comment on function tokenlimits.next_leaving(tokenlimits.limit_state, timestamptz)
+is 'tokenlimits: When the oldest usage leaves a rolling window; infinity if there is none.';
+
+revoke execute on function tokenlimits.next_leaving(tokenlimits.limit_state, timestamptz)
+from public, anon, authenticated, service_role;
+
 create or replace function tokenlimits.limit_states(
   p_group_id uuid,
   p_user_ids uuid[],
-  p_kind text,
+  p_kinds text[],
   p_at timestamptz,
   p_less_expired boolean default true
 )
@@ -1303,18 +1831,29 @@ begin
   select
     array_agg(
       row(
-        l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
-        c.since, c.until, c.used, null, c.until > p_at, l.name, l.timezone
+        l.group_id, l.counter_id, l.subject, l.kind, l.period, l.starts, l.scope,
+        l.mode, l.max, l.counts, l.weight,
+        c.since, c.until, null, c.used, null, c.until > p_at, l.name, l.timezone
       )::tokenlimits.limit_state
       order by l.kind, l.scope = 'group', l.subject, l.counter_id
     ),
-    bool_and(c.since is not null and c.since <= p_at and c.until > p_at)
+    bool_and(l.is_plain and c.since is not null and c.since <= p_at and c.until > p_at)
     and not exists (
       select
       from (
-        select distinct i.kind
+        select distinct w.kind
         from public.group_limits as i
-        where i.group_id = p_group_id and (p_kind is null or i.kind = p_kind)
+        cross join lateral (
+          select i.kind, 1::bigint as weight
+          where i.counts is null
+          union all
+          select p.key, p.value::bigint
+          from jsonb_each_text(i.counts) as p
+        ) as w
+        where i.group_id = p_group_id and (p_kinds is null or case
+          when i.counts is null then i.kind = any(p_kinds)
+          else i.counts ?| p_kinds
+        end)
       ) as k
       where (
         select true
@@ -1327,11 +1866,16 @@ begin
   into v_states, v_is_plain
   from (
     select
-      i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
+      i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
+      i.mode, i.counts,
+      case when cardinality(p_kinds) = 1 then case when i.counts is null then 1 else (i.counts ->> p_kinds[1])::bigint end else 1 end as weight,
       unnest(case i.scope when 'group' then array[i.group_id] else p_user_ids end) as subject
     from public.group_limits as i
     inner join public.user_groups as g on g.id = i.group_id
-    where i.group_id = p_group_id and (p_kind is null or i.kind = p_kind)
+    where i.group_id = p_group_id and (p_kinds is null or case
+      when i.counts is null then i.kind = any(p_kinds)
+      else i.counts ?| p_kinds
+    end)
   ) as l
   left join lateral (
     select k.since, k.until, k.used
@@ -1346,46 +1890,39 @@ begin
   if v_is_plain then
     return v_states;
   end if;
-  if exists (select from unnest(v_states) as s where s.is_open is not true) then
-    -- a counter is missing (a new limit or member), or belongs to another period
-    for v in
-      select
-        s.place,
-        upper(p.range) as until,
-        greatest(lower(p.range), s.until, (
-          select max(r.reset_at)
-          from tokenlimits.usage_resets as r
-          where r.group_id = p_group_id and r.kind in (s.kind, '*')
-        )) as since
-      from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
-group_name, timezone, place)
-      inner join (
-        select d.period, tokenlimits.period_of(d.period, d.timezone, p_at) as range
-        from (
-          select distinct o.period, o.timezone
-          from unnest(v_states) as o
-        ) as d
-      ) as p on p.period = s.period
-      where s.is_open is not true
-    loop
-      v_state := v_states[v.place];
-      v_state.used := case
-        when v_state.until is null then tokenlimits.count_usage(
-          p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v.since, v.until
-        )
-        else 0
-      end;
-      v_state.since := v.since;
-      v_state.until := v.until;
-      v_states[v.place] := v_state;
-    end loop;
-  end if;
+  -- a counter is missing (a new limit or member), or belongs to another period; calendar periods are the same for all
+  for v in
+    select s.place, p.range
+    from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
+used, expired, is_open, group_name, timezone, place)
+    left join (
+      select d.period, tokenlimits.period_of(d.period, d.timezone, p_at) as range
+      from (
+        select distinct o.period, o.timezone
+        from unnest(v_states) as o
+        where o.starts = 'calendar' and o.is_open is not true
+      ) as d
+    ) as p on p.period = s.period and s.starts = 'calendar'
+    where s.is_open is not true
+  loop
+    v_states[v.place] := tokenlimits.complete_state(v_states[v.place], v.range, p_at);
+  end loop;
   if p_less_expired and exists (
     select
     from (
-      select distinct i.kind
+      select distinct w.kind
       from public.group_limits as i
-      where i.group_id = p_group_id and (p_kind is null or i.kind = p_kind)
+      cross join lateral (
+        select i.kind, 1::bigint as weight
+        where i.counts is null
+        union all
+        select p.key, p.value::bigint
+        from jsonb_each_text(i.counts) as p
+      ) as w
+      where i.group_id = p_group_id and (p_kinds is null or case
+        when i.counts is null then i.kind = any(p_kinds)
+        else i.counts ?| p_kinds
+      end)
     ) as k
     where (
       select true
@@ -1397,40 +1934,72 @@ group_name, timezone, place)
   ) then
     for i in 1..cardinality(v_states) loop
       v_state := v_states[i];
-      v_state.expired := tokenlimits.expired_cost(
-        p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.since, v_now
+      v_state.expired := tokenlimits.expired_of_limit(
+        p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.counts,
+        v_state.since, v_now
       );
       v_state.used := v_state.used - v_state.expired;
       v_states[i] := v_state;
     end loop;
   end if;
+  for i in 1..cardinality(v_states) loop
+    v_state := v_states[i];
+    if v_state.starts = 'rolling' then
+      v_state.reset_at := tokenlimits.next_leaving(v_state, v_now);
+      v_states[i] := v_state;
+    end if;
+  end loop;
   return v_states;
 end
 $$;
 
-comment on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz, boolean)
-is 'tokenlimits: A group''s limits for users, of one kind or of all, with the usage of each at a moment.';
+comment on function tokenlimits.limit_states(uuid, uuid[], text[], timestamptz, boolean)
+is 'tokenlimits: A group''s limits for users, that count some kinds or (null) any, with the usage of each at a moment.';
 
-revoke execute on function tokenlimits.limit_states(uuid, uuid[], text, timestamptz, boolean)
+revoke execute on function tokenlimits.limit_states(uuid, uuid[], text[], timestamptz, boolean)
 from public, anon, authenticated, service_role;
 
--- The state was read a moment ago. If another call has opened the counter since, that counter stays unchanged.
+-- The state was read a moment ago. If another call has opened the counter since, that counter stays unchanged. Returns
+-- whether it was counted from the ledger, with all of its parts. Otherwise a rolling counter keeps those that still
+-- count: they are read again now, under its lock.
 create or replace function tokenlimits.open_counter(p_state tokenlimits.limit_state)
-returns void
+returns boolean
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_is_new boolean;
 begin
   insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
   values (p_state.subject, p_state.counter_id, p_state.since, p_state.until, p_state.used)
   on conflict on constraint counters_pkey do update
   set since = excluded.since, until = excluded.until, used = excluded.used
-  where c.until <= excluded.since;
+  where c.until <= excluded.since or (p_state.starts = 'rolling' and c.until < excluded.until)
+  -- of a new row
+  returning c.xmax = 0 into v_is_new;
+  if p_state.starts = 'rolling' and v_is_new then
+    insert into tokenlimits.counter_parts (subject, counter_id, part, used)
+    select p_state.subject, p_state.counter_id, r.part, r.used
+    from tokenlimits.recorded_parts(p_state) as r;
+  elsif p_state.starts = 'rolling' and found then
+    delete from tokenlimits.counter_parts as p
+    where
+      p.subject = p_state.subject and p.counter_id = p_state.counter_id
+      and p.part <= p_state.since - tokenlimits.part_of(p_state.period);
+    update tokenlimits.counters as c
+    set used = coalesce((
+      select sum(p.used)
+      from tokenlimits.counter_parts as p
+      where p.subject = c.subject and p.counter_id = c.counter_id
+    ), 0)
+    where c.subject = p_state.subject and c.counter_id = p_state.counter_id;
+  end if;
   -- new counters are rare, so this is the time to drop those of removed limits, which would otherwise pile up
   if p_state.scope = 'member' then
     perform tokenlimits.drop_stale_counters(p_state.subject);
   end if;
+  return v_is_new is true;
 end
 $$;
 
@@ -1438,6 +2007,40 @@ comment on function tokenlimits.open_counter(tokenlimits.limit_state)
 is 'tokenlimits: Creates a counter, or rolls it over into its new period.';
 
 revoke execute on function tokenlimits.open_counter(tokenlimits.limit_state)
+from public, anon, authenticated, service_role;
+
+-- The counter is locked: it has just been moved.
+create or replace function tokenlimits.move_parts(
+  p_state tokenlimits.limit_state,
+  p_moves tokenlimits.usage_move[]
+)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_part interval := tokenlimits.part_of(p_state.period);
+begin
+  insert into tokenlimits.counter_parts as p (subject, counter_id, part, used)
+  select
+    p_state.subject, p_state.counter_id, date_bin(v_part, m.created_at, '1970-01-01 00:00:00+00') as part,
+    sum(m.cost * case when p_state.counts is null then 1 else (p_state.counts ->> m.kind)::bigint end)
+  from unnest(p_moves) as m
+  where
+    m.group_id = p_state.group_id and (p_state.counts is null and p_state.kind = m.kind or p_state.counts ? m.kind)
+    and (p_state.scope = 'group' or m.user_id = p_state.subject)
+    and m.created_at >= p_state.since
+  group by 3
+  on conflict on constraint counter_parts_pkey do update
+  set used = p.used + excluded.used;
+end
+$$;
+
+comment on function tokenlimits.move_parts(tokenlimits.limit_state, tokenlimits.usage_move[])
+is 'tokenlimits: Moves the parts of a rolling counter by the moves that it counts.';
+
+revoke execute on function tokenlimits.move_parts(tokenlimits.limit_state, tokenlimits.usage_move[])
 from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.drop_stale_counters(p_subject uuid)
@@ -1519,6 +2122,7 @@ as $$
 declare
   v_group_id uuid;
   v_group_ids uuid[];
+  v_state tokenlimits.limit_state;
 begin
   if tg_op = 'INSERT' then
     v_group_ids := array(select distinct n.group_id from new_rows as n);
@@ -1534,13 +2138,14 @@ begin
   perform tokenlimits.lock_groups(v_group_ids, true);
   foreach v_group_id in array v_group_ids loop
     perform tokenlimits.drop_stale_counters(v_group_id);
-    insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
-    select s.subject, s.counter_id, s.since, s.until, s.used
-    from unnest(tokenlimits.limit_states(v_group_id, '{}', null, tokenlimits.clock(), p_less_expired => false)) as s
-    where s.is_open is not true
-    order by s.counter_id
-    on conflict on constraint counters_pkey do update
-    set since = excluded.since, until = excluded.until, used = excluded.used;
+    foreach v_state in array tokenlimits.limit_states(
+      v_group_id, '{}', null, tokenlimits.clock(), p_less_expired => false
+    ) loop
+      -- a window that no use has opened has no counter
+      if v_state.is_open is not true and not (v_state.starts = 'first_use' and v_state.reset_at = 'infinity') then
+        perform tokenlimits.open_counter(v_state);
+      end if;
+    end loop;
   end loop;
   return null;
 end
@@ -1644,17 +2249,22 @@ begin
       reason text,
       group_id uuid,
       states tokenlimits.limit_state[],
-      denied_by tokenlimits.limit_state
+      denied_by tokenlimits.limit_state,
+      -- the counters of observing limits that would have denied it
+      observed bigint[]
     );
     -- as clients see it: row_to_json costs a fraction of building an object
     create type tokenlimits.limit_answer as (
       kind text,
       period text,
+      starts text,
       scope text,
+      mode text,
       max bigint,
       used bigint,
       remaining bigint,
-      reset_at timestamptz
+      reset_at timestamptz,
+      weight bigint
     );
     create type tokenlimits.group_answer as (id uuid, name text);
     create type tokenlimits.generation_answer as (
@@ -1669,6 +2279,7 @@ begin
       cost bigint,
       limits tokenlimits.limit_answer[],
       denied_by tokenlimits.limit_answer,
+      would_deny tokenlimits.limit_answer[],
       remaining bigint,
       reset_at timestamptz,
       retry_after numeric,
@@ -1697,18 +2308,27 @@ begin
     return 'The group is locked at the moment, because its usage or its limits are being changed; try again';
   end if;
   return upper(left(v_kind, 1)) || substr(v_kind, 2)
-    || format(' generation limit exceeded: %s of %s used ', v_limit.used, v_limit.max)
+    || format(' generation limit exceeded: %s of %s ', v_limit.used, v_limit.max)
+    || case when v_limit.counts is not null then replace(v_limit.kind, '_', ' ') || ' ' else '' end
+    || 'used '
     || case v_limit.scope when 'member' then 'by this user ' else '' end
-    || case v_limit.period
-      when 'day' then 'today'
-      when 'lifetime' then 'in total'
+    || case
+      when v_limit.starts = 'rolling' then 'in the last ' || v_limit.period
+      when v_limit.starts <> 'calendar' then 'since ' || to_char(
+        v_limit.since at time zone v_limit.timezone, 'YYYY-MM-DD HH24:MI'
+      )
+      when v_limit.period = 'day' then 'today'
+      when v_limit.period = 'lifetime' then 'in total'
       else 'this ' || v_limit.period
     end
-    || case when p_cost > 1 then format(', %s more asked for', p_cost) else '' end
+    || case
+      when p_cost * v_limit.weight > 1 then format(', %s more asked for', p_cost * v_limit.weight)
+      else ''
+    end
     || case
       when isfinite(v_limit.until)
-        then ', resets ' || to_char(v_limit.until at time zone v_limit.timezone, 'YYYY-MM-DD HH24:MI ')
-          || v_limit.timezone
+        then case v_limit.starts when 'rolling' then ', room again ' else ', resets ' end
+          || to_char(v_limit.until at time zone v_limit.timezone, 'YYYY-MM-DD HH24:MI ') || v_limit.timezone
       else ''
     end;
 end
@@ -1734,6 +2354,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_limits tokenlimits.limit_answer[] := '{}';
+  v_would_deny tokenlimits.limit_answer[] := '{}';
   v_tightest tokenlimits.limit_state;
   v_state tokenlimits.limit_state;
   v_denied_by tokenlimits.limit_answer;
@@ -1741,11 +2362,33 @@ declare
 begin
   foreach v_state in array coalesce(p_verdict.states, '{}') loop
     v_limits := v_limits || row(
-      v_state.kind, v_state.period, v_state.scope, v_state.max, v_state.used,
-      case when v_state.max is not null then greatest(v_state.max - v_state.used, 0) end,
-      nullif(v_state.until, 'infinity')
+      v_state.kind, v_state.period, v_state.starts, v_state.scope, v_state.mode, v_state.max,
+      v_state.used,
+      case when v_state.max is not null then greatest((v_state.max - v_state.used - case
+        when v_state.used > v_state.max then v_state.weight - 1
+        else 0
+      end) / v_state.weight, 0) end,
+      nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight
     )::tokenlimits.limit_answer;
-    if v_state.max - v_state.used < v_tightest.max - v_tightest.used
+    if v_state.mode = 'observe' then
+      if v_state.counter_id = any(p_verdict.observed) then
+        v_would_deny := v_would_deny || row(
+      v_state.kind, v_state.period, v_state.starts, v_state.scope, v_state.mode, v_state.max,
+      v_state.used,
+      case when v_state.max is not null then greatest((v_state.max - v_state.used - case
+        when v_state.used > v_state.max then v_state.weight - 1
+        else 0
+      end) / v_state.weight, 0) end,
+      nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight
+    )::tokenlimits.limit_answer;
+      end if;
+    elsif (v_state.max - v_state.used - case
+      when v_state.used > v_state.max then v_state.weight - 1
+      else 0
+    end) / v_state.weight < (v_tightest.max - v_tightest.used - case
+      when v_tightest.used > v_tightest.max then v_tightest.weight - 1
+      else 0
+    end) / v_tightest.weight
       or (v_tightest.max is null and v_state.max is not null)
     then
       v_tightest := v_state;
@@ -1759,27 +2402,37 @@ begin
       true, null, null,
       p_usage.id, p_usage.status, p_usage.expires_at,
       case when p_verdict.group_id is not null then row(p_verdict.group_id, v_group_name)::tokenlimits.group_answer end,
-      p_kind, p_cost, v_limits, null,
+      p_kind, p_cost, v_limits, null, v_would_deny,
       -- greatest() ignores nulls, and unlimited is null
-      case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
-      nullif(v_tightest.until, 'infinity'), null, p_replayed
+      case when v_tightest.max is not null then greatest((v_tightest.max - v_tightest.used - case
+      when v_tightest.used > v_tightest.max then v_tightest.weight - 1
+      else 0
+    end) / v_tightest.weight, 0) end,
+      nullif(coalesce(v_tightest.reset_at, v_tightest.until), 'infinity'), null, p_replayed
     )::tokenlimits.generation_answer);
   end if;
   v_state := p_verdict.denied_by;
   if p_verdict.reason = 'limit_exceeded' then
     v_denied_by := row(
-      v_state.kind, v_state.period, v_state.scope, v_state.max, v_state.used,
-      case when v_state.max is not null then greatest(v_state.max - v_state.used, 0) end,
-      nullif(v_state.until, 'infinity')
+      v_state.kind, v_state.period, v_state.starts, v_state.scope, v_state.mode, v_state.max,
+      v_state.used,
+      case when v_state.max is not null then greatest((v_state.max - v_state.used - case
+        when v_state.used > v_state.max then v_state.weight - 1
+        else 0
+      end) / v_state.weight, 0) end,
+      nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight
     )::tokenlimits.limit_answer;
   end if;
   return row_to_json(row(
     p_verdict.reason is null, p_verdict.reason, tokenlimits.denial_text(p_verdict, p_kind, p_cost),
     null, null, null,
     case when p_verdict.group_id is not null then row(p_verdict.group_id, v_group_name)::tokenlimits.group_answer end,
-    p_kind, p_cost, v_limits, v_denied_by,
+    p_kind, p_cost, v_limits, v_denied_by, v_would_deny,
     -- greatest() ignores nulls, and unlimited is null
-    case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
+    case when v_tightest.max is not null then greatest((v_tightest.max - v_tightest.used - case
+    when v_tightest.used > v_tightest.max then v_tightest.weight - 1
+    else 0
+  end) / v_tightest.weight, 0) end,
     nullif(v_state.until, 'infinity'), ceil(extract(epoch from nullif(v_state.until, 'infinity') - tokenlimits.clock())), p_replayed
   )::tokenlimits.generation_answer);
 end
@@ -1794,7 +2447,8 @@ from public, anon, authenticated, service_role;
 create or replace function tokenlimits.usage_answer(
   p_usage public.generation_usage,
   p_at timestamptz,
-  p_replayed boolean
+  p_replayed boolean,
+  p_observed bigint[] default null
 )
 returns json
 language plpgsql
@@ -1806,15 +2460,16 @@ declare
 begin
   v_verdict.allowed := true;
   v_verdict.group_id := p_usage.group_id;
-  v_verdict.states := tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], p_usage.kind, p_at);
+  v_verdict.states := tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], array[p_usage.kind], p_at);
+  v_verdict.observed := p_observed;
   return tokenlimits.answer(v_verdict, p_usage.kind, p_usage.cost, p_usage, p_replayed);
 end
 $$;
 
-comment on function tokenlimits.usage_answer(public.generation_usage, timestamptz, boolean)
+comment on function tokenlimits.usage_answer(public.generation_usage, timestamptz, boolean, bigint[])
 is 'tokenlimits: A usage of the ledger as workers see it, with its limits at a moment.';
 
-revoke execute on function tokenlimits.usage_answer(public.generation_usage, timestamptz, boolean)
+revoke execute on function tokenlimits.usage_answer(public.generation_usage, timestamptz, boolean, bigint[])
 from public, anon, authenticated, service_role;
 
 -- 70_track.sql
@@ -1982,7 +2637,7 @@ begin
       array(select d.id from public.user_groups as d where d.is_default)
     )) with ordinality as g (id, place)
     order by
-      exists (select from public.group_limits as l where l.group_id = g.id and l.kind = p_kind) desc,
+      exists (select from public.group_limits as l where l.group_id = g.id and (l.counts is null and l.kind = p_kind or l.counts ? p_kind)) desc,
       g.place
     limit 1
   );
@@ -2048,6 +2703,7 @@ declare
   v_group_id uuid;
   v_state tokenlimits.limit_state;
   v_full tokenlimits.limit_state;
+  v_observed bigint[];
   v_at timestamptz;
   v_verdict tokenlimits.verdict;
   v_fingerprint uuid := md5(concat_ws(' ', 'track', p_kind, p_cost, p_group_id))::uuid;
@@ -2056,6 +2712,7 @@ declare
   v_dead_id uuid;
   v_slot integer;
   v_limits tokenlimits.limit_answer[] := '{}';
+  v_would_deny tokenlimits.limit_answer[] := '{}';
   v_tightest tokenlimits.limit_state;
 begin
   if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
@@ -2096,18 +2753,19 @@ begin
     -- never before the moment that an earlier round reached, or a clock that was set back would loop for ever
     v_at := greatest(tokenlimits.clock(), v_at);
     v_verdict := row(
-      false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
+      false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null, null
     );
     foreach v_group_id in array v_group_ids loop
       select
         array_agg(
           row(
-            l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
-            c.since, c.until, c.used, null, c.until > v_at, l.name, l.timezone
+            l.group_id, l.counter_id, l.subject, l.kind, l.period, l.starts, l.scope,
+            'enforce', l.max, null, 1,
+            c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone
           )::tokenlimits.limit_state
           order by l.scope = 'group', l.counter_id
         ),
-        bool_and(c.since is not null and c.since <= v_at and c.until > v_at)
+        bool_and(l.is_plain and c.since is not null and c.since <= v_at and c.until > v_at)
         and not (
           select true
           from tokenlimits.holds as h
@@ -2118,11 +2776,11 @@ begin
       into v_states, v_is_plain
       from (
         select
-          i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
+          i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
           case i.scope when 'group' then i.group_id else p_user_id end as subject
         from public.group_limits as i
         inner join public.user_groups as g on g.id = i.group_id
-        where i.group_id = v_group_id and i.kind = p_kind
+        where i.group_id = v_group_id and (i.counts is null and i.kind = p_kind or i.counts ? p_kind)
       ) as l
       left join lateral (
         select k.since, k.until, k.used
@@ -2133,28 +2791,36 @@ begin
       ) as c on true;
       continue when v_states is null;
       if not v_is_plain then
-        v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], p_kind, v_at);
+        v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], array[p_kind], v_at);
       end if;
       v_full := null;
+      v_observed := null;
       foreach v_state in array v_states loop
         if v_state.since > v_at then
           -- the clock was set back behind the counter's period; the usage then belongs to that period
           v_at := v_state.since;
         end if;
-        if not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
-          -- a cost that can never fit waits for ever, as under a full lifetime limit
-          if p_cost > v_state.max then
-            v_state.until := 'infinity';
-          end if;
-          if v_full is null or v_state.until > v_full.until then
-            v_full := v_state;
+        if not (v_state.max is null or v_state.used + p_cost * v_state.weight <= v_state.max) then
+          if v_state.mode = 'observe' then
+            v_observed := v_observed || v_state.counter_id;
+          else
+            v_state.reset_at := null;
+            -- a cost that can never fit waits for ever, as under a full lifetime limit
+            if p_cost * v_state.weight > v_state.max then
+              v_state.until := 'infinity';
+            elsif v_state.starts = 'rolling' then
+              v_state.until := tokenlimits.room_at(v_state, p_cost * v_state.weight);
+            end if;
+            if v_full is null or v_state.until > v_full.until then
+              v_full := v_state;
+            end if;
           end if;
         end if;
       end loop;
       if v_full is null then
-        v_verdict := row(true, null, v_group_id, null, null);
+        v_verdict := row(true, null, v_group_id, null, null, v_observed);
       elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
-        v_verdict := row(false, 'limit_exceeded', v_group_id, v_states, v_full);
+        v_verdict := row(false, 'limit_exceeded', v_group_id, v_states, v_full, v_observed);
       end if;
       exit when v_verdict.allowed;
     end loop;
@@ -2211,9 +2877,10 @@ begin
                 raise sqlstate 'TL099';
               end if;
               v_limits := v_limits || row(
-                v_state.kind, v_state.period, v_state.scope, v_state.max, v_state.used,
+                v_state.kind, v_state.period, v_state.starts, v_state.scope, v_state.mode, v_state.max,
+                v_state.used,
                 case when v_state.max is not null then greatest(v_state.max - v_state.used, 0) end,
-                nullif(v_state.until, 'infinity')
+                nullif(v_state.until, 'infinity'), 1
               )::tokenlimits.limit_answer;
               if v_state.max - v_state.used < v_tightest.max - v_tightest.used
                 or (v_tightest.max is null and v_state.max is not null)
@@ -2225,7 +2892,7 @@ begin
               true, null, null,
               v_usage.id, v_usage.status, v_usage.expires_at,
               case when v_usage.group_id is not null then row(v_usage.group_id, v_state.group_name)::tokenlimits.group_answer end,
-              p_kind, p_cost, v_limits, null,
+              p_kind, p_cost, v_limits, null, v_would_deny,
               -- greatest() ignores nulls, and unlimited is null
               case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
               nullif(v_tightest.until, 'infinity'), null, false
@@ -2241,7 +2908,9 @@ begin
             v_at
           );
           -- as of now: others may have reached a later moment already, and have taken the room of what expired by then
-          return tokenlimits.usage_answer(v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false);
+          return tokenlimits.usage_answer(
+            v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false, p_observed => v_verdict.observed
+          );
         end if;
       exception
         when sqlstate 'TL099' then
@@ -2337,6 +3006,7 @@ declare
   v_group_id uuid;
   v_state tokenlimits.limit_state;
   v_full tokenlimits.limit_state;
+  v_observed bigint[];
   v_at timestamptz;
   v_verdict tokenlimits.verdict;
   v_fingerprint uuid := md5(concat_ws(' ', 'reserve', p_kind, p_cost, p_group_id))::uuid;
@@ -2345,6 +3015,7 @@ declare
   v_dead_id uuid;
   v_slot integer;
   v_limits tokenlimits.limit_answer[] := '{}';
+  v_would_deny tokenlimits.limit_answer[] := '{}';
   v_tightest tokenlimits.limit_state;
 begin
   if (p_user_id is not null and p_kind ~ '^[a-z][a-z0-9_]{0,31}$' and p_cost between 1 and 1000000000
@@ -2389,18 +3060,19 @@ begin
     -- never before the moment that an earlier round reached, or a clock that was set back would loop for ever
     v_at := greatest(tokenlimits.clock(), v_at);
     v_verdict := row(
-      false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
+      false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null, null
     );
     foreach v_group_id in array v_group_ids loop
       select
         array_agg(
           row(
-            l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
-            c.since, c.until, c.used, null, c.until > v_at, l.name, l.timezone
+            l.group_id, l.counter_id, l.subject, l.kind, l.period, l.starts, l.scope,
+            'enforce', l.max, null, 1,
+            c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone
           )::tokenlimits.limit_state
           order by l.scope = 'group', l.counter_id
         ),
-        bool_and(c.since is not null and c.since <= v_at and c.until > v_at)
+        bool_and(l.is_plain and c.since is not null and c.since <= v_at and c.until > v_at)
         and not (
           select true
           from tokenlimits.holds as h
@@ -2411,11 +3083,11 @@ begin
       into v_states, v_is_plain
       from (
         select
-          i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
+          i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
           case i.scope when 'group' then i.group_id else p_user_id end as subject
         from public.group_limits as i
         inner join public.user_groups as g on g.id = i.group_id
-        where i.group_id = v_group_id and i.kind = p_kind
+        where i.group_id = v_group_id and (i.counts is null and i.kind = p_kind or i.counts ? p_kind)
       ) as l
       left join lateral (
         select k.since, k.until, k.used
@@ -2426,28 +3098,36 @@ begin
       ) as c on true;
       continue when v_states is null;
       if not v_is_plain then
-        v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], p_kind, v_at);
+        v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], array[p_kind], v_at);
       end if;
       v_full := null;
+      v_observed := null;
       foreach v_state in array v_states loop
         if v_state.since > v_at then
           -- the clock was set back behind the counter's period; the usage then belongs to that period
           v_at := v_state.since;
         end if;
-        if not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
-          -- a cost that can never fit waits for ever, as under a full lifetime limit
-          if p_cost > v_state.max then
-            v_state.until := 'infinity';
-          end if;
-          if v_full is null or v_state.until > v_full.until then
-            v_full := v_state;
+        if not (v_state.max is null or v_state.used + p_cost * v_state.weight <= v_state.max) then
+          if v_state.mode = 'observe' then
+            v_observed := v_observed || v_state.counter_id;
+          else
+            v_state.reset_at := null;
+            -- a cost that can never fit waits for ever, as under a full lifetime limit
+            if p_cost * v_state.weight > v_state.max then
+              v_state.until := 'infinity';
+            elsif v_state.starts = 'rolling' then
+              v_state.until := tokenlimits.room_at(v_state, p_cost * v_state.weight);
+            end if;
+            if v_full is null or v_state.until > v_full.until then
+              v_full := v_state;
+            end if;
           end if;
         end if;
       end loop;
       if v_full is null then
-        v_verdict := row(true, null, v_group_id, null, null);
+        v_verdict := row(true, null, v_group_id, null, null, v_observed);
       elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
-        v_verdict := row(false, 'limit_exceeded', v_group_id, v_states, v_full);
+        v_verdict := row(false, 'limit_exceeded', v_group_id, v_states, v_full, v_observed);
       end if;
       exit when v_verdict.allowed;
     end loop;
@@ -2508,9 +3188,10 @@ begin
                 raise sqlstate 'TL099';
               end if;
               v_limits := v_limits || row(
-                v_state.kind, v_state.period, v_state.scope, v_state.max, v_state.used,
+                v_state.kind, v_state.period, v_state.starts, v_state.scope, v_state.mode, v_state.max,
+                v_state.used,
                 case when v_state.max is not null then greatest(v_state.max - v_state.used, 0) end,
-                nullif(v_state.until, 'infinity')
+                nullif(v_state.until, 'infinity'), 1
               )::tokenlimits.limit_answer;
               if v_state.max - v_state.used < v_tightest.max - v_tightest.used
                 or (v_tightest.max is null and v_state.max is not null)
@@ -2522,7 +3203,7 @@ begin
               true, null, null,
               v_usage.id, v_usage.status, v_usage.expires_at,
               case when v_usage.group_id is not null then row(v_usage.group_id, v_state.group_name)::tokenlimits.group_answer end,
-              p_kind, p_cost, v_limits, null,
+              p_kind, p_cost, v_limits, null, v_would_deny,
               -- greatest() ignores nulls, and unlimited is null
               case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
               nullif(v_tightest.until, 'infinity'), null, false
@@ -2538,7 +3219,9 @@ begin
             v_at
           );
           -- as of now: others may have reached a later moment already, and have taken the room of what expired by then
-          return tokenlimits.usage_answer(v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false);
+          return tokenlimits.usage_answer(
+            v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false, p_observed => v_verdict.observed
+          );
         end if;
       exception
         when sqlstate 'TL099' then
@@ -2636,6 +3319,7 @@ declare
   v_group_id uuid;
   v_state tokenlimits.limit_state;
   v_full tokenlimits.limit_state;
+  v_observed bigint[];
   v_at timestamptz;
   v_verdict tokenlimits.verdict;
   v_fingerprint uuid := md5(concat_ws(' ', 'record', p_kind, p_cost, p_group_id))::uuid;
@@ -2667,18 +3351,19 @@ begin
     -- never before the moment that an earlier round reached, or a clock that was set back would loop for ever
     v_at := greatest(tokenlimits.clock(), v_at);
     v_verdict := row(
-      false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
+      false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null, null
     );
     foreach v_group_id in array v_group_ids loop
       select
         array_agg(
           row(
-            l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
-            c.since, c.until, c.used, null, c.until > v_at, l.name, l.timezone
+            l.group_id, l.counter_id, l.subject, l.kind, l.period, l.starts, l.scope,
+            'enforce', l.max, null, 1,
+            c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone
           )::tokenlimits.limit_state
           order by l.scope = 'group', l.counter_id
         ),
-        bool_and(c.since is not null and c.since <= v_at and c.until > v_at)
+        bool_and(l.is_plain and c.since is not null and c.since <= v_at and c.until > v_at)
         and not (
           select true
           from tokenlimits.holds as h
@@ -2689,11 +3374,11 @@ begin
       into v_states, v_is_plain
       from (
         select
-          i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
+          i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
           case i.scope when 'group' then i.group_id else p_user_id end as subject
         from public.group_limits as i
         inner join public.user_groups as g on g.id = i.group_id
-        where i.group_id = v_group_id and i.kind = p_kind
+        where i.group_id = v_group_id and (i.counts is null and i.kind = p_kind or i.counts ? p_kind)
       ) as l
       left join lateral (
         select k.since, k.until, k.used
@@ -2704,28 +3389,36 @@ begin
       ) as c on true;
       continue when v_states is null;
       if not v_is_plain then
-        v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], p_kind, v_at);
+        v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], array[p_kind], v_at);
       end if;
       v_full := null;
+      v_observed := null;
       foreach v_state in array v_states loop
         if v_state.since > v_at then
           -- the clock was set back behind the counter's period; the usage then belongs to that period
           v_at := v_state.since;
         end if;
-        if not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
-          -- a cost that can never fit waits for ever, as under a full lifetime limit
-          if p_cost > v_state.max then
-            v_state.until := 'infinity';
-          end if;
-          if v_full is null or v_state.until > v_full.until then
-            v_full := v_state;
+        if not (v_state.max is null or v_state.used + p_cost * v_state.weight <= v_state.max) then
+          if v_state.mode = 'observe' then
+            v_observed := v_observed || v_state.counter_id;
+          else
+            v_state.reset_at := null;
+            -- a cost that can never fit waits for ever, as under a full lifetime limit
+            if p_cost * v_state.weight > v_state.max then
+              v_state.until := 'infinity';
+            elsif v_state.starts = 'rolling' then
+              v_state.until := tokenlimits.room_at(v_state, p_cost * v_state.weight);
+            end if;
+            if v_full is null or v_state.until > v_full.until then
+              v_full := v_state;
+            end if;
           end if;
         end if;
       end loop;
       if v_full is null then
-        v_verdict := row(true, null, v_group_id, null, null);
+        v_verdict := row(true, null, v_group_id, null, null, v_observed);
       elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
-        v_verdict := row(false, 'limit_exceeded', v_group_id, v_states, v_full);
+        v_verdict := row(false, 'limit_exceeded', v_group_id, v_states, v_full, v_observed);
       end if;
       exit when v_verdict.allowed;
     end loop;
@@ -2751,7 +3444,9 @@ begin
           v_at
         );
         -- as of now: others may have reached a later moment already, and have taken the room of what expired by then
-        return tokenlimits.usage_answer(v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false);
+        return tokenlimits.usage_answer(
+          v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false, p_observed => v_verdict.observed
+        );
       exception
         when sqlstate 'TL099' then
           -- everything is rolled back, to be judged again
@@ -2836,6 +3531,7 @@ declare
   v_group_id uuid;
   v_state tokenlimits.limit_state;
   v_full tokenlimits.limit_state;
+  v_observed bigint[];
   v_at timestamptz;
   v_verdict tokenlimits.verdict;
 begin
@@ -2868,18 +3564,19 @@ begin
     end;
   end if;
   v_verdict := row(
-    false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
+    false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null, null
   );
   foreach v_group_id in array v_group_ids loop
     select
       array_agg(
         row(
-          l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
-          c.since, c.until, c.used, null, c.until > v_at, l.name, l.timezone
+          l.group_id, l.counter_id, l.subject, l.kind, l.period, l.starts, l.scope,
+          'enforce', l.max, null, 1,
+          c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone
         )::tokenlimits.limit_state
         order by l.scope = 'group', l.counter_id
       ),
-      bool_and(c.since is not null and c.since <= v_at and c.until > v_at)
+      bool_and(l.is_plain and c.since is not null and c.since <= v_at and c.until > v_at)
       and not (
         select true
         from tokenlimits.holds as h
@@ -2890,11 +3587,11 @@ begin
     into v_states, v_is_plain
     from (
       select
-        i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
+        i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
         case i.scope when 'group' then i.group_id else p_user_id end as subject
       from public.group_limits as i
       inner join public.user_groups as g on g.id = i.group_id
-      where i.group_id = v_group_id and i.kind = p_kind
+      where i.group_id = v_group_id and (i.counts is null and i.kind = p_kind or i.counts ? p_kind)
     ) as l
     left join lateral (
       select k.since, k.until, k.used
@@ -2905,28 +3602,36 @@ begin
     ) as c on true;
     continue when v_states is null;
     if not v_is_plain then
-      v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], p_kind, v_at);
+      v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], array[p_kind], v_at);
     end if;
     v_full := null;
+    v_observed := null;
     foreach v_state in array v_states loop
       if v_state.since > v_at then
         -- the clock was set back behind the counter's period; the usage then belongs to that period
         v_at := v_state.since;
       end if;
-      if not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
-        -- a cost that can never fit waits for ever, as under a full lifetime limit
-        if p_cost > v_state.max then
-          v_state.until := 'infinity';
-        end if;
-        if v_full is null or v_state.until > v_full.until then
-          v_full := v_state;
+      if not (v_state.max is null or v_state.used + p_cost * v_state.weight <= v_state.max) then
+        if v_state.mode = 'observe' then
+          v_observed := v_observed || v_state.counter_id;
+        else
+          v_state.reset_at := null;
+          -- a cost that can never fit waits for ever, as under a full lifetime limit
+          if p_cost * v_state.weight > v_state.max then
+            v_state.until := 'infinity';
+          elsif v_state.starts = 'rolling' then
+            v_state.until := tokenlimits.room_at(v_state, p_cost * v_state.weight);
+          end if;
+          if v_full is null or v_state.until > v_full.until then
+            v_full := v_state;
+          end if;
         end if;
       end if;
     end loop;
     if v_full is null then
-      v_verdict := row(true, null, v_group_id, null, null);
+      v_verdict := row(true, null, v_group_id, null, null, v_observed);
     elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
-      v_verdict := row(false, 'limit_exceeded', v_group_id, v_states, v_full);
+      v_verdict := row(false, 'limit_exceeded', v_group_id, v_states, v_full, v_observed);
     end if;
     exit when v_verdict.allowed;
   end loop;
@@ -3009,9 +3714,9 @@ begin
   where c.subject = p_state.subject and c.counter_id = p_state.counter_id
   for no key update;
   -- read only now, under the lock: each statement has a new snapshot, so this sees what others committed meanwhile
-  v_expired := tokenlimits.expired_cost(
-    p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.since,
-    least(p_at, tokenlimits.clock())
+  v_expired := tokenlimits.expired_of_limit(
+    p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.counts,
+    p_state.since, least(p_at, tokenlimits.clock())
   );
   update tokenlimits.counters as c
   set used = c.used + p_cost
@@ -3043,6 +3748,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_move record;
+  v_is_counted boolean;
   v_moving uuid;
   v_states tokenlimits.limit_state[];
   v_state tokenlimits.limit_state;
@@ -3064,17 +3770,17 @@ begin
   v_states := array(
     select row(l.*)::tokenlimits.limit_state
     from (
-      select m.group_id, m.kind, array_agg(distinct m.user_id) as user_ids
+      select m.group_id, array_agg(distinct m.kind) as kinds, array_agg(distinct m.user_id) as user_ids
       from unnest(p_moves) as m
-      group by m.group_id, m.kind
+      group by m.group_id
     ) as p
-    cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kind, p_at, false)) as l
+    cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, p_at, false)) as l
   );
   for v_move in
-    select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.enforced) as enforced,
-      bool_or(m.created_at < s.since) as is_over
-    from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
-  group_name, timezone, place)
+    select s.place, sum(m.cost * case when s.counts is null then 1 else (s.counts ->> m.kind)::bigint end)::bigint as cost, max(m.created_at) as last,
+      bool_or(m.enforced) and s.mode = 'enforce' as enforced, bool_or(m.created_at < s.since) as is_over
+    from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
+  used, expired, is_open, group_name, timezone, place)
     inner join (
       select g.*, g.group_id as subject, 'group' as scope
       from unnest(p_moves) as g
@@ -3083,10 +3789,10 @@ begin
       from unnest(p_moves) as u
     ) as m
       on
-        m.group_id = s.group_id and m.kind = s.kind and m.subject = s.subject and m.scope = s.scope
+        m.group_id = s.group_id and m.subject = s.subject and m.scope = s.scope and (s.counts is null and s.kind = m.kind or s.counts ? m.kind)
         -- an enforced move can't be skipped: its period ended after it was judged
         and (m.created_at >= s.since or m.enforced)
-    group by s.place, s.scope, s.subject, s.counter_id
+    group by s.place, s.scope, s.subject, s.counter_id, s.mode
     order by s.scope = 'group', s.subject, s.counter_id
   loop
     v_state := v_states[v_move.place];
@@ -3098,8 +3804,9 @@ begin
     if v_state.is_open is null then
       v_state.used := v_state.used - v_move.cost;
     end if;
+    v_is_counted := false;
     if v_state.is_open is not true then
-      perform tokenlimits.open_counter(v_state);
+      v_is_counted := tokenlimits.open_counter(v_state);
     end if;
     update tokenlimits.counters as c
     set used = c.used + v_move.cost
@@ -3112,6 +3819,9 @@ begin
     returning c.used into v_state.used;
     if not found then
       v_state.used := tokenlimits.squeeze(v_state, v_move.cost, v_move.last, p_at);
+    end if;
+    if v_state.starts = 'rolling' and not v_is_counted then
+      perform tokenlimits.move_parts(v_state, p_moves);
     end if;
     v_moved := v_moved || v_state;
   end loop;
@@ -3447,8 +4157,8 @@ as $$
 declare
   v_state tokenlimits.limit_state;
 begin
-  foreach v_state in array tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], p_usage.kind, p_at) loop
-    if p_usage.created_at < v_state.since or not (v_state.max is null or v_state.used + p_cost <= v_state.max) then
+  foreach v_state in array tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], array[p_usage.kind], p_at) loop
+    if p_usage.created_at < v_state.since or not (v_state.max is null or v_state.used + p_cost * v_state.weight <= v_state.max) then
       perform tokenlimits.refuse(
         'TL007',
         format('hold %s expired at %s, and its cost of %s no longer fits', p_usage.id, p_usage.expires_at, p_cost),
@@ -3724,6 +4434,8 @@ begin
       usage integer,
       states integer[],
       used bigint[],
+      -- the counters of observing limits that would have denied it
+      observed bigint[],
       replayed boolean
     );
   end if;
@@ -3997,25 +4709,34 @@ from public, anon, authenticated, service_role;
 --   * Each item is judged by the room that those before it have left, as if it had come alone.
 --   * Nothing is written here, and no lock is waited for. Each limit is read once, however many items it applies to.
 
-create or replace function tokenlimits.states_at(p_states tokenlimits.limit_state[], p_places integer[])
+create or replace function tokenlimits.states_at(
+  p_states tokenlimits.limit_state[],
+  p_places integer[],
+  p_kind text
+)
 returns tokenlimits.limit_state[]
 language plpgsql
 immutable
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_no integer;
+  v_state tokenlimits.limit_state;
+  v_states tokenlimits.limit_state[] := '{}';
 begin
-  return array(
-    select p_states[p.place]
-    from unnest(p_places) with ordinality as p (place, no)
-    order by p.no
-  );
+  foreach v_no in array p_places loop
+    v_state := p_states[v_no];
+    v_state.weight := case when v_state.counts is null then 1 else (v_state.counts ->> p_kind)::bigint end;
+    v_states := v_states || v_state;
+  end loop;
+  return v_states;
 end
 $$;
 
-comment on function tokenlimits.states_at(tokenlimits.limit_state[], integer[])
-is 'tokenlimits: The states at some places.';
+comment on function tokenlimits.states_at(tokenlimits.limit_state[], integer[], text)
+is 'tokenlimits: The states at some places, as those of a kind.';
 
-revoke execute on function tokenlimits.states_at(tokenlimits.limit_state[], integer[])
+revoke execute on function tokenlimits.states_at(tokenlimits.limit_state[], integer[], text)
 from public, anon, authenticated, service_role;
 
 -- Judges the open items in their order, each by the room that those before it have left. Denied items are answered; the
@@ -4039,6 +4760,7 @@ declare
   v_charge tokenlimits.batch_charge;
   v_state tokenlimits.limit_state;
   v_full tokenlimits.limit_state;
+  v_observed bigint[];
   v_verdict tokenlimits.verdict;
   v_at timestamptz;
   v_no integer;
@@ -4049,12 +4771,12 @@ declare
 begin
   states := array(
     select row(s.*)::tokenlimits.limit_state
-    from (select g.id as group_id, i.kind, array_agg(distinct i.user_id) as user_ids
+    from (select g.id as group_id, array_agg(distinct i.kind) as kinds, array_agg(distinct i.user_id) as user_ids
     from unnest(items) as i
     cross join lateral unnest(i.group_ids) as g (id)
     where i.answer is null
-    group by g.id, i.kind) as p
-    cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kind, p_at)) as s
+    group by g.id) as p
+    cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, p_at)) as s
   );
   usages := '{}';
   charges := '{}';
@@ -4070,9 +4792,9 @@ begin
     from unnest(items) as i
     left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
     cross join lateral (values ('group', g.id), ('member', i.user_id)) as w (scope, subject)
-    left join unnest(states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
-group_name, timezone, no)
-      on s.group_id = g.id and s.kind = i.kind and s.scope = w.scope and s.subject = w.subject
+    left join unnest(states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
+used, expired, is_open, group_name, timezone, no)
+      on s.group_id = g.id and s.scope = w.scope and s.subject = w.subject and (s.counts is null and s.kind = i.kind or s.counts ? i.kind)
     where i.answer is null
     group by i.place, i.group_ids, g.id, g.rank
     order by i.place, g.rank
@@ -4081,31 +4803,40 @@ group_name, timezone, no)
       v_item := items[v.place];
       v_at := p_at;
       v_verdict := row(
-        false, case when v_item.group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
+        false, case when v_item.group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null, null
       );
     end if;
     if not v_verdict.allowed and v.states is not null then
       v_full := null;
+      v_observed := null;
       foreach v_no in array v.states loop
         v_state := states[v_no];
+        v_state.weight := case when v_state.counts is null then 1 else (v_state.counts ->> v_item.kind)::bigint end;
         if v_state.since > v_at then
           -- the clock was set back behind the counter's period; the usage then belongs to that period
           v_at := v_state.since;
         end if;
-        if not (v_state.max is null or v_state.used + v_item.cost <= v_state.max) then
-          -- a cost that can never fit waits for ever, as under a full lifetime limit
-          if v_item.cost > v_state.max then
-            v_state.until := 'infinity';
-          end if;
-          if v_full is null or v_state.until > v_full.until then
-            v_full := v_state;
+        if not (v_state.max is null or v_state.used + v_item.cost * v_state.weight <= v_state.max) then
+          if v_state.mode = 'observe' then
+            v_observed := v_observed || v_state.counter_id;
+          else
+            v_state.reset_at := null;
+            -- a cost that can never fit waits for ever, as under a full lifetime limit
+            if v_item.cost * v_state.weight > v_state.max then
+              v_state.until := 'infinity';
+            elsif v_state.starts = 'rolling' then
+              v_state.until := tokenlimits.room_at(v_state, v_item.cost * v_state.weight);
+            end if;
+            if v_full is null or v_state.until > v_full.until then
+              v_full := v_state;
+            end if;
           end if;
         end if;
       end loop;
       if v_full is null then
-        v_verdict := row(true, null, v.group_id, null, null);
+        v_verdict := row(true, null, v.group_id, null, null, v_observed);
       elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
-        v_verdict := row(false, 'limit_exceeded', v.group_id, tokenlimits.states_at(states, v.states), v_full);
+        v_verdict := row(false, 'limit_exceeded', v.group_id, tokenlimits.states_at(states, v.states, v_item.kind), v_full, v_observed);
       end if;
       v_charge.states := v.states;
     end if;
@@ -4132,11 +4863,20 @@ group_name, timezone, no)
       v_charge.place := v.place;
       v_charge.usage := cardinality(usages);
       v_charge.used := '{}';
+      v_charge.observed := v_verdict.observed;
       v_charge.replayed := false;
       -- in memory only: the items to come find less room
       foreach v_no in array v_charge.states loop
-        states[v_no].used := states[v_no].used + v_item.cost;
-        v_charge.used := v_charge.used || states[v_no].used;
+        v_state := states[v_no];
+        v_state.used := v_state.used + v_item.cost * case when v_state.counts is null then 1 else (v_state.counts ->> v_item.kind)::bigint end;
+        if v_state.reset_at = 'infinity' then
+          -- it is the first use in this window
+          v_state.reset_at := case v_state.starts
+            when 'rolling' then v_state.until + 60 * tokenlimits.part_of(v_state.period)
+          end;
+        end if;
+        states[v_no] := v_state;
+        v_charge.used := v_charge.used || v_state.used;
       end loop;
       charges := charges || v_charge;
       if v_item.first_place is not null then
@@ -4190,18 +4930,20 @@ declare
   v_kinds text[];
   v_moves tokenlimits.usage_move[];
   v_move record;
+  v_is_counted boolean;
   v_moving uuid;
   v_states tokenlimits.limit_state[];
   v_state tokenlimits.limit_state;
   v_moved tokenlimits.limit_state[] := '{}';
 begin
   is_held := false;
-  select array_agg(p.group_id), array_agg(p.kind) into v_group_ids, v_kinds
-  from (select g.id as group_id, i.kind, array_agg(distinct i.user_id) as user_ids
+  select array_agg(p.group_id), array_agg(k.kind) into v_group_ids, v_kinds
+  from (select g.id as group_id, array_agg(distinct i.kind) as kinds, array_agg(distinct i.user_id) as user_ids
   from unnest(p_items) as i
   cross join lateral unnest(i.group_ids) as g (id)
   where i.answer is null
-  group by g.id, i.kind) as p;
+  group by g.id) as p
+  cross join lateral unnest(p.kinds) as k (kind);
   v_moves := tokenlimits.write_ledger(
     p_usages,
     array(
@@ -4232,17 +4974,17 @@ begin
   v_states := array(
     select row(l.*)::tokenlimits.limit_state
     from (
-      select m.group_id, m.kind, array_agg(distinct m.user_id) as user_ids
+      select m.group_id, array_agg(distinct m.kind) as kinds, array_agg(distinct m.user_id) as user_ids
       from unnest(v_moves) as m
-      group by m.group_id, m.kind
+      group by m.group_id
     ) as p
-    cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kind, p_at, false)) as l
+    cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, p_at, false)) as l
   );
   for v_move in
-    select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.enforced) as enforced,
-      bool_or(m.created_at < s.since) as is_over
-    from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
-  group_name, timezone, place)
+    select s.place, sum(m.cost * case when s.counts is null then 1 else (s.counts ->> m.kind)::bigint end)::bigint as cost, max(m.created_at) as last,
+      bool_or(m.enforced) and s.mode = 'enforce' as enforced, bool_or(m.created_at < s.since) as is_over
+    from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
+  used, expired, is_open, group_name, timezone, place)
     inner join (
       select g.*, g.group_id as subject, 'group' as scope
       from unnest(v_moves) as g
@@ -4251,10 +4993,10 @@ begin
       from unnest(v_moves) as u
     ) as m
       on
-        m.group_id = s.group_id and m.kind = s.kind and m.subject = s.subject and m.scope = s.scope
+        m.group_id = s.group_id and m.subject = s.subject and m.scope = s.scope and (s.counts is null and s.kind = m.kind or s.counts ? m.kind)
         -- an enforced move can't be skipped: its period ended after it was judged
         and (m.created_at >= s.since or m.enforced)
-    group by s.place, s.scope, s.subject, s.counter_id
+    group by s.place, s.scope, s.subject, s.counter_id, s.mode
     order by s.scope = 'group', s.subject, s.counter_id
   loop
     v_state := v_states[v_move.place];
@@ -4266,8 +5008,9 @@ begin
     if v_state.is_open is null then
       v_state.used := v_state.used - v_move.cost;
     end if;
+    v_is_counted := false;
     if v_state.is_open is not true then
-      perform tokenlimits.open_counter(v_state);
+      v_is_counted := tokenlimits.open_counter(v_state);
     end if;
     update tokenlimits.counters as c
     set used = c.used + v_move.cost
@@ -4280,6 +5023,9 @@ begin
     returning c.used into v_state.used;
     if not found then
       v_state.used := tokenlimits.squeeze(v_state, v_move.cost, v_move.last, p_at);
+    end if;
+    if v_state.starts = 'rolling' and not v_is_counted then
+      perform tokenlimits.move_parts(v_state, v_moves);
     end if;
     v_moved := v_moved || v_state;
   end loop;
@@ -4332,12 +5078,13 @@ declare
   v_usage public.generation_usage;
   v_state tokenlimits.limit_state;
   v_limits tokenlimits.limit_answer[] := '{}';
+  v_would_deny tokenlimits.limit_answer[] := '{}';
   v_tightest tokenlimits.limit_state;
 begin
   for v in
     select s.no, m.used - s.used as others
-    from unnest(p_states) with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
-group_name, timezone, no)
+    from unnest(p_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
+used, expired, is_open, group_name, timezone, no)
     inner join unnest(p_moved) as m on m.counter_id = s.counter_id and m.subject = s.subject
     where s.expired is null and m.used <> s.used
   loop
@@ -4346,16 +5093,40 @@ group_name, timezone, no)
   foreach v_charge in array p_charges loop
     v_usage := p_usages[v_charge.usage];
     v_limits := '{}';
+    v_would_deny := '{}';
     v_tightest := null;
     for i in 1..cardinality(v_charge.states) loop
       v_state := p_states[v_charge.states[i]];
       v_state.used := v_charge.used[i] + v_others[v_charge.states[i]];
+      v_state.weight := case when v_state.counts is null then 1 else (v_state.counts ->> v_usage.kind)::bigint end;
       v_limits := v_limits || row(
-        v_state.kind, v_state.period, v_state.scope, v_state.max, v_state.used,
-        case when v_state.max is not null then greatest(v_state.max - v_state.used, 0) end,
-        nullif(v_state.until, 'infinity')
+        v_state.kind, v_state.period, v_state.starts, v_state.scope, v_state.mode, v_state.max,
+        v_state.used,
+        case when v_state.max is not null then greatest((v_state.max - v_state.used - case
+          when v_state.used > v_state.max then v_state.weight - 1
+          else 0
+        end) / v_state.weight, 0) end,
+        nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight
       )::tokenlimits.limit_answer;
-      if v_state.max - v_state.used < v_tightest.max - v_tightest.used
+      if v_state.mode = 'observe' then
+        if v_state.counter_id = any(v_charge.observed) then
+          v_would_deny := v_would_deny || row(
+        v_state.kind, v_state.period, v_state.starts, v_state.scope, v_state.mode, v_state.max,
+        v_state.used,
+        case when v_state.max is not null then greatest((v_state.max - v_state.used - case
+          when v_state.used > v_state.max then v_state.weight - 1
+          else 0
+        end) / v_state.weight, 0) end,
+        nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight
+      )::tokenlimits.limit_answer;
+        end if;
+      elsif (v_state.max - v_state.used - case
+        when v_state.used > v_state.max then v_state.weight - 1
+        else 0
+      end) / v_state.weight < (v_tightest.max - v_tightest.used - case
+        when v_tightest.used > v_tightest.max then v_tightest.weight - 1
+        else 0
+      end) / v_tightest.weight
         or (v_tightest.max is null and v_state.max is not null)
       then
         v_tightest := v_state;
@@ -4365,10 +5136,13 @@ group_name, timezone, no)
       true, null, null,
       v_usage.id, v_usage.status, v_usage.expires_at,
       case when v_usage.group_id is not null then row(v_usage.group_id, v_state.group_name)::tokenlimits.group_answer end,
-      v_usage.kind, v_usage.cost, v_limits, null,
+      v_usage.kind, v_usage.cost, v_limits, null, v_would_deny,
       -- greatest() ignores nulls, and unlimited is null
-      case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
-      nullif(v_tightest.until, 'infinity'), null, v_charge.replayed
+      case when v_tightest.max is not null then greatest((v_tightest.max - v_tightest.used - case
+      when v_tightest.used > v_tightest.max then v_tightest.weight - 1
+      else 0
+    end) / v_tightest.weight, 0) end,
+      nullif(coalesce(v_tightest.reset_at, v_tightest.until), 'infinity'), null, v_charge.replayed
     )::tokenlimits.generation_answer);
   end loop;
   return p_items;
@@ -4434,12 +5208,11 @@ declare
   -- in the order of their stripes
   v_group_ids uuid[] := array(
     select p.group_id
-    from (select g.id as group_id, i.kind, array_agg(distinct i.user_id) as user_ids
+    from (select g.id as group_id, array_agg(distinct i.kind) as kinds, array_agg(distinct i.user_id) as user_ids
     from unnest(p_items) as i
     cross join lateral unnest(i.group_ids) as g (id)
     where i.answer is null
-    group by g.id, i.kind) as p
-    group by p.group_id
+    group by g.id) as p
     order by get_byte(uuid_send(p.group_id), 15), p.group_id
   );
   v_group_id uuid;
@@ -5392,9 +6165,13 @@ begin
   return coalesce((
     select jsonb_agg(
       to_jsonb(row(
-        s.kind, s.period, s.scope, s.max, s.used,
-        case when s.max is not null then greatest(s.max - s.used, 0) end,
-        nullif(s.until, 'infinity')
+        s.kind, s.period, s.starts, s.scope, s.mode, s.max,
+        s.used,
+        case when s.max is not null then greatest((s.max - s.used - case
+          when s.used > s.max then s.weight - 1
+          else 0
+        end) / s.weight, 0) end,
+        nullif(coalesce(s.reset_at, s.until), 'infinity'), s.weight
       )::tokenlimits.limit_answer) || jsonb_build_object('group', row(g.id, g.name)::tokenlimits.group_answer)
       order by p.place, s.place
     )
@@ -5410,8 +6187,8 @@ begin
     )) with ordinality as p (id, place)
     inner join public.user_groups as g on g.id = p.id
     cross join lateral unnest(tokenlimits.limit_states(p.id, array[p_user_id], null, v_now))
-    with ordinality as s (group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
-group_name, timezone, place)
+    with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
+used, expired, is_open, group_name, timezone, place)
   ), '[]');
 end
 $$;

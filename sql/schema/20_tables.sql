@@ -3,8 +3,8 @@
 -- Invariants
 --   * Only functions of tokenlimits write the ledger, and nothing deletes from it. It has no foreign keys: deleting a
 --     group or a user must not touch millions of rows. It has no checks either: every call would parse each of them.
---   * A limit is identified by (group, kind, period, starts, scope), and keeps its id through every edit. Its counter_id
---     names its counters, and changes whenever they must be recounted.
+--   * A limit is identified by (group, kind, period, starts, scope), and keeps its id through every edit. Its
+--     counter_id names its counters, and changes whenever they must be recounted.
 --   * A time zone is one of pg_timezone_names: PostgreSQL itself would accept 'Foo/Bar5'.
 --   * Every reader can represent every stored timestamp: no infinity, no year beyond four digits.
 --   * A name looks like what it is: NFC, without invisible characters and without those that change text direction.
@@ -66,10 +66,13 @@ create table if not exists public.group_limits (
   constraint group_limits_counter_id_key unique (counter_id),
   constraint group_limits_kind_check check ({{ is_kind('kind') }}),
   constraint group_limits_period_check check (
-    period in {{ periods() }} or ({{ is_multiple('period') }})
+    {{ is_period('period') | indent(4) }}
   ),
   constraint group_limits_starts_check check (
     {{ is_start('starts', 'period') | indent(4) }}
+  ),
+  constraint group_limits_counts_check check (
+    {{ is_counts('counts') | indent(4) }}
   ),
   constraint group_limits_mode_check check (mode in ('enforce', 'observe')),
   constraint group_limits_scope_check check (scope in ('group', 'member')),

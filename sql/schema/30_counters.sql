@@ -27,6 +27,20 @@ create table if not exists tokenlimits.counters (
 ) with (fillfactor = 50);
 comment on table tokenlimits.counters is 'tokenlimits: What a subject has used of a limit in [since, until).';
 
+-- A rolling window is counted in sixtieths. Its counter is current for one of them; in the next, it has lost the
+-- oldest. Only who has locked the counter writes its parts.
+create table if not exists tokenlimits.counter_parts (
+  subject uuid not null,
+  counter_id bigint not null,
+  part timestamptz not null,
+  used bigint not null,
+  constraint counter_parts_pkey primary key (subject, counter_id, part),
+  constraint counter_parts_counter_fkey foreign key (subject, counter_id)
+  references tokenlimits.counters (subject, counter_id) on delete cascade
+);
+comment on table tokenlimits.counter_parts
+is 'tokenlimits: What was used in each part of a rolling window; their sum is the counter.';
+
 -- Members of one group write different slots, so they don't wait for each other; readers sum the slots. A slot may be
 -- negative (after a refund from another connection); their sum is not.
 create table if not exists tokenlimits.usage_rollup (
@@ -87,7 +101,8 @@ create table if not exists tokenlimits.usage_resets (
 comment on table tokenlimits.usage_resets
 is 'tokenlimits: When an admin last reset a group''s usage: its counters count from then.';
 
-revoke all on tokenlimits.counters, tokenlimits.usage_rollup, tokenlimits.usage_resets, tokenlimits.holds
+revoke all on
+tokenlimits.counters, tokenlimits.counter_parts, tokenlimits.usage_rollup, tokenlimits.usage_resets, tokenlimits.holds
 from public, anon, authenticated, service_role;
 
 do $do$
@@ -100,10 +115,18 @@ begin
       subject uuid,
       kind text,
       period text,
+      starts text,
       scope text,
+      mode text,
       max bigint,
+      -- the kinds that it counts, with their weights; null: its own kind
+      counts jsonb,
+      -- of the kind that was asked for; 1 if several were
+      weight bigint,
       since timestamptz,
       until timestamptz,
+      -- when there is room again, if that isn't the end of the period
+      reset_at timestamptz,
       used bigint,
       -- the cost of expired holds that is still in the counter; null: not looked up
       expired bigint,

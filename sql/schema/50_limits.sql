@@ -2,6 +2,7 @@
 --
 -- Invariants
 --   * limit_states returns members' limits first, by member, then the group's: the order in which they are locked.
+--   * A plain limit's counter says what is used. Others need more: limit_states and open_counter know what.
 --   * It reads everything in one snapshot, so the counters that it read include the expired holds that it subtracts.
 
 -- Counts what a counter would contain. For a group: whole buckets from the rollup, and the partial buckets before and
@@ -97,10 +98,288 @@ $$;
   "The cost of expired holds that counters since a moment contain, of a member, or of the group if the user is null."
 ) }}
 
+create or replace function tokenlimits.count_limit(
+  p_group_id uuid,
+  p_user_id uuid,
+  p_kind text,
+  p_counts jsonb,
+  p_since timestamptz,
+  p_until timestamptz
+)
+returns bigint
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+begin
+  if p_counts is null then
+    return tokenlimits.count_usage(p_group_id, p_user_id, p_kind, p_since, p_until);
+  end if;
+  return (
+    select sum(w.value::bigint * tokenlimits.count_usage(p_group_id, p_user_id, w.key, p_since, p_until))::bigint
+    from jsonb_each_text(p_counts) as w
+  );
+end
+$$;
+{{ private(
+  'count_limit(uuid, uuid, text, jsonb, timestamptz, timestamptz)',
+  "What a limit on a kind, or on the kinds of a pool, counts between two moments: see count_usage."
+) }}
+
+create or replace function tokenlimits.expired_of_limit(
+  p_group_id uuid,
+  p_user_id uuid,
+  p_kind text,
+  p_counts jsonb,
+  p_since timestamptz,
+  p_at timestamptz
+)
+returns bigint
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+begin
+  if p_counts is null then
+    return tokenlimits.expired_cost(p_group_id, p_user_id, p_kind, p_since, p_at);
+  end if;
+  return (
+    select sum(w.value::bigint * tokenlimits.expired_cost(p_group_id, p_user_id, w.key, p_since, p_at))::bigint
+    from jsonb_each_text(p_counts) as w
+  );
+end
+$$;
+{{ private(
+  'expired_of_limit(uuid, uuid, text, jsonb, timestamptz, timestamptz)',
+  "What expired holds take from a limit: see expired_cost."
+) }}
+
+create or replace function tokenlimits.anchor_of(p_group_id uuid, p_user_id uuid)
+returns timestamptz
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+begin
+  return coalesce(
+    (
+      select coalesce(m.anchor_at, m.joined_at)
+      from public.group_memberships as m
+      where m.group_id = p_group_id and m.user_id = p_user_id
+    ),
+    (
+      select coalesce(g.anchor_at, g.created_at)
+      from public.user_groups as g
+      where g.id = p_group_id
+    )
+  );
+end
+$$;
+{{ private(
+  'anchor_of(uuid, uuid)',
+  "From when anchored periods are counted, of a member, or of the group if the user is null or no member."
+) }}
+
+-- When the window began that a usage has opened, of a limit whose counter is missing: at the oldest live usage whose
+-- window has not ended. Usage that was recorded for the past opens none.
+create or replace function tokenlimits.opened_at(p_state tokenlimits.limit_state, p_at timestamptz)
+returns timestamptz
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+declare
+  -- two days more, since months differ; what is too old is left out below
+  v_since timestamptz := greatest(
+    p_at - tokenlimits.length_of(p_state.period) - interval '2 days',
+    {{ last_reset('p_state.group_id', 'p_state.kind') | indent(4) }}
+  );
+begin
+  return (
+    select u.created_at
+    from {{ live_usage_of('p_state', 'v_since') | indent(4) }} as u
+    where
+      (u.reserved_cost is not null or u.settled_at = u.created_at)
+      and tokenlimits.end_of(p_state.period, p_state.timezone, u.created_at) > p_at
+    order by u.created_at
+    limit 1
+  );
+end
+$$;
+{{ private(
+  'opened_at(tokenlimits.limit_state, timestamptz)',
+  "When the current window of a limit was opened by a first use, if any is known from the ledger."
+) }}
+
+create or replace function tokenlimits.recorded_parts(p_state tokenlimits.limit_state)
+returns table (part timestamptz, used bigint)
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+declare
+  v_part interval := tokenlimits.part_of(p_state.period);
+begin
+  return query
+  select {{ part_at('v_part', 'u.created_at') }}, sum(u.cost * {{ weight_of('p_state', 'u.kind') }})::bigint
+  from {{ live_usage_of('p_state', 'p_state.since') | indent(2) }} as u
+  group by 1;
+end
+$$;
+{{ private(
+  'recorded_parts(tokenlimits.limit_state)',
+  "What is used in each part of a rolling window, according to the ledger."
+) }}
+
+create or replace function tokenlimits.used_parts(p_state tokenlimits.limit_state, p_at timestamptz)
+returns table (part timestamptz, used bigint)
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+declare
+  v_part interval := tokenlimits.part_of(p_state.period);
+begin
+  return query
+  select q.part, sum(q.used)::bigint
+  from (
+    select c.part, c.used
+    from tokenlimits.counter_parts as c
+    where c.subject = p_state.subject and c.counter_id = p_state.counter_id
+    union all
+    select r.part, r.used
+    from tokenlimits.recorded_parts(p_state) as r
+    where p_state.is_open is null
+    union all
+    select {{ part_at('v_part', 'h.created_at') }}, -h.cost * {{ weight_of('p_state', 'h.kind') }}
+    from tokenlimits.holds as h
+    where
+      h.group_id = p_state.group_id and {{ counts_kind('p_state', 'h.kind') }} and h.expires_at <= p_at
+      and (p_state.scope = 'group' or h.user_id = p_state.subject)
+      and h.created_at >= p_state.since
+  ) as q
+  where q.part > p_state.since - v_part
+  group by q.part;
+end
+$$;
+{{ private(
+  'used_parts(tokenlimits.limit_state, timestamptz)',
+  "What is used in each part of a rolling window, less expired holds; from the ledger, if there is no counter yet."
+) }}
+
+-- A part that began at a moment leaves the window one length after its end.
+create or replace function tokenlimits.room_at(p_state tokenlimits.limit_state, p_cost bigint)
+returns timestamptz
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+declare
+  v_part interval := tokenlimits.part_of(p_state.period);
+begin
+  return coalesce(
+    (
+      select q.part + 61 * v_part
+      from (
+        select p.part, sum(p.used) over (order by p.part) as gone
+        from tokenlimits.used_parts(p_state, tokenlimits.clock()) as p
+      ) as q
+      where p_state.used - q.gone + p_cost <= p_state.max
+      order by q.part
+      limit 1
+    ),
+    -- what a batch is about to use is in no part yet
+    p_state.until + 60 * v_part
+  );
+end
+$$;
+{{ private(
+  'room_at(tokenlimits.limit_state, bigint)',
+  "When a rolling window will have room for a cost."
+) }}
+
+-- Completes a state whose counter is missing, or belongs to another period, or doesn't say when there is room again.
+create or replace function tokenlimits.complete_state(
+  p_state tokenlimits.limit_state,
+  p_window tstzrange,
+  p_at timestamptz
+)
+returns tokenlimits.limit_state
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+declare
+  v_user_id uuid := case p_state.scope when 'member' then p_state.subject end;
+  v_opened_at timestamptz;
+begin
+  if p_state.is_open is not true then
+    if p_window is null then
+      p_window := tokenlimits.window_of(
+        p_state.period, p_state.starts, p_state.timezone,
+        case p_state.starts when 'anchor' then tokenlimits.anchor_of(p_state.group_id, v_user_id) end, p_at
+      );
+    end if;
+    if p_state.starts = 'first_use' then
+      v_opened_at := case when p_state.until is null then tokenlimits.opened_at(p_state, p_at) end;
+      if v_opened_at is null then
+        p_state.reset_at := 'infinity';
+      else
+        p_window := tstzrange(
+          v_opened_at, tokenlimits.end_of(p_state.period, p_state.timezone, v_opened_at)
+        );
+      end if;
+    end if;
+    p_state.since := {{ new_since(
+      'p_window', "case when p_state.starts <> 'rolling' then p_state.until end", 'p_state.group_id', 'p_state.kind'
+    ) | indent(4) }};
+    p_state.used := case
+      when p_state.until is null then tokenlimits.count_limit(
+        p_state.group_id, v_user_id, p_state.kind, p_state.counts, p_state.since, upper(p_window)
+      )
+      when p_state.starts = 'rolling' then coalesce((
+        select sum(c.used)
+        from tokenlimits.counter_parts as c
+        where
+          c.subject = p_state.subject and c.counter_id = p_state.counter_id and c.part >= lower(p_window)
+      ), 0)
+      else 0
+    end;
+    p_state.until := upper(p_window);
+  end if;
+  return p_state;
+end
+$$;
+{{ private(
+  'complete_state(tokenlimits.limit_state, tstzrange, timestamptz)',
+  "A state whose counter was not current, as of a moment."
+) }}
+
+create or replace function tokenlimits.next_leaving(p_state tokenlimits.limit_state, p_at timestamptz)
+returns timestamptz
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+declare
+  v_part interval := tokenlimits.part_of(p_state.period);
+begin
+  return coalesce((
+    select min(q.part) + 61 * v_part
+    from tokenlimits.used_parts(p_state, p_at) as q
+    where q.used > 0
+  ), 'infinity');
+end
+$$;
+{{ private(
+  'next_leaving(tokenlimits.limit_state, timestamptz)',
+  "When the oldest usage leaves a rolling window; infinity if there is none."
+) }}
+
 create or replace function tokenlimits.limit_states(
   p_group_id uuid,
   p_user_ids uuid[],
-  p_kind text,
+  p_kinds text[],
   p_at timestamptz,
   p_less_expired boolean default true
 )
@@ -117,7 +396,7 @@ declare
   v_now timestamptz := least(p_at, tokenlimits.clock());
 begin
   {{ read_limits(
-    'p_group_id', "unnest(case i.scope when 'group' then array[i.group_id] else p_user_ids end)", 'p_kind', 'p_at',
+    'p_group_id', "unnest(case i.scope when 'group' then array[i.group_id] else p_user_ids end)", 'p_kinds', 'p_at',
     of_many=true
   ) | indent(2) }}
   if v_states is null then
@@ -126,73 +405,124 @@ begin
   if v_is_plain then
     return v_states;
   end if;
-  if exists (select from unnest(v_states) as s where s.is_open is not true) then
-    -- a counter is missing (a new limit or member), or belongs to another period
-    for v in
-      select
-        s.place,
-        upper(p.range) as until,
-        {{ new_since('p.range', 's.until', 'p_group_id', 's.kind') | indent(8) }} as since
-      from unnest(v_states) with ordinality as s ({{ state_columns() }}, place)
-      inner join (
-        select d.period, tokenlimits.period_of(d.period, d.timezone, p_at) as range
-        from (
-          select distinct o.period, o.timezone
-          from unnest(v_states) as o
-        ) as d
-      ) as p on p.period = s.period
-      where s.is_open is not true
-    loop
-      v_state := v_states[v.place];
-      v_state.used := case
-        when v_state.until is null then tokenlimits.count_usage(
-          p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v.since, v.until
-        )
-        else 0
-      end;
-      v_state.since := v.since;
-      v_state.until := v.until;
-      v_states[v.place] := v_state;
-    end loop;
-  end if;
-  if p_less_expired and {{ any_expired_of_all('p_group_id', 'p_kind', 'v_now') | indent(2) }} then
+  -- a counter is missing (a new limit or member), or belongs to another period; calendar periods are the same for all
+  for v in
+    select s.place, p.range
+    from unnest(v_states) with ordinality as s ({{ state_columns() }}, place)
+    left join (
+      select d.period, tokenlimits.period_of(d.period, d.timezone, p_at) as range
+      from (
+        select distinct o.period, o.timezone
+        from unnest(v_states) as o
+        where o.starts = 'calendar' and o.is_open is not true
+      ) as d
+    ) as p on p.period = s.period and s.starts = 'calendar'
+    where s.is_open is not true
+  loop
+    v_states[v.place] := tokenlimits.complete_state(v_states[v.place], v.range, p_at);
+  end loop;
+  if p_less_expired and {{ any_expired_of_all('p_group_id', 'p_kinds', 'v_now') | indent(2) }} then
     for i in 1..cardinality(v_states) loop
       v_state := v_states[i];
-      v_state.expired := tokenlimits.expired_cost(
-        p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.since, v_now
+      v_state.expired := tokenlimits.expired_of_limit(
+        p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.counts,
+        v_state.since, v_now
       );
       v_state.used := v_state.used - v_state.expired;
       v_states[i] := v_state;
     end loop;
   end if;
+  for i in 1..cardinality(v_states) loop
+    v_state := v_states[i];
+    if v_state.starts = 'rolling' then
+      v_state.reset_at := tokenlimits.next_leaving(v_state, v_now);
+      v_states[i] := v_state;
+    end if;
+  end loop;
   return v_states;
 end
 $$;
 {{ private(
-  'limit_states(uuid, uuid[], text, timestamptz, boolean)',
-  "A group's limits for users, of one kind or of all, with the usage of each at a moment."
+  'limit_states(uuid, uuid[], text[], timestamptz, boolean)',
+  "A group's limits for users, that count some kinds or (null) any, with the usage of each at a moment."
 ) }}
 
--- The state was read a moment ago. If another call has opened the counter since, that counter stays unchanged.
+-- The state was read a moment ago. If another call has opened the counter since, that counter stays unchanged. Returns
+-- whether it was counted from the ledger, with all of its parts. Otherwise a rolling counter keeps those that still
+-- count: they are read again now, under its lock.
 create or replace function tokenlimits.open_counter(p_state tokenlimits.limit_state)
-returns void
+returns boolean
 language plpgsql
 volatile
 {{ search_path() }}
 as $$
+declare
+  v_is_new boolean;
 begin
   insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
   values (p_state.subject, p_state.counter_id, p_state.since, p_state.until, p_state.used)
   on conflict on constraint counters_pkey do update
   set since = excluded.since, until = excluded.until, used = excluded.used
-  where c.until <= excluded.since;
+  where c.until <= excluded.since or (p_state.starts = 'rolling' and c.until < excluded.until)
+  -- of a new row
+  returning c.xmax = 0 into v_is_new;
+  if p_state.starts = 'rolling' and v_is_new then
+    insert into tokenlimits.counter_parts (subject, counter_id, part, used)
+    select p_state.subject, p_state.counter_id, r.part, r.used
+    from tokenlimits.recorded_parts(p_state) as r;
+  elsif p_state.starts = 'rolling' and found then
+    delete from tokenlimits.counter_parts as p
+    where
+      p.subject = p_state.subject and p.counter_id = p_state.counter_id
+      and p.part <= p_state.since - tokenlimits.part_of(p_state.period);
+    update tokenlimits.counters as c
+    set used = coalesce((
+      select sum(p.used)
+      from tokenlimits.counter_parts as p
+      where p.subject = c.subject and p.counter_id = c.counter_id
+    ), 0)
+    where c.subject = p_state.subject and c.counter_id = p_state.counter_id;
+  end if;
   -- new counters are rare, so this is the time to drop those of removed limits, which would otherwise pile up
   if p_state.scope = 'member' then
     perform tokenlimits.drop_stale_counters(p_state.subject);
   end if;
+  return v_is_new is true;
 end
 $$;
 {{ private('open_counter(tokenlimits.limit_state)', 'Creates a counter, or rolls it over into its new period.') }}
+
+-- The counter is locked: it has just been moved.
+create or replace function tokenlimits.move_parts(
+  p_state tokenlimits.limit_state,
+  p_moves tokenlimits.usage_move[]
+)
+returns void
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+declare
+  v_part interval := tokenlimits.part_of(p_state.period);
+begin
+  insert into tokenlimits.counter_parts as p (subject, counter_id, part, used)
+  select
+    p_state.subject, p_state.counter_id, {{ part_at('v_part', 'm.created_at') }} as part,
+    sum(m.cost * {{ weight_of('p_state', 'm.kind') }})
+  from unnest(p_moves) as m
+  where
+    m.group_id = p_state.group_id and {{ counts_kind('p_state', 'm.kind') }}
+    and (p_state.scope = 'group' or m.user_id = p_state.subject)
+    and m.created_at >= p_state.since
+  group by 3
+  on conflict on constraint counter_parts_pkey do update
+  set used = p.used + excluded.used;
+end
+$$;
+{{ private(
+  'move_parts(tokenlimits.limit_state, tokenlimits.usage_move[])',
+  "Moves the parts of a rolling counter by the moves that it counts."
+) }}
 
 create or replace function tokenlimits.drop_stale_counters(p_subject uuid)
 returns void

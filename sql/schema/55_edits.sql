@@ -43,6 +43,7 @@ as $$
 declare
   v_group_id uuid;
   v_group_ids uuid[];
+  v_state tokenlimits.limit_state;
 begin
   if tg_op = 'INSERT' then
     v_group_ids := array(select distinct n.group_id from new_rows as n);
@@ -58,13 +59,14 @@ begin
   perform tokenlimits.lock_groups(v_group_ids, true);
   foreach v_group_id in array v_group_ids loop
     perform tokenlimits.drop_stale_counters(v_group_id);
-    insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
-    select s.subject, s.counter_id, s.since, s.until, s.used
-    from unnest(tokenlimits.limit_states(v_group_id, '{}', null, tokenlimits.clock(), p_less_expired => false)) as s
-    where s.is_open is not true
-    order by s.counter_id
-    on conflict on constraint counters_pkey do update
-    set since = excluded.since, until = excluded.until, used = excluded.used;
+    foreach v_state in array tokenlimits.limit_states(
+      v_group_id, '{}', null, tokenlimits.clock(), p_less_expired => false
+    ) loop
+      -- a window that no use has opened has no counter
+      if v_state.is_open is not true and not (v_state.starts = 'first_use' and v_state.reset_at = 'infinity') then
+        perform tokenlimits.open_counter(v_state);
+      end if;
+    end loop;
   end loop;
   return null;
 end

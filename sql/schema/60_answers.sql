@@ -39,17 +39,22 @@ begin
       reason text,
       group_id uuid,
       states tokenlimits.limit_state[],
-      denied_by tokenlimits.limit_state
+      denied_by tokenlimits.limit_state,
+      -- the counters of observing limits that would have denied it
+      observed bigint[]
     );
     -- as clients see it: row_to_json costs a fraction of building an object
     create type tokenlimits.limit_answer as (
       kind text,
       period text,
+      starts text,
       scope text,
+      mode text,
       max bigint,
       used bigint,
       remaining bigint,
-      reset_at timestamptz
+      reset_at timestamptz,
+      weight bigint
     );
     create type tokenlimits.group_answer as (id uuid, name text);
     create type tokenlimits.generation_answer as (
@@ -64,6 +69,7 @@ begin
       cost bigint,
       limits tokenlimits.limit_answer[],
       denied_by tokenlimits.limit_answer,
+      would_deny tokenlimits.limit_answer[],
       remaining bigint,
       reset_at timestamptz,
       retry_after numeric,
@@ -92,18 +98,27 @@ begin
     return 'The group is locked at the moment, because its usage or its limits are being changed; try again';
   end if;
   return upper(left(v_kind, 1)) || substr(v_kind, 2)
-    || format(' generation limit exceeded: %s of %s used ', v_limit.used, v_limit.max)
+    || format(' generation limit exceeded: %s of %s ', v_limit.used, v_limit.max)
+    || case when v_limit.counts is not null then replace(v_limit.kind, '_', ' ') || ' ' else '' end
+    || 'used '
     || case v_limit.scope when 'member' then 'by this user ' else '' end
-    || case v_limit.period
-      when 'day' then 'today'
-      when 'lifetime' then 'in total'
+    || case
+      when v_limit.starts = 'rolling' then 'in the last ' || v_limit.period
+      when v_limit.starts <> 'calendar' then 'since ' || to_char(
+        v_limit.since at time zone v_limit.timezone, 'YYYY-MM-DD HH24:MI'
+      )
+      when v_limit.period = 'day' then 'today'
+      when v_limit.period = 'lifetime' then 'in total'
       else 'this ' || v_limit.period
     end
-    || case when p_cost > 1 then format(', %s more asked for', p_cost) else '' end
+    || case
+      when p_cost * v_limit.weight > 1 then format(', %s more asked for', p_cost * v_limit.weight)
+      else ''
+    end
     || case
       when isfinite(v_limit.until)
-        then ', resets ' || to_char(v_limit.until at time zone v_limit.timezone, 'YYYY-MM-DD HH24:MI ')
-          || v_limit.timezone
+        then case v_limit.starts when 'rolling' then ', room again ' else ', resets ' end
+          || to_char(v_limit.until at time zone v_limit.timezone, 'YYYY-MM-DD HH24:MI ') || v_limit.timezone
       else ''
     end;
 end
@@ -129,7 +144,7 @@ declare
   v_group_name text;
 begin
   foreach v_state in array coalesce(p_verdict.states, '{}') loop
-    {{ add_limit('v_state') | indent(4) }}
+    {{ add_limit('v_state', observed='p_verdict.observed') | indent(4) }}
   end loop;
   v_group_name := coalesce(
     v_state.group_name, (select g.name from public.user_groups as g where g.id = p_verdict.group_id)
@@ -160,7 +175,8 @@ $$;
 create or replace function tokenlimits.usage_answer(
   p_usage public.generation_usage,
   p_at timestamptz,
-  p_replayed boolean
+  p_replayed boolean,
+  p_observed bigint[] default null
 )
 returns json
 language plpgsql
@@ -172,11 +188,12 @@ declare
 begin
   v_verdict.allowed := true;
   v_verdict.group_id := p_usage.group_id;
-  v_verdict.states := tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], p_usage.kind, p_at);
+  v_verdict.states := tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], array[p_usage.kind], p_at);
+  v_verdict.observed := p_observed;
   return tokenlimits.answer(v_verdict, p_usage.kind, p_usage.cost, p_usage, p_replayed);
 end
 $$;
 {{ private(
-  'usage_answer(public.generation_usage, timestamptz, boolean)',
+  'usage_answer(public.generation_usage, timestamptz, boolean, bigint[])',
   "A usage of the ledger as workers see it, with its limits at a moment."
 ) }}

@@ -136,7 +136,7 @@ begin
     select g.id
     from unnest({{ payers('p_user_id') | indent(4) }}) with ordinality as g (id, place)
     order by
-      exists (select from public.group_limits as l where l.group_id = g.id and l.kind = p_kind) desc,
+      exists (select from public.group_limits as l where l.group_id = g.id and {{ counts_kind('l', 'p_kind') }}) desc,
       g.place
     limit 1
   );
@@ -287,11 +287,12 @@ begin
               if not found then
                 raise sqlstate 'TL099';
               end if;
-              {{ add_limit('v_state') | indent(14) }}
+              {{ add_limit('v_state', plain=true) | indent(14) }}
             end loop;
             return {{ answer(
               kind='p_kind', cost='p_cost', group_id='v_usage.group_id', group_name='v_state.group_name',
-              usage_id='v_usage.id', status='v_usage.status', expires_at='v_usage.expires_at', replayed='false'
+              usage_id='v_usage.id', status='v_usage.status', expires_at='v_usage.expires_at', replayed='false',
+              reset_at='v_tightest.until', left='v_tightest.max - v_tightest.used'
             ) | indent(12) }};
           end if;
           -- the key is taken; by which usage is looked up below

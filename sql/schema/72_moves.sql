@@ -27,9 +27,9 @@ begin
   where c.subject = p_state.subject and c.counter_id = p_state.counter_id
   for no key update;
   -- read only now, under the lock: each statement has a new snapshot, so this sees what others committed meanwhile
-  v_expired := tokenlimits.expired_cost(
-    p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.since,
-    least(p_at, tokenlimits.clock())
+  v_expired := tokenlimits.expired_of_limit(
+    p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.counts,
+    p_state.since, least(p_at, tokenlimits.clock())
   );
   {{ move_counter('p_state', 'p_cost', 'p_last', 'false', used='c.used - v_expired') | indent(2) }}
   if not found then

@@ -73,8 +73,8 @@ as $$
 declare
   v_state tokenlimits.limit_state;
 begin
-  foreach v_state in array tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], p_usage.kind, p_at) loop
-    if p_usage.created_at < v_state.since or not {{ has_room('v_state.max', 'v_state.used', 'p_cost') }} then
+  foreach v_state in array tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], array[p_usage.kind], p_at) loop
+    if p_usage.created_at < v_state.since or not {{ has_room('v_state.max', 'v_state.used', 'p_cost * v_state.weight') }} then
       perform tokenlimits.refuse(
         'TL007',
         format('hold %s expired at %s, and its cost of %s no longer fits', p_usage.id, p_usage.expires_at, p_cost),

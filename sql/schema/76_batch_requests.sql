@@ -32,6 +32,8 @@ begin
       usage integer,
       states integer[],
       used bigint[],
+      -- the counters of observing limits that would have denied it
+      observed bigint[],
       replayed boolean
     );
   end if;

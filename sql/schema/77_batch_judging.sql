@@ -4,21 +4,33 @@
 --   * Each item is judged by the room that those before it have left, as if it had come alone.
 --   * Nothing is written here, and no lock is waited for. Each limit is read once, however many items it applies to.
 
-create or replace function tokenlimits.states_at(p_states tokenlimits.limit_state[], p_places integer[])
+create or replace function tokenlimits.states_at(
+  p_states tokenlimits.limit_state[],
+  p_places integer[],
+  p_kind text
+)
 returns tokenlimits.limit_state[]
 language plpgsql
 immutable
 {{ search_path() }}
 as $$
+declare
+  v_no integer;
+  v_state tokenlimits.limit_state;
+  v_states tokenlimits.limit_state[] := '{}';
 begin
-  return array(
-    select p_states[p.place]
-    from unnest(p_places) with ordinality as p (place, no)
-    order by p.no
-  );
+  foreach v_no in array p_places loop
+    v_state := p_states[v_no];
+    v_state.weight := {{ weight_of('v_state', 'p_kind') }};
+    v_states := v_states || v_state;
+  end loop;
+  return v_states;
 end
 $$;
-{{ private('states_at(tokenlimits.limit_state[], integer[])', "The states at some places.") }}
+{{ private(
+  'states_at(tokenlimits.limit_state[], integer[], text)',
+  "The states at some places, as those of a kind."
+) }}
 
 -- Judges the open items in their order, each by the room that those before it have left. Denied items are answered; the
 -- others become charges for usages. Also returns the limits by which they were judged, with all charges included.
@@ -41,6 +53,7 @@ declare
   v_charge tokenlimits.batch_charge;
   v_state tokenlimits.limit_state;
   v_full tokenlimits.limit_state;
+  v_observed bigint[];
   v_verdict tokenlimits.verdict;
   v_at timestamptz;
   v_no integer;
@@ -51,8 +64,8 @@ declare
 begin
   states := array(
     select row(s.*)::tokenlimits.limit_state
-    from ({{ pairs_of('items') | indent(4) }}) as p
-    cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kind, p_at)) as s
+    from ({{ groups_of('items') | indent(4) }}) as p
+    cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, p_at)) as s
   );
   usages := '{}';
   charges := '{}';
@@ -69,7 +82,7 @@ begin
     left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
     cross join lateral (values ('group', g.id), ('member', i.user_id)) as w (scope, subject)
     left join unnest(states) with ordinality as s ({{ state_columns() }}, no)
-      on s.group_id = g.id and s.kind = i.kind and s.scope = w.scope and s.subject = w.subject
+      on s.group_id = g.id and s.scope = w.scope and s.subject = w.subject and {{ counts_kind('s', 'i.kind') }}
     where i.answer is null
     group by i.place, i.group_ids, g.id, g.rank
     order by i.place, g.rank
@@ -82,8 +95,9 @@ begin
     if not v_verdict.allowed and v.states is not null then
       {{ weigh(
         'v.group_id', 'v_item.cost',
-        each='foreach v_no in array v.states loop\n  v_state := states[v_no];',
-        states='tokenlimits.states_at(states, v.states)'
+        each="foreach v_no in array v.states loop\n  v_state := states[v_no];\n  v_state.weight := "
+          ~ weight_of('v_state', 'v_item.kind') ~ ';',
+        states='tokenlimits.states_at(states, v.states, v_item.kind)'
       ) | indent(6) }}
       v_charge.states := v.states;
     end if;
@@ -106,11 +120,20 @@ begin
       v_charge.place := v.place;
       v_charge.usage := cardinality(usages);
       v_charge.used := '{}';
+      v_charge.observed := v_verdict.observed;
       v_charge.replayed := false;
       -- in memory only: the items to come find less room
       foreach v_no in array v_charge.states loop
-        states[v_no].used := states[v_no].used + v_item.cost;
-        v_charge.used := v_charge.used || states[v_no].used;
+        v_state := states[v_no];
+        v_state.used := v_state.used + v_item.cost * {{ weight_of('v_state', 'v_item.kind') }};
+        if v_state.reset_at = 'infinity' then
+          -- it is the first use in this window
+          v_state.reset_at := case v_state.starts
+            when 'rolling' then v_state.until + 60 * tokenlimits.part_of(v_state.period)
+          end;
+        end if;
+        states[v_no] := v_state;
+        v_charge.used := v_charge.used || v_state.used;
       end loop;
       charges := charges || v_charge;
       if v_item.first_place is not null then

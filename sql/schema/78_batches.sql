@@ -33,8 +33,9 @@ declare
   {{ variables_of_moves() | indent(2) }}
 begin
   is_held := false;
-  select array_agg(p.group_id), array_agg(p.kind) into v_group_ids, v_kinds
-  from ({{ pairs_of('p_items') | indent(2) }}) as p;
+  select array_agg(p.group_id), array_agg(k.kind) into v_group_ids, v_kinds
+  from ({{ groups_of('p_items') | indent(2) }}) as p
+  cross join lateral unnest(p.kinds) as k (kind);
   v_moves := tokenlimits.write_ledger(
     p_usages,
     array(
@@ -99,11 +100,13 @@ begin
   foreach v_charge in array p_charges loop
     v_usage := p_usages[v_charge.usage];
     v_limits := '{}';
+    v_would_deny := '{}';
     v_tightest := null;
     for i in 1..cardinality(v_charge.states) loop
       v_state := p_states[v_charge.states[i]];
       v_state.used := v_charge.used[i] + v_others[v_charge.states[i]];
-      {{ add_limit('v_state') | indent(6) }}
+      v_state.weight := {{ weight_of('v_state', 'v_usage.kind') }};
+      {{ add_limit('v_state', observed='v_charge.observed') | indent(6) }}
     end loop;
     p_items[v_charge.place].answer := {{ answer(
       kind='v_usage.kind', cost='v_usage.cost', group_id='v_usage.group_id', group_name='v_state.group_name',
@@ -157,8 +160,7 @@ declare
   -- in the order of their stripes
   v_group_ids uuid[] := array(
     select p.group_id
-    from ({{ pairs_of('p_items') | indent(4) }}) as p
-    group by p.group_id
+    from ({{ groups_of('p_items') | indent(4) }}) as p
     order by {{ stripe('p.group_id') }}, p.group_id
   );
   v_group_id uuid;

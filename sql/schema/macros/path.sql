@@ -34,9 +34,10 @@ and {{ name }} !~ '[\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0]'
 ('minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime')
 {%- endmacro %}
 
-{# A period of several units, such as "5 hours": 2 to 366. #}
-{% macro is_multiple(period) -%}
-{{ period }} ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks|months)$'
+{# A period: a single one, or several units, such as "5 hours": 2 to 366. #}
+{% macro is_period(period) -%}
+{{ period }} in {{ periods() }}
+or {{ period }} ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks|months)$'
 {%- endmacro %}
 
 {# Whether periods of that length can begin there. Conditions are flat, as a restored dump writes them. #}
@@ -49,9 +50,15 @@ or ({{ starts }} = 'rolling' and {{ period }} !~ '^(month|year|lifetime)$| month
 
 {# The kinds and weights of a pool: 1 to 50 kinds, whole weights to a million. Null is an ordinary limit. #}
 {% macro is_counts(counts) -%}
-{{ counts }} is null
-or jsonb_typeof({{ counts }}) = 'object' and {{ counts }} <> '{}'
-and not jsonb_path_exists({{ counts }}, '$.keyvalue() ? (@.value.type() != "number" || @.value < 1 || @.value > 1000000 || @.value != @.value.floor() || !(@.key like_regex "^[a-z][a-z0-9_]{0,31}$"))')
+{{ counts }} is null or (
+  jsonb_typeof({{ counts }}) = 'object'
+  and pg_column_size({{ counts }}) < 4096
+  and jsonb_array_length(jsonb_path_query_array({{ counts }}, '$.keyvalue()')) >= 1
+  and jsonb_array_length(jsonb_path_query_array({{ counts }}, '$.keyvalue()')) <= 50
+  and not jsonb_path_exists({{ counts }}, '$.keyvalue() ? (!(@.key like_regex "^[a-z][a-z0-9_]{0,31}$"))')
+  and not jsonb_path_exists({{ counts }}, '$.* ? (@.type() != "number")')
+  and not jsonb_path_exists({{ counts }}, '$.* ? (@ < 1 || @ > 1000000 || @.floor() != @)')
+)
 {%- endmacro %}
 
 {# 10^15 is exact in JavaScript. #}
@@ -146,6 +153,49 @@ date_bin('15 minutes', {{ at }}, '2000-01-01 00:00:00+00')
 {{ since }} = {{ bucket(since) }} and {{ until }} = {{ bucket(until) }}
 {%- endmacro %}
 
+{# The part of a rolling window that contains a moment. #}
+{% macro part_at(part, at) -%}
+date_bin({{ part }}, {{ at }}, '1970-01-01 00:00:00+00')
+{%- endmacro %}
+
+{# Whether a limit counts a kind. #}
+{% macro counts_kind(limit, kind) -%}
+({{ limit }}.counts is null and {{ limit }}.kind = {{ kind }} or {{ limit }}.counts ? {{ kind }})
+{%- endmacro %}
+
+{# How much one unit of a kind takes from a limit that counts it. #}
+{% macro weight_of(limit, kind) -%}
+case when {{ limit }}.counts is null then 1 else ({{ limit }}.counts ->> {{ kind }})::bigint end
+{%- endmacro %}
+
+{# The live usage since a moment that counts for a limit, given its state: a table. Only one half is ever read. #}
+{% macro live_usage_of(state, since) -%}
+(
+  {%- for scope in ['group', 'member'] %}
+  select l.created_at, l.kind, l.cost, l.reserved_cost, l.settled_at
+  from public.generation_usage as l
+  where
+    {{ state }}.scope = '{{ scope }}' and l.group_id = {{ state }}.group_id
+    {%- if scope == 'member' %} and l.user_id = {{ state }}.subject{% endif %}
+    and {{ counts_kind(state, 'l.kind') }} and l.created_at >= {{ since }} and l.status in ('reserved', 'committed')
+  {%- if not loop.last %}
+  union all
+  {%- endif %}
+  {%- endfor %}
+)
+{%- endmacro %}
+
+{# The kinds that a limit counts, with their weights: a table. #}
+{% macro kinds_of(limit) -%}
+(
+  select {{ limit }}.kind, 1::bigint as weight
+  where {{ limit }}.counts is null
+  union all
+  select p.key, p.value::bigint
+  from jsonb_each_text({{ limit }}.counts) as p
+)
+{%- endmacro %}
+
 {#
 The id of a usage: a UUIDv7 (RFC 9562) of its moment, so that new rows go to the right edge of the primary key, and only
 that edge needs memory. Its last four hex digits are those of its home. date_part, since extract computes in slow
@@ -160,8 +210,8 @@ numerics.
 
 {# The columns of limit_state, to unnest an array of states with ordinality. #}
 {% macro state_columns() -%}
-group_id, counter_id, subject, kind, period, scope, max, since, until, used, expired, is_open,
-group_name, timezone
+group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
+used, expired, is_open, group_name, timezone
 {%- endmacro %}
 
 {#
@@ -178,19 +228,23 @@ and reads all live holds; the order is the index's.
 ) is true
 {%- endmacro %}
 
-{# Whether a kind is the one that is asked for; null asks for all. #}
-{% macro is_kind_or_all(its, kind) -%}
-({{ kind }} is null or {{ its }} = {{ kind }})
+{# Whether a limit counts one of several kinds; null asks for all. #}
+{% macro counts_any(limit, kinds) -%}
+({{ kinds }} is null or case
+  when {{ limit }}.counts is null then {{ limit }}.kind = any({{ kinds }})
+  else {{ limit }}.counts ?| {{ kinds }}
+end)
 {%- endmacro %}
 
-{# Whether any of a group have expired, of a kind that may be null: then of all that the group has limits for. #}
-{% macro any_expired_of_all(group_id, kind, at) -%}
+{# Whether any of a group have expired, of the kinds that count for its limits on some kinds; null: on all. #}
+{% macro any_expired_of_all(group_id, kinds, at) -%}
 exists (
   select
   from (
-    select distinct i.kind
+    select distinct w.kind
     from public.group_limits as i
-    where i.group_id = {{ group_id }} and {{ is_kind_or_all('i.kind', kind) }}
+    cross join lateral {{ kinds_of('i') | indent(4) }} as w
+    where i.group_id = {{ group_id }} and {{ counts_any('i', kinds) | indent(4) }}
   ) as k
   where {{ any_expired(group_id, 'k.kind', at) | indent(2) }}
 )
@@ -199,28 +253,34 @@ exists (
 {#
 A group's limits in the order in which counters are locked: members' first, then the group's. `subject` is the subject of
 a limit i. With `of_many`, there are several: an expression that returns a row for each (in "from", it would cost more
-than all the rest), and a null kind means all kinds; one request needs less to sort and to compare. v_is_plain: every
-counter is current, and there is no expired hold to subtract, so the states can be used as they are.
+than all the rest), and a list of kinds (null: all); one request needs less to sort and to compare. v_is_plain: every
+limit is plain, every counter is current, and there is no expired hold to subtract, so the states can be used as they
+are.
 #}
 {% macro read_limits(group_id, subject, kind, at, of_many=false) -%}
 select
   array_agg(
     row(
-      l.group_id, l.counter_id, l.subject, l.kind, l.period, l.scope, l.max,
-      c.since, c.until, c.used, null, c.until > {{ at }}, l.name, l.timezone
+      l.group_id, l.counter_id, l.subject, l.kind, l.period, l.starts, l.scope,
+      {{ 'l.mode, l.max, l.counts, l.weight' if of_many else "'enforce', l.max, null, 1" }},
+      c.since, c.until, null, c.used, null, c.until > {{ at }}, l.name, l.timezone
     )::tokenlimits.limit_state
     order by {{ "l.kind, l.scope = 'group', l.subject" if of_many else "l.scope = 'group'" }}, l.counter_id
   ),
-  bool_and(c.since is not null and c.since <= {{ at }} and c.until > {{ at }})
+  bool_and(l.is_plain and c.since is not null and c.since <= {{ at }} and c.until > {{ at }})
   and not {{ (any_expired_of_all if of_many else any_expired)(group_id, kind, at) | indent(2) }}
 into v_states, v_is_plain
 from (
   select
-    i.group_id, i.counter_id, i.kind, i.period, i.scope, i.max, g.name, g.timezone,
+    i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
+    {%- if of_many %}
+    i.mode, i.counts,
+    case when cardinality({{ kind }}) = 1 then {{ weight_of('i', kind ~ '[1]') }} else 1 end as weight,
+    {%- endif %}
     {{ subject }} as subject
   from public.group_limits as i
   inner join public.user_groups as g on g.id = i.group_id
-  where i.group_id = {{ group_id }} and {{ is_kind_or_all('i.kind', kind) if of_many else 'i.kind = ' ~ kind }}
+  where i.group_id = {{ group_id }} and {{ counts_any('i', kind) | indent(2) if of_many else counts_kind('i', kind) }}
 ) as l
 left join lateral (
   select k.since, k.until, k.used
@@ -239,35 +299,43 @@ v_is_plain boolean;
 {# The verdict before any group is judged. #}
 {% macro unjudged(group_ids) -%}
 v_verdict := row(
-  false, case when {{ group_ids }} = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null
+  false, case when {{ group_ids }} = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null, null
 );
 {%- endmacro %}
 
 {#
 Adds one group to the verdict: it pays, or it may have room before the groups judged so far. `each` loops over its limits
-as v_state; `states` are all of them, for an answer. Uses v_full and v_at.
+as v_state; `states` are all of them, for an answer. Uses v_full, v_observed and v_at.
 #}
 {% macro weigh(group_id, cost, each, states) -%}
 v_full := null;
+v_observed := null;
 {{ each }}
   if v_state.since > v_at then
     -- the clock was set back behind the counter's period; the usage then belongs to that period
     v_at := v_state.since;
   end if;
-  if not {{ has_room('v_state.max', 'v_state.used', cost) }} then
-    -- a cost that can never fit waits for ever, as under a full lifetime limit
-    if {{ cost }} > v_state.max then
-      v_state.until := 'infinity';
-    end if;
-    if v_full is null or v_state.until > v_full.until then
-      v_full := v_state;
+  if not {{ has_room('v_state.max', 'v_state.used', cost ~ ' * v_state.weight') }} then
+    if v_state.mode = 'observe' then
+      v_observed := v_observed || v_state.counter_id;
+    else
+      v_state.reset_at := null;
+      -- a cost that can never fit waits for ever, as under a full lifetime limit
+      if {{ cost }} * v_state.weight > v_state.max then
+        v_state.until := 'infinity';
+      elsif v_state.starts = 'rolling' then
+        v_state.until := tokenlimits.room_at(v_state, {{ cost }} * v_state.weight);
+      end if;
+      if v_full is null or v_state.until > v_full.until then
+        v_full := v_state;
+      end if;
     end if;
   end if;
 end loop;
 if v_full is null then
-  v_verdict := row(true, null, {{ group_id }}, null, null);
+  v_verdict := row(true, null, {{ group_id }}, null, null, v_observed);
 elsif v_verdict.reason <> 'limit_exceeded' or v_full.until < (v_verdict.denied_by).until then
-  v_verdict := row(false, 'limit_exceeded', {{ group_id }}, {{ states }}, v_full);
+  v_verdict := row(false, 'limit_exceeded', {{ group_id }}, {{ states }}, v_full, v_observed);
 end if;
 {%- endmacro %}
 
@@ -282,7 +350,7 @@ foreach v_group_id in array v_group_ids loop
   {{ read_limits('v_group_id', "case i.scope when 'group' then i.group_id else " ~ user_id ~ " end", kind, 'v_at') | indent(2) }}
   continue when v_states is null;
   if not v_is_plain then
-    v_states := tokenlimits.limit_states(v_group_id, array[{{ user_id }}], {{ kind }}, v_at);
+    v_states := tokenlimits.limit_states(v_group_id, array[{{ user_id }}], array[{{ kind }}], v_at);
   end if;
   {{ weigh('v_group_id', cost, each='foreach v_state in array v_states loop', states='v_states') | indent(2) }}
   exit when v_verdict.allowed;
@@ -295,6 +363,7 @@ v_group_ids uuid[];
 v_group_id uuid;
 v_state tokenlimits.limit_state;
 v_full tokenlimits.limit_state;
+v_observed bigint[];
 v_at timestamptz;
 v_verdict tokenlimits.verdict;
 {%- endmacro %}
@@ -420,15 +489,15 @@ from (
 v_states := array(
   select row(l.*)::tokenlimits.limit_state
   from (
-    select m.group_id, m.kind, array_agg(distinct m.user_id) as user_ids
+    select m.group_id, array_agg(distinct m.kind) as kinds, array_agg(distinct m.user_id) as user_ids
     from unnest({{ moves }}) as m
-    group by m.group_id, m.kind
+    group by m.group_id
   ) as p
-  cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kind, {{ at }}, false)) as l
+  cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, {{ at }}, false)) as l
 );
 for v_move in
-  select s.place, sum(m.cost)::bigint as cost, max(m.created_at) as last, bool_or(m.enforced) as enforced,
-    bool_or(m.created_at < s.since) as is_over
+  select s.place, sum(m.cost * {{ weight_of('s', 'm.kind') }})::bigint as cost, max(m.created_at) as last,
+    bool_or(m.enforced) and s.mode = 'enforce' as enforced, bool_or(m.created_at < s.since) as is_over
   from unnest(v_states) with ordinality as s ({{ state_columns() }}, place)
   inner join (
     select g.*, g.group_id as subject, 'group' as scope
@@ -438,10 +507,10 @@ for v_move in
     from unnest({{ moves }}) as u
   ) as m
     on
-      m.group_id = s.group_id and m.kind = s.kind and m.subject = s.subject and m.scope = s.scope
+      m.group_id = s.group_id and m.subject = s.subject and m.scope = s.scope and {{ counts_kind('s', 'm.kind') }}
       -- an enforced move can't be skipped: its period ended after it was judged
       and (m.created_at >= s.since or m.enforced)
-  group by s.place, s.scope, s.subject, s.counter_id
+  group by s.place, s.scope, s.subject, s.counter_id, s.mode
   order by s.scope = 'group', s.subject, s.counter_id
 loop
   v_state := v_states[v_move.place];
@@ -453,12 +522,16 @@ loop
   if v_state.is_open is null then
     v_state.used := v_state.used - v_move.cost;
   end if;
+  v_is_counted := false;
   if v_state.is_open is not true then
-    perform tokenlimits.open_counter(v_state);
+    v_is_counted := tokenlimits.open_counter(v_state);
   end if;
   {{ move_counter('v_state', 'v_move.cost', 'v_move.last', 'not v_move.enforced') | indent(2) }}
   if not found then
     v_state.used := tokenlimits.squeeze(v_state, v_move.cost, v_move.last, {{ at }});
+  end if;
+  if v_state.starts = 'rolling' and not v_is_counted then
+    perform tokenlimits.move_parts(v_state, {{ moves }});
   end if;
   v_moved := v_moved || v_state;
 end loop;
@@ -466,6 +539,7 @@ end loop;
 
 {% macro variables_of_moves() -%}
 v_move record;
+v_is_counted boolean;
 v_moving uuid;
 v_states tokenlimits.limit_state[];
 v_state tokenlimits.limit_state;
@@ -485,21 +559,47 @@ perform tokenlimits.move_usage(
   v_at
 );
 -- as of now: others may have reached a later moment already, and have taken the room of what expired by then
-return tokenlimits.usage_answer(v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false);
+return tokenlimits.usage_answer(
+  v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false, p_observed => v_verdict.observed
+);
 {%- endmacro %}
 
-{# Adds a limit to an answer: to v_limits, and to v_tightest, the one with the least room. #}
-{% macro add_limit(state) -%}
-v_limits := v_limits || {{ limit_answer(state) }};
+{#
+Adds a limit to an answer: to v_limits, to v_would_deny if it only observes that it is full, and to v_tightest, the one
+with the least room. A plain one does the same with less.
+#}
+{% macro add_limit(state, plain=false, observed='null') -%}
+v_limits := v_limits || {{ limit_answer(state, plain) }};
+{%- if plain %}
 if {{ state }}.max - {{ state }}.used < v_tightest.max - v_tightest.used
   or (v_tightest.max is null and {{ state }}.max is not null)
 then
   v_tightest := {{ state }};
 end if;
+{%- else %}
+if {{ state }}.mode = 'observe' then
+  if {{ state }}.counter_id = any({{ observed }}) then
+    v_would_deny := v_would_deny || {{ limit_answer(state) }};
+  end if;
+elsif {{ units_left(state) }} < {{ units_left('v_tightest') }}
+  or (v_tightest.max is null and {{ state }}.max is not null)
+then
+  v_tightest := {{ state }};
+end if;
+{%- endif %}
+{%- endmacro %}
+
+{# How many units of the kind that was asked for fit; rounded down, so negative if more is used than allowed. #}
+{% macro units_left(state) -%}
+({{ state }}.max - {{ state }}.used - case
+  when {{ state }}.used > {{ state }}.max then {{ state }}.weight - 1
+  else 0
+end) / {{ state }}.weight
 {%- endmacro %}
 
 {% macro variables_of_answer() -%}
 v_limits tokenlimits.limit_answer[] := '{}';
+v_would_deny tokenlimits.limit_answer[] := '{}';
 v_tightest tokenlimits.limit_state;
 {%- endmacro %}
 
@@ -508,24 +608,31 @@ The answer that workers get. For an allowed request, remaining and reset_at are 
 for a denied one, reset_at is when the limit that denied it will have room (null: never by itself).
 #}
 {% macro answer(kind, cost, group_id, group_name, usage_id, status, expires_at, replayed,
-  reason='null', error='null', denied_by='null', reset_at='v_tightest.until', retry_after='null') -%}
+  reason='null', error='null', denied_by='null', reset_at='coalesce(v_tightest.reset_at, v_tightest.until)',
+  retry_after='null', left=units_left('v_tightest')) -%}
 row_to_json(row(
   {{ 'true' if reason == 'null' else reason ~ ' is null' }}, {{ reason }}, {{ error }},
   {{ usage_id }}, {{ status }}, {{ expires_at }},
   case when {{ group_id }} is not null then row({{ group_id }}, {{ group_name }})::tokenlimits.group_answer end,
-  {{ kind }}, {{ cost }}, v_limits, {{ denied_by }},
+  {{ kind }}, {{ cost }}, v_limits, {{ denied_by }}, v_would_deny,
   -- greatest() ignores nulls, and unlimited is null
-  case when v_tightest.max is not null then greatest(v_tightest.max - v_tightest.used, 0) end,
+  case when v_tightest.max is not null then greatest({{ left }}, 0) end,
   nullif({{ reset_at }}, 'infinity'), {{ retry_after }}, {{ replayed }}
 )::tokenlimits.generation_answer)
 {%- endmacro %}
 
 {# A limit, as clients see it. #}
-{% macro limit_answer(state) -%}
+{% macro limit_answer(state, plain=false) -%}
 row(
-  {{ state }}.kind, {{ state }}.period, {{ state }}.scope, {{ state }}.max, {{ state }}.used,
+  {{ state }}.kind, {{ state }}.period, {{ state }}.starts, {{ state }}.scope, {{ state }}.mode, {{ state }}.max,
+  {{ state }}.used,
+  {%- if plain %}
   case when {{ state }}.max is not null then greatest({{ state }}.max - {{ state }}.used, 0) end,
-  nullif({{ state }}.until, 'infinity')
+  nullif({{ state }}.until, 'infinity'), 1
+  {%- else %}
+  case when {{ state }}.max is not null then greatest({{ units_left(state) | indent(2) }}, 0) end,
+  nullif(coalesce({{ state }}.reset_at, {{ state }}.until), 'infinity'), {{ state }}.weight
+  {%- endif %}
 )::tokenlimits.limit_answer
 {%- endmacro %}
 
@@ -594,13 +701,13 @@ nullif({{ request }} -> 'metadata', 'null')
 {{ is_request(item ~ '.user_id', item ~ '.kind', item ~ '.cost', item ~ '.idempotency_key', item ~ '.metadata') }}
 {%- endmacro %}
 
-{# The groups and kinds of the open items of a batch, and the users of each. #}
-{% macro pairs_of(items) -%}
-select g.id as group_id, i.kind, array_agg(distinct i.user_id) as user_ids
+{# The groups that may pay for the open items of a batch, with the kinds and users of each. #}
+{% macro groups_of(items) -%}
+select g.id as group_id, array_agg(distinct i.kind) as kinds, array_agg(distinct i.user_id) as user_ids
 from unnest({{ items }}) as i
 cross join lateral unnest(i.group_ids) as g (id)
 where i.answer is null
-group by g.id, i.kind
+group by g.id
 {%- endmacro %}
 
 {% macro variables_of_an_error() -%}
@@ -617,12 +724,17 @@ get stacked diagnostics v_message = message_text, v_detail = pg_exception_detail
 
 {#
 Where a counter that is opened in a period begins: not before the end of its past period, which new time zone rules may
-move into this one, and not before a reset.
+move into this one, and not before a reset. The windows of a rolling limit overlap; for one, pass null as the past.
 #}
 {% macro new_since(period, past_until, group_id, kind) -%}
-greatest(lower({{ period }}), {{ past_until }}, (
+greatest(lower({{ period }}), {{ past_until }}, {{ last_reset(group_id, kind) }})
+{%- endmacro %}
+
+{# When an admin last reset the usage of limits on a kind; null: never. #}
+{% macro last_reset(group_id, kind) -%}
+(
   select max(r.reset_at)
   from tokenlimits.usage_resets as r
   where r.group_id = {{ group_id }} and r.kind in ({{ kind }}, '*')
-))
+)
 {%- endmacro %}
