@@ -28,6 +28,7 @@ from .models import (
     Period,
     Reconciliation,
     Scope,
+    Starts,
     TopMember,
     TrackResult,
     UsageRecord,
@@ -98,6 +99,7 @@ class GroupManager(Base):
         priority: int = 0,
         timezone: str = "UTC",
         is_default: bool = False,
+        anchor_at: datetime | None = None,
         id: UUID | str | None = None,  # noqa: A002  # as the field of what it answers
     ) -> Group:
         """Create a group with its limits, in one step: an error leaves nothing behind.
@@ -109,6 +111,8 @@ class GroupManager(Base):
             priority: A user's groups are tried from high to low.
             timezone: An IANA name, in which the calendar periods begin.
             is_default: Users who are in no group have this group's limits. It replaces the previous default.
+            anchor_at: From when the periods of group limits with `starts="anchor"` are counted; by default, from the
+                group's creation.
             id: An id of your choice that no group has ever had; by default, one is generated.
 
         Raises:
@@ -128,6 +132,7 @@ class GroupManager(Base):
                 priority=priority,
                 timezone=timezone,
                 is_default=is_default,
+                anchor_at=anchor_at,
                 limits=limits,
             )
         )
@@ -141,12 +146,14 @@ class GroupManager(Base):
         priority: int | None = None,
         timezone: str | None = None,
         is_default: bool | None = None,
+        anchor_at: datetime | None = None,
         limits: Limits | None = None,
         unchanged_since: datetime | None = None,
     ) -> Group:
         """Change a group in one step: an error changes nothing, and arguments that are None leave their field alone.
 
-        A new time zone moves the beginning of every period, so usage is recounted from the ledger.
+        A new time zone moves the beginning of every period, and `anchor_at` that of anchored ones, so usage is
+        recounted from the ledger.
 
         Args:
             group_id: Which group.
@@ -155,6 +162,7 @@ class GroupManager(Base):
             priority: A user's groups are tried from high to low.
             timezone: An IANA name, in which the calendar periods begin.
             is_default: Users who are in no group have this group's limits. It replaces the previous default.
+            anchor_at: From when the periods of group limits with `starts="anchor"` are counted.
             limits: The whole set of limits, as `set_limits` takes it.
             unchanged_since: The `updated_at` of the group that you decided by: what somebody else has changed since is
                 not overwritten.
@@ -176,6 +184,7 @@ class GroupManager(Base):
                 priority=priority,
                 timezone=timezone,
                 is_default=is_default,
+                anchor_at=anchor_at,
                 limits=limits,
                 unchanged_since=unchanged_since,
             )
@@ -195,7 +204,7 @@ class GroupManager(Base):
         return self._transport.send(admins.set_limits(group_id, limits))
 
     def set_limit(self, group_id: UUID | str, limit: Limit) -> Group:
-        """Add one limit, or change the max of the one with its kind, period and scope.
+        """Add one limit, or change the max, counts and mode of the one with its kind, period, starts and scope.
 
         Args:
             group_id: Which group.
@@ -208,21 +217,31 @@ class GroupManager(Base):
         return self._transport.send(admins.set_limit(group_id, limit))
 
     def remove_limit(
-        self, group_id: UUID | str, kind: str, *, period: Period = "lifetime", scope: Scope = "group"
+        self,
+        group_id: UUID | str,
+        kind: str,
+        *,
+        period: Period | None = None,
+        scope: Scope = "group",
+        starts: Starts | None = None,
     ) -> Group:
         """Remove one limit; no error when there is none.
 
         Args:
             group_id: Which group.
             kind: The limit's kind.
-            period: The limit's period.
+            period: The limit's period; it may be left out if that names only one limit.
             scope: The limit's scope.
+            starts: Where the limit's periods begin; it may be left out likewise.
+
+        Raises:
+            InvalidRequest: Several limits fit; the error lists them.
 
         Example:
             >>> groups.remove_limit(team.id, "image").limits
             ()
         """
-        return self._transport.send(admins.remove_limit(group_id, kind, period, scope))
+        return self._transport.send(admins.remove_limit(group_id, kind, period, scope, starts))
 
     def get(self, group_id: UUID | str) -> Group:
         """Read one group with its limits.
@@ -295,12 +314,14 @@ class GroupManager(Base):
         """
         return self._transport.send(admins.delete_group(group_id))
 
-    def add_member(self, group_id: UUID | str, user_id: UUID | str) -> bool:
+    def add_member(self, group_id: UUID | str, user_id: UUID | str, *, anchor_at: datetime | None = None) -> bool:
         """Add a user to a group.
 
         Args:
             group_id: Which group.
             user_id: Which user.
+            anchor_at: From when the periods of their limits with `starts="anchor"` are counted; by default, from when
+                they joined. Those of somebody who already is a member don't change.
 
         Returns:
             False if the user already was a member.
@@ -312,7 +333,7 @@ class GroupManager(Base):
             >>> groups.add_member(team.id, user_id), groups.add_member(team.id, user_id)
             (True, False)
         """
-        return self._transport.send(admins.add_member(group_id, user_id))
+        return self._transport.send(admins.add_member(group_id, user_id, anchor_at))
 
     def remove_member(self, group_id: UUID | str, user_id: UUID | str) -> bool:
         """Remove a user from a group; their usage stays, and counts again if they return.
@@ -348,13 +369,19 @@ class GroupManager(Base):
         return self._transport.send(admins.move_member(user_id, from_, to))
 
     def add_members(
-        self, group_id: UUID | str, user_ids: Iterable[UUID | str], *, on_progress: OnProgress | None = None
+        self,
+        group_id: UUID | str,
+        user_ids: Iterable[UUID | str],
+        *,
+        anchor_at: datetime | None = None,
+        on_progress: OnProgress | None = None,
     ) -> BulkResult:
         """Add any number of users to a group, in batches of 5,000; unknown users don't stop the others.
 
         Args:
             group_id: Which group.
             user_ids: The users; repeated ids count once.
+            anchor_at: As for `add_member`.
             on_progress: Called after each batch with the number done and the total.
 
         Returns:
@@ -366,7 +393,7 @@ class GroupManager(Base):
             >>> result.added, len(result.refused), result.refused[0].reason
             (1, 1, 'there is no such user')
         """
-        return self._run(flows.add_members(group_id, user_ids, on_progress))
+        return self._run(flows.add_members(group_id, user_ids, anchor_at, on_progress))
 
     def remove_members(
         self, group_id: UUID | str, user_ids: Iterable[UUID | str], *, on_progress: OnProgress | None = None

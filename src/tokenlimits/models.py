@@ -16,11 +16,14 @@ from pydantic import (
     JsonValue,
     PlainSerializer,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    field_validator,
 )
 
 from ._fields import Cost, Key, Kind, Max, Metadata, Moment, Name, Text, TimeZone
+from ._limits import Counts, Mode, Period, SinglePeriod, Starts, start
 from ._refusals import refusal
 from .errors import GenerationDenied, LimitExceeded, NoLimitForKind, NotInGroup, TokenLimitsError
 
@@ -29,6 +32,7 @@ __all__ = [
     "BulkResult",
     "Cost",
     "CounterDrift",
+    "Counts",
     "GenerationRequest",
     "Group",
     "GroupLimitUsage",
@@ -44,6 +48,7 @@ __all__ = [
     "Max",
     "Member",
     "Metadata",
+    "Mode",
     "Model",
     "Moment",
     "Name",
@@ -55,6 +60,8 @@ __all__ = [
     "Reconciliation",
     "Refused",
     "Scope",
+    "SinglePeriod",
+    "Starts",
     "Status",
     "Text",
     "TimeZone",
@@ -67,9 +74,6 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
-
-Period = Literal["minute", "hour", "day", "week", "month", "lifetime"]
-"""Calendar periods begin in the group's time zone, weeks on Monday; lifetime never ends."""
 
 Scope = Literal["group", "member"]
 """`group`: one pool for all members; `member`: a separate allowance for each member."""
@@ -143,29 +147,54 @@ class GroupRef(Model):
 class Limit(_Made):
     """How much of a kind a group, or each of its members, may use in a period.
 
-    `max` is in units of cost; None is unlimited, and 0 blocks the kind.
+    `max` is in units of cost; None is unlimited, and 0 blocks the kind. `counts` makes the limit a pool that several
+    kinds share, with how many of its units one of each takes. `kind` is then only its name.
 
     Example:
-        >>> Limit(kind="image", max=50, period="day", scope="member")
-        Limit(kind='image', max=50, period='day', scope='member')
+        >>> credits = Limit(kind="credits", max=1000, period="month", counts={"image": 1, "video": 8})
+        >>> credits.period, credits.scope, credits.starts, credits.mode
+        ('month', 'group', 'calendar', 'enforce')
+        >>> Limit(kind="image", max=50, period="5 hours", scope="member", starts="rolling").period
+        '5 hours'
     """
 
     kind: Kind
     max: Max | None
     period: Period = "lifetime"
     scope: Scope = "group"
+    starts: Starts = Field("calendar", validate_default=True)
+    counts: Counts | None = None
+    mode: Mode = "enforce"
+
+    @field_validator("starts")
+    @classmethod
+    def _check_start(cls, starts: Starts, info: ValidationInfo) -> Starts:
+        period: str | None = info.data.get("period")
+        # without a period, that is what is refused
+        return starts if period is None else start(starts, period)
+
+    def __hash__(self) -> int:
+        """Hash what identifies a limit within its group: `counts` can't be hashed."""
+        return hash((self.kind, self.period, self.starts, self.scope))
 
 
 class LimitStatus(Model):
-    """A limit in its current period, which ends at `reset_at`; `used` and `remaining` are in units of cost."""
+    """A limit in its current period, which ends at `reset_at` (None: never by itself, or none is open).
+
+    `used` and `max` are in units of the limit. In an answer about a kind, `remaining` is how many units of that kind
+    still fit, where each takes `weight` of the limit; elsewhere, `weight` is 1.
+    """
 
     kind: str
     period: Annotated[Period, *_Open]
+    starts: Annotated[Starts, *_Open]
     scope: Annotated[Scope, *_Open]
+    mode: Annotated[Mode, *_Open]
     max: int | None
     used: int
     remaining: int | None
     reset_at: AwareDatetime | None
+    weight: int
 
 
 class UserLimit(LimitStatus):
@@ -177,9 +206,10 @@ class UserLimit(LimitStatus):
 class TrackResult(Model):
     """The answer to a generation: whether it is allowed, how much remains, and when it resets.
 
-    Truthy when allowed. `remaining` is the smallest among the limits (None: unlimited). `reset_at` is when the limit
-    with the least room resets or, if denied, when the limit that denied it will have room (None: never by itself);
-    `retry_after` is the number of seconds until then, if denied. `usage_id` is the id of the recorded usage; it is
+    Truthy when allowed. `remaining` is the smallest among the enforced limits (None: unlimited). `reset_at` is when the
+    limit with the least room resets or, if denied, when the limit that denied it will have room (None: never by
+    itself); `retry_after` is the number of seconds until then, if denied. `would_deny` lists the observing limits that
+    had no room for it. `usage_id` is the id of the recorded usage; it is
     opaque. `replayed` is true if an earlier call with the same idempotency key recorded the usage. `code` and `detail`
     belong to the error that `track` would have raised for a refused request of `track_many`.
     """
@@ -195,6 +225,7 @@ class TrackResult(Model):
     cost: int
     limits: tuple[LimitStatus, ...] = ()
     denied_by: LimitStatus | None = None
+    would_deny: tuple[LimitStatus, ...] = ()
     remaining: int | None = None
     reset_at: AwareDatetime | None = None
     retry_after: float | None = None
@@ -311,8 +342,9 @@ class CounterDrift(Model):
     """A counter that differed from the ledger: `subject` is the group or the member, `used` is the correct value."""
 
     kind: str
-    period: Period
-    scope: Scope
+    period: Annotated[Period, *_Open]
+    starts: Annotated[Starts, *_Open]
+    scope: Annotated[Scope, *_Open]
     subject: UUID
     was: int
     used: int
@@ -373,6 +405,7 @@ class LimitPressure(Model):
 
     kind: str
     period: Annotated[Period, *_Open]
+    starts: Annotated[Starts, *_Open]
     max: int
     full: int
     near: int

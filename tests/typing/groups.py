@@ -35,7 +35,8 @@ def manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], te
         assert_type(groups.create("Pro", limits={"image": 100, "video": None}), Group)
         assert_type(groups.create("Pro", limits=[Limit(kind="image", max=1, period="day", scope="member")]), Group)
         assert_type(groups.create("Pro", id=id_), Group)
-        assert_type(groups.create("Pro", id=str(id_)), Group)
+        assert_type(groups.create("Pro", id=str(id_), anchor_at=now), Group)
+        assert_type(groups.update(id_, anchor_at=now), Group)
         assert_type(groups.update(id_, name="Pro", timezone="Europe/Paris", is_default=True), Group)
         assert_type(groups.set_limits(str(id_), {"image": 1}).limits, tuple[Limit, ...])
         assert_type(groups.set_limit(id_, Limit(kind="image", max=1)), Group)
@@ -44,10 +45,10 @@ def manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], te
         assert_type(groups.get_by_name("pro"), Group)
         assert_type(groups.list(search="pr"), list[Group])
         assert_type(groups.delete(id_), Group)
-        assert_type(groups.add_member(id_, id_), bool)
+        assert_type(groups.add_member(id_, id_, anchor_at=now), bool)
         assert_type(groups.remove_member(id_, id_), bool)
         assert_type(groups.move_member(id_, from_=id_, to=id_), bool)
-        assert_type(groups.add_members(id_, ids, on_progress=print), BulkResult)
+        assert_type(groups.add_members(id_, ids, anchor_at=now, on_progress=print), BulkResult)
         assert_type(groups.add_members(id_, texts).refused, tuple[Refused, ...])
         assert_type(groups.remove_members(id_, ids, on_progress=lambda done, total: done / total), int)
         assert_type(groups.members(id_, search="ann@"), Iterator[Member])
@@ -72,7 +73,8 @@ def manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], te
         groups.create("Pro", id=7)  # pyright: ignore[reportArgumentType]
         groups.create(None)  # pyright: ignore[reportArgumentType]
         groups.set_limits(id_, None)  # pyright: ignore[reportArgumentType]
-        groups.remove_limit(id_, "image", period="fortnight")  # pyright: ignore[reportArgumentType]
+        groups.remove_limit(id_, "image", period=5)  # pyright: ignore[reportArgumentType]
+        groups.remove_limit(id_, "image", starts="soon")  # pyright: ignore[reportArgumentType]
         groups.history(id_, bucket="minute")  # pyright: ignore[reportArgumentType]
         groups.export_usage(id_, user_id=id_, bucket="day")  # pyright: ignore[reportArgumentType]
         groups.export_usage(bucket="minute")  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -22,7 +22,7 @@ from tokenlimits import (
     atrack_generation,
     track_generation,
 )
-from tokenlimits.models import GroupRef, LimitStatus, UserLimit
+from tokenlimits.models import GroupRef, LimitStatus, SinglePeriod, UserLimit
 
 
 def one_call(user_id: UUID, client: Client, aclient: AsyncClient, now: datetime) -> None:
@@ -145,9 +145,13 @@ def subclass() -> None:
 
 def models(user_id: UUID) -> None:
     assert_type(Limit(kind="image", max=None).max, int | None)
-    assert_type(Limit(kind="image", max=1).period, Literal["minute", "hour", "day", "week", "month", "lifetime"])
+    assert_type(Limit(kind="image", max=1).period, SinglePeriod | str)
+    Limit(kind="image", max=1, period="5 hours", starts="rolling", counts={"image": 2}, mode="observe")
     assert_type(Limit(kind="image", max=1).scope, Literal["group", "member"])
-    Limit(kind="image", max=1, period="fortnight")  # pyright: ignore[reportArgumentType]
+    Limit(kind="image", max=1, period=5)  # pyright: ignore[reportArgumentType]
+    Limit(kind="image", max=1, starts="soon")  # pyright: ignore[reportArgumentType]
+    Limit(kind="image", max=1, counts=["image"])  # pyright: ignore[reportArgumentType]
+    Limit(kind="image", max=1, mode="allow")  # pyright: ignore[reportArgumentType]
     Limit(kind="image", max=1, scope="world")  # pyright: ignore[reportArgumentType]
     Limit(kind="image", max="1")  # pyright: ignore[reportArgumentType]
     Limit(kind="image")  # pyright: ignore[reportCallIssue]

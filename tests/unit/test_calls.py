@@ -28,7 +28,15 @@ PRO = "0197f0a0-0000-7000-8000-000000000002"
 TEAM = "0197f0a0-0000-7000-8000-000000000003"
 WHEN = "2026-03-01T12:00:00+00:00"
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
-LIMIT = {"kind": "image", "period": "day", "scope": "member", "max": 50}
+LIMIT = {
+    "kind": "image",
+    "period": "day",
+    "starts": "calendar",
+    "scope": "member",
+    "mode": "enforce",
+    "max": 50,
+    "counts": None,
+}
 GROUP: dict[str, Any] = {
     "id": PRO,
     "name": "Pro",
@@ -42,7 +50,7 @@ GROUP: dict[str, Any] = {
     "a field of a newer server": 1,
 }
 A_GROUP = Group.model_validate(GROUP)
-STATUS = {**LIMIT, "used": 2, "remaining": 48, "reset_at": WHEN}
+STATUS = {**LIMIT, "used": 2, "remaining": 48, "reset_at": WHEN, "weight": 1}
 RESULT: dict[str, Any] = {
     "allowed": True,
     "reason": None,
@@ -55,6 +63,7 @@ RESULT: dict[str, Any] = {
     "cost": 2,
     "limits": [STATUS],
     "denied_by": None,
+    "would_deny": [],
     "remaining": 48,
     "reset_at": WHEN,
     "retry_after": None,
@@ -168,13 +177,15 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
             priority=0,
             timezone="UTC",
             is_default=False,
+            anchor_at=None,
         ),
         "save_group",
         {
             "p_group_id": None,
             "p_name": "Pro",
             "p_description": "",
-            "p_limits": [{"kind": "image", "max": 5, "period": "lifetime", "scope": "group"}],
+            "p_limits": [{**LIMIT, "max": 5, "period": "lifetime", "scope": "group"}],
+            "p_anchor_at": None,
             "p_priority": 0,
             "p_timezone": "UTC",
             "p_is_default": False,
@@ -184,9 +195,15 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         A_GROUP,
     ),
     "update": (
-        admins.update_group(PRO, name=None, description="x", is_default=False, priority=0),
+        admins.update_group(PRO, name=None, description="x", is_default=False, priority=0, anchor_at=NOW),
         "save_group",
-        {"p_group_id": PRO, "p_description": "x", "p_is_default": False, "p_priority": 0},
+        {
+            "p_group_id": PRO,
+            "p_description": "x",
+            "p_is_default": False,
+            "p_priority": 0,
+            "p_anchor_at": NOW.isoformat(),
+        },
         True,
         GROUP,
         A_GROUP,
@@ -208,9 +225,17 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         A_GROUP,
     ),
     "remove_limit": (
-        admins.remove_limit(PRO, "image", "day", "member"),
+        admins.remove_limit(PRO, "image", "day", "member", "anchor"),
         "remove_group_limit",
-        {"p_group_id": PRO, "p_kind": "image", "p_period": "day", "p_scope": "member"},
+        {"p_group_id": PRO, "p_kind": "image", "p_period": "day", "p_scope": "member", "p_starts": "anchor"},
+        True,
+        GROUP,
+        A_GROUP,
+    ),
+    "remove_limit, the only one": (
+        admins.remove_limit(PRO, "image", None, "group", None),
+        "remove_group_limit",
+        {"p_group_id": PRO, "p_kind": "image", "p_period": None, "p_scope": "group", "p_starts": None},
         True,
         GROUP,
         A_GROUP,
@@ -243,25 +268,25 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
     ),
     "delete": (admins.delete_group(PRO), "delete_group", {"p_group_id": PRO}, False, GROUP, A_GROUP),
     "add_members": (
-        admins.add_members(PRO, [ANN]),
+        admins.add_members(PRO, [ANN], NOW),
         "add_group_members",
-        {"p_group_id": PRO, "p_user_ids": [ANN]},
+        {"p_group_id": PRO, "p_user_ids": [ANN], "p_anchor_at": NOW.isoformat()},
         True,
         {"added": 1, "already": 0, "unknown": [TEAM]},
         lambda page: (page.added, page.already, page.unknown) == (1, 0, (UUID(TEAM),)),
     ),
     "add_member": (
-        admins.add_member(PRO, ANN),
+        admins.add_member(PRO, ANN, None),
         "add_group_members",
-        {"p_group_id": PRO, "p_user_ids": [ANN]},
+        {"p_group_id": PRO, "p_user_ids": [ANN], "p_anchor_at": None},
         True,
         {"added": 1, "already": 0, "unknown": []},
         True,
     ),
     "add_member again": (
-        admins.add_member(PRO, ANN),
+        admins.add_member(PRO, ANN, None),
         "add_group_members",
-        {"p_group_id": PRO, "p_user_ids": [ANN]},
+        {"p_group_id": PRO, "p_user_ids": [ANN], "p_anchor_at": None},
         True,
         {"added": 0, "already": 1, "unknown": []},
         False,
@@ -517,7 +542,7 @@ class TestNoGroup:
 
 def test_an_unknown_user_cannot_be_added() -> None:
     with pytest.raises(UnknownUser, match=ANN) as caught:
-        admins.add_member(PRO, ANN).parse({"added": 0, "already": 0, "unknown": [ANN]})
+        admins.add_member(PRO, ANN, None).parse({"added": 0, "already": 0, "unknown": [ANN]})
     assert caught.value.code == "TL004"
 
 

@@ -178,7 +178,7 @@ class TestAddMembers:
             missing = [UUID(id_) for id_ in part if id_ in unknown]
             return AddedPage(added=len(part) - len(missing) - 1, already=1, unknown=tuple(missing))
 
-        result, calls = drive(flows.add_members(PRO, ids, lambda *done: progress.append(done)), server)
+        result, calls = drive(flows.add_members(PRO, ids, None, lambda *done: progress.append(done)), server)
         assert [len(call.params["p_user_ids"]) for call in calls] == [5000, 5000, 2001]
         assert [id_ for call in calls for id_ in call.params["p_user_ids"]] == [str(id_) for id_ in ids]
         assert progress == [(5000, 12_001), (10_000, 12_001), (12_001, 12_001)]
@@ -194,22 +194,22 @@ class TestAddMembers:
         one, two = uuid4(), uuid4()
         written = [one, str(one), str(one).upper(), one.hex, f"{{{one}}}", one.urn, two]
         answer = AddedPage(added=2, already=0, unknown=())
-        _, calls = drive(flows.add_members(PRO, written, None), lambda _: answer)
+        _, calls = drive(flows.add_members(PRO, written, None, None), lambda _: answer)
         assert [call.params["p_user_ids"] for call in calls] == [[str(one), str(two)]]
 
     def test_nobody(self) -> None:
         progress: list[tuple[int, int]] = []
-        result, calls = drive(flows.add_members(PRO, [], lambda *done: progress.append(done)), lambda _: None)
+        result, calls = drive(flows.add_members(PRO, [], None, lambda *done: progress.append(done)), lambda _: None)
         assert result == BulkResult(added=0, already=0, refused=())
         assert calls == progress == []
 
     def test_any_iterable(self) -> None:
         answer = AddedPage(added=2, already=0, unknown=())
-        flow = flows.add_members(PRO, (uuid4() for _ in range(2)), None)
+        flow = flows.add_members(PRO, (uuid4() for _ in range(2)), None, None)
         assert drive(flow, lambda _: answer)[0].added == 2
 
     def test_a_bad_id_far_behind_stops_all_before_anything_is_sent(self) -> None:
-        flow = flows.add_members(PRO, [*(uuid4() for _ in range(6_000)), "ann"], None)
+        flow = flows.add_members(PRO, [*(uuid4() for _ in range(6_000)), "ann"], None, None)
         with pytest.raises(ValueError, match=r"^user_ids\[6000\]: "):
             next(flow)
 

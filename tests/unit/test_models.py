@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 from datetime import datetime
+from itertools import product
 from typing import Any, ClassVar, get_args
 from uuid import UUID
 
@@ -21,9 +22,25 @@ from tokenlimits import (
     TrackResult,
     models,
 )
-from tokenlimits.models import Group, GroupUsage, LimitStatus, Model, Period, Reason, Scope, User, _Made
+from tokenlimits._core import arguments
+from tokenlimits.errors import InvalidRequest
+from tokenlimits.models import (
+    Group,
+    GroupUsage,
+    LimitStatus,
+    Mode,
+    Model,
+    Period,
+    Reason,
+    Scope,
+    SinglePeriod,
+    Starts,
+    User,
+    _Made,
+)
 
 MODELS = [cls for _, cls in inspect.getmembers(models, inspect.isclass) if issubclass(cls, Model) and cls is not Model]
+LIMIT = {"kind": "image", "period": "day", "starts": "calendar", "scope": "group", "mode": "enforce"}
 ID = UUID("0197f0a0-0000-7000-8000-000000000001")
 
 
@@ -111,11 +128,11 @@ class TestWordsOfANewerServer:
 
     def test_are_not_for_what_a_caller_writes(self) -> None:
         with pytest.raises(ValidationError):
-            Limit.model_validate({"kind": "image", "max": 1, "period": "year"})
+            Limit.model_validate({"kind": "image", "max": 1, "period": "century"})
 
     def test_are_those_that_are_known_to_whoever_reads_the_schema(self) -> None:
         period = LimitStatus.model_json_schema(mode="serialization")["properties"]["period"]
-        assert period["enum"] == list(get_args(Period))
+        assert period["anyOf"][0]["enum"] == list(get_args(SinglePeriod))
 
 
 class TestTrackResult:
@@ -167,7 +184,7 @@ class TestLimit:
         limit = Limit(kind="image", max=3)
         assert (limit.period, limit.scope) == ("lifetime", "group")
 
-    @pytest.mark.parametrize("period", get_args(Period))
+    @pytest.mark.parametrize("period", get_args(SinglePeriod))
     @pytest.mark.parametrize("scope", get_args(Scope))
     @pytest.mark.parametrize("maximum", [None, 0, 10**15])
     def test_takes(self, period: Period, scope: Scope, maximum: int | None) -> None:
@@ -184,20 +201,94 @@ class TestLimit:
             {"max": True},
             {"max": "5"},
             {"max": 5.0},
-            {"period": "fortnight"},
             {"scope": "world"},
+            {"mode": "allow"},
+            {"starts": "soon"},
         ],
     )
     def test_does_not_take(self, fields: dict[str, Any]) -> None:
         with pytest.raises(ValidationError):
             Limit(**{"kind": "image", "max": 1} | fields)
 
+    @pytest.mark.parametrize(
+        ("period", "starts"),
+        [
+            *product(["minute", "hour", "day", "week", "month", "year"], ["calendar", "anchor", "first_use"]),
+            ("lifetime", "calendar"),
+            *product(["minute", "hour", "day", "week", "2 minutes", "366 weeks"], ["rolling"]),
+            *product(["2 minutes", "5 hours", "99 days", "366 weeks"], ["anchor", "first_use"]),
+            *product(["2 months", "24 months"], ["anchor"]),
+        ],
+    )
+    def test_periods_may_begin(self, period: Period, starts: Starts) -> None:
+        limit = Limit(kind="image", max=1, period=period, starts=starts)
+        assert (limit.period, limit.starts) == (period, starts)
+
+    @pytest.mark.parametrize(
+        ("period", "starts", "wanted"),
+        [
+            *product(["2 minutes", "5 hours", "99 days", "366 weeks"], ["calendar"], ["anchor, first_use or rolling"]),
+            *product(["2 months", "24 months"], ["calendar", "first_use", "rolling"], ["must be anchor"]),
+            *product(["month", "year"], ["rolling"], ["must not be rolling"]),
+            *product(["lifetime"], ["anchor", "first_use", "rolling"], ["must be calendar"]),
+        ],
+    )
+    def test_periods_may_not_begin(self, period: Period, starts: Starts, wanted: str) -> None:
+        with pytest.raises(InvalidRequest, match=rf"^limits\[0\]\.starts: {wanted} ") as caught:
+            arguments.limits([{"kind": "image", "max": 1, "period": period, "starts": starts}])  # pyright: ignore[reportArgumentType]
+        assert caught.value.detail == "limits[0].starts"
+
+    @pytest.mark.parametrize("unit", ["minute", "hour", "day", "week", "month"])
+    def test_one_unit_needs_no_number(self, unit: str) -> None:
+        assert Limit(kind="image", max=1, period=f"1 {unit}").period == unit
+        assert Limit(kind="image", max=1, period=f"1 {unit}s").period == unit
+        assert Limit(kind="image", max=1, period=f"2 {unit}", starts="anchor").period == f"2 {unit}s"
+
+    @pytest.mark.parametrize(
+        "period",
+        [
+            *["fortnight", "hours", "0 hours", "01 hours", "1.5 hours", "-2 hours", "2  hours", "2 hours ", "2 Hours"],
+            *["367 days", "1000 days", "25 months", "2 years", "1 year", "2 lifetimes", "", " hour", 5, None, ["hour"]],
+        ],
+    )
+    @pytest.mark.parametrize("starts", get_args(Starts))
+    def test_other_periods_are_refused(self, period: Any, starts: Starts) -> None:
+        with pytest.raises(InvalidRequest, match=r'^limits\[0\]\.period: must be minute, .*like "5 hours" \(got '):
+            arguments.limits([{"kind": "image", "max": 1, "period": period, "starts": starts}])  # pyright: ignore[reportArgumentType]
+
+    @pytest.mark.parametrize("counts", [{"image": 1}, {f"kind_{n}": 1_000_000 for n in range(50)}])
+    @pytest.mark.parametrize("mode", get_args(Mode))
+    def test_a_pool_counts(self, counts: dict[str, int], mode: Mode) -> None:
+        pool = Limit(kind="credits", max=1, counts=counts, mode=mode)
+        assert (pool.counts, pool.mode) == (counts, mode)
+        assert hash(pool) == hash(Limit(kind="credits", max=2))
+        assert pool != Limit(kind="credits", max=1, mode=mode)
+
+    @pytest.mark.parametrize(
+        ("counts", "field"),
+        [
+            ({}, "counts"),
+            ({f"kind_{n}": 1 for n in range(51)}, "counts"),
+            (["image"], "counts"),
+            ({"Image": 1}, "counts.Image"),
+            ({"image": 0}, "counts.image"),
+            ({"image": 1_000_001}, "counts.image"),
+            ({"image": 1.0}, "counts.image"),
+            ({"image": True}, "counts.image"),
+            ({"image": None}, "counts.image"),
+        ],
+    )
+    def test_a_pool_does_not_count(self, counts: Any, field: str) -> None:
+        with pytest.raises(InvalidRequest) as caught:
+            arguments.limits([{"kind": "credits", "max": 1, "counts": counts}])  # pyright: ignore[reportArgumentType]
+        assert caught.value.detail == f"limits[0].{field}"
+
     def test_its_max_must_be_said(self) -> None:
         with pytest.raises(ValidationError):
             Limit(kind="image")  # pyright: ignore[reportCallIssue]
 
     def test_unlimited(self) -> None:
-        status = {"kind": "image", "period": "lifetime", "scope": "group", "max": None, "used": 7}
+        status = LIMIT | {"period": "lifetime", "max": None, "used": 7, "weight": 1}
         read = LimitStatus.model_validate({**status, "remaining": None, "reset_at": None})
         assert (read.max, read.remaining, read.reset_at) == (None, None, None)
 
@@ -213,7 +304,7 @@ class TestGenerationRequest:
 
 
 def test_a_fraction_may_pass_one_after_a_limit_was_lowered() -> None:
-    limit = {"kind": "image", "period": "day", "scope": "group", "max": 2, "used": 3, "remaining": 0, "reset_at": None}
+    limit = LIMIT | {"max": 2, "used": 3, "remaining": 0, "reset_at": None, "weight": 1}
     usage = GroupUsage.model_validate(
         {"group": {"id": ID}, "member_count": 1, "limits": [{**limit, "capacity": 2, "fraction": 1.5}]}
     )

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from tokenlimits.errors import GroupNotFound, UnknownUser
-from tokenlimits.models import Group, Limit, Member, Model, Page, Period, Scope, User
+from tokenlimits.models import Group, Limit, Member, Model, Page, Period, Scope, Starts, User
 
 from . import arguments
 from .arguments import Id, Limits, parser
@@ -71,13 +71,14 @@ def set_limit(group_id: Id, limit: Limit) -> Call[Group]:
     return Call("set_group_limit", params, _GROUP)
 
 
-def remove_limit(group_id: Id, kind: str, period: Period, scope: Scope) -> Call[Group]:
-    """Remove one limit."""
+def remove_limit(group_id: Id, kind: str, period: Period | None, scope: Scope, starts: Starts | None) -> Call[Group]:
+    """Remove one limit; only the database knows whether a kind and a scope name just one."""
     params = {
         **arguments.of_group(group_id),
         "p_kind": arguments.kind(kind),
-        "p_period": arguments.period(period),
+        "p_period": arguments.optional_period(period),
         "p_scope": arguments.scope(scope),
+        "p_starts": arguments.optional_starts(starts),
     }
     return Call("remove_group_limit", params, _GROUP)
 
@@ -132,12 +133,17 @@ def delete_group(group_id: Id) -> Call[Group]:
     return Call("delete_group", arguments.of_group(group_id), _GROUP, retry_safe=False)
 
 
-def add_members(group_id: Id, user_ids: list[str]) -> Call[AddedPage]:
+def add_members(group_id: Id, user_ids: list[str], anchor_at: datetime | None) -> Call[AddedPage]:
     """Add up to a few thousand users to a group."""
-    return Call("add_group_members", {**arguments.of_group(group_id), "p_user_ids": user_ids}, _ADDED)
+    params = {
+        **arguments.of_group(group_id),
+        "p_user_ids": user_ids,
+        "p_anchor_at": arguments.anchor(anchor_at),
+    }
+    return Call("add_group_members", params, _ADDED)
 
 
-def add_member(group_id: Id, user_id: Id) -> Call[bool]:
+def add_member(group_id: Id, user_id: Id, anchor_at: datetime | None) -> Call[bool]:
     """Add one user to a group."""
     id_ = arguments.id_(user_id, "user_id")
 
@@ -149,7 +155,8 @@ def add_member(group_id: Id, user_id: Id) -> Call[bool]:
             )
         return page.added == 1
 
-    return Call("add_group_members", {**arguments.of_group(group_id), "p_user_ids": [id_]}, parse)
+    call = add_members(group_id, [id_], anchor_at)
+    return Call(call.function, call.params, parse)
 
 
 def remove_members(group_id: Id, user_ids: list[str]) -> Call[int]:

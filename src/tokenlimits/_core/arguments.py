@@ -25,6 +25,7 @@ from tokenlimits.models import (
     OnUnavailable,
     Period,
     Scope,
+    Starts,
     Text,
     TimeZone,
 )
@@ -52,6 +53,7 @@ _ON_UNAVAILABLE = parser(OnUnavailable)
 _PERIOD = parser(Period)
 _PRIORITY = parser(Annotated[StrictInt, Field(ge=-(2**31), lt=2**31)])
 _SCOPE = parser(Scope)
+_STARTS = parser(Starts)
 _SETTLED_COST = parser(Annotated[StrictInt, Field(ge=0, le=1_000_000_000)])
 _TEXT = parser(Text)
 _TIMEZONE = parser(TimeZone)
@@ -60,6 +62,7 @@ _UUID = parser(UUID)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 """No usage is older: ids count the milliseconds since."""
+_YEAR_9999 = datetime(9999, 1, 1, tzinfo=UTC)
 
 
 def checked(parse: Callable[[Any], T], value: object, field: str = "") -> T:
@@ -70,7 +73,8 @@ def checked(parse: Callable[[Any], T], value: object, field: str = "") -> T:
         first, title = error.errors(include_url=False)[0], error.title
     path = field
     for part in first["loc"]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+        # a bad key is named by its own part
+        path += "" if part == "[key]" else f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     if first["type"] == "extra_forbidden":
         raise refused(path, f"is not a field of {title}", first["input"])
     pattern = str(first.get("ctx", {}).get("pattern"))
@@ -150,9 +154,14 @@ def optional_kind(value: str | None) -> str | None:
     return None if value is None else kind(value)
 
 
-def period(value: Period) -> Period:
-    """Check a period."""
-    return checked(_PERIOD, value, "period")
+def optional_period(value: Period | None) -> Period | None:
+    """Check a period, or None."""
+    return None if value is None else checked(_PERIOD, value, "period")
+
+
+def optional_starts(value: Starts | None) -> Starts | None:
+    """Check where periods begin, or None."""
+    return None if value is None else checked(_STARTS, value, "starts")
 
 
 def scope(value: Scope) -> Scope:
@@ -263,9 +272,21 @@ def moment(value: datetime | None, field: str) -> str | None:
 
 def recorded_at(value: datetime | None) -> str | None:
     """Check when a usage was, or None: now."""
-    text = moment(value, "created_at")
+    return _since_1970(value, "created_at")
+
+
+def anchor(value: datetime | None) -> str | None:
+    """Check from when periods are counted, or None."""
+    text = _since_1970(value, "anchor_at")
+    if value is not None and value >= _YEAR_9999:
+        raise refused("anchor_at", "must be before the year 9999", value)
+    return text
+
+
+def _since_1970(value: datetime | None, field: str) -> str | None:
+    text = moment(value, field)
     if value is not None and value < EPOCH:
-        raise refused("created_at", "must not be before 1970", value)
+        raise refused(field, "must not be before 1970", value)
     return text
 
 
@@ -297,11 +318,11 @@ def limits(value: Limits) -> list[dict[str, Any]]:
     else:
         given = list(_iterable(value, "limits"))
     parsed = [checked(Limit.model_validate, each, f"limits[{index}]") for index, each in enumerate(given)]
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[tuple[str, str, str, str]] = set()
     for index, each in enumerate(parsed):
-        identity = (each.kind, each.period, each.scope)
+        identity = (each.kind, each.period, each.starts, each.scope)
         if identity in seen:
-            raise refused(f"limits[{index}]", "occurs twice; there is one max per kind, period and scope", each)
+            raise refused(f"limits[{index}]", "occurs twice; there is one max per kind, period, starts and scope", each)
         seen.add(identity)
     return [each.model_dump() for each in parsed]
 
@@ -318,6 +339,7 @@ _GROUP_FIELDS: Mapping[str, Callable[[Any], Any]] = {
     "timezone": partial(checked, _TIMEZONE, field="timezone"),
     "is_default": partial(checked, _FLAG, field="is_default"),
     "limits": limits,
+    "anchor_at": anchor,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
+from datetime import datetime
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
@@ -98,14 +99,16 @@ def _chunks(ids: list[str]) -> list[list[str]]:
     return [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)]
 
 
-def add_members(group_id: Id, user_ids: Iterable[Id], on_progress: OnProgress | None) -> Flow[BulkResult]:
+def add_members(
+    group_id: Id, user_ids: Iterable[Id], anchor_at: datetime | None, on_progress: OnProgress | None
+) -> Flow[BulkResult]:
     """Add any number of users to a group."""
     arguments.callback(on_progress, "on_progress")
     ids = _distinct(user_ids)
     added = already = done = 0
     refused: list[Refused] = []
     for chunk in _chunks(ids):
-        page: AddedPage = yield admins.add_members(group_id, chunk)
+        page: AddedPage = yield admins.add_members(group_id, chunk, anchor_at)
         added += page.added
         already += page.already
         refused += [Refused(user_id=user_id, reason="there is no such user") for user_id in page.unknown]

@@ -9,7 +9,7 @@ from typing import Annotated, get_args
 import typer
 
 from tokenlimits import GroupManager, Limit
-from tokenlimits.models import Group, Period, Scope
+from tokenlimits.models import Group, Scope, SinglePeriod
 
 from ._find import find_group, kind_meant, manager
 from ._options import AsJson, GroupArgument, Yes
@@ -77,10 +77,10 @@ def _maximum(text: str, amount: str) -> int | None:
 
 
 def _limit(text: str, kind: str, maximum: int | None, words: Sequence[str]) -> Limit:
-    periods = [word for word in words if word in get_args(Period)]
+    periods = [word for word in words if word in get_args(SinglePeriod)]
     scopes = [word for word in words if word in get_args(Scope)]
     if unknown := [word for word in words if word not in [*periods, *scopes]]:
-        known = ", ".join([*get_args(Period), *get_args(Scope)])
+        known = ", ".join([*get_args(SinglePeriod), *get_args(Scope)])
         raise Problem(f"{text}: {unknown[0]!r} is not one of {known}")
     if len(periods) > 1 or len(scopes) > 1:
         raise Problem(f"{text}: at most one period and one scope; {_EXAMPLE}")

@@ -8,14 +8,14 @@ from functools import cache
 from typing import get_args
 from uuid import UUID, uuid4
 
-from tokenlimits.models import Period
+from tokenlimits.models import SinglePeriod
 
 from ._answers import group_json, group_limit_json
 from ._periods import canonical, period_of, quarter
 from ._state import ALL_KINDS, Group, Json, Rule, State, refuse
 
 _NIL = str(UUID(int=0))
-_PERIODS: tuple[str, ...] = get_args(Period)
+_PERIODS: tuple[str, ...] = get_args(SinglePeriod)
 
 
 class AdminFunctions(State):
@@ -32,6 +32,7 @@ class AdminFunctions(State):
         p_limits: list[Json] | None = None,
         p_id: str | None = None,
         p_updated_at: str | None = None,
+        p_anchor_at: str | None = None,
     ) -> Json:
         """Create a group, or change the fields that are not null; everything is checked before anything changes."""
         limits = None if p_limits is None else _limits(p_limits)
@@ -83,7 +84,9 @@ class AdminFunctions(State):
         self._touch(group)
         return group_json(group, _PERIODS)
 
-    def remove_group_limit(self, p_group_id: str, p_kind: str, p_period: str, p_scope: str) -> Json:
+    def remove_group_limit(
+        self, p_group_id: str, p_kind: str, p_period: str, p_scope: str, p_starts: str | None = None
+    ) -> Json:
         """Remove one limit, if it is there."""
         group = self._group(p_group_id)
         group.limits.pop(Rule(p_kind, p_period, p_scope), None)
@@ -113,7 +116,7 @@ class AdminFunctions(State):
         ]
         return [group_json(group, _PERIODS) for group in found[: min(max(p_page_size, 1), 500)]]
 
-    def add_group_members(self, p_group_id: str, p_user_ids: list[str]) -> Json:
+    def add_group_members(self, p_group_id: str, p_user_ids: list[str], p_anchor_at: str | None = None) -> Json:
         """Add users to a group."""
         group = self._group(p_group_id)
         asked = set(p_user_ids)

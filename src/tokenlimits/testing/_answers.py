@@ -45,11 +45,14 @@ def limit_json(state: LimitState, until: datetime | None = None) -> Json:
     return {
         "kind": state.rule.kind,
         "period": state.rule.period,
+        "starts": "calendar",
         "scope": state.rule.scope,
+        "mode": "enforce",
         "max": state.max,
         "used": state.used,
         "remaining": None if state.max is None else max(state.max - state.used, 0),
         "reset_at": text(until or state.until),
+        "weight": 1,
     }
 
 
@@ -88,6 +91,7 @@ def allowed_json(
         "cost": cost,
         "limits": [limit_json(state) for state in states],
         "denied_by": None,
+        "would_deny": [],
         "remaining": None if remaining is None else max(remaining, 0),
         "reset_at": text(until),
         "retry_after": None,

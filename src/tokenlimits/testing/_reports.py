@@ -131,6 +131,7 @@ class ReportFunctions(State):
             {
                 "kind": kind,
                 "period": period,
+                "starts": "calendar",
                 "max": max_,
                 "full": sum(-minus >= max_ for minus, _ in pressed),
                 "near": len(pressed),

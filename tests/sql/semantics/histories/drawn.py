@@ -8,9 +8,9 @@ from uuid import UUID
 
 from hypothesis import strategies as st
 
-from tokenlimits.models import Period
+from tokenlimits.models import SinglePeriod
 
-PERIODS = get_args(Period)
+PERIODS = get_args(SinglePeriod)
 USERS = [str(UUID(int=number)) for number in range(1, 5)]
 NOBODY = str(UUID(int=99))
 
