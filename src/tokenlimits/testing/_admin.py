@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime, timedelta
-from functools import cache
-from typing import get_args
 from uuid import UUID, uuid4
 
-from tokenlimits.models import SinglePeriod
-
 from ._answers import group_json, group_limit_json
-from ._periods import canonical, period_of, quarter
-from ._state import ALL_KINDS, Group, Json, Rule, State, refuse
+from ._ledger import Json, refuse
+from ._periods import canonical
+from ._state import ALL_KINDS, Group, Rule, State, Terms
 
 _NIL = str(UUID(int=0))
-_PERIODS: tuple[str, ...] = get_args(SinglePeriod)
 
 
 class AdminFunctions(State):
-    """Groups, their limits and members, and reports."""
+    """Groups, their limits and members."""
 
     def save_group(
         self,
@@ -63,15 +59,14 @@ class AdminFunctions(State):
         group.name = name
         group.description = group.description if p_description is None else p_description
         group.priority = group.priority if p_priority is None else p_priority
-        group.timezone = timezone or group.timezone
         group.is_default = group.is_default if p_is_default is None else p_is_default
+        self._move_periods(group, timezone, p_anchor_at)
         if p_group_id is not None:
             self._touch(group)
         if limits is not None:
-            kept = {rule: limits[rule] for rule in group.limits if rule in limits}
-            group.limits = kept | limits
+            self._edit_limits(group, limits, [rule for rule in group.limits if rule not in limits])
             group.unlimited = False
-        return group_json(group, _PERIODS)
+        return group_json(group)
 
     def _touch(self, group: Group) -> None:
         # two changes never have the same moment, or the second editor would not notice the first
@@ -80,22 +75,56 @@ class AdminFunctions(State):
     def set_group_limit(self, p_group_id: str, p_limit: Json) -> Json:
         """Add one limit, or change its max."""
         group = self._group(p_group_id)
-        group.limits |= _limits([p_limit])
+        self._edit_limits(group, _limits([p_limit]))
         self._touch(group)
-        return group_json(group, _PERIODS)
+        return group_json(group)
+
+    def _edit_limits(self, group: Group, edited: dict[Rule, Terms], removed: Sequence[Rule] = ()) -> None:
+        """Add and change limits; one that counts otherwise than before is another, which comes last."""
+        others = [rule for rule, old in group.limits.items() if rule in edited and edited[rule].counts != old.counts]
+        self._forget_windows(group, *removed, *others)
+        for rule in [*removed, *others]:
+            del group.limits[rule]
+        group.limits |= edited
+        self._remember_windows_of_group(group)
+
+    def _move_periods(self, group: Group, timezone: str | None, anchor_at: str | None) -> None:
+        """Change where the periods of a group begin, which makes others of its limits."""
+        before = (group.timezone, group.anchor_at)
+        group.timezone = timezone or group.timezone
+        group.anchor_at = group.anchor_at if anchor_at is None else datetime.fromisoformat(anchor_at)
+        if (group.timezone, group.anchor_at) != before:
+            self._forget_windows(group, *group.limits)
+            self._remember_windows_of_group(group)
 
     def remove_group_limit(
-        self, p_group_id: str, p_kind: str, p_period: str, p_scope: str, p_starts: str | None = None
+        self,
+        p_group_id: str,
+        p_kind: str,
+        p_period: str | None = None,
+        p_scope: str = "group",
+        p_starts: str | None = None,
     ) -> Json:
         """Remove one limit, if it is there."""
         group = self._group(p_group_id)
-        group.limits.pop(Rule(p_kind, p_period, p_scope), None)
+        fitting = [
+            rule
+            for rule in group.limits
+            if (rule.kind, rule.scope) == (p_kind, p_scope)
+            and p_period in (None, rule.period)
+            and p_starts in (None, rule.starts)
+        ]
+        if len(fitting) > 1:
+            field = "period" if p_period is None else "starts"
+            several = ", ".join(f"{rule.period} ({rule.starts})" for rule in fitting)
+            refuse("TL001", f"{field}: several limits fit: {several}", detail=field, hint="Nothing was removed.")
+        self._edit_limits(group, {}, fitting)
         self._touch(group)
-        return group_json(group, _PERIODS)
+        return group_json(group)
 
     def delete_group(self, p_group_id: str) -> Json:
         """Delete a group with its limits and memberships; the ledger stays."""
-        return group_json(self._groups.pop(self._group(p_group_id).id), _PERIODS)
+        return group_json(self._groups.pop(self._group(p_group_id).id))
 
     def find_groups(
         self,
@@ -114,14 +143,15 @@ class AdminFunctions(State):
             and (p_search is None or p_search.strip(" ").lower() in group.name.lower())
             and (p_after is None or group.name.lower() > p_after.lower())
         ]
-        return [group_json(group, _PERIODS) for group in found[: min(max(p_page_size, 1), 500)]]
+        return [group_json(group) for group in found[: min(max(p_page_size, 1), 500)]]
 
     def add_group_members(self, p_group_id: str, p_user_ids: list[str], p_anchor_at: str | None = None) -> Json:
         """Add users to a group."""
         group = self._group(p_group_id)
         asked = set(p_user_ids)
         known = asked if self._users is None else asked & self._users.keys()
-        added = sum([self._enlist(group, user_id) for user_id in sorted(known)])
+        anchor_at = None if p_anchor_at is None else datetime.fromisoformat(p_anchor_at)
+        added = sum([self._enlist(group, user_id, anchor_at) for user_id in sorted(known)])
         return {"added": added, "already": len(known) - added, "unknown": sorted(asked - known)}
 
     def remove_group_members(self, p_group_id: str, p_user_ids: list[str]) -> Json:
@@ -181,44 +211,15 @@ class AdminFunctions(State):
             {
                 "group": self.reference(group.id),
                 "member_count": len(group.members),
-                "limits": [group_limit_json(state, len(group.members)) for state in self._states(group, None)],
+                "limits": [
+                    group_limit_json(
+                        self._state(group, rule, terms, None),
+                        [self._state(group, rule, terms, user_id) for user_id in group.members],
+                    )
+                    for rule, terms in group.rules().items()
+                ],
             }
             for group in groups
-        ]
-
-    def generation_history(
-        self,
-        p_group_id: str | None = None,
-        p_kind: str | None = None,
-        p_bucket: str = "day",
-        p_since: str | None = None,
-        p_until: str | None = None,
-    ) -> list[Json]:
-        """Add up live usage per kind and hour, day, week or month."""
-        timezone = "UTC" if p_group_id is None else self._group(p_group_id).timezone
-        until = None if p_until is None else datetime.fromisoformat(p_until)
-        since = (until or self.now) - timedelta(days=30) if p_since is None else datetime.fromisoformat(p_since)
-
-        @cache
-        def begin(at: datetime) -> datetime:
-            return period_of(p_bucket, timezone, at)[0]
-
-        usages = [
-            usage
-            for usage in self.ledger
-            if usage.live and p_group_id in (None, usage.group_id) and p_kind in (None, usage.kind)
-        ]
-        first = max(since, min((usage.created_at for usage in usages), default=since))
-        used: Counter[tuple[datetime, str]] = Counter()
-        generations: Counter[tuple[datetime, str]] = Counter()
-        for usage in usages:
-            at = quarter(usage.created_at)
-            if at >= begin(first) and (until is None or at < until):
-                used[begin(at), usage.kind] += usage.cost
-                generations[begin(at), usage.kind] += 1
-        return [
-            {"bucket": at.isoformat(), "kind": kind, "used": used[at, kind], "generations": generations[at, kind]}
-            for at, kind in sorted(generations)
         ]
 
     def _new_id(self, group: Group | None, wanted: str | None) -> str:
@@ -246,8 +247,13 @@ class AdminFunctions(State):
                 self._touch(group)
 
 
-def _limits(limits: list[Json]) -> dict[Rule, int | None]:
-    return {Rule(limit["kind"], limit["period"], limit["scope"]): limit["max"] for limit in limits}
+def _limits(limits: list[Json]) -> dict[Rule, Terms]:
+    return {
+        Rule(limit["kind"], limit["period"], limit["scope"], limit["starts"]): Terms(
+            limit["max"], limit["counts"], limit["mode"]
+        )
+        for limit in limits
+    }
 
 
 def _timezone(name: str) -> str:

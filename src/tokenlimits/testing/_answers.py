@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from typing import get_args
 
+from tokenlimits._limits import SinglePeriod, number_and_unit
 from tokenlimits.errors import TokenLimitsError
 
+from ._ledger import Json, Usage, text
 from ._periods import NEVER, zone
-from ._state import Group, Json, LimitState, Usage, text
+from ._state import Group, LimitState, Rule
+
+_UNITS = get_args(SinglePeriod)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Which group pays, or why none does; `group` is then the one that will have room first, at `room_at`."""
+    """Which group pays, or why none does; `group` is then the one that will have room first, at `room_at`.
+
+    `observed` are the limits that would have denied it, if they didn't only observe.
+    """
 
     reason: str | None
     group: Group | None = None
     states: tuple[LimitState, ...] = ()
     denied_by: LimitState | None = None
     room_at: datetime = NEVER
+    observed: tuple[Rule, ...] = ()
 
 
-def group_json(group: Group, periods: tuple[str, ...]) -> Json:
+def _place(rule: Rule) -> tuple[object, ...]:
+    """Order the limits of a group for those who read them."""
+    number, unit = number_and_unit(rule.period)
+    return (rule.kind, rule.scope, _UNITS.index(unit), number, rule.starts)
+
+
+def group_json(group: Group) -> Json:
     """Show a group with its limits."""
-    rules = sorted(group.limits, key=lambda rule: (rule.kind, rule.scope, periods.index(rule.period)))
     return {
         "id": group.id,
         "name": group.name,
@@ -35,30 +50,43 @@ def group_json(group: Group, periods: tuple[str, ...]) -> Json:
         "created_at": text(group.created_at),
         "updated_at": text(group.updated_at),
         "limits": [
-            {"kind": rule.kind, "period": rule.period, "scope": rule.scope, "max": group.limits[rule]} for rule in rules
+            {
+                "kind": rule.kind,
+                "period": rule.period,
+                "starts": rule.starts,
+                "scope": rule.scope,
+                "mode": group.limits[rule].mode,
+                "max": group.limits[rule].max,
+                "counts": group.limits[rule].counts,
+            }
+            for rule in sorted(group.limits, key=_place)
         ],
     }
 
 
-def limit_json(state: LimitState, until: datetime | None = None) -> Json:
+def limit_json(state: LimitState, reset_at: datetime | None = None) -> Json:
     """Show a limit in its period, or until another moment."""
+    left = state.units_left()
     return {
         "kind": state.rule.kind,
         "period": state.rule.period,
-        "starts": "calendar",
+        "starts": state.rule.starts,
         "scope": state.rule.scope,
-        "mode": "enforce",
-        "max": state.max,
+        "mode": state.terms.mode,
+        "max": state.terms.max,
         "used": state.used,
-        "remaining": None if state.max is None else max(state.max - state.used, 0),
-        "reset_at": text(until or state.until),
-        "weight": 1,
+        "remaining": None if left is None else max(left, 0),
+        "reset_at": text(reset_at or state.reset_at),
+        "weight": state.weight,
     }
 
 
-def group_limit_json(state: LimitState, members: int) -> Json:
-    """Show a limit for the group as a whole; for a member limit, the total of all members."""
-    capacity = None if state.max is None else state.max * (members if state.rule.scope == "member" else 1)
+def group_limit_json(state: LimitState, members: Sequence[LimitState]) -> Json:
+    """Show a limit for the group as a whole; for a member limit, the total of all members, in each one's own window."""
+    max_ = state.terms.max
+    if state.rule.scope == "member" and state.rule.starts != "calendar":
+        state = replace(state, used=sum(each.used for each in members), reset_at=NEVER)
+    capacity = None if max_ is None else max_ * (len(members) if state.rule.scope == "member" else 1)
     fraction = None
     if capacity is not None:
         # rounded half up to six digits; what has no capacity is full
@@ -71,14 +99,16 @@ def allowed_json(
     kind: str,
     cost: int,
     group: Json | None,
-    states: list[LimitState],
+    states: Sequence[LimitState],
     usage: Usage | None = None,
     *,
+    observed: Sequence[Rule] = (),
     replayed: bool = False,
 ) -> Json:
-    """Answer that it is allowed; `remaining` and `reset_at` are those of the limit with the least room."""
-    room = [(state.max - state.used, state.until) for state in states if state.max is not None]
-    remaining, until = min(room, key=lambda limit: limit[0], default=(None, NEVER))
+    """Answer that it is allowed; `remaining` and `reset_at` are those of the enforced limit with the least room."""
+    enforced = [(state.units_left(), state.reset_at) for state in states if state.terms.mode == "enforce"]
+    room = [(left, reset_at) for left, reset_at in enforced if left is not None]
+    remaining, reset_at = min(room, key=lambda limit: limit[0], default=(None, NEVER))
     return {
         "allowed": True,
         "reason": None,
@@ -91,9 +121,9 @@ def allowed_json(
         "cost": cost,
         "limits": [limit_json(state) for state in states],
         "denied_by": None,
-        "would_deny": [],
+        "would_deny": [limit_json(state) for state in states if state.rule in observed],
         "remaining": None if remaining is None else max(remaining, 0),
-        "reset_at": text(until),
+        "reset_at": text(reset_at),
         "retry_after": None,
         "replayed": replayed,
     }
@@ -101,7 +131,7 @@ def allowed_json(
 
 def denied_json(kind: str, cost: int, group: Json | None, verdict: Verdict, now: datetime) -> Json:
     """Answer that it is denied; `reset_at` is when the denying limit will have room."""
-    answer = allowed_json(kind, cost, group, list(verdict.states))
+    answer = allowed_json(kind, cost, group, verdict.states, observed=verdict.observed)
     waits = None if verdict.room_at == NEVER else -((now - verdict.room_at) // timedelta(seconds=1))
     return {
         **answer,
@@ -127,14 +157,25 @@ def _denial(kind: str, cost: int, verdict: Verdict) -> str:
         return "The user is in no group that may pay for this"
     if verdict.group is None or verdict.denied_by is None:
         return f"None of the user's groups has a limit for {words} generations, so none is allowed"
-    rule = verdict.denied_by.rule
+    state, rule = verdict.denied_by, verdict.denied_by.rule
+    units = cost * state.weight
+    pool = f"{rule.kind} ".replace("_", " ") if state.terms.counts is not None else ""
     by = "by this user " if rule.scope == "member" else ""
-    when = {"day": "today", "lifetime": "in total"}.get(rule.period, f"this {rule.period}")
     error = f"{words[0].upper()}{words[1:]} generation limit exceeded: "
-    error += f"{verdict.denied_by.used} of {verdict.denied_by.max} used {by}{when}"
-    if cost > 1:
-        error += f", {cost} more asked for"
+    error += f"{state.used} of {state.terms.max} {pool}used {by}{_when(state)}"
+    if units > 1:
+        error += f", {units} more asked for"
     if verdict.room_at != NEVER:
-        local = verdict.room_at.astimezone(zone(verdict.group.timezone))
-        error += f", resets {local:%Y-%m-%d %H:%M} {verdict.group.timezone}"
+        local = verdict.room_at.astimezone(zone(state.timezone))
+        resets = "room again" if rule.starts == "rolling" else "resets"
+        error += f", {resets} {local:%Y-%m-%d %H:%M} {state.timezone}"
     return error
+
+
+def _when(state: LimitState) -> str:
+    rule = state.rule
+    if rule.starts == "rolling":
+        return f"in the last {rule.period}"
+    if rule.starts != "calendar":
+        return f"since {state.since.astimezone(zone(state.timezone)):%Y-%m-%d %H:%M}"
+    return {"day": "today", "lifetime": "in total"}.get(rule.period, f"this {rule.period}")

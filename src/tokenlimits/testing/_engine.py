@@ -12,8 +12,8 @@ from tokenlimits.sql_files import SCHEMA_VERSION
 
 from ._admin import AdminFunctions
 from ._holds import HoldFunctions
+from ._ledger import Json
 from ._reports import ReportFunctions
-from ._state import Json
 
 GROUP_NAME = "fake"
 

@@ -9,8 +9,8 @@ from typing import NoReturn
 
 from tokenlimits.models import Status
 
-from ._state import Json, Usage, refuse
-from ._workers import WorkerFunctions, fits
+from ._ledger import Json, Usage, refuse
+from ._workers import WorkerFunctions
 
 
 class HoldFunctions(WorkerFunctions):
@@ -69,10 +69,11 @@ class HoldFunctions(WorkerFunctions):
         return usage
 
     def _require_room(self, hold: Usage, cost: int) -> None:
-        """Refuse to commit an expired hold unless its periods still last and have room for it."""
+        """Refuse to commit an expired hold unless its periods still last and have room for it, where they may deny."""
         group = self._groups.get(hold.group_id)
         states = self._states(group, hold.user_id, hold.kind) if group else []
-        if any(hold.created_at < state.since or not fits(state, cost) for state in states):
+        enforced = [state for state in states if state.terms.mode == "enforce"]
+        if any(hold.created_at < state.since or not state.has_room(cost) for state in enforced):
             refuse(
                 "TL007",
                 f"hold {hold.id} expired at {hold.expires_at}, and its cost of {cost} no longer fits",
@@ -83,6 +84,7 @@ class HoldFunctions(WorkerFunctions):
     def _settled(self, usage: Usage, status: Status | None, cost: int) -> Json:
         if status is not None:
             self._settle(usage, status, cost, self.now)
+            self._remember_windows(usage)
         return self._usage_answer(usage, replayed=status is None)
 
 

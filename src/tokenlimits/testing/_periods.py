@@ -94,10 +94,25 @@ def _dates(period: str, today: date) -> tuple[date, date]:
     if period == "week":
         monday = today - today.weekday() * _DAY
         return monday, monday + _WEEK
+    if period == "year":
+        return date(today.year, 1, 1), date(today.year + 1, 1, 1)
     first = today.replace(day=1)
     return first, (first + 31 * _DAY).replace(day=1)
 
 
 def _begin(day: date, timezone: str) -> datetime:
-    # with fold=0, the default: the first of two midnights, or the end of the gap if midnight is skipped
-    return datetime.combine(day, time(), zone(timezone)).astimezone(UTC)
+    return first_moment(datetime.combine(day, time()), timezone)
+
+
+def first_moment(local: datetime, timezone: str) -> datetime:
+    """Return the first moment at which a zone's clocks show a time.
+
+    A time that is skipped is taken for the one that is as long after the gap's end, as it is after its beginning: a
+    skipped midnight is the end of the gap.
+
+    Example:
+        >>> str(first_moment(datetime(2026, 10, 25, 2, 30), "Europe/Paris"))
+        '2026-10-25 00:30:00+00:00'
+    """
+    # fold=0, the default, does both
+    return local.replace(tzinfo=zone(timezone)).astimezone(UTC)

@@ -6,8 +6,9 @@ from collections import Counter
 from datetime import datetime, timedelta
 from functools import cache
 
+from ._ledger import MOMENT, Json, Usage
 from ._periods import BEGINNING, NEVER, period_of, quarter
-from ._state import MOMENT, Json, State, Usage
+from ._state import Rule, State
 
 
 class ReportFunctions(State):
@@ -91,6 +92,41 @@ class ReportFunctions(State):
             "next": _sum_next(left[size]) if len(left) > size else None,
         }
 
+    def generation_history(
+        self,
+        p_group_id: str | None = None,
+        p_kind: str | None = None,
+        p_bucket: str = "day",
+        p_since: str | None = None,
+        p_until: str | None = None,
+    ) -> list[Json]:
+        """Add up live usage per kind and hour, day, week or month."""
+        timezone = "UTC" if p_group_id is None else self._group(p_group_id).timezone
+        until = None if p_until is None else datetime.fromisoformat(p_until)
+        since = (until or self.now) - timedelta(days=30) if p_since is None else datetime.fromisoformat(p_since)
+
+        @cache
+        def begin(at: datetime) -> datetime:
+            return period_of(p_bucket, timezone, at)[0]
+
+        usages = [
+            usage
+            for usage in self.ledger
+            if usage.live and p_group_id in (None, usage.group_id) and p_kind in (None, usage.kind)
+        ]
+        first = max(since, min((usage.created_at for usage in usages), default=since))
+        used: Counter[tuple[datetime, str]] = Counter()
+        generations: Counter[tuple[datetime, str]] = Counter()
+        for usage in usages:
+            at = quarter(usage.created_at)
+            if at >= begin(first) and (until is None or at < until):
+                used[begin(at), usage.kind] += usage.cost
+                generations[begin(at), usage.kind] += 1
+        return [
+            {"bucket": at.isoformat(), "kind": kind, "used": used[at, kind], "generations": generations[at, kind]}
+            for at, kind in sorted(generations)
+        ]
+
     def top_members(
         self,
         p_group_id: str,
@@ -119,28 +155,28 @@ class ReportFunctions(State):
         """Count the members who have used all of a member limit, or a percentage of it."""
         group = self._group(p_group_id)
         at_least = min(max(p_at_least, 1), 100)
-        used: dict[tuple[str, str, int], list[tuple[int, str]]] = {}
-        for rule, max_ in group.rules(None).items():
-            if rule.scope == "member" and max_:
-                used[rule.kind, rule.period, max_] = []
+        used: dict[Rule, list[tuple[int, str]]] = {}
+        for rule, terms in group.rules().items():
+            if rule.scope == "member" and terms.max:
+                used[rule] = []
         for user_id in group.members:
             for state in self._states(group, user_id):
-                if state.rule.scope == "member" and state.max and 100 * state.used >= state.max * at_least:
-                    used[state.rule.kind, state.rule.period, state.max].append((-state.used, user_id))
+                if state.rule in used and 100 * state.used >= (state.terms.max or 0) * at_least:
+                    used[state.rule].append((-state.used, user_id))
         return [
             {
-                "kind": kind,
-                "period": period,
-                "starts": "calendar",
-                "max": max_,
-                "full": sum(-minus >= max_ for minus, _ in pressed),
+                "kind": rule.kind,
+                "period": rule.period,
+                "starts": rule.starts,
+                "max": group.limits[rule].max,
+                "full": sum(-minus >= (group.limits[rule].max or 0) for minus, _ in pressed),
                 "near": len(pressed),
                 "members": [
                     {"user_id": user_id, "email": self._email(user_id), "used": -minus}
                     for minus, user_id in sorted(pressed)[: min(max(p_count, 0), 1000)]
                 ],
             }
-            for (kind, period, max_), pressed in used.items()
+            for rule, pressed in used.items()
         ]
 
     def usage_drift(self, p_group_id: str, p_since: str | None = None) -> Json:  # noqa: ARG002  # as the SQL's

@@ -1,40 +1,42 @@
-"""What the fake keeps in memory, and what its functions ask of it.
-
-Usage since a moment is added up from the ledger when it is first needed, and kept up to date from then on. Ids are
-text, as in JSON. Nothing is recorded later than `now`, so whatever was recorded since a period began is in it.
-"""
+"""The groups that the fake keeps in memory, their limits, and how much is used of these at the moment."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from itertools import count
-from typing import Any, NoReturn
 
-from tokenlimits._refusals import refusal
 from tokenlimits.errors import InvalidRequest
-from tokenlimits.models import Status
 
+from ._ledger import MOMENT, Json, Ledger, Usage, refuse
 from ._periods import BEGINNING, NEVER, period_of
-
-Json = dict[str, Any]
+from ._windows import anchored, end_of, leaves_at, rolling
 
 ALL_KINDS = "*"
-MOMENT = timedelta(microseconds=1)
-
-# more than the limits of one group have different beginnings at a time
-_MANY_TOTALS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A limit without its max."""
+    """What identifies a limit within its group."""
 
     kind: str
     period: str
     scope: str
+    starts: str = "calendar"
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What else a limit has; `counts` are the kinds and weights of a pool."""
+
+    max: int | None
+    counts: Mapping[str, int] | None = None
+    mode: str = "enforce"
+
+    def weights(self, rule: Rule) -> Mapping[str, int]:
+        """Tell which kinds the limit counts, and how much one of each takes."""
+        return {rule.kind: 1} if self.counts is None else self.counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Membership:
 
     joined_at: datetime
     place: int
+    anchor_at: datetime | None
 
 
 @dataclass(eq=False, slots=True)
@@ -57,77 +60,80 @@ class Group:
     is_default: bool
     created_at: datetime
     updated_at: datetime
+    anchor_at: datetime | None = None
     unlimited: bool = False
-    limits: dict[Rule, int | None] = field(default_factory=dict[Rule, "int | None"])
+    limits: dict[Rule, Terms] = field(default_factory=dict[Rule, Terms])
     members: dict[str, Membership] = field(default_factory=dict[str, Membership])
 
-    def rules(self, kind: str | None = None) -> dict[Rule, int | None]:
-        """List the limits of a kind, or all, in the order of the SQL: a kind's member limits first."""
-        rules = sorted((r for r in self.limits if kind in (None, r.kind)), key=lambda r: (r.kind, r.scope == "group"))
+    def rules(self, kind: str | None = None) -> dict[Rule, Terms]:
+        """List the limits that count a kind, or all, in the order of the SQL: a kind's member limits first."""
+        rules = [rule for rule, terms in self.limits.items() if kind is None or kind in terms.weights(rule)]
         if not rules and self.unlimited and kind is not None:
-            return {Rule(kind, "lifetime", "group"): None}
+            return {Rule(kind, "lifetime", "group"): Terms(None)}
+        rules.sort(key=lambda rule: (rule.kind, rule.scope == "group"))
         return {rule: self.limits[rule] for rule in rules}
 
-
-@dataclass(eq=False, slots=True)
-class Usage:
-    """A row of the ledger; `request` is what was requested with the idempotency key."""
-
-    id: str
-    group_id: str
-    user_id: str
-    kind: str
-    cost: int
-    status: Status
-    idempotency_key: str | None
-    request: tuple[object, ...]
-    metadata: Json
-    created_at: datetime
-    # of a hold, or what was one
-    reserved_cost: int | None = None
-    expires_at: datetime | None = None
-    settled_at: datetime | None = None
-
-    @property
-    def live(self) -> bool:
-        """Whether it counts towards limits."""
-        return self.status in ("reserved", "committed")
+    def anchor(self, user_id: str | None) -> datetime:
+        """Tell from when anchored periods are counted, of a member, or of the group."""
+        membership = None if user_id is None else self.members.get(user_id)
+        if membership is not None:
+            return membership.anchor_at or membership.joined_at
+        return self.anchor_at or self.created_at
 
 
 @dataclass(frozen=True, slots=True)
 class LimitState:
-    """A limit and its usage since `since`, in the period that ends at `until`."""
+    """A limit and its usage since `since`, in the period that ends at `until`.
+
+    `reset_at` is when there is more room without a settlement, `weight` what one unit of the kind takes that was asked
+    for. `parts` are what a rolling window counts: when each usage leaves it, and what this gives back.
+    """
 
     rule: Rule
-    max: int | None
+    terms: Terms
+    weight: int
     used: int
     since: datetime
     until: datetime
+    reset_at: datetime
+    timezone: str
+    parts: tuple[tuple[datetime, int], ...] = ()
+
+    def has_room(self, cost: int) -> bool:
+        """Tell whether a cost fits."""
+        return self.terms.max is None or self.used + cost * self.weight <= self.terms.max
+
+    def units_left(self) -> int | None:
+        """Tell how many units of the kind fit, or (negative) are too many; None: unlimited."""
+        return None if self.terms.max is None else (self.terms.max - self.used) // self.weight
+
+    def room_at(self, cost: int) -> datetime:
+        """Tell when a cost will fit that doesn't; one that can never fit, and a lifetime limit, wait forever."""
+        if self.terms.max is None or cost * self.weight > self.terms.max:
+            return NEVER
+        if self.rule.starts != "rolling":
+            return self.until
+        used = self.used
+        for leaves, units in self.parts:
+            used -= units
+            if used + cost * self.weight <= self.terms.max:
+                return leaves
+        return NEVER
 
 
-def refuse(code: str, message: str, *, detail: str | None = None, hint: str | None = None) -> NoReturn:
-    """Raise the error that a client raises when the server answers with this one."""
-    raise refusal(400, {"code": code, "message": f"{message} ({code})", "details": detail, "hint": hint})
-
-
-class State:
-    """The tables, and a clock that stands still until it is moved."""
+class State(Ledger):
+    """The tables."""
 
     def __init__(self, users: Mapping[str, str | None] | None) -> None:
-        self.now = datetime.now(UTC)
-        self.ledger: list[Usage] = []
+        super().__init__()
         self._groups: dict[str, Group] = {}
         # including those of deleted groups
         self._group_ids: set[str] = set()
         self._users = users
         self._places = count()
         self._resets: dict[tuple[str, str], datetime] = {}
-        self._by_group_and_kind: defaultdict[tuple[str, str], list[Usage]] = defaultdict(list)
-        self._by_id: dict[str, Usage] = {}
-        self._by_key: dict[tuple[str, str], Usage] = {}
-        self._holds: dict[str, Usage] = {}
-        # by group, kind and user (None: all users): what was used since each moment
-        self._totals: defaultdict[tuple[str, str, str | None], dict[datetime, int]] = defaultdict(dict)
+        # when the last window was opened of a limit that starts with a first use, by group, limit and user
+        self._opened: dict[tuple[str, Rule, str | None], datetime] = {}
 
     def move_clock(self, moment: datetime) -> None:
         """Move the clock, but not back to before anything that was recorded."""
@@ -168,75 +174,89 @@ class State:
         group = self._group(pinned)
         return [group] if group in paying else []
 
-    def _states(self, group: Group, user_id: str | None, kind: str | None = None) -> list[LimitState]:
-        """Return a group's limits for a user; without a user, member limits count all members together."""
-        states: list[LimitState] = []
-        for rule, max_ in group.rules(kind).items():
-            since, until = period_of(rule.period, group.timezone, self.now)
-            for reset in ((group.id, rule.kind), (group.id, ALL_KINDS)):
-                since = max(since, self._resets.get(reset, BEGINNING))
-            whose = user_id if rule.scope == "member" else None
-            states.append(LimitState(rule, max_, self._used(group.id, rule.kind, whose, since), since, until))
-        return states
+    def _states(self, group: Group, user_id: str, kind: str | None = None) -> list[LimitState]:
+        """Return a group's limits for a user: those that count a kind, or all, in their own units."""
+        return [self._state(group, rule, terms, user_id, kind) for rule, terms in group.rules(kind).items()]
 
-    def _used(self, group_id: str, kind: str, user_id: str | None, since: datetime) -> int:
-        totals = self._totals[group_id, kind, user_id]
-        if since not in totals:
-            if len(totals) >= _MANY_TOTALS:
-                totals.clear()
-            totals[since] = sum(
-                usage.cost
-                for usage in self._by_group_and_kind[group_id, kind]
-                if usage.live and usage.created_at >= since and user_id in (None, usage.user_id)
-            )
-        return totals[since]
+    def _state(
+        self, group: Group, rule: Rule, terms: Terms, user_id: str | None, kind: str | None = None
+    ) -> LimitState:
+        """Return a limit's state; without a user, a member limit counts all users together."""
+        whose = user_id if rule.scope == "member" else None
+        weights = terms.weights(rule)
+        weight = 1 if kind is None else weights[kind]
+        window = self._window(group, rule, terms, whose)
+        if window is None:
+            return LimitState(rule, terms, weight, 0, self.now, NEVER, NEVER, group.timezone)
+        since, until = max(window[0], self._reset_at(group, rule)), window[1]
+        used = sum(each * self._used(group.id, kind, whose, since) for kind, each in weights.items())
+        if rule.starts != "rolling":
+            return LimitState(rule, terms, weight, used, since, until, until, group.timezone)
+        parts = sorted(
+            (leaves_at(rule.period, usage.created_at), usage.cost * weights[usage.kind])
+            for usage in self._usages(group, rule, terms, whose, since)
+        )
+        reset_at = min((leaves for leaves, units in parts if units), default=NEVER)
+        return LimitState(rule, terms, weight, used, since, until, reset_at, group.timezone, tuple(parts))
 
-    def _write(self, usage: Usage) -> None:
-        self.ledger.append(usage)
-        self._by_group_and_kind[usage.group_id, usage.kind].append(usage)
-        self._count(usage, usage.cost)
-        if usage.status == "reserved":
-            self._holds[usage.id] = usage
-        if usage.idempotency_key is not None:
-            self._take_key(usage, usage.idempotency_key)
-        self._by_id[usage.id] = usage
+    def _window(self, group: Group, rule: Rule, terms: Terms, whose: str | None) -> tuple[datetime, datetime] | None:
+        """Return when the current period of a limit begins and ends; None if no use has opened one."""
+        match rule.starts:
+            case "anchor":
+                return anchored(rule.period, group.timezone, group.anchor(whose), self.now)
+            case "rolling":
+                return rolling(rule.period, self.now)
+            case "first_use":
+                since = self._opened_at(group, rule, terms, whose)
+                return None if since is None else (since, end_of(rule.period, group.timezone, since))
+            case _:
+                return period_of(rule.period, group.timezone, self.now)
 
-    def _take_key(self, usage: Usage, key: str) -> None:
-        """Bind a key to a usage; a dead one that had it has none from then on."""
-        dead = self._by_key.get((usage.user_id, key))
-        if dead is not None:
-            dead.idempotency_key = None
-        self._by_key[usage.user_id, key] = usage
+    def _opened_at(self, group: Group, rule: Rule, terms: Terms, whose: str | None) -> datetime | None:
+        """Tell when the window was opened that hasn't ended: as remembered, else by the oldest usage that may have."""
 
-    def _settle(self, usage: Usage, status: Status, cost: int, at: datetime) -> None:
-        before = usage.cost if usage.live else 0
-        usage.status, usage.cost, usage.settled_at = status, cost, at
-        self._holds.pop(usage.id, None)
-        self._count(usage, (cost if usage.live else 0) - before)
+        def lasts(since: datetime) -> bool:
+            return end_of(rule.period, group.timezone, since) > self.now
 
-    def _count(self, usage: Usage, cost: int) -> None:
-        for whose in (None, usage.user_id):
-            totals = self._totals[usage.group_id, usage.kind, whose]
-            totals.update({since: used + cost for since, used in totals.items() if usage.created_at >= since})
+        known = self._opened.get((group.id, rule, whose))
+        if known is not None:
+            return known if lasts(known) else None
+        usages = self._usages(group, rule, terms, whose, self._reset_at(group, rule))
+        moments = [usage.created_at for usage in usages if usage.is_of_its_moment and lasts(usage.created_at)]
+        return min(moments, default=None)
 
-    def _expire(self) -> None:
-        """Mark holds whose time is over as expired; called whenever the clock moves."""
-        for hold in list(self._holds.values()):
-            if hold.expires_at is not None and hold.expires_at <= self.now:
-                self._settle(hold, "expired", hold.cost, hold.expires_at)
+    def _usages(self, group: Group, rule: Rule, terms: Terms, whose: str | None, since: datetime) -> Iterator[Usage]:
+        for kind in terms.weights(rule):
+            yield from self._live(group.id, kind, whose, since)
 
-    def _live_under(self, user_id: str, key: str | None, request: tuple[object, ...]) -> Usage | None:
-        usage = None if key is None else self._by_key.get((user_id, key))
-        if usage is None or not usage.live:
-            return None
-        if usage.request != request:
-            refuse(
-                "TL008",
-                f"idempotency_key '{key}' was used for another request of this user",
-                detail=usage.id,
-                hint="Use one key per job: the same operation, kind, cost and group every time.",
-            )
-        return usage
+    def _remember_windows(self, usage: Usage) -> None:
+        """Keep the starts of the windows that a usage moves in, which is new or settled; a new one may open some."""
+        group = self._groups.get(usage.group_id)
+        for rule, terms in group.rules(usage.kind).items() if group else ():
+            whose = usage.user_id if rule.scope == "member" else None
+            if group and rule.starts == "first_use":
+                since = self._opened_at(group, rule, terms, whose)
+                if since is None and usage.live and usage.created_at == self.now:
+                    since = self.now
+                if since is not None and usage.created_at >= since:
+                    self._opened[group.id, rule, whose] = since
+
+    def _remember_windows_of_group(self, group: Group) -> None:
+        """Keep the starts of the windows of a group's pools whose limits were edited."""
+        for rule, terms in group.limits.items():
+            if rule.starts == "first_use" and rule.scope == "group":
+                since = self._opened_at(group, rule, terms, None)
+                if since is not None:
+                    self._opened[group.id, rule, None] = since
+
+    def _forget_windows(self, group: Group, *rules: Rule) -> None:
+        """Count limits afresh."""
+        for key in [key for key in self._opened if key[0] == group.id and key[1] in rules]:
+            del self._opened[key]
+
+    def _reset_at(self, group: Group, rule: Rule) -> datetime:
+        resets = (self._resets.get((group.id, kind), BEGINNING) for kind in (rule.kind, ALL_KINDS))
+        return max(resets)
 
     def _reset(self, group: Group, kind: str) -> None:
         """Let usage count from now on; usage of this very moment counts as before."""
@@ -244,14 +264,10 @@ class State:
             self.now += MOMENT
             self._expire()
         self._resets[group.id, kind] = self.now
+        self._forget_windows(group, *(rule for rule in group.limits if kind in (ALL_KINDS, rule.kind)))
 
-    def _enlist(self, group: Group, user_id: str) -> bool:
+    def _enlist(self, group: Group, user_id: str, anchor_at: datetime | None = None) -> bool:
         if user_id in group.members:
             return False
-        group.members[user_id] = Membership(self.now, next(self._places))
+        group.members[user_id] = Membership(self.now, next(self._places), anchor_at)
         return True
-
-
-def text(moment: datetime) -> str | None:
-    """Write a moment as in JSON; null if it never comes."""
-    return None if moment == NEVER else moment.isoformat()

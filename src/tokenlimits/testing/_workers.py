@@ -8,8 +8,8 @@ from tokenlimits._core.arguments import EPOCH, uuid7
 from tokenlimits.errors import TokenLimitsError
 
 from ._answers import Verdict, allowed_json, denied_json, limit_json, refused_json
-from ._periods import BEGINNING, NEVER
-from ._state import Group, Json, LimitState, State, Usage, refuse
+from ._ledger import Json, Usage, refuse
+from ._state import Group, Rule, State
 
 _CLOCKS_DIFFER = timedelta(minutes=1)
 
@@ -118,7 +118,8 @@ class WorkerFunctions(State):
         verdict = self._judge(user_id, kind, cost, group_id)
         if verdict.reason is not None or verdict.group is None:
             return self._verdict_answer(kind, cost, verdict)
-        return self._record(verdict.group, user_id, kind, cost, self.now, key, request, metadata, ttl)
+        group, observed = verdict.group, verdict.observed
+        return self._record(group, user_id, kind, cost, self.now, key, request, metadata, ttl, observed)
 
     def _judge(self, user_id: str, kind: str, cost: int, pinned: str | None) -> Verdict:
         groups = self._paying_groups(user_id, pinned)
@@ -127,13 +128,15 @@ class WorkerFunctions(State):
             states = tuple(self._states(group, user_id, kind))
             if not states:
                 continue
-            full = [state for state in states if not fits(state, cost)]
+            without_room = [state for state in states if not state.has_room(cost)]
+            observed = tuple(state.rule for state in without_room if state.terms.mode == "observe")
+            full = [state for state in without_room if state.terms.mode == "enforce"]
             if not full:
-                return Verdict(None, group, states)
-            last = max(full, key=lambda state: _room_at(state, cost))
-            room_at = _room_at(last, cost)
+                return Verdict(None, group, states, observed=observed)
+            last = max(full, key=lambda state: state.room_at(cost))
+            room_at = last.room_at(cost)
             if denial.group is None or room_at < denial.room_at:
-                denial = Verdict("limit_exceeded", group, states, last, room_at)
+                denial = Verdict("limit_exceeded", group, states, last, room_at, observed)
         return denial
 
     def _recording_group(self, user_id: str, kind: str, named: str | None) -> Group:
@@ -160,6 +163,7 @@ class WorkerFunctions(State):
         request: tuple[object, ...],
         metadata: Json | None,
         ttl: timedelta | None = None,
+        observed: tuple[Rule, ...] = (),
     ) -> Json:
         usage = Usage(
             id=self._usage_id(created_at, group.id),
@@ -177,30 +181,21 @@ class WorkerFunctions(State):
             expires_at=None if ttl is None else created_at + ttl,
         )
         self._write(usage)
-        return self._usage_answer(usage, replayed=False)
+        self._remember_windows(usage)
+        return self._usage_answer(usage, observed)
 
     def _usage_id(self, at: datetime, home: str) -> str:
         """Make the id of a usage: a UUIDv7 of its moment that ends with the last four hex digits of its group's id."""
         return str(uuid7((at - EPOCH) // timedelta(milliseconds=1)))[:-4] + home[-4:]
 
-    def _usage_answer(self, usage: Usage, *, replayed: bool) -> Json:
+    def _usage_answer(self, usage: Usage, observed: tuple[Rule, ...] = (), *, replayed: bool = False) -> Json:
         group = self._groups.get(usage.group_id)
         states = self._states(group, usage.user_id, usage.kind) if group else []
         named = self.reference(usage.group_id)
-        return allowed_json(usage.kind, usage.cost, named, states, usage, replayed=replayed)
+        return allowed_json(usage.kind, usage.cost, named, states, usage, observed=observed, replayed=replayed)
 
     def _verdict_answer(self, kind: str, cost: int, verdict: Verdict) -> Json:
         group = self.reference(verdict.group.id) if verdict.group else None
         if verdict.reason is None:
-            return allowed_json(kind, cost, group, list(verdict.states))
+            return allowed_json(kind, cost, group, verdict.states, observed=verdict.observed)
         return denied_json(kind, cost, group, verdict, self.now)
-
-
-def fits(state: LimitState, cost: int) -> bool:
-    """Tell whether there is room for a cost."""
-    return state.max is None or state.used + cost <= state.max
-
-
-def _room_at(state: LimitState, cost: int) -> datetime:
-    # a cost that can never fit, and a lifetime limit, wait forever
-    return BEGINNING if state.max is None else NEVER if cost > state.max else state.until

@@ -13,7 +13,7 @@ from tests.sql.semantics.histories import drawn
 from tests.sql.semantics.twins import Twins
 from tests.support import invariants
 
-from tokenlimits.testing._state import Usage
+from tokenlimits.testing._ledger import Usage
 
 Step = TypeVar("Step", bound=Callable[..., None])
 T = TypeVar("T")

@@ -9,8 +9,8 @@ from tests.sql.semantics.api import Json
 from tests.sql.semantics.histories import drawn
 from tests.sql.semantics.histories.history import History, happens
 
+from tokenlimits.testing._ledger import Usage
 from tokenlimits.testing._periods import period_of
-from tokenlimits.testing._state import Usage
 
 COMMIT, RELEASE, REFUND = "commit_generation", "release_generation", "refund_generation"
 _UNSWEPT = "select count(*) from tokenlimits.holds where expires_at <= tokenlimits.clock()"
