@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from build_reference import SECTIONS, Function, functions
-from pydantic import AliasChoices
+from pydantic import AliasChoices, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
@@ -50,11 +50,15 @@ export type Database = {
 """
 
 WORDS = {
-    "Period": "Calendar periods begin in the group's time zone; weeks on Monday; lifetime never ends.",
+    "Starts": "Where a limit's periods begin: in the group's time zone, at an anchor, with a use, or at every moment.",
+    "Mode": "A limit that observes never denies.",
     "Scope": "One pool that the members share, or one for each member.",
     "Bucket": "The step of a history.",
     "Status": "Of a usage; the first two count.",
 }
+PERIODS = """\
+/** How long a limit's usage counts. Weeks of the calendar begin on Monday; lifetime never ends. */
+export type Period = {} | `${{number}} ${{'minutes' | 'hours' | 'days' | 'weeks' | 'months'}}`"""
 ANSWERED: tuple[type[models.Model], ...] = (
     models.Limit,
     models.UserLimit,
@@ -129,6 +133,9 @@ RETURNS = {
 }
 
 
+PERIOD = TypeAdapter(models.Period).json_schema()
+
+
 class Schema(GenerateJsonSchema):
     """JSON schema with the names that TypeScript uses for ids, moments and words."""
 
@@ -146,7 +153,7 @@ class Schema(GenerateJsonSchema):
         described = re.sub(r"\n*^Example:.*", "", described, flags=re.MULTILINE | re.DOTALL)
         made = super().model_schema(schema) | {"description": described.replace("None", "null")}
         names = {name: as_sql_says(name, field) for name, field in schema["cls"].model_fields.items()}
-        made["properties"] = {names[name]: property_ for name, property_ in made["properties"].items()}
+        made["properties"] = {names[name]: _period(property_) for name, property_ in made["properties"].items()}
         made["required"] = [names[name] for name in made["required"]]
         return made
 
@@ -158,13 +165,18 @@ class Schema(GenerateJsonSchema):
         """Name moments."""
         return {"tsType": "Timestamp"}
 
-    def dict_schema(self, _: Any) -> dict[str, Any]:
-        """Name metadata."""
-        return {"tsType": "Json"}
+    def dict_schema(self, schema: Any) -> dict[str, Any]:
+        """Name metadata, and what a pool counts."""
+        return {"tsType": "Record<string, number>" if schema["values_schema"]["type"] == "int" else "Json"}
 
     def literal_schema(self, schema: Any) -> dict[str, Any]:
         """Name words."""
         return {"tsType": next(word for word in WORDS if list(get_args(getattr(models, word))) == schema["expected"])}
+
+
+def _period(property_: dict[str, Any]) -> dict[str, Any]:
+    """Name periods, whose schema has a pattern, which TypeScript doesn't know."""
+    return {"tsType": "Period"} if property_.items() >= PERIOD.items() else property_
 
 
 def as_sql_says(name: str, field: FieldInfo) -> str:
@@ -175,10 +187,11 @@ def as_sql_says(name: str, field: FieldInfo) -> str:
 
 def words() -> str:
     """Write the types of words."""
-    return "\n\n".join(
+    of_words = "\n\n".join(
         f"/** {meaning} */\nexport type {word} = {' | '.join(map(repr, get_args(getattr(models, word))))}"
         for word, meaning in WORDS.items()
     )
+    return f"{PERIODS.format(' | '.join(map(repr, get_args(models.SinglePeriod))))}\n\n{of_words}"
 
 
 def shapes() -> str:

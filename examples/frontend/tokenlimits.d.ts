@@ -8,8 +8,14 @@
 // If you have types from `supabase gen types`, replace its functions with these: where those say Json, these name each
 // field. Newer versions of the SQL may add fields and functions.
 
-/** Calendar periods begin in the group's time zone; weeks on Monday; lifetime never ends. */
-export type Period = 'minute' | 'hour' | 'day' | 'week' | 'month' | 'lifetime'
+/** How long a limit's usage counts. Weeks of the calendar begin on Monday; lifetime never ends. */
+export type Period = 'minute' | 'hour' | 'day' | 'week' | 'month' | 'year' | 'lifetime' | `${number} ${'minutes' | 'hours' | 'days' | 'weeks' | 'months'}`
+
+/** Where a limit's periods begin: in the group's time zone, at an anchor, with a use, or at every moment. */
+export type Starts = 'calendar' | 'anchor' | 'first_use' | 'rolling'
+
+/** A limit that observes never denies. */
+export type Mode = 'enforce' | 'observe'
 
 /** One pool that the members share, or one for each member. */
 export type Scope = 'group' | 'member'
@@ -35,7 +41,9 @@ type TrackAnswer = {
   kind: string
   cost: number
   limits: LimitStatus[]
-  /** The smallest of the limits'; null: unlimited. */
+  /** Limits that only observe, and had no room for it. */
+  would_deny: LimitStatus[]
+  /** The smallest of the enforced limits'; null: unlimited. */
   remaining: number | null
   /** When the limit with the least room resets or, when denied, when there will be room; null: never by itself. */
   reset_at: Timestamp | null
@@ -90,13 +98,17 @@ export type Busy = TrackAnswer & {
 /**
  * How much of a kind a group, or each of its members, may use in a period.
  *
- * `max` is in units of cost; null is unlimited, and 0 blocks the kind.
+ * `max` is in units of cost; null is unlimited, and 0 blocks the kind. `counts` makes the limit a pool that several
+ * kinds share, with how many of its units one of each takes. `kind` is then only its name.
  */
 export interface Limit {
   kind: string
   max: number | null
   period: Period
   scope: Scope
+  starts: Starts
+  counts: Record<string, number> | null
+  mode: Mode
 }
 /**
  * A limit that applies to a user, with the group that it belongs to.
@@ -104,11 +116,14 @@ export interface Limit {
 export interface UserLimit {
   kind: string
   period: Period
+  starts: Starts
   scope: Scope
+  mode: Mode
   max: number | null
   used: number
   remaining: number | null
   reset_at: Timestamp | null
+  weight: number
   group: GroupRef
 }
 /**
@@ -119,19 +134,27 @@ export interface GroupRef {
   name: string | null
 }
 /**
- * A limit in its current period, which ends at `reset_at`; `used` and `remaining` are in units of cost.
+ * A limit in its current period, which ends at `reset_at` (null: never by itself, or none is open).
+ *
+ * `used` and `max` are in units of the limit. In an answer about a kind, `remaining` is how many units of that kind
+ * still fit, where each takes `weight` of the limit; elsewhere, `weight` is 1.
  */
 export interface LimitStatus {
   kind: string
   period: Period
+  starts: Starts
   scope: Scope
+  mode: Mode
   max: number | null
   used: number
   remaining: number | null
   reset_at: Timestamp | null
+  weight: number
 }
 /**
  * A group of users with its limits.
+ *
+ * The periods of group limits with `starts="anchor"` are counted from `anchor_at` or, if it is null, `created_at`.
  */
 export interface Group {
   id: Uuid
@@ -140,6 +163,7 @@ export interface Group {
   priority: number
   timezone: string
   is_default: boolean
+  anchor_at: Timestamp | null
   created_at: Timestamp
   updated_at: Timestamp
   limits: Limit[]
@@ -161,11 +185,14 @@ export interface GroupUsage {
 export interface GroupLimitUsage {
   kind: string
   period: Period
+  starts: Starts
   scope: Scope
+  mode: Mode
   max: number | null
   used: number
   remaining: number | null
   reset_at: Timestamp | null
+  weight: number
   capacity: number | null
   fraction: number | null
 }
@@ -197,6 +224,7 @@ export interface PressedMember {
 export interface LimitPressure {
   kind: string
   period: Period
+  starts: Starts
   max: number
   full: number
   near: number
@@ -235,6 +263,7 @@ export interface Reconciliation {
 export interface CounterDrift {
   kind: string
   period: Period
+  starts: Starts
   scope: Scope
   subject: Uuid
   was: number

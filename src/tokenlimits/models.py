@@ -290,7 +290,10 @@ def _known_fields(limit: object) -> object:
 
 
 class Group(Model):
-    """A group of users with its limits."""
+    """A group of users with its limits.
+
+    The periods of group limits with `starts="anchor"` are counted from `anchor_at` or, if it is None, `created_at`.
+    """
 
     id: UUID
     name: str
@@ -298,6 +301,7 @@ class Group(Model):
     priority: int
     timezone: str
     is_default: bool
+    anchor_at: Moment | None = None
     created_at: Moment
     updated_at: Moment
     limits: tuple[Annotated[Limit, BeforeValidator(_known_fields)], ...]

@@ -39,6 +39,7 @@ NAIVE = NOW.replace(tzinfo=None)
 TWICE = [Limit(kind="image", max=1), Limit(kind="image", max=2)]
 
 GOOD: dict[str, Any] = {
+    "anchor_at": NOW,
     "after": ID,
     "at_least": 90,
     "bucket": "day",
@@ -65,6 +66,7 @@ GOOD: dict[str, Any] = {
     "scope": "member",
     "search": "pr",
     "since": NOW,
+    "starts": "anchor",
     "size": 200,
     "timezone": "Europe/Paris",
     "to": ID,
@@ -83,13 +85,15 @@ BAD_KINDS = ["", "Image", "an image", "1image", "a" * 33, "image\n", 7, None, b"
 UNREADABLE = "\x01\x1f\x7f\x9f\xad\u061c\u180e\u200b\u200f\u2028\u202e\u2060\u206f\ufeff"
 BAD_NAMES = [f"Pro{character}fessional" for character in UNREADABLE]
 BAD_MOMENTS = [NAIVE, "2026-03-01T12:00:00Z", NOW.date(), 1_700_000_000, float("inf")]
+TOO_EARLY = [datetime(1969, 12, 31, 23, 59, 59, 999_999, UTC), datetime.min.replace(tzinfo=UTC)]
 BAD: dict[str, list[Any]] = {
+    "anchor_at": [*BAD_MOMENTS, *TOO_EARLY, datetime(9999, 1, 1, tzinfo=UTC)],
     "after": BAD_TEXTS,
     "at_least": [0, 101, 1.5, "90", True, None],
     "bucket": ["fortnight", "minute", "Day", "", None, 7],
     "cost": [0, -1, 1_000_000_001, 1.0, "1", True, None],
     "count": [0, 1001, 1.0, "1", True, None],
-    "created_at": [*BAD_MOMENTS, datetime(1969, 12, 31, 23, 59, 59, 999_999, UTC), datetime.min.replace(tzinfo=UTC)],
+    "created_at": [*BAD_MOMENTS, *TOO_EARLY],
     "description": ["x" * 2001, None, *BAD_TEXTS],
     "email": [None, *BAD_TEXTS],
     "emails": [None, 7, "ann@example.com", b"abc", [None], ["a@b.c", "a\0b"], [["a@b.c"]]],
@@ -113,6 +117,9 @@ BAD: dict[str, list[Any]] = {
         {"image": 10**15 + 1},
         [{"kind": "image", "max": 1, "period": "fortnight"}],
         [{"kind": "image", "max": 1, "scope": "world"}],
+        [{"kind": "image", "max": 1, "period": "5 hours"}],
+        [{"kind": "image", "max": 1, "counts": {}}],
+        [{"kind": "image", "max": 1, "mode": "allow"}],
         [{"kind": "image"}],
     ],
     "metadata": [
@@ -141,6 +148,7 @@ BAD: dict[str, list[Any]] = {
     "search": BAD_TEXTS,
     "since": BAD_MOMENTS,
     "size": [0, -1, 2_001, 1.0, "1", True, None],
+    "starts": ["soon", "Anchor", "", 7],
     "timezone": ["", "x" * 65, None, *NO_PLACES, "cet", "LOCALTIME", *BAD_TEXTS],
     "to": BAD_IDS,
     "ttl": [0, -1, 30 * 86_400 + 1, 60.0, "60", True, None],

@@ -394,6 +394,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
             {
                 "kind": "image",
                 "period": "day",
+                "starts": "calendar",
                 "max": 5,
                 "full": 1,
                 "near": 2,

@@ -40,7 +40,7 @@ def test_all_that_there_are(groups: GroupManager) -> None:
 
 def test_what_differs_is_recounted_by_its_id(groups: GroupManager, monkeypatch: pytest.MonkeyPatch) -> None:
     last: Group = groups.list()[-1]
-    drift = CounterDrift(kind="image", period="day", scope="group", subject=uuid4(), was=1, used=2)
+    drift = CounterDrift(kind="image", period="day", starts="calendar", scope="group", subject=uuid4(), was=1, used=2)
 
     def drifted(group_id: object) -> Reconciliation:
         return Reconciliation(counters=(drift,) if group_id == last.id else (), rollup=())

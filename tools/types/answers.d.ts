@@ -13,7 +13,9 @@ type TrackAnswer = {
   kind: string
   cost: number
   limits: LimitStatus[]
-  /** The smallest of the limits'; null: unlimited. */
+  /** Limits that only observe, and had no room for it. */
+  would_deny: LimitStatus[]
+  /** The smallest of the enforced limits'; null: unlimited. */
   remaining: number | null
   /** When the limit with the least room resets or, when denied, when there will be room; null: never by itself. */
   reset_at: Timestamp | null

@@ -47,6 +47,7 @@ def group_json(group: Group) -> Json:
         "priority": group.priority,
         "timezone": group.timezone,
         "is_default": group.is_default,
+        "anchor_at": group.anchor_at and text(group.anchor_at),
         "created_at": text(group.created_at),
         "updated_at": text(group.updated_at),
         "limits": [

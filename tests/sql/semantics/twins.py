@@ -13,7 +13,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -56,19 +56,24 @@ cross join lateral (
 
 _COUNTERS = """
 select
-  l.group_id::text, l.kind, l.period, l.scope, c.subject::text,
+  l.group_id::text, l.kind, l.period, l.starts, l.scope, c.subject::text,
   nullif(c.since, '-infinity') as since, nullif(c.until, 'infinity') as until,
   c.used - coalesce((
-    select sum(u.cost)
+    select sum(u.cost * coalesce((l.counts ->> u.kind)::bigint, 1))::bigint
     from public.generation_usage as u
     where
-      u.group_id = l.group_id and u.kind = l.kind and (l.scope = 'group' or u.user_id = c.subject)
+      u.group_id = l.group_id and (l.counts is null and u.kind = l.kind or l.counts ? u.kind)
+      and (l.scope = 'group' or u.user_id = c.subject)
       and u.created_at >= c.since and u.status = 'reserved' and u.expires_at <= tokenlimits.clock()
   ), 0) as used
 from tokenlimits.counters as c
 inner join public.group_limits as l using (counter_id)
 where c.until > tokenlimits.clock()
 """
+
+
+# what may begin anchored periods
+_ANCHORING = {"save_group", "add_group_members", "move_group_member"}
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,8 @@ class Twins:
         expected = self._engine(function, params)
         same(f"{function} {params}", expected, actual)
         self._show_time()  # a reset may have moved it
+        if function in _ANCHORING:
+            self.take_moments()
         return actual
 
     def track_many(self, requests: list[Json]) -> list[Json]:
@@ -182,11 +189,22 @@ class Twins:
     def take_order(self) -> None:
         """Order the model's limits as the SQL lists them, where it numbers those of a group anew in any order."""
         for group in self.model.find_groups():
-            query = "select kind, period, scope from public.group_limits where group_id = %s order by counter_id"
+            query = (
+                "select kind, period, scope, starts from public.group_limits where group_id = %s order by counter_id"
+            )
             order = [Rule(*row) for row in self.connection.execute(query, [group["id"]])]
             limits = self.model._group(group["id"]).limits
             same("limits", limits.keys(), set(order))
             self.model._group(group["id"]).limits = {rule: limits[rule] for rule in order}
+
+    def take_moments(self) -> None:
+        """Take over since when groups and memberships are there, which PostgreSQL's own clock tells."""
+        for id_, created_at in self.connection.execute("select id::text, created_at from public.user_groups"):
+            self.model._group(id_).created_at = created_at
+        query = "select group_id::text, user_id::text, joined_at from public.group_memberships"
+        for id_, user, joined_at in self.connection.execute(query):
+            members = self.model._group(id_).members
+            members[user] = replace(members[user], joined_at=joined_at)
 
     def compare_tables(self) -> None:
         """Compare the ledger and each open counter with what the engine knows."""
@@ -198,9 +216,8 @@ class Twins:
 
     def _counter(self, row: Json) -> Json:
         whose = None if row["scope"] == "group" else row["subject"]
-        rule = Rule(row["kind"], row["period"], row["scope"])
-        states = self.model._states(self.model._group(row["group_id"]), whose, rule.kind)
-        [state] = [state for state in states if state.rule == rule]
+        group, rule = self.model._group(row["group_id"]), Rule(row["kind"], row["period"], row["scope"], row["starts"])
+        state = self.model._state(group, rule, group.limits[rule], whose)
         since, until = (None if at in (BEGINNING, NEVER) else at for at in (state.since, state.until))
         subject = row["group_id"] if whose is None else whose
         return row | {"subject": subject, "since": since, "until": until, "used": state.used}
@@ -291,7 +308,7 @@ def _new_usages(answers: Sequence[Json]) -> list[str]:
 def _at_some_moment(answer: Json) -> Json:
     if not answer["replayed"]:
         return answer
-    limits = [{**limit, "used": None, "remaining": None} for limit in answer["limits"]]
+    limits = [{**limit, "used": None, "remaining": None, "reset_at": None} for limit in answer["limits"]]
     return answer | {"limits": limits, "remaining": None, "reset_at": None}
 
 

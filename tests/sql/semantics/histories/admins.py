@@ -8,6 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 from hypothesis import strategies as st
+from psycopg.types.json import Jsonb
 from tests.sql.semantics.api import Json
 from tests.sql.semantics.histories import drawn
 from tests.sql.semantics.histories.history import History, happens
@@ -22,7 +23,9 @@ class Admins(History):
             taken = [*self.deleted, *(group["id"] for group in self.groups())]
             id_ = self.one_of([None, None, str(uuid4()), *taken[:1]])
             priority, limits = self.draw(drawn.priorities), self.draw(drawn.limits)
-            self.call("save_group", p_id=id_, p_name=self.draw(drawn.names), p_priority=priority, p_limits=limits)
+            anchor = self.draw(st.none() | drawn.anchors)
+            fields = {"p_priority": priority, "p_limits": limits, "p_anchor_at": anchor}
+            self.call("save_group", p_id=id_, p_name=self.draw(drawn.names), **fields)
 
     @happens()
     def edit_group(self) -> None:
@@ -30,8 +33,11 @@ class Admins(History):
             "p_name": self.draw(st.none() | drawn.names),
             "p_priority": self.draw(st.none() | drawn.priorities),
             "p_limits": self.draw(st.none() | drawn.limits),
+            "p_anchor_at": self.draw(st.none() | drawn.anchors),
         }
         self.call("save_group", p_group_id=self.group(), **fields)
+        if fields["p_anchor_at"]:
+            self.twins.take_order()
 
     @happens(2)
     def set_default(self) -> None:
@@ -59,14 +65,22 @@ class Admins(History):
             self.call("set_group_limit", p_group_id=group, p_limit=limit | {"max": self.draw(drawn.maxima)})
 
     @happens()
+    def change_what_a_limit_counts(self) -> None:
+        for group, limit in self.any_limit():
+            change = {"counts": self.draw(drawn.counts), "mode": self.draw(drawn.modes)}
+            self.call("set_group_limit", p_group_id=group, p_limit=limit | change)
+
+    @happens()
     def remove_limit(self) -> None:
         for group, limit in self.any_limit():
-            self.call("remove_group_limit", p_group_id=group, **_name_of(limit))
+            unsaid = self.one_of([(), (), ("p_period",), ("p_starts",), ("p_period", "p_starts")])
+            self.call("remove_group_limit", p_group_id=group, **_name_of(limit) | dict.fromkeys(unsaid))
 
     @happens(2)
     def add_members(self) -> None:
         members = self.draw(st.lists(drawn.users | st.just(drawn.NOBODY), min_size=1, max_size=3))
-        self.call("add_group_members", p_group_id=self.group(), p_user_ids=members)
+        anchor = self.draw(st.none() | drawn.anchors)
+        self.call("add_group_members", p_group_id=self.group(), p_user_ids=members, p_anchor_at=anchor)
 
     @happens()
     def remove_member(self) -> None:
@@ -107,22 +121,24 @@ class Tables(Admins):
     @happens()
     def edit_max_in_the_table(self) -> None:
         for group, limit in self.any_limit():
-            maximum = self.draw(drawn.maxima)
+            maximum, mode = self.draw(drawn.maxima), self.draw(drawn.modes)
             with self.without_the_group():
-                self.twins.model.set_group_limit(group, limit | {"max": maximum})
-            self.update_limit(group, limit, "max = %s", maximum)
+                self.twins.model.set_group_limit(group, limit | {"max": maximum, "mode": mode})
+            self.update_limit(group, limit, "max = %s, mode = %s", maximum, mode)
 
     @happens()
     def make_a_limit_another_in_the_table(self) -> None:
         for group, limit in self.any_limit():
-            target, period, scope = self.one_of(self.groups()), self.draw(drawn.periods), self.draw(drawn.scopes)
-            other = limit | {"period": period, "scope": scope}
+            target, scope, counts = self.one_of(self.groups()), self.draw(drawn.scopes), self.draw(drawn.counts)
+            start = drawn.started(self.draw(drawn.starts))
+            other = limit | start | {"scope": scope, "counts": counts}
             if _name_of(other) not in map(_name_of, target["limits"]):
                 with self.without_the_group():
                     self.twins.model.remove_group_limit(group, **_name_of(limit))
                     self.twins.model.set_group_limit(target["id"], other)
-                columns = "group_id = %s, period = %s, scope = %s"
-                self.update_limit(group, limit, columns, target["id"], period, scope)
+                columns = "group_id = %s, period = %s, starts = %s, scope = %s, counts = %s"
+                values = [target["id"], *start.values(), scope, Jsonb(counts) if counts else None]
+                self.update_limit(group, limit, columns, *values)
 
     @happens()
     def raise_all_limits_of_a_group_in_the_table(self) -> None:
@@ -145,9 +161,10 @@ class Tables(Admins):
     @happens()
     def edit_a_group_in_the_table(self) -> None:
         group, zone, priority = self.one_of(self.groups())["id"], self.draw(drawn.zones), self.draw(drawn.priorities)
-        self.twins.model.save_group(group, p_timezone=zone, p_priority=priority)
-        columns = "timezone = %s, priority = %s"
-        self.execute(f"update public.user_groups set {columns} where id = %s", zone.lower(), priority, group)
+        anchor = self.draw(drawn.anchors)
+        self.twins.model.save_group(group, p_timezone=zone, p_priority=priority, p_anchor_at=anchor)
+        columns = "timezone = %s, priority = %s, anchor_at = %s"
+        self.execute(f"update public.user_groups set {columns} where id = %s", zone.lower(), priority, anchor, group)
         self.twins.take_order()
 
     @happens()
@@ -157,6 +174,7 @@ class Tables(Admins):
         self.twins.model.add_group_members(group, [user])
         self.execute("delete from public.group_memberships where group_id = %s and user_id = %s", group, user)
         self.execute("insert into public.group_memberships (group_id, user_id) values (%s, %s)", group, user)
+        self.twins.take_moments()
 
     @contextmanager
     def without_the_group(self) -> Iterator[None]:
@@ -168,7 +186,7 @@ class Tables(Admins):
             groups[id_].updated_at = updated_at
 
     def update_limit(self, group: str, limit: Json, columns: str, *values: Any) -> None:
-        where = "group_id = %s and kind = %s and period = %s and scope = %s"
+        where = "group_id = %s and kind = %s and period = %s and scope = %s and starts = %s"
         query = f"update public.group_limits set {columns} where {where}"
         assert self.execute(query, *values, group, *_name_of(limit).values()) == 1
 
@@ -179,4 +197,4 @@ class Tables(Admins):
 
 def _name_of(limit: Json) -> Json:
     """Tell which of a group's limits it is."""
-    return {f"p_{name}": limit[name] for name in ("kind", "period", "scope")}
+    return {f"p_{name}": limit[name] for name in ("kind", "period", "scope", "starts")}

@@ -11,6 +11,14 @@ from hypothesis import strategies as st
 from tokenlimits.models import SinglePeriod
 
 PERIODS = get_args(SinglePeriod)
+SEVERAL = ["90 minutes", "5 hours", "30 days"]
+# where the periods of a limit may begin, by how long they are
+STARTS = [
+    *[(period, "calendar") for period in PERIODS],
+    *[(period, "anchor") for period in [*PERIODS[:-1], *SEVERAL, "2 weeks", "2 months"]],
+    *[(period, "first_use") for period in [*PERIODS[:-1], *SEVERAL]],
+    *[(period, "rolling") for period in [*PERIODS[:4], *SEVERAL]],
+]
 USERS = [str(UUID(int=number)) for number in range(1, 5)]
 NOBODY = str(UUID(int=99))
 
@@ -37,9 +45,32 @@ ZONES = [
 SOON = [timedelta(microseconds=1), timedelta(seconds=59), timedelta(minutes=15), timedelta(minutes=30)]
 LATER = [timedelta(hours=1), timedelta(hours=11), timedelta(hours=24), *map(timedelta, (2, 6, 29, 180))]
 
+
+def started(start: tuple[str, str]) -> dict[str, str]:
+    """Write how long periods are and where they begin, as fields of a limit."""
+    return dict(zip(("period", "starts"), start, strict=True))
+
+
 users = st.sampled_from([*USERS[:3], *USERS])
 kinds = st.sampled_from(["image", "image", "image", "video", "gpu_second"])
-periods = st.sampled_from(PERIODS)
+calendar = st.sampled_from([(period, "calendar") for period in PERIODS])
+starts = calendar | st.sampled_from(STARTS)
+# a pool may have the name of a kind that it doesn't count
+counts = st.sampled_from(
+    [None, None, None, {"image": 1, "video": 3}, {"image": 2}, {"video": 1, "gpu_second": 2, "audio": 1_000_000}]
+)
+modes = st.sampled_from(["enforce", "enforce", "enforce", "observe"])
+anchors = st.sampled_from(
+    [
+        "2024-02-29T12:00:00+00:00",
+        "2025-12-31T23:59:59.999999+00:00",
+        "2026-01-31T00:30:00+00:00",
+        "2026-03-29T01:30:00+00:00",  # skipped in the Azores a moment before, and in Paris half an hour
+        "2026-10-25T00:30:00+00:00",  # happens twice in Paris
+        "2026-11-01T04:15:00+00:00",  # happens twice in Havana
+        "2030-06-15T08:00:00+00:00",
+    ]
+)
 scopes = st.sampled_from(["group", "member"])
 costs = st.sampled_from([1, 1, 1, 2, 3, 7])
 keys = st.sampled_from([None, None, "job-1", "job-2", "job-3"])
@@ -49,9 +80,11 @@ zones = st.sampled_from(ZONES)
 names = st.sampled_from(["Alpha", "ALPHA", "Beta", "Gamma", "Delta"])
 parts = st.sampled_from(["a", "A@", " 2@"])
 sizes = st.sampled_from([1, 2, 50])
-limit = st.fixed_dictionaries({"kind": kinds, "period": periods, "scope": scopes, "max": maxima})
+limit = st.fixed_dictionaries(
+    {"kind": kinds, "start": starts, "scope": scopes, "mode": modes, "max": maxima, "counts": counts}
+).map(lambda x: {name: value for name, value in x.items() if name != "start"} | started(x["start"]))
 limits, some_limits = (
-    st.lists(limit, min_size=least, max_size=5, unique_by=lambda x: (x["kind"], x["period"], x["scope"]))
+    st.lists(limit, min_size=least, max_size=5, unique_by=lambda x: (x["kind"], x["period"], x["starts"], x["scope"]))
     for least in (0, 2)
 )
 pasts = st.sampled_from([timedelta(seconds=1), *SOON[2:], timedelta(hours=7), timedelta(days=1), timedelta(days=40)])

@@ -43,12 +43,16 @@ class History(RuleBasedStateMachine):
         self.steps = [name for name in dir(self) for _ in range(getattr(getattr(self, name), "weight", 0))]
 
     @initialize(
-        beginning=st.sampled_from(drawn.BEGINNINGS), zone=drawn.zones, first=drawn.some_limits, second=drawn.some_limits
+        beginning=st.sampled_from(drawn.BEGINNINGS),
+        zone=drawn.zones,
+        anchor=st.none() | drawn.anchors,
+        first=drawn.some_limits,
+        second=drawn.some_limits,
     )
-    def begin(self, beginning: str, zone: str, first: list[Json], second: list[Json]) -> None:
+    def begin(self, beginning: str, zone: str, anchor: str | None, first: list[Json], second: list[Json]) -> None:
         self.twins.begin(datetime.fromisoformat(beginning), drawn.USERS)
         one = self.call("save_group", p_name="First", p_timezone=zone, p_limits=first)["id"]
-        two = self.call("save_group", p_name="Second", p_priority=1, p_limits=second)["id"]
+        two = self.call("save_group", p_name="Second", p_priority=1, p_limits=second, p_anchor_at=anchor)["id"]
         for group, members in ((one, drawn.USERS[:2]), (two, drawn.USERS[1:3])):
             self.call("add_group_members", p_group_id=group, p_user_ids=members)
 

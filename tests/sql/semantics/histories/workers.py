@@ -10,7 +10,7 @@ from tests.sql.semantics.histories import drawn
 from tests.sql.semantics.histories.history import History, happens
 
 from tokenlimits.testing._ledger import Usage
-from tokenlimits.testing._periods import period_of
+from tokenlimits.testing._periods import NEVER
 
 COMMIT, RELEASE, REFUND = "commit_generation", "release_generation", "refund_generation"
 _UNSWEPT = "select count(*) from tokenlimits.holds where expires_at <= tokenlimits.clock()"
@@ -131,8 +131,12 @@ class Time(Holders):
 
     @happens(3)
     def wait_for_the_period_to_end(self) -> None:
-        period, zone = self.one_of(drawn.PERIODS[:-1]), self.one_of(self.groups())["timezone"]
-        self.wait_until(period_of(period, zone, self.twins.now)[1])
+        model, user = self.twins.model, self.draw(drawn.users)
+        groups = [model._group(group["id"]) for group in self.groups()]
+        states = [state for group in groups for state in model._states(group, user)]
+        ends = [at for state in states for at in (state.until, state.reset_at) if at != NEVER]
+        if ends:
+            self.wait_until(self.one_of(ends))
 
     @happens(3)
     def wait_for_a_hold_to_expire(self) -> None:
