@@ -162,7 +162,7 @@ class Limit(_Made):
     max: Max | None
     period: Period = "lifetime"
     scope: Scope = "group"
-    starts: Starts = Field("calendar", validate_default=True)
+    starts: Starts = Field(default="calendar", validate_default=True)
     counts: Counts | None = None
     mode: Mode = "enforce"
 
