@@ -43,7 +43,7 @@ def broken(tmp_path: Path) -> Path:
     (tmp_path / "pyrightconfig.json").write_text((HERE / "pyrightconfig.json").read_text())
     workers = (HERE / "workers.py").read_text()
     (tmp_path / "type.py").write_text(workers.replace("result.usage_id, UUID | None", "result.usage_id, UUID", 1))
-    fine = re.sub(r'Limit\(kind="image", max=1, period="fortnight"\)', 'Limit(kind="image", max=1)', workers, count=1)
+    fine = re.sub(r'Limit\(kind="image", max=1, starts="soon"\)', 'Limit(kind="image", max=1)', workers, count=1)
     (tmp_path / "needless.py").write_text(fine)
     (tmp_path / "error.py").write_text(workers.replace("  # pyright: ignore[reportCallIssue]", "", 1))
     return tmp_path
