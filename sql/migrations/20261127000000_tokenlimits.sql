@@ -295,6 +295,7 @@ begin
         'user_usage',
         'users',
         'users_in_no_group',
+        'whole_limit',
         'window_of',
         'would_be_admin',
         'write_batch',
@@ -2076,8 +2077,8 @@ from public, anon, authenticated, service_role;
 --
 -- Invariants
 --   * Every edit of limits, by function or by an admin's direct update, fires these triggers.
---   * Whatever turns a limit into another one (its group, kind, period, scope; its group's time zone) gives it a new
---     counter_id, so that it is recounted from the ledger: no edit is a free refill.
+--   * Whatever turns a limit into another one (its group, kind, period, starts, scope or counts; its group's time zone
+--     or anchor) gives it a new counter_id, so that it is recounted from the ledger: no edit is a free refill.
 
 -- A limit that is turned into another one gets a new id and a new counter.
 create or replace function tokenlimits.renew_counter()
@@ -2106,7 +2107,8 @@ for each row
 -- column by column: a restored dump would have a different expression for whole rows
 when (
   old.group_id is distinct from new.group_id or old.kind is distinct from new.kind
-  or old.period is distinct from new.period or old.scope is distinct from new.scope
+  or old.period is distinct from new.period or old.starts is distinct from new.starts
+  or old.scope is distinct from new.scope or old.counts is distinct from new.counts
 )
 execute function tokenlimits.renew_counter();
 
@@ -2172,8 +2174,8 @@ after delete on public.group_limits
 referencing old table as old_rows
 for each statement execute function tokenlimits.apply_limits();
 
--- In a new time zone, every period of the group begins at a different moment. One statement for all groups, so that it
--- takes their stripes in order.
+-- In a new time zone, every period of the group begins at a different moment; with a new anchor, every anchored one. One
+-- statement for all groups, so that it takes their stripes in order.
 create or replace function tokenlimits.renew_counters()
 returns trigger
 language plpgsql
@@ -2186,7 +2188,9 @@ begin
   set counter_id = default
   from new_rows as n
   inner join old_rows as o on o.id = n.id
-  where l.group_id = n.id and n.timezone is distinct from o.timezone;
+  where
+    l.group_id = n.id
+    and (n.timezone is distinct from o.timezone or (l.starts = 'anchor' and n.anchor_at is distinct from o.anchor_at));
   return null;
 end
 $$;
@@ -5341,8 +5345,13 @@ as $$
 begin
   return to_jsonb(p_group) || jsonb_build_object('limits', coalesce((
     select jsonb_agg(
-      jsonb_build_object('kind', l.kind, 'period', l.period, 'scope', l.scope, 'max', l.max)
-      order by l.kind, l.scope, array_position(array['minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime'], l.period)
+      jsonb_build_object(
+        'kind', l.kind, 'period', l.period, 'starts', l.starts, 'scope', l.scope, 'mode', l.mode, 'max', l.max,
+        'counts', l.counts
+      )
+      order by l.kind, l.scope, array_position(
+        array['minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime'], regexp_replace(l.period, '^[0-9]+ |s$', '', 'g')
+      ), length(l.period), l.period, l.starts
     )
     from public.group_limits as l
     where l.group_id = p_group.id
@@ -5357,6 +5366,27 @@ revoke execute on function tokenlimits.group_json(public.user_groups)
 from public, anon, authenticated, service_role;
 
 grant execute on function tokenlimits.group_json(public.user_groups)
+to authenticated, service_role;
+
+-- A limit as it came, with what it leaves out.
+create or replace function tokenlimits.whole_limit(p_limit jsonb)
+returns jsonb
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return '{"starts": "calendar", "mode": "enforce", "counts": null}' || p_limit;
+end
+$$;
+
+comment on function tokenlimits.whole_limit(jsonb)
+is 'tokenlimits: A limit with its defaults.';
+
+revoke execute on function tokenlimits.whole_limit(jsonb)
+from public, anon, authenticated, service_role;
+
+grant execute on function tokenlimits.whole_limit(jsonb)
 to authenticated, service_role;
 
 -- Refuses an invalid set of limits with the path of the field, like limits[2].max.
@@ -5378,10 +5408,29 @@ begin
   end if;
   for v_limit in select e.value from jsonb_array_elements(p_limits) as e loop
     v_index := v_index + 1;
+    if jsonb_typeof(v_limit) = 'object' then
+      v_limit := tokenlimits.whole_limit(v_limit);
+    end if;
     v_field := case
       when jsonb_typeof(v_limit) <> 'object' then ''
       when (v_limit ->> 'kind' ~ '^[a-z][a-z0-9_]{0,31}$') is not true then '.kind'
-      when coalesce(v_limit ->> 'period', '') not in ('minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime') then '.period'
+      when (v_limit ->> 'period' in ('minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime')
+      or v_limit ->> 'period' ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks|months)$') is not true then '.period'
+      when coalesce(v_limit ->> 'starts', '') not in ('calendar', 'anchor', 'first_use', 'rolling') then '.starts'
+      when (((v_limit ->> 'starts') = 'calendar' and (v_limit ->> 'period') !~ ' ')
+      or ((v_limit ->> 'starts') = 'anchor' and (v_limit ->> 'period') <> 'lifetime' and (v_limit ->> 'period') !~ '^(2[5-9]|[3-9][0-9]|[0-9]{3}) months$')
+      or ((v_limit ->> 'starts') = 'first_use' and (v_limit ->> 'period') <> 'lifetime' and (v_limit ->> 'period') !~ ' months$')
+      or ((v_limit ->> 'starts') = 'rolling' and (v_limit ->> 'period') !~ '^(month|year|lifetime)$| months$')) is not true then '.period'
+      when coalesce(v_limit ->> 'mode', '') not in ('enforce', 'observe') then '.mode'
+      when not (nullif(v_limit -> 'counts', 'null') is null or (
+        jsonb_typeof(nullif(v_limit -> 'counts', 'null')) = 'object'
+        and pg_column_size(nullif(v_limit -> 'counts', 'null')) < 4096
+        and jsonb_array_length(jsonb_path_query_array(nullif(v_limit -> 'counts', 'null'), '$.keyvalue()')) >= 1
+        and jsonb_array_length(jsonb_path_query_array(nullif(v_limit -> 'counts', 'null'), '$.keyvalue()')) <= 50
+        and not jsonb_path_exists(nullif(v_limit -> 'counts', 'null'), '$.keyvalue() ? (!(@.key like_regex "^[a-z][a-z0-9_]{0,31}$"))')
+        and not jsonb_path_exists(nullif(v_limit -> 'counts', 'null'), '$.* ? (@.type() != "number")')
+        and not jsonb_path_exists(nullif(v_limit -> 'counts', 'null'), '$.* ? (@ < 1 || @ > 1000000 || @.floor() != @)')
+      )) then '.counts'
       when coalesce(v_limit ->> 'scope', '') not in ('group', 'member') then '.scope'
       when not v_limit ? 'max' then '.max'
       when jsonb_typeof(v_limit -> 'max') = 'null' then null
@@ -5389,7 +5438,9 @@ begin
       when (v_limit ->> 'max')::numeric not between 0 and 1000000000000000 then '.max'
       when (v_limit ->> 'max')::numeric <> trunc((v_limit ->> 'max')::numeric) then '.max'
     end;
-    v_identity := concat_ws(' ', v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'scope');
+    v_identity := concat_ws(
+      ' ', v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'starts', v_limit ->> 'scope'
+    );
     if v_field is null and v_seen ? v_identity then
       v_field := '';
     end if;
@@ -5426,22 +5477,24 @@ begin
   perform
   from public.group_limits as l
   where l.group_id = p_group_id
-  order by l.kind, l.period, l.scope
+  order by l.kind, l.period, l.starts, l.scope
   for update;
   delete from public.group_limits as l
   where
     l.group_id = p_group_id
     and not exists (
       select
-      from jsonb_to_recordset(p_limits) as n (kind text, period text, scope text)
-      where (n.kind, n.period, n.scope) = (l.kind, l.period, l.scope)
+      from jsonb_array_elements(p_limits) as e
+      cross join lateral jsonb_to_record(tokenlimits.whole_limit(e.value)) as n (kind text, period text, starts text, scope text, mode text, max numeric, counts jsonb)
+      where (n.kind, n.period, n.starts, n.scope) = (l.kind, l.period, l.starts, l.scope)
     );
-  insert into public.group_limits as l (group_id, kind, period, scope, max)
-  select p_group_id, n.kind, n.period, n.scope, n.max::bigint
-  from jsonb_to_recordset(p_limits) as n (kind text, period text, scope text, max numeric)
+  insert into public.group_limits as l (group_id, kind, period, starts, scope, mode, max, counts)
+  select p_group_id, n.kind, n.period, n.starts, n.scope, n.mode, n.max::bigint, nullif(n.counts, 'null')
+  from jsonb_array_elements(p_limits) as e
+  cross join lateral jsonb_to_record(tokenlimits.whole_limit(e.value)) as n (kind text, period text, starts text, scope text, mode text, max numeric, counts jsonb)
   on conflict on constraint group_limits_key do update
-  set max = excluded.max
-  where l.max is distinct from excluded.max;
+  set max = excluded.max, mode = excluded.mode, counts = excluded.counts
+  where (l.max, l.mode, l.counts) is distinct from (excluded.max, excluded.mode, excluded.counts);
 end
 $$;
 
@@ -5479,7 +5532,8 @@ create or replace function tokenlimits.insert_group(
   p_description text,
   p_priority integer,
   p_timezone text,
-  p_is_default boolean
+  p_is_default boolean,
+  p_anchor_at timestamptz
 )
 returns public.user_groups
 language plpgsql
@@ -5497,10 +5551,12 @@ begin
   if p_id = '00000000-0000-0000-0000-000000000000' then
     perform tokenlimits.refuse('TL001', 'id: must not be the nil UUID', 'id', 'Choose an id that was never used.');
   end if;
-  insert into public.user_groups as g (id, name, description, priority, timezone, is_default)
+  insert into public.user_groups as g (
+    id, name, description, priority, timezone, is_default, anchor_at, created_at
+  )
   values (
     coalesce(p_id, gen_random_uuid()), p_name, coalesce(p_description, ''), coalesce(p_priority, 0),
-    coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false)
+    coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false), p_anchor_at, tokenlimits.clock()
   )
   returning * into v_group;
   -- only now: the group with this id may have been deleted while this waited for the id. Its ledger rows would become
@@ -5522,13 +5578,13 @@ exception
 end
 $$;
 
-comment on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean)
+comment on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean, timestamptz)
 is 'tokenlimits: Makes a group, with an id of its own where none is given.';
 
-revoke execute on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean)
+revoke execute on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean, timestamptz)
 from public, anon, authenticated, service_role;
 
-grant execute on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean)
+grant execute on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean, timestamptz)
 to authenticated, service_role;
 
 create or replace function public.save_group(
@@ -5540,7 +5596,8 @@ create or replace function public.save_group(
   p_is_default boolean default null,
   p_limits jsonb default null,
   p_id uuid default null,
-  p_updated_at timestamptz default null
+  p_updated_at timestamptz default null,
+  p_anchor_at timestamptz default null
 )
 returns jsonb
 language plpgsql
@@ -5588,7 +5645,9 @@ begin
   end if;
   begin
     if p_group_id is null then
-      v_group := tokenlimits.insert_group(p_id, p_name, p_description, p_priority, p_timezone, p_is_default);
+      v_group := tokenlimits.insert_group(
+        p_id, p_name, p_description, p_priority, p_timezone, p_is_default, p_anchor_at
+      );
     else
       update public.user_groups as g
       set
@@ -5596,7 +5655,8 @@ begin
         description = coalesce(p_description, g.description),
         priority = coalesce(p_priority, g.priority),
         timezone = coalesce(p_timezone, g.timezone),
-        is_default = coalesce(p_is_default, g.is_default)
+        is_default = coalesce(p_is_default, g.is_default),
+        anchor_at = coalesce(p_anchor_at, g.anchor_at)
       where g.id = p_group_id
       returning * into v_group;
     end if;
@@ -5628,14 +5688,47 @@ begin
 end
 $$;
 
-comment on function public.save_group(uuid, text, text, integer, text, boolean, jsonb, uuid, timestamptz)
+comment on function public.save_group(
+  uuid,
+  text,
+  text,
+  integer,
+  text,
+  boolean,
+  jsonb,
+  uuid,
+  timestamptz,
+  timestamptz
+)
 is 'tokenlimits: Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an '
 'existing group, with its whole set of limits, in one step. With p_updated_at, only if nobody has changed it since.';
 
-revoke execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb, uuid, timestamptz)
+revoke execute on function public.save_group(
+  uuid,
+  text,
+  text,
+  integer,
+  text,
+  boolean,
+  jsonb,
+  uuid,
+  timestamptz,
+  timestamptz
+)
 from public, anon, authenticated, service_role;
 
-grant execute on function public.save_group(uuid, text, text, integer, text, boolean, jsonb, uuid, timestamptz)
+grant execute on function public.save_group(
+  uuid,
+  text,
+  text,
+  integer,
+  text,
+  boolean,
+  jsonb,
+  uuid,
+  timestamptz,
+  timestamptz
+)
 to authenticated, service_role;
 
 create or replace function public.set_group_limit(p_group_id uuid, p_limit jsonb)
@@ -5656,18 +5749,19 @@ begin
   update public.user_groups as g
   set name = g.name
   where g.id = p_group_id;
-  insert into public.group_limits as l (group_id, kind, period, scope, max)
-  values (
-    p_group_id, v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'scope', (v_limit ->> 'max')::numeric::bigint
-  )
+  insert into public.group_limits as l (group_id, kind, period, starts, scope, mode, max, counts)
+  select p_group_id, n.kind, n.period, n.starts, n.scope, n.mode, n.max::bigint, nullif(n.counts, 'null')
+  from jsonb_array_elements(jsonb_build_array(v_limit)) as e
+  cross join lateral jsonb_to_record(tokenlimits.whole_limit(e.value)) as n (kind text, period text, starts text, scope text, mode text, max numeric, counts jsonb)
   on conflict on constraint group_limits_key do update
-  set max = excluded.max;
+  set max = excluded.max, mode = excluded.mode, counts = excluded.counts
+  where (l.max, l.mode, l.counts) is distinct from (excluded.max, excluded.mode, excluded.counts);
   return tokenlimits.group_json(tokenlimits.require_group(p_group_id));
 end
 $$;
 
 comment on function public.set_group_limit(uuid, jsonb)
-is 'tokenlimits: Adds one limit to a group, or changes its max.';
+is 'tokenlimits: Adds one limit to a group, or changes its max, its mode or what it counts.';
 
 revoke execute on function public.set_group_limit(uuid, jsonb)
 from public, anon, authenticated, service_role;
@@ -5675,12 +5769,20 @@ from public, anon, authenticated, service_role;
 grant execute on function public.set_group_limit(uuid, jsonb)
 to authenticated, service_role;
 
-create or replace function public.remove_group_limit(p_group_id uuid, p_kind text, p_period text, p_scope text)
+create or replace function public.remove_group_limit(
+  p_group_id uuid,
+  p_kind text,
+  p_period text default null,
+  p_scope text default 'group',
+  p_starts text default null
+)
 returns jsonb
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_fitting text[];
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
@@ -5690,19 +5792,36 @@ begin
   update public.user_groups as g
   set name = g.name
   where g.id = p_group_id;
+  select array_agg(l.period || ' ' || l.starts order by array_position(
+    array['minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime'], regexp_replace(l.period, '^[0-9]+ |s$', '', 'g')
+  ), length(l.period), l.period, l.starts) into v_fitting
+  from public.group_limits as l
+  where l.group_id = p_group_id and l.kind = p_kind and l.scope = p_scope
+    and (p_period is null or l.period = p_period)
+    and (p_starts is null or l.starts = p_starts);
+  if cardinality(v_fitting) > 1 then
+    perform tokenlimits.refuse(
+      'TL001',
+      format('period: %s has several limits on %s: %s', p_scope, p_kind, array_to_string(v_fitting, ', ')),
+      'period',
+      'Say which one by its period and starts. Nothing was removed.'
+    );
+  end if;
   delete from public.group_limits as l
-  where l.group_id = p_group_id and l.kind = p_kind and l.period = p_period and l.scope = p_scope;
+  where l.group_id = p_group_id and l.kind = p_kind and l.scope = p_scope
+    and (p_period is null or l.period = p_period)
+    and (p_starts is null or l.starts = p_starts);
   return tokenlimits.group_json(tokenlimits.require_group(p_group_id));
 end
 $$;
 
-comment on function public.remove_group_limit(uuid, text, text, text)
-is 'tokenlimits: Removes one limit of a group; a missing limit is no error.';
+comment on function public.remove_group_limit(uuid, text, text, text, text)
+is 'tokenlimits: Removes one limit of a group, named by as much as tells it from others; a missing limit is no error.';
 
-revoke execute on function public.remove_group_limit(uuid, text, text, text)
+revoke execute on function public.remove_group_limit(uuid, text, text, text, text)
 from public, anon, authenticated, service_role;
 
-grant execute on function public.remove_group_limit(uuid, text, text, text)
+grant execute on function public.remove_group_limit(uuid, text, text, text, text)
 to authenticated, service_role;
 
 create or replace function public.delete_group(p_group_id uuid)
@@ -5784,7 +5903,11 @@ from public, anon, authenticated, service_role;
 grant execute on function public.find_groups(uuid, text, text, text, integer)
 to authenticated, service_role;
 
-create or replace function tokenlimits.add_group_members(p_group_id uuid, p_user_ids uuid[])
+create or replace function tokenlimits.add_group_members(
+  p_group_id uuid,
+  p_user_ids uuid[],
+  p_anchor_at timestamptz
+)
 returns jsonb
 language plpgsql
 volatile
@@ -5802,8 +5925,8 @@ begin
     perform tokenlimits.refuse('TL001', 'user_ids: must be an array of ids', 'user_ids');
   end if;
   v_known := array(select u.id from tokenlimits.users(p_user_ids) as u order by u.id);
-  insert into public.group_memberships as m (group_id, user_id)
-  select p_group_id, k.id
+  insert into public.group_memberships as m (group_id, user_id, joined_at, anchor_at)
+  select p_group_id, k.id, tokenlimits.clock(), p_anchor_at
   from unnest(v_known) as k (id)
   on conflict on constraint group_memberships_pkey do nothing;
   get diagnostics v_added = row_count;
@@ -5821,7 +5944,8 @@ $$;
 
 create or replace function public.add_group_members(
   p_group_id uuid,
-  p_user_ids uuid[]
+  p_user_ids uuid[],
+  p_anchor_at timestamptz default null
 )
 returns jsonb
 language plpgsql
@@ -5831,28 +5955,29 @@ as $$
 begin
   return tokenlimits.add_group_members(
     p_group_id,
-    p_user_ids
+    p_user_ids,
+    p_anchor_at
   );
 end
 $$;
 
-comment on function public.add_group_members(uuid, uuid[])
-is 'tokenlimits: Adds users to a group; returns how many were added, how many were already members, and which ids are '
-'unknown.';
+comment on function public.add_group_members(uuid, uuid[], timestamptz)
+is 'tokenlimits: Adds users to a group, their anchored periods counted from a moment; returns how many were added, how '
+'many were already members, and which ids are unknown.';
 
-revoke execute on function public.add_group_members(uuid, uuid[])
+revoke execute on function public.add_group_members(uuid, uuid[], timestamptz)
 from public, anon, authenticated, service_role;
 
-grant execute on function public.add_group_members(uuid, uuid[])
+grant execute on function public.add_group_members(uuid, uuid[], timestamptz)
 to authenticated, service_role;
 
-comment on function tokenlimits.add_group_members(uuid, uuid[])
+comment on function tokenlimits.add_group_members(uuid, uuid[], timestamptz)
 is 'tokenlimits: The private half of public.add_group_members.';
 
-revoke execute on function tokenlimits.add_group_members(uuid, uuid[])
+revoke execute on function tokenlimits.add_group_members(uuid, uuid[], timestamptz)
 from public, anon, authenticated, service_role;
 
-grant execute on function tokenlimits.add_group_members(uuid, uuid[])
+grant execute on function tokenlimits.add_group_members(uuid, uuid[], timestamptz)
 to authenticated, service_role;
 
 create or replace function public.remove_group_members(p_group_id uuid, p_user_ids uuid[])
@@ -5938,7 +6063,7 @@ begin
   perform
   from public.group_limits as l
   where l.group_id = p_group_id
-  order by l.kind, l.period, l.scope
+  order by l.kind, l.period, l.starts, l.scope
   for update;
   -- no call is between being judged and being recorded now, so each usage is recorded either before the reset or after
   perform tokenlimits.lock_groups(array[p_group_id], true);
@@ -8100,11 +8225,12 @@ grant select, delete on public.user_groups, public.group_limits, public.group_me
 to authenticated, service_role;
 
 -- only our functions set ids, counters and timestamps, even if an admin edits a table
-grant insert (name, description, priority, timezone, is_default),
-update (name, description, priority, timezone, is_default)
+grant insert (name, description, priority, timezone, is_default, anchor_at),
+update (name, description, priority, timezone, is_default, anchor_at)
 on public.user_groups to authenticated, service_role;
 
-grant insert (group_id, kind, period, scope, max), update (kind, period, scope, max)
+grant insert (group_id, kind, period, starts, scope, mode, max, counts),
+update (kind, period, starts, scope, mode, max, counts)
 on public.group_limits to authenticated, service_role;
 
 grant insert (group_id, user_id) on public.group_memberships to authenticated, service_role;

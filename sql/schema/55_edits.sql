@@ -2,8 +2,8 @@
 --
 -- Invariants
 --   * Every edit of limits, by function or by an admin's direct update, fires these triggers.
---   * Whatever turns a limit into another one (its group, kind, period, scope; its group's time zone) gives it a new
---     counter_id, so that it is recounted from the ledger: no edit is a free refill.
+--   * Whatever turns a limit into another one (its group, kind, period, starts, scope or counts; its group's time zone
+--     or anchor) gives it a new counter_id, so that it is recounted from the ledger: no edit is a free refill.
 
 -- A limit that is turned into another one gets a new id and a new counter.
 create or replace function tokenlimits.renew_counter()
@@ -27,7 +27,8 @@ for each row
 -- column by column: a restored dump would have a different expression for whole rows
 when (
   old.group_id is distinct from new.group_id or old.kind is distinct from new.kind
-  or old.period is distinct from new.period or old.scope is distinct from new.scope
+  or old.period is distinct from new.period or old.starts is distinct from new.starts
+  or old.scope is distinct from new.scope or old.counts is distinct from new.counts
 )
 execute function tokenlimits.renew_counter();
 
@@ -88,8 +89,8 @@ after delete on public.group_limits
 referencing old table as old_rows
 for each statement execute function tokenlimits.apply_limits();
 
--- In a new time zone, every period of the group begins at a different moment. One statement for all groups, so that it
--- takes their stripes in order.
+-- In a new time zone, every period of the group begins at a different moment; with a new anchor, every anchored one. One
+-- statement for all groups, so that it takes their stripes in order.
 create or replace function tokenlimits.renew_counters()
 returns trigger
 language plpgsql
@@ -102,7 +103,9 @@ begin
   set counter_id = default
   from new_rows as n
   inner join old_rows as o on o.id = n.id
-  where l.group_id = n.id and n.timezone is distinct from o.timezone;
+  where
+    l.group_id = n.id
+    and (n.timezone is distinct from o.timezone or (l.starts = 'anchor' and n.anchor_at is distinct from o.anchor_at));
   return null;
 end
 $$;

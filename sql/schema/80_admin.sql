@@ -16,8 +16,11 @@ as $$
 begin
   return to_jsonb(p_group) || jsonb_build_object('limits', coalesce((
     select jsonb_agg(
-      jsonb_build_object('kind', l.kind, 'period', l.period, 'scope', l.scope, 'max', l.max)
-      order by l.kind, l.scope, array_position(array[{{ periods()[1:-1] }}], l.period)
+      jsonb_build_object(
+        'kind', l.kind, 'period', l.period, 'starts', l.starts, 'scope', l.scope, 'mode', l.mode, 'max', l.max,
+        'counts', l.counts
+      )
+      order by l.kind, l.scope, {{ by_length('l') | indent(6) }}
     )
     from public.group_limits as l
     where l.group_id = p_group.id
@@ -29,6 +32,19 @@ $$;
   "A group with its limits, as clients see it.",
   to='authenticated, service_role'
 ) }}
+
+-- A limit as it came, with what it leaves out.
+create or replace function tokenlimits.whole_limit(p_limit jsonb)
+returns jsonb
+language plpgsql
+immutable
+{{ search_path() }}
+as $$
+begin
+  return '{"starts": "calendar", "mode": "enforce", "counts": null}' || p_limit;
+end
+$$;
+{{ private('whole_limit(jsonb)', "A limit with its defaults.", to='authenticated, service_role') }}
 
 -- Refuses an invalid set of limits with the path of the field, like limits[2].max.
 create or replace function tokenlimits.check_limits(p_limits jsonb)
@@ -49,10 +65,17 @@ begin
   end if;
   for v_limit in select e.value from jsonb_array_elements(p_limits) as e loop
     v_index := v_index + 1;
+    if jsonb_typeof(v_limit) = 'object' then
+      v_limit := tokenlimits.whole_limit(v_limit);
+    end if;
     v_field := case
       when jsonb_typeof(v_limit) <> 'object' then ''
       when ({{ is_kind("v_limit ->> 'kind'") }}) is not true then '.kind'
-      when coalesce(v_limit ->> 'period', '') not in {{ periods() }} then '.period'
+      when ({{ is_period("v_limit ->> 'period'") | indent(6) }}) is not true then '.period'
+      when coalesce(v_limit ->> 'starts', '') not in ('calendar', 'anchor', 'first_use', 'rolling') then '.starts'
+      when ({{ is_start("(v_limit ->> 'starts')", "(v_limit ->> 'period')") | indent(6) }}) is not true then '.period'
+      when coalesce(v_limit ->> 'mode', '') not in ('enforce', 'observe') then '.mode'
+      when not ({{ is_counts("nullif(v_limit -> 'counts', 'null')") | indent(6) }}) then '.counts'
       when coalesce(v_limit ->> 'scope', '') not in ('group', 'member') then '.scope'
       when not v_limit ? 'max' then '.max'
       when jsonb_typeof(v_limit -> 'max') = 'null' then null
@@ -60,7 +83,9 @@ begin
       when (v_limit ->> 'max')::numeric not between 0 and {{ most_of_a_limit() }} then '.max'
       when (v_limit ->> 'max')::numeric <> trunc((v_limit ->> 'max')::numeric) then '.max'
     end;
-    v_identity := concat_ws(' ', v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'scope');
+    v_identity := concat_ws(
+      ' ', v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'starts', v_limit ->> 'scope'
+    );
     if v_field is null and v_seen ? v_identity then
       v_field := '';
     end if;
@@ -93,22 +118,18 @@ begin
   perform
   from public.group_limits as l
   where l.group_id = p_group_id
-  order by l.kind, l.period, l.scope
+  order by l.kind, l.period, l.starts, l.scope
   for update;
   delete from public.group_limits as l
   where
     l.group_id = p_group_id
     and not exists (
       select
-      from jsonb_to_recordset(p_limits) as n (kind text, period text, scope text)
-      where (n.kind, n.period, n.scope) = (l.kind, l.period, l.scope)
+      from jsonb_array_elements(p_limits) as e
+      cross join lateral jsonb_to_record(tokenlimits.whole_limit(e.value)) as n ({{ fields_of_limit() }})
+      where (n.kind, n.period, n.starts, n.scope) = (l.kind, l.period, l.starts, l.scope)
     );
-  insert into public.group_limits as l (group_id, kind, period, scope, max)
-  select p_group_id, n.kind, n.period, n.scope, n.max::bigint
-  from jsonb_to_recordset(p_limits) as n (kind text, period text, scope text, max numeric)
-  on conflict on constraint group_limits_key do update
-  set max = excluded.max
-  where l.max is distinct from excluded.max;
+  {{ upsert_limits('p_limits') | indent(2) }}
 end
 $$;
 {{ private(
@@ -137,7 +158,8 @@ create or replace function tokenlimits.insert_group(
   p_description text,
   p_priority integer,
   p_timezone text,
-  p_is_default boolean
+  p_is_default boolean,
+  p_anchor_at timestamptz
 )
 returns public.user_groups
 language plpgsql
@@ -155,10 +177,12 @@ begin
   if p_id = '00000000-0000-0000-0000-000000000000' then
     perform tokenlimits.refuse('TL001', 'id: must not be the nil UUID', 'id', 'Choose an id that was never used.');
   end if;
-  insert into public.user_groups as g (id, name, description, priority, timezone, is_default)
+  insert into public.user_groups as g (
+    id, name, description, priority, timezone, is_default, anchor_at, created_at
+  )
   values (
     coalesce(p_id, gen_random_uuid()), p_name, coalesce(p_description, ''), coalesce(p_priority, 0),
-    coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false)
+    coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false), p_anchor_at, tokenlimits.clock()
   )
   returning * into v_group;
   -- only now: the group with this id may have been deleted while this waited for the id. Its ledger rows would become
@@ -180,7 +204,7 @@ exception
 end
 $$;
 {{ private(
-  'insert_group(uuid, text, text, integer, text, boolean)',
+  'insert_group(uuid, text, text, integer, text, boolean, timestamptz)',
   "Makes a group, with an id of its own where none is given.",
   to='authenticated, service_role'
 ) }}
@@ -194,7 +218,8 @@ create or replace function public.save_group(
   p_is_default boolean default null,
   p_limits jsonb default null,
   p_id uuid default null,
-  p_updated_at timestamptz default null
+  p_updated_at timestamptz default null,
+  p_anchor_at timestamptz default null
 )
 returns jsonb
 language plpgsql
@@ -240,7 +265,9 @@ begin
   end if;
   begin
     if p_group_id is null then
-      v_group := tokenlimits.insert_group(p_id, p_name, p_description, p_priority, p_timezone, p_is_default);
+      v_group := tokenlimits.insert_group(
+        p_id, p_name, p_description, p_priority, p_timezone, p_is_default, p_anchor_at
+      );
     else
       update public.user_groups as g
       set
@@ -248,7 +275,8 @@ begin
         description = coalesce(p_description, g.description),
         priority = coalesce(p_priority, g.priority),
         timezone = coalesce(p_timezone, g.timezone),
-        is_default = coalesce(p_is_default, g.is_default)
+        is_default = coalesce(p_is_default, g.is_default),
+        anchor_at = coalesce(p_anchor_at, g.anchor_at)
       where g.id = p_group_id
       returning * into v_group;
     end if;
@@ -268,7 +296,7 @@ begin
 end
 $$;
 {{ opened(
-  'save_group(uuid, text, text, integer, text, boolean, jsonb, uuid, timestamptz)',
+  'save_group(uuid, text, text, integer, text, boolean, jsonb, uuid, timestamptz, timestamptz)',
   "Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an existing group, with its whole set of limits, in one step. With p_updated_at, only if nobody has changed it since.",
   to='authenticated, service_role'
 ) }}
@@ -286,39 +314,53 @@ begin
   perform tokenlimits.check_limits(jsonb_build_array(v_limit));
   perform tokenlimits.require_group(p_group_id);
   {{ touch_group('p_group_id') | indent(2) }}
-  insert into public.group_limits as l (group_id, kind, period, scope, max)
-  values (
-    p_group_id, v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'scope', (v_limit ->> 'max')::numeric::bigint
-  )
-  on conflict on constraint group_limits_key do update
-  set max = excluded.max;
+  {{ upsert_limits('jsonb_build_array(v_limit)') | indent(2) }}
   return tokenlimits.group_json(tokenlimits.require_group(p_group_id));
 end
 $$;
 {{ opened(
   'set_group_limit(uuid, jsonb)',
-  "Adds one limit to a group, or changes its max.",
+  "Adds one limit to a group, or changes its max, its mode or what it counts.",
   to='authenticated, service_role'
 ) }}
 
-create or replace function public.remove_group_limit(p_group_id uuid, p_kind text, p_period text, p_scope text)
+create or replace function public.remove_group_limit(
+  p_group_id uuid,
+  p_kind text,
+  p_period text default null,
+  p_scope text default 'group',
+  p_starts text default null
+)
 returns jsonb
 language plpgsql
 volatile
 {{ search_path() }}
 as $$
+declare
+  v_fitting text[];
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
   {{ touch_group('p_group_id') | indent(2) }}
+  select array_agg(l.period || ' ' || l.starts order by {{ by_length('l') | indent(2) }}) into v_fitting
+  from public.group_limits as l
+  where {{ named_limit('l') | indent(4) }};
+  if cardinality(v_fitting) > 1 then
+    perform tokenlimits.refuse(
+      'TL001',
+      format('period: %s has several limits on %s: %s', p_scope, p_kind, array_to_string(v_fitting, ', ')),
+      'period',
+      'Say which one by its period and starts. Nothing was removed.'
+    );
+  end if;
   delete from public.group_limits as l
-  where l.group_id = p_group_id and l.kind = p_kind and l.period = p_period and l.scope = p_scope;
+  where {{ named_limit('l') | indent(4) }};
   return tokenlimits.group_json(tokenlimits.require_group(p_group_id));
 end
 $$;
 {{ opened(
-  'remove_group_limit(uuid, text, text, text)',
-  "Removes one limit of a group; a missing limit is no error.",
+  'remove_group_limit(uuid, text, text, text, text)',
+  "Removes one limit of a group, named by as much as tells it from others; a missing limit is no error.",
   to='authenticated, service_role'
 ) }}
 
@@ -380,7 +422,11 @@ $$;
   to='authenticated, service_role'
 ) }}
 
-create or replace function tokenlimits.add_group_members(p_group_id uuid, p_user_ids uuid[])
+create or replace function tokenlimits.add_group_members(
+  p_group_id uuid,
+  p_user_ids uuid[],
+  p_anchor_at timestamptz
+)
 returns jsonb
 language plpgsql
 volatile
@@ -398,8 +444,8 @@ begin
     perform tokenlimits.refuse('TL001', 'user_ids: must be an array of ids', 'user_ids');
   end if;
   v_known := array(select u.id from tokenlimits.users(p_user_ids) as u order by u.id);
-  insert into public.group_memberships as m (group_id, user_id)
-  select p_group_id, k.id
+  insert into public.group_memberships as m (group_id, user_id, joined_at, anchor_at)
+  select p_group_id, k.id, tokenlimits.clock(), p_anchor_at
   from unnest(v_known) as k (id)
   on conflict on constraint group_memberships_pkey do nothing;
   get diagnostics v_added = row_count;
@@ -416,9 +462,9 @@ end
 $$;
 {{ rpc(
   'add_group_members',
-  ['p_group_id uuid', 'p_user_ids uuid[]'],
+  ['p_group_id uuid', 'p_user_ids uuid[]', 'p_anchor_at timestamptz default null'],
   to='authenticated, service_role',
-  comment="Adds users to a group; returns how many were added, how many were already members, and which ids are unknown."
+  comment="Adds users to a group, their anchored periods counted from a moment; returns how many were added, how many were already members, and which ids are unknown."
 ) }}
 
 create or replace function public.remove_group_members(p_group_id uuid, p_user_ids uuid[])
@@ -494,7 +540,7 @@ begin
   perform
   from public.group_limits as l
   where l.group_id = p_group_id
-  order by l.kind, l.period, l.scope
+  order by l.kind, l.period, l.starts, l.scope
   for update;
   -- no call is between being judged and being recorded now, so each usage is recorded either before the reset or after
   perform tokenlimits.lock_groups(array[p_group_id], true);

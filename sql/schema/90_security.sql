@@ -16,10 +16,11 @@ from public, anon, authenticated, service_role;
 grant select, delete on public.user_groups, public.group_limits, public.group_memberships
 to authenticated, service_role;
 -- only our functions set ids, counters and timestamps, even if an admin edits a table
-grant insert (name, description, priority, timezone, is_default),
-update (name, description, priority, timezone, is_default)
+grant insert (name, description, priority, timezone, is_default, anchor_at),
+update (name, description, priority, timezone, is_default, anchor_at)
 on public.user_groups to authenticated, service_role;
-grant insert (group_id, kind, period, scope, max), update (kind, period, scope, max)
+grant insert (group_id, kind, period, starts, scope, mode, max, counts),
+update (kind, period, starts, scope, mode, max, counts)
 on public.group_limits to authenticated, service_role;
 grant insert (group_id, user_id) on public.group_memberships to authenticated, service_role;
 grant select on public.generation_usage to authenticated, service_role;

@@ -15,11 +15,11 @@ _COUNTERS = f"""
 select
   l.group_id, l.kind, l.period, l.scope, c.subject, c.since, c.until, c.used,
   coalesce((
-    select sum(u.cost)
+    select sum(u.cost * case when l.counts is null then 1 else (l.counts ->> u.kind)::bigint end)
     from public.generation_usage as u
     where
       u.group_id = l.group_id
-      and u.kind = l.kind
+      and (l.counts is null and u.kind = l.kind or l.counts ? u.kind)
       and (l.scope = 'group' or u.user_id = c.subject)
       and u.created_at >= c.since
       and u.created_at < c.until
@@ -57,6 +57,37 @@ where
   or coalesce(recorded.generations, 0) <> coalesce(rolled_up.generations, 0)
 """
 
+_PART = """make_interval(
+  secs => extract(epoch from case when l.period ~ ' ' then l.period else '1 ' || l.period end::interval)::float8 / 60
+)"""
+
+DRIFTING_PARTS = f"""
+with recorded as (
+  select
+    c.subject, c.counter_id, date_bin({_PART}, u.created_at, '1970-01-01 00:00:00+00') as part,
+    sum(u.cost * case when l.counts is null then 1 else (l.counts ->> u.kind)::bigint end) as used
+  from tokenlimits.counters as c
+  inner join public.group_limits as l using (counter_id)
+  inner join public.generation_usage as u
+    on
+      u.group_id = l.group_id and (l.counts is null and u.kind = l.kind or l.counts ? u.kind)
+      and (l.scope = 'group' or u.user_id = c.subject) and u.created_at >= c.since and u.created_at < c.until
+      and {_LIVE}
+  where l.starts = 'rolling' and c.until > tokenlimits.clock()
+  group by 1, 2, 3
+),
+counted as (
+  select p.*
+  from tokenlimits.counter_parts as p
+  inner join tokenlimits.counters as c using (subject, counter_id)
+  where c.until > tokenlimits.clock()
+)
+select subject, counter_id, part, counted.used, recorded.used as recorded
+from recorded
+full join counted using (subject, counter_id, part)
+where coalesce(counted.used, 0) <> coalesce(recorded.used, 0)
+"""
+
 COUNTERS_FROM_BEFORE_A_RESET = f"""
 select counted.*, r.reset_at
 from ({_COUNTERS}) as counted
@@ -81,6 +112,7 @@ where
 
 INVARIANTS = {
     "a counter is not the sum of the live usages of its period": DRIFTING_COUNTERS,
+    "a part of a rolling counter is not the sum of its live usages": DRIFTING_PARTS,
     "the rollup is not the sum of the live usages": DRIFTING_ROLLUP,
     "a counter counts from before the last reset": COUNTERS_FROM_BEFORE_A_RESET,
     "a counter has no subject or no period": COUNTERS_OF_NOBODY,

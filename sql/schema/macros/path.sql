@@ -48,6 +48,13 @@ or ({{ starts }} = 'first_use' and {{ period }} <> 'lifetime' and {{ period }} !
 or ({{ starts }} = 'rolling' and {{ period }} !~ '^(month|year|lifetime)$| months$')
 {%- endmacro %}
 
+{# In which order periods of a limit are listed: by their length. #}
+{% macro by_length(limit) -%}
+array_position(
+  array[{{ periods()[1:-1] }}], regexp_replace({{ limit }}.period, '^[0-9]+ |s$', '', 'g')
+), length({{ limit }}.period), {{ limit }}.period, {{ limit }}.starts
+{%- endmacro %}
+
 {# The kinds and weights of a pool: 1 to 50 kinds, whole weights to a million. Null is an ordinary limit. #}
 {% macro is_counts(counts) -%}
 {{ counts }} is null or (
@@ -737,4 +744,27 @@ greatest(lower({{ period }}), {{ past_until }}, {{ last_reset(group_id, kind) }}
   from tokenlimits.usage_resets as r
   where r.group_id = {{ group_id }} and r.kind in ({{ kind }}, '*')
 )
+{%- endmacro %}
+
+{# A limit's fields in JSON. #}
+{% macro fields_of_limit() -%}
+kind text, period text, starts text, scope text, mode text, max numeric, counts jsonb
+{%- endmacro %}
+
+{# Writes limits, given as a JSON array. Only what differs, so that unchanged limits keep their counters. #}
+{% macro upsert_limits(limits) -%}
+insert into public.group_limits as l (group_id, kind, period, starts, scope, mode, max, counts)
+select p_group_id, n.kind, n.period, n.starts, n.scope, n.mode, n.max::bigint, nullif(n.counts, 'null')
+from jsonb_array_elements({{ limits }}) as e
+cross join lateral jsonb_to_record(tokenlimits.whole_limit(e.value)) as n ({{ fields_of_limit() }})
+on conflict on constraint group_limits_key do update
+set max = excluded.max, mode = excluded.mode, counts = excluded.counts
+where (l.max, l.mode, l.counts) is distinct from (excluded.max, excluded.mode, excluded.counts);
+{%- endmacro %}
+
+{# The limits of p_group_id that are named by a kind, a scope, and perhaps a period and where it starts. #}
+{% macro named_limit(limit) -%}
+{{ limit }}.group_id = p_group_id and {{ limit }}.kind = p_kind and {{ limit }}.scope = p_scope
+and (p_period is null or {{ limit }}.period = p_period)
+and (p_starts is null or {{ limit }}.starts = p_starts)
 {%- endmacro %}

@@ -10,8 +10,10 @@ from tests.sql.semantics.api import Api, Json
 from tests.support import clock
 
 
-def limit(maximum: int | None, kind: str = "image", period: str = "lifetime", scope: str = "group") -> Json:
-    return {"kind": kind, "period": period, "scope": scope, "max": maximum}
+def limit(
+    maximum: int | None, kind: str = "image", period: str = "lifetime", scope: str = "group", **more: Any
+) -> Json:
+    return {"kind": kind, "period": period, "scope": scope, "max": maximum, **more}
 
 
 class World:
