@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from uuid import UUID, uuid4
 
-from ._answers import group_json, group_limit_json
+from ._answers import group_json, group_limit_json, place_of
 from ._ledger import Json, refuse
 from ._periods import canonical
 from ._state import ALL_KINDS, Group, Rule, State, Terms
@@ -115,9 +115,13 @@ class AdminFunctions(State):
             and p_starts in (None, rule.starts)
         ]
         if len(fitting) > 1:
-            field = "period" if p_period is None else "starts"
-            several = ", ".join(f"{rule.period} ({rule.starts})" for rule in fitting)
-            refuse("TL001", f"{field}: several limits fit: {several}", detail=field, hint="Nothing was removed.")
+            several = ", ".join(f"{rule.period} {rule.starts}" for rule in sorted(fitting, key=place_of))
+            refuse(
+                "TL001",
+                f"period: {p_scope} has several limits on {p_kind}: {several}",
+                detail="period",
+                hint="Say which one by its period and starts. Nothing was removed.",
+            )
         self._edit_limits(group, {}, fitting)
         self._touch(group)
         return group_json(group)

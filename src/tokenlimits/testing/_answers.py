@@ -32,7 +32,7 @@ class Verdict:
     observed: tuple[Rule, ...] = ()
 
 
-def _place(rule: Rule) -> tuple[object, ...]:
+def place_of(rule: Rule) -> tuple[object, ...]:
     """Order the limits of a group for those who read them."""
     number, unit = number_and_unit(rule.period)
     return (rule.kind, rule.scope, _UNITS.index(unit), number, rule.starts)
@@ -60,7 +60,7 @@ def group_json(group: Group) -> Json:
                 "max": group.limits[rule].max,
                 "counts": group.limits[rule].counts,
             }
-            for rule in sorted(group.limits, key=_place)
+            for rule in sorted(group.limits, key=place_of)
         ],
     }
 
