@@ -261,6 +261,7 @@ begin
         'refused',
         'release_generation',
         'remember_group',
+        'renew_anchors',
         'renew_counter',
         'renew_counters',
         'replace_limits',
@@ -287,6 +288,7 @@ begin
         'track_generation',
         'track_generations',
         'trial',
+        'uncommon_usage',
         'usage_answer',
         'usage_drift',
         'usage_json',
@@ -1510,13 +1512,13 @@ begin
   return (
     select u.created_at
     from (
-      select l.created_at, l.kind, l.cost, l.reserved_cost, l.settled_at
+      select l.created_at, l.kind, l.cost, l.reserved_cost, l.status, l.settled_at, l.expires_at
       from public.generation_usage as l
       where
         p_state.scope = 'group' and l.group_id = p_state.group_id
         and (p_state.counts is null and p_state.kind = l.kind or p_state.counts ? l.kind) and l.created_at >= v_since and l.status in ('reserved', 'committed')
       union all
-      select l.created_at, l.kind, l.cost, l.reserved_cost, l.settled_at
+      select l.created_at, l.kind, l.cost, l.reserved_cost, l.status, l.settled_at, l.expires_at
       from public.generation_usage as l
       where
         p_state.scope = 'member' and l.group_id = p_state.group_id and l.user_id = p_state.subject
@@ -1524,6 +1526,8 @@ begin
     ) as u
     where
       (u.reserved_cost is not null or u.settled_at = u.created_at)
+      and not (u.status not in ('reserved', 'committed')
+or (u.status = 'reserved' and u.expires_at <= p_at))
       and tokenlimits.end_of(p_state.period, p_state.timezone, u.created_at) > p_at
     order by u.created_at
     limit 1
@@ -1547,13 +1551,13 @@ begin
   return query
   select date_bin(v_part, u.created_at, '1970-01-01 00:00:00+00'), sum(u.cost * case when p_state.counts is null then 1 else (p_state.counts ->> u.kind)::bigint end)::bigint
   from (
-    select l.created_at, l.kind, l.cost, l.reserved_cost, l.settled_at
+    select l.created_at, l.kind, l.cost, l.reserved_cost, l.status, l.settled_at, l.expires_at
     from public.generation_usage as l
     where
       p_state.scope = 'group' and l.group_id = p_state.group_id
       and (p_state.counts is null and p_state.kind = l.kind or p_state.counts ? l.kind) and l.created_at >= p_state.since and l.status in ('reserved', 'committed')
     union all
-    select l.created_at, l.kind, l.cost, l.reserved_cost, l.settled_at
+    select l.created_at, l.kind, l.cost, l.reserved_cost, l.status, l.settled_at, l.expires_at
     from public.generation_usage as l
     where
       p_state.scope = 'member' and l.group_id = p_state.group_id and l.user_id = p_state.subject
@@ -2068,8 +2072,8 @@ after delete on public.group_limits
 referencing old table as old_rows
 for each statement execute function tokenlimits.apply_limits();
 
--- In a new time zone, every period of the group begins at a different moment; with a new anchor, every anchored one. One
--- statement for all groups, so that it takes their stripes in order.
+-- In a new time zone, every period of the group begins at a different moment; with a new anchor, every anchored one.
+-- One statement for all groups, so that it takes their stripes in order.
 create or replace function tokenlimits.renew_counters()
 returns trigger
 language plpgsql
@@ -2097,6 +2101,62 @@ create or replace trigger user_groups_renew_counters
 after update on public.user_groups
 referencing old table as old_rows new table as new_rows
 for each statement execute function tokenlimits.renew_counters();
+
+-- Who joins, leaves, or gets another anchor has other anchored periods: their counters are counted afresh. While a call
+-- uses the old ones, this waits, or the call would open a counter in a period that is gone.
+create or replace function tokenlimits.renew_anchors()
+returns trigger
+language plpgsql
+-- definer: counters are private
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_group_ids uuid[];
+  v_user_ids uuid[];
+begin
+  if tg_op = 'DELETE' then
+    v_group_ids := array(select distinct o.group_id from old_rows as o);
+    v_user_ids := array(select distinct o.user_id from old_rows as o);
+  else
+    v_group_ids := array(select distinct n.group_id from new_rows as n);
+    v_user_ids := array(select distinct n.user_id from new_rows as n);
+  end if;
+  v_group_ids := array(
+    select distinct l.group_id
+    from public.group_limits as l
+    where l.group_id = any(v_group_ids) and l.starts = 'anchor' and l.scope = 'member'
+  );
+  if v_group_ids <> '{}' then
+    perform tokenlimits.lock_groups(v_group_ids, true);
+    delete from tokenlimits.counters as c
+    using public.group_limits as l
+    where
+      l.group_id = any(v_group_ids) and l.starts = 'anchor' and l.scope = 'member'
+      and c.counter_id = l.counter_id and c.subject = any(v_user_ids);
+  end if;
+  return null;
+end
+$$;
+comment on function tokenlimits.renew_anchors()
+is 'tokenlimits: Trigger: a member''s anchored periods are those of their current membership.';
+revoke execute on function tokenlimits.renew_anchors()
+from public, anon, authenticated, service_role;
+
+create or replace trigger group_memberships_renew_anchors_insert
+after insert on public.group_memberships
+referencing new table as new_rows
+for each statement execute function tokenlimits.renew_anchors();
+
+create or replace trigger group_memberships_renew_anchors_update
+after update on public.group_memberships
+referencing old table as old_rows new table as new_rows
+for each statement execute function tokenlimits.renew_anchors();
+
+create or replace trigger group_memberships_renew_anchors_delete
+after delete on public.group_memberships
+referencing old table as old_rows
+for each statement execute function tokenlimits.renew_anchors();
 
 -- 60_answers.sql
 
@@ -3288,6 +3348,7 @@ begin
     -- judged only to find the moment that its counters have reached; record is never denied
     v_verdict.allowed := v_group_ids <> '{}';
     v_verdict.group_id := v_group_ids[1];
+    v_verdict.observed := null;
     if v_verdict.allowed then
       v_usage := row(
         (
@@ -3640,7 +3701,7 @@ begin
       on
         m.group_id = s.group_id and m.subject = s.subject and m.scope = s.scope and (s.counts is null and s.kind = m.kind or s.counts ? m.kind)
         -- an enforced move can't be skipped: its period ended after it was judged
-        and (m.created_at >= s.since or m.enforced)
+        and (m.created_at >= s.since or (m.enforced and s.mode = 'enforce'))
     group by s.place, s.scope, s.subject, s.counter_id, s.mode
     order by s.scope = 'group', s.subject, s.counter_id
   loop
@@ -3993,6 +4054,7 @@ declare
   v_state tokenlimits.limit_state;
 begin
   foreach v_state in array tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], array[p_usage.kind], p_at) loop
+    continue when v_state.mode = 'observe';
     if p_usage.created_at < v_state.since or not (v_state.max is null or v_state.used + p_cost * v_state.weight <= v_state.max) then
       perform tokenlimits.refuse(
         'TL007',
@@ -4650,6 +4712,7 @@ used, expired, is_open, group_name, timezone, no)
     if usages[v_holder.usage].fingerprint = v_fingerprint then
       v_holder.place := v.place;
       v_holder.replayed := true;
+      v_holder.observed := null;
       charges := charges || v_holder;
     elsif v_holder is null and v_verdict.allowed then
       v_usage := row(
@@ -4795,7 +4858,7 @@ begin
       on
         m.group_id = s.group_id and m.subject = s.subject and m.scope = s.scope and (s.counts is null and s.kind = m.kind or s.counts ? m.kind)
         -- an enforced move can't be skipped: its period ended after it was judged
-        and (m.created_at >= s.since or m.enforced)
+        and (m.created_at >= s.since or (m.enforced and s.mode = 'enforce'))
     group by s.place, s.scope, s.subject, s.counter_id, s.mode
     order by s.scope = 'group', s.subject, s.counter_id
   loop
@@ -6136,12 +6199,15 @@ begin
     create type tokenlimits.group_limit_answer as (
       kind text,
       period text,
+      starts text,
       scope text,
+      mode text,
       max bigint,
       used numeric,
-      reset_at timestamptz,
-      capacity numeric,
       remaining numeric,
+      reset_at timestamptz,
+      weight bigint,
+      capacity numeric,
       fraction numeric
     );
     create type tokenlimits.group_usage_answer as (
@@ -6152,6 +6218,32 @@ begin
   end if;
 end
 $do$;
+
+-- What is used of a group's limits that don't start by the calendar: its own, and those of its members, each in their
+-- own window, added up.
+create or replace function tokenlimits.uncommon_usage(p_group_id uuid, p_at timestamptz)
+returns table (counter_id bigint, used numeric, until timestamptz)
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+  select s.counter_id, sum(s.used), case s.scope when 'group' then max(coalesce(s.reset_at, s.until)) end
+  from unnest(tokenlimits.limit_states(
+    p_group_id,
+    array(select m.user_id from public.group_memberships as m where m.group_id = p_group_id),
+    null,
+    p_at
+  )) as s
+  where s.starts <> 'calendar'
+  group by s.counter_id, s.scope;
+end
+$$;
+comment on function tokenlimits.uncommon_usage(uuid, timestamptz)
+is 'tokenlimits: What is used of a group''s limits that don''t start by the calendar.';
+revoke execute on function tokenlimits.uncommon_usage(uuid, timestamptz)
+from public, anon, authenticated, service_role;
 
 -- A member limit is shown for the whole group: what all members used, of max times the number of members. All groups of
 -- a page at once, since a dashboard asks for a thousand: what limit_states computes for one group, this computes for
@@ -6204,15 +6296,19 @@ begin
     ),
 
     limits as materialized (
-      select l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id, g.timezone
+      select
+        l.group_id, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counts, l.counter_id, g.timezone,
+        -- numeric: for many members, it exceeds a bigint
+        l.max::numeric * case l.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
       from public.group_limits as l
       inner join groups as g on g.id = l.group_id
+      left join members as m on m.group_id = l.group_id
       where l.group_id = any(v_group_ids)
     ),
 
     periods as materialized (
       select k.period, k.timezone, tokenlimits.period_of(k.period, k.timezone, v_now) as range
-      from (select distinct l.period, l.timezone from limits as l) as k
+      from (select distinct l.period, l.timezone from limits as l where l.starts = 'calendar') as k
     ),
 
     -- as in limit_states: an open counter says what is used; if a new period has begun since, nothing is used; null
@@ -6220,7 +6316,7 @@ begin
     -- used together.
     states as (
       select
-        l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id,
+        l.*,
         case
           when c.until > v_now then c.since
           else greatest(lower(p.range), c.until, (
@@ -6230,18 +6326,17 @@ begin
           ))
         end as since,
         case when c.until > v_now then c.until else upper(p.range) end as until,
-        case when c.until > v_now then c.used when c.until is not null then 0 end as used,
-        -- numeric: for many members, it exceeds a bigint
-        l.max::numeric * case l.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
+        case when c.until > v_now then c.used when c.until is not null then 0 end as used
       from limits as l
       inner join periods as p on p.period = l.period and p.timezone = l.timezone
-      left join members as m on m.group_id = l.group_id
       left join (
-        select o.group_id, o.kind, o.period, k.since, k.until, k.used
+        select o.group_id, o.kind, o.period, o.counts, k.since, k.until, k.used
         from limits as o
         inner join tokenlimits.counters as k on k.subject = o.group_id and k.counter_id = o.counter_id
-        where k.subject = any(v_group_ids) and o.scope = 'group'
-      ) as c on c.group_id = l.group_id and c.kind = l.kind and c.period = l.period
+        where k.subject = any(v_group_ids) and o.scope = 'group' and o.starts = 'calendar'
+      ) as c
+        on c.group_id = l.group_id and c.kind = l.kind and c.period = l.period and c.counts is not distinct from l.counts
+      where l.starts = 'calendar'
       -- each is worked out once, not wherever it is named below; to keep them all, as materialized does, costs more
       offset 0
     ),
@@ -6251,33 +6346,41 @@ begin
         c.group_id,
         json_agg(
           row(
-            c.kind, c.period, c.scope, c.max, c.used, nullif(c.until, 'infinity'), c.capacity,
+            c.kind, c.period, c.starts, c.scope, c.mode, c.max, c.used,
             case when c.capacity is not null then greatest(c.capacity - c.used, 0) end,
+            nullif(c.until, 'infinity'), 1, c.capacity,
             case
               when c.capacity > 0 then round(c.used / c.capacity, 6)
               -- a blocked limit is full; so is a member limit that was used in a group that has no members now
               when c.capacity = 0 then 1
             end
           )::tokenlimits.group_limit_answer
+          order by c.kind, c.scope = 'group', c.counter_id
         ) as limits
       from (
         select
-          s.group_id, s.kind, s.period, s.scope, s.max, s.until, s.capacity,
+          s.group_id, s.kind, s.period, s.starts, s.scope, s.mode, s.max, s.counter_id, s.capacity, s.until,
           -- without a counter, the sum is computed as in count_usage; here, if the period consists of whole buckets
           coalesce(s.used, case
-            when s.since = date_bin('15 minutes', s.since, '2000-01-01 00:00:00+00') and s.until = date_bin('15 minutes', s.until, '2000-01-01 00:00:00+00') then coalesce((
+            when s.counts is null and s.since = date_bin('15 minutes', s.since, '2000-01-01 00:00:00+00') and s.until = date_bin('15 minutes', s.until, '2000-01-01 00:00:00+00') then coalesce((
               select sum(r.cost)
               from tokenlimits.usage_rollup as r
               where r.group_id = s.group_id and r.kind = s.kind and r.bucket >= s.since and r.bucket < s.until
             ), 0)
-            else tokenlimits.count_usage(s.group_id, null, s.kind, s.since, s.until)
+            else tokenlimits.count_limit(s.group_id, null, s.kind, s.counts, s.since, s.until)
           end)
           - case when v_any_expired
-            then tokenlimits.expired_cost(s.group_id, null, s.kind, s.since, v_now)
+            then tokenlimits.expired_of_limit(s.group_id, null, s.kind, s.counts, s.since, v_now)
             else 0
           end as used
         from states as s
-        order by s.group_id, s.kind, s.scope = 'group', s.counter_id
+        union all
+        select
+          l.group_id, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counter_id, l.capacity, u.until,
+          coalesce(u.used, 0)
+        from (select distinct o.group_id from limits as o where o.starts <> 'calendar') as g
+        inner join limits as l on l.group_id = g.group_id and l.starts <> 'calendar'
+        left join lateral tokenlimits.uncommon_usage(g.group_id, v_now) as u on u.counter_id = l.counter_id
       ) as c
       group by c.group_id
     )
@@ -6786,7 +6889,7 @@ begin
   return coalesce((
     with limits as materialized (
       select
-        l.kind, l.period, l.max, l.counter_id, upper(p.range) as until,
+        l.kind, l.period, l.starts, l.max, l.counts, l.counter_id, upper(p.range) as until,
         greatest(lower(p.range), null, (
           select max(r.reset_at)
           from tokenlimits.usage_resets as r
@@ -6794,7 +6897,8 @@ begin
         )) as since
       from public.group_limits as l
       inner join public.user_groups as g on g.id = l.group_id
-      cross join lateral (select tokenlimits.period_of(l.period, g.timezone, v_now) as range) as p
+      left join lateral (select tokenlimits.period_of(l.period, g.timezone, v_now) as range) as p
+        on l.starts = 'calendar'
       where l.group_id = p_group_id and l.scope = 'member' and l.max > 0
     ),
 
@@ -6802,7 +6906,7 @@ begin
     -- means that there is no counter
     states as (
       select
-        l.kind, l.period, l.max, m.user_id, l.until,
+        l.kind, l.counts, l.max, l.counter_id, m.user_id, l.until,
         case when c.until > v_now then c.since else greatest(l.since, c.until) end as since,
         case when c.until > v_now then c.used when c.until is not null then 0 end as used
       from limits as l
@@ -6813,34 +6917,47 @@ begin
         where k.subject = m.user_id and k.counter_id = l.counter_id
         offset 0
       ) as c on true
+      where l.starts = 'calendar'
     ),
 
     counted as (
       select
-        s.kind, s.period, s.max, s.user_id, s.since,
-        coalesce(s.used, tokenlimits.count_usage(p_group_id, s.user_id, s.kind, s.since, s.until)) as used
+        s.kind, s.counts, s.max, s.counter_id, s.user_id, s.since,
+        coalesce(s.used, tokenlimits.count_limit(p_group_id, s.user_id, s.kind, s.counts, s.since, s.until)) as used
       from states as s
     ),
 
     pressed as materialized (
-      select p.kind, p.period, p.max, p.user_id, p.used, row_number() over (
-        partition by p.kind, p.period order by p.used desc, p.user_id
+      select p.max, p.counter_id, p.user_id, p.used, row_number() over (
+        partition by p.counter_id order by p.used desc, p.user_id
       ) as place
       from (
         select
-          c.kind, c.period, c.max, c.user_id,
+          c.max, c.counter_id, c.user_id,
           c.used - case
-            when v_any_expired then tokenlimits.expired_cost(p_group_id, c.user_id, c.kind, c.since, v_now)
+            when v_any_expired
+              then tokenlimits.expired_of_limit(p_group_id, c.user_id, c.kind, c.counts, c.since, v_now)
             else 0
           end as used
         from counted as c
         where c.used * 100::numeric >= c.max * v_at_least::numeric
+        union all
+        select s.max, s.counter_id, s.subject, s.used
+        from unnest(case when exists (select from limits as l where l.starts <> 'calendar') then
+          tokenlimits.limit_states(
+            p_group_id,
+            array(select m.user_id from public.group_memberships as m where m.group_id = p_group_id),
+            null,
+            v_now
+          )
+        end) as s
+        where s.scope = 'member' and s.starts <> 'calendar' and s.max > 0
       ) as p
       where p.used * 100::numeric >= p.max * v_at_least::numeric
     ),
 
     shown as materialized (
-      select p.kind, p.period, p.user_id, p.used, p.place
+      select p.counter_id, p.user_id, p.used, p.place
       from pressed as p
       where p.place <= least(greatest(p_count, 0), 1000)
     )
@@ -6849,13 +6966,10 @@ begin
       jsonb_build_object(
         'kind', l.kind,
         'period', l.period,
+        'starts', l.starts,
         'max', l.max,
-        'full', (
-          select count(*)
-          from pressed as p
-          where p.kind = l.kind and p.period = l.period and p.used >= p.max
-        ),
-        'near', (select count(*) from pressed as p where p.kind = l.kind and p.period = l.period),
+        'full', (select count(*) from pressed as p where p.counter_id = l.counter_id and p.used >= p.max),
+        'near', (select count(*) from pressed as p where p.counter_id = l.counter_id),
         'members', coalesce((
           select jsonb_agg(
             jsonb_build_object('user_id', s.user_id, 'email', k.email, 'used', s.used)
@@ -6863,7 +6977,7 @@ begin
           )
           from shown as s
           left join tokenlimits.users(array(select t.user_id from shown as t)) as k on k.id = s.user_id
-          where s.kind = l.kind and s.period = l.period
+          where s.counter_id = l.counter_id
         ), '[]')
       )
       order by l.kind, l.counter_id
@@ -7040,7 +7154,9 @@ create or replace function tokenlimits.counter_differences(
   p_at timestamptz,
   p_most integer default null
 )
-returns table (subject uuid, counter_id bigint, kind text, period text, scope text, was bigint, used bigint)
+returns table (
+  subject uuid, counter_id bigint, kind text, period text, starts text, scope text, was bigint, used bigint
+)
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
@@ -7050,12 +7166,13 @@ begin
   select d.*
   from (
     select
-      c.subject, c.counter_id, c.kind, c.period, c.scope, c.used as was,
-      tokenlimits.count_usage(
-        p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.since, c.until
+      c.subject, c.counter_id, c.kind, c.period, c.starts, c.scope, c.used as was,
+      tokenlimits.count_limit(
+        p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.counts, c.since, c.until
       ) as used
     from (
-      select m.subject, m.counter_id, l.kind, l.period, l.scope, m.used, m.since, m.until
+      select
+        m.subject, m.counter_id, l.kind, l.period, l.starts, l.scope, l.counts, m.used, m.since, m.until
       from public.group_limits as l
       inner join tokenlimits.counters as m on m.counter_id = l.counter_id
       where l.group_id = p_group_id and m.until > p_at
@@ -7108,6 +7225,7 @@ declare
   v_counters jsonb;
   v_rollup jsonb;
   v_holds bigint;
+  v_state tokenlimits.limit_state;
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
@@ -7138,7 +7256,7 @@ begin
   from differences as d;
 
   with differences as (
-    select d.subject, d.counter_id, d.kind, d.period, d.scope, d.was, d.used
+    select d.subject, d.counter_id, d.kind, d.period, d.starts, d.scope, d.was, d.used
     from tokenlimits.counter_differences(p_group_id, tokenlimits.clock()) as d
   ),
 
@@ -7151,6 +7269,23 @@ begin
 
   select jsonb_agg(to_jsonb(d) - 'counter_id' order by d.kind, d.period, d.subject) into v_counters
   from differences as d;
+
+  for v_state in
+    select
+      row(
+        l.group_id, l.counter_id, c.subject, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counts, 1,
+        c.since, c.until, null, c.used, null, true, null, null
+      )::tokenlimits.limit_state
+    from public.group_limits as l
+    inner join tokenlimits.counters as c on c.counter_id = l.counter_id
+    where l.group_id = p_group_id and l.starts = 'rolling' and c.until > tokenlimits.clock()
+  loop
+    delete from tokenlimits.counter_parts as p
+    where p.subject = v_state.subject and p.counter_id = v_state.counter_id;
+    insert into tokenlimits.counter_parts (subject, counter_id, part, used)
+    select v_state.subject, v_state.counter_id, r.part, r.used
+    from tokenlimits.recorded_parts(v_state) as r;
+  end loop;
 
   return jsonb_build_object(
     'counters', coalesce(v_counters, '[]'), 'rollup', coalesce(v_rollup, '[]'), 'holds', v_holds

@@ -200,6 +200,7 @@ begin
     from {{ live_usage_of('p_state', 'v_since') | indent(4) }} as u
     where
       (u.reserved_cost is not null or u.settled_at = u.created_at)
+      and not {{ is_dead('u', 'p_at') }}
       and tokenlimits.end_of(p_state.period, p_state.timezone, u.created_at) > p_at
     order by u.created_at
     limit 1

@@ -89,8 +89,8 @@ after delete on public.group_limits
 referencing old table as old_rows
 for each statement execute function tokenlimits.apply_limits();
 
--- In a new time zone, every period of the group begins at a different moment; with a new anchor, every anchored one. One
--- statement for all groups, so that it takes their stripes in order.
+-- In a new time zone, every period of the group begins at a different moment; with a new anchor, every anchored one.
+-- One statement for all groups, so that it takes their stripes in order.
 create or replace function tokenlimits.renew_counters()
 returns trigger
 language plpgsql
@@ -115,3 +115,52 @@ create or replace trigger user_groups_renew_counters
 after update on public.user_groups
 referencing old table as old_rows new table as new_rows
 for each statement execute function tokenlimits.renew_counters();
+
+-- Who joins, leaves, or gets another anchor has other anchored periods: their counters are counted afresh. While a call
+-- uses the old ones, this waits, or the call would open a counter in a period that is gone.
+create or replace function tokenlimits.renew_anchors()
+returns trigger
+language plpgsql
+-- definer: counters are private
+security definer
+{{ search_path() }}
+as $$
+declare
+  v_group_ids uuid[];
+  v_user_ids uuid[];
+begin
+  if tg_op = 'DELETE' then
+    v_group_ids := array(select distinct o.group_id from old_rows as o);
+    v_user_ids := array(select distinct o.user_id from old_rows as o);
+  else
+    v_group_ids := array(select distinct n.group_id from new_rows as n);
+    v_user_ids := array(select distinct n.user_id from new_rows as n);
+  end if;
+  v_group_ids := array(
+    select distinct l.group_id
+    from public.group_limits as l
+    where l.group_id = any(v_group_ids) and l.starts = 'anchor' and l.scope = 'member'
+  );
+  if v_group_ids <> '{}' then
+    perform tokenlimits.lock_groups(v_group_ids, true);
+    delete from tokenlimits.counters as c
+    using public.group_limits as l
+    where
+      l.group_id = any(v_group_ids) and l.starts = 'anchor' and l.scope = 'member'
+      and c.counter_id = l.counter_id and c.subject = any(v_user_ids);
+  end if;
+  return null;
+end
+$$;
+{{ private('renew_anchors()', "Trigger: a member's anchored periods are those of their current membership.") }}
+
+{%- for action, tables in [
+  ('insert', 'new table as new_rows'), ('update', 'old table as old_rows new table as new_rows'),
+  ('delete', 'old table as old_rows'),
+] %}
+
+create or replace trigger group_memberships_renew_anchors_{{ action }}
+after {{ action }} on public.group_memberships
+referencing {{ tables }}
+for each statement execute function tokenlimits.renew_anchors();
+{%- endfor %}

@@ -252,6 +252,7 @@ begin
     -- judged only to find the moment that its counters have reached; record is never denied
     v_verdict.allowed := v_group_ids <> '{}';
     v_verdict.group_id := v_group_ids[1];
+    v_verdict.observed := null;
     {%- endif %}
     if v_verdict.allowed then
       {%- set created_at = 'coalesce(least(p_created_at, v_at), v_at)' if operation == 'record' else 'v_at' %}

@@ -74,6 +74,7 @@ declare
   v_state tokenlimits.limit_state;
 begin
   foreach v_state in array tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], array[p_usage.kind], p_at) loop
+    continue when v_state.mode = 'observe';
     if p_usage.created_at < v_state.since or not {{ has_room('v_state.max', 'v_state.used', 'p_cost * v_state.weight') }} then
       perform tokenlimits.refuse(
         'TL007',

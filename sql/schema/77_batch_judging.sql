@@ -109,6 +109,7 @@ begin
     if usages[v_holder.usage].fingerprint = v_fingerprint then
       v_holder.place := v.place;
       v_holder.replayed := true;
+      v_holder.observed := null;
       charges := charges || v_holder;
     elsif v_holder is null and v_verdict.allowed then
       v_usage := {{ usage(

@@ -82,12 +82,15 @@ begin
     create type tokenlimits.group_limit_answer as (
       kind text,
       period text,
+      starts text,
       scope text,
+      mode text,
       max bigint,
       used numeric,
-      reset_at timestamptz,
-      capacity numeric,
       remaining numeric,
+      reset_at timestamptz,
+      weight bigint,
+      capacity numeric,
       fraction numeric
     );
     create type tokenlimits.group_usage_answer as (
@@ -98,6 +101,32 @@ begin
   end if;
 end
 $do$;
+
+-- What is used of a group's limits that don't start by the calendar: its own, and those of its members, each in their
+-- own window, added up.
+create or replace function tokenlimits.uncommon_usage(p_group_id uuid, p_at timestamptz)
+returns table (counter_id bigint, used numeric, until timestamptz)
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+begin
+  return query
+  select s.counter_id, sum(s.used), case s.scope when 'group' then max(coalesce(s.reset_at, s.until)) end
+  from unnest(tokenlimits.limit_states(
+    p_group_id,
+    array(select m.user_id from public.group_memberships as m where m.group_id = p_group_id),
+    null,
+    p_at
+  )) as s
+  where s.starts <> 'calendar'
+  group by s.counter_id, s.scope;
+end
+$$;
+{{ private(
+  'uncommon_usage(uuid, timestamptz)',
+  "What is used of a group's limits that don't start by the calendar."
+) }}
 
 -- A member limit is shown for the whole group: what all members used, of max times the number of members. All groups of
 -- a page at once, since a dashboard asks for a thousand: what limit_states computes for one group, this computes for
@@ -150,15 +179,19 @@ begin
     ),
 
     limits as materialized (
-      select l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id, g.timezone
+      select
+        l.group_id, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counts, l.counter_id, g.timezone,
+        -- numeric: for many members, it exceeds a bigint
+        l.max::numeric * case l.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
       from public.group_limits as l
       inner join groups as g on g.id = l.group_id
+      left join members as m on m.group_id = l.group_id
       where l.group_id = any(v_group_ids)
     ),
 
     periods as materialized (
       select k.period, k.timezone, tokenlimits.period_of(k.period, k.timezone, v_now) as range
-      from (select distinct l.period, l.timezone from limits as l) as k
+      from (select distinct l.period, l.timezone from limits as l where l.starts = 'calendar') as k
     ),
 
     -- as in limit_states: an open counter says what is used; if a new period has begun since, nothing is used; null
@@ -166,24 +199,23 @@ begin
     -- used together.
     states as (
       select
-        l.group_id, l.kind, l.period, l.scope, l.max, l.counter_id,
+        l.*,
         case
           when c.until > v_now then c.since
           else {{ new_since('p.range', 'c.until', 'l.group_id', 'l.kind') | indent(10) }}
         end as since,
         case when c.until > v_now then c.until else upper(p.range) end as until,
-        case when c.until > v_now then c.used when c.until is not null then 0 end as used,
-        -- numeric: for many members, it exceeds a bigint
-        l.max::numeric * case l.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
+        case when c.until > v_now then c.used when c.until is not null then 0 end as used
       from limits as l
       inner join periods as p on p.period = l.period and p.timezone = l.timezone
-      left join members as m on m.group_id = l.group_id
       left join (
-        select o.group_id, o.kind, o.period, k.since, k.until, k.used
+        select o.group_id, o.kind, o.period, o.counts, k.since, k.until, k.used
         from limits as o
         inner join tokenlimits.counters as k on k.subject = o.group_id and k.counter_id = o.counter_id
-        where k.subject = any(v_group_ids) and o.scope = 'group'
-      ) as c on c.group_id = l.group_id and c.kind = l.kind and c.period = l.period
+        where k.subject = any(v_group_ids) and o.scope = 'group' and o.starts = 'calendar'
+      ) as c
+        on c.group_id = l.group_id and c.kind = l.kind and c.period = l.period and c.counts is not distinct from l.counts
+      where l.starts = 'calendar'
       -- each is worked out once, not wherever it is named below; to keep them all, as materialized does, costs more
       offset 0
     ),
@@ -193,33 +225,41 @@ begin
         c.group_id,
         json_agg(
           row(
-            c.kind, c.period, c.scope, c.max, c.used, nullif(c.until, 'infinity'), c.capacity,
+            c.kind, c.period, c.starts, c.scope, c.mode, c.max, c.used,
             case when c.capacity is not null then greatest(c.capacity - c.used, 0) end,
+            nullif(c.until, 'infinity'), 1, c.capacity,
             case
               when c.capacity > 0 then round(c.used / c.capacity, 6)
               -- a blocked limit is full; so is a member limit that was used in a group that has no members now
               when c.capacity = 0 then 1
             end
           )::tokenlimits.group_limit_answer
+          order by c.kind, c.scope = 'group', c.counter_id
         ) as limits
       from (
         select
-          s.group_id, s.kind, s.period, s.scope, s.max, s.until, s.capacity,
+          s.group_id, s.kind, s.period, s.starts, s.scope, s.mode, s.max, s.counter_id, s.capacity, s.until,
           -- without a counter, the sum is computed as in count_usage; here, if the period consists of whole buckets
           coalesce(s.used, case
-            when {{ is_whole('s.since', 's.until') }} then coalesce((
+            when s.counts is null and {{ is_whole('s.since', 's.until') }} then coalesce((
               select sum(r.cost)
               from tokenlimits.usage_rollup as r
               where r.group_id = s.group_id and r.kind = s.kind and r.bucket >= s.since and r.bucket < s.until
             ), 0)
-            else tokenlimits.count_usage(s.group_id, null, s.kind, s.since, s.until)
+            else tokenlimits.count_limit(s.group_id, null, s.kind, s.counts, s.since, s.until)
           end)
           - case when v_any_expired
-            then tokenlimits.expired_cost(s.group_id, null, s.kind, s.since, v_now)
+            then tokenlimits.expired_of_limit(s.group_id, null, s.kind, s.counts, s.since, v_now)
             else 0
           end as used
         from states as s
-        order by s.group_id, s.kind, s.scope = 'group', s.counter_id
+        union all
+        select
+          l.group_id, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counter_id, l.capacity, u.until,
+          coalesce(u.used, 0)
+        from (select distinct o.group_id from limits as o where o.starts <> 'calendar') as g
+        inner join limits as l on l.group_id = g.group_id and l.starts <> 'calendar'
+        left join lateral tokenlimits.uncommon_usage(g.group_id, v_now) as u on u.counter_id = l.counter_id
       ) as c
       group by c.group_id
     )

@@ -259,11 +259,12 @@ begin
   return coalesce((
     with limits as materialized (
       select
-        l.kind, l.period, l.max, l.counter_id, upper(p.range) as until,
+        l.kind, l.period, l.starts, l.max, l.counts, l.counter_id, upper(p.range) as until,
         {{ new_since('p.range', 'null', 'p_group_id', 'l.kind') | indent(8) }} as since
       from public.group_limits as l
       inner join public.user_groups as g on g.id = l.group_id
-      cross join lateral (select tokenlimits.period_of(l.period, g.timezone, v_now) as range) as p
+      left join lateral (select tokenlimits.period_of(l.period, g.timezone, v_now) as range) as p
+        on l.starts = 'calendar'
       where l.group_id = p_group_id and l.scope = 'member' and l.max > 0
     ),
 
@@ -271,7 +272,7 @@ begin
     -- means that there is no counter
     states as (
       select
-        l.kind, l.period, l.max, m.user_id, l.until,
+        l.kind, l.counts, l.max, l.counter_id, m.user_id, l.until,
         case when c.until > v_now then c.since else greatest(l.since, c.until) end as since,
         case when c.until > v_now then c.used when c.until is not null then 0 end as used
       from limits as l
@@ -282,34 +283,47 @@ begin
         where k.subject = m.user_id and k.counter_id = l.counter_id
         offset 0
       ) as c on true
+      where l.starts = 'calendar'
     ),
 
     counted as (
       select
-        s.kind, s.period, s.max, s.user_id, s.since,
-        coalesce(s.used, tokenlimits.count_usage(p_group_id, s.user_id, s.kind, s.since, s.until)) as used
+        s.kind, s.counts, s.max, s.counter_id, s.user_id, s.since,
+        coalesce(s.used, tokenlimits.count_limit(p_group_id, s.user_id, s.kind, s.counts, s.since, s.until)) as used
       from states as s
     ),
 
     pressed as materialized (
-      select p.kind, p.period, p.max, p.user_id, p.used, row_number() over (
-        partition by p.kind, p.period order by p.used desc, p.user_id
+      select p.max, p.counter_id, p.user_id, p.used, row_number() over (
+        partition by p.counter_id order by p.used desc, p.user_id
       ) as place
       from (
         select
-          c.kind, c.period, c.max, c.user_id,
+          c.max, c.counter_id, c.user_id,
           c.used - case
-            when v_any_expired then tokenlimits.expired_cost(p_group_id, c.user_id, c.kind, c.since, v_now)
+            when v_any_expired
+              then tokenlimits.expired_of_limit(p_group_id, c.user_id, c.kind, c.counts, c.since, v_now)
             else 0
           end as used
         from counted as c
         where c.used * 100::numeric >= c.max * v_at_least::numeric
+        union all
+        select s.max, s.counter_id, s.subject, s.used
+        from unnest(case when exists (select from limits as l where l.starts <> 'calendar') then
+          tokenlimits.limit_states(
+            p_group_id,
+            array(select m.user_id from public.group_memberships as m where m.group_id = p_group_id),
+            null,
+            v_now
+          )
+        end) as s
+        where s.scope = 'member' and s.starts <> 'calendar' and s.max > 0
       ) as p
       where p.used * 100::numeric >= p.max * v_at_least::numeric
     ),
 
     shown as materialized (
-      select p.kind, p.period, p.user_id, p.used, p.place
+      select p.counter_id, p.user_id, p.used, p.place
       from pressed as p
       where p.place <= least(greatest(p_count, 0), 1000)
     )
@@ -318,13 +332,10 @@ begin
       jsonb_build_object(
         'kind', l.kind,
         'period', l.period,
+        'starts', l.starts,
         'max', l.max,
-        'full', (
-          select count(*)
-          from pressed as p
-          where p.kind = l.kind and p.period = l.period and p.used >= p.max
-        ),
-        'near', (select count(*) from pressed as p where p.kind = l.kind and p.period = l.period),
+        'full', (select count(*) from pressed as p where p.counter_id = l.counter_id and p.used >= p.max),
+        'near', (select count(*) from pressed as p where p.counter_id = l.counter_id),
         'members', coalesce((
           select jsonb_agg(
             jsonb_build_object('user_id', s.user_id, 'email', k.email, 'used', s.used)
@@ -332,7 +343,7 @@ begin
           )
           from shown as s
           left join tokenlimits.users(array(select t.user_id from shown as t)) as k on k.id = s.user_id
-          where s.kind = l.kind and s.period = l.period
+          where s.counter_id = l.counter_id
         ), '[]')
       )
       order by l.kind, l.counter_id

@@ -52,7 +52,9 @@ create or replace function tokenlimits.counter_differences(
   p_at timestamptz,
   p_most integer default null
 )
-returns table (subject uuid, counter_id bigint, kind text, period text, scope text, was bigint, used bigint)
+returns table (
+  subject uuid, counter_id bigint, kind text, period text, starts text, scope text, was bigint, used bigint
+)
 language plpgsql
 stable
 {{ search_path() }}
@@ -62,12 +64,13 @@ begin
   select d.*
   from (
     select
-      c.subject, c.counter_id, c.kind, c.period, c.scope, c.used as was,
-      tokenlimits.count_usage(
-        p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.since, c.until
+      c.subject, c.counter_id, c.kind, c.period, c.starts, c.scope, c.used as was,
+      tokenlimits.count_limit(
+        p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.counts, c.since, c.until
       ) as used
     from (
-      select m.subject, m.counter_id, l.kind, l.period, l.scope, m.used, m.since, m.until
+      select
+        m.subject, m.counter_id, l.kind, l.period, l.starts, l.scope, l.counts, m.used, m.since, m.until
       from public.group_limits as l
       inner join tokenlimits.counters as m on m.counter_id = l.counter_id
       where l.group_id = p_group_id and m.until > p_at
@@ -120,6 +123,7 @@ declare
   v_counters jsonb;
   v_rollup jsonb;
   v_holds bigint;
+  v_state tokenlimits.limit_state;
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
@@ -144,7 +148,7 @@ begin
   from differences as d;
 
   with differences as (
-    select d.subject, d.counter_id, d.kind, d.period, d.scope, d.was, d.used
+    select d.subject, d.counter_id, d.kind, d.period, d.starts, d.scope, d.was, d.used
     from tokenlimits.counter_differences(p_group_id, tokenlimits.clock()) as d
   ),
 
@@ -157,6 +161,23 @@ begin
 
   select jsonb_agg(to_jsonb(d) - 'counter_id' order by d.kind, d.period, d.subject) into v_counters
   from differences as d;
+
+  for v_state in
+    select
+      row(
+        l.group_id, l.counter_id, c.subject, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counts, 1,
+        c.since, c.until, null, c.used, null, true, null, null
+      )::tokenlimits.limit_state
+    from public.group_limits as l
+    inner join tokenlimits.counters as c on c.counter_id = l.counter_id
+    where l.group_id = p_group_id and l.starts = 'rolling' and c.until > tokenlimits.clock()
+  loop
+    delete from tokenlimits.counter_parts as p
+    where p.subject = v_state.subject and p.counter_id = v_state.counter_id;
+    insert into tokenlimits.counter_parts (subject, counter_id, part, used)
+    select v_state.subject, v_state.counter_id, r.part, r.used
+    from tokenlimits.recorded_parts(v_state) as r;
+  end loop;
 
   return jsonb_build_object(
     'counters', coalesce(v_counters, '[]'), 'rollup', coalesce(v_rollup, '[]'), 'holds', v_holds

@@ -80,6 +80,7 @@ counted as (
   select p.*
   from tokenlimits.counter_parts as p
   inner join tokenlimits.counters as c using (subject, counter_id)
+  inner join public.group_limits as l using (counter_id)
   where c.until > tokenlimits.clock()
 )
 select subject, counter_id, part, counted.used, recorded.used as recorded

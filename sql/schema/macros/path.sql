@@ -179,7 +179,7 @@ case when {{ limit }}.counts is null then 1 else ({{ limit }}.counts ->> {{ kind
 {% macro live_usage_of(state, since) -%}
 (
   {%- for scope in ['group', 'member'] %}
-  select l.created_at, l.kind, l.cost, l.reserved_cost, l.settled_at
+  select l.created_at, l.kind, l.cost, l.reserved_cost, l.status, l.settled_at, l.expires_at
   from public.generation_usage as l
   where
     {{ state }}.scope = '{{ scope }}' and l.group_id = {{ state }}.group_id
@@ -516,7 +516,7 @@ for v_move in
     on
       m.group_id = s.group_id and m.subject = s.subject and m.scope = s.scope and {{ counts_kind('s', 'm.kind') }}
       -- an enforced move can't be skipped: its period ended after it was judged
-      and (m.created_at >= s.since or m.enforced)
+      and (m.created_at >= s.since or (m.enforced and s.mode = 'enforce'))
   group by s.place, s.scope, s.subject, s.counter_id, s.mode
   order by s.scope = 'group', s.subject, s.counter_id
 loop

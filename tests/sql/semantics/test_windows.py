@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -310,8 +311,6 @@ def test_many_at_once_never_pass_the_max(database: Database, world: World, start
                 answers = [api.track(users[(number + turn) % 4], kind)]
             spent += sum((counts or {kind: 1})[kind] for a in answers if a["allowed"] and not a["replayed"])
         return spent
-
-    from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(8) as pool:
         spent = sum(pool.map(work, range(8)))
