@@ -122,6 +122,7 @@ def test_through_the_auth_api(tl: Program, stack: LocalStack, auth_api: tuple[st
     assert "--db-url" in tl.fails("admin", "grant", user.id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", ["public", pytest.param("limits", marks=pytest.mark.full)])
 def test_dev_is_a_stack_with_an_admin_until_ctrl_c(tl: Program, server: PostgresServer, home: str) -> None:
     url = server.url(f"dev_{home}")

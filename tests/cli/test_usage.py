@@ -144,6 +144,7 @@ def past(team: Group, user: UUID, limits: TokenLimits) -> Callable[[int], dateti
     return lambda days: now - timedelta(days=days)
 
 
+@pytest.mark.slow
 def test_history(tl: Program, groups: GroupManager, team: Group, past: Callable[[int], datetime]) -> None:
     points: list[dict[str, Any]] = tl.json("history", team.name)
     assert [point["used"] for point in points] == [3, 2, 1]
@@ -162,6 +163,7 @@ def test_history(tl: Program, groups: GroupManager, team: Group, past: Callable[
     assert "year" in tl.fails("history", "--by", "year", status=2)
 
 
+@pytest.mark.slow
 def test_a_kind_that_is_a_slip(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:
     asked = "Did you mean image?"
     limits.track(user, "image")

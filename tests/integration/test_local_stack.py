@@ -24,6 +24,8 @@ from tokenlimits.local import LocalStack, LocalStackError
 from tokenlimits.local._node import find_node
 from tokenlimits.local._packages import installed_packages
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -478,7 +480,6 @@ class TestPackages:
             LocalStack().start()
         assert list((tmp_path / "cache" / "tokenlimits").iterdir()) == []
 
-    @pytest.mark.slow
     def test_are_installed_by_two_at_once(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         with ThreadPoolExecutor(2) as threads:

@@ -23,6 +23,8 @@ from tokenlimits.local import LocalStack, LocalUser
 from tokenlimits.models import Group
 from tokenlimits.web import create_app
 
+pytestmark = pytest.mark.slow
+
 
 def generate(stack: LocalStack, user: LocalUser, kind: str, times: int) -> str:
     """Generate in another process, as a worker does; returns how often it was allowed."""

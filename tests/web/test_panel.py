@@ -410,6 +410,7 @@ class TestCommand:
         command = [sys.executable, "-m", *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
 
+    @pytest.mark.slow
     def test_refuses_to_start_half_configured(self, stack: LocalStack, program: list[str]) -> None:
         done = self.run({}, *program)
         assert (done.returncode, done.stdout) == (1, "")
@@ -419,6 +420,7 @@ class TestCommand:
         assert done.returncode == 1
         assert "TOKENLIMITS_WEB_SECRET" in done.stderr
 
+    @pytest.mark.slow
     def test_serves_this_machine_alone(self, stack: LocalStack, program: list[str]) -> None:
         command = [sys.executable, "-m", *program, "--port", "0"]
         server = subprocess.Popen(command, env=stack.environment(), stderr=subprocess.PIPE, text=True)
@@ -432,6 +434,7 @@ class TestCommand:
 
 
 class TestServing:
+    @pytest.mark.slow
     def test_below_the_path_of_a_proxy_and_quietly(self, stack: LocalStack, admin: LocalUser) -> None:
         command = [sys.executable, "-m", "tokenlimits.web", "--port", "0", "--root-path", "limits/"]
         # buffered, or the log could fill the pipe

@@ -387,6 +387,7 @@ class TestAtOnce:
         per_key = Counter(a.call.idempotency_key for a in answers if a.allowed)
         assert sorted(per_key.values()) == [CONNECTIONS] * 10
 
+    @pytest.mark.slow
     def test_on_one_hot_group_the_limit_is_met_exactly(self, world: World, hammer: Hammer) -> None:
         group = world.group(limit(3000), limit(400, scope="member"))
         users = [world.user(group) for _ in range(10)]
@@ -395,6 +396,7 @@ class TestAtOnce:
         # each was told what was used right after it, whatever others did meanwhile
         assert sorted(answer.used or 0 for answer in answers if answer.allowed) == list(range(1, 3001))
 
+    @pytest.mark.slow
     def test_over_many_groups_in_all_orders(self, world: World, hammer: Hammer) -> None:
         groups = [
             world.group(limit(50), limit(30, scope="member"), limit(40, kind="video", period="month"))
@@ -421,6 +423,7 @@ class TestAtOnce:
         charged = Counter((a.call.user_id, a.call.idempotency_key) for a in answers if a.allowed and not a.replayed)
         assert charged == Counter((call.user_id, call.idempotency_key) for call in calls)
 
+    @pytest.mark.slow
     def test_beside_single_calls_holds_and_settlements(self, world: World, crowd: Crowd, database: Database) -> None:
         groups = [world.group(limit(400), limit(200, scope="member"), limit(90, period="day")) for _ in range(3)]
         users = [world.user(*random.Random(n).sample(groups, 2)) for n in range(6)]
