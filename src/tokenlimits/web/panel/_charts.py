@@ -14,7 +14,7 @@ from tokenlimits.models import HistoryPoint
 Step = Literal["hour", "day", "month"]
 
 _SHOWN: Mapping[Step, int] = {"hour": 48, "day": 30, "month": 12}
-_WRITTEN: Mapping[Step, str] = {"hour": "{0:%b} {0.day}, {0:%H:%M}", "day": "{0:%b} {0.day}", "month": "{0:%b %Y}"}
+_WRITTEN: Mapping[Step, str] = {"hour": "{0:%b} {0.day}, {0:%H:%M}{1}", "day": "{0:%b} {0.day}", "month": "{0:%b %Y}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +62,27 @@ def chart(points: Iterable[HistoryPoint], step: Step, timezone: str, now: dateti
     generations: Counter[str] = Counter()
     for point in points:
         generations[point.kind] += point.generations
-        label = _WRITTEN[step].format(point.bucket.astimezone(zone))
+        label = _label(step, point.bucket.astimezone(zone))
         of_kind = used.setdefault(point.kind, {})
         of_kind[label] = of_kind.get(label, 0) + point.used
-    labels = list(dict.fromkeys(_WRITTEN[step].format(bucket) for bucket in buckets(step, timezone, now)))
+    labels = list(dict.fromkeys(_label(step, bucket) for bucket in buckets(step, timezone, now)))
     kinds = sorted(used, key=lambda kind: (-generations[kind], kind))
     return {
         "labels": labels,
         "kinds": [{"kind": kind, "used": [used[kind].get(label, 0) for label in labels]} for kind in kinds],
+        "note": None if zone.key == timezone else f"In UTC: this server has no data for the time zone {timezone}.",
     }
+
+
+def _label(step: Step, moment: datetime) -> str:
+    """Write a moment; an hour that is repeated as the clocks go back has its offset."""
+    repeated = moment.utcoffset() != moment.replace(fold=1 - moment.fold).utcoffset() and _exists(moment)
+    return _WRITTEN[step].format(moment, f" ({moment:%Z})" if repeated else "")
+
+
+def _exists(moment: datetime) -> bool:
+    """Whether a local time isn't skipped as the clocks go forward."""
+    return moment.astimezone(UTC).astimezone(moment.tzinfo) == moment
 
 
 def trends(points: Iterable[HistoryPoint], now: datetime) -> list[Trend]:
