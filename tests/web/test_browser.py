@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import pytest
 from playwright.sync_api import Page, Route, expect
@@ -22,6 +23,7 @@ from tokenlimits import GroupManager, Limit, TokenLimits
 from tokenlimits.local import LocalStack, LocalUser
 from tokenlimits.models import Group
 from tokenlimits.web import create_app
+from tokenlimits.web.panel import _charts
 
 pytestmark = pytest.mark.slow
 
@@ -258,6 +260,25 @@ class TestGroupPage:
         assert download.value.suggested_filename == "Studio-usage.csv"
         assert len(lines) == 4
         assert lines[0].startswith("id,created_at,group_id,group,user_id,email,kind,cost,status")
+
+    def test_says_if_the_chart_cannot_be_in_the_groups_time_zone(
+        self, sign_in: SignIn, groups: GroupManager, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def unknown(name: str) -> ZoneInfo:
+            raise ZoneInfoNotFoundError(name)
+
+        groups.create("Atelier", timezone="Europe/Paris")
+        page = sign_in()
+        page.get_by_role("link", name="Atelier").click()
+        note = page.get_by_text("no data for the time zone Europe/Paris")
+        expect(page.locator(".chart:not([aria-busy])")).to_be_visible()
+        expect(note).to_be_hidden()
+        monkeypatch.setattr(_charts, "ZoneInfo", unknown)
+        page.get_by_role("button", name="Hours").click()
+        expect(note).to_be_visible()
+        monkeypatch.undo()
+        page.get_by_role("button", name="Days").click()
+        expect(note).to_be_hidden()
 
     def test_overview_counts_everything(self, sign_in: SignIn, group: Group) -> None:
         page = sign_in()

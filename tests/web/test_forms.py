@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import pytest
 from starlette.datastructures import FormData
@@ -163,6 +164,14 @@ class TestCharts:
     def test_says_where_it_does_not_know_the_time_zone(self) -> None:
         assert _charts.chart([], "day", "Europe/Paris", self.NOW)["note"] is None
         assert "no data for the time zone Nowhere/Land" in _charts.chart([], "day", "Nowhere/Land", self.NOW)["note"]
+
+    def test_without_time_zone_data_utc_needs_no_note(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unknown(name: str) -> ZoneInfo:
+            raise ZoneInfoNotFoundError(name)
+
+        monkeypatch.setattr(_charts, "ZoneInfo", unknown)
+        assert _charts.chart([], "hour", "UTC", self.NOW)["note"] is None
+        assert "tzdata" in _charts.chart([], "hour", "Europe/Paris", self.NOW)["note"]
 
     def test_trends_compare_with_the_month_before(self) -> None:
         points = [
