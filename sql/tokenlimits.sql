@@ -1522,7 +1522,7 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.require_group(uuid)
 to authenticated, service_role;
 
--- The groups that a call judges, and so locks: a user doesn't wait for a group that doesn't entitle to the kind. Where
+-- The groups that a call judges, and so locks: a user doesn't wait for a group that has no limit for the kind. Where
 -- none does, the first is enough to say so. A group that gets its first limit for the kind at this very moment is left
 -- out, as if the call had come a moment earlier; its counter is counted from its own usage, so it misses nothing.
 create or replace function tokenlimits.entitling(p_group_ids uuid[], p_kind text)
