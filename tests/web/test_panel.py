@@ -143,7 +143,8 @@ class TestBehindAProxy:
         ],
     )
     def test_somebody_signs_in(self, browser: httpx.Client, admin: LocalUser, seen: dict[str, str]) -> None:
-        form = {"csrf": csrf_of(browser.get("/sign-in")), "email": admin.email, "password": admin.password}
+        host = {name: value for name, value in seen.items() if name == "Host"}
+        form = {"csrf": csrf_of(browser.get("/sign-in", headers=host)), "email": admin.email, "password": admin.password}
         answer = browser.post("/sign-in", data=form, headers={"Origin": self.HERE} | seen, follow_redirects=False)
         assert (answer.status_code, answer.headers.get("location")) == (303, "/")
 
