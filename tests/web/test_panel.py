@@ -144,7 +144,11 @@ class TestBehindAProxy:
     )
     def test_somebody_signs_in(self, browser: httpx.Client, admin: LocalUser, seen: dict[str, str]) -> None:
         host = {name: value for name, value in seen.items() if name == "Host"}
-        form = {"csrf": csrf_of(browser.get("/sign-in", headers=host)), "email": admin.email, "password": admin.password}
+        form = {
+            "csrf": csrf_of(browser.get("/sign-in", headers=host)),
+            "email": admin.email,
+            "password": admin.password,
+        }
         answer = browser.post("/sign-in", data=form, headers={"Origin": self.HERE} | seen, follow_redirects=False)
         assert (answer.status_code, answer.headers.get("location")) == (303, "/")
 
