@@ -212,6 +212,7 @@ begin
         'deny_item',
         'drop_stale_counters',
         'end_of',
+        'entitling',
         'expire_holds',
         'expired_cost',
         'expired_of_limit',
@@ -2193,6 +2194,34 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.require_group(uuid)
 to authenticated, service_role;
 
+-- The groups that a call judges, and so locks: a user doesn't wait for a group that has no limit for the kind. Where
+-- none does, the first is enough to say so. A group that gets its first limit for the kind at this very moment is left
+-- out, as if the call had come a moment earlier; its counter is counted from its own usage, so it misses nothing.
+create or replace function tokenlimits.entitling(p_group_ids uuid[], p_kind text)
+returns uuid[]
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return coalesce(
+    nullif(array(
+      select g.id
+      from unnest(p_group_ids) with ordinality as g (id, place)
+      where exists (
+        select from public.group_limits as l where l.group_id = g.id and (l.counts is null and l.kind = p_kind or l.counts ? p_kind)
+      )
+      order by g.place
+    ), '{}'),
+    p_group_ids[1:1]
+  );
+end
+$$;
+comment on function tokenlimits.entitling(uuid[], text)
+is 'tokenlimits: Those of some groups that have a limit for a kind; the first, if none has.';
+revoke execute on function tokenlimits.entitling(uuid[], text)
+from public, anon, authenticated, service_role;
+
 do $do$
 begin
   if to_regtype('tokenlimits.verdict') is null then
@@ -2676,6 +2705,8 @@ begin
       when p_group_id = any(v_group_ids) then array[p_group_id]
       else '{}'
     end;
+  elsif cardinality(v_group_ids) > 1 then
+    v_group_ids := tokenlimits.entitling(v_group_ids, p_kind);
   end if;
   -- nearly every call has a single group: the condition itself locks it, at a tenth of the cost of a query
   if
@@ -2977,6 +3008,8 @@ begin
       when p_group_id = any(v_group_ids) then array[p_group_id]
       else '{}'
     end;
+  elsif cardinality(v_group_ids) > 1 then
+    v_group_ids := tokenlimits.entitling(v_group_ids, p_kind);
   end if;
   -- nearly every call has a single group: the condition itself locks it, at a tenth of the cost of a query
   if
@@ -3480,6 +3513,8 @@ begin
       when p_group_id = any(v_group_ids) then array[p_group_id]
       else '{}'
     end;
+  elsif cardinality(v_group_ids) > 1 then
+    v_group_ids := tokenlimits.entitling(v_group_ids, p_kind);
   end if;
   v_verdict := row(
     false, case when v_group_ids = '{}' then 'not_in_group' else 'no_limit_for_kind' end, null, null, null, null
@@ -4442,11 +4477,11 @@ begin
         case when i.idempotency_key is not null and i.answer is null then
           min(i.place) filter (where i.answer is null) over (partition by i.user_id, i.idempotency_key)
         end,
-        case when i.answer is null then case
-          when i.group_id is null then coalesce(o.ids, v_default)
-          when i.group_id = any(coalesce(o.ids, v_default)) then array[i.group_id]
-          else '{}'
-        end end,
+        case
+          when i.answer is not null then null
+          when cardinality(p.ids) > 1 then tokenlimits.entitling(p.ids, i.kind)
+          else p.ids
+        end,
         null,
         i.answer
       )::tokenlimits.batch_item
@@ -4458,6 +4493,13 @@ begin
       where m.user_id = any(array(select u.user_id from unnest(v_items) as u where u.answer is null))
       group by m.user_id
     ) as o on o.user_id = i.user_id
+    cross join lateral (
+      select case
+        when i.group_id is null then coalesce(o.ids, v_default)
+        when i.group_id = any(coalesce(o.ids, v_default)) then array[i.group_id]
+        else '{}'
+      end as ids
+    ) as p
     order by i.place
   );
 end

@@ -6,6 +6,7 @@ skipped for want of one.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -28,6 +29,12 @@ ON_ALL_VERSIONS = {"test_contract", "test_dumps", "test_install", "test_neighbou
 """What runs on those between the newest and the oldest, too; all else would take longer than it tells."""
 IN_PUBLIC_ALONE = {"test_model", "test_races"}
 """What takes its time, and is about nothing that a schema's name changes."""
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C end what tests start: a shell that runs them in the background lets all of them ignore it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -30,6 +30,31 @@ $$;
   to='authenticated, service_role'
 ) }}
 
+-- The groups that a call judges, and so locks: a user doesn't wait for a group that has no limit for the kind. Where
+-- none does, the first is enough to say so. A group that gets its first limit for the kind at this very moment is left
+-- out, as if the call had come a moment earlier; its counter is counted from its own usage, so it misses nothing.
+create or replace function tokenlimits.entitling(p_group_ids uuid[], p_kind text)
+returns uuid[]
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+begin
+  return coalesce(
+    nullif(array(
+      select g.id
+      from unnest(p_group_ids) with ordinality as g (id, place)
+      where exists (
+        select from public.group_limits as l where l.group_id = g.id and {{ counts_kind('l', 'p_kind') }}
+      )
+      order by g.place
+    ), '{}'),
+    p_group_ids[1:1]
+  );
+end
+$$;
+{{ private('entitling(uuid[], text)', "Those of some groups that have a limit for a kind; the first, if none has.") }}
+
 do $do$
 begin
   if to_regtype('tokenlimits.verdict') is null then

@@ -235,7 +235,7 @@ begin
   {%- if operation == 'record' %}
   v_group_ids := tokenlimits.recording_group(p_user_id, p_kind, p_group_id);
   {%- else %}
-  {{ read_payers('v_group_ids', 'p_user_id', 'p_group_id') | indent(2) }}
+  {{ read_payers('v_group_ids', 'p_user_id', 'p_kind', 'p_group_id') | indent(2) }}
   {%- endif %}
   -- nearly every call has a single group: the condition itself locks it, at a tenth of the cost of a query
   if
@@ -355,7 +355,7 @@ begin
     perform tokenlimits.refuse_transaction();
   end if;
   v_at := tokenlimits.clock();
-  {{ read_payers('v_group_ids', 'p_user_id', 'p_group_id') | indent(2) }}
+  {{ read_payers('v_group_ids', 'p_user_id', 'p_kind', 'p_group_id') | indent(2) }}
   {{ judge('p_user_id', 'p_kind', 'p_cost') | indent(2) }}
   if v_verdict.reason = 'not_in_group' then
     perform tokenlimits.refuse_group('check', p_group_id);

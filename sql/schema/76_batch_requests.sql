@@ -152,7 +152,11 @@ begin
         case when i.idempotency_key is not null and i.answer is null then
           min(i.place) filter (where i.answer is null) over (partition by i.user_id, i.idempotency_key)
         end,
-        case when i.answer is null then {{ pinned('coalesce(o.ids, v_default)', 'i.group_id') | indent(8) }} end,
+        case
+          when i.answer is not null then null
+          when cardinality(p.ids) > 1 then tokenlimits.entitling(p.ids, i.kind)
+          else p.ids
+        end,
         null,
         i.answer
       )::tokenlimits.batch_item
@@ -164,6 +168,9 @@ begin
       where m.user_id = any(array(select u.user_id from unnest(v_items) as u where u.answer is null))
       group by m.user_id
     ) as o on o.user_id = i.user_id
+    cross join lateral (
+      select {{ pinned('coalesce(o.ids, v_default)', 'i.group_id') | indent(6) }} as ids
+    ) as p
     order by i.place
   );
 end

@@ -74,9 +74,12 @@ def refusal(status: int, answer: Mapping[str, object]) -> TokenLimitsError:
     code = code if isinstance(code, str) else None
     cls = _class_of(status, code, text)
     # PostgreSQL's hint for 54001 is a larger stack
-    hints = [None if code == "54001" else answer.get("hint") or cls.default_hint, _HINTS.get(code or "")]
+    theirs = None if code == "54001" else answer.get("hint")
+    # a gateway, which knows no code, doesn't know either where the key comes from
+    ours = cls.default_hint if theirs is None or code is None else None
     detail = answer.get("details")
-    message = ". ".join(str(part) for part in (text, *hints) if part)
+    parts = [text, theirs, ours, _HINTS.get(code or "")]
+    message = ". ".join(str(part) for part in parts if part).replace(".. ", ". ")
     return cls(message, code=code, detail=None if detail is None else str(detail))
 
 

@@ -83,8 +83,8 @@ class AccessDenied(TokenLimitsError):
     """The key or the session has no right to do this."""
 
     default_hint = (
-        "Workers need the secret (service_role) key. To manage groups, the session of a user whose app_metadata.role "
-        "is 'admin' will do too."
+        "Workers need the project's secret (service_role) key, in SUPABASE_SECRET_KEY or SUPABASE_SERVICE_ROLE_KEY. To "
+        "manage groups, the session of a user whose app_metadata.role is 'admin' will do too."
     )
 
 

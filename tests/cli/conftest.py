@@ -24,7 +24,7 @@ from tests.support.postgres import PostgresServer, create_hosted_database, serve
 from tokenlimits import GroupManager, TokenLimits
 from tokenlimits.local import LocalStack
 
-_OURS = ("SUPABASE_", "TOKENLIMITS_", "DATABASE_URL", "COLUMNS", "NO_COLOR", "FORCE_COLOR", "PG")
+_OURS = ("SUPABASE_", "TOKENLIMITS_", "DATABASE_URL", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "PG")
 NUMBERS = count(1)
 
 Done = subprocess.CompletedProcess[str]

@@ -122,6 +122,7 @@ def test_through_the_auth_api(tl: Program, stack: LocalStack, auth_api: tuple[st
     assert "--db-url" in tl.fails("admin", "grant", user.id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", ["public", pytest.param("limits", marks=pytest.mark.full)])
 def test_dev_is_a_stack_with_an_admin_until_ctrl_c(tl: Program, server: PostgresServer, home: str) -> None:
     url = server.url(f"dev_{home}")
@@ -157,6 +158,22 @@ def test_dev_is_a_stack_with_an_admin_until_ctrl_c(tl: Program, server: Postgres
     with psycopg.connect(url) as connection:
         assert connection.execute("select count(*) from auth.users").fetchone() == (2,)
     assert "taken" in tl.fails("dev", "--port", env_port(tl), "--db-url", url)
+
+
+@pytest.mark.slow
+def test_dev_keeps_its_data_in_a_directory(tl: Program) -> None:
+    def run(*more: object) -> dict[str, str]:
+        with tl.on_terminal("dev", "--data-dir", tl.directory / "kept", *more) as terminal:
+            terminal.wait_for("Ready")
+            terminal.interrupt()
+            assert terminal.status() == 0
+            return dict(line.split("=", 1) for line in terminal.text.split() if "=" in line)
+
+    first, second = run("--user", "ann@example.com"), run()
+    assert first["SUPABASE_SECRET_KEY"] == second["SUPABASE_SECRET_KEY"]
+    # the admin is there already, with the password of the first time
+    assert {"TOKENLIMITS_ADMIN_PASSWORD", "TOKENLIMITS_USER_ID"} <= first.keys() - second.keys()
+    assert "either --db-url or --data-dir" in tl.fails("dev", "--data-dir", "x", "--db-url", "postgresql://h/d")
 
 
 def env_port(tl: Program) -> str:

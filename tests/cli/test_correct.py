@@ -30,6 +30,7 @@ def team(groups: GroupManager, user: UUID, name: str) -> Group:
     return made
 
 
+@pytest.mark.slow
 def test_a_counter_that_drifted(
     tl: Program, stack: LocalStack, team: Group, user: UUID, groups: GroupManager, limits: TokenLimits
 ) -> None:

@@ -420,6 +420,7 @@ def followed(remedy: str, program: Program, url: str) -> None:
 NO_COMMAND = {"clocks"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_remedy_works_to_the_letter(patient: Program, clinic: tuple[LocalStack, str], fault: str) -> None:
     plant, remedy, check, _ = FAULTS[fault]
@@ -446,6 +447,7 @@ HELD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", HELD)
 def test_who_keeps_calls_waiting(patient: Program, clinic: tuple[LocalStack, str], what: str) -> None:
     with closing(psycopg.connect(clinic[1])) as holder:
@@ -527,6 +529,7 @@ SLOW: dict[str, tuple[list[str], str, str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", SLOW)
 def test_what_makes_calls_slow(patient: Program, clinic: tuple[LocalStack, str], fault: str) -> None:
     """It's found, and gone when what doctor says was done."""

@@ -230,6 +230,7 @@ def test_all_groups_also_those_that_are_gone(
     assert set(counted.values()) == {900}
 
 
+@pytest.mark.slow
 def test_little_memory_for_many_rows(tl: Program, stack: LocalStack, team: Group, user: UUID) -> None:
     """100,000 rows are 40 MB of JSON; what it takes beyond 10 rows must not be a part of that."""
     stack.sql(LEDGER.format(group=team.id, user=user, count=10))

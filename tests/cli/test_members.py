@@ -223,6 +223,7 @@ def test_json_of_many(tl: Program, groups: GroupManager, team: Group, users: lis
     assert removed == {"removed": 1, "not_there": 1, "refused": []}
 
 
+@pytest.mark.slow
 def test_fifty_thousand_and_on_where_it_stopped(
     tl: Program, groups: GroupManager, team: Group, stack: LocalStack, server: PostgresServer
 ) -> None:

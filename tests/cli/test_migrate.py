@@ -67,6 +67,7 @@ class TestApplies:
         assert nowhere.json("migrate", "--db-url", hosted) == {"applied": []}
         nowhere("migrate", "--check", "--db-url", hosted)
 
+    @pytest.mark.slow
     def test_a_later_one_alone(self, nowhere: Program, newer: Newer, hosted: str) -> None:
         nowhere("migrate", "--db-url", hosted)
         assert newer("migrate", "--check", "--db-url", hosted, status=1).stdout.split() == ["pending", newer.MIGRATION]
@@ -78,6 +79,7 @@ class TestApplies:
     def test_all_at_once(self, newer: Newer, hosted: str) -> None:
         assert newer.json("migrate", "--db-url", hosted) == {"applied": [*NAMES, newer.MIGRATION]}
 
+    @pytest.mark.slow
     def test_once_when_several_run(self, nowhere: Program, hosted: str) -> None:
         make_project(nowhere.directory)
         command = nowhere.command("migrate", "--db-url", hosted)

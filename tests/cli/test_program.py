@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer.main
-from tests.integration.servers import raw_server, silent
+from tests.integration.servers import raw_server, read_request, silent
 from tests.support.waiting import eventually
 
 from tokenlimits.cli._app import app
@@ -128,6 +129,7 @@ def printed(program: Program, *arguments: object, stdout: Any = subprocess.PIPE,
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("encoding", "bar"), [("cp1252", "#####---------------"), ("cp437", "█████░░░░░░░░░░░░░░░")])
 def test_an_encoding_that_lacks_characters(
     tl: Program, groups: GroupManager, limits: TokenLimits, stack: LocalStack, name: str, encoding: str, bar: str
@@ -175,13 +177,22 @@ def test_the_key_is_never_shown(tl: Program) -> None:
 
 
 def test_ctrl_c_ends_a_command_that_waits(tl: Program) -> None:
-    with raw_server(silent) as server, tl.on_terminal("groups", "list", SUPABASE_URL=server.url) as terminal:
-        eventually(lambda: server.accepted)
+    asked = threading.Event()
+
+    def listen(connection: socket.socket, over: threading.Event) -> None:
+        # once the request is whole, the client has its connection in hand and waits for the answer
+        read_request(connection)
+        asked.set()
+        silent(connection, over)
+
+    with raw_server(listen) as server, tl.on_terminal("groups", "list", SUPABASE_URL=server.url) as terminal:
+        eventually(asked.is_set)
         terminal.interrupt()
         assert terminal.status() == 130
         assert "Traceback" not in terminal.text
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_a_question_changes_nothing(tl: Program, groups: GroupManager, name: str) -> None:
     group = groups.create(name)
     for answer, status in (("", 130), ("n\n", 1)):
@@ -197,6 +208,7 @@ def test_ctrl_c_at_a_question_changes_nothing(tl: Program, groups: GroupManager,
     assert groups.get(group.id)
 
 
+@pytest.mark.slow
 def test_what_is_tried_again_is_said_once(tl: Program) -> None:
     """A person waits; which call it was, and how often, is for --debug."""
     with raw_server(lambda *_: None) as hanging_up:

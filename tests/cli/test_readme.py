@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 from tests.conftest import ROOT
 
 from tokenlimits.local import LocalStack
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tests.support.postgres import PostgresServer
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme(server: PostgresServer, tmp_path: Path) -> None:
     section = (ROOT / "README.md").read_text().partition("## On the command line")[2]
     commands = re.findall(r"^tokenlimits .*", section.partition("\n## ")[0], re.MULTILINE)

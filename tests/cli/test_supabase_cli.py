@@ -85,6 +85,7 @@ def test_what_init_writes_is_pushed_and_ours_agrees(nowhere: Program, hosted: st
     assert ask(hosted, f"{home}.tokenlimits_version() ->> 'version'") == "1"
 
 
+@pytest.mark.slow
 @HOMES
 def test_what_migrate_applied_is_as_if_it_had_been_pushed(
     nowhere: Program, new_hosted: Callable[[], str], home: str
@@ -98,6 +99,7 @@ def test_what_migrate_applied_is_as_if_it_had_been_pushed(
     assert difference(nowhere.directory, pushed, migrated) == ""
 
 
+@pytest.mark.slow
 def test_what_migrate_applied_elsewhere_needs_its_files(nowhere: Program, hosted: str) -> None:
     assert "tokenlimits init" in nowhere("migrate", "--db-url", hosted).stderr
     make_project(nowhere.directory)

@@ -132,7 +132,30 @@ def test_live_usage_begins_with_the_fullest(groups: GroupManager, team: Group, u
     limits.track(user, "image", 3)
     read = [each for each in groups.usage_all() if each.group.id in (team.id, first.id)]
     assert [each.group.id for each in read] == [first.id, team.id]
-    assert [each.group.id for each in _fullest_first(read)] == [team.id, first.id]  # type: ignore[union-attr]
+    assert [(name, limit.kind, limit.scope) for name, limit in _fullest_first(read)] == [
+        (team.name, "image", "member"),
+        (team.name, "image", "group"),
+        (first.name, "image", "group"),
+        (first.name, "video", "group"),
+    ]
+
+
+def test_live_usage_of_many_limits_has_pages(
+    tl: Program, groups: GroupManager, name: str, user: UUID, limits: TokenLimits
+) -> None:
+    group = groups.create(name, limits=[Limit(kind=f"k{n}", max=12_345_678) for n in range(90)])
+    limits.record(user, "k7", 1_500_000, group_id=group.id)
+    with tl.on_terminal("usage", name, "--watch", "--interval", "0.5") as terminal:
+        terminal.wait_for("k7 .*12.3M in total .* 12 +1.5M +12.3M +10.8M(?s:.*)1 to 34 of 90 limits")
+        terminal.type(" ")
+        terminal.wait_for("35 to 68 of 90 limits")
+        terminal.type(" ")
+        terminal.wait_for("69 to 90 of 90 limits")
+        terminal.type(" ")
+        terminal.type("p")
+        terminal.wait_for("(?s)69 to 90.*35 to 68")
+        terminal.type("q")
+        assert terminal.status() == 0
 
 
 @pytest.fixture
@@ -144,6 +167,7 @@ def past(team: Group, user: UUID, limits: TokenLimits) -> Callable[[int], dateti
     return lambda days: now - timedelta(days=days)
 
 
+@pytest.mark.slow
 def test_history(tl: Program, groups: GroupManager, team: Group, past: Callable[[int], datetime]) -> None:
     points: list[dict[str, Any]] = tl.json("history", team.name)
     assert [point["used"] for point in points] == [3, 2, 1]
@@ -162,6 +186,7 @@ def test_history(tl: Program, groups: GroupManager, team: Group, past: Callable[
     assert "year" in tl.fails("history", "--by", "year", status=2)
 
 
+@pytest.mark.slow
 def test_a_kind_that_is_a_slip(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> None:
     asked = "Did you mean image?"
     limits.track(user, "image")

@@ -70,6 +70,7 @@ def html(site: Path) -> dict[Path, Html]:
     return found
 
 
+@pytest.mark.slow
 def test_fetches_nothing_from_elsewhere(site: Path, html: dict[Path, Html]) -> None:
     for path, page in html.items():
         assert page.fetched, path

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 from uuid import UUID
 
@@ -12,6 +13,7 @@ import pytest
 from tests.http.conftest import ANN, GROUP, PRO, URL, USUAL, Clock, Server, Shell
 
 from tokenlimits import ServiceUnavailable, TokenLimitsError
+from tokenlimits._drivers import bodies
 
 HTML = "<!doctype html><title>502 Bad Gateway</title>"
 LOST: dict[str, Callable[[], Exception]] = {
@@ -154,6 +156,37 @@ class TestOneFailure:
             assert type(caught.value.__cause__) is type(error)
             assert type(error).__name__ in str(caught.value)
         assert caught.value.retry_after is None
+
+
+class Endless(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """A body that goes on for ever, a thousand bytes at a time; counts what was read of it."""
+
+    def __init__(self, *, compressed: bool) -> None:
+        self._gzip = zlib.compressobj(wbits=31) if compressed else None
+        self.read = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        # in the end it fails, so that a test does
+        while self.read < 10_000:
+            self.read += 1
+            part = b" " * 1000
+            yield part if self._gzip is None else self._gzip.compress(part) + self._gzip.flush(zlib.Z_SYNC_FLUSH)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for part in self:
+            yield part
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_no_more_is_read_than_any_answer_can_have(
+    shell: Shell, server: Server, monkeypatch: pytest.MonkeyPatch, *, compressed: bool
+) -> None:
+    monkeypatch.setattr(bodies, "MOST", 100_500)
+    endless = Endless(compressed=compressed)
+    server.then(httpx.Response(200, headers={"content-encoding": "gzip"} if compressed else {}, stream=endless))
+    assert shell.track()
+    assert server.params[0] == server.params[1]
+    assert endless.read == 101
 
 
 def test_giving_up_is_logged_once_each_try_too(shell: Shell, server: Server, caplog: pytest.LogCaptureFixture) -> None:

@@ -92,6 +92,7 @@ def assert_exact(stack: LocalStack, group: Group, answers: list[tuple[int, Track
     assert {result.reason for _, result in answers if not result} == {"limit_exceeded"}
 
 
+@pytest.mark.slow
 def test_threads_meet_a_limit_exactly_in_few_requests(
     stack: LocalStack, groups: GroupManager, team: Team, users: list[str], wire: Wire
 ) -> None:

@@ -1709,7 +1709,12 @@ def test_fake(play: Scenario, colour: Colour) -> None:
         play(world)
 
 
-@pytest.mark.parametrize(("play", "colour"), SCENARIOS)
+def slow_but_in_one_colour(case: Any) -> Any:
+    marks = [pytest.mark.slow] if case.id.endswith(("-sync", "-batches")) else []
+    return pytest.param(*case.values, id=case.id, marks=marks)
+
+
+@pytest.mark.parametrize(("play", "colour"), [slow_but_in_one_colour(case) for case in SCENARIOS])
 def test_the_real_thing_answers_the_same(play: Scenario, colour: Colour, in_public: Site) -> None:
     answers_the_same(play, colour, *in_public)
 

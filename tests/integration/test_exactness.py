@@ -68,6 +68,7 @@ def test_a_hot_group_admits_its_limit_to_the_unit(stack: LocalStack, groups: Gro
     assert groups.usage(group.id).limits[0].used == 200
 
 
+@pytest.mark.slow
 def test_a_hundred_groups_at_once_each_admit_their_limit(
     stack: LocalStack, groups: GroupManager, hammer: Hammer
 ) -> None:
@@ -105,6 +106,7 @@ def test_each_member_gets_their_own_limit(stack: LocalStack, groups: GroupManage
     assert Counter(user for user, result in answers if result) == dict.fromkeys(users, 12)
 
 
+@pytest.mark.slow
 def test_limits_stay_exact_while_an_admin_edits_them(stack: LocalStack, groups: GroupManager, hammer: Hammer) -> None:
     users = [str(user) for user in stack.create_users(10)]
     total = Limit(kind="image", max=150)

@@ -124,6 +124,7 @@ def without_moments(output: str) -> list[str]:
 
 
 class TestQuickstart:
+    @pytest.mark.slow
     def test_counts_exactly(self, output: str) -> None:
         counts = re.findall(r"(\w+) +(\w+): +(\d+) fit, +(\d+) passed, +(\d+) recorded", output)
         assert counts == [
@@ -170,6 +171,7 @@ class TestQuickstart:
             plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", done.stdout)
             assert max(map(len, plain.splitlines())) == 120
 
+    @pytest.mark.slow
     def test_fails_when_the_count_is_off(self, database_url: str) -> None:
         """Somebody's usage that was recorded elsewhere takes one place of the pool."""
         script = f"""
@@ -237,6 +239,7 @@ class TestWorker:
         assert [answer["do"] for answer in answers] == ["ack", "ack", "retry", "drop", "drop", "drop"]
         assert used(groups, pro) == 1
 
+    @pytest.mark.slow
     def test_keeps_the_job_when_supabase_is_away(self) -> None:
         env = environment(SUPABASE_URL="http://127.0.0.1:1", SUPABASE_SECRET_KEY="sb_secret_x")
         job = json.dumps({"id": "1", "user_id": str(uuid4()), "kind": "image"})
@@ -255,6 +258,7 @@ class TestAsyncWorkerPool:
 
 
 class TestManageGroups:
+    @pytest.mark.slow
     def test_makes_a_group_shows_and_resets_it(self, stack: LocalStack, groups: GroupManager, tmp_path: Path) -> None:
         users = stack.create_users(5_001)
         name, nobody = f"Pro {uuid4()}", uuid4()
@@ -279,6 +283,7 @@ class TestManageGroups:
 
 
 class TestPortOfTypescript:
+    @pytest.mark.slow
     def test_generates_until_it_raises(self, stack: LocalStack, groups: GroupManager) -> None:
         [user] = stack.create_users(1)
         new_group(groups, {"image": 2, "video": 1}, [user])
@@ -290,6 +295,7 @@ class TestPortOfTypescript:
 
 
 class TestTestMyApp:
+    @pytest.mark.slow
     def test_passes(self) -> None:
         done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", EXAMPLES / "test_my_app.py", env=environment())
         assert "3 passed" in done.stdout

@@ -36,6 +36,8 @@ from tests.support.waiting import eventually
 from tokenlimits import GroupManager, Limit, LimitExceeded, TokenLimits
 from tokenlimits.local import LocalStack
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TTL = timedelta(seconds=600)
 

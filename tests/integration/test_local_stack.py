@@ -24,6 +24,8 @@ from tokenlimits.local import LocalStack, LocalStackError
 from tokenlimits.local._node import find_node
 from tokenlimits.local._packages import installed_packages
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -269,6 +271,54 @@ class TestSql:
         assert answers == [[{"n": n}] for n in range(100)]
 
 
+class TestADirectory:
+    def test_keeps_the_database_and_the_keys(self, tmp_path: Path) -> None:
+        (tmp_path / "20250101000000_one.sql").write_text("create table public.one (id bigint);")
+        with LocalStack(data_dir=tmp_path / "kept", sql_dir=tmp_path) as first:
+            ann = first.create_user("ann@example.com")
+            keys = {name: value for name, value in first.environment().items() if name.endswith("KEY")}
+            session = first.access_token(ann)
+        (tmp_path / "20250101000001_two.sql").write_text("create table public.two (id bigint);")
+        with LocalStack(data_dir=str(tmp_path / "kept"), sql_dir=tmp_path) as second:
+            assert second.sql("select email from auth.users") == [{"email": "ann@example.com"}]
+            assert second.sql("select to_regclass('public.two') is not null as made") == [{"made": True}]
+            assert keys.items() <= second.environment().items()
+            # a session of the first is one of the second
+            headers = {"apikey": second.publishable_key, "Authorization": f"Bearer {session}"}
+            answer = httpx.get(f"{second.url}/auth/v1/user", headers=headers, trust_env=False, timeout=60)
+            assert (answer.status_code, answer.json()["email"]) == (200, "ann@example.com")
+        assert (tmp_path / "kept" / "keys.json").stat().st_mode & 0o077 == 0
+
+    def test_keeps_what_was_written_before_the_server_was_killed(self, tmp_path: Path, sql_dir: Path) -> None:
+        with LocalStack(data_dir=tmp_path / "kept", sql_dir=sql_dir) as first:
+            first.create_user("ann@example.com")
+            pid, _ = remains(first)
+            os.kill(pid, signal.SIGKILL)
+        with LocalStack(data_dir=tmp_path / "kept", sql_dir=sql_dir) as second:
+            assert second.sql("select email from auth.users") == [{"email": "ann@example.com"}]
+
+    def test_is_used_by_one_at_a_time(self, tmp_path: Path, sql_dir: Path) -> None:
+        other = LocalStack(data_dir=tmp_path / "kept", sql_dir=sql_dir)
+        with LocalStack(data_dir=tmp_path / "kept", sql_dir=sql_dir):
+            with pytest.raises(LocalStackError, match="in use by another stack"):
+                other.start()
+            # nor has the attempt let anybody else in
+            with pytest.raises(LocalStackError, match="in use by another stack"):
+                other.start()
+        with other:
+            assert other.sql("select 1 as one") == [{"one": 1}]
+
+    def test_what_cannot_be_is_said(self, tmp_path: Path, scratch: str) -> None:
+        with pytest.raises(LocalStackError, match="data_dir is for the embedded database"):
+            LocalStack(scratch, data_dir=tmp_path)
+        (tmp_path / "file").touch()
+        with pytest.raises(LocalStackError, match="file can't be used"):
+            LocalStack(data_dir=tmp_path / "file")
+        (tmp_path / "keys.json").write_text("{")
+        with pytest.raises(LocalStackError, match="not what LocalStack wrote"):
+            LocalStack(data_dir=tmp_path)
+
+
 class TestPostgres:
     def test_keeps_what_it_has_and_applies_what_is_new(self, database: str, tmp_path: Path) -> None:
         (tmp_path / "20250101000000_one.sql").write_text("create table public.one (id bigint);")
@@ -478,7 +528,6 @@ class TestPackages:
             LocalStack().start()
         assert list((tmp_path / "cache" / "tokenlimits").iterdir()) == []
 
-    @pytest.mark.slow
     def test_are_installed_by_two_at_once(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         with ThreadPoolExecutor(2) as threads:

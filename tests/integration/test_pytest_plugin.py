@@ -23,6 +23,7 @@ def outcome(directory: Path, tests: str, *options: str) -> tuple[dict[str, int],
     return {how.removesuffix("s"): int(many) for many, how in counted}, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_fixture_is_what_track_generation_uses_meanwhile(tmp_path: Path) -> None:
     counted, output = outcome(
         tmp_path,
@@ -47,6 +48,7 @@ def test_the_fixture_is_what_track_generation_uses_meanwhile(tmp_path: Path) -> 
     assert counted == {"passed": 3}, output
 
 
+@pytest.mark.slow
 def test_the_marker_sets_the_limits(tmp_path: Path) -> None:
     counted, output = outcome(
         tmp_path,
@@ -88,6 +90,7 @@ def test_the_marker_sets_the_limits(tmp_path: Path) -> None:
     assert counted == {"passed": 6}, output
 
 
+@pytest.mark.slow
 def test_what_the_fake_refuses_is_an_error_of_the_test(tmp_path: Path) -> None:
     counted, output = outcome(
         tmp_path,
@@ -100,6 +103,7 @@ def test_what_the_fake_refuses_is_an_error_of_the_test(tmp_path: Path) -> None:
     assert "InvalidRequest: limits[0].kind" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["supabase", "pydantic", "tokenlimits"])
 def test_who_does_not_use_it_waits_for_nothing(tmp_path: Path, module: str) -> None:
     counted, output = outcome(tmp_path, f"def test_it(): assert {module!r} not in sys.modules")

@@ -86,6 +86,7 @@ def output(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class TestPython:
+    @pytest.mark.slow
     def test_runs(self, output: str) -> None:
         assert output.count("README.md:") == len(python_blocks()) == 3
 

@@ -34,6 +34,8 @@ from tokenlimits._drivers import deadline
 from tokenlimits.local import LocalStack
 from tokenlimits.models import Group
 
+pytestmark = pytest.mark.slow
+
 ANN = "0197f0a0-0000-7000-8000-000000000001"
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 

@@ -13,6 +13,8 @@ from tokenlimits import Limit
 from tokenlimits.local import LocalStack
 from tokenlimits.models import Group
 
+pytestmark = pytest.mark.slow
+
 CHILDREN = 4
 CALLS = 10
 

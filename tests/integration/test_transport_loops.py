@@ -17,6 +17,8 @@ from tokenlimits import AsyncGroupManager, AsyncTokenLimits, ConfigurationError,
 from tokenlimits.local import LocalStack
 from tokenlimits.models import Group
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def user(stack: LocalStack, team: Callable[..., Group]) -> str:

@@ -119,6 +119,7 @@ class TestAChangeOfSession:
             sign_in(browser, admin)
             browser.auth.sign_out()
 
+    @pytest.mark.slow
     def test_while_other_threads_call(self, browser: Client, admin: LocalUser, nobody: LocalUser) -> None:
         groups = GroupManager(browser)
         stop = threading.Event()
@@ -148,6 +149,7 @@ class TestAChangeOfSession:
 
 
 class TestManyMembers:
+    @pytest.mark.slow
     def test_fifty_thousand_of_which_three_are_unknown(
         self, stack: LocalStack, browser: Client, admin: LocalUser, team: Callable[..., Group]
     ) -> None:

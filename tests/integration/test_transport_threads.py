@@ -68,6 +68,7 @@ def assert_exact(stack: LocalStack, groups: GroupManager, group: Group, results:
     assert row["n"] == groups.usage(group.id).limits[0].used == LIMIT
 
 
+@pytest.mark.slow
 def test_on_one_client(
     stack: LocalStack, groups: GroupManager, group: tuple[Group, list[str]], made: list[str]
 ) -> None:
@@ -78,6 +79,7 @@ def test_on_one_client(
     assert_exact(stack, groups, group[0], results)
 
 
+@pytest.mark.slow
 def test_on_the_default_client(
     from_env: LocalStack, groups: GroupManager, group: tuple[Group, list[str]], made: list[str]
 ) -> None:

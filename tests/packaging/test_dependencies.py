@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -33,6 +34,7 @@ def imported(path: Path) -> Iterator[str]:
         yield from {name.partition(".")[0] for name in found} - sys.stdlib_module_names - {"tokenlimits"}
 
 
+@pytest.mark.slow
 def test_every_import_is_declared() -> None:
     distributions = packages_distributions()
     for path in SOURCE.rglob("*.py"):

@@ -121,6 +121,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+@pytest.mark.slow
 def test_it_works_where_it_is_installed(python: Path, tmp_path: Path) -> None:
     script = """
         from importlib.metadata import version

@@ -33,6 +33,8 @@ from tests.sql.test_install import UNINSTALL, objects
 from tests.sql.test_security import DENIED, FUNCTIONS, INSERTS, UPDATES, WORKERS
 from tests.support.postgres import PostgresServer, create_hosted_database, servers
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path

@@ -15,6 +15,8 @@ from tests.support.postgres import PostgresServer, create_hosted_database, serve
 
 from tokenlimits.sql_files import one_paste
 
+pytestmark = pytest.mark.slow
+
 TABLES = ("public.generation_usage", "tokenlimits.counters", "tokenlimits.usage_rollup", "tokenlimits.holds",
           "public.group_limits", "public.user_groups", "public.group_memberships")  # fmt: skip
 

@@ -200,6 +200,7 @@ def mischief(connection: Connection, function: str, call: str, body: str, before
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", public_functions())
 def test_hostile_arguments_do_no_harm(api: Connection, function: str) -> None:
     types, arguments = argument_types(api)[function], CALLS[function]

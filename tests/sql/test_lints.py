@@ -172,6 +172,7 @@ def test_nobody_may_call_what_runs_as_its_owner(connection: Connection) -> None:
     assert connection.execute(CALLABLE_DEFINERS).fetchall() == [("anon", "planted"), ("authenticated", "planted")]
 
 
+@pytest.mark.slow
 def test_supabases_advisors_have_no_complaint(
     new_database: Callable[..., Connect], default_grants: DefaultGrants, tmp_path: Path
 ) -> None:

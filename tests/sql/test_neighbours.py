@@ -18,6 +18,8 @@ from tests.support.postgres import create_hosted_database, servers
 from tokenlimits._refusals import BY_CODE
 from tokenlimits.sql_files import checked_schema, migrations, one_paste, uninstall
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 

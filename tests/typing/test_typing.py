@@ -31,6 +31,7 @@ def shown(found: dict[str, Any]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_every_expectation_holds() -> None:
     found = pyright(HERE)
     assert found["summary"]["filesAnalyzed"] >= 3
@@ -49,5 +50,6 @@ def broken(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_an_expectation_that_is_wrong_is_found(broken: Path) -> None:
     assert {each.partition(":")[0] for each in shown(pyright(broken))} == {"type.py", "needless.py", "error.py"}

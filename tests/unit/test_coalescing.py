@@ -497,6 +497,7 @@ class TestThreads:
         result(closing)
         assert (result(second).cost, threads.gate.closed) == (2, 1)
 
+    @pytest.mark.slow
     def test_closing_does_not_wait_for_ever_for_a_caller_who_is_gone(
         self, make_threads: Callable[..., Threads]
     ) -> None:

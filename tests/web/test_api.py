@@ -58,6 +58,21 @@ class TestGroups:
         assert api("admin", "POST", "/groups", json={"name": "Max"}, headers=key).status_code == 201
         assert len(groups.list()) == 2
 
+    def test_every_path_is_there_with_its_version_too(self, url: str, tokens: dict[str, str]) -> None:
+        paths = httpx.get(f"{url}/api/openapi.json").json()["paths"]
+        assert not [path for path in paths if path.startswith("/api/v1")]
+        for path, operations in paths.items():
+            versioned = path.replace("/api/", "/api/v1/", 1).replace("{group_id}", str(uuid4()))
+            for method in operations:
+                problem(httpx.request(method, f"{url}{versioned}"), 401, "sign-in-required")
+        headers = {"Authorization": f"Bearer {tokens['admin']}", "Idempotency-Key": "signup-3"}
+        first, again = (
+            httpx.post(f"{url}/api{version}/groups", json={"name": "V"}, headers=headers) for version in ("", "/v1")
+        )
+        assert (first.status_code, again.status_code, again.json()) == (201, 201, first.json())
+        problem(httpx.get(f"{url}/api/v1/groups/{uuid4()}", headers=headers), 404, "group-not-found")
+        assert httpx.get(f"{url}/api/v1/nothing").headers["content-type"] == PROBLEM
+
     def test_what_somebody_else_changed_is_not_overwritten(self, api: Ask, groups: GroupManager) -> None:
         pro = groups.create("Pro", limits={"image": 1})
         path = f"/groups/{pro.id}"

@@ -60,6 +60,7 @@ def operations(url: str) -> list[Any]:
     return [found.ok() for found in schema.get_all_operations()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(GenerationMode))
 @pytest.mark.parametrize("role", ["anon", "user", "admin", "service"])
 @pytest.mark.usefixtures("groups")  # which go with it

@@ -207,6 +207,7 @@ def test_a_ban_changes_the_standing(fake: FakeAuth, settings: WebSettings) -> No
 class TestSupabaseLite:
     """What the panel relies on, and the local stack does as hosted Supabase."""
 
+    @pytest.mark.slow
     def test_a_session_from_end_to_end(self, stack: LocalStack, newcomer: LocalUser) -> None:
         settings = WebSettings(url=stack.url, publishable_key=stack.publishable_key)
         wrong, tokens, other = ask(

@@ -71,6 +71,7 @@ def many_members(count: int, group: object) -> bytes:
 
 
 class TestTheApi:
+    @pytest.mark.slow
     @pytest.mark.parametrize("path", ["/groups", "/group-members", "/track-generation"])
     def test_parses_nothing_of_nobody(
         self, api: Ask, parsed: list[int], path: str, sent: Callable[..., object]

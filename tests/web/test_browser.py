@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import pytest
 from playwright.sync_api import Page, Route, expect
@@ -22,6 +23,9 @@ from tokenlimits import GroupManager, Limit, TokenLimits
 from tokenlimits.local import LocalStack, LocalUser
 from tokenlimits.models import Group
 from tokenlimits.web import create_app
+from tokenlimits.web.panel import _charts
+
+pytestmark = pytest.mark.slow
 
 
 def generate(stack: LocalStack, user: LocalUser, kind: str, times: int) -> str:
@@ -257,6 +261,25 @@ class TestGroupPage:
         assert len(lines) == 4
         assert lines[0].startswith("id,created_at,group_id,group,user_id,email,kind,cost,status")
 
+    def test_says_if_the_chart_cannot_be_in_the_groups_time_zone(
+        self, sign_in: SignIn, groups: GroupManager, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def unknown(name: str) -> ZoneInfo:
+            raise ZoneInfoNotFoundError(name)
+
+        groups.create("Atelier", timezone="Europe/Paris")
+        page = sign_in()
+        page.get_by_role("link", name="Atelier").click()
+        note = page.get_by_text("no data for the time zone Europe/Paris")
+        expect(page.locator(".chart:not([aria-busy])")).to_be_visible()
+        expect(note).to_be_hidden()
+        monkeypatch.setattr(_charts, "ZoneInfo", unknown)
+        page.get_by_role("button", name="Hours").click()
+        expect(note).to_be_visible()
+        monkeypatch.undo()
+        page.get_by_role("button", name="Days").click()
+        expect(note).to_be_hidden()
+
     def test_overview_counts_everything(self, sign_in: SignIn, group: Group) -> None:
         page = sign_in()
         page.get_by_role("link", name="Overview").click()
@@ -370,6 +393,10 @@ class TestSomebodyElse:
         expect(page.get_by_role("heading", name="Sign in to tokenlimits")).to_be_visible()
 
 
+QUIET = """async () => {
+  const frame = () => new Promise(requestAnimationFrame);
+  do await frame(); while (await frame(), document.getAnimations().some(each => each.playState === 'running'));
+}"""
 HOSTILE = ["<script>document.title = 'owned'</script>", "x" * 200, "\"'><img src=x onerror=alert(1)>"]
 
 
@@ -409,7 +436,9 @@ def paste_strangers(page: Page) -> None:
     page.get_by_role("button", name="Add these users").click()
     expect(page.get_by_text("201 users not found")).to_be_visible()
     expect(page.get_by_text("and 1 more")).to_be_visible()
-    page.get_by_role("searchbox", name="Search users").fill("bob@")
+    # everybody is listed already, and would be pale while the search, a moment later, is under way
+    with page.expect_response("**/members/search?*"):
+        page.get_by_role("searchbox", name="Search users").fill("bob@")
     page.get_by_role("checkbox", name="bob@").first.check()
 
 
@@ -456,12 +485,13 @@ class TestForEverybody:
     @pytest.mark.parametrize("theme", ["dark", "light"])
     def test_axe_finds_nothing_serious(self, sign_in: SignIn, group: Group, theme: str) -> None:
         page = sign_in(theme=theme)
+        page.emulate_media(reduced_motion="reduce")
         script, found = axe(), {}
         for place in visit_all(page, group):
             # what is being fetched is pale meanwhile
-            expect(page.locator(".htmx-request")).to_have_count(0)
-            # by the protocol, which the page's policy doesn't bind; after all has been faded in
-            page.evaluate("Promise.all(document.getAnimations().map(animation => animation.finished.catch(() => 0)))")
+            expect(page.locator(".htmx-request, [aria-busy=true]")).to_have_count(0)
+            # a transition may begin only after the class is gone, so wait until a whole frame has none
+            page.evaluate(QUIET)
             page.evaluate(script)
             result = page.evaluate("axe.run()")
             found[place] = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import pytest
 from starlette.datastructures import FormData
@@ -141,6 +142,36 @@ class TestCharts:
         shown = _charts.chart([point], "day", "Europe/Paris", self.NOW)
         assert (shown["labels"][1], shown["labels"][-1]) == ("Mar 1", "Mar 29")
         assert shown["kinds"] == [{"kind": "image", "used": [0] * 29 + [5]}]
+
+    def test_an_hour_that_is_repeated_is_two(self) -> None:
+        # clocks in Paris went back from 03:00 to 02:00
+        first = datetime(2026, 10, 25, 0, tzinfo=UTC)
+        points = [
+            HistoryPoint(bucket=first + timedelta(hours=n), kind="image", used=n + 1, generations=1) for n in range(3)
+        ]
+        shown = _charts.chart(points, "hour", "Europe/Paris", first + timedelta(hours=2, minutes=5))
+        assert shown["labels"][-4:] == ["Oct 25, 01:00", "Oct 25, 02:00 (CEST)", "Oct 25, 02:00 (CET)", "Oct 25, 03:00"]
+        assert shown["kinds"][0]["used"][-4:] == [0, 1, 2, 3]
+
+    def test_no_label_is_repeated_where_clocks_go_forward(self) -> None:
+        now = datetime(2026, 3, 29, 3, 5, tzinfo=UTC)
+        assert _charts.chart([], "hour", "Europe/Paris", now)["labels"][-3:] == [
+            "Mar 29, 03:00",
+            "Mar 29, 04:00",
+            "Mar 29, 05:00",
+        ]
+
+    def test_says_where_it_does_not_know_the_time_zone(self) -> None:
+        assert _charts.chart([], "day", "Europe/Paris", self.NOW)["note"] is None
+        assert "no data for the time zone Nowhere/Land" in _charts.chart([], "day", "Nowhere/Land", self.NOW)["note"]
+
+    def test_without_time_zone_data_utc_needs_no_note(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unknown(name: str) -> ZoneInfo:
+            raise ZoneInfoNotFoundError(name)
+
+        monkeypatch.setattr(_charts, "ZoneInfo", unknown)
+        assert _charts.chart([], "hour", "UTC", self.NOW)["note"] is None
+        assert "tzdata" in _charts.chart([], "hour", "Europe/Paris", self.NOW)["note"]
 
     def test_trends_compare_with_the_month_before(self) -> None:
         points = [

@@ -12,6 +12,8 @@ from tokenlimits import GroupManager, Limit, TokenLimits
 from tokenlimits.local import LocalUser
 from tokenlimits.models import Group
 
+pytestmark = pytest.mark.slow
+
 # the outline of what has the focus, and whether an element around it cuts the outline off
 CUT_OFF = """() => {
   const cut = []

@@ -143,7 +143,12 @@ class TestBehindAProxy:
         ],
     )
     def test_somebody_signs_in(self, browser: httpx.Client, admin: LocalUser, seen: dict[str, str]) -> None:
-        form = {"csrf": csrf_of(browser.get("/sign-in")), "email": admin.email, "password": admin.password}
+        host = {name: value for name, value in seen.items() if name == "Host"}
+        form = {
+            "csrf": csrf_of(browser.get("/sign-in", headers=host)),
+            "email": admin.email,
+            "password": admin.password,
+        }
         answer = browser.post("/sign-in", data=form, headers={"Origin": self.HERE} | seen, follow_redirects=False)
         assert (answer.status_code, answer.headers.get("location")) == (303, "/")
 
@@ -410,6 +415,7 @@ class TestCommand:
         command = [sys.executable, "-m", *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
 
+    @pytest.mark.slow
     def test_refuses_to_start_half_configured(self, stack: LocalStack, program: list[str]) -> None:
         done = self.run({}, *program)
         assert (done.returncode, done.stdout) == (1, "")
@@ -419,6 +425,7 @@ class TestCommand:
         assert done.returncode == 1
         assert "TOKENLIMITS_WEB_SECRET" in done.stderr
 
+    @pytest.mark.slow
     def test_serves_this_machine_alone(self, stack: LocalStack, program: list[str]) -> None:
         command = [sys.executable, "-m", *program, "--port", "0"]
         server = subprocess.Popen(command, env=stack.environment(), stderr=subprocess.PIPE, text=True)
@@ -432,6 +439,7 @@ class TestCommand:
 
 
 class TestServing:
+    @pytest.mark.slow
     def test_below_the_path_of_a_proxy_and_quietly(self, stack: LocalStack, admin: LocalUser) -> None:
         command = [sys.executable, "-m", "tokenlimits.web", "--port", "0", "--root-path", "limits/"]
         # buffered, or the log could fill the pipe

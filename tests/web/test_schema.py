@@ -40,6 +40,7 @@ def url(elsewhere: LocalStack) -> Iterator[str]:
 
 
 class TestInASchemaOfItsOwn:
+    @pytest.mark.slow
     def test_the_api_works(self, url: str, elsewhere: LocalStack, boss: LocalUser) -> None:
         token = elsewhere.access_token(boss)
         headers = {"Authorization": f"Bearer {token}"}

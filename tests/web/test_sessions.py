@@ -130,6 +130,23 @@ class TestTheCookie:
                 assert browser.post(f"/{panel}/sign-in", data=form).status_code == 200
             assert [browser.get(f"/{panel}/").url.path for panel in "abc"] == ["/a/", "/b/", "/c/"]
 
+    def test_two_panels_of_one_project_on_two_ports_leave_each_other_alone(
+        self, stack: LocalStack, settings: WebSettings, admin: LocalUser
+    ) -> None:
+        with (
+            served(create_app(settings)) as one,
+            served(create_app(settings_for(stack, web_secret=secrets.token_urlsafe(32)))) as other,
+            httpx.Client(trust_env=False, timeout=30) as browser,
+        ):
+            for url in (one, other):
+                form = {
+                    "csrf": csrf_of(browser.get(f"{url}/sign-in")),
+                    "email": admin.email,
+                    "password": admin.password,
+                }
+                assert browser.post(f"{url}/sign-in", data=form, headers={"Origin": url}).status_code == 303
+            assert [browser.get(f"{url}/").status_code for url in (one, other)] == [200, 200]
+
     @pytest.mark.parametrize("cookie", ["", "garbage", "gAAAAABn", "gAAAAAB\u00fc".encode().decode("latin-1")])
     def test_one_that_was_changed_is_nobody(self, browser: httpx.Client, cookie: str) -> None:
         header = {b"Cookie": f"{name_of_cookie(browser)}={cookie}".encode("latin-1")}

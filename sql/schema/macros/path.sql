@@ -680,13 +680,15 @@ end
 Reads the groups that may pay for one request into a variable. Nearly every user is in one group, which needs no order.
 Even an expression that isn't needed costs time to set up.
 #}
-{% macro read_payers(group_ids, user_id, group_id) -%}
+{% macro read_payers(group_ids, user_id, kind, group_id) -%}
 {{ group_ids }} := array(select m.group_id from public.group_memberships as m where m.user_id = {{ user_id }});
 if cardinality({{ group_ids }}) <> 1 then
   {{ group_ids }} := {{ payers(user_id) | indent(2) }};
 end if;
 if {{ group_id }} is not null then
   {{ group_ids }} := {{ pinned(group_ids, group_id) | indent(2) }};
+elsif cardinality({{ group_ids }}) > 1 then
+  {{ group_ids }} := tokenlimits.entitling({{ group_ids }}, {{ kind }});
 end if;
 {%- endmacro %}
 

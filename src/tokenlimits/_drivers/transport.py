@@ -24,7 +24,7 @@ from tokenlimits.errors import ConfigurationError, SchemaNotInstalled, ServiceUn
 from tokenlimits.senders import AsyncSender, Sender
 from tokenlimits.settings import Settings, load, unusable_network
 
-from . import sessions
+from . import bodies, sessions
 from .deadline import Deadline, Timeouts, extensions
 
 T = TypeVar("T")
@@ -163,21 +163,22 @@ class Transport(Sender):
             # for each attempt anew: somebody may sign in between two of them
             request = sessions.request(client, call, self._schema)
             try:
-                response = request.session.request(
+                with request.session.stream(
                     request.http_method,
                     str(request.path),
                     json=request.json,
                     headers=request.headers,
                     auth=request.auth,
                     extensions=extensions(deadline.attempt(retry_safe=call.retry_safe)),
-                )
+                ) as response:
+                    content = bodies.read(response)
             except _FAILURES as error:
                 _bare(error, outside)
                 failure = _failure(error)
             except RuntimeError as error:
                 failure = _closed(error, request.session, foreign=self._foreign is not None)
             else:
-                return answers.read(call, response.status_code, response.headers, response.content)
+                return answers.read(call, response.status_code, response.headers, content)
         raise failure  # outside the except block, so that its context doesn't hold the key
 
     @contextmanager
@@ -280,15 +281,18 @@ class AsyncTransport(AsyncSender):
             try:
                 # asyncio's timeout ends any step, so this colour needs no wrapped reads; httpx's own timeouts stay, as
                 # a ConnectTimeout says that the call was never sent
-                async with asyncio.timeout(attempt.left()):
-                    response = await request.session.request(
+                async with (
+                    asyncio.timeout(attempt.left()),
+                    request.session.stream(
                         request.http_method,
                         str(request.path),
                         json=request.json,
                         headers=request.headers,
                         auth=request.auth,
                         extensions={"timeout": Timeouts(attempt)},
-                    )
+                    ) as response,
+                ):
+                    content = await bodies.aread(response)
             except TimeoutError as error:
                 _bare(error, outside)
                 failure = retry.Transient("no answer in time", cause=error)
@@ -298,7 +302,7 @@ class AsyncTransport(AsyncSender):
             except RuntimeError as error:
                 failure = _closed(error, request.session, foreign=self._foreign is not None)
             else:
-                return answers.read(call, response.status_code, response.headers, response.content)
+                return answers.read(call, response.status_code, response.headers, content)
         raise failure  # outside the except block, so that its context doesn't hold the key
 
     @asynccontextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -13,7 +14,7 @@ import typer
 from tokenlimits.local import LocalStack
 
 from ._options import Schema, find_schema
-from ._terminal import err, note
+from ._terminal import Problem, err, note
 
 _EMAIL = "admin@example.com"
 
@@ -32,6 +33,14 @@ def dev(
         str | None,
         typer.Option("--db-url", help="The PostgreSQL to serve. Default: one in memory.", show_default=False),
     ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--data-dir",
+            help="Keep the database and the keys in this directory, for the next run. Default: in memory.",
+            show_default=False,
+        ),
+    ] = None,
     user: Annotated[
         list[str] | None,
         typer.Option("--user", metavar="EMAIL", help="Also create this user; may be repeated.", show_default=False),
@@ -43,6 +52,8 @@ def dev(
     The migrations are applied, and there is an admin who can sign in. The output is a .env file. Needs
     pip install 'tokenlimits[local]'.
     """
+    if db_url is not None and data_dir is not None:
+        raise Problem("Pass either --db-url or --data-dir.")
     where = find_schema(schema)
     ended = threading.Event()
 
@@ -51,7 +62,7 @@ def dev(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-    stack = LocalStack(db_url, port, schema=where, timeout=120)
+    stack = LocalStack(db_url, port, data_dir=data_dir, schema=where, timeout=120)
     with err.status("Starting a local Supabase (the first start downloads it)"):
         stack.start()
     try:

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
-from rich.console import Group as Stack
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tokenlimits import GroupManager, ServiceUnavailable, TokenLimits, TokenLimitsError
+from tokenlimits import GroupManager, TokenLimits, TokenLimitsError
+from tokenlimits.levels import short
 from tokenlimits.models import GroupLimitUsage, GroupUsage, UserLimit
 
 from ._find import find_group, find_user, manager, worker
 from ._options import AsJson
 from ._pressure import read_pressed, show_pressed
 from ._terminal import NARROW, Bar, Problem, colour, countdown, out, plain, print_json, say, show, table
+from ._watch import watch as show_live
 
-_NUMBERS = ("used", "of", "left", "resets in")
+_NUMBERS = ("%", "used", "of", "left", "resets in")
 
 Answer = Sequence[GroupUsage | UserLimit]
+Line = tuple[str | None, GroupLimitUsage | UserLimit]
+"""A group's name, and a limit of it."""
 
 
 class _CantTell(Problem):
@@ -82,7 +84,7 @@ def usage(
             everything = _reader(groups, limits, group, user)
             read = everything if at_least is None else lambda: _full(everything(), at_least / 100)
             if watch:
-                _watch(read, interval)
+                show_live(lambda: _fullest_first(read()), lambda lines: _draw(lines, brief=True), interval)
                 return
             answer = read()
     except (Problem, TokenLimitsError) as error:
@@ -153,90 +155,51 @@ def _show(answer: Answer) -> None:
 
 def usage_table(answer: Answer, *, name_groups: bool = True) -> Table:
     """Draw usage, one line per limit, with a bar in green, yellow or red."""
+    return _draw(_lines(answer), name_groups=name_groups)
+
+
+def _lines(answer: Answer) -> list[Line]:
+    lines: list[Line] = []
+    for each in answer:
+        limits = [each] if isinstance(each, UserLimit) else each.limits
+        lines += [(each.group.name, limit) for limit in limits]
+    return lines
+
+
+def _fullest_first(answer: Answer) -> list[Line]:
+    """Put first what needs looking at: not everything fits on a screen."""
+    return sorted(_lines(answer), key=lambda line: _fullness(line[1]), reverse=True)
+
+
+def _draw(lines: Sequence[Line], *, name_groups: bool = True, brief: bool = False) -> Table:
     now = datetime.now(UTC)
-    columns = ("group", "kind", "limit", "", "used", "of", "left", "resets in")
+    columns = ("group", "kind", "limit", "", "%", "used", "of", "left", "resets in")
     left_out = {"group"} if not name_groups else set[str]()
     if out.width < NARROW:
-        left_out.add("of")  # nearly the same as the limit
+        left_out |= {"of", "%"}  # nearly the same as the limit, and as the bar
     rows = [
-        [cell for column, cell in zip(columns, row, strict=True) if column not in left_out]
-        for each in answer
-        for row in _rows(each, now)
+        [cell for column, cell in zip(columns, _cells(*line, now, brief=brief), strict=True) if column not in left_out]
+        for line in lines
     ]
     return table(*(each for each in columns if each not in left_out), rows=rows, right=_NUMBERS, cut="group")
 
 
-def _rows(answer: GroupUsage | UserLimit, now: datetime) -> Iterable[Sequence[object]]:
-    if isinstance(answer, UserLimit):
-        yield plain(answer.group.name), *_cells(answer, answer.max, now)
-        return
-    for limit in answer.limits:
-        yield plain(answer.group.name), *_cells(limit, limit.capacity, now)
-
-
-def _cells(limit: GroupLimitUsage | UserLimit, capacity: int | None, now: datetime) -> Sequence[object]:
+def _cells(group: str | None, limit: GroupLimitUsage | UserLimit, now: datetime, *, brief: bool) -> Sequence[object]:
+    write = short if brief else "{:,}".format
     fraction = _fraction(limit)
+    capacity = limit.max if isinstance(limit, UserLimit) else limit.capacity
     per = "in total" if limit.period == "lifetime" else "an hour" if limit.period == "hour" else f"a {limit.period}"
-    most = "unlimited" if limit.max is None else "blocked" if limit.max == 0 else f"{limit.max:,}"
+    most = "unlimited" if limit.max is None else "blocked" if limit.max == 0 else write(limit.max)
     each = " each" if limit.scope == "member" else ""
     return (
+        plain(group),
         limit.kind,
         f"{most} {per}{each}",
         # narrow, so that the bar leaves room for the words
         "" if fraction is None else Bar(fraction, most=out.width // 12),
-        Text(f"{limit.used:,}", style=colour(fraction)),
-        "" if capacity is None else f"{capacity:,}",
-        "" if limit.remaining is None else f"{limit.remaining:,}",
+        "" if fraction is None else f"{math.floor(fraction * 100):,}",
+        Text(write(limit.used), style=colour(fraction)),
+        "" if capacity is None else write(capacity),
+        "" if limit.remaining is None else write(limit.remaining),
         countdown(limit.reset_at, now),
     )
-
-
-def _watch(read: Callable[[], Answer], interval: float) -> None:
-    """Read again after every interval, and count down every second in between."""
-    answer = read()
-    problem = ""
-    looked = time.monotonic()
-    with Live(_screen(answer, problem), console=out, screen=True, auto_refresh=False) as live:
-        try:
-            while True:
-                live.update(_screen(answer, problem), refresh=True)
-                time.sleep(min(1, interval))
-                if time.monotonic() - looked >= interval:
-                    try:
-                        answer, problem = read(), ""
-                    except ServiceUnavailable as error:
-                        problem = str(error)
-                    looked = time.monotonic()
-        except KeyboardInterrupt:
-            return
-
-
-def _screen(answer: Answer, problem: str) -> Stack:
-    clock = Text(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC   Press Ctrl-C to stop", style="dim")
-    shown = _fitting(_fullest_first(answer), out.height - 5)
-    left = len(answer) - len(shown)
-    more = Text(f"and {left:,} more: enlarge the window, or name a group" if left else "", style="dim")
-    return Stack(clock, usage_table(shown), more, Text(plain(problem), style="red"))
-
-
-def _fullest_first(answer: Answer) -> Answer:
-    """Put first what needs looking at: not everything fits on a screen."""
-
-    def fullness(each: GroupUsage | UserLimit) -> float:
-        return max(map(_fullness, each.limits), default=0) if isinstance(each, GroupUsage) else _fullness(each)
-
-    return sorted(answer, key=fullness, reverse=True)
-
-
-def _fitting(answer: Answer, lines: int) -> Answer:
-    """Take what fits on the screen: more would scroll the top off it."""
-    left = lines
-    for place, each in enumerate(answer):
-        left -= len(each.limits) if isinstance(each, GroupUsage) else 1
-        if left < 0:
-            answer = answer[: max(1, place)]
-            break
-    # in a narrow terminal, a limit may take several lines
-    while len(answer) > 1 and len(out.render_lines(usage_table(answer), pad=False)) > lines + 1:
-        answer = answer[:-1]
-    return answer

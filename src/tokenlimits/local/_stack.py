@@ -15,6 +15,7 @@ from tokenlimits.settings import named_schema
 from tokenlimits.sql_files import SqlFile, migrations
 
 from ._errors import LocalStackError
+from ._kept import Kept
 from ._node import find_node
 from ._packages import installed_packages, server_script
 from ._server import LiteServer
@@ -35,7 +36,9 @@ class LocalStack:
         database_url: A PostgreSQL to serve (`postgresql://user:password@host/database`; the role must be
             allowed to create the migrations' objects and to become `anon`, `authenticated` and
             `service_role`). Its migration history is kept, so that a later start applies only what is new.
-            None: an embedded PGlite in memory, which `stop` discards.
+            None: an embedded PGlite, in memory unless there is a `data_dir`.
+        data_dir: A directory in which PGlite keeps its database, and this the keys, so that a later stack finds both
+            as they were. It is created if it doesn't exist; one stack at a time may use it.
         port: The port to listen on. None: a free one.
         sql_dir: The migrations to apply, in the order of their names (`YYYYMMDDHHMMSS_topic.sql`).
             None: those of this package.
@@ -62,15 +65,21 @@ class LocalStack:
         port: int | None = None,
         sql_dir: str | Path | None = None,
         *,
+        data_dir: str | Path | None = None,
         schema: str = "public",
         pool_size: int = 32,
         like_hosted: bool = True,
         timeout: float = 60,
     ) -> None:
+        if database_url is not None and data_dir is not None:
+            raise LocalStackError("data_dir is for the embedded database; leave it out with a database_url")
         self.database_url: Final = database_url
         self.schema: Final = _checked(schema)
-        self.secret_key: Final = f"sb_secret_{_token(22)}_{_token(8)}"
-        self.publishable_key: Final = f"sb_publishable_{_token(22)}_{_token(8)}"
+        self._kept = None if data_dir is None else Kept(Path(data_dir).absolute())
+        keys = _keys() if self._kept is None else self._kept.keys(_keys)
+        self.secret_key: Final = keys["secret_key"]
+        self.publishable_key: Final = keys["publishable_key"]
+        self._jwt_secret: Final = keys["jwt_secret"]
         self._wanted_port = port
         self._sql_dir = Path(sql_dir) if sql_dir is not None else None
         self._pool_size = pool_size
@@ -104,8 +113,10 @@ class LocalStack:
         node = find_node()
         packages = installed_packages(node)
         command = [str(node.executable), str(server_script(packages))]
-        self._server = LiteServer(command, self._migrations())
+        if self._kept is not None:
+            self._kept.take()
         try:
+            self._server = LiteServer(command, self._migrations())
             port = self._server.start(self._configuration(packages), timeout=self._timeout)
             self._url = f"http://127.0.0.1:{port}"
             self._wait_until_ready()
@@ -119,6 +130,8 @@ class LocalStack:
         server, self._server, self._url = self._server, None, None
         if server is not None:
             server.stop()
+        if self._kept is not None:
+            self._kept.leave()
 
     def environment(self) -> dict[str, str]:
         """Return the variables that tell `tokenlimits` (and other Supabase programs) how to reach this stack."""
@@ -183,13 +196,14 @@ class LocalStack:
         return {
             "port": self._wanted_port or 0,
             "database_url": self.database_url,
+            "data_directory": self._kept.database if self._kept else None,
             "pool_size": self._pool_size,
             "blank_database": str(packages / "blank.tar"),
             "like_hosted": self._like_hosted,
             "exposed_schemas": list(dict.fromkeys([*_EXPOSED, self.schema])),
             "secret_key": self.secret_key,
             "publishable_key": self.publishable_key,
-            "jwt_secret": secrets.token_urlsafe(48),
+            "jwt_secret": self._jwt_secret,
         }
 
     def _wait_until_ready(self) -> None:
@@ -226,6 +240,14 @@ def _checked(schema: str) -> str:
     except ConfigurationError as error:
         problem = str(error)
     raise LocalStackError(problem)
+
+
+def _keys() -> dict[str, str]:
+    return {
+        "secret_key": f"sb_secret_{_token(22)}_{_token(8)}",
+        "publishable_key": f"sb_publishable_{_token(22)}_{_token(8)}",
+        "jwt_secret": secrets.token_urlsafe(48),
+    }
 
 
 def _token(length: int) -> str:

@@ -134,12 +134,13 @@ const POSTGRES_TYPES = {
 };
 
 // A blank PGlite takes 4 s to make and 0.5 s to load: the first start leaves one for the others.
-async function connectPglite(Connection, { blank_database: path }, pgliteOptions) {
+async function connectPglite(Connection, { blank_database: path, data_directory: url }, pgliteOptions) {
+   if (url && existsSync(`${url}/PG_VERSION`)) return new Connection({ url, pgliteOptions });
    if (existsSync(path)) {
       const loadDataDir = new Blob([readFileSync(path)]);
-      return new Connection({ pgliteOptions: { ...pgliteOptions, loadDataDir } });
+      return new Connection({ url, pgliteOptions: { ...pgliteOptions, loadDataDir } });
    }
-   const connection = new Connection({ pgliteOptions });
+   const connection = new Connection({ url, pgliteOptions });
    const blank = await connection.driver.dumpDataDir("none");
    const unfinished = `${path}.${process.pid}`;
    writeFileSync(unfinished, Buffer.from(await blank.arrayBuffer()));
@@ -295,4 +296,6 @@ try {
 }
 send({ port: running.port });
 for await (const line of lines) await answerQuery(running.held, JSON.parse(line));
+// PGlite's files are whole then, and it needs no recovery at the next start
+if (config.data_directory) await running.held.current?.connection.driver.close();
 process.exit(0);

@@ -139,7 +139,8 @@ class Sessions:
 
     def _cookie(self, request: Request) -> str:
         """Name the cookie: each panel of a host has its own, and behind TLS no other host can set it."""
-        panel = f"{self._project} {request.scope.get('root_path', '')}"
+        # browsers give cookies of one port to all others of the host
+        panel = f"{self._project} {request.url.port or ''} {request.scope.get('root_path', '')}"
         name = f"tokenlimits-{hashlib.sha256(panel.encode()).hexdigest()[:8]}"
         return f"__Host-{name}" if request.url.scheme == "https" else name
 

@@ -256,6 +256,26 @@ class TestBusy:
         answers = world.api.track_many([(user, "image") for user in users], 50)
         assert [answer["reason"] for answer in answers] == ["busy", None]
 
+    def test_a_group_that_has_no_limit_for_the_kind_is_not_waited_for(self, world: World, other: Api) -> None:
+        held, free = self.groups(world)
+        world.api.save_group(held, limits=[limit(10, "video")], priority=1)
+        user = world.user(held, free)
+        # its first limit for the kind, about to come
+        other.set_limit(held, "image", "day", "group", 5)
+        world.api.execute("set lock_timeout = '5s'")
+        answers = [world.api.track(user, "image"), world.api.reserve(user, "image"), world.api.check(user, "image")]
+        answers += world.api.track_many([(user, "image"), (user, "image")], 5000)
+        assert [answer["group"]["id"] for answer in answers] == [free] * 5
+        other.connection.execute("commit")
+        [answer] = world.api.track_many([(user, "image")])
+        assert [answer["group"]["id"], world.api.track(user, "image")["group"]["id"]] == [held] * 2
+        assert [(x["period"], x["used"]) for x in answer["limits"]] == [("day", 1)]
+
+    def test_where_no_group_has_a_limit_for_the_kind_that_is_the_reason(self, world: World) -> None:
+        user = world.user(*self.groups(world))
+        answers = [world.api.track(user, "video"), *world.api.track_many([(user, "video")])]
+        assert [answer["reason"] for answer in answers] == ["no_limit_for_kind"] * 2
+
     def test_what_can_be_had_is_taken_in_the_order_that_others_take_it(self, world: World, database: Database) -> None:
         """An edit of all groups waits for the first; a batch that holds the others would wait for it in a circle."""
         made = [UUID(int=number) for number in range(1, 9)]
@@ -387,6 +407,7 @@ class TestAtOnce:
         per_key = Counter(a.call.idempotency_key for a in answers if a.allowed)
         assert sorted(per_key.values()) == [CONNECTIONS] * 10
 
+    @pytest.mark.slow
     def test_on_one_hot_group_the_limit_is_met_exactly(self, world: World, hammer: Hammer) -> None:
         group = world.group(limit(3000), limit(400, scope="member"))
         users = [world.user(group) for _ in range(10)]
@@ -395,6 +416,7 @@ class TestAtOnce:
         # each was told what was used right after it, whatever others did meanwhile
         assert sorted(answer.used or 0 for answer in answers if answer.allowed) == list(range(1, 3001))
 
+    @pytest.mark.slow
     def test_over_many_groups_in_all_orders(self, world: World, hammer: Hammer) -> None:
         groups = [
             world.group(limit(50), limit(30, scope="member"), limit(40, kind="video", period="month"))
@@ -421,6 +443,7 @@ class TestAtOnce:
         charged = Counter((a.call.user_id, a.call.idempotency_key) for a in answers if a.allowed and not a.replayed)
         assert charged == Counter((call.user_id, call.idempotency_key) for call in calls)
 
+    @pytest.mark.slow
     def test_beside_single_calls_holds_and_settlements(self, world: World, crowd: Crowd, database: Database) -> None:
         groups = [world.group(limit(400), limit(200, scope="member"), limit(90, period="day")) for _ in range(3)]
         users = [world.user(*random.Random(n).sample(groups, 2)) for n in range(6)]

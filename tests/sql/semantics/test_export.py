@@ -99,6 +99,7 @@ def test_what_was_used_before_counts_once_whatever_happens_meanwhile(api: Api, w
     assert len(found) > len(busy) * len(KINDS)
 
 
+@pytest.mark.slow
 def test_a_page_that_finds_nothing_ends_before_it_has_read_everything(api: Api, owner: Api) -> None:
     gone = sorted(uuid4() for _ in range(2_500))
     owner.execute(USED, [gone, ["image"], 1])
@@ -107,6 +108,7 @@ def test_a_page_that_finds_nothing_ends_before_it_has_read_everything(api: Api, 
     assert len(sums(api, kind="image")) == len(gone)
 
 
+@pytest.mark.slow
 def test_a_page_of_long_sums_is_short(api: Api, owner: Api) -> None:
     """A month of 15-minute buckets in two slots is 5,952 rows; a page reads about 100,000."""
     gone = sorted(uuid4() for _ in range(8))

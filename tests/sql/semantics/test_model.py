@@ -19,6 +19,7 @@ from tokenlimits.sql_files import one_paste
 from tokenlimits.testing._engine import Engine
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+MANY = 150 if THOROUGH else 8
 
 SETTINGS = settings(
     # as many as are each drawn afresh: later ones would be made of earlier ones, and repeat what happened there
@@ -36,7 +37,7 @@ class Everything(Time, Tables, Reports):
     """What may happen in a history."""
 
 
-@pytest.mark.parametrize("number", range(150 if THOROUGH else 8))
+@pytest.mark.parametrize("number", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, MANY))])
 def test_sql_answers_what_the_model_answers(shared_database: Database, time_zones: None, number: int) -> None:
     twins = Twins(shared_database.owner)
 

@@ -52,6 +52,7 @@ class TestLimitsAreMetExactly:
         assert_right(answers)
         assert (len(answers), allowed(answers), recorded(world)) == (960, 500, 500)
 
+    @pytest.mark.slow
     def test_of_a_hundred_groups(self, world: World, hammer: Hammer) -> None:
         groups = [world.group(limit(8)) for _ in range(100)]
         calls = [Call(world.user(group)) for group in groups]
@@ -293,6 +294,7 @@ class TestWhileAdminsEdit:
         assert world.used(user, "day") == 5
         assert not world.api.track(user, "image", 2)["allowed"]
 
+    @pytest.mark.slow
     def test_whatever_they_edit_nothing_is_lost_or_passed(self, world: World, crowd: Crowd, database: Database) -> None:
         world.at("2026-11-30 22:59Z")
         stays = world.group(limit(600), limit(3, kind="video"), priority=1)
@@ -325,6 +327,7 @@ class TestWhileAdminsEdit:
             world.owner.execute("delete from public.user_groups")
         assert_right(answers)
 
+    @pytest.mark.slow
     def test_users_who_come_and_go(self, world: World, crowd: Crowd, database: Database) -> None:
         one, two = world.group(limit(None), limit(40, scope="member")), world.group(limit(None))
         users = [world.user(one) for _ in range(6)]
@@ -341,6 +344,7 @@ class TestWhileAdminsEdit:
         by_user = Counter(a.call.user_id for a in answers if a.allowed and a.group_id == str(one))
         assert max(by_user.values(), default=0) <= 40
 
+    @pytest.mark.slow
     def test_groups_that_are_deleted_under_the_calls(self, world: World, crowd: Crowd, database: Database) -> None:
         group = world.group(limit(None), limit(10**6, scope="member"))
         users = [world.user(group) for _ in range(4)]
@@ -489,6 +493,7 @@ class TestHolds:
         assert world.used(user) == 0
         assert_sound(world, group)
 
+    @pytest.mark.slow
     def test_late_commits_get_the_last_room_and_no_more(self, world: World, hammer: Hammer) -> None:
         group = world.group(limit(20), limit(15, scope="member"))
         users = [world.user(group) for _ in range(2)]

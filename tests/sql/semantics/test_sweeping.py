@@ -41,6 +41,7 @@ def statuses(world: World) -> Counter[str]:
     return Counter(status for (status,) in rows)
 
 
+@pytest.mark.slow
 class TestMoreThanACallSweeps:
     @pytest.fixture
     def user(self, world: World) -> UUID:

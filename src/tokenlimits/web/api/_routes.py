@@ -25,7 +25,8 @@ def router(
     """Make the router of the API: `/api/groups`, `/api/group-members`, `/api/usage/me`, `/api/track-generation`.
 
     Everything is done with the caller's own access token, so that the database decides. `/api/track-generation` alone
-    uses the server's secret key, and isn't there without one. It is for workers.
+    uses the server's secret key, and isn't there without one. It is for workers. Each path is there with a version too:
+    `/api/v1/groups` is the same as `/api/groups`.
 
     Args:
         settings: Where Supabase is; from the environment when None.
@@ -50,8 +51,12 @@ def api_of(backend: Backend) -> APIRouter:
     responses: dict[int | str, dict[str, Any]] = {
         "default": {"model": Problem, "description": "What went wrong, as RFC 9457 problem details"}
     }
-    api = APIRouter(prefix="/api", responses=responses)
+    api = APIRouter(responses=responses)
     api.include_router(_groups.routes_of(gate))
     api.include_router(_members.routes_of(gate))
     api.include_router(_usage.routes_of(gate, can_track=backend.can_track))
-    return api
+    both = APIRouter()
+    both.include_router(api, prefix="/api")
+    # for those who want their paths to say which version they were written for
+    both.include_router(api, prefix="/api/v1", include_in_schema=False)
+    return both

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -14,7 +14,8 @@ from tokenlimits.models import HistoryPoint
 Step = Literal["hour", "day", "month"]
 
 _SHOWN: Mapping[Step, int] = {"hour": 48, "day": 30, "month": 12}
-_WRITTEN: Mapping[Step, str] = {"hour": "{0:%b} {0.day}, {0:%H:%M}", "day": "{0:%b} {0.day}", "month": "{0:%b %Y}"}
+_WRITTEN: Mapping[Step, str] = {"hour": "{0:%b} {0.day}, {0:%H:%M}{1}", "day": "{0:%b} {0.day}", "month": "{0:%b %Y}"}
+_IN_UTC = "In UTC: this server has no data for the time zone {}. Run there: pip install --upgrade tzdata"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ def buckets(step: Step, timezone: str, now: datetime) -> list[datetime]:
         >>> [b.isoformat() for b in buckets("month", "UTC", datetime(2026, 3, 9, tzinfo=UTC))][-2:]
         ['2026-02-01T00:00:00+00:00', '2026-03-01T00:00:00+00:00']
     """
-    zone = _zone(timezone)
+    zone = _zone(timezone) or UTC
     here = now.astimezone(zone)
     places = range(_SHOWN[step] - 1, -1, -1)
     if step == "hour":
@@ -57,20 +58,32 @@ def buckets(step: Step, timezone: str, now: datetime) -> list[datetime]:
 
 def chart(points: Iterable[HistoryPoint], step: Step, timezone: str, now: datetime) -> dict[str, Any]:
     """Convert a history for the chart library, with the kinds of the most generations first."""
-    zone = _zone(timezone)
+    zone = _zone(timezone) or UTC
     used: dict[str, dict[str, int]] = {}
     generations: Counter[str] = Counter()
     for point in points:
         generations[point.kind] += point.generations
-        label = _WRITTEN[step].format(point.bucket.astimezone(zone))
+        label = _label(step, point.bucket.astimezone(zone))
         of_kind = used.setdefault(point.kind, {})
         of_kind[label] = of_kind.get(label, 0) + point.used
-    labels = list(dict.fromkeys(_WRITTEN[step].format(bucket) for bucket in buckets(step, timezone, now)))
+    labels = list(dict.fromkeys(_label(step, bucket) for bucket in buckets(step, timezone, now)))
     kinds = sorted(used, key=lambda kind: (-generations[kind], kind))
     return {
         "labels": labels,
         "kinds": [{"kind": kind, "used": [used[kind].get(label, 0) for label in labels]} for kind in kinds],
+        "note": None if _zone(timezone) else _IN_UTC.format(timezone),
     }
+
+
+def _label(step: Step, moment: datetime) -> str:
+    """Write a moment; an hour that is repeated as the clocks go back has its offset."""
+    repeated = moment.utcoffset() != moment.replace(fold=1 - moment.fold).utcoffset() and _exists(moment)
+    return _WRITTEN[step].format(moment, f" ({moment:%Z})" if repeated else "")
+
+
+def _exists(moment: datetime) -> bool:
+    """Whether a local time isn't skipped as the clocks go forward."""
+    return moment.astimezone(UTC).astimezone(moment.tzinfo) == moment
 
 
 def trends(points: Iterable[HistoryPoint], now: datetime) -> list[Trend]:
@@ -91,8 +104,9 @@ def trends(points: Iterable[HistoryPoint], now: datetime) -> list[Trend]:
     return sorted(trends_, key=lambda trend: (-trend.generations, trend.kind))
 
 
-def _zone(name: str) -> ZoneInfo:
+def _zone(name: str) -> tzinfo | None:
+    # the database may know more time zones than this machine; UTC works without data
     try:
-        return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError):  # the database may know more time zones than this machine
-        return ZoneInfo("UTC")
+        return UTC if name == "UTC" else ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError):
+        return None

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 
+from tokenlimits.levels import short
+
 _PERIODS: Mapping[str, str] = {
     "minute": "per minute",
     "hour": "per hour",
@@ -16,10 +18,6 @@ _PERIODS: Mapping[str, str] = {
 }
 # they have no plural
 _UNCOUNTABLE = frozenset({"audio", "music", "sound", "speech", "text"})
-_STEPS = ((10**12, "T"), (10**9, "B"), (10**6, "M"))
-# no letter is known to all for 10 to the power of this
-_NAMELESS = 15
-_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def number(value: int | None) -> str:
@@ -40,25 +38,6 @@ def percent(fraction: float) -> str:
         ('70', '1,234')
     """
     return f"{round(fraction * 100):,}"
-
-
-def short(value: int | None) -> str:
-    """Write a number in few characters, from a million on; it is cut, not rounded, so no more is left than it says.
-
-    Example:
-        >>> short(12_345), short(1_500_000), short(999_999_999), short(None)
-        ('12,345', '1.5M', '999.9M', '∞')
-    """
-    if value is None:
-        return "∞"
-    if value < _STEPS[-1][0]:
-        return f"{value:,}"
-    power = len(str(value)) - 1
-    size, name = next(step for step in _STEPS if value >= step[0])
-    if power >= _NAMELESS:
-        size, name = 10**power, f"\N{MULTIPLICATION SIGN}10{str(power).translate(_RAISED)}"
-    whole, tenth = divmod(value * 10 // size, 10)
-    return f"{whole}.{tenth}".removesuffix(".0") + name
 
 
 def amount(value: int, kind: str) -> str:

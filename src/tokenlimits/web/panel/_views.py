@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tokenlimits.levels import Level, level
+from tokenlimits.levels import Level, level, short
 from tokenlimits.models import Group, GroupLimitUsage, GroupUsage, LimitPressure
 
-from ._format import number, short
+from ._format import number
 
 Sort = Literal["name", "usage", "members"]
 

@@ -8,6 +8,7 @@ const compact = new Intl.NumberFormat("en-US", { notation: "compact" });
 const place = document.querySelector("[data-chart]");
 const choice = document.querySelector("[data-kind]");
 const words = place.querySelector(".chart-words");
+const note = document.querySelector("[data-chart-note]");
 let drawn = null;
 let shown = null;
 
@@ -121,6 +122,8 @@ async function load(step) {
     if (!answer.ok) throw new Error(String(answer.status));
     shown = await answer.json();
     say(shown.kinds.length ? "" : "There was no usage in this time.");
+    note.textContent = shown.note ?? "";
+    note.hidden = !shown.note;
     offer(shown.kinds);
     tabulate(shown);
     draw(shown);
