@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -33,11 +34,11 @@ def problem(answer: httpx.Response, status: int, name: str) -> dict[str, object]
 
 class TestGroups:
     def test_are_created_read_edited_and_deleted(self, api: Ask, groups: GroupManager) -> None:
-        limits = [{"kind": "image", "max": 50, "period": "day", "scope": "member"}]
-        made = api("admin", "POST", "/groups", json={"name": "Pro", "timezone": "Europe/Paris", "limits": limits})
+        limit = {"kind": "image", "max": 50, "period": "day", "scope": "member"}
+        made = api("admin", "POST", "/groups", json={"name": "Pro", "timezone": "Europe/Paris", "limits": [limit]})
         assert made.status_code == 201
         path = f"/groups/{made.json()['id']}"
-        assert made.json()["limits"] == limits
+        assert made.json()["limits"] == [{**limit, "starts": "calendar", "counts": None, "mode": "enforce"}]
         assert api("admin", "GET", path).json() == made.json()
         edited = api("admin", "PATCH", path, json={"description": "…", "limits": {"video": 3, "image": None}})
         assert edited.json()["name"] == "Pro"
@@ -177,6 +178,117 @@ class TestGroups:
         for number in ("1767225600000", "1767225600", "20260131", "-1"):
             found = problem(api("admin", "GET", path, params={"since": number}), 422, "invalid-request")
             assert [each["field"] for each in found["errors"]] == ["since"]
+
+
+POOL = {
+    "kind": "credits",
+    "max": 1000,
+    "period": "5 hours",
+    "scope": "member",
+    "starts": "rolling",
+    "counts": {"image": 1, "video": 8},
+    "mode": "observe",
+}
+
+
+class TestLimits:
+    """Pools, where periods begin, and modes."""
+
+    def test_say_what_they_count_where_they_begin_and_whether_they_deny(self, api: Ask, groups: GroupManager) -> None:
+        body = {"name": "Pro", "limits": [POOL, {**POOL, "starts": "first_use"}], "anchor_at": "2026-01-31T12:00:00Z"}
+        made = api("admin", "POST", "/groups", json=body).json()
+        assert sorted(made["limits"], key=lambda limit: limit["starts"]) == body["limits"][::-1]
+        assert made["anchor_at"] == "2026-01-31T12:00:00Z"
+        path = f"/groups/{made['id']}"
+        edited = api("admin", "PATCH", path, json={"anchor_at": "2026-02-01T00:00:00+01:00", "limits": [POOL]}).json()
+        assert (edited["anchor_at"], edited["limits"]) == ("2026-01-31T23:00:00Z", [POOL])
+        assert api("admin", "PATCH", path, json={"name": "Max"}).json() | {"name": "Pro"} == edited | {
+            "updated_at": groups.get(made["id"]).updated_at.isoformat().replace("+00:00", "Z")
+        }
+
+    def test_numbers_of_json_are_whole(self, api: Ask, groups: GroupManager) -> None:
+        limit = {"kind": "credits", "max": 10.0, "counts": {"image": 2.0}}
+        made = api("admin", "POST", "/groups", json={"name": "Pro", "limits": [limit]}).json()
+        assert (made["limits"][0]["max"], made["limits"][0]["counts"]) == (10, {"image": 2})
+
+    @pytest.mark.parametrize(
+        ("limit", "field"),
+        [
+            ({"period": "1.5 hours"}, "period"),
+            ({"period": "367 days"}, "period"),
+            ({"period": "5 years"}, "period"),
+            ({"period": "5 hours", "starts": "calendar"}, "starts"),
+            ({"period": "month"}, "starts"),
+            ({"period": "lifetime", "starts": "first_use"}, "starts"),
+            ({"period": "3 months", "starts": "first_use"}, "starts"),
+            ({"starts": "monday"}, "starts"),
+            ({"mode": "off"}, "mode"),
+            ({"counts": {}}, "counts"),
+            ({"counts": {"image": 0}}, "counts.image"),
+            ({"counts": {"Image": 1}}, "counts.Image"),
+            ({"counts": {"image": 1.5}}, "counts.image"),
+            ({"counts": {f"kind_{n}": 1 for n in range(51)}}, "counts"),
+            ({"weight": 2}, "weight"),
+        ],
+    )
+    def test_that_can_not_be_are_refused_by_their_field(
+        self, api: Ask, groups: GroupManager, limit: dict[str, Any], field: str
+    ) -> None:
+        body = {"name": "Pro", "limits": [{"kind": "image", "max": 1}, {**POOL, **limit}]}
+        found = problem(api("admin", "POST", "/groups", json=body), 422, "invalid-request")
+        assert [each["field"].removesuffix(".[key]") for each in found["errors"]] == [f"limits[1].{field}"]
+        assert groups.list() == []
+
+    def test_two_differ_by_where_they_begin(self, api: Ask, groups: GroupManager) -> None:
+        body = {"name": "Pro", "limits": [POOL, {**POOL, "starts": "anchor"}, {**POOL, "max": 5, "mode": "enforce"}]}
+        found = problem(api("admin", "POST", "/groups", json=body), 422, "invalid-request")
+        assert [each["field"] for each in found["errors"]] == ["limits[2]"]
+
+    @pytest.mark.parametrize("moment", ["1969-12-31T23:59:59Z", "9999-01-01T00:00:00Z", "2026-01-01T00:00:00", "0", 0])
+    def test_an_anchor_that_can_not_be_is_refused(self, api: Ask, groups: GroupManager, moment: object) -> None:
+        pro = groups.create("Pro")
+        for method, path, body in (
+            ("POST", "/groups", {"name": "New"}),
+            ("PATCH", f"/groups/{pro.id}", {}),
+            ("POST", "/group-members", {"group_id": str(pro.id), "user_id": str(uuid4())}),
+        ):
+            found = problem(api("admin", method, path, json={**body, "anchor_at": moment}), 422, "invalid-request")
+            assert [each["field"] for each in found["errors"]] == ["anchor_at"], method
+
+    def test_a_members_own_anchor(
+        self, api: Ask, groups: GroupManager, limits: TokenLimits, newcomer: LocalUser
+    ) -> None:
+        month = Limit(kind="image", max=9, period="month", scope="member", starts="anchor")
+        pro = groups.create("Pro", limits=[month])
+        joined = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=1)
+        body = {"group_id": str(pro.id), "user_id": str(newcomer.id), "anchor_at": joined.isoformat()}
+        assert api("admin", "POST", "/group-members", json=body).json()["added"] == 1
+        (status,) = limits.usage(newcomer.id)
+        assert status.reset_at is not None
+        assert (status.reset_at.hour, status.reset_at.minute) == (0, 0)
+        assert status.reset_at - joined <= timedelta(days=31)
+
+    def test_answers_are_in_units_of_the_kind(self, api: Ask, groups: GroupManager, user: LocalUser) -> None:
+        pool = {**POOL, "mode": "enforce"}
+        watched = {"kind": "video", "max": 1, "mode": "observe"}
+        made = api("admin", "POST", "/groups", json={"name": "Pro", "limits": [pool, watched]}).json()
+        groups.add_member(made["id"], user.id)
+        answer = api("service", "POST", "/track-generation", json={"user_id": str(user.id), "kind": "video", "cost": 2})
+        result = answer.json()
+        assert (result["allowed"], result["remaining"]) == (True, 123)
+        assert [(limit["kind"], limit["starts"], limit["mode"]) for limit in result["would_deny"]] == [
+            ("video", "calendar", "observe")
+        ]
+        credits_ = next(limit for limit in result["limits"] if limit["kind"] == "credits")
+        assert (credits_["used"], credits_["remaining"], credits_["weight"]) == (16, 123, 8)
+        # in units of the kind too, and without the limit that only observes
+        assert answer.headers["ratelimit-policy"] == '"credits-5-hours-rolling-member";q=125;w=18000'
+        assert answer.headers["ratelimit"].startswith('"credits-5-hours-rolling-member";r=123;t=')
+        usage = api("admin", "GET", f"/groups/{made['id']}/usage").json()["limits"]
+        assert [(limit["kind"], limit["used"], limit["weight"]) for limit in usage] == [
+            ("credits", 16, 1),
+            ("video", 2, 1),
+        ]
 
 
 class TestMembers:

@@ -27,7 +27,7 @@ def sayable(context: Any, body: Any) -> Any:
         return body
     limits = body.get("limits")
     if isinstance(limits, list) and all(isinstance(limit, dict) for limit in limits):
-        names = [tuple(str(limit.get(name)) for name in ("kind", "period", "scope")) for limit in limits]
+        names = [tuple(str(limit.get(name)) for name in ("kind", "period", "starts", "scope")) for limit in limits]
         body["limits"] = [limit for n, limit in enumerate(limits) if names[n] not in names[:n]]
     if "kind" in body and body.get("user_id") is None:
         body["user_id"] = "3f2b8c1a-94d7-4e6b-8a5f-7c9d0e1f2a3b"

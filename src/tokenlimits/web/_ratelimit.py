@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
 from tokenlimits import TrackResult
+from tokenlimits._limits import number_and_unit
 from tokenlimits.models import LimitStatus
 
-# months have no fixed length, and lifetime never ends
-_WINDOWS: Mapping[str, int] = {"minute": 60, "hour": 3600, "day": 86_400, "week": 604_800}
+# months and years have no fixed length, and lifetime never ends
+_SECONDS: Mapping[str, int] = {"minute": 60, "hour": 3600, "day": 86_400, "week": 604_800}
 
 
 def policy(name: str, quota: int, window: int | None) -> str:
@@ -34,20 +35,33 @@ def state(name: str, remaining: int, reset: float | None) -> str:
 
 
 def of_limits(limits: Iterable[LimitStatus]) -> dict[str, str]:
-    """Write the fields for the limits that apply to a generation, except unlimited ones."""
+    """Write the fields for the limits that apply to a generation, except unlimited ones and those that only observe.
+
+    A pool's are in units of the kind that was asked for, like its `remaining`.
+    """
     now = datetime.now(UTC)
     policies: list[str] = []
     states: list[str] = []
     for limit in limits:
-        if limit.max is None or limit.remaining is None:
+        if limit.max is None or limit.remaining is None or limit.mode == "observe":
             continue
-        name = f"{limit.kind}-{limit.period}-{limit.scope}"
+        name = _name(limit)
         reset = None if limit.reset_at is None else (limit.reset_at - now).total_seconds()
-        policies.append(policy(name, limit.max, _WINDOWS.get(limit.period)))
+        policies.append(policy(name, limit.max // limit.weight, _window(limit.period)))
         states.append(state(name, limit.remaining, reset))
     if not policies:
         return {}
     return {"RateLimit-Policy": ", ".join(policies), "RateLimit": ", ".join(states)}
+
+
+def _name(limit: LimitStatus) -> str:
+    starts = "" if limit.starts == "calendar" else f"-{limit.starts}"
+    return f"{limit.kind}-{limit.period}{starts}-{limit.scope}".replace(" ", "-")
+
+
+def _window(period: str) -> int | None:
+    number, unit = number_and_unit(period)
+    return number * _SECONDS[unit] if unit in _SECONDS else None
 
 
 def of_denial(result: TrackResult) -> dict[str, str]:

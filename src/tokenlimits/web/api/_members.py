@@ -36,7 +36,7 @@ async def list_members(
 
 async def add_members(groups: CallersGroups, members: NewMembers) -> BulkResult:
     """Add one or many users to a group; unknown users don't stop the others."""
-    return await groups.add_members(members.group_id, members.ids())
+    return await groups.add_members(members.group_id, members.ids(), anchor_at=members.anchor_at)
 
 
 async def remove_members(

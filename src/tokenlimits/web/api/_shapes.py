@@ -42,6 +42,7 @@ T = TypeVar("T")
 GROUP_ID = "0b5e1f6c-7a39-4d52-9c0e-2f6a1b3c4d5e"
 USER_ID = "3f2b8c1a-94d7-4e6b-8a5f-7c9d0e1f2a3b"
 _LIMIT: dict[str, Any] = {"kind": "image", "max": 50, "period": "day", "scope": "member"}
+_WHOLE_LIMIT: dict[str, Any] = {**_LIMIT, "starts": "calendar", "counts": None, "mode": "enforce"}
 GROUP: dict[str, Any] = {
     "id": GROUP_ID,
     "name": "Pro",
@@ -49,12 +50,24 @@ GROUP: dict[str, Any] = {
     "priority": 10,
     "timezone": "Europe/Paris",
     "is_default": False,
+    "anchor_at": None,
     "created_at": "2026-01-01T00:00:00Z",
     "updated_at": "2026-01-01T00:00:00Z",
-    "limits": [_LIMIT],
+    "limits": [_WHOLE_LIMIT],
 }
 _MEMBER: dict[str, Any] = {"id": USER_ID, "email": "ann@example.com", "joined_at": "2026-01-01T00:00:00Z"}
-_STATUS: dict[str, Any] = {**_LIMIT, "used": 12, "remaining": 38, "reset_at": "2026-01-01T23:00:00Z"}
+_STATUS: dict[str, Any] = {
+    "kind": "image",
+    "period": "day",
+    "starts": "calendar",
+    "scope": "member",
+    "mode": "enforce",
+    "max": 50,
+    "used": 12,
+    "remaining": 38,
+    "reset_at": "2026-01-01T23:00:00Z",
+    "weight": 1,
+}
 USAGE: dict[str, Any] = {
     "group": {"id": GROUP_ID, "name": "Pro"},
     "member_count": 1,
@@ -68,6 +81,7 @@ RESULT: dict[str, Any] = {
     "kind": "image",
     "cost": 1,
     "limits": [_STATUS],
+    "would_deny": [],
     "remaining": 38,
     "reset_at": "2026-01-01T23:00:00Z",
     "replayed": False,
@@ -85,14 +99,20 @@ def _written_out(value: Any) -> Any:
         shorthand = cast("dict[object, object]", value)
         return [{"kind": kind, "max": _whole(max_)} for kind, max_ in shorthand.items()]
     if isinstance(value, list):
-        return [_with_whole_max(each) for each in cast("list[object]", value)]
+        return [_with_whole_numbers(each) for each in cast("list[object]", value)]
     return value
 
 
-def _with_whole_max(limit: object) -> object:
-    if isinstance(limit, dict) and "max" in limit:
-        return {**cast("dict[str, object]", limit), "max": _whole(limit["max"])}
-    return limit  # pyright: ignore[reportUnknownVariableType]
+def _with_whole_numbers(limit: object) -> object:
+    if not isinstance(limit, dict):
+        return limit
+    given = cast("dict[str, object]", limit)
+    if "max" in given:
+        given = {**given, "max": _whole(given["max"])}
+    if isinstance(counts := given.get("counts"), dict):
+        weights = cast("dict[object, object]", counts)
+        given = {**given, "counts": {kind: _whole(weight) for kind, weight in weights.items()}}
+    return given
 
 
 _Whole = BeforeValidator(_whole)
@@ -117,6 +137,7 @@ def _place(value: str) -> str:
 
 After = Annotated[str, AfterValidator(_place), Query(max_length=1200, description="`next` of the page before")]
 UtcMoment = Annotated[Moment, AfterValidator(_in_utc)]
+_Anchor = Annotated[UtcMoment, Field(description="From when periods that start at an anchor are counted, since 1970")]
 Priority = Annotated[StrictInt, Field(ge=-(2**31), lt=2**31), _Whole]
 _Maxima = Annotated[
     dict[Kind, Max | None],
@@ -183,6 +204,7 @@ class GroupIn(BaseModel):
     priority: Priority = 0
     timezone: TimeZone = "UTC"
     is_default: StrictBool = False
+    anchor_at: _Anchor | None = None
     limits: Limits = Field(default_factory=list[Limit])
 
 
@@ -196,11 +218,12 @@ class GroupChanges(BaseModel):
     priority: Priority | None = None
     timezone: TimeZone | None = None
     is_default: StrictBool | None = None
+    anchor_at: _Anchor | None = None
     limits: Limits | None = None
 
 
 class NewMembers(BaseModel):
-    """One user, as `user_id`, or many, as `user_ids`."""
+    """One user, as `user_id`, or many, as `user_ids`; `anchor_at` is for all who are added."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -213,6 +236,7 @@ class NewMembers(BaseModel):
     group_id: UUID
     user_id: UUID = Field(default=None, validate_default=False)  # pyright: ignore[reportAssignmentType]
     user_ids: list[UUID] = Field(default=None, validate_default=False, max_length=50_000)  # pyright: ignore[reportAssignmentType]
+    anchor_at: _Anchor | None = None
 
     @model_validator(mode="before")
     @classmethod
