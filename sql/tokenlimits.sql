@@ -6939,8 +6939,10 @@ begin
         )) as since
       from public.group_limits as l
       inner join public.user_groups as g on g.id = l.group_id
-      left join lateral (select tokenlimits.period_of(l.period, g.timezone, v_now) as range) as p
-        on l.starts = 'calendar'
+      -- a case, since a join's condition may be looked at only after the function has refused a period
+      cross join lateral (
+        select case when l.starts = 'calendar' then tokenlimits.period_of(l.period, g.timezone, v_now) end as range
+      ) as p
       where l.group_id = p_group_id and l.scope = 'member' and l.max > 0
     ),
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tokenlimits import GroupManager
 
     from .conftest import Program
@@ -112,15 +115,84 @@ def test_limits_of_a_group(tl: Program, groups: GroupManager, name: str) -> None
     tl("limits", "set", name, "image=8", "--replace", "--yes")
     assert [(each.kind, each.max) for each in groups.get(group.id).limits] == [("image", 8)]
 
-    assert "has no limit video/lifetime" in tl.fails("limits", "remove", name, "video", "--yes")
+    assert "video: there is no such limit. There are: image/lifetime." in tl.fails("limits", "remove", name, "video")
     tl("limits", "remove", name, "image/lifetime", "--yes")
     assert groups.get(group.id).limits == ()
     assert "can't generate anything" in tl("limits", "list", name).stdout
 
 
+PLAN = (
+    "credits=1000/month/image:1+video:8",
+    "image=100/month/anchor/member",
+    "image=40/3h/rolling/member",
+    "tokens=1000000/day/observe",
+)
+
+
+def test_pools_windows_and_modes(tl: Program, name: str) -> None:
+    made = tl("groups", "create", name, *(word for limit in PLAN for word in ("-l", limit))).stdout
+    for limit in PLAN:
+        assert limit in made  # printed as it is written
+    for words in (
+        "1,000 a month: 1 an image, 8 a video",
+        "100 a month each, anchored",
+        "40 in the last 3 hours each",
+        "1,000,000 a day, observed",
+    ):
+        assert words in made
+    assert "credits: 1,000 a month: 1 an image, 8 a video" in tl("groups", "show", name).stdout
+
+    said = tl("limits", "set", name, "credits=2000/month", "tokens=2000000/day/enforce").stdout
+    assert "credits/month: 1,000/image:1+video:8 → 2,000/image:1+video:8\n" in said
+    assert "tokens/day: 1,000,000/observe → 2,000,000\n" in said
+    limits = tl.json("limits", "list", name)
+    pool = next(each for each in limits if each["kind"] == "credits")
+    assert pool == {
+        "kind": "credits",
+        "max": 2000,
+        "period": "month",
+        "scope": "group",
+        "starts": "calendar",
+        "counts": {"image": 1, "video": 8},
+        "mode": "enforce",
+    }
+
+    several = tl.fails("limits", "remove", name, "image/member", "--yes")
+    assert "several limits fit: image/3h/rolling/member, image/month/anchor/member" in several
+    assert f"Remove image/3h/rolling/member from {name}?" in tl.fails("limits", "remove", name, "image/3h")
+    assert len(tl.json("limits", "remove", name, "image/anchor", "image/rolling", "--yes")) == 2
+
+
+def test_limits_as_json(tl: Program, name: str, tmp_path: Path) -> None:
+    tl("groups", "create", name, *(word for limit in PLAN for word in ("-l", limit)))
+    tl("groups", "create", f"{name} copy", "-l", "audio=1")
+    listed = tl("limits", "list", name, "--json").stdout
+    assert "Remove audio=1/lifetime" in tl.fails(
+        "limits", "set", f"{name} copy", "--file", "-", "--replace", stdin=listed
+    )
+    copied = tl.json("limits", "set", f"{name} copy", "--file", "-", "--replace", "--yes", stdin=listed)
+    assert copied == json.loads(listed)
+    (tmp_path / "limits.json").write_text(json.dumps([{**copied[0], "max": 7}]))
+    assert tl.json("limits", "set", name, "--file", "limits.json")[0]["max"] == 7
+    for wrong in ((), ("image=1", "--file", "limits.json")):
+        assert "either limits or a file" in tl.fails("limits", "set", name, *wrong, status=2)
+    assert "stdin[0].max" in tl.fails("limits", "set", name, "--file", "-", stdin='[{"kind": "image", "max": -1}]')
+
+
+def test_an_anchor(tl: Program, groups: GroupManager, name: str) -> None:
+    made = tl.json("groups", "create", name, "-l", "image=10/month/anchor", "--anchor-at", "2026-01-31")
+    assert made["anchor_at"] == "2026-01-31T00:00:00Z"
+    assert "anchor       31 Jan 2026, 00:00 UTC" in tl("groups", "show", name).stdout
+    tl("groups", "edit", name, "--anchor-at", "2026-01-15T09:00+01:00")
+    assert groups.get_by_name(name).anchor_at == datetime(2026, 1, 15, 8, tzinfo=UTC)
+    (usage,) = tl.json("usage", name)
+    assert re.search(r"-15T08:00:00", usage["limits"][0]["reset_at"])
+    assert "not a date" in tl.fails("groups", "edit", name, "--anchor-at", "someday", status=2)
+
+
 @pytest.mark.parametrize(
     "limit",
-    ["image", "image=", "image=-1", "image=1/year", "image=1/day/week", "Image=1", "image=1/day/member/group", "=1"],
+    ["image", "image=", "image=-1", "image=1/5m", "image=1/day/week", "Image=1", "image=1/day/member/group", "=1"],
 )
 def test_a_limit_that_is_none(tl: Program, limit: str) -> None:
     assert tl.fails("groups", "create", "nobody makes this", "--limit", limit).startswith(f"{limit}:")

@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 
-from tokenlimits import GroupManager, TokenLimits
+from tokenlimits import GroupManager, Limit, TokenLimits
 from tokenlimits.models import Group
 
 if TYPE_CHECKING:
@@ -246,3 +246,15 @@ def test_fifty_thousand_and_on_where_it_stopped(
     done = tl("members", "add", team.name, "-f", "users.txt", "--start-line", line)
     assert sum(int(each.replace(",", "")) for each in re.findall(r"\d[\d,]*", done.stdout)) == 50_001 - line
     assert groups.usage(team.id).member_count == 50_000
+
+
+def test_an_anchor(
+    tl: Program, groups: GroupManager, name: str, stack: LocalStack, users: list[tuple[UUID, str]]
+) -> None:
+    team = groups.create(name, limits=[Limit(kind="image", max=10, period="month", scope="member", starts="anchor")])
+    (ann, _), (bob, _), *_ = users
+    tl("members", "add", team.name, ann, bob, "--anchor-at", "2026-01-31T10:00Z")
+    rows = stack.sql("select anchor_at from public.group_memberships where group_id = $1", str(team.id))
+    assert [row["anchor_at"].startswith("2026-01-31T10:00:00") for row in rows] == [True, True]
+    (usage,) = tl.json("usage", "--user", ann)
+    assert re.search(r"T10:00:00", usage["reset_at"])

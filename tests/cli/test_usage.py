@@ -80,6 +80,48 @@ def test_usage(tl: Program, team: Group, user: UUID, limits: TokenLimits) -> Non
     assert team.name in tl("usage", "--user", user).stdout
 
 
+WINDOWS = [
+    Limit(kind="credits", max=100, period="day", counts={"image": 1, "video": 8}),
+    Limit(kind="image", max=40, period="3 hours", starts="rolling", scope="member"),
+    Limit(kind="video", max=5, period="5 hours", starts="first_use", scope="member"),
+    Limit(kind="video", max=3, period="week", starts="anchor"),
+    Limit(kind="image", max=2, period="year", mode="observe"),
+    Limit(kind="lone", max=2, period="day", starts="first_use"),
+]
+
+
+def _line(text: str, words: str) -> str:
+    """Find the line of a limit, with single spaces and without its bar."""
+    (line,) = [line for line in text.splitlines() if words in line]
+    return " ".join(re.sub(r"[█▉▊▋▌▍▎▏░]+", "", line).split())
+
+
+def test_usage_of_windows_pools_and_modes(
+    tl: Program, groups: GroupManager, user: UUID, limits: TokenLimits, name: str
+) -> None:
+    team = groups.create(name, limits=WINDOWS)
+    groups.add_member(team.id, user)
+    shown = tl("usage", "--user", user).stdout
+    assert " credits 100 a day 0 0 100 100 " in _line(shown, "credits")
+    assert _line(shown, "last 3 hours").endswith(" image 40 in the last 3 hours each 0 0 40 40")
+    assert _line(shown, "per 5 hours").endswith(" video 5 per 5 hours each, from the first use 0 0 5 5 not started")
+    assert "resets in" not in tl("check", user, "lone").stdout
+
+    assert "would deny  image, 2 a year, observed: 3 used" in tl("track", user, "image", "--cost", 3).stdout
+    limits.track(user, "video")
+    shown = tl("usage", "--user", user).stdout
+    assert " 100 a day 11 11 100 89 " in _line(shown, "credits")
+    assert re.search(r" in the last 3 hours each 7 3 40 37 (3h 0|2h 5)\dm \(part\)$", _line(shown, "last 3 hours"))
+    assert re.search(r" from the first use 20 1 5 4 (4h 59m|5h 00m)$", _line(shown, "per 5 hours"))
+    assert re.search(r" 3 a week, anchored 33 1 3 2 (6d 23h|7d 00h)$", _line(shown, "anchored"))
+    assert " 2 a year, observed 150 3 2 " in _line(shown, "observed")
+    whole = tl("usage", team.name).stdout
+    assert _line(whole, "last 3 hours").endswith(" 7 3 40 37 varies")
+    assert _line(whole, "per 5 hours").endswith(" 20 1 5 4 varies")
+    pressed = tl("usage", team.name, "--members", "--at-least", 20, status=1).stdout
+    assert f"{team.name}, video, 5 hours, from the first use: 0 at the limit, 1 at 20 % or more" in pressed
+
+
 def test_usage_warns_of_what_is_nearly_full(
     tl: Program, groups: GroupManager, team: Group, user: UUID, limits: TokenLimits
 ) -> None:
@@ -184,6 +226,27 @@ def test_history(tl: Program, groups: GroupManager, team: Group, past: Callable[
     assert "image" in tl("history", "--by", "month").stdout
     assert "not a date" in tl.fails("history", "--since", "yesterdays", status=2)
     assert "year" in tl.fails("history", "--by", "year", status=2)
+
+
+def test_history_is_shown_against_limits_of_its_steps_alone(
+    tl: Program, groups: GroupManager, team: Group, past: Callable[[int], datetime]
+) -> None:
+    assert past(0)
+    groups.set_limits(
+        team.id,
+        [
+            Limit(kind="image", max=5, period="day", starts="anchor"),
+            Limit(kind="image", max=6, period="day", counts={"video": 1, "image": 2}),
+        ],
+    )
+    assert not re.search(r"image +\S+ +\d+ +[56] +1\n", tl("history", team.name).stdout)
+
+
+def test_a_pools_kinds_are_known(tl: Program, groups: GroupManager, team: Group, user: UUID) -> None:
+    groups.set_limits(team.id, [Limit(kind="credits", max=5, period="day", counts={"hologram": 1})])
+    assert tl("track", user, "holograms", status=1).stdout.endswith(". Did you mean hologram?\n")
+    said = tl("limits", "set", team.name, "pool=3/holograms:1").stderr
+    assert said == "holograms is a new kind. Did you mean hologram?\n"
 
 
 @pytest.mark.slow

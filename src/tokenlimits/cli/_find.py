@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 from uuid import UUID
 
-from tokenlimits import GroupManager, TokenLimits
+from tokenlimits import GroupManager, Limit, TokenLimits
 from tokenlimits.errors import GroupNotFound
 from tokenlimits.models import Group
 from tokenlimits.settings import load
@@ -78,11 +78,16 @@ def find_group(groups: GroupManager, text: str) -> Group:
         return groups.get_by_name(text)
 
 
+def kinds_of(limit: Limit) -> Iterable[str]:
+    """List the kinds that a limit counts: a pool's name is none, unless it counts itself."""
+    return limit.counts or [limit.kind]
+
+
 def kind_meant(groups: GroupManager, kind: str | None) -> str:
     """Ask, with a leading space, whether a kind that no group has a limit for was meant as one that some have."""
     if kind is None:
         return ""
-    known = {limit.kind for group in groups.list() for limit in group.limits}
+    known = {kind for group in groups.list() for limit in group.limits for kind in kinds_of(limit)}
     # so near that it is a slip: image_hd is another kind than image, as audio is than video
     near = [] if kind in known else get_close_matches(kind, known, n=1, cutoff=0.8)
     return f" Did you mean {near[0]}?" if near else ""

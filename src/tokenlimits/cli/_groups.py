@@ -10,9 +10,10 @@ from rich.table import Table
 
 from tokenlimits.models import Group, GroupUsage
 
-from . import _limits
 from ._find import find_group, manager
-from ._options import AsJson, GroupArgument, KindOption, Yes
+from ._limit_words import parse_all, write
+from ._limits import show_limits
+from ._options import AnchorAt, AsJson, GroupArgument, KindOption, Yes
 from ._terminal import (
     NARROW,
     Misunderstood,
@@ -27,6 +28,7 @@ from ._terminal import (
     table,
 )
 from ._usage import usage_table
+from ._wording import allowance
 
 commands = typer.Typer(help="Manage groups of users.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -49,7 +51,12 @@ Default = Annotated[
 ]
 Limits = Annotated[
     list[str] | None,
-    typer.Option("--limit", "-l", help="A limit, such as image=100/month; repeatable.", show_default=False),
+    typer.Option(
+        "--limit",
+        "-l",
+        help="A limit, such as image=100/month, as `limits set` takes it; repeatable.",
+        show_default=False,
+    ),
 ]
 
 
@@ -84,7 +91,7 @@ def _list(groups: Sequence[Group]) -> Table:
             group.id,
             group.priority,
             group.timezone,
-            " ".join(map(_limits.write, group.limits)) or "none",
+            " ".join(map(write, group.limits)) or "none",
         )
         for group in groups
     ]
@@ -116,13 +123,17 @@ def _show(group: Group, usage: GroupUsage) -> None:
         ("default", "yes" if group.is_default else "no"),
         ("members", f"{usage.member_count:,}"),
         ("created", moment_in_words(group.created_at)),
+        *([("anchor", moment_in_words(group.anchor_at))] if group.anchor_at is not None else []),
     ]
     show(facts(rows))
     say("")
     if usage.limits:
         show(usage_table([usage], name_groups=False))
+        for limit in group.limits:
+            if limit.counts is not None:
+                say(f"{limit.kind}: {allowance(limit)}")
     else:
-        _limits.show_limits(group)
+        show_limits(group)
 
 
 @commands.command()
@@ -134,10 +145,11 @@ def create(
     priority: Priority = 0,
     timezone: Timezone = "UTC",
     default: Default = False,
+    anchor_at: AnchorAt = None,
     as_json: AsJson = False,
 ) -> None:
     """Create a group with its limits."""
-    limits = _limits.parse_all(limit or [])
+    limits = parse_all(limit or [])
     with manager() as groups:
         made = groups.create(
             name,
@@ -146,12 +158,13 @@ def create(
             priority=priority or 0,
             timezone=timezone or "UTC",
             is_default=bool(default),
+            anchor_at=anchor_at,
         )
     if as_json:
         print_json(made)
     else:
         say(f"Created {made.name}, {made.id}.", style="green")
-        _limits.show_limits(made)
+        show_limits(made)
 
 
 @commands.command()
@@ -163,10 +176,11 @@ def edit(
     priority: Priority = None,
     timezone: Timezone = None,
     default: Default = None,
+    anchor_at: AnchorAt = None,
     as_json: AsJson = False,
 ) -> None:
     """Change a group's settings; `limits set` changes its limits."""
-    if name is description is priority is timezone is default is None:
+    if name is description is priority is timezone is default is anchor_at is None:
         raise Misunderstood("Nothing to change: pass an option such as --name. See: tokenlimits groups edit --help")
     with manager() as groups:
         changed = groups.update(
@@ -176,6 +190,7 @@ def edit(
             priority=priority,
             timezone=timezone,
             is_default=default,
+            anchor_at=anchor_at,
         )
     if as_json:
         print_json(changed)

@@ -57,7 +57,7 @@ def _table(points: Sequence[HistoryPoint], by: Bucket, group: Group | None) -> T
     limits = {
         limit.kind: limit.max
         for limit in (group.limits if group is not None else ())
-        if limit.period == by and limit.scope == "group" and limit.max
+        if (limit.period, limit.starts, limit.scope, limit.counts) == (by, "calendar", "group", None) and limit.max
     }
     most: dict[str, int] = {}
     for point in points:

@@ -1,25 +1,28 @@
-"""`limits`, and how a limit is written: image=100/month, image=10/day/member, audio=unlimited."""
+"""`limits`: list, set, remove."""
 
 from __future__ import annotations
 
-import re
+import sys
 from collections.abc import Sequence
-from typing import Annotated, get_args
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from tokenlimits import GroupManager, Limit
-from tokenlimits.models import Group, Scope, SinglePeriod
+from tokenlimits.models import Group
 
-from ._find import find_group, kind_meant, manager
+from ._find import find_group, kind_meant, kinds_of, manager
+from ._limit_words import HELP, identity, more_words, name, named_by, parse_all, parse_json, write
 from ._options import AsJson, GroupArgument, Yes
-from ._terminal import Problem, confirm, note, print_json, say, show, table
+from ._terminal import Misunderstood, confirm, note, print_json, say, show, table
+from ._wording import allowance
 
-_EXAMPLE = "write it like image=100/month, image=10/day/member or audio=unlimited"
 Limits = Annotated[
-    list[str], typer.Argument(metavar="LIMIT", help="Such as image=100/month image=10/day/member audio=unlimited.")
+    list[str] | None,
+    typer.Argument(metavar="LIMIT", help="Such as image=100/month image=40/3h/rolling/member.", show_default=False),
 ]
-Identities = Annotated[list[str], typer.Argument(metavar="LIMIT", help="Such as image/month image/day/member.")]
+Names = Annotated[list[str], typer.Argument(metavar="LIMIT", help="Such as image/month or image/day/member.")]
 
 commands = typer.Typer(help="Manage the limits of a group.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -29,88 +32,12 @@ def register(app: typer.Typer) -> None:
     app.add_typer(commands, name="limits")
 
 
-def parse(text: str) -> Limit:
-    """Read a limit.
-
-    Raises:
-        Problem: It can't be read.
-    """
-    identity, equals, maximum = text.partition("=")
-    amount, _, rest = maximum.partition("/")
-    if not equals or "/" in identity:
-        raise Problem(f"{text}: {_EXAMPLE}")
-    return _limit(text, identity, _maximum(text, amount), rest.split("/") if rest else [])
-
-
-def parse_identity(text: str) -> Limit:
-    """Read which limit is meant, without its max.
-
-    Raises:
-        Problem: It can't be read.
-    """
-    if "=" in text:
-        raise Problem(f"{text}: name it without its max, like image/month or image/day/member")
-    kind, *rest = text.split("/")
-    return _limit(text, kind, 0, rest)
-
-
-def parse_all(texts: Sequence[str]) -> list[Limit]:
-    """Read limits; each may occur once.
-
-    Raises:
-        Problem: One can't be read, or occurs twice.
-    """
-    limits: dict[tuple[str, str, str], Limit] = {}
-    for text in texts:
-        limit = parse(text)
-        if limits.setdefault((limit.kind, limit.period, limit.scope), limit) is not limit:
-            raise Problem(f"{text}: {limit.kind}{_suffix(limit)} occurs twice; give it one max")
-    return list(limits.values())
-
-
-def _maximum(text: str, amount: str) -> int | None:
-    if amount == "unlimited":
-        return None
-    if not re.fullmatch(r"[0-9]+|[0-9]{1,3}(_[0-9]{3})+", amount):
-        raise Problem(f"{text}: {amount!r} is neither a whole number nor unlimited; {_EXAMPLE}")
-    return int(amount.replace("_", ""))
-
-
-def _limit(text: str, kind: str, maximum: int | None, words: Sequence[str]) -> Limit:
-    periods = [word for word in words if word in get_args(SinglePeriod)]
-    scopes = [word for word in words if word in get_args(Scope)]
-    if unknown := [word for word in words if word not in [*periods, *scopes]]:
-        known = ", ".join([*get_args(SinglePeriod), *get_args(Scope)])
-        raise Problem(f"{text}: {unknown[0]!r} is not one of {known}")
-    if len(periods) > 1 or len(scopes) > 1:
-        raise Problem(f"{text}: at most one period and one scope; {_EXAMPLE}")
-    try:
-        return Limit.model_validate(
-            {"kind": kind, "max": maximum, "period": (periods or ["lifetime"])[0], "scope": (scopes or ["group"])[0]}
-        )
-    except ValueError:
-        raise Problem(
-            f"{text}: a kind has at most 32 lower-case letters, digits and _; a max is at most 10^15"
-        ) from None
-
-
-def write(limit: Limit) -> str:
-    """Write a limit as `parse` reads it."""
-    maximum = "unlimited" if limit.max is None else limit.max
-    return f"{limit.kind}={maximum}{_suffix(limit)}"
-
-
-def _suffix(limit: Limit) -> str:
-    return f"/{limit.period}" + ("/member" if limit.scope == "member" else "")
-
-
 def show_limits(group: Group) -> None:
-    """Print a group's limits."""
+    """Print a group's limits, as they are written and in words."""
     if not group.limits:
         say("This group has no limits, so its members can't generate anything with it.", style="yellow")
         return
-    rows = [(limit.kind, _most(limit), limit.period, limit.scope) for limit in group.limits]
-    show(table("kind", "max", "period", "scope", rows=rows, right=["max"]))
+    show(table("limit", "allows", rows=[(write(limit), allowance(limit)) for limit in group.limits]))
 
 
 @commands.command("list")
@@ -128,23 +55,26 @@ def _print(group: Group, *, as_json: bool) -> None:
         show_limits(group)
 
 
-@commands.command("set")
+@commands.command("set", help=f"Add limits, or change them; usage stays.\n\n{HELP}")
 def set_(
     group: GroupArgument,
-    limits: Limits,
+    limits: Limits = None,
     *,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file", help="Read limits as JSON, as `limits list --json` prints them (- is stdin).", show_default=False
+        ),
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Remove all other limits.")] = False,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add limits, or change their max; usage stays.
-
-    LIMIT is KIND=MAX[/PERIOD][/member]. MAX is a number or unlimited. PERIOD is minute, hour, day, week, month or
-    lifetime (the default). With /member, the limit applies to each member separately.
-    """
-    wanted = parse_all(limits)
+    """Add limits, or change their max, kinds and mode."""
+    wanted = _wanted(limits or [], file)
     with manager() as groups:
         before = find_group(groups, group)
+        wanted = _completed(before, wanted)
         _warn_of_slips(groups, before, wanted)
         found = _replace(groups, before, wanted, yes=yes) if replace else _change(groups, before, wanted)
     if not as_json:
@@ -152,22 +82,50 @@ def set_(
     _print(found, as_json=as_json)
 
 
+def _wanted(texts: Sequence[str], file: Path | None) -> list[Limit]:
+    if (file is None) == (not texts):
+        raise Misunderstood("Pass either limits or a file with --file. See: tokenlimits limits set --help")
+    if file is None:
+        return parse_all(texts)
+    stdin = str(file) == "-"
+    return parse_json(sys.stdin.read() if stdin else file.read_text(encoding="utf-8"), "stdin" if stdin else str(file))
+
+
+def _completed(group: Group, limits: Sequence[Limit]) -> list[Limit]:
+    """Keep the kinds and the mode of limits that are there, where nothing is said of them.
+
+    Who raises the max of a pool doesn't mean that it shall be none.
+    """
+    there = {identity(limit): limit for limit in group.limits}
+
+    def completed(limit: Limit) -> Limit:
+        old = there.get(identity(limit), limit)
+        left_out = {"counts", "mode"} - limit.model_fields_set
+        return limit.model_copy(update={field: getattr(old, field) for field in left_out})
+
+    return [completed(limit) for limit in limits]
+
+
 def _say_changes(before: Group, after: Group) -> None:
     """Say what became of each limit: a slip shows at once."""
-    was, now = ({f"{each.kind}{_suffix(each)}": _most(each) for each in group.limits} for group in (before, after))
-    for name in dict.fromkeys([*was, *now]):
-        if was.get(name) != now.get(name):
-            say(f"{name}: {was.get(name, 'none')} → {now.get(name, 'none')}")
+    was, now = ({name(limit): _settings(limit) for limit in group.limits} for group in (before, after))
+    for each in dict.fromkeys([*was, *now]):
+        if was.get(each) != now.get(each):
+            say(f"{each}: {was.get(each, 'none')} → {now.get(each, 'none')}")
 
 
-def _most(limit: Limit) -> str:
-    return "unlimited" if limit.max is None else f"{limit.max:,}"
+def _settings(limit: Limit) -> str:
+    return "/".join(["unlimited" if limit.max is None else f"{limit.max:,}", *more_words(limit)])
 
 
 def _warn_of_slips(groups: GroupManager, group: Group, limits: Sequence[Limit]) -> None:
-    for kind in {limit.kind for limit in limits} - {limit.kind for limit in group.limits}:
+    for kind in sorted(_kinds(limits) - _kinds(group.limits)):
         if meant := kind_meant(groups, kind):
             note(f"{kind} is a new kind.{meant}", "yellow")
+
+
+def _kinds(limits: Sequence[Limit]) -> set[str]:
+    return {kind for limit in limits for kind in kinds_of(limit)}
 
 
 def _change(groups: GroupManager, group: Group, limits: Sequence[Limit]) -> Group:
@@ -177,24 +135,26 @@ def _change(groups: GroupManager, group: Group, limits: Sequence[Limit]) -> Grou
 
 
 def _replace(groups: GroupManager, group: Group, limits: Sequence[Limit], *, yes: bool) -> Group:
-    kept = {(limit.kind, limit.period, limit.scope) for limit in limits}
-    gone = [write(limit) for limit in group.limits if (limit.kind, limit.period, limit.scope) not in kept]
+    kept = set(map(identity, limits))
+    gone = [write(limit) for limit in group.limits if identity(limit) not in kept]
     if gone:
         confirm(f"Remove {', '.join(gone)} from {group.name}?", yes=yes)
     return groups.set_limits(group.id, limits)
 
 
 @commands.command()
-def remove(group: GroupArgument, limits: Identities, *, yes: Yes = False, as_json: AsJson = False) -> None:
-    """Remove limits; the ledger keeps the usage."""
-    wanted = [parse_identity(text) for text in limits]
+def remove(group: GroupArgument, limits: Names, *, yes: Yes = False, as_json: AsJson = False) -> None:
+    """Remove limits; the ledger keeps the usage.
+
+    LIMIT is a kind, or a pool's name, with as many words as tell the limit from the others: image, image/day,
+    image/day/member.
+    """
     with manager() as groups:
         found = find_group(groups, group)
-        there = {(limit.kind, limit.period, limit.scope) for limit in found.limits}
-        for limit in wanted:
-            if (limit.kind, limit.period, limit.scope) not in there:
-                raise Problem(f"{found.name} has no limit {limit.kind}{_suffix(limit)}. See: tokenlimits groups show")
-        confirm(f"Remove {', '.join(limits)} from {found.name}?", yes=yes)
-        for limit in wanted:
-            found = groups.remove_limit(found.id, limit.kind, period=limit.period, scope=limit.scope)
+        meant = {identity(limit): limit for limit in (named_by(text, found.limits) for text in limits)}.values()
+        confirm(f"Remove {', '.join(map(name, meant))} from {found.name}?", yes=yes)
+        for limit in meant:
+            found = groups.remove_limit(
+                found.id, limit.kind, period=limit.period, scope=limit.scope, starts=limit.starts
+            )
     _print(found, as_json=as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Annotated
 from uuid import UUID
 
@@ -14,7 +15,7 @@ from tokenlimits.models import Group
 from ._bulk import File, Outcome, Report, StartLine, at_once, in_parts, report
 from ._find import find_group, kind_meant, manager, resolve
 from ._lines import EMAILS, Line, source
-from ._options import AsJson, GroupArgument, KindOption, Since, Until, Yes
+from ._options import AnchorAt, AsJson, GroupArgument, KindOption, Since, Until, Yes
 from ._terminal import Bar, confirm, counted, moment, out, plain, print_json, print_json_list, say, show, table
 
 commands = typer.Typer(help="Manage the members of a group.", no_args_is_help=True, rich_markup_mode=None)
@@ -94,6 +95,7 @@ def add(
     group: GroupArgument,
     users: Users = None,
     *,
+    anchor_at: AnchorAt = None,
     file: File = None,
     start_line: StartLine = 1,
     report_to: Report = None,
@@ -102,17 +104,20 @@ def add(
     """Add users to a group, by id or e-mail address.
 
     A file has one user per line, or is CSV with a column user_id or email. Adding a member again changes nothing.
+    Anchored member limits count from --anchor-at or, without it, from when the user joins.
     """
     outcome = Outcome()
     with manager() as groups, source(users or [], file, _COLUMNS, start_line) as lines:
         found = find_group(groups, group)
-        in_parts(lines, "Adding", _PART, lambda part: _add(groups, found, part, outcome))
+        in_parts(lines, "Adding", _PART, lambda part: _add(groups, found, part, anchor_at, outcome))
     report(outcome, report_to, as_json=as_json)
 
 
-def _add(groups: GroupManager, group: Group, part: Sequence[Line], outcome: Outcome) -> None:
+def _add(
+    groups: GroupManager, group: Group, part: Sequence[Line], anchor_at: datetime | None, outcome: Outcome
+) -> None:
     ids = _ids(groups, part, outcome)
-    result = groups.add_members(group.id, ids.values())
+    result = groups.add_members(group.id, ids.values(), anchor_at=anchor_at)
     reasons = {each.user_id: each.reason for each in result.refused}
     unknown = [line for line, user_id in ids.items() if user_id in reasons]
     for line in unknown:

@@ -112,6 +112,16 @@ Since = Annotated[
         show_default=False,
     ),
 ]
+AnchorAt = Annotated[
+    datetime | None,
+    typer.Option(
+        "--anchor-at",
+        parser=moment,
+        metavar="TIME",
+        help="From when anchored periods are counted, such as 2026-01-31 or 2026-01-31T09:00+01:00; in UTC by default.",
+        show_default=False,
+    ),
+]
 Until = Annotated[
     datetime | None,
     typer.Option(

@@ -9,6 +9,7 @@ from tokenlimits.models import Group, LimitPressure
 
 from ._find import find_group
 from ._terminal import plain, print_json, say, show, table
+from ._wording import window
 
 _MOST = 1000
 
@@ -41,13 +42,20 @@ def show_pressed(pressed: Pressed, at_least: int, *, as_json: bool) -> None:
         say(f"No member is at {at_least} % or more of a member limit.")
         return
     rows = [
-        (plain(group.name), member.email or member.id, limit.kind, limit.period, f"{member.used:,}", f"{limit.max:,}")
+        (
+            plain(group.name),
+            member.email or member.id,
+            limit.kind,
+            window(limit.period, limit.starts),
+            f"{member.used:,}",
+            f"{limit.max:,}",
+        )
         for group, limit in pressed
         for member in limit.members
     ]
     show(table("group", "user", "kind", "period", "used", "of", rows=rows, right=["used", "of"], cut="group"))
     for group, limit in pressed:
         say(
-            f"{plain(group.name)}, {limit.kind}, {limit.period}: {limit.full:,} at the limit, "
+            f"{plain(group.name)}, {limit.kind}, {window(limit.period, limit.starts)}: {limit.full:,} at the limit, "
             f"{limit.near:,} at {at_least} % or more"
         )

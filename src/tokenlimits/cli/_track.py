@@ -13,6 +13,7 @@ from tokenlimits import TrackResult
 from ._find import find_group, find_user, kind_meant, manager, worker
 from ._options import AsJson, GroupOption, KindArgument, UserArgument
 from ._terminal import countdown, facts, print_json, say, show
+from ._wording import allowance
 
 Cost = Annotated[int, typer.Option("--cost", help="How much the generation takes from the limits.")]
 
@@ -81,6 +82,7 @@ def _show(result: TrackResult) -> None:
         ("usage", result.usage_id or "not recorded"),
         ("paid by", result.group.name if result.group is not None else ""),
         ("left", "unlimited" if result.remaining is None else f"{result.remaining:,}"),
-        ("resets in", countdown(result.reset_at, datetime.now(UTC))),
+        *([("resets in", countdown(result.reset_at, datetime.now(UTC)))] if result.reset_at is not None else []),
+        *[("would deny", f"{limit.kind}, {allowance(limit)}: {limit.used:,} used") for limit in result.would_deny],
     ]
     show(facts(rows))

@@ -18,8 +18,9 @@ from tokenlimits.models import GroupLimitUsage, GroupUsage, UserLimit
 from ._find import find_group, find_user, manager, worker
 from ._options import AsJson
 from ._pressure import read_pressed, show_pressed
-from ._terminal import NARROW, Bar, Problem, colour, countdown, out, plain, print_json, say, show, table
+from ._terminal import NARROW, Bar, Problem, colour, out, plain, print_json, say, show, table
 from ._watch import watch as show_live
+from ._wording import allowance, resets_in
 
 _NUMBERS = ("%", "used", "of", "left", "resets in")
 
@@ -188,18 +189,15 @@ def _cells(group: str | None, limit: GroupLimitUsage | UserLimit, now: datetime,
     write = short if brief else "{:,}".format
     fraction = _fraction(limit)
     capacity = limit.max if isinstance(limit, UserLimit) else limit.capacity
-    per = "in total" if limit.period == "lifetime" else "an hour" if limit.period == "hour" else f"a {limit.period}"
-    most = "unlimited" if limit.max is None else "blocked" if limit.max == 0 else write(limit.max)
-    each = " each" if limit.scope == "member" else ""
     return (
         plain(group),
         limit.kind,
-        f"{most} {per}{each}",
+        allowance(limit, write),
         # narrow, so that the bar leaves room for the words
         "" if fraction is None else Bar(fraction, most=out.width // 12),
         "" if fraction is None else f"{math.floor(fraction * 100):,}",
         Text(write(limit.used), style=colour(fraction)),
         "" if capacity is None else write(capacity),
         "" if limit.remaining is None else write(limit.remaining),
-        countdown(limit.reset_at, now),
+        resets_in(limit, now),
     )

@@ -1,0 +1,74 @@
+"""What people read of a limit: how much it allows, in which window, and when there is more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+
+from tokenlimits import Limit
+from tokenlimits.models import GroupLimitUsage, LimitStatus
+
+from ._terminal import countdown
+
+_FROM = {"anchor": ", anchored", "first_use": ", from the first use"}
+
+
+def allowance(limit: Limit | LimitStatus, number: Callable[[int], str] = "{:,}".format) -> str:
+    """Say how much a limit allows; `number` writes its max.
+
+    Example:
+        >>> allowance(Limit(kind="image", max=1000, period="month"))
+        '1,000 a month'
+        >>> allowance(Limit(kind="image", max=40, period="3 hours", starts="rolling", scope="member"))
+        '40 in the last 3 hours each'
+        >>> allowance(Limit(kind="credits", max=50, period="month", starts="anchor", counts={"image": 2, "video": 9}))
+        '50 a month, anchored: 2 an image, 9 a video'
+        >>> allowance(Limit(kind="image", max=5, period="day", scope="member", starts="first_use", mode="observe"))
+        '5 a day each, from the first use, observed'
+    """
+    each = " each" if limit.scope == "member" else ""
+    where = _FROM.get(limit.starts, "")
+    observed = ", observed" if limit.mode == "observe" else ""
+    counts = limit.counts if isinstance(limit, Limit) else None
+    pool = ", ".join(f"{weight:,} {_a(kind)}" for kind, weight in (counts or {}).items())
+    most = "unlimited" if limit.max is None else "blocked" if limit.max == 0 else number(limit.max)
+    return f"{most} {_per(limit.period, limit.starts)}{each}{where}{observed}{f': {pool}' if pool else ''}"
+
+
+def window(period: str, starts: str) -> str:
+    """Say which time a limit counts.
+
+    Example:
+        >>> window("day", "calendar"), window("3 hours", "rolling"), window("3 months", "anchor")
+        ('day', 'last 3 hours', '3 months, anchored')
+    """
+    return f"{'last ' if starts == 'rolling' else ''}{period}{_FROM.get(starts, '')}"
+
+
+def _per(period: str, starts: str) -> str:
+    if period == "lifetime":
+        return "in total"
+    if starts == "rolling":
+        return f"in the last {period}"
+    return f"per {period}" if " " in period else _a(period)
+
+
+def _a(noun: str) -> str:
+    noun = noun.replace("_", " ")
+    # the h of the one unit that begins with it is silent
+    return f"an {noun}" if noun[0] in "aeio" or noun == "hour" else f"a {noun}"
+
+
+def resets_in(limit: LimitStatus, now: datetime) -> str:
+    """Say how long it is until a limit has more room by itself.
+
+    A rolling limit gets a part of it back at that moment. The members of a group have each their own windows, unless
+    the calendar begins them.
+    """
+    if limit.reset_at is not None:
+        return countdown(limit.reset_at, now) + (" (part)" if limit.starts == "rolling" else "")
+    if limit.starts == "calendar":
+        return "never"
+    if isinstance(limit, GroupLimitUsage) and limit.scope == "member":
+        return "varies"
+    return "not started" if limit.starts == "first_use" else ""
