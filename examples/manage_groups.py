@@ -16,7 +16,7 @@ from tokenlimits.errors import GroupNotFound
 from tokenlimits.models import Group
 
 LIMITS = [
-    Limit(kind="image", max=1_000, period="month"),  # a pool that the members share
+    Limit(kind="image", max=1_000, period="month"),  # shared by all members
     Limit(kind="image", max=50, period="day", scope="member"),  # and a limit for each of them
     Limit(kind="video", max=20, period="month"),
     Limit(kind="audio", max=None),  # unlimited, but counted

@@ -50,7 +50,7 @@ def create_groups(groups: GroupManager) -> list[Group]:
         priority=10,
         timezone="Europe/Paris",
         limits=[
-            Limit(kind="image", max=100, period="month"),  # one pool for all members
+            Limit(kind="image", max=100, period="month"),  # shared by all members
             Limit(kind="image", max=40, period="day", scope="member"),  # and a limit for each of them
             Limit(kind="video", max=60, period="month"),
         ],

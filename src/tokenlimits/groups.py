@@ -107,7 +107,7 @@ class GroupManager(Base):
         Args:
             name: 1 to 200 characters; unique, ignoring case.
             description: For people, at most 2,000 characters.
-            limits: A list of `Limit`, or the shorthand `{"image": 100}` for lifetime pools.
+            limits: A list of `Limit`, or the shorthand `{"image": 100}` for lifetime limits.
             priority: A user's groups are tried from high to low.
             timezone: An IANA name, in which the calendar periods begin.
             is_default: Users who are in no group have this group's limits. It replaces the previous default.
@@ -195,7 +195,7 @@ class GroupManager(Base):
 
         Args:
             group_id: Which group.
-            limits: A list of `Limit`, or the shorthand `{"image": 100}` for lifetime pools.
+            limits: A list of `Limit`, or the shorthand `{"image": 100}` for lifetime limits.
 
         Example:
             >>> len(groups.set_limits(team.id, [Limit(kind="image", max=1000, period="month")]).limits)

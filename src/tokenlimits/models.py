@@ -76,7 +76,7 @@ __all__ = [
 _T = TypeVar("_T")
 
 Scope = Literal["group", "member"]
-"""`group`: one pool for all members; `member`: a separate allowance for each member."""
+"""`group`: one allowance for all members together; `member`: a separate allowance for each member."""
 
 Reason = Literal["not_in_group", "no_limit_for_kind", "limit_exceeded", "refused", "unavailable"]
 """Why a generation is denied. `unavailable`: Supabase couldn't be reached, also where this allows the generation.

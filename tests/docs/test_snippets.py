@@ -26,6 +26,7 @@ def runnable(page: Path) -> list[Block]:
 # they start many programs, or a stack of their own
 SLOW = {
     "guides/another-schema.md",
+    "guides/choosing-limits.md",
     "guides/command-line.md",
     "guides/count-then-insert.md",
     "guides/local.md",

@@ -187,7 +187,7 @@ class FakeTokenLimits(_Controls, TokenLimits):
     another group with `groups` is only in that one.
 
     Args:
-        limits: A list of `Limit`, or the shorthand `{"image": 2}` for lifetime pools. Without limits (None), every kind
+        limits: A list of `Limit`, or the shorthand `{"image": 2}` for lifetime limits. Without (None), every kind
             is allowed and unlimited; with no limits (`{}`), no kind is allowed.
         users: The existing users, with their e-mail addresses; for others, `groups` raises `UnknownUser`. By default,
             any id is a user's.
@@ -259,7 +259,7 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
     """An `AsyncTokenLimits` for tests; see `FakeTokenLimits`. It works in any event loop.
 
     Args:
-        limits: A list of `Limit`, or the shorthand `{"image": 2}` for lifetime pools. Without limits (None), every kind
+        limits: A list of `Limit`, or the shorthand `{"image": 2}` for lifetime limits. Without (None), every kind
             is allowed and unlimited; with no limits (`{}`), no kind is allowed.
         users: The existing users, with their e-mail addresses; for others, `groups` raises `UnknownUser`. By default,
             any id is a user's.
