@@ -107,7 +107,9 @@ def test_usage_of_windows_pools_and_modes(
     assert _line(shown, "per 5 hours").endswith(" video 5 per 5 hours each, from the first use 0 0 5 5 not started")
     assert "resets in" not in tl("check", user, "lone").stdout
 
-    assert "would deny  image, 2 a year, observed: 3 used" in tl("track", user, "image", "--cost", 3).stdout
+    tracked = tl("track", user, "image", "--cost", 3).stdout
+    assert "would deny  image, 2 a year, observed: 3 used" in tracked
+    assert re.search(r"^left +37\s+resets in +(3h 0|2h 5)\dm \(part\) *$", tracked, re.MULTILINE)
     limits.track(user, "video")
     shown = tl("usage", "--user", user).stdout
     assert " 100 a day 11 11 100 89 " in _line(shown, "credits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated
 from uuid import UUID
@@ -9,11 +10,12 @@ from uuid import UUID
 import typer
 
 from tokenlimits import TrackResult
+from tokenlimits.models import LimitStatus
 
 from ._find import find_group, find_user, kind_meant, manager, worker
 from ._options import AsJson, GroupOption, KindArgument, UserArgument
-from ._terminal import countdown, facts, print_json, say, show
-from ._wording import allowance
+from ._terminal import facts, print_json, say, show
+from ._wording import allowance, resets_in
 
 Cost = Annotated[int, typer.Option("--cost", help="How much the generation takes from the limits.")]
 
@@ -76,13 +78,19 @@ def _why(result: TrackResult) -> str:
     return f"{why.removesuffix('.')}.{meant}" if meant else why
 
 
+def _next(result: TrackResult) -> Sequence[LimitStatus]:
+    """Find the limit whose reset the answer names, if one is to come."""
+    enforced = [limit for limit in result.limits if limit.mode == "enforce"]
+    return [limit for limit in enforced if limit.reset_at is not None and limit.reset_at == result.reset_at][:1]
+
+
 def _show(result: TrackResult) -> None:
     say("Allowed." if not result.replayed else "Allowed: already recorded by an earlier call with this key.", "green")
     rows = [
         ("usage", result.usage_id or "not recorded"),
         ("paid by", result.group.name if result.group is not None else ""),
         ("left", "unlimited" if result.remaining is None else f"{result.remaining:,}"),
-        *([("resets in", countdown(result.reset_at, datetime.now(UTC)))] if result.reset_at is not None else []),
+        *[("resets in", resets_in(limit, datetime.now(UTC))) for limit in _next(result)],
         *[("would deny", f"{limit.kind}, {allowance(limit)}: {limit.used:,} used") for limit in result.would_deny],
     ]
     show(facts(rows))
