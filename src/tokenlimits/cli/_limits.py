@@ -55,7 +55,11 @@ def _print(group: Group, *, as_json: bool) -> None:
         show_limits(group)
 
 
-@commands.command("set", help=f"Add limits, or change them; usage stays.\n\n{HELP}")
+@commands.command(
+    "set",
+    help="Add limits, or change them; usage stays.\n\n"
+    f"A limit that is there keeps its pool and its mode where you leave them out.\n\n{HELP}",
+)
 def set_(
     group: GroupArgument,
     limits: Limits = None,
