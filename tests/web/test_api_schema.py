@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from typing import Any
 from uuid import uuid4
@@ -12,7 +13,13 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 from schemathesis.generation import GenerationMode
+
+from tokenlimits._limits import start
+from tokenlimits.models import Period, Starts
+
+PERIOD, STARTS = TypeAdapter[Any](Period).validate_python, TypeAdapter[Any](Starts).validate_python
 
 schemathesis.openapi.format("timezone", st.sampled_from(["UTC", "Europe/Paris", "America/New_York"]))
 
@@ -20,15 +27,17 @@ schemathesis.openapi.format("timezone", st.sampled_from(["UTC", "Europe/Paris", 
 def sayable(context: Any, body: Any) -> Any:
     """Make true what no schema can say.
 
-    A limit is in a list but once, metadata is at most 8 kB and has no \\0, a worker says who generates, and a name is
-    measured as it is stored.
+    A limit is in a list but once, its periods can begin as it says, an anchor is since 1970, metadata is at most 8 kB
+    and has no \\0, a worker says who generates, and a name is measured as it is stored.
     """
     if not isinstance(body, dict):
         return body
     limits = body.get("limits")
     if isinstance(limits, list) and all(isinstance(limit, dict) for limit in limits):
         names = [tuple(str(limit.get(name)) for name in ("kind", "period", "starts", "scope")) for limit in limits]
-        body["limits"] = [limit for n, limit in enumerate(limits) if names[n] not in names[:n]]
+        body["limits"] = [possible(limit) for n, limit in enumerate(limits) if names[n] not in names[:n]]
+    if isinstance(anchor := body.get("anchor_at"), str) and re.match("[0-9]{4}-", anchor):
+        body["anchor_at"] = f"20{anchor[2:]}"
     if "kind" in body and body.get("user_id") is None:
         body["user_id"] = "3f2b8c1a-94d7-4e6b-8a5f-7c9d0e1f2a3b"
     if isinstance(name := body.get("name"), str):
@@ -37,6 +46,19 @@ def sayable(context: Any, body: Any) -> Any:
     if "\\u0000" in written or len(written) > 8000:
         del body["metadata"]
     return body
+
+
+def possible(limit: dict[str, Any]) -> dict[str, Any]:
+    """Leave out where periods begin, and how long they are, where it is just both together that can't be."""
+    try:
+        period, starts = PERIOD(limit.get("period", "lifetime")), STARTS(limit.get("starts", "calendar"))
+    except ValidationError:
+        return limit
+    try:
+        start(starts, period)
+    except ValueError:
+        return {name: value for name, value in limit.items() if name not in ("period", "starts")}
+    return limit
 
 
 def sendable(context: Any, case: Any) -> Any:

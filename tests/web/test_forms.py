@@ -7,18 +7,26 @@ from uuid import uuid4
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import pytest
-from starlette.datastructures import FormData
+from starlette.datastructures import FormData, UploadFile
 
-from tokenlimits import InvalidRequest
+from tokenlimits import InvalidRequest, Limit
 from tokenlimits.errors import GroupExists
-from tokenlimits.models import HistoryPoint
+from tokenlimits.models import Group, HistoryPoint
 from tokenlimits.web.panel import _charts
-from tokenlimits.web.panel._forms import GroupForm, LimitRow, ids, pasted
+from tokenlimits.web.panel._forms import _TWICE, GroupForm, ids, pasted
+from tokenlimits.web.panel._limit_rows import TYPED, LimitRow
+
+
+def group_with(limit: Limit) -> Group:
+    now = datetime.now(UTC)
+    given = {"id": uuid4(), "name": "Pro", "description": "", "priority": 0, "timezone": "UTC", "is_default": False}
+    return Group.model_validate({**given, "created_at": now, "updated_at": now, "limits": [limit.model_dump()]})
 
 
 def typed(**fields: str) -> FormData:
     given = {"name": "Pro", "description": "", "priority": "0", "timezone": "UTC"}
-    limit = {"kind": "image", "max": "10", "period": "day", "scope": "group", "unlimited": "no"}
+    limit = {"kind": "image", "max": "10", "number": "1", "unit": "day", "scope": "group", "starts": "calendar"}
+    limit |= {"mode": "enforce", "counts": "", "unlimited": "no"}
     return FormData(list((given | limit | fields).items()))
 
 
@@ -32,7 +40,7 @@ class TestGroupForm:
             "priority": -3,
             "timezone": "UTC",
             "is_default": True,
-            "limits": [{"kind": "image", "max": 1000, "period": "day", "scope": "group"}],
+            "limits": [Limit(kind="image", max=1000, period="day")],
         }
 
     @pytest.mark.parametrize(
@@ -41,7 +49,7 @@ class TestGroupForm:
     )
     def test_thousands_are_separated(self, text: str, max_: int) -> None:
         _, fields = GroupForm.of_typed(typed(max=text)).checked()
-        assert fields["limits"][0]["max"] == max_
+        assert fields["limits"][0].max == max_
 
     @pytest.mark.parametrize("text", ["10,00", "1,5", "1,0000", "1000,000", ",100", "1,", "1.000", "1,000 000"])
     def test_a_decimal_is_not_made_whole(self, text: str) -> None:
@@ -50,7 +58,7 @@ class TestGroupForm:
 
     def test_unlimited_needs_no_maximum(self) -> None:
         _, fields = GroupForm.of_typed(typed(max="", unlimited="yes")).checked()
-        assert fields["limits"][0]["max"] is None
+        assert fields["limits"][0].max is None
 
     @pytest.mark.parametrize(
         ("field", "value"),
@@ -71,14 +79,78 @@ class TestGroupForm:
         assert fields == {}
 
     @pytest.mark.parametrize(
-        ("field", "value"),
-        [("kind", "Image"), ("kind", ""), ("max", ""), ("max", "-1"), ("max", "1.5"), ("max", "²"), ("period", "year")],
+        ("typed_", "wrong", "words"),
+        [
+            ({"kind": "Image"}, "kind", "32"),
+            ({"kind": ""}, "kind", "32"),
+            ({"max": ""}, "max", "whole number"),
+            ({"max": "-1"}, "max", "whole number"),
+            ({"max": "1.5"}, "max", "whole number"),
+            ({"max": "²"}, "max", "whole number"),
+            ({"max": "1" + 15 * "0" + "1"}, "max", "whole number"),
+            ({"number": "0"}, "period", "366"),
+            ({"number": "367", "starts": "rolling"}, "period", "366"),
+            ({"number": "2", "unit": "year"}, "period", "1 year"),
+            ({"unit": "fortnight"}, "period", "366"),
+            ({"number": "3"}, "starts", "select “Rolling” or “From first use” or “From an anchor”."),
+            ({"unit": "month", "starts": "rolling"}, "starts", "select “By the calendar” or “From first use” or"),
+            ({"number": "3", "unit": "month", "starts": "first_use"}, "starts", "select “From an anchor”."),
+            ({"unit": "lifetime", "starts": "anchor"}, "starts", "select “By the calendar”."),
+            ({"scope": "team"}, "scope", "not valid"),
+            ({"mode": "off"}, "mode", "not valid"),
+            ({"counts": "image 0"}, "counts", "1 to 50 kinds"),
+            ({"counts": "image 1, image 2"}, "counts", "1 to 50 kinds"),
+            ({"counts": "Image 1"}, "counts", "1 to 50 kinds"),
+            ({"counts": "image 1.5"}, "counts", "1 to 50 kinds"),
+            ({"counts": ","}, "counts", "1 to 50 kinds"),
+            ({"counts": ",".join(f"kind_{n}" for n in range(51))}, "counts", "1 to 50 kinds"),
+        ],
     )
-    def test_says_what_is_wrong_below_the_limit(self, field: str, value: str) -> None:
-        form, _ = GroupForm.of_typed(typed(**{field: value})).checked()
+    def test_says_what_is_wrong_below_the_limit(self, typed_: dict[str, str], wrong: str, words: str) -> None:
+        form, fields = GroupForm.of_typed(typed(**typed_)).checked()
         (row,) = form.rows
-        assert row.error
-        assert row.wrong == (field if field in ("kind", "max") else "")
+        assert words in row.error
+        assert (row.wrong, fields) == (wrong, {})
+        # while it is typed, what is not there yet is no mistake
+        assert LimitRow.of_typed(typed(**typed_))[0].sentence == ("" if wrong in ("kind", "max") else row.error)
+
+    @pytest.mark.parametrize("text", ["image 1, video 8", "image, video=8", "image:1;video: 8", " image  1 ,video 8"])
+    def test_a_pool_is_kinds_with_their_weights(self, text: str) -> None:
+        _, fields = GroupForm.of_typed(typed(counts=text)).checked()
+        assert fields["limits"][0].counts == {"image": 1, "video": 8}
+
+    @pytest.mark.parametrize(
+        "limit",
+        [
+            Limit(kind="image", max=None),
+            Limit(kind="image", max=0, period="year", scope="member"),
+            Limit(kind="image", max=10**15, period="24 months", starts="anchor", mode="observe"),
+            Limit(kind="credits", max=9, period="5 hours", starts="first_use", counts={"image": 1, "video": 1_000_000}),
+            Limit(kind="a", max=9, period="week", starts="rolling", counts={f"kind_{n}": n + 1 for n in range(50)}),
+        ],
+    )
+    def test_saving_what_is_shown_loses_nothing(self, limit: Limit) -> None:
+        """Of any limit, each field comes back as it was; a new field of limits must get a place in the form."""
+        shown = GroupForm.of_group(group_with(limit))
+        sent: list[tuple[str, str | UploadFile]] = [(name, getattr(shown, name)) for name in ("name", "timezone")]
+        sent += [("priority", "0"), *((name, getattr(row, name)) for row in shown.rows for name in TYPED)]
+        _, fields = GroupForm.of_typed(FormData(sent)).checked()
+        assert fields["limits"] == [limit]
+        assert {"kind", "max", "period", "scope", "starts", "mode", "counts"} == set(Limit.model_fields)
+
+    @pytest.mark.parametrize("missing", ["starts", "mode", "counts", "number"])
+    def test_a_page_of_an_older_panel_loses_nothing(self, missing: str) -> None:
+        sent = FormData([(name, value) for name, value in typed().multi_items() if name != missing])
+        with pytest.raises(InvalidRequest, match="reload"):
+            GroupForm.of_typed(sent)
+
+    def test_says_what_others_changed_of_a_limit(self) -> None:
+        pool = Limit(kind="credits", max=1000, period="5 hours", starts="rolling", counts={"image": 1, "video": 8})
+        form = GroupForm.of_group(group_with(pool))
+        now = group_with(pool.model_copy(update={"mode": "observe", "counts": {"image": 2}}))
+        assert form.changed_meanwhile(now) == [
+            "credits in any 5 hours: 1,000, image by 1, video by 8 → 1,000, image by 2, only observed"
+        ]
 
     def test_says_what_the_database_said(self) -> None:
         form = GroupForm(rows=[LimitRow("a"), LimitRow("a")])
@@ -87,7 +159,7 @@ class TestGroupForm:
             "timezone": "This time zone doesn't exist."
         }
         twice = form.refused(InvalidRequest("…", detail="limits[1]"))
-        assert [row.error for row in twice.rows] == ["", "This limit occurs twice."]
+        assert [row.error for row in twice.rows] == ["", _TWICE]
         assert form.refused(InvalidRequest("something else")).errors == {"": "something else"}
 
 

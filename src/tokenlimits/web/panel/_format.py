@@ -8,14 +8,6 @@ from datetime import datetime, timedelta
 
 from tokenlimits.levels import short
 
-_PERIODS: Mapping[str, str] = {
-    "minute": "per minute",
-    "hour": "per hour",
-    "day": "per day",
-    "week": "per week",
-    "month": "per month",
-    "lifetime": "in total",
-}
 # they have no plural
 _UNCOUNTABLE = frozenset({"audio", "music", "sound", "speech", "text"})
 
@@ -68,16 +60,6 @@ def plural(value: int, kind: str) -> str:
     return words
 
 
-def period(value: str) -> str:
-    """Write a period.
-
-    Example:
-        >>> period("day"), period("lifetime")
-        ('per day', 'in total')
-    """
-    return _PERIODS[value]
-
-
 def moment(value: datetime) -> str:
     """Write a moment for `<time datetime>`; the browser shows it in its own time zone.
 
@@ -95,7 +77,6 @@ FILTERS: Mapping[str, Callable[..., str]] = {
     "short": short,
     "amount": amount,
     "plural": plural,
-    "period": period,
     "moment": moment,
 }
 

@@ -13,46 +13,17 @@ from uuid import UUID
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import FormData
 
-from tokenlimits import InvalidRequest, TokenLimitsError
+from tokenlimits import InvalidRequest, Limit, TokenLimitsError
 from tokenlimits.errors import GroupExists
-from tokenlimits.models import Group, Kind, Name, TimeZone
+from tokenlimits.models import Group, Name, TimeZone
 
-_KIND = TypeAdapter[Any](Kind)
-# what separates thousands, one and the same throughout: 10,00 is 10 for half of the world, and 1000 for nobody
-_WHOLE = re.compile(r"[0-9]+|[0-9]{1,3}(?P<between>[, _'\u00a0\u2009\u202f])[0-9]{3}(?:(?P=between)[0-9]{3})*")
-_MOST = 1_000_000_000_000_000
-_PERIODS = ("minute", "hour", "day", "week", "month", "lifetime")
-_SCOPES = ("group", "member")
+from . import _words
+from ._limit_rows import LimitRow
+
 _NAME = TypeAdapter[Any](Name)
 _TIMEZONE = TypeAdapter[Any](TimeZone)
+_TWICE = "Another limit has this kind, period and start, for the same members."
 _LIMIT_FIELD = re.compile(r"limits\[(\d+)\](?:\.(\w+))?")
-
-
-@dataclass(frozen=True, slots=True)
-class LimitRow:
-    """One limit, as typed."""
-
-    kind: str = ""
-    max: str = ""
-    period: str = "month"
-    scope: str = "group"
-    unlimited: bool = False
-    error: str = ""
-    wrong: str = ""
-    """The field that the error is about; empty: the whole limit."""
-
-    def checked(self) -> tuple[LimitRow, dict[str, Any]]:
-        """Return it with its errors, and its fields as the library takes them."""
-        if not _passes(_KIND, self.kind):
-            wrong, error = "kind", "A kind has at most 32 of a-z, 0-9 and _, and begins with a letter."
-        elif not self.unlimited and not (_WHOLE.fullmatch(self.max) and _digits(self.max) <= _MOST):
-            wrong, error = "max", "A maximum is a whole number like 10,000 (commas between thousands only); 0 blocks."
-        elif self.period not in _PERIODS or self.scope not in _SCOPES:
-            wrong, error = "", "This period or scope doesn't exist."
-        else:
-            max_ = None if self.unlimited else _digits(self.max)
-            return self, {"kind": self.kind, "max": max_, "period": self.period, "scope": self.scope}
-        return replace(self, error=error, wrong=wrong), {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,30 +44,18 @@ class GroupForm:
     @classmethod
     def of_group(cls, group: Group) -> GroupForm:
         """Make the form of an existing group."""
-        rows = [
-            LimitRow(
-                limit.kind, "" if limit.max is None else str(limit.max), limit.period, limit.scope, limit.max is None
-            )
-            for limit in group.limits
-        ]
+        rows = [LimitRow.of_limit(limit) for limit in group.limits]
         form = cls(group.name, group.description, str(group.priority), group.timezone, group.is_default, rows)
         return replace(form, updated_at=group.updated_at.isoformat(), before=json.dumps(_facts(group)))
 
     @classmethod
     def of_typed(cls, form: FormData) -> GroupForm:
         """Read a submitted form."""
-        columns = zip(
-            *(_texts(form, name) for name in ("kind", "max", "period", "scope", "unlimited")),
-            strict=False,
-        )
-        rows = [
-            LimitRow(kind, max_, period, scope, unlimited == "yes") for kind, max_, period, scope, unlimited in columns
-        ]
         name, description, priority, timezone = (
             str(form.get(name, "")).strip() for name in ("name", "description", "priority", "timezone")
         )
         before, updated_at = (str(form.get(name, "")) for name in ("before", "updated_at"))
-        typed = cls(name, description, priority, timezone, "is_default" in form, rows)
+        typed = cls(name, description, priority, timezone, "is_default" in form, LimitRow.of_typed(form))
         return replace(typed, before=before, updated_at=updated_at)
 
     def checked(self) -> tuple[GroupForm, dict[str, Any]]:
@@ -133,8 +92,9 @@ class GroupForm:
             return replace(self, errors={"name": "Another group has this name."})
         place = error.field or "" if isinstance(error, InvalidRequest) else ""
         if (found := _LIMIT_FIELD.match(place)) and int(found[1]) < len(self.rows):
-            words = "This limit occurs twice." if not found[2] else "This limit is not valid."
-            rows = [replace(row, error=words) if n == int(found[1]) else row for n, row in enumerate(self.rows)]
+            rows = [*self.rows]
+            row = rows[int(found[1])]
+            rows[int(found[1])] = row.refused(found[2]) if found[2] else replace(row, error=_TWICE)
             return replace(self, rows=rows)
         words = "This time zone doesn't exist." if place == "timezone" else str(error)
         return replace(self, errors={place if place in ("name", "description", "priority", "timezone") else "": words})
@@ -160,10 +120,15 @@ def _facts(group: Group) -> dict[str, str]:
         "default group": "yes" if group.is_default else "no",
     }
     for limit in group.limits:
-        period = "in total" if limit.period == "lifetime" else f"per {limit.period}"
         scope = " for each member" if limit.scope == "member" else ""
-        facts[f"{limit.kind} {period}{scope}"] = "unlimited" if limit.max is None else f"{limit.max:,}"
+        facts[f"{limit.kind} {_words.when(limit)}{scope}"] = _allowed(limit)
     return facts
+
+
+def _allowed(limit: Limit) -> str:
+    allowed = "unlimited" if limit.max is None else f"{limit.max:,}"
+    counts = "".join(f", {kind} by {weight:,}" for kind, weight in (limit.counts or {}).items())
+    return allowed + counts + (", only observed" if limit.mode == "observe" else "")
 
 
 def _moment(text: str) -> datetime:
@@ -171,10 +136,6 @@ def _moment(text: str) -> datetime:
         return datetime.fromisoformat(text)
     except ValueError:
         raise InvalidRequest("updated_at: is no moment", detail="updated_at") from None
-
-
-def _digits(number: str) -> int:
-    return int(re.sub(r"[^0-9]", "", number))
 
 
 def _passes(type_: TypeAdapter[Any], value: str) -> bool:
@@ -206,7 +167,7 @@ def pasted(text: str) -> Pasted:
         ['ann@example.com', "o'x@example.com"]
     """
     found = Pasted([], [], [])
-    for word in dict.fromkeys(_words(text)):
+    for word in dict.fromkeys(_entries(text)):
         if "@" in word:
             found.emails.append(word)
         elif re.fullmatch(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}", word):
@@ -216,7 +177,7 @@ def pasted(text: str) -> Pasted:
     return found
 
 
-def _words(text: str) -> Iterable[str]:
+def _entries(text: str) -> Iterable[str]:
     # a separator between quotes belongs to a name: "Lee, Ann" <ann@example.com>
     for entry in re.findall(r"""(?:"[^"\n]*"|[^",;\n\r])+""", text):
         for word in re.findall(r"<([^<>]+)>", entry) or re.split(r'[\s"]+', entry):

@@ -54,7 +54,7 @@ async def group_page(visit: Signed, group_id: UUID, top: Annotated[str, Query(ma
         "group.html",
         group=group,
         usage=usage,
-        meters=_views.meters(usage),
+        meters=_views.meters(usage, group),
         pressed=_views.pressed(pressure),
         near=_NEAR,
         top=top_,
@@ -69,12 +69,13 @@ async def pressed_members(
     group_id: UUID,
     kind: Annotated[str, Query(max_length=32)] = "",
     period: Annotated[str, Query(max_length=32)] = "",
+    starts: Annotated[str, Query(max_length=32)] = "calendar",
 ) -> Response:
     """Show the dialog with the members who are at a member limit, or close to it."""
     group, pressure = await asyncio.gather(
         visit.groups.get(group_id), visit.groups.limit_pressure(group_id, at_least=_NEAR, count=_PRESSED)
     )
-    limit = _views.pressed(pressure).get((kind, period))
+    limit = _views.pressed(pressure).get((kind, period, starts))
     return visit.page("pressure.html", group=group, limit=limit, near=_NEAR)
 
 

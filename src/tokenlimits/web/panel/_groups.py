@@ -13,8 +13,10 @@ from tokenlimits import InvalidRequest
 from tokenlimits.errors import GroupChanged, GroupExists
 from tokenlimits.web._router import Router
 
+from . import _words
 from ._format import ago
-from ._forms import GroupForm, LimitRow
+from ._forms import GroupForm
+from ._limit_rows import UNITS, LimitRow
 from ._pages import BulkPageRoute, Signed, Visit, done
 
 routes = Router(route_class=BulkPageRoute, include_in_schema=False)
@@ -33,6 +35,13 @@ async def new_dialog(visit: Signed) -> Response:
 async def create(visit: Signed) -> Response:
     """Create a group, or say what is wrong."""
     return await _save(visit, None)
+
+
+@routes.get("/limit-sentence")
+async def limit_sentence(visit: Signed) -> Response:
+    """Say what a limit will do, while it is typed."""
+    rows = LimitRow.of_typed(visit.request.query_params)
+    return visit.page("limit_sentence.html", sentence=rows[0].sentence if rows else "")
 
 
 @routes.get("/groups/{group_id}/edit")
@@ -95,4 +104,5 @@ async def _changed(visit: Visit, group_id: UUID | None, form: GroupForm) -> Resp
 
 
 def _dialog(visit: Visit, group_id: UUID | None, form: GroupForm, status: int = 200, **more: object) -> Response:
-    return visit.page("group_form.html", status, group_id=group_id, form=form, empty=LimitRow(), zones=_ZONES, **more)
+    choices = {"units": UNITS, "starts": _words.STARTS, "scopes": _words.SCOPES, "zones": _ZONES}
+    return visit.page("group_form.html", status, group_id=group_id, form=form, empty=LimitRow(), **choices, **more)

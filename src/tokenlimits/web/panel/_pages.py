@@ -36,7 +36,7 @@ from tokenlimits.web._problems import (
 )
 from tokenlimits.web._sessions import BadOrigin, Session, Sessions
 
-from . import _format
+from . import _format, _words
 from ._attempts import Attempts
 
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -47,7 +47,7 @@ logger = logging.getLogger("tokenlimits")
 templates: Final = Environment(
     loader=PackageLoader("tokenlimits.web.panel"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
 )
-templates.filters.update(_format.FILTERS)
+templates.filters.update(_format.FILTERS, when=_words.when)
 
 
 def _version() -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tokenlimits.levels import Level, level, short
-from tokenlimits.models import Group, GroupLimitUsage, GroupUsage, LimitPressure
+from tokenlimits.models import Group, GroupLimitUsage, GroupUsage, Limit, LimitPressure
 
+from . import _words
 from ._format import number
 
 Sort = Literal["name", "usage", "members"]
@@ -20,9 +21,10 @@ _LEVELS: tuple[Level, ...] = ("none", "ok", "warn", "full")
 
 @dataclass(frozen=True, slots=True)
 class Meter:
-    """A limit as a page shows it."""
+    """A limit as a page shows it; what it counts is empty if it is no pool."""
 
     limit: GroupLimitUsage
+    counts: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @property
     def fraction(self) -> float | None:
@@ -33,6 +35,9 @@ class Meter:
     @property
     def level(self) -> Level:
         """How full it is, in a word."""
+        if self.limit.mode == "observe":
+            # nobody is denied
+            return "none"
         found = level(self.fraction)
         # while members together have used little, some of them may have used all that they may
         return "none" if found == "ok" and self.limit.scope == "member" else found
@@ -41,17 +46,33 @@ class Meter:
     def used(self) -> str:
         """How much is used, in words."""
         if self.limit.scope == "member":
-            return f"{number(self.limit.used)} used by all members"
+            return f"{number(self.limit.used)} used by all members{_words.lately(self.limit)}"
         of = "" if not self.limit.max else f" of {short(self.limit.capacity)}"
-        return f"{number(self.limit.used)}{of} used"
+        return f"{number(self.limit.used)}{of} used{_words.lately(self.limit)}"
+
+    @property
+    def room(self) -> str:
+        """What the moment brings at which a period ends, before how long that takes."""
+        return "more room" if self.limit.starts == "rolling" else "resets"
+
+    @property
+    def never(self) -> str:
+        """Why there is no such moment, in words."""
+        if self.limit.period == "lifetime":
+            return "never resets"
+        if self.limit.scope == "member":
+            return "resets for each member"
+        return "starts with the first use" if self.limit.starts == "first_use" else "nothing used"
 
     @property
     def left(self) -> str:
         """How much is left, in words; of a member limit, what each member has."""
         if self.limit.max is None:
             return "unlimited"
+        if self.limit.mode == "observe" and self.limit.scope == "group" and not self.limit.remaining:
+            return "would deny"
         if self.limit.max == 0:
-            return "blocked"
+            return "would deny" if self.limit.mode == "observe" else "blocked"
         if self.limit.scope == "member":
             return f"{short(self.limit.max)} per member"
         return f"{short(self.limit.remaining)} left"
@@ -76,7 +97,7 @@ class Card:
     @property
     def meters(self) -> list[Meter]:
         """Its limits."""
-        return meters(self.usage)
+        return meters(self.usage, self.group)
 
     @property
     def fraction(self) -> float | None:
@@ -123,18 +144,24 @@ def summary(usages: Iterable[GroupUsage]) -> Summary:
     return Summary(len(all_), members, levels.count("warn"), levels.count("full"))
 
 
-def meters(usage: GroupUsage) -> list[Meter]:
-    """Return the limits of a group as a page shows them."""
-    return [Meter(limit) for limit in usage.limits]
+def meters(usage: GroupUsage, group: Group | None = None) -> list[Meter]:
+    """Return the limits of a group as a page shows them; only the group says what its pools count."""
+    pools = {_identity(limit): limit.counts or {} for limit in group.limits} if group else {}
+    return [Meter(limit, pools.get(_identity(limit), {})) for limit in usage.limits]
 
 
-def pressed(pressure: Iterable[LimitPressure]) -> Mapping[tuple[str, str], LimitPressure]:
-    """Return how many members are at each member limit, by its kind and period."""
-    return {(limit.kind, limit.period): limit for limit in pressure}
+def _identity(limit: Limit | GroupLimitUsage) -> tuple[str, str, str, str]:
+    return limit.kind, limit.period, limit.starts, limit.scope
+
+
+def pressed(pressure: Iterable[LimitPressure]) -> Mapping[tuple[str, str, str], LimitPressure]:
+    """Return how many members are at each member limit, by its kind, its period and where that starts."""
+    return {(limit.kind, limit.period, limit.starts): limit for limit in pressure}
 
 
 def _fullest(usage: GroupUsage) -> float | None:
-    return max((meter.fraction for meter in meters(usage) if meter.fraction is not None), default=None)
+    enforced = (meter.fraction for meter in meters(usage) if meter.limit.mode != "observe")
+    return max((fraction for fraction in enforced if fraction is not None), default=None)
 
 
 def _level(usage: GroupUsage) -> Level:
@@ -147,7 +174,10 @@ def live(usages: Iterable[GroupUsage]) -> dict[str, Any]:
     `shape` changes when a group or a limit is added, removed or edited; then the page loads its cards again.
     """
     all_ = list(usages)
-    shape = [[str(u.group.id), u.group.name, [[x.kind, x.period, x.scope, x.max] for x in u.limits]] for u in all_]
+    shape = [
+        [str(usage.group.id), usage.group.name, [[*_identity(limit), limit.mode, limit.max] for limit in usage.limits]]
+        for usage in all_
+    ]
     numbers = {str(usage.group.id): _numbers(usage) for usage in all_}
     content: dict[str, Any] = {"shape": _digest(shape), "summary": _counts(all_), "groups": numbers}
     return {**content, "version": _digest(content)}

@@ -29,7 +29,9 @@ function showLimit(row, [level, bar, used, left, resetAt]) {
     meter.textContent = used;
   }
   const time = row.querySelector("time");
-  if (time && resetAt) time.dateTime = resetAt;
+  if (resetAt) time.dateTime = resetAt;
+  time.hidden = !resetAt;
+  row.querySelector("[data-never]").hidden = Boolean(resetAt);
 }
 
 function showGroup(card, [members, level, limits]) {

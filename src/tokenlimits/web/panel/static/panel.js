@@ -129,7 +129,8 @@ document.body.addEventListener("htmx:sendError", () => {
 });
 document.body.addEventListener("htmx:afterSettle", (event) => {
   if (event.detail.target === dialog || dialog.contains(event.detail.target)) {
-    dialog.querySelector("[aria-invalid=true]")?.focus();
+    // a limit's sentence comes while somebody types
+    if (event.detail.target === dialog) dialog.querySelector("[aria-invalid=true]")?.focus();
     showWhatCanBeDone();
   }
   tick();
@@ -156,6 +157,7 @@ document.body.addEventListener("click", (event) => {
     const row = document.getElementById("limit-row").content.cloneNode(true);
     const kind = row.querySelector("input");
     document.querySelector(".limit-rows").append(row);
+    htmx.process(kind.closest(".limit-row"));
     kind.focus();
     markEdited(event);
   }
@@ -166,14 +168,23 @@ document.body.addEventListener("click", (event) => {
     document.querySelector("[data-add-limit]").focus();
   }
 });
-document.body.addEventListener("change", (event) => {
-  if (!event.target.matches("[data-unlimited]")) return;
-  const row = event.target.closest(".limit-row");
-  const max = row.querySelector("[name=max]");
-  max.readOnly = event.target.checked;
-  if (event.target.checked) max.value = "";
-  row.querySelector("[name=unlimited]").value = event.target.checked ? "yes" : "no";
-});
+// before htmx asks for the row's sentence: a tick is sent as the hidden field beside it
+dialog?.addEventListener(
+  "change",
+  (event) => {
+    const row = event.target.closest(".limit-row");
+    if (!row) return;
+    const { sets, yes, no } = event.target.dataset;
+    if (sets) row.querySelector(`[name=${sets}]`).value = event.target.checked ? yes : no;
+    keep(row.querySelector("[name=max]"), row.querySelector("[name=unlimited]").value === "yes", "");
+    keep(row.querySelector("[name=number]"), ["year", "lifetime"].includes(row.querySelector("[name=unit]").value), "1");
+  },
+  true,
+);
+function keep(field, isFixed, value) {
+  field.readOnly = isFixed;
+  if (isFixed) field.value = value;
+}
 
 // countdowns and moments, all in one time zone: the group's on its page, else the reader's
 const zone = known(document.querySelector("[data-zone]")?.dataset.zone);
@@ -201,9 +212,9 @@ function inWords(milliseconds) {
     Math.floor(seconds / 60) % 60,
   ];
   const two = (number) => String(number).padStart(2, "0");
-  if (days) return `resets in ${days}d ${hours}h`;
-  if (hours) return `resets in ${hours}h ${two(minutes)}m ${two(seconds % 60)}s`;
-  return minutes ? `resets in ${minutes}m ${two(seconds % 60)}s` : `resets in ${seconds}s`;
+  if (days) return `${days}d ${hours}h`;
+  if (hours) return `${hours}h ${two(minutes)}m ${two(seconds % 60)}s`;
+  return minutes ? `${minutes}m ${two(seconds % 60)}s` : `${seconds}s`;
 }
 function written(moment) {
   return (moment.getFullYear() === new Date().getFullYear() ? inShort : withYear).format(moment);
@@ -218,9 +229,9 @@ function showMoment(element) {
 }
 function tick() {
   const now = Date.now();
-  for (const element of document.querySelectorAll("time[data-moment], time[data-countdown]")) showMoment(element);
-  for (const element of document.querySelectorAll("time[data-countdown]")) {
-    const words = `${inWords(Date.parse(element.dateTime) - now)} · ${element.dataset.words}`;
+  for (const element of document.querySelectorAll("time[data-moment], time[data-countdown]:not([hidden])")) showMoment(element);
+  for (const element of document.querySelectorAll("time[data-countdown]:not([hidden])")) {
+    const words = `${element.dataset.countdown} in ${inWords(Date.parse(element.dateTime) - now)} · ${element.dataset.words}`;
     if (element.textContent !== words) element.textContent = words;
   }
 }

@@ -1,0 +1,126 @@
+"""What a limit does, in words that people know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from tokenlimits._limits import number_and_unit
+from tokenlimits.models import Limit
+
+from ._format import amount, plural
+
+STARTS: Mapping[str, str] = {
+    "calendar": "By the calendar",
+    "rolling": "Rolling",
+    "first_use": "From first use",
+    "anchor": "From an anchor",
+}
+"""Where periods begin."""
+
+SCOPES: Mapping[str, str] = {"group": "Shared by all", "member": "Each member"}
+"""Whose usage a limit counts."""
+
+
+class Timed(Protocol):
+    """What has periods: a limit, or what is used of one."""
+
+    @property
+    def period(self) -> str: ...
+    @property
+    def starts(self) -> str: ...
+
+
+def length(period: str) -> str:
+    """Write how long a period is, after a word like "any".
+
+    Example:
+        >>> length("3 hours"), length("day")
+        ('3 hours', 'day')
+    """
+    number, unit = number_and_unit(period)
+    return unit if number == 1 else f"{number} {unit}s"
+
+
+def _span(period: str) -> str:
+    number, unit = number_and_unit(period)
+    return f"{number} {plural(number, unit)}"
+
+
+def when(limit: Timed) -> str:
+    """Write the period of a limit in few words.
+
+    Example:
+        >>> when(Limit(kind="image", max=1, period="day")), when(Limit(kind="image", max=1))
+        ('per day', 'in total')
+        >>> when(Limit(kind="image", max=1, period="3 hours", starts="rolling"))
+        'in any 3 hours'
+        >>> when(Limit(kind="image", max=1, period="5 hours", starts="first_use"))
+        '5 hours from first use'
+    """
+    if limit.period == "lifetime":
+        return "in total"
+    if limit.starts == "rolling":
+        return f"in any {length(limit.period)}"
+    if limit.starts == "first_use":
+        return f"{_span(limit.period)} from first use"
+    return f"per {length(limit.period)}" + (", from an anchor" if limit.starts == "anchor" else "")
+
+
+def lately(limit: Timed) -> str:
+    """Say since when a limit counts, where the calendar doesn't say it; empty where it does.
+
+    Example:
+        >>> lately(Limit(kind="image", max=1, period="hour", starts="rolling"))
+        ' in the last hour'
+    """
+    return f" in the last {length(limit.period)}" if limit.starts == "rolling" else ""
+
+
+def sentence(limit: Limit) -> str:
+    """Say what a limit will do.
+
+    Example:
+        >>> sentence(Limit(kind="image", max=40, period="3 hours", scope="member", starts="rolling"))
+        'Each member may use 40 images in any 3 hours.'
+        >>> sentence(Limit(kind="credits", max=1000, period="month", counts={"image": 1, "video": 8}))
+        'All members together may use 1,000 credits each month. An image takes 1 of them, a video 8.'
+        >>> sentence(Limit(kind="image", max=5, period="day", mode="observe"))
+        'All members together should use 5 images each day. More is only observed: it is not denied.'
+    """
+    who = "Each member" if limit.scope == "member" else "All members together"
+    may = "may" if limit.mode == "enforce" or limit.max is None else "should"
+    if limit.max == 0:
+        said = f"Nobody {may} use {plural(2, limit.kind)}."
+    elif limit.max is None:
+        said = f"{who} may use any number of {plural(2, limit.kind)}, counted {_each(limit)}."
+    else:
+        said = f"{who} {may} use {amount(limit.max, limit.kind)} {_each(limit)}."
+    if limit.counts:
+        said += f" {_weights(limit.counts)}."
+    if limit.mode == "observe" and limit.max is not None:
+        said += " More is only observed: it is not denied."
+    return said
+
+
+def _each(limit: Limit) -> str:
+    whose = "their" if limit.scope == "member" else "the group's"
+    number, unit = number_and_unit(limit.period)
+    if limit.period == "lifetime":
+        return "in total"
+    if limit.starts == "rolling":
+        return f"in any {length(limit.period)}"
+    if limit.starts == "first_use":
+        return f"in the {length(limit.period)} from {whose if limit.scope == 'member' else 'the'} first use"
+    each = f"each {unit}" if number == 1 else f"every {length(limit.period)}"
+    return each + (f", counted from {whose} anchor" if limit.starts == "anchor" else "")
+
+
+def _weights(counts: Mapping[str, int]) -> str:
+    first, *others = ((_one(kind), f"{weight:,}") for kind, weight in counts.items())
+    return ", ".join([f"{first[0].capitalize()} takes {first[1]} of them", *(f"{kind} {by}" for kind, by in others)])
+
+
+def _one(kind: str) -> str:
+    word = plural(1, kind)
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
