@@ -203,6 +203,8 @@ def group(groups: GroupManager, limits: TokenLimits, user: LocalUser) -> Group:
             Limit(kind="video", max=4, period="hour", scope="member"),
             Limit(kind="audio", max=None),
             Limit(kind="text", max=0),
+            Limit(kind="credits", max=90, period="24 hours", starts="rolling", counts={"speech": 1, "tokens": 8}),
+            Limit(kind="speech", max=1, period="5 hours", starts="first_use", mode="observe"),
         ],
     )
     groups.add_member(group.id, user.id)

@@ -238,6 +238,120 @@ class TestAnAdminsDay:
             page.evaluate(hide, False)
 
 
+class TestLimitsEditor:
+    def test_says_what_a_limit_will_do_while_it_is_typed(self, sign_in: SignIn, groups: GroupManager) -> None:
+        page = sign_in()
+        page.get_by_role("button", name="New group").first.click()
+        dialog = page.get_by_role("dialog", name="New group")
+        dialog.get_by_label("Name").fill("Pro")
+        dialog.get_by_role("button", name="Add a limit").click()
+        row = dialog.get_by_role("group", name="Limit", exact=True).last
+        row.get_by_label("Kind").fill("image")
+        maximum = row.get_by_label("Maximum")
+        maximum.fill("40")
+        expect(row).to_contain_text("All members together may use 40 images each month.")
+        expect(maximum).to_be_focused()
+        row.get_by_label("Who").select_option("Each member")
+        row.get_by_label("How many periods").fill("3")
+        row.get_by_label("Period", exact=True).select_option("hour")
+        expect(row).to_contain_text("With this period, select “Rolling” or “From first use” or “From an anchor”.")
+        row.get_by_label("Starts").select_option("Rolling")
+        expect(row).to_contain_text("Each member may use 40 images in any 3 hours.")
+        row.get_by_text("Pool, only observe").click()
+        row.get_by_label("Counts").fill("image 1, video 8")
+        row.get_by_label("Kind").fill("credits")
+        row.get_by_label("Only observe").check()
+        expect(row).to_contain_text(
+            "Each member should use 40 credits in any 3 hours. An image takes 1 of them, a video 8. "
+            "More is only observed: it is not denied."
+        )
+        first = dialog.get_by_role("group", name="Limit", exact=True).first
+        first.get_by_role("button", name="Remove this limit").click()
+        dialog.get_by_role("button", name="Create group").click()
+        expect(page.get_by_text("Pro was created.")).to_be_visible()
+        counts = {"image": 1, "video": 8}
+        given = Limit(
+            kind="credits", max=40, period="3 hours", scope="member", starts="rolling", counts=counts, mode="observe"
+        )
+        assert groups.get_by_name("Pro").limits == (given,)
+
+    def test_saving_something_else_loses_nothing(self, sign_in: SignIn, groups: GroupManager) -> None:
+        given = groups.create(
+            "Pro",
+            limits=[
+                Limit(kind="credits", max=9, period="year", starts="anchor", counts={"image": 1, "video": 8}),
+                Limit(kind="image", max=None, period="5 hours", scope="member", starts="first_use"),
+                Limit(kind="image", max=2, period="30 days", starts="rolling", mode="observe"),
+            ],
+        )
+        page = sign_in()
+        page.get_by_role("button", name="Edit Pro").click()
+        dialog = page.get_by_role("dialog", name="Edit group")
+        dialog.get_by_label("Description").fill("typed")
+        dialog.get_by_role("button", name="Save").click()
+        expect(page.get_by_text("Pro was saved.")).to_be_visible()
+        saved = groups.get(given.id)
+        assert (saved.description, saved.limits) == ("typed", given.limits)
+
+    def test_what_can_not_be_is_said_below_the_limit(self, sign_in: SignIn, groups: GroupManager) -> None:
+        pro = groups.create("Pro", limits=[Limit(kind="image", max=1, period="month")])
+        page = sign_in(width=360)
+        page.get_by_role("button", name="Edit Pro").click()
+        dialog = page.get_by_role("dialog", name="Edit group")
+        dialog.get_by_label("Starts").select_option("Rolling")
+        dialog.get_by_role("button", name="Save").click()
+        expect(dialog.get_by_label("Starts")).to_be_focused()
+        expect(dialog.get_by_label("Starts")).to_have_attribute("aria-invalid", "true")
+        fits(page)
+        dialog.get_by_label("Period", exact=True).select_option("in total")
+        expect(dialog.get_by_label("How many periods")).to_be_hidden()
+        dialog.get_by_label("Starts").select_option("By the calendar")
+        dialog.get_by_role("button", name="Save").click()
+        expect(page.get_by_text("Pro was saved.")).to_be_visible()
+        assert groups.get(pro.id).limits == (Limit(kind="image", max=1),)
+
+
+class TestWindows:
+    def test_are_said_and_live(
+        self, sign_in: SignIn, groups: GroupManager, limits: TokenLimits, newcomer: LocalUser
+    ) -> None:
+        pro = groups.create(
+            "Pro",
+            limits=[
+                Limit(kind="credits", max=90, period="3 hours", starts="rolling", counts={"image": 1, "video": 8}),
+                Limit(kind="image", max=50, period="5 hours", starts="first_use"),
+                Limit(kind="video", max=1, period="day", mode="observe"),
+            ],
+        )
+        groups.add_member(pro.id, newcomer.id)
+        page = sign_in()
+        shown = page.get_by_role("article", name="Pro").locator(".limit")
+        expect(shown).to_contain_text(["nothing used", "starts with the first use", "observed"])
+        limits.track(newcomer.id, "image", 10)
+        limits.track(newcomer.id, "video", 10)
+        # without loading the page again
+        expect(shown.nth(0)).to_contain_text(re.compile(r"90 of 90 used in the last 3 hours\s*more room in [23]h"))
+        expect(shown.nth(1)).to_contain_text(re.compile(r"10 of 50 used\s*resets in [45]h"))
+        expect(shown.nth(2)).to_contain_text("would deny")
+        expect(shown.nth(2)).to_have_class(re.compile("is-none"))
+        page.get_by_role("link", name="Pro").click()
+        expect(page.get_by_role("region", name="Limits")).to_contain_text("Counts image by 1, video by 8")
+
+    def test_who_is_at_a_limit_of_two_with_the_same_period(
+        self, sign_in: SignIn, groups: GroupManager, limits: TokenLimits, newcomer: LocalUser
+    ) -> None:
+        at = [Limit(kind="image", max=max_, period="day", scope="member") for max_ in (10, 99)]
+        pro = groups.create("Pro", limits=[at[0].model_copy(update={"starts": "rolling"}), at[1]])
+        groups.add_member(pro.id, newcomer.id)
+        limits.track(newcomer.id, "image", 10)
+        page = sign_in()
+        page.goto(f"{page.url}groups/{pro.id}")
+        page.get_by_role("button", name="1 member at their limit, 1 at 90 % or more").click()
+        dialog = page.get_by_role("dialog", name="Members at their limit")
+        expect(dialog).to_contain_text("10 images in any day, each member")
+        expect(dialog.get_by_role("row").nth(1)).to_contain_text("10 of 10")
+
+
 class TestGroupPage:
     def test_shows_history_members_and_usage_and_refunds(
         self, sign_in: SignIn, group: Group, groups: GroupManager, user: LocalUser
