@@ -330,7 +330,7 @@ class TestWindows:
         limits.track(newcomer.id, "image", 10)
         limits.track(newcomer.id, "video", 10)
         # without loading the page again
-        expect(shown.nth(0)).to_contain_text(re.compile(r"90 of 90 used in the last 3 hours\s*more room in [23]h"))
+        expect(shown.nth(0)).to_contain_text(re.compile(r"90 of 90 used in the last 3 hours\s*room in [23]h"))
         expect(shown.nth(1)).to_contain_text(re.compile(r"10 of 50 used\s*resets in [45]h"))
         expect(shown.nth(2)).to_contain_text("would deny")
         expect(shown.nth(2)).to_have_class(re.compile("is-none"))

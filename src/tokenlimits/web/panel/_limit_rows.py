@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import cast, get_args
+from typing import get_args
 
 from pydantic import ValidationError
 from starlette.datastructures import FormData, QueryParams
 
 from tokenlimits import InvalidRequest, Limit
-from tokenlimits._limits import number_and_unit, start
-from tokenlimits.models import SinglePeriod, Starts
+from tokenlimits.models import SinglePeriod
+from tokenlimits.web._periods import number_and_unit
 
 from . import _words
 
@@ -125,8 +125,8 @@ class LimitRow:
 
 def _can_start(starts: str, period: str) -> bool:
     try:
-        start(cast("Starts", starts), period)
-    except ValueError:
+        Limit.model_validate({"kind": "image", "max": 0, "period": period, "starts": starts})
+    except ValidationError:
         return False
     return True
 

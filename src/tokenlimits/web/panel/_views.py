@@ -53,7 +53,7 @@ class Meter:
     @property
     def room(self) -> str:
         """What the moment brings at which a period ends, before how long that takes."""
-        return "more room" if self.limit.starts == "rolling" else "resets"
+        return "room" if self.limit.starts == "rolling" else "resets"
 
     @property
     def never(self) -> str:

@@ -177,7 +177,11 @@ dialog?.addEventListener(
     const { sets, yes, no } = event.target.dataset;
     if (sets) row.querySelector(`[name=${sets}]`).value = event.target.checked ? yes : no;
     keep(row.querySelector("[name=max]"), row.querySelector("[name=unlimited]").value === "yes", "");
-    keep(row.querySelector("[name=number]"), ["year", "lifetime"].includes(row.querySelector("[name=unit]").value), "1");
+    keep(
+      row.querySelector("[name=number]"),
+      ["year", "lifetime"].includes(row.querySelector("[name=unit]").value),
+      "1",
+    );
   },
   true,
 );
@@ -229,7 +233,8 @@ function showMoment(element) {
 }
 function tick() {
   const now = Date.now();
-  for (const element of document.querySelectorAll("time[data-moment], time[data-countdown]:not([hidden])")) showMoment(element);
+  for (const element of document.querySelectorAll("time[data-moment], time[data-countdown]:not([hidden])"))
+    showMoment(element);
   for (const element of document.querySelectorAll("time[data-countdown]:not([hidden])")) {
     const words = `${element.dataset.countdown} in ${inWords(Date.parse(element.dateTime) - now)} · ${element.dataset.words}`;
     if (element.textContent !== words) element.textContent = words;
