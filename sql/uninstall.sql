@@ -61,6 +61,7 @@ begin
             'delete_group',
             'export_history',
             'export_usage',
+            'extend_generation',
             'find_groups',
             'find_users',
             'find_users_by_email',

@@ -101,6 +101,7 @@ RETURNS = {
     "check_generation": "TrackResult",
     "commit_generation": "TrackResult",
     "delete_group": "Group",
+    "extend_generation": "TrackResult",
     "export_history": "{ rows: UsageSum[]; until: Timestamp; next: Json | null }",
     "export_usage": "{ rows: UsageRecord[]; until: Timestamp; next: Json | null }",
     "find_groups": "Group[]",

@@ -334,9 +334,14 @@ export type Functions = {
     Args: { p_user_id: Uuid; p_kind: string; p_cost?: number; p_group_id?: Uuid }
     Returns: TrackResult
   }
-  /** Commits a hold: charges the reserved cost, or less. */
+  /** Commits a hold: charges the reserved cost, or less; with the overage 'charge' also more, past the limits' max. */
   commit_generation: {
-    Args: { p_usage_id: Uuid; p_cost?: number }
+    Args: { p_usage_id: Uuid; p_cost?: number; p_overage?: string }
+    Returns: TrackResult
+  }
+  /** Lets a hold expire p_ttl seconds from now, but not earlier than before, nor over 30 days after it was made. */
+  extend_generation: {
+    Args: { p_usage_id: Uuid; p_ttl?: number }
     Returns: TrackResult
   }
   /** Records past usage, or usage from elsewhere: moves the counters of its period and never denies. */
@@ -398,9 +403,9 @@ export type Functions = {
     Returns: UserLimit[]
   }
   // For admins
-  /** Adds users to a group; returns how many were added, how many were already members, and which ids are unknown. */
+  /** Adds users to a group, their anchored periods counted from a moment; returns how many were added, how many were already members, and which ids are unknown. */
   add_group_members: {
-    Args: { p_group_id: Uuid; p_user_ids: Uuid[] }
+    Args: { p_group_id: Uuid; p_user_ids: Uuid[]; p_anchor_at?: Timestamp }
     Returns: { added: number; already: number; unknown: Uuid[] }
   }
   /** Deletes a group with its limits and memberships; the ledger stays. */
@@ -484,9 +489,9 @@ export type Functions = {
     Args: { p_usage_id: Uuid }
     Returns: TrackResult
   }
-  /** Removes one limit of a group; a missing limit is no error. */
+  /** Removes one limit of a group, named by as much as tells it from others; a missing limit is no error. */
   remove_group_limit: {
-    Args: { p_group_id: Uuid; p_kind: string; p_period: Period; p_scope: Scope }
+    Args: { p_group_id: Uuid; p_kind: string; p_period?: Period; p_scope?: Scope; p_starts?: string }
     Returns: Group
   }
   /** Removes users from a group, and says how many were in it; their usage stays. */
@@ -511,10 +516,11 @@ export type Functions = {
       p_limits?: Limit[]
       p_id?: Uuid
       p_updated_at?: Timestamp
+      p_anchor_at?: Timestamp
     }
     Returns: Group
   }
-  /** Adds one limit to a group, or changes its max. */
+  /** Adds one limit to a group, or changes its max, its mode or what it counts. */
   set_group_limit: {
     Args: { p_group_id: Uuid; p_limit: Limit }
     Returns: Group

@@ -114,6 +114,7 @@ begin
         'delete_group',
         'export_history',
         'export_usage',
+        'extend_generation',
         'find_groups',
         'find_users',
         'find_users_by_email',
@@ -217,6 +218,8 @@ begin
         'expired_of_limit',
         'export_history',
         'export_usage',
+        'extend_generation',
+        'find_usage',
         'find_users',
         'find_users_by_email',
         'first_moment',
@@ -3121,10 +3124,8 @@ begin
   and (p_idempotency_key is null or char_length(p_idempotency_key) between 1 and 255)
   and (p_metadata is null or tokenlimits.is_metadata(p_metadata))) is not true then
     perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key);
-  elsif p_ttl is null or p_ttl not between 1 and 2592000 then
-    perform tokenlimits.refuse(
-      'TL001', 'ttl: must be from 1 second to 30 days, in seconds', 'ttl', 'Nothing was reserved.'
-    );
+  elsif (p_ttl between 1 and 2592000) is not true then
+    perform tokenlimits.refuse('TL001', 'ttl: must be from 1 second to 30 days, in seconds', 'ttl', 'Nothing was reserved.');
   elsif current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
     perform tokenlimits.refuse_transaction();
   end if;
@@ -3844,7 +3845,11 @@ is 'tokenlimits: Moves a counter that looks full, if expired holds leave enough 
 revoke execute on function tokenlimits.squeeze(tokenlimits.limit_state, bigint, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
 
-create or replace function tokenlimits.move_usage(p_moves tokenlimits.usage_move[], p_at timestamptz)
+create or replace function tokenlimits.move_usage(
+  p_moves tokenlimits.usage_move[],
+  p_at timestamptz,
+  p_judges bigint[] default null
+)
 returns void
 language plpgsql
 volatile
@@ -3882,7 +3887,7 @@ begin
   );
   for v_move in
     select s.place, sum(m.cost * case when s.counts is null then 1 else (s.counts ->> m.kind)::bigint end)::bigint as cost, max(m.created_at) as last,
-      bool_or(m.enforced) and s.mode = 'enforce' as enforced, bool_or(m.created_at < s.since) as is_over
+      bool_or(m.enforced) and s.mode = 'enforce' and (p_judges is null or s.counter_id = any(p_judges)) as enforced, bool_or(m.created_at < s.since) as is_over
     from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
   used, expired, is_open, group_name, timezone, place)
     inner join (
@@ -3895,7 +3900,7 @@ begin
       on
         m.group_id = s.group_id and m.subject = s.subject and m.scope = s.scope and (s.counts is null and s.kind = m.kind or s.counts ? m.kind)
         -- an enforced move can't be skipped: its period ended after it was judged
-        and (m.created_at >= s.since or (m.enforced and s.mode = 'enforce'))
+        and (m.created_at >= s.since or (m.enforced and s.mode = 'enforce' and (p_judges is null or s.counter_id = any(p_judges))))
     group by s.place, s.scope, s.subject, s.counter_id, s.mode
     order by s.scope = 'group', s.subject, s.counter_id
   loop
@@ -3932,10 +3937,10 @@ begin
 end
 $$;
 
-comment on function tokenlimits.move_usage(tokenlimits.usage_move[], timestamptz)
+comment on function tokenlimits.move_usage(tokenlimits.usage_move[], timestamptz, bigint[])
 is 'tokenlimits: Moves rollup and counters by many moves at once, or raises TL099.';
 
-revoke execute on function tokenlimits.move_usage(tokenlimits.usage_move[], timestamptz)
+revoke execute on function tokenlimits.move_usage(tokenlimits.usage_move[], timestamptz, bigint[])
 from public, anon, authenticated, service_role;
 
 -- Locks some expired holds of a group and kind, the oldest first. Skips those that another call has locked, to settle
@@ -4184,12 +4189,15 @@ from public, anon, authenticated, service_role;
 
 -- 74_settle.sql
 
--- Settling: commit or release a hold, refund a committed usage.
+-- Settling: commit or release a hold, refund a committed usage; and extending a hold.
 --
 -- Invariants
 --   * Each usage settles at most once; repeating the same settlement changes nothing and returns the same answer.
 --   * Settling needs only the usage's id: not the member, not the group, not the limit.
---   * An expired hold may be committed while its periods last, if there is room.
+--   * An expired hold may be committed if it has room in those limits whose period still contains it, and there is one.
+--   * A commit that charges an overage is never refused for lack of room: like record, it may take counters past max.
+--   * A hold's counters are locked whenever it ends or goes on, and the clock is read again afterwards: a call that has
+--     taken the room of an expired hold came before or after that.
 
 -- The new status of a usage after a settlement; null if it already has it. Raises an error if the settlement is
 -- invalid.
@@ -4197,6 +4205,7 @@ create or replace function tokenlimits.settled_status(
   p_usage public.generation_usage,
   p_action text,
   p_cost bigint,
+  p_charges boolean,
   p_at timestamptz
 )
 returns text
@@ -4206,10 +4215,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_action = 'commit' and p_usage.reserved_cost is not null then
-    if p_cost not between 0 and p_usage.reserved_cost then
+    if p_charges and p_cost not between 0 and 1000000000 then
+      perform tokenlimits.refuse(
+        'TL001', 'cost: must be from 0 to 1000000000', 'cost', 'The hold is unchanged.'
+      );
+    elsif not p_charges and p_cost not between 0 and p_usage.reserved_cost then
       perform tokenlimits.refuse(
         'TL001', format('cost: must be from 0 to the reserved cost of %s', p_usage.reserved_cost), 'cost',
-        'The hold is unchanged.'
+        'The hold is unchanged. To charge more than was reserved, pass the overage "charge".'
       );
     elsif p_usage.status in ('reserved', 'expired') then
       return 'committed';
@@ -4244,44 +4257,88 @@ begin
 end
 $$;
 
-comment on function tokenlimits.settled_status(public.generation_usage, text, bigint, timestamptz)
+comment on function tokenlimits.settled_status(public.generation_usage, text, bigint, boolean, timestamptz)
 is 'tokenlimits: The status after a settlement; null if the usage was already settled so.';
 
-revoke execute on function tokenlimits.settled_status(public.generation_usage, text, bigint, timestamptz)
+revoke execute on function tokenlimits.settled_status(public.generation_usage, text, bigint, boolean, timestamptz)
 from public, anon, authenticated, service_role;
 
--- A commit after the hold expired counts as a new usage at the old moment: only while all its periods last, and only if
--- there is room.
+-- A commit after the hold expired counts as a new usage at the old moment. It needs room in the limits whose period
+-- still contains that moment, which are returned; the other limits no longer count it.
 create or replace function tokenlimits.require_room(p_usage public.generation_usage, p_cost bigint, p_at timestamptz)
-returns void
+returns bigint[]
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_state tokenlimits.limit_state;
+  v_is_limited boolean := false;
+  v_has_room boolean := true;
+  v_judges bigint[] := '{}';
 begin
-  foreach v_state in array tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], array[p_usage.kind], p_at) loop
-    continue when v_state.mode = 'observe';
-    if p_usage.created_at < v_state.since or not (v_state.max is null or v_state.used + p_cost * v_state.weight <= v_state.max) then
-      perform tokenlimits.refuse(
-        'TL007',
-        format('hold %s expired at %s, and its cost of %s no longer fits', p_usage.id, p_usage.expires_at, p_cost),
-        p_usage.id::text,
-        'Nothing was charged. Reserve for longer, or charge it anyway with record_generation.'
-      );
+  foreach v_state in array
+    tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], array[p_usage.kind], p_at)
+  loop
+    continue when v_state.mode <> 'enforce';
+    v_is_limited := true;
+    if p_usage.created_at >= v_state.since then
+      v_judges := v_judges || v_state.counter_id;
+      v_has_room := v_has_room and (v_state.max is null or v_state.used + p_cost * v_state.weight <= v_state.max);
     end if;
   end loop;
+  if not v_has_room or (v_is_limited and v_judges = '{}') then
+    perform tokenlimits.refuse(
+      'TL007',
+      format('hold %s expired at %s, and its cost of %s no longer fits', p_usage.id, p_usage.expires_at, p_cost),
+      p_usage.id::text,
+      'Nothing was charged. Reserve for longer or extend the hold in time, or charge it anyway with the overage "charge".'
+    );
+  end if;
+  return v_judges;
 end
 $$;
 
 comment on function tokenlimits.require_room(public.generation_usage, bigint, timestamptz)
-is 'tokenlimits: Raises TL007 unless an expired hold may still be committed.';
+is 'tokenlimits: The limits that judge the commit of an expired hold; raises TL007 unless it may still be committed.';
 
 revoke execute on function tokenlimits.require_room(public.generation_usage, bigint, timestamptz)
 from public, anon, authenticated, service_role;
 
-create or replace function tokenlimits.settle(p_usage_id uuid, p_action text, p_cost bigint default null)
+-- Finds a usage, and keeps the limits of its group unchanged. What was read may be out of date once its row is locked.
+create or replace function tokenlimits.find_usage(p_usage_id uuid)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_group_id uuid;
+begin
+  select u.group_id into v_group_id from public.generation_usage as u where u.id = p_usage_id;
+  if not found then
+    perform tokenlimits.refuse(
+      'TL005', format('there is no usage %s', coalesce(p_usage_id::text, 'null')), p_usage_id::text,
+      'Pass the usage_id of an allowed answer.'
+    );
+  end if;
+  perform tokenlimits.lock_groups(array[v_group_id]);
+end
+$$;
+
+comment on function tokenlimits.find_usage(uuid)
+is 'tokenlimits: Keeps the limits of a usage''s group unchanged until the transaction ends; raises TL005 if there is '
+'no such usage.';
+
+revoke execute on function tokenlimits.find_usage(uuid)
+from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.settle(
+  p_usage_id uuid,
+  p_action text,
+  p_cost bigint default null,
+  p_charges boolean default false
+)
 returns json
 language plpgsql
 volatile
@@ -4293,16 +4350,10 @@ declare
   v_move tokenlimits.usage_move;
   v_cost bigint;
   v_status text;
-  v_is_late boolean;
+  v_needs_room boolean;
+  v_judges bigint[];
 begin
-  select * into v_usage from public.generation_usage as u where u.id = p_usage_id;
-  if not found then
-    perform tokenlimits.refuse(
-      'TL005', format('there is no usage %s', coalesce(p_usage_id::text, 'null')), p_usage_id::text,
-      'Pass the usage_id of an allowed answer.'
-    );
-  end if;
-  perform tokenlimits.lock_groups(array[v_usage.group_id]);
+  perform tokenlimits.find_usage(p_usage_id);
   loop
     begin
       select * into v_usage from public.generation_usage as u where u.id = p_usage_id for update;
@@ -4310,14 +4361,12 @@ begin
       -- that was set back would loop for ever
       v_at := greatest(tokenlimits.clock(), v_usage.created_at, v_at);
       v_cost := case p_action when 'commit' then coalesce(p_cost, v_usage.reserved_cost) else v_usage.cost end;
-      v_status := tokenlimits.settled_status(v_usage, p_action, v_cost, v_at);
+      v_status := tokenlimits.settled_status(v_usage, p_action, v_cost, p_charges, v_at);
       if v_status is not null then
-        v_is_late := v_status = 'committed' and (v_usage.status not in ('reserved', 'committed')
-or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at));
-        if v_is_late then
-          perform tokenlimits.require_room(v_usage, v_cost, v_at);
-        end if;
-        v_move := row(v_usage.group_id, v_usage.kind, v_usage.user_id, v_usage.created_at, 0, 0, v_is_late);
+        v_needs_room := v_status = 'committed' and (v_usage.status not in ('reserved', 'committed')
+or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at)) and not p_charges;
+        v_judges := case when v_needs_room then tokenlimits.require_room(v_usage, v_cost, v_at) end;
+        v_move := row(v_usage.group_id, v_usage.kind, v_usage.user_id, v_usage.created_at, 0, 0, v_needs_room);
         if v_status = 'committed' then
           v_move.cost := v_cost;
           v_move.generations := 1;
@@ -4334,8 +4383,11 @@ or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at));
           settled_at = case v_status when 'expired' then u.expires_at else v_at end
         where u.id = p_usage_id
         returning * into v_usage;
-        perform tokenlimits.move_usage(array[v_move], v_at);
-        if v_status = 'committed' and not v_is_late and v_usage.expires_at <= tokenlimits.clock() then
+        perform tokenlimits.move_usage(array[v_move], v_at, v_judges);
+        if
+          v_status = 'committed' and not v_needs_room and not p_charges
+          and v_usage.expires_at <= tokenlimits.clock()
+        then
           -- it expired before its counters were locked: another call may have taken its room
           raise sqlstate 'TL099';
         end if;
@@ -4356,13 +4408,13 @@ or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at));
 end
 $$;
 
-comment on function tokenlimits.settle(uuid, text, bigint)
+comment on function tokenlimits.settle(uuid, text, bigint, boolean)
 is 'tokenlimits: What commit, release and refund have in common.';
 
-revoke execute on function tokenlimits.settle(uuid, text, bigint)
+revoke execute on function tokenlimits.settle(uuid, text, bigint, boolean)
 from public, anon, authenticated, service_role;
 
-create or replace function tokenlimits.commit_generation(p_usage_id uuid, p_cost bigint)
+create or replace function tokenlimits.commit_generation(p_usage_id uuid, p_cost bigint, p_overage text)
 returns json
 language plpgsql
 volatile
@@ -4371,7 +4423,12 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return tokenlimits.settle(p_usage_id, 'commit', p_cost);
+  if (p_overage in ('reject', 'charge')) is not true then
+    perform tokenlimits.refuse(
+      'TL001', 'overage: must be "reject" or "charge"', 'overage', 'The hold is unchanged.'
+    );
+  end if;
+  return tokenlimits.settle(p_usage_id, 'commit', p_cost, p_overage = 'charge');
 end
 $$;
 
@@ -4404,7 +4461,8 @@ $$;
 
 create or replace function public.commit_generation(
   p_usage_id uuid,
-  p_cost bigint default null
+  p_cost bigint default null,
+  p_overage text default 'reject'
 )
 returns json
 language plpgsql
@@ -4414,27 +4472,29 @@ as $$
 begin
   return tokenlimits.commit_generation(
     p_usage_id,
-    p_cost
+    p_cost,
+    p_overage
   );
 end
 $$;
 
-comment on function public.commit_generation(uuid, bigint)
-is 'tokenlimits: Commits a hold: charges the reserved cost, or less.';
+comment on function public.commit_generation(uuid, bigint, text)
+is 'tokenlimits: Commits a hold: charges the reserved cost, or less; with the overage ''charge'' also more, past the '
+'limits'' max.';
 
-revoke execute on function public.commit_generation(uuid, bigint)
+revoke execute on function public.commit_generation(uuid, bigint, text)
 from public, anon, authenticated, service_role;
 
-grant execute on function public.commit_generation(uuid, bigint)
+grant execute on function public.commit_generation(uuid, bigint, text)
 to service_role;
 
-comment on function tokenlimits.commit_generation(uuid, bigint)
+comment on function tokenlimits.commit_generation(uuid, bigint, text)
 is 'tokenlimits: The private half of public.commit_generation.';
 
-revoke execute on function tokenlimits.commit_generation(uuid, bigint)
+revoke execute on function tokenlimits.commit_generation(uuid, bigint, text)
 from public, anon, authenticated, service_role;
 
-grant execute on function tokenlimits.commit_generation(uuid, bigint)
+grant execute on function tokenlimits.commit_generation(uuid, bigint, text)
 to service_role;
 
 create or replace function public.release_generation(
@@ -4502,6 +4562,113 @@ from public, anon, authenticated, service_role;
 
 grant execute on function tokenlimits.refund_generation(uuid)
 to authenticated, service_role;
+
+-- Moves the expiry of a hold to p_ttl seconds from now, not to an earlier moment, and not beyond 30 days after the hold
+-- was made.
+create or replace function tokenlimits.extend_generation(p_usage_id uuid, p_ttl bigint)
+returns json
+language plpgsql
+volatile
+-- definer: counters are private, and only these functions write the ledger
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_at timestamptz;
+  v_usage public.generation_usage;
+  v_expires_at timestamptz;
+begin
+  if (p_ttl between 1 and 2592000) is not true then
+    perform tokenlimits.refuse('TL001', 'ttl: must be from 1 second to 30 days, in seconds', 'ttl', 'The hold is unchanged.');
+  end if;
+  perform tokenlimits.find_usage(p_usage_id);
+  loop
+    begin
+      select * into v_usage from public.generation_usage as u where u.id = p_usage_id for update;
+      v_at := greatest(tokenlimits.clock(), v_usage.created_at, v_at);
+      if v_usage.status not in ('reserved', 'expired') then
+        perform tokenlimits.refuse(
+          'TL006',
+          format('usage %s is already %s with a cost of %s, so it can''t be extended', v_usage.id, v_usage.status,
+            v_usage.cost),
+          v_usage.status,
+          'Only a hold that is neither settled nor expired can be extended.'
+        );
+      elsif v_usage.status = 'expired' or v_usage.expires_at <= v_at then
+        perform tokenlimits.refuse(
+          'TL007',
+          format('hold %s expired at %s, so it can''t be extended', v_usage.id, v_usage.expires_at),
+          v_usage.id::text,
+          'Extend a hold before it expires, or reserve for longer. It may still be committed if there is room.'
+        );
+      end if;
+      v_expires_at := v_usage.expires_at;
+      update public.generation_usage as u
+      set
+        expires_at = greatest(
+          u.expires_at, least(v_at + make_interval(secs => p_ttl), u.created_at + interval '30 days')
+        )
+      where u.id = p_usage_id
+      returning * into v_usage;
+      update tokenlimits.holds as h
+      set expires_at = v_usage.expires_at
+      where h.user_id = v_usage.user_id and h.usage_id = p_usage_id;
+      -- moves nothing, but locks the counters
+      perform tokenlimits.move_usage(
+        array[row(
+          v_usage.group_id, v_usage.kind, v_usage.user_id, v_usage.created_at, 0, 0, false
+        )::tokenlimits.usage_move],
+        v_at
+      );
+      if v_expires_at <= tokenlimits.clock() then
+        -- it expired before its counters were locked: another call may have taken its room
+        raise sqlstate 'TL099';
+      end if;
+      return tokenlimits.usage_answer(v_usage, greatest(v_at, tokenlimits.clock()), p_replayed => false);
+    exception
+      when sqlstate 'TL099' then
+        -- everything is rolled back, to be judged again
+        null;
+    end;
+  end loop;
+end
+$$;
+
+create or replace function public.extend_generation(
+  p_usage_id uuid,
+  p_ttl bigint default 3600
+)
+returns json
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return tokenlimits.extend_generation(
+    p_usage_id,
+    p_ttl
+  );
+end
+$$;
+
+comment on function public.extend_generation(uuid, bigint)
+is 'tokenlimits: Lets a hold expire p_ttl seconds from now, but not earlier than before, nor over 30 days after it was '
+'made.';
+
+revoke execute on function public.extend_generation(uuid, bigint)
+from public, anon, authenticated, service_role;
+
+grant execute on function public.extend_generation(uuid, bigint)
+to service_role;
+
+comment on function tokenlimits.extend_generation(uuid, bigint)
+is 'tokenlimits: The private half of public.extend_generation.';
+
+revoke execute on function tokenlimits.extend_generation(uuid, bigint)
+from public, anon, authenticated, service_role;
+
+grant execute on function tokenlimits.extend_generation(uuid, bigint)
+to service_role;
 
 -- 76_batch_requests.sql
 
@@ -8222,6 +8389,7 @@ declare
     'delete_group',
     'export_history',
     'export_usage',
+    'extend_generation',
     'find_groups',
     'find_users',
     'find_users_by_email',

@@ -217,10 +217,8 @@ begin
   if ({{ is_request('p_user_id', 'p_kind', 'p_cost', 'p_idempotency_key', 'p_metadata') | indent(2) }}) is not true then
     perform tokenlimits.refuse_request(p_user_id, p_kind, p_cost, p_idempotency_key);
   {%- if operation == 'reserve' %}
-  elsif p_ttl is null or p_ttl not between 1 and 2592000 then
-    perform tokenlimits.refuse(
-      'TL001', 'ttl: must be from 1 second to 30 days, in seconds', 'ttl', 'Nothing was reserved.'
-    );
+  elsif ({{ is_ttl('p_ttl') }}) is not true then
+    {{ refuse_ttl('Nothing was reserved.') | indent(4) }}
   {%- elif operation == 'record' %}
   elsif p_created_at > tokenlimits.clock() + interval '1 minute' then
     -- clocks may differ by a minute

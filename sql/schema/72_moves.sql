@@ -43,7 +43,11 @@ $$;
   "Moves a counter that looks full, if expired holds leave enough room; otherwise raises TL099."
 ) }}
 
-create or replace function tokenlimits.move_usage(p_moves tokenlimits.usage_move[], p_at timestamptz)
+create or replace function tokenlimits.move_usage(
+  p_moves tokenlimits.usage_move[],
+  p_at timestamptz,
+  p_judges bigint[] default null
+)
 returns void
 language plpgsql
 volatile
@@ -52,11 +56,11 @@ as $$
 declare
   {{ variables_of_moves() | indent(2) }}
 begin
-  {{ move_all('p_moves', 'p_at') | indent(2) }}
+  {{ move_all('p_moves', 'p_at', judges='p_judges') | indent(2) }}
 end
 $$;
 {{ private(
-  'move_usage(tokenlimits.usage_move[], timestamptz)',
+  'move_usage(tokenlimits.usage_move[], timestamptz, bigint[])',
   "Moves rollup and counters by many moves at once, or raises TL099."
 ) }}
 

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from ._core.hold import Hold
+from ._drivers.holds import AsyncHold, Hold
 from .async_client import AsyncTokenLimits, atrack_generation
 from .async_groups import AsyncGroupManager
 from .client import TokenLimits, track_generation
@@ -23,6 +23,7 @@ __version__ = _version("tokenlimits")
 
 __all__ = [
     "AsyncGroupManager",
+    "AsyncHold",
     "AsyncTokenLimits",
     "ConfigurationError",
     "GenerationDenied",

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
+from functools import partial
 from typing import Any, Self
 from uuid import UUID
 
@@ -13,15 +14,16 @@ from supabase import AsyncClient
 
 from ._core import arguments, workers
 from ._core.call import Call
-from ._core.hold import Hold
 from ._core.workers import DEFAULT_TTL, Settlement
 from ._drivers import limited, sessions
 from ._drivers.base import DEFAULT_TIMEOUT, AsyncBase
 from ._drivers.coalescing import AsyncCoalescer
 from ._drivers.generations import AsyncGeneration
+from ._drivers.heartbeat import AsyncHeartbeat
+from ._drivers.holds import AsyncHold
 from ._drivers.limited import AsyncFunction
 from .errors import ServiceUnavailable
-from .models import GenerationRequest, OnUnavailable, TrackResult, UserLimit
+from .models import GenerationRequest, OnUnavailable, Overage, TrackResult, UserLimit
 from .senders import AsyncSender
 
 __all__ = ["AsyncTokenLimits", "atrack_generation"]
@@ -37,8 +39,8 @@ class AsyncTokenLimits(AsyncBase):
             close it. Without one, see `from_env`. Or an `AsyncSender`, which answers calls in a way of its own.
         timeout: Seconds for one call, including its retries.
         on_unavailable: What `track`, `check` and `reserve` do when Supabase can't be reached: `"raise"`
-            ServiceUnavailable, `"allow"` the generation (it is not recorded), or `"deny"` it. With `"allow"`, `commit`
-            and `release` don't raise it either. A wrong key or a missing schema always raises an error.
+            ServiceUnavailable, `"allow"` the generation (it is not recorded), or `"deny"` it. With `"allow"`, `commit`,
+            `release` and `extend` don't raise it either. A wrong key or a missing schema always raises an error.
         coalesce: Combine calls of `track` into one request: while a request is under way, further calls queue for the
             next one. Each call still has its own result, error and timeout. A lone call is sent at once.
         schema: The schema that tokenlimits is installed in; by default `TOKENLIMITS_SCHEMA` from the environment or
@@ -68,6 +70,7 @@ class AsyncTokenLimits(AsyncBase):
         self._on_unavailable: OnUnavailable = arguments.policy(on_unavailable)
         together = arguments.flag(coalesce, "coalesce")
         self._coalescer = AsyncCoalescer(self._transport.send, self._timeout) if together else None
+        self._heartbeat = AsyncHeartbeat(self._transport.send)
 
     @classmethod
     def from_env(
@@ -319,21 +322,25 @@ class AsyncTokenLimits(AsyncBase):
         call = workers.reserve(user_id, kind, cost, ttl, idempotency_key, group_id, metadata)
         return await self._judged(call)
 
-    async def commit(self, usage_id: UUID | str | None, cost: int | None = None) -> TrackResult:
-        """Settle a hold for what was reserved, or for less; repeating the commit changes nothing.
+    async def commit(
+        self, usage_id: UUID | str | None, cost: int | None = None, overage: Overage = "reject"
+    ) -> TrackResult:
+        """Settle a hold for what was reserved, for less or for more; repeating the commit changes nothing.
 
         Args:
             usage_id: The hold's. With None (`on_unavailable` allowed it unrecorded), nothing is done.
-            cost: From 0 to what was reserved; all of that when None.
+            cost: 0 or more; what was reserved when None.
+            overage: `"charge"`: the cost may be more than was reserved, and is charged even if the hold has expired or
+                a limit has no room for it: the work was done. It counts in the periods in which it was reserved.
 
         Returns:
             The usage, and what remains of the limits now. Its `reason` is `"unavailable"` when nothing was done.
 
         Raises:
-            InvalidRequest: An argument is not valid, or more than was reserved.
+            InvalidRequest: An argument is not valid, or the cost is more than was reserved without `overage="charge"`.
             UsageNotFound: There is no such usage.
             AlreadySettled: It was released or refunded, or committed for another cost.
-            HoldExpired: It has expired, and its period has ended or has no room left for it; nothing was charged.
+            HoldExpired: It has expired, and its periods have ended or have no room left for it; nothing was charged.
             ServiceUnavailable: Supabase could not be reached in time; it is safe to repeat (see `on_unavailable`).
 
         Example:
@@ -342,7 +349,36 @@ class AsyncTokenLimits(AsyncBase):
             >>> result.status, result.cost, result.remaining
             ('committed', 5, 15)
         """
-        return await self._settled(workers.commit(usage_id, cost))
+        return await self._settled(workers.commit(usage_id, cost, overage))
+
+    async def extend(self, usage_id: UUID | str | None, ttl: int = DEFAULT_TTL) -> TrackResult:
+        """Let a hold expire `ttl` seconds from now, if that is later than before; repeating it does no harm.
+
+        It never shortens a hold, and none lasts longer than 30 days after it was reserved, however often it is
+        extended.
+        `generation(…, heartbeat=True)` does this by itself.
+
+        Args:
+            usage_id: The hold's. With None (`on_unavailable` allowed it unrecorded), nothing is done.
+            ttl: Seconds from now until the hold expires, up to 30 days.
+
+        Returns:
+            The usage, with its `expires_at`. Its `reason` is `"unavailable"` when nothing was done.
+
+        Raises:
+            InvalidRequest: An argument is not valid.
+            UsageNotFound: There is no such usage.
+            AlreadySettled: It was committed, released or refunded, or was never a hold.
+            HoldExpired: It has expired already. It may still be committed if there is room.
+            ServiceUnavailable: Supabase could not be reached in time; it is safe to repeat (see `on_unavailable`).
+
+        Example:
+            >>> hold = await limits.reserve(user_id, "video", cost=8, ttl=60)
+            >>> extended = await limits.extend(hold.usage_id, ttl=600)
+            >>> extended.expires_at > hold.expires_at
+            True
+        """
+        return await self._settled(workers.extend_if_recorded(usage_id, ttl))
 
     async def release(self, usage_id: UUID | str | None) -> TrackResult:
         """Give back the whole cost of a hold; repeating it changes nothing, nor does releasing an expired hold.
@@ -395,10 +431,11 @@ class AsyncTokenLimits(AsyncBase):
         cost: int = 1,
         *,
         ttl: int = DEFAULT_TTL,
+        heartbeat: bool = False,
         idempotency_key: UUID | str | int | None = None,
         group_id: UUID | str | None = None,
         metadata: Mapping[str, Any] | None = None,
-    ) -> AbstractAsyncContextManager[Hold, None]:
+    ) -> AbstractAsyncContextManager[AsyncHold, None]:
         """Reserve before the body, settle after it: `async with limits.generation(user_id, "video", cost=8) as hold`.
 
         A normal end commits what was reserved, or what `hold.commit` said. An abnormal end (an exception of any kind, a
@@ -406,7 +443,8 @@ class AsyncTokenLimits(AsyncBase):
         if nothing was declared. The body's own exception always propagates; an error of settling is logged, and added
         to it as a note.
 
-        A cancelled task settles before it ends. A process that is killed doesn't settle: `ttl` gives the hold back.
+        A cancelled task settles before it ends. A process that is killed doesn't settle: `ttl` gives the hold back. So
+        where the work may take long, choose a short `ttl` and `heartbeat=True`.
 
         With the key of a job that is already committed, the body runs (see `hold.replayed`) and isn't charged again.
 
@@ -414,7 +452,11 @@ class AsyncTokenLimits(AsyncBase):
             user_id: Who generates.
             kind: What is generated, like `"image"` or `"video"`.
             cost: The most that it may take from the limits.
-            ttl: Seconds until the hold expires, up to 30 days; allow for the longest that the work can take.
+            ttl: Seconds until the hold expires, up to 30 days; allow for the longest that the work can take, or let
+                `heartbeat` extend it.
+            heartbeat: Extend the hold by `ttl` again and again while the body runs, in a task that all bodies of this
+                client share. If Supabase can't be reached, that is logged and tried again. If the hold has
+                expired all the same, that is logged too. The body isn't disturbed.
             idempotency_key: The job's own id: charged once, however often the job is retried.
             group_id: Which of the user's groups pays; by default the first that has room, by priority.
             metadata: A JSON object that is kept with the usage, at most 8 kB.
@@ -436,7 +478,9 @@ class AsyncTokenLimits(AsyncBase):
             ('committed', 8)
         """
         # SYNC: A cancelled task settles before it ends. A process => A process
-        return self._open(workers.reserve(user_id, kind, cost, ttl, idempotency_key, group_id, metadata))
+        # SYNC: in a task that => in a thread that
+        call = workers.reserve(user_id, kind, cost, ttl, idempotency_key, group_id, metadata)
+        return self._open(call, heartbeat=arguments.flag(heartbeat, "heartbeat"))
 
     def limited(
         self,
@@ -445,6 +489,7 @@ class AsyncTokenLimits(AsyncBase):
         user: str | Callable[..., UUID | str],
         cost: int | Callable[..., int] = 1,
         ttl: int = DEFAULT_TTL,
+        heartbeat: bool = False,
         idempotency_key: str | Callable[..., UUID | str | int | None] | None = None,
         group_id: UUID | str | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -460,7 +505,9 @@ class AsyncTokenLimits(AsyncBase):
             kind: What is generated, like `"image"` or `"video"`.
             user: The name of the parameter that is the user's id, or a function of the same arguments that returns it.
             cost: The most that a call may take from the limits, or a function of the same arguments that returns it.
-            ttl: Seconds until the hold expires, up to 30 days; allow for the longest that the work can take.
+            ttl: Seconds until the hold expires, up to 30 days; allow for the longest that the work can take, or let
+                `heartbeat` extend it.
+            heartbeat: Extend the hold again and again while the function runs; see `generation`.
             idempotency_key: The name of the parameter that is the job's own id, or a function of the same arguments
                 that returns it.
             group_id: Which of the user's groups pays; by default the first that has room, by priority.
@@ -481,10 +528,11 @@ class AsyncTokenLimits(AsyncBase):
             2
         """
         # SYNC: or is not async => or is async
+        open_ = partial(self._open, heartbeat=arguments.flag(heartbeat, "heartbeat"))
         return lambda function: limited.async_decorated(
             function,
             limited.reservation(function, kind, user, cost, ttl, idempotency_key, group_id, metadata),
-            self._open,
+            open_,
         )
 
     async def aclose(self) -> None:
@@ -501,8 +549,8 @@ class AsyncTokenLimits(AsyncBase):
         finally:
             await super().aclose()
 
-    def _open(self, call: Call[TrackResult]) -> AsyncGeneration:
-        return AsyncGeneration(call, self._judged, self._settled)
+    def _open(self, call: Call[TrackResult], *, heartbeat: bool) -> AsyncGeneration:
+        return AsyncGeneration(call, self._judged, self._settled, self._heartbeat if heartbeat else None)
 
     async def _judged(self, call: Call[TrackResult], by: AsyncCoalescer | AsyncSender | None = None) -> TrackResult:
         try:

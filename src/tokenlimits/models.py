@@ -53,6 +53,7 @@ __all__ = [
     "Moment",
     "Name",
     "OnUnavailable",
+    "Overage",
     "Page",
     "Period",
     "PressedMember",
@@ -90,6 +91,9 @@ Bucket = Literal["hour", "day", "week", "month"]
 
 OnUnavailable = Literal["raise", "allow", "deny"]
 """What a worker gets when Supabase can't be reached."""
+
+Overage = Literal["reject", "charge"]
+"""Whether a hold may be committed for more than was reserved."""
 
 
 def _known_or_newer(word: Any, known: ValidatorFunctionWrapHandler) -> Any:

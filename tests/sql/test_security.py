@@ -118,6 +118,7 @@ FUNCTIONS: Final = {
             "check_generation",
             "record_generation",
             "reserve_generation",
+            "extend_generation",
             "commit_generation",
             "release_generation",
             "user_generation_usage",

@@ -57,9 +57,11 @@ GOOD: dict[str, Any] = {
     "kind": "image",
     "limit": Limit(kind="image", max=1),
     "limits": {"image": 1, "video": None},
+    "heartbeat": True,
     "metadata": {"model": "x", "n": [1, 2.5, None, True, {"deep": "ü"}]},
     "name": "Pro",
     "on_progress": lambda done, total: None,
+    "overage": "charge",
     "period": "day",
     "priority": 3,
     "requests": [GenerationRequest(user_id=UUID(ID), kind="image"), {"user_id": ID, "kind": "image"}],
@@ -77,7 +79,7 @@ GOOD: dict[str, Any] = {
     "user_id": ID,
     "user_ids": [ID, uuid4()],
 }
-SETTLEMENTS = ("commit", "release", "refund")
+SETTLEMENTS = ("commit", "extend", "release", "refund")
 BAD_IDS = ["", "ann", 7, None, ID[:-1], b"abc", [ID]]
 BAD_TEXTS = [7, "a\0b", "half of a pair: \ud83d", b"pro", ["pro"]]
 BAD_KINDS = ["", "Image", "an image", "1image", "a" * 33, "image\n", 7, None, b"image"]
@@ -99,6 +101,7 @@ BAD: dict[str, list[Any]] = {
     "emails": [None, 7, "ann@example.com", b"abc", [None], ["a@b.c", "a\0b"], [["a@b.c"]]],
     "from_": BAD_IDS,
     "group_id": BAD_IDS,
+    "heartbeat": [1, "yes", None],
     "id": BAD_IDS,
     "idempotency_key": ["", "x" * 256, True, 1.5, 10**255, 10**5000, *(bad for bad in BAD_TEXTS if bad != 7)],
     "is_default": [1, "true", None],
@@ -141,6 +144,7 @@ BAD: dict[str, list[Any]] = {
     ],
     "name": ["", "   ", "x" * 201, "\u0958" * 101, None, *BAD_NAMES, *BAD_TEXTS],
     "on_progress": [7, "print"],
+    "overage": ["allow", "Charge", "", None, True],
     "period": ["fortnight", "Day", "", None, 7],
     "priority": [1.0, "1", True, 2**31, -(2**31) - 1, None],
     "requests": [None, 7, "image", [None], [{"kind": "image"}], [{"user_id": ID, "kind": "image", "cost": 0}]],

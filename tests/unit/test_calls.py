@@ -150,6 +150,22 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         RESULT,
         A_RESULT,
     ),
+    "commit for more": (
+        workers.commit(UUID(TEAM), 9, "charge"),
+        "commit_generation",
+        {"p_usage_id": TEAM, "p_cost": 9, "p_overage": "charge"},
+        True,
+        RESULT,
+        A_RESULT,
+    ),
+    "extend": (
+        workers.extend(TEAM, 600),
+        "extend_generation",
+        {"p_usage_id": TEAM, "p_ttl": 600},
+        True,
+        RESULT,
+        A_RESULT,
+    ),
     "release": (workers.release(TEAM), "release_generation", {"p_usage_id": TEAM}, True, RESULT, A_RESULT),
     "refund": (workers.refund(TEAM), "refund_generation", {"p_usage_id": TEAM}, True, RESULT, A_RESULT),
     "my_usage": (

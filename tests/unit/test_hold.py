@@ -99,8 +99,41 @@ class TestAbnormalEnd:
         assert sent(hold, ValueError()) == ("release_generation", None)
 
 
-@pytest.mark.parametrize("declare", ["used", "commit"])
-@pytest.mark.parametrize("cost", [-1, 9, 2.0, "3", True, 10**12])
+class TestMoreThanWasReserved:
+    @pytest.mark.parametrize(("cost", "overage"), [(8, None), (9, "charge"), (10**9, "charge")])
+    @abnormal
+    def test_is_charged_if_it_was_used(self, error: BaseException, cost: int, overage: str | None) -> None:
+        hold = held()
+        hold.used(cost)
+        settlement = hold.settlement(error)
+        assert isinstance(settlement, Call)
+        assert (settlement.params["p_cost"], settlement.params.get("p_overage")) == (cost, overage)
+
+    @pytest.mark.parametrize("error", [None, *ABNORMAL])
+    @pytest.mark.parametrize("cost", [0, 8, 9, None])
+    def test_is_charged_if_the_body_said_so(self, error: BaseException | None, cost: int | None) -> None:
+        hold = held()
+        hold.used(3)
+        hold.commit(cost, overage="charge")
+        settlement = hold.settlement(error)
+        assert isinstance(settlement, Call)
+        assert settlement.params["p_cost"] == (8 if cost is None else cost)
+        assert settlement.params["p_overage"] == "charge"
+
+    def test_and_only_declared_is_not_charged_at_a_normal_end(self) -> None:
+        hold = held()
+        hold.used(11)
+        assert sent(hold) == ("commit_generation", 8)
+
+    def test_is_refused_with_what_to_do_about_it(self) -> None:
+        with pytest.raises(InvalidRequest, match='at most 8, as reserved, unless overage="charge"'):
+            held().commit(9)
+
+
+@pytest.mark.parametrize(
+    ("declare", "cost"),
+    [(how, cost) for how in ("used", "commit") for cost in (-1, 2.0, "3", True, 10**12)] + [("commit", 9)],
+)
 def test_what_cannot_be_declared(declare: str, cost: Any) -> None:
     hold = held()
     with pytest.raises(InvalidRequest) as caught:

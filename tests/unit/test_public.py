@@ -128,7 +128,7 @@ def test_the_package_exports_what_people_type_every_day() -> None:
     assert set(tokenlimits.__all__) == {
         *("TokenLimits", "AsyncTokenLimits", "GroupManager", "AsyncGroupManager"),
         *("track_generation", "atrack_generation"),
-        *("Limit", "GenerationRequest", "TrackResult", "Hold"),
+        *("Limit", "GenerationRequest", "TrackResult", "Hold", "AsyncHold"),
         *("GenerationDenied", "LimitExceeded", "NotInGroup", "NoLimitForKind"),
         *("TokenLimitsError", "ConfigurationError", "InvalidRequest", "ServiceUnavailable"),
         "__version__",

@@ -88,8 +88,21 @@ md5(concat_ws(' ', {{ operation }}, {{ kind }}, {{ cost }}, {{ group_id }}))::uu
 {{ kind }} ~ '^[a-z][a-z0-9_]{0,31}$'
 {%- endmacro %}
 
+{% macro most_of_a_cost() -%}
+1000000000
+{%- endmacro %}
+
 {% macro is_cost(cost) -%}
-{{ cost }} between 1 and 1000000000
+{{ cost }} between 1 and {{ most_of_a_cost() }}
+{%- endmacro %}
+
+{# For how many seconds a hold may be made or extended: 30 days. #}
+{% macro is_ttl(ttl) -%}
+{{ ttl }} between 1 and 2592000
+{%- endmacro %}
+
+{% macro refuse_ttl(hint) -%}
+perform tokenlimits.refuse('TL001', 'ttl: must be from 1 second to 30 days, in seconds', 'ttl', '{{ hint }}');
 {%- endmacro %}
 
 {% macro is_key(idempotency_key) -%}
@@ -480,9 +493,11 @@ Moves rollup and counters by `moves` (usage_move[]), all at once: the rollup's r
 the groups', each class in one order across all groups and kinds. The ledger has already been written: a counter that is
 recounted includes the moves, so it is opened without them. Raises TL099 if a counter has entered another period, or has
 no room for an enforced move. A move that only gives back always fits, even if the limit was lowered below what is used.
-v_moved are the moved counters, v_moving is the group whose counter is being moved.
+v_moved are the moved counters, v_moving is the group whose counter is being moved. `judges` are the limits in which an
+enforced move needs room; without them, all limits that may deny.
 #}
-{% macro move_all(moves, at) -%}
+{% macro move_all(moves, at, judges='') -%}
+{%- set enforcing = "s.mode = 'enforce'" ~ (' and (' ~ judges ~ ' is null or s.counter_id = any(' ~ judges ~ '))' if judges else '') -%}
 {{ merge_into_rollup("select
   g.group_id, g.kind, g.bucket, tokenlimits.free_slot(g.group_id), g.cost, g.generations
 from (
@@ -504,7 +519,7 @@ v_states := array(
 );
 for v_move in
   select s.place, sum(m.cost * {{ weight_of('s', 'm.kind') }})::bigint as cost, max(m.created_at) as last,
-    bool_or(m.enforced) and s.mode = 'enforce' as enforced, bool_or(m.created_at < s.since) as is_over
+    bool_or(m.enforced) and {{ enforcing }} as enforced, bool_or(m.created_at < s.since) as is_over
   from unnest(v_states) with ordinality as s ({{ state_columns() }}, place)
   inner join (
     select g.*, g.group_id as subject, 'group' as scope
@@ -516,7 +531,7 @@ for v_move in
     on
       m.group_id = s.group_id and m.subject = s.subject and m.scope = s.scope and {{ counts_kind('s', 'm.kind') }}
       -- an enforced move can't be skipped: its period ended after it was judged
-      and (m.created_at >= s.since or (m.enforced and s.mode = 'enforce'))
+      and (m.created_at >= s.since or (m.enforced and {{ enforcing }}))
   group by s.place, s.scope, s.subject, s.counter_id, s.mode
   order by s.scope = 'group', s.subject, s.counter_id
 loop

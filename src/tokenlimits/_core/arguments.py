@@ -23,6 +23,7 @@ from tokenlimits.models import (
     Limit,
     Name,
     OnUnavailable,
+    Overage,
     Period,
     Scope,
     Starts,
@@ -35,6 +36,11 @@ T = TypeVar("T")
 Id = UUID | str
 Key = UUID | str | int
 Limits = Mapping[str, int | None] | Iterable[Limit]
+
+
+MAX_COST = 1_000_000_000
+MAX_TTL = 30 * 86_400
+"""Seconds that a hold lasts at most, extended or not."""
 
 
 def parser(type_: Any) -> Callable[[Any], Any]:
@@ -50,14 +56,15 @@ _FLAG = parser(StrictBool)
 _KIND = parser(Kind)
 _NAME = parser(Name)
 _ON_UNAVAILABLE = parser(OnUnavailable)
+_OVERAGE = parser(Overage)
 _PERIOD = parser(Period)
 _PRIORITY = parser(Annotated[StrictInt, Field(ge=-(2**31), lt=2**31)])
 _SCOPE = parser(Scope)
 _STARTS = parser(Starts)
-_SETTLED_COST = parser(Annotated[StrictInt, Field(ge=0, le=1_000_000_000)])
+_SETTLED_COST = parser(Annotated[StrictInt, Field(ge=0, le=MAX_COST)])
 _TEXT = parser(Text)
 _TIMEZONE = parser(TimeZone)
-_TTL = parser(Annotated[StrictInt, Field(ge=1, le=30 * 86_400)])
+_TTL = parser(Annotated[StrictInt, Field(ge=1, le=MAX_TTL)])
 _UUID = parser(UUID)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -241,6 +248,11 @@ def ttl(value: int) -> int:
 def settled_cost(value: int) -> int:
     """Check what a hold is settled for."""
     return checked(_SETTLED_COST, value, "cost")
+
+
+def overage(value: Overage) -> Overage:
+    """Check whether a hold may be settled for more than was reserved."""
+    return checked(_OVERAGE, value, "overage")
 
 
 def policy(value: OnUnavailable) -> OnUnavailable:

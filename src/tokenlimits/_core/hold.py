@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from tokenlimits.errors import AlreadySettled, ServiceUnavailable, TokenLimitsError
-from tokenlimits.models import Status, TrackResult
+from tokenlimits.models import Overage, Status, TrackResult
 
 from . import arguments, workers
 from .call import Call
@@ -17,34 +17,17 @@ from .workers import Settlement
 logger = logging.getLogger("tokenlimits")
 
 
-class Hold:
-    """A generation under way, in the body of `TokenLimits.generation`; settled when the body ends.
-
-    A normal end commits the reserved cost, or what `commit` said. An abnormal end (an exception of any kind, a
-    cancellation, a generator that is closed early) commits what `used` declared so far, or releases everything if
-    nothing was declared.
-
-    Attributes:
-        cost: The requested cost.
-        result: The answer to `reserve`; after the end, the answer to settling.
-        returned: You may set it to what the body has made. If only settling fails, the error has it as
-            `error.returned`.
-
-    Example:
-        >>> with limits.generation(user_id, "video", cost=8) as hold:
-        ...     hold.used(3)
-        ...     hold.commit(cost=5)
-        >>> hold.status, hold.result.cost
-        ('committed', 5)
-    """
+class BaseHold:
+    """What a hold is in both colours; see `Hold`."""
 
     def __init__(self, cost: int, result: TrackResult) -> None:
         self.cost = cost
         self.result = result
         self._reserved = result
+        self._expires_at = result.expires_at
         self.returned: Any = None
         self._used = 0
-        self._committed: int | None = None
+        self._committed: tuple[int, Overage] | None = None
         self._ended = False
 
     @property
@@ -59,8 +42,8 @@ class Hold:
 
     @property
     def expires_at(self) -> datetime | None:
-        """When the hold expires."""
-        return self._reserved.expires_at
+        """When the hold expires, as far as it is known here: extending it makes that later."""
+        return self._expires_at
 
     @property
     def replayed(self) -> bool:
@@ -75,42 +58,55 @@ class Hold:
         """Declare the total cost used up so far, which an abnormal end will charge.
 
         Args:
-            cost: From 0 to what was reserved; a later call replaces it.
+            cost: 0 or more; a later call replaces it. More than was reserved is charged as with `overage="charge"`.
 
         Raises:
-            InvalidRequest: The cost is negative, or more than was reserved.
+            InvalidRequest: The cost is negative, or not a whole number.
             AlreadySettled: The body has ended.
         """
-        self._used = self._checked(cost)
+        self._check_running()
+        self._used = arguments.settled_cost(cost)
 
-    def commit(self, cost: int | None = None) -> None:
+    def commit(self, cost: int | None = None, overage: Overage = "reject") -> None:
         """Set the cost to settle for when the body ends, however it ends; nothing is sent until then.
 
         Args:
-            cost: From 0 to what was reserved; all of that when None. A later call replaces it.
+            cost: 0 or more; what was reserved when None. A later call replaces it.
+            overage: `"charge"`: the cost may be more than was reserved, and is charged even if the hold has expired or
+                a limit has no room for it.
 
         Raises:
-            InvalidRequest: The cost is negative, or more than was reserved.
+            InvalidRequest: The cost is negative, or more than was reserved without `overage="charge"`.
             AlreadySettled: The body has ended.
         """
-        self._committed = self._checked(self.cost if cost is None else cost)
+        self._check_running()
+        checked = arguments.settled_cost(self.cost if cost is None else cost)
+        if arguments.overage(overage) == "reject" and checked > self.cost:
+            rule = f'must be at most {self.cost}, as reserved, unless overage="charge"'
+            raise arguments.refused("cost", rule, cost)
+        self._committed = checked, overage
 
     def __repr__(self) -> str:
         return f"<Hold of {self.cost} {self.result.kind}: {self.status or 'not recorded'}, {self.usage_id}>"
 
-    def _checked(self, cost: int) -> int:
+    def _check_running(self) -> None:
         if self._ended:
             raise AlreadySettled(
-                "The body of this hold has ended, which settled it. Call `used` and `commit` inside the body; to "
-                "settle later, use the client's reserve() and commit()."
+                "The body of this hold has ended, which settled it. Call `used`, `commit` and `extend` inside the "
+                "body; to settle later, use the client's reserve() and commit()."
             )
-        checked = arguments.settled_cost(cost)
-        if checked > self.cost:
-            raise arguments.refused("cost", f"must be at most {self.cost}, as reserved", cost)
-        return checked
+
+    def _extension(self, ttl: int) -> Settlement:
+        self._check_running()
+        return workers.extend_if_recorded(self.usage_id, ttl)
+
+    def _extended(self, answer: TrackResult) -> None:
+        # an answer may overtake an earlier one, and no extension makes a hold expire earlier
+        if answer.expires_at is not None and (self._expires_at is None or answer.expires_at > self._expires_at):
+            self._expires_at = answer.expires_at
 
 
-class RunningHold(Hold):
+class RunningHold(BaseHold):
     """A hold with what its context manager needs."""
 
     def __init__(self, call: Call[TrackResult], answer: TrackResult) -> None:
@@ -124,10 +120,16 @@ class RunningHold(Hold):
             return None
         # an explicit commit wins over the way the body ended, as the work may have been done before it failed
         if self._committed is not None:
-            return workers.commit(self.usage_id, self._committed)
+            return workers.commit(self.usage_id, *self._committed)
         if error is None:
             return workers.commit(self.usage_id, self.cost)
-        return workers.commit(self.usage_id, self._used) if self._used else workers.release(self.usage_id)
+        if not self._used:
+            return workers.release(self.usage_id)
+        return workers.commit(self.usage_id, self._used, "charge" if self._used > self.cost else "reject")
+
+    def extended(self, answer: TrackResult) -> None:
+        """Take the answer to a heartbeat."""
+        self._extended(answer)
 
     def settled(self, answer: TrackResult) -> None:
         """Take the answer to settling; if nothing was settled, it lacks the kind and group that `reserve` returned."""

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from tokenlimits.errors import ServiceUnavailable
-from tokenlimits.models import GenerationRequest, GroupRef, OnUnavailable, TrackResult, UserLimit
+from tokenlimits.models import GenerationRequest, GroupRef, OnUnavailable, Overage, TrackResult, UserLimit
 
 from . import arguments
 from .arguments import Id, Key, parser
@@ -127,9 +127,11 @@ def reserve(
     return Call("reserve_generation", {**params, "p_ttl": arguments.ttl(ttl)}, RESULT)
 
 
-def commit(usage_id: Id | None, cost: int | None) -> Settlement:
-    """Settle a hold for its cost, or for less."""
-    params = {} if cost is None else {"p_cost": arguments.settled_cost(cost)}
+def commit(usage_id: Id | None, cost: int | None, overage: Overage = "reject") -> Settlement:
+    """Settle a hold for its cost, or for less; or for more."""
+    params: Json = {} if cost is None else {"p_cost": arguments.settled_cost(cost)}
+    if arguments.overage(overage) != "reject":
+        params["p_overage"] = overage
     if usage_id is None:
         return unsettled(None, cost)
     return Call("commit_generation", {**_usage_id(usage_id), **params}, RESULT)
@@ -138,6 +140,17 @@ def commit(usage_id: Id | None, cost: int | None) -> Settlement:
 def release(usage_id: Id | None) -> Settlement:
     """Give back the cost of a hold."""
     return unsettled(None) if usage_id is None else Call("release_generation", _usage_id(usage_id), RESULT)
+
+
+def extend(usage_id: Id, ttl: int) -> Call[TrackResult]:
+    """Let a hold expire later."""
+    return Call("extend_generation", {**_usage_id(usage_id), "p_ttl": arguments.ttl(ttl)}, RESULT)
+
+
+def extend_if_recorded(usage_id: Id | None, ttl: int) -> Settlement:
+    """Let a hold expire later, if it was recorded."""
+    arguments.ttl(ttl)
+    return unsettled(None) if usage_id is None else extend(usage_id, ttl)
 
 
 def refund(usage_id: Id) -> Call[TrackResult]:
@@ -156,7 +169,7 @@ def settlement_without_service(
     """Make the answer for when Supabase can't be reached, or raise the error.
 
     A settlement can't be denied any more. A hold that can't be committed or released is given back when it expires, as
-    if it had never been recorded; a refund would be lost.
+    if it had never been recorded, and one that can't be extended may do so; a refund would be lost.
     """
     if on_unavailable != "allow" or call.function == "refund_generation":
         raise error

@@ -9,10 +9,13 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from tokenlimits._core.call import Call
-from tokenlimits._core.hold import Hold, RunningHold
+from tokenlimits._core.hold import RunningHold
 from tokenlimits._core.workers import Settlement
 from tokenlimits.errors import ConfigurationError
 from tokenlimits.models import TrackResult
+
+from .heartbeat import AsyncHeartbeat, Heartbeat
+from .holds import AsyncHold, AsyncRunningHold, AsyncSettle, Hold, Settle, SyncRunningHold
 
 T = TypeVar("T")
 
@@ -21,13 +24,19 @@ class _Generation:
     def __init__(self, call: Call[TrackResult]) -> None:
         self._call = call
         self._entered = False
-        self._hold: RunningHold
+        self._end_heartbeat: Callable[[], None] | None = None
 
     def _enter_once(self) -> Call[TrackResult]:
         if self._entered:
             raise ConfigurationError("A generation can be entered only once; call generation() for each one.")
         self._entered = True
         return self._call
+
+    def _settlement(self, hold: RunningHold, error: BaseException | None) -> Settlement | None:
+        # the heartbeat first: from here on, it would be told that the hold is settled
+        if self._end_heartbeat is not None:
+            self._end_heartbeat()
+        return hold.settlement(error)
 
 
 class Generation(_Generation, AbstractContextManager[Hold, None]):
@@ -37,22 +46,26 @@ class Generation(_Generation, AbstractContextManager[Hold, None]):
         self,
         call: Call[TrackResult],
         judge: Callable[[Call[TrackResult]], TrackResult],
-        settle: Callable[[Settlement], TrackResult],
+        settle: Settle,
+        heartbeat: Heartbeat | None,
     ) -> None:
         super().__init__(call)
-        self._judge, self._settle = judge, settle
+        self._judge, self._settle, self._heartbeat = judge, settle, heartbeat
+        self._hold: SyncRunningHold
 
     def __enter__(self) -> Hold:
         """Reserve, or raise the denial."""
         call = self._enter_once()
-        self._hold = RunningHold(call, self._judge(call))
+        self._hold = SyncRunningHold(call, self._judge(call), self._settle)
+        if self._heartbeat is not None:
+            self._end_heartbeat = self._heartbeat.begin(self._hold, call.params["p_ttl"])
         return self._hold
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Settle, and let the body's own error propagate."""
-        settlement = self._hold.settlement(error)
+        settlement = self._settlement(self._hold, error)
         if settlement is None:
             return
         try:
@@ -63,29 +76,33 @@ class Generation(_Generation, AbstractContextManager[Hold, None]):
             self._hold.settled(answer)
 
 
-class AsyncGeneration(_Generation, AbstractAsyncContextManager[Hold, None]):
+class AsyncGeneration(_Generation, AbstractAsyncContextManager[AsyncHold, None]):
     """Reserves the cost, and settles when the body has ended, even if the task is cancelled."""
 
     def __init__(
         self,
         call: Call[TrackResult],
         judge: Callable[[Call[TrackResult]], Coroutine[Any, Any, TrackResult]],
-        settle: Callable[[Settlement], Coroutine[Any, Any, TrackResult]],
+        settle: AsyncSettle,
+        heartbeat: AsyncHeartbeat | None,
     ) -> None:
         super().__init__(call)
-        self._judge, self._settle = judge, settle
+        self._judge, self._settle, self._heartbeat = judge, settle, heartbeat
+        self._hold: AsyncRunningHold
 
-    async def __aenter__(self) -> Hold:
+    async def __aenter__(self) -> AsyncHold:
         """Reserve, or raise the denial; if the task is cancelled meanwhile, release what was reserved."""
         call = self._enter_once()
         reserving, cancelled = await _outlast(lambda: self._judge(call))
         if cancelled is None or reserving.cancelled():
-            self._hold = RunningHold(call, reserving.result())
+            self._hold = AsyncRunningHold(call, reserving.result(), self._settle)
         elif reserving.exception() is None and reserving.result().allowed:
-            self._hold = RunningHold(call, reserving.result())
+            self._hold = AsyncRunningHold(call, reserving.result(), self._settle)
             await self._end(cancelled)
         if cancelled is not None:
             raise cancelled
+        if self._heartbeat is not None:
+            self._end_heartbeat = self._heartbeat.begin(self._hold, call.params["p_ttl"])
         return self._hold
 
     async def __aexit__(
@@ -95,7 +112,7 @@ class AsyncGeneration(_Generation, AbstractAsyncContextManager[Hold, None]):
         await self._end(error)
 
     async def _end(self, error: BaseException | None) -> None:
-        settlement = self._hold.settlement(error)
+        settlement = self._settlement(self._hold, error)
         if settlement is None:
             return
         settling, cancelled = await _outlast(lambda: self._settle(settlement))

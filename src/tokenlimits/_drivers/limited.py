@@ -11,14 +11,15 @@ from typing import Any, TypeVar, cast
 from tokenlimits._core import workers
 from tokenlimits._core.arguments import Id, Key
 from tokenlimits._core.call import Call
-from tokenlimits._core.hold import Hold
 from tokenlimits.errors import ConfigurationError
 from tokenlimits.models import TrackResult
+
+from .holds import AsyncHold, Hold
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 AsyncFunction = TypeVar("AsyncFunction", bound=Callable[..., Coroutine[Any, Any, Any] | AsyncIterator[Any]])
 Open = Callable[[Call[TrackResult]], AbstractContextManager[Hold, None]]
-AsyncOpen = Callable[[Call[TrackResult]], AbstractAsyncContextManager[Hold, None]]
+AsyncOpen = Callable[[Call[TrackResult]], AbstractAsyncContextManager[AsyncHold, None]]
 Reserve = Callable[..., Call[TrackResult]]
 """Takes the function's arguments."""
 

@@ -5,8 +5,10 @@ Expired holds are marked whenever the clock moves, so there is nothing to sweep 
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import NoReturn
 
+from tokenlimits._core.arguments import MAX_COST, MAX_TTL
 from tokenlimits.models import Status
 
 from ._ledger import Json, Usage, refuse
@@ -14,22 +16,25 @@ from ._workers import WorkerFunctions
 
 
 class HoldFunctions(WorkerFunctions):
-    """Settling: once for each usage, by its id."""
+    """Settling: once for each usage, by its id; and extending what isn't settled."""
 
-    def commit_generation(self, p_usage_id: str, p_cost: int | None = None) -> Json:
-        """Settle a hold for what was reserved, or for less."""
+    def commit_generation(self, p_usage_id: str, p_cost: int | None = None, p_overage: str = "reject") -> Json:
+        """Settle a hold for what was reserved, or for less; or for more, which is charged whether it fits or not."""
+        charges = p_overage == "charge"
         usage = self._recorded(p_usage_id)
         if usage.reserved_cost is None:
             _refuse_again(usage, "commit")
         cost = usage.reserved_cost if p_cost is None else p_cost
-        if not 0 <= cost <= usage.reserved_cost:
+        if charges and not 0 <= cost <= MAX_COST:
+            refuse("TL001", f"cost: must be from 0 to {MAX_COST}", detail="cost", hint="The hold is unchanged.")
+        if not charges and not 0 <= cost <= usage.reserved_cost:
             refuse(
                 "TL001",
                 f"cost: must be from 0 to the reserved cost of {usage.reserved_cost}",
                 detail="cost",
-                hint="The hold is unchanged.",
+                hint='The hold is unchanged. To charge more than was reserved, pass the overage "charge".',
             )
-        if usage.status == "expired":
+        if usage.status == "expired" and not charges:
             self._require_room(usage, cost)
         replayed = usage.status == "committed" and usage.cost == cost
         if not replayed and usage.status not in ("reserved", "expired"):
@@ -57,6 +62,28 @@ class HoldFunctions(WorkerFunctions):
             _refuse_again(usage, "refund")
         return self._settled(usage, "refunded" if usage.status == "committed" else None, usage.cost)
 
+    def extend_generation(self, p_usage_id: str, p_ttl: int = 3600) -> Json:
+        """Let a hold expire so many seconds from now, if that is later; at most 30 days after it was made."""
+        usage = self._recorded(p_usage_id)
+        if usage.status == "expired":
+            refuse(
+                "TL007",
+                f"hold {usage.id} expired at {usage.expires_at}, so it can't be extended",
+                detail=usage.id,
+                hint="Extend a hold before it expires, or reserve for longer. "
+                "It may still be committed if there is room.",
+            )
+        if usage.status != "reserved" or usage.expires_at is None:
+            refuse(
+                "TL006",
+                f"usage {usage.id} is already {usage.status} with a cost of {usage.cost}, so it can't be extended",
+                detail=usage.status,
+                hint="Only a hold that is neither settled nor expired can be extended.",
+            )
+        latest = usage.created_at + timedelta(seconds=MAX_TTL)
+        usage.expires_at = max(usage.expires_at, min(self.now + timedelta(seconds=p_ttl), latest))
+        return self._usage_answer(usage)
+
     def _recorded(self, usage_id: str) -> Usage:
         usage = self._by_id.get(usage_id)
         if usage is None:
@@ -69,16 +96,18 @@ class HoldFunctions(WorkerFunctions):
         return usage
 
     def _require_room(self, hold: Usage, cost: int) -> None:
-        """Refuse to commit an expired hold unless its periods still last and have room for it, where they may deny."""
+        """Refuse to commit an expired hold unless all limits have room for it whose period still contains it."""
         group = self._groups.get(hold.group_id)
         states = self._states(group, hold.user_id, hold.kind) if group else []
         enforced = [state for state in states if state.terms.mode == "enforce"]
-        if any(hold.created_at < state.since or not state.has_room(cost) for state in enforced):
+        judges = [state for state in enforced if hold.created_at >= state.since]
+        if (enforced and not judges) or not all(state.has_room(cost) for state in judges):
             refuse(
                 "TL007",
                 f"hold {hold.id} expired at {hold.expires_at}, and its cost of {cost} no longer fits",
                 detail=hold.id,
-                hint="Nothing was charged. Reserve for longer, or charge it anyway with record_generation.",
+                hint="Nothing was charged. Reserve for longer or extend the hold in time, "
+                'or charge it anyway with the overage "charge".',
             )
 
     def _settled(self, usage: Usage, status: Status | None, cost: int) -> Json:

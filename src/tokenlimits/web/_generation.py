@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from functools import partial
 from typing import Annotated
 from uuid import UUID
 
@@ -9,7 +10,7 @@ from fastapi import Depends, HTTPException, Response, WebSocketException, status
 from pydantic import SecretStr
 from starlette.requests import HTTPConnection
 
-from tokenlimits import AsyncTokenLimits, GenerationDenied, Hold, InvalidRequest, ServiceUnavailable
+from tokenlimits import AsyncHold, AsyncTokenLimits, GenerationDenied, InvalidRequest, ServiceUnavailable
 
 from . import _ratelimit
 from ._backend import Backend
@@ -24,13 +25,14 @@ def require_generation(
     *,
     user: Callable[..., UUID | Awaitable[UUID]] | None = None,
     ttl: int = 3600,
+    heartbeat: bool = False,
     limits: AsyncTokenLimits | None = None,
     settings: WebSettings | None = None,
-) -> Callable[..., AsyncIterator[Hold]]:
+) -> Callable[..., AsyncIterator[AsyncHold]]:
     """Make a FastAPI dependency that reserves before the endpoint runs, commits after it, and releases if it raises.
 
     With FastAPI's default scope it commits when the response has been sent, so that a stream that breaks isn't charged;
-    with `Depends(…, scope="function")` before it is sent. The endpoint may take the `Hold`, and commit less.
+    with `Depends(…, scope="function")` before it is sent. The endpoint may take the `AsyncHold`, and commit less.
 
     A denied request gets 403 (the user is in no group, or in none with a limit for the kind) or 429, with
     `Retry-After`, `RateLimit` and `RateLimit-Policy`. There is no idempotency key: the sender could choose it.
@@ -44,7 +46,8 @@ def require_generation(
         cost: How much it takes from the limits; or a dependency that says so.
         user: A dependency that returns the id of the user who pays, and has checked who that is. By default the bearer
             of a Supabase access token, whom Supabase Auth is asked about.
-        ttl: For how many seconds it holds: longer than the endpoint takes at worst.
+        ttl: For how many seconds it holds: longer than the endpoint takes at worst, unless `heartbeat` extends it.
+        heartbeat: Extend the hold again and again until it is settled.
         limits: What reserves; by default a client made from the environment.
         settings: Where Supabase Auth is, for the default `user`; from the environment when None, on first use.
 
@@ -60,7 +63,7 @@ def require_generation(
     """
     client = limits if limits is not None else AsyncTokenLimits.from_env()
     # refuses now what it would refuse of every request; what is not entered sends nothing
-    client.generation(UUID(int=0), kind, ttl=ttl)
+    client.generation(UUID(int=0), kind, ttl=ttl, heartbeat=heartbeat)
     payer = user if user is not None else _Bearer(settings)
     price = cost if callable(cost) else _Constant(cost)
 
@@ -69,9 +72,10 @@ def require_generation(
         response: Response,
         user_id: Annotated[UUID, Depends(payer)],
         price_: Annotated[int, Depends(price)],
-    ) -> AsyncIterator[Hold]:
+    ) -> AsyncIterator[AsyncHold]:
         async with AsyncExitStack() as stack:
-            hold = await _enter(connection, stack, lambda: client.generation(user_id, kind, price_, ttl=ttl))
+            generation = partial(client.generation, user_id, kind, price_, ttl=ttl, heartbeat=heartbeat)
+            hold = await _enter(connection, stack, generation)
             response.headers.update(_ratelimit.of_limits(hold.result.limits))
             yield hold
 
@@ -79,8 +83,8 @@ def require_generation(
 
 
 async def _enter(
-    connection: HTTPConnection, stack: AsyncExitStack, generation: Callable[[], AbstractAsyncContextManager[Hold]]
-) -> Hold:
+    connection: HTTPConnection, stack: AsyncExitStack, generation: Callable[[], AbstractAsyncContextManager[AsyncHold]]
+) -> AsyncHold:
     try:
         return await stack.enter_async_context(generation())
     except (GenerationDenied, InvalidRequest) as error:

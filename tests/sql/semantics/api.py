@@ -130,8 +130,11 @@ class Api:
             group_id=group_id,
         )
 
-    def commit(self, usage_id: UUID, cost: int | None = None) -> Json:
-        return self.call("commit_generation", usage_id=usage_id, cost=cost)
+    def commit(self, usage_id: UUID, cost: int | None = None, overage: str | None = None) -> Json:
+        return self.call("commit_generation", usage_id=usage_id, cost=cost, overage=overage)
+
+    def extend(self, usage_id: UUID, ttl: int) -> Json:
+        return self.call("extend_generation", usage_id=usage_id, ttl=ttl)
 
     def release(self, usage_id: UUID) -> Json:
         return self.call("release_generation", usage_id=usage_id)
@@ -148,8 +151,8 @@ class Api:
         found = self.call("find_groups", group_id=group_id)
         return found[0]
 
-    def set_limit(self, group_id: UUID, kind: str, period: str, scope: str, maximum: int | None) -> None:
-        limit = {"kind": kind, "period": period, "scope": scope, "max": maximum}
+    def set_limit(self, group_id: UUID, kind: str, period: str, scope: str, maximum: int | None, **more: Any) -> None:
+        limit = {"kind": kind, "period": period, "scope": scope, "max": maximum, **more}
         self.call("set_group_limit", group_id=group_id, limit=limit)
 
     def remove_limit(self, group_id: UUID, kind: str, period: str, scope: str) -> None:

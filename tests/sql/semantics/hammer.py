@@ -46,11 +46,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Settle:
-    """A usage that somebody settles, by `commit_generation` or another function that takes its id."""
+    """A usage that somebody settles or extends, by `commit_generation` or another function that takes its id."""
 
     function: str
     usage_id: UUID
     cost: int | None = None
+    ttl: int | None = None
+    overage: str | None = None
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,8 @@ def _ask(connection: psycopg.Connection[Any], call: Call | Settle) -> Answer:
     settled = None
     if isinstance(call, Call) and call.then and row[0]["allowed"]:
         time.sleep(call.pause)
-        settled = _ask(connection, Settle(call.then, row[0]["usage_id"]))
+        ttl = call.ttl if call.then == "extend_generation" else None
+        settled = _ask(connection, Settle(call.then, row[0]["usage_id"], ttl=ttl))
     return _answer(call, row[0], settled)
 
 
@@ -228,8 +231,8 @@ def _answer(call: Call | Settle, answer: Any, settled: Answer | None = None) -> 
 
 def _request(call: Call | Settle) -> tuple[str, dict[str, Any]]:
     if isinstance(call, Settle):
-        cost = {} if call.cost is None else {"cost": call.cost}
-        return call.function, {"usage_id": call.usage_id} | cost
+        given = {"usage_id": call.usage_id, "cost": call.cost, "ttl": call.ttl, "overage": call.overage}
+        return call.function, {name: value for name, value in given.items() if value is not None}
     arguments = {
         "user_id": call.user_id,
         "kind": call.kind,

@@ -302,9 +302,9 @@ class TestAnExpiredHold:
         assert world.api.commit(other)["remaining"] == 2
         assert world.api.commit(usage, 2)["remaining"] == 0
 
-    def test_is_not_committed_when_any_of_its_periods_is_over(
-        self, world: World, user: UUID, sweep: Callable[[], None]
-    ) -> None:
+    def test_is_not_committed_when_all_of_its_periods_are_over(self, world: World, sweep: Callable[[], None]) -> None:
+        world.at(NOON)
+        user = world.user(world.group(limit(10, period="day"), limit(9, period="day", scope="member")))
         usage = hold(world, user)
         later(world, 12 * 3600 - 0.000001)
         assert world.api.commit(hold(world, user, 1))["allowed"]
@@ -314,7 +314,55 @@ class TestAnExpiredHold:
         for cost in (None, 1, 0):
             with refused("TL007", str(usage)):
                 world.api.commit(usage, cost)
-        assert world.used(user) == 1
+        assert world.used(user, "day") == 0
+
+    def test_needs_room_where_its_period_lasts_and_nowhere_else(
+        self, world: World, user: UUID, sweep: Callable[[], None]
+    ) -> None:
+        usage = hold(world, user)
+        sweep_later = hold(world, user, 1)
+        later(world, 12 * 3600)
+        sweep()
+        world.api.record(user, "image", 7)
+        assert world.used(user, "day", "member") == 7
+        with refused("TL007", str(usage)):
+            world.api.commit(usage)
+        assert world.api.commit(usage, 3)["status"] == "committed"
+        assert (world.used(user), world.used(user, "day", "member")) == (10, 7)
+        with refused("TL007", str(sweep_later)):
+            world.api.commit(sweep_later)
+
+    @pytest.mark.parametrize("starts", ["rolling", "first_use"])
+    def test_is_committed_though_a_window_has_moved_past_it(
+        self, world: World, sweep: Callable[[], None], starts: str
+    ) -> None:
+        world.at(NOON)
+        user = world.user(world.group(limit(10), limit(4, period="hour", starts=starts)))
+        usage = hold(world, user)
+        later(world, 2 * 3600)
+        sweep()
+        world.api.track(user, "image", 4)
+        assert world.api.commit(usage)["status"] == "committed"
+        assert world.used(user) == 8
+
+    def test_is_committed_where_its_own_return_opens_a_window_that_it_overfills(self, world: World) -> None:
+        world.at(NOON)
+        group = world.group(limit(10))
+        user = world.user(group)
+        usage = hold(world, user)
+        later(world, 60)
+        world.owner.tidy()
+        world.api.set_limit(group, "image", "hour", "group", 1, starts="first_use")
+        assert world.api.commit(usage)["status"] == "committed"
+        assert not world.api.track(user, "image")["allowed"]
+
+    def test_is_not_kept_out_by_a_limit_that_only_observes(self, world: World, sweep: Callable[[], None]) -> None:
+        world.at(NOON)
+        user = world.user(world.group(limit(3, mode="observe"), limit(1, period="hour", mode="observe")))
+        usage = hold(world, user)
+        later(world, 3600)
+        sweep()
+        assert world.api.commit(usage)["status"] == "committed"
 
     def test_commits_late_for_no_more_than_was_reserved(self, world: World, user: UUID) -> None:
         usage = hold(world, user)

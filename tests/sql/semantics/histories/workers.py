@@ -13,6 +13,7 @@ from tokenlimits.testing._ledger import Usage
 from tokenlimits.testing._periods import NEVER
 
 COMMIT, RELEASE, REFUND = "commit_generation", "release_generation", "refund_generation"
+EXTEND = "extend_generation"
 _UNSWEPT = "select count(*) from tokenlimits.holds where expires_at <= tokenlimits.clock()"
 
 
@@ -98,14 +99,23 @@ class Holders(Workers):
             self.settle_by(self.one_of([COMMIT, COMMIT, RELEASE]), usage)
 
     @happens(3)
+    def extend(self) -> None:
+        """Perhaps at the last moment, or too late."""
+        for usage in self.any_of(self.holds("reserved", "expired")):
+            assert usage.expires_at
+            if self.one_of([True, False]):
+                self.twins.wait_until(usage.expires_at - self.one_of([timedelta(microseconds=1), timedelta(0)]))
+            self.settle_by(EXTEND, usage)
+
+    @happens(3)
     def settle_whatever_it_is(self) -> None:
         """The answer may well be that it can't be settled so."""
         for usage in self.any_of(self.twins.model.ledger):
-            self.settle_by(self.one_of([COMMIT, RELEASE, REFUND, REFUND]), usage)
+            self.settle_by(self.one_of([COMMIT, RELEASE, REFUND, REFUND, EXTEND]), usage)
 
     @happens()
     def settle_what_nobody_knows(self) -> None:
-        self.call(self.one_of([COMMIT, RELEASE, REFUND]), p_usage_id=drawn.NOBODY)
+        self.call(self.one_of([COMMIT, RELEASE, REFUND, EXTEND]), p_usage_id=drawn.NOBODY)
 
     @happens()
     def sweep(self) -> None:
@@ -117,7 +127,10 @@ class Holders(Workers):
         params: Json = {"p_usage_id": usage.id}
         if function == COMMIT:
             held = usage.reserved_cost or 1
-            params["p_cost"] = self.one_of([None, None, held, held - 1, 0, 1, held + 1, -1])
+            params["p_cost"] = self.one_of([None, None, held, held - 1, 0, 1, held + 1, held + 7, -1])
+            params["p_overage"] = self.one_of([None, "reject", "charge", "charge"])
+        elif function == EXTEND:
+            params["p_ttl"] = self.draw(drawn.ttls)
         for _ in range(self.one_of([1, 1, 2])):
             self.call(function, **params)
 
