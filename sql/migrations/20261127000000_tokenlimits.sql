@@ -7830,10 +7830,8 @@ begin
 
   for v_state in
     select
-      row(
-        l.group_id, l.counter_id, c.subject, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counts, 1,
-        c.since, c.until, null, c.used, null, true, null, null
-      )::tokenlimits.limit_state
+      l.group_id, l.counter_id, c.subject, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counts, 1 as weight,
+      c.since, c.until, null as reset_at, c.used, null as expired, true as is_open, null as group_name, null as timezone
     from public.group_limits as l
     inner join tokenlimits.counters as c on c.counter_id = l.counter_id
     where l.group_id = p_group_id and l.starts = 'rolling' and c.until > tokenlimits.clock()
