@@ -25,7 +25,8 @@ SETTINGS = settings(
     # as many as are each drawn afresh: later ones would be made of earlier ones, and repeat what happened there
     max_examples=10,
     stateful_step_count=60 if THOROUGH else 40,
-    deadline=None, phases=[__import__("hypothesis").Phase.generate],
+    deadline=None,
+    phases=[__import__("hypothesis").Phase.generate],
     database=None,
     suppress_health_check=list(HealthCheck),
     print_blob=False,
