@@ -27,7 +27,7 @@ begin
   from pg_catalog.pg_class as c
   inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
   where
-    c.relname in ('user_groups', 'group_limits', 'group_memberships', 'generation_usage')
+    c.relname in ('user_groups', 'group_limits', 'limit_overrides', 'group_memberships', 'generation_usage')
     and n.nspname <> 'public'
     -- anybody can create a temporary table
     and c.relpersistence = 'p'
@@ -38,7 +38,7 @@ begin
       from pg_catalog.pg_class as h
       where
         h.relnamespace = to_regnamespace('public')
-        and h.relname in ('user_groups', 'group_limits', 'group_memberships', 'generation_usage')
+        and h.relname in ('user_groups', 'group_limits', 'limit_overrides', 'group_memberships', 'generation_usage')
         and coalesce(obj_description(h.oid, 'pg_class') like 'tokenlimits:%', false)
     )
   limit 1;
@@ -73,7 +73,7 @@ begin
     where
       c.relnamespace = to_regnamespace('public')
       and c.relname in (
-        'user_groups', 'group_limits', 'group_memberships', 'generation_usage',
+        'user_groups', 'group_limits', 'limit_overrides', 'group_memberships', 'generation_usage',
         'generation_usage_group_id_idx',
         'generation_usage_key_key',
         'generation_usage_pkey',
@@ -84,6 +84,8 @@ begin
         'group_limits_pkey',
         'group_memberships_pkey',
         'group_memberships_user_id_idx',
+        'limit_overrides_key',
+        'limit_overrides_pkey',
         'user_groups_is_default_key',
         'user_groups_name_key',
         'user_groups_pkey'
@@ -96,7 +98,7 @@ begin
     where
       t.typnamespace = to_regnamespace('public')
       and t.typname in (
-        'user_groups', 'group_limits', 'group_memberships', 'generation_usage'
+        'user_groups', 'group_limits', 'limit_overrides', 'group_memberships', 'generation_usage'
       )
       and t.typrelid = 0
     union all
@@ -117,6 +119,7 @@ begin
         'export_usage',
         'extend_generation',
         'find_groups',
+        'find_limit_overrides',
         'find_users',
         'find_users_by_email',
         'generation_history',
@@ -132,10 +135,12 @@ begin
         'release_generation',
         'remove_group_limit',
         'remove_group_members',
+        'remove_limit_override',
         'reserve_generation',
         'reset_group_usage',
         'save_group',
         'set_group_limit',
+        'set_limit_override',
         'tokenlimits_diagnosis',
         'tokenlimits_health',
         'tokenlimits_version',
@@ -199,6 +204,7 @@ begin
         'answer_busy',
         'answer_charges',
         'apply_limits',
+        'apply_overrides',
         'check_bucket',
         'check_generation',
         'check_group',
@@ -206,6 +212,7 @@ begin
         'clock',
         'commit_generation',
         'complete_state',
+        'count_holds',
         'count_limit',
         'count_usage',
         'counter_differences',
@@ -220,6 +227,7 @@ begin
         'export_history',
         'export_usage',
         'extend_generation',
+        'find_limit_overrides',
         'find_usage',
         'find_users',
         'find_users_by_email',
@@ -245,8 +253,10 @@ begin
         'move_usage',
         'my_generation_usage',
         'next_leaving',
+        'next_place_at',
         'open_counter',
         'opened_at',
+        'override_json',
         'part_of',
         'period_of',
         'read_request',
@@ -261,6 +271,7 @@ begin
         'refuse_id',
         'refuse_key',
         'refuse_request',
+        'refuse_several',
         'refuse_transaction',
         'refused',
         'release_generation',
@@ -274,10 +285,13 @@ begin
         'require_admin',
         'require_group',
         'require_room',
+        'require_user',
         'reserve_generation',
         'reset_group_usage',
+        'rolling_room_at',
         'rollup_differences',
         'room_at',
+        'set_limit_override',
         'settle',
         'settled_status',
         'squeeze',
@@ -297,6 +311,7 @@ begin
         'usage_drift',
         'usage_json',
         'usage_under_key',
+        'used_before_resets',
         'used_parts',
         'user_generation_usage',
         'user_usage',
@@ -600,10 +615,10 @@ create table if not exists public.group_limits (
   mode text not null default 'enforce',
   max bigint,
   counts jsonb,
-  -- a call is fast where the group's limits are plain: none is observed, counts several kinds, or needs more than its
-  -- counter to say what is used
+  -- a call is fast where the group's limits are plain: none is observed, counts several kinds or holds, or needs more
+  -- than its counter to say what is used
   is_plain boolean not null generated always as (
-    counts is null and mode = 'enforce' and starts in ('calendar', 'anchor')
+    counts is null and mode = 'enforce' and starts in ('calendar', 'anchor') and period <> 'in_flight'
   ) stored,
   counter_id bigint generated always as identity,
   constraint group_limits_pkey primary key (id),
@@ -612,14 +627,14 @@ create table if not exists public.group_limits (
   constraint group_limits_counter_id_key unique (counter_id),
   constraint group_limits_kind_check check (kind ~ '^[a-z][a-z0-9_]{0,31}$'),
   constraint group_limits_period_check check (
-    period in ('minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime')
+    period in ('in_flight', 'minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime')
     or period ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks|months)$'
   ),
   constraint group_limits_starts_check check (
     (starts = 'calendar' and period !~ ' ')
-    or (starts = 'anchor' and period <> 'lifetime' and period !~ '^(2[5-9]|[3-9][0-9]|[0-9]{3}) months$')
-    or (starts = 'first_use' and period <> 'lifetime' and period !~ ' months$')
-    or (starts = 'rolling' and period !~ '^(month|year|lifetime)$| months$')
+    or (starts = 'anchor' and period not in ('in_flight', 'lifetime') and period !~ '^(2[5-9]|[3-9][0-9]|[0-9]{3}) months$')
+    or (starts = 'first_use' and period not in ('in_flight', 'lifetime') and period !~ ' months$')
+    or (starts = 'rolling' and period !~ '^(in_flight|month|year|lifetime)$| months$')
   ),
   constraint group_limits_counts_check check (
     counts is null or (
@@ -632,6 +647,7 @@ create table if not exists public.group_limits (
       and not jsonb_path_exists(counts, '$.* ? (@ < 1 || @ > 1000000 || @.floor() != @)')
     )
   ),
+  constraint group_limits_in_flight_check check (counts is null or period <> 'in_flight'),
   constraint group_limits_mode_check check (mode in ('enforce', 'observe')),
   constraint group_limits_scope_check check (scope in ('group', 'member')),
   constraint group_limits_max_check check (max between 0 and 1000000000000000)
@@ -645,6 +661,48 @@ comment on column public.group_limits.max is 'Null: unlimited. 0: blocked.';
 comment on column public.group_limits.counts
 is 'The kinds that it counts, with their weights; null: its own kind alone, with weight 1.';
 comment on column public.group_limits.counter_id is 'Names the limit''s counters; only tokenlimits sets it.';
+
+-- By a limit's identity, not by its id: it sleeps while there is no such limit, and comes back with it.
+create table if not exists public.limit_overrides (
+  id uuid not null default gen_random_uuid(),
+  group_id uuid not null,
+  kind text not null,
+  period text not null,
+  starts text not null default 'calendar',
+  scope text not null,
+  subject uuid not null,
+  max bigint,
+  until timestamptz,
+  created_at timestamptz not null default now(),
+  constraint limit_overrides_pkey primary key (id),
+  constraint limit_overrides_key unique (group_id, subject, kind, period, starts, scope),
+  constraint limit_overrides_group_id_fkey foreign key (group_id) references public.user_groups (id) on delete cascade,
+  constraint limit_overrides_kind_check check (kind ~ '^[a-z][a-z0-9_]{0,31}$'),
+  constraint limit_overrides_period_check check (
+    period in ('in_flight', 'minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime')
+    or period ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks|months)$'
+  ),
+  constraint limit_overrides_starts_check check (
+    (starts = 'calendar' and period !~ ' ')
+    or (starts = 'anchor' and period not in ('in_flight', 'lifetime') and period !~ '^(2[5-9]|[3-9][0-9]|[0-9]{3}) months$')
+    or (starts = 'first_use' and period not in ('in_flight', 'lifetime') and period !~ ' months$')
+    or (starts = 'rolling' and period !~ '^(in_flight|month|year|lifetime)$| months$')
+  ),
+  constraint limit_overrides_scope_check check (scope in ('group', 'member')),
+  constraint limit_overrides_subject_check check (scope <> 'group' or subject = group_id),
+  constraint limit_overrides_max_check check (max between 0 and 1000000000000000),
+  constraint limit_overrides_until_check check (
+    until >= '1970-01-01 00:00:00+00' and until < '9999-01-01 00:00:00+00'
+  ),
+  constraint limit_overrides_created_at_check check (
+    created_at >= '1970-01-01 00:00:00+00' and created_at < '9999-01-01 00:00:00+00'
+  )
+);
+comment on table public.limit_overrides
+is 'tokenlimits: Another max of one limit for one member, or of a group limit for a time.';
+comment on column public.limit_overrides.subject is 'The user of a member limit; the group itself of a group limit.';
+comment on column public.limit_overrides.max is 'Null: unlimited. 0: blocked.';
+comment on column public.limit_overrides.until is 'From then on, the limit''s own max applies again; null: for good.';
 
 create table if not exists public.group_memberships (
   group_id uuid not null,
@@ -877,6 +935,9 @@ create table if not exists tokenlimits.counters (
   since timestamptz not null,
   until timestamptz not null,
   used bigint not null,
+  -- the subject's own max, and until when it applies; null: there is none (limit_overrides)
+  override_max bigint,
+  overridden_until timestamptz,
   constraint counters_pkey primary key (subject, counter_id)
 ) with (fillfactor = 50);
 comment on table tokenlimits.counters is 'tokenlimits: What a subject has used of a limit in [since, until).';
@@ -949,15 +1010,17 @@ from public.generation_usage as u
 where u.status in ('reserved', 'committed') and not exists (select from tokenlimits.usage_rollup)
 group by u.group_id, u.kind, bucket;
 
--- kind '*' means every kind, including kinds that get their first limit later.
+-- kind '*' means every kind, including kinds that get their first limit later. The subject is the group, for all of its
+-- counters, or one user.
 create table if not exists tokenlimits.usage_resets (
   group_id uuid not null,
   kind text not null,
+  subject uuid not null,
   reset_at timestamptz not null,
-  constraint usage_resets_pkey primary key (group_id, kind)
+  constraint usage_resets_pkey primary key (group_id, kind, subject)
 );
 comment on table tokenlimits.usage_resets
-is 'tokenlimits: When an admin last reset a group''s usage: its counters count from then.';
+is 'tokenlimits: When an admin last reset usage: the counters of the group, or of one member, count from then.';
 
 revoke all on
 tokenlimits.counters, tokenlimits.counter_parts, tokenlimits.usage_rollup, tokenlimits.usage_resets, tokenlimits.holds
@@ -991,9 +1054,13 @@ begin
       -- null: there is no counter yet; false: it belongs to a past period
       is_open boolean,
       group_name text,
-      timezone text
+      timezone text,
+      -- the limit's max, where the subject has its own until a moment
+      own_max bigint,
+      overridden_until timestamptz
     );
-    -- how creating, settling or sweeping a usage moves its counters; enforced: they must have room
+    -- how creating, settling or sweeping a usage moves its counters; enforced: they must have room; holds: by how many
+    -- there are more, null if it isn't a hold
     create type tokenlimits.usage_move as (
       group_id uuid,
       kind text,
@@ -1001,7 +1068,8 @@ begin
       created_at timestamptz,
       cost bigint,
       generations integer,
-      enforced boolean
+      enforced boolean,
+      holds integer
     );
   end if;
 end
@@ -1144,7 +1212,7 @@ declare
   v_day tstzrange;
   v_since timestamptz;
 begin
-  if p_period = 'lifetime' then
+  if p_period in ('lifetime', 'in_flight') then
     return tstzrange('-infinity', 'infinity');
   elsif p_period = 'minute' then
     v_since := date_bin('1 minute', p_at, '2000-01-01 00:00:00+00');
@@ -1411,10 +1479,44 @@ is 'tokenlimits: The cost of expired holds that counters since a moment contain,
 revoke execute on function tokenlimits.expired_cost(uuid, uuid, text, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
 
+create or replace function tokenlimits.count_holds(
+  p_group_id uuid,
+  p_user_id uuid,
+  p_kind text,
+  p_expired_at timestamptz default 'infinity'
+)
+returns bigint
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_user_id is not null then
+    return (
+      select count(*)
+      from tokenlimits.holds as h
+      where
+        h.user_id = p_user_id and h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_expired_at
+    );
+  end if;
+  return (
+    select count(*)
+    from tokenlimits.holds as h
+    where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_expired_at
+  );
+end
+$$;
+comment on function tokenlimits.count_holds(uuid, uuid, text, timestamptz)
+is 'tokenlimits: How many holds of a kind are unswept, or expired at a moment, of a member, or of the group if the '
+'user is null.';
+revoke execute on function tokenlimits.count_holds(uuid, uuid, text, timestamptz)
+from public, anon, authenticated, service_role;
+
 create or replace function tokenlimits.count_limit(
   p_group_id uuid,
   p_user_id uuid,
   p_kind text,
+  p_period text,
   p_counts jsonb,
   p_since timestamptz,
   p_until timestamptz
@@ -1425,7 +1527,9 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if p_counts is null then
+  if p_period = 'in_flight' then
+    return tokenlimits.count_holds(p_group_id, p_user_id, p_kind);
+  elsif p_counts is null then
     return tokenlimits.count_usage(p_group_id, p_user_id, p_kind, p_since, p_until);
   end if;
   return (
@@ -1434,15 +1538,17 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.count_limit(uuid, uuid, text, jsonb, timestamptz, timestamptz)
-is 'tokenlimits: What a limit on a kind, or on the kinds of a pool, counts between two moments: see count_usage.';
-revoke execute on function tokenlimits.count_limit(uuid, uuid, text, jsonb, timestamptz, timestamptz)
+comment on function tokenlimits.count_limit(uuid, uuid, text, text, jsonb, timestamptz, timestamptz)
+is 'tokenlimits: What a limit counts between two moments, whether it counts a kind, the kinds of a pool, or holds: see '
+'count_usage.';
+revoke execute on function tokenlimits.count_limit(uuid, uuid, text, text, jsonb, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.expired_of_limit(
   p_group_id uuid,
   p_user_id uuid,
   p_kind text,
+  p_period text,
   p_counts jsonb,
   p_since timestamptz,
   p_at timestamptz
@@ -1453,7 +1559,9 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if p_counts is null then
+  if p_period = 'in_flight' then
+    return tokenlimits.count_holds(p_group_id, p_user_id, p_kind, p_at);
+  elsif p_counts is null then
     return tokenlimits.expired_cost(p_group_id, p_user_id, p_kind, p_since, p_at);
   end if;
   return (
@@ -1462,9 +1570,9 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.expired_of_limit(uuid, uuid, text, jsonb, timestamptz, timestamptz)
+comment on function tokenlimits.expired_of_limit(uuid, uuid, text, text, jsonb, timestamptz, timestamptz)
 is 'tokenlimits: What expired holds take from a limit: see expired_cost.';
-revoke execute on function tokenlimits.expired_of_limit(uuid, uuid, text, jsonb, timestamptz, timestamptz)
+revoke execute on function tokenlimits.expired_of_limit(uuid, uuid, text, text, jsonb, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.anchor_of(p_group_id uuid, p_user_id uuid)
@@ -1509,7 +1617,7 @@ declare
     (
       select max(r.reset_at)
       from tokenlimits.usage_resets as r
-      where r.group_id = p_state.group_id and r.kind in (p_state.kind, '*')
+      where r.group_id = p_state.group_id and r.kind in (p_state.kind, '*') and r.subject in (p_state.group_id, p_state.subject)
     )
   );
 begin
@@ -1613,7 +1721,7 @@ revoke execute on function tokenlimits.used_parts(tokenlimits.limit_state, times
 from public, anon, authenticated, service_role;
 
 -- A part that began at a moment leaves the window one length after its end.
-create or replace function tokenlimits.room_at(p_state tokenlimits.limit_state, p_cost bigint)
+create or replace function tokenlimits.rolling_room_at(p_state tokenlimits.limit_state, p_cost bigint)
 returns timestamptz
 language plpgsql
 stable
@@ -1638,8 +1746,65 @@ begin
   );
 end
 $$;
-comment on function tokenlimits.room_at(tokenlimits.limit_state, bigint)
+comment on function tokenlimits.rolling_room_at(tokenlimits.limit_state, bigint)
 is 'tokenlimits: When a rolling window will have room for a cost.';
+revoke execute on function tokenlimits.rolling_room_at(tokenlimits.limit_state, bigint)
+from public, anon, authenticated, service_role;
+
+-- When as many live holds of the subject have expired as are in the way of one more.
+create or replace function tokenlimits.next_place_at(p_state tokenlimits.limit_state)
+returns timestamptz
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return coalesce((
+    select h.expires_at
+    from tokenlimits.holds as h
+    where
+      h.group_id = p_state.group_id and h.kind = p_state.kind and h.expires_at > tokenlimits.clock()
+      and (p_state.scope = 'group' or h.user_id = p_state.subject)
+    order by h.expires_at
+    offset greatest(p_state.used - p_state.max, 0)
+    limit 1
+  ), tokenlimits.clock());
+end
+$$;
+comment on function tokenlimits.next_place_at(tokenlimits.limit_state)
+is 'tokenlimits: When one more hold will have a place, if none ends before.';
+revoke execute on function tokenlimits.next_place_at(tokenlimits.limit_state)
+from public, anon, authenticated, service_role;
+
+-- When a full limit will have room for a cost; infinity: never by itself. Under an override, that may be when it ends.
+create or replace function tokenlimits.room_at(p_state tokenlimits.limit_state, p_cost bigint)
+returns timestamptz
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_until timestamptz := case
+    when p_cost > p_state.max then 'infinity'
+    when p_state.period = 'in_flight' then tokenlimits.next_place_at(p_state)
+    when p_state.starts = 'rolling' then tokenlimits.rolling_room_at(p_state, p_cost)
+    else p_state.until
+  end;
+  v_override_ends timestamptz := p_state.overridden_until;
+begin
+  if v_override_ends > tokenlimits.clock() and v_override_ends <= v_until and isfinite(v_override_ends) then
+    p_state.max := p_state.own_max;
+    p_state.overridden_until := null;
+    return case
+      when (p_state.max is null or p_state.used + p_cost <= p_state.max) then v_override_ends
+      else greatest(v_override_ends, tokenlimits.room_at(p_state, p_cost))
+    end;
+  end if;
+  return v_until;
+end
+$$;
+comment on function tokenlimits.room_at(tokenlimits.limit_state, bigint)
+is 'tokenlimits: When a full limit will have room for a cost.';
 revoke execute on function tokenlimits.room_at(tokenlimits.limit_state, bigint)
 from public, anon, authenticated, service_role;
 
@@ -1657,7 +1822,21 @@ as $$
 declare
   v_user_id uuid := case p_state.scope when 'member' then p_state.subject end;
   v_opened_at timestamptz;
+  v_override public.limit_overrides;
 begin
+  if p_state.is_open is null then
+    -- a counter would have it
+    select * into v_override
+    from public.limit_overrides as o
+    where o.group_id = p_state.group_id and o.kind = p_state.kind
+    and o.period = p_state.period and o.starts = p_state.starts
+    and o.scope = p_state.scope and o.subject = p_state.subject
+    and (o.until is null or o.until > p_at);
+    if found then
+      p_state.max := v_override.max;
+      p_state.overridden_until := coalesce(v_override.until, 'infinity');
+    end if;
+  end if;
   if p_state.is_open is not true then
     if p_window is null then
       p_window := tokenlimits.window_of(
@@ -1675,14 +1854,18 @@ begin
         );
       end if;
     end if;
-    p_state.since := greatest(lower(p_window), case when p_state.starts <> 'rolling' then p_state.until end, (
-      select max(r.reset_at)
-      from tokenlimits.usage_resets as r
-      where r.group_id = p_state.group_id and r.kind in (p_state.kind, '*')
-    ));
+    p_state.since := case
+      -- a reset takes no hold away
+      when p_state.period = 'in_flight' then lower(p_window)
+      else greatest(lower(p_window), case when p_state.starts <> 'rolling' then p_state.until end, (
+        select max(r.reset_at)
+        from tokenlimits.usage_resets as r
+        where r.group_id = p_state.group_id and r.kind in (p_state.kind, '*') and r.subject in (p_state.group_id, p_state.subject)
+      ))
+    end;
     p_state.used := case
       when p_state.until is null then tokenlimits.count_limit(
-        p_state.group_id, v_user_id, p_state.kind, p_state.counts, p_state.since, upper(p_window)
+        p_state.group_id, v_user_id, p_state.kind, p_state.period, p_state.counts, p_state.since, upper(p_window)
       )
       when p_state.starts = 'rolling' then coalesce((
         select sum(c.used)
@@ -1728,7 +1911,8 @@ create or replace function tokenlimits.limit_states(
   p_user_ids uuid[],
   p_kinds text[],
   p_at timestamptz,
-  p_less_expired boolean default true
+  p_less_expired boolean default true,
+  p_in_flight boolean default true
 )
 returns tokenlimits.limit_state[]
 language plpgsql
@@ -1747,8 +1931,10 @@ begin
     array_agg(
       row(
         l.group_id, l.counter_id, l.subject, l.kind, l.period, l.starts, l.scope,
-        l.mode, l.max, l.counts, l.weight,
-        c.since, c.until, null, c.used, null, c.until > p_at, l.name, l.timezone
+        l.mode,
+        case when c.overridden_until > p_at then c.override_max else l.max end,
+        l.counts, l.weight,
+        c.since, c.until, null, c.used, null, c.until > p_at, l.name, l.timezone, l.max, c.overridden_until
       )::tokenlimits.limit_state
       order by l.kind, l.scope = 'group', l.subject, l.counter_id
     ),
@@ -1787,13 +1973,15 @@ begin
       unnest(case i.scope when 'group' then array[i.group_id] else p_user_ids end) as subject
     from public.group_limits as i
     inner join public.user_groups as g on g.id = i.group_id
-    where i.group_id = p_group_id and (p_kinds is null or case
-      when i.counts is null then i.kind = any(p_kinds)
-      else i.counts ?| p_kinds
-    end)
+    where
+      i.group_id = p_group_id and (p_kinds is null or case
+        when i.counts is null then i.kind = any(p_kinds)
+        else i.counts ?| p_kinds
+      end)
+      and (i.period <> 'in_flight' or p_in_flight)
   ) as l
   left join lateral (
-    select k.since, k.until, k.used
+    select k.since, k.until, k.used, k.override_max, k.overridden_until
     from tokenlimits.counters as k
     where k.subject = l.subject and k.counter_id = l.counter_id
     -- one look-up per limit, whatever size the planner assumes for an array
@@ -1809,7 +1997,7 @@ begin
   for v in
     select s.place, p.range
     from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-used, expired, is_open, group_name, timezone, place)
+used, expired, is_open, group_name, timezone, own_max, overridden_until, place)
     left join (
       select d.period, tokenlimits.period_of(d.period, d.timezone, p_at) as range
       from (
@@ -1850,8 +2038,8 @@ used, expired, is_open, group_name, timezone, place)
     for i in 1..cardinality(v_states) loop
       v_state := v_states[i];
       v_state.expired := tokenlimits.expired_of_limit(
-        p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.counts,
-        v_state.since, v_now
+        p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.period,
+        v_state.counts, v_state.since, v_now
       );
       v_state.used := v_state.used - v_state.expired;
       v_states[i] := v_state;
@@ -1867,9 +2055,9 @@ used, expired, is_open, group_name, timezone, place)
   return v_states;
 end
 $$;
-comment on function tokenlimits.limit_states(uuid, uuid[], text[], timestamptz, boolean)
+comment on function tokenlimits.limit_states(uuid, uuid[], text[], timestamptz, boolean, boolean)
 is 'tokenlimits: A group''s limits for users, that count some kinds or (null) any, with the usage of each at a moment.';
-revoke execute on function tokenlimits.limit_states(uuid, uuid[], text[], timestamptz, boolean)
+revoke execute on function tokenlimits.limit_states(uuid, uuid[], text[], timestamptz, boolean, boolean)
 from public, anon, authenticated, service_role;
 
 -- The state was read a moment ago. If another call has opened the counter since, that counter stays unchanged. Returns
@@ -1884,8 +2072,13 @@ as $$
 declare
   v_is_new boolean;
 begin
-  insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
-  values (p_state.subject, p_state.counter_id, p_state.since, p_state.until, p_state.used)
+  insert into tokenlimits.counters as c (
+    subject, counter_id, since, until, used, override_max, overridden_until
+  )
+  values (
+    p_state.subject, p_state.counter_id, p_state.since, p_state.until, p_state.used,
+    case when p_state.overridden_until is not null then p_state.max end, p_state.overridden_until
+  )
   on conflict on constraint counters_pkey do update
   set since = excluded.since, until = excluded.until, used = excluded.used
   where c.until <= excluded.since or (p_state.starts = 'rolling' and c.until < excluded.until)
@@ -2075,6 +2268,71 @@ create or replace trigger group_limits_apply_delete
 after delete on public.group_limits
 referencing old table as old_rows
 for each statement execute function tokenlimits.apply_limits();
+
+-- Waits for the calls that judge by the old overrides. A subject without a counter finds its override when it gets one.
+create or replace function tokenlimits.apply_overrides()
+returns trigger
+language plpgsql
+-- definer: counters are private
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_changed public.limit_overrides[];
+begin
+  if tg_op = 'INSERT' then
+    v_changed := array(
+      select row(r.*)::public.limit_overrides from new_rows as r
+    );
+  elsif tg_op = 'DELETE' then
+    v_changed := array(
+      select row(r.*)::public.limit_overrides from old_rows as r
+    );
+  elsif tg_op = 'UPDATE' then
+    v_changed := array(
+      select row(r.*)::public.limit_overrides from new_rows as r
+      union all
+      select row(r.*)::public.limit_overrides from old_rows as r
+    );
+  end if;
+  perform tokenlimits.lock_groups(array(select c.group_id from unnest(v_changed) as c), true);
+  update tokenlimits.counters as k
+  set override_max = f.max, overridden_until = f.until
+  from (
+    select distinct l.counter_id, c.subject, o.max, case when o.id is not null then coalesce(o.until, 'infinity') end as until
+    from unnest(v_changed) as c
+    inner join public.group_limits as l
+      on
+        l.group_id = c.group_id and l.kind = c.kind and l.period = c.period and l.starts = c.starts
+        and l.scope = c.scope
+    left join public.limit_overrides as o on o.group_id = l.group_id and o.kind = l.kind
+    and o.period = l.period and o.starts = l.starts
+    and o.scope = l.scope and o.subject = c.subject
+    and (o.until is null or o.until > tokenlimits.clock())
+  ) as f
+  where k.counter_id = f.counter_id and k.subject = f.subject;
+  return null;
+end
+$$;
+comment on function tokenlimits.apply_overrides()
+is 'tokenlimits: Trigger: tells the counters of edited overrides while no call uses them.';
+revoke execute on function tokenlimits.apply_overrides()
+from public, anon, authenticated, service_role;
+
+create or replace trigger limit_overrides_apply_insert
+after insert on public.limit_overrides
+referencing new table as new_rows
+for each statement execute function tokenlimits.apply_overrides();
+
+create or replace trigger limit_overrides_apply_update
+after update on public.limit_overrides
+referencing old table as old_rows new table as new_rows
+for each statement execute function tokenlimits.apply_overrides();
+
+create or replace trigger limit_overrides_apply_delete
+after delete on public.limit_overrides
+referencing old table as old_rows
+for each statement execute function tokenlimits.apply_overrides();
 
 -- In a new time zone, every period of the group begins at a different moment; with a new anchor, every anchored one.
 -- One statement for all groups, so that it takes their stripes in order.
@@ -2284,6 +2542,8 @@ as $$
 declare
   v_kind text := replace(p_kind, '_', ' ');
   v_limit tokenlimits.limit_state := p_verdict.denied_by;
+  v_until text := to_char(v_limit.until at time zone v_limit.timezone, 'YYYY-MM-DD HH24:MI ') || v_limit.timezone;
+  v_error text;
 begin
   if p_verdict.reason = 'not_in_group' then
     return 'The user is in no group that may pay for this';
@@ -2292,8 +2552,16 @@ begin
   elsif p_verdict.reason = 'busy' then
     return 'The group is locked at the moment, because its usage or its limits are being changed; try again';
   end if;
-  return upper(left(v_kind, 1)) || substr(v_kind, 2)
-    || format(' generation limit exceeded: %s of %s ', v_limit.used, v_limit.max)
+  v_error := upper(left(v_kind, 1)) || substr(v_kind, 2) || ' generation limit exceeded: ';
+  if v_limit.period = 'in_flight' then
+    return v_error
+      || format('%s %s in progress', v_limit.used, case v_limit.used when 1 then v_kind else v_kind || 's' end)
+      || case v_limit.scope when 'member' then ' by this user' else '' end
+      || format(', at most %s at once', v_limit.max)
+      || case when isfinite(v_limit.until) then ', next place ' || v_until else '' end;
+  end if;
+  return v_error
+    || format('%s of %s ', v_limit.used, v_limit.max)
     || case when v_limit.counts is not null then replace(v_limit.kind, '_', ' ') || ' ' else '' end
     || 'used '
     || case v_limit.scope when 'member' then 'by this user ' else '' end
@@ -2312,8 +2580,7 @@ begin
     end
     || case
       when isfinite(v_limit.until)
-        then case v_limit.starts when 'rolling' then ', room again ' else ', resets ' end
-          || to_char(v_limit.until at time zone v_limit.timezone, 'YYYY-MM-DD HH24:MI ') || v_limit.timezone
+        then case v_limit.starts when 'rolling' then ', room again ' else ', resets ' end || v_until
       else ''
     end;
 end
@@ -2365,15 +2632,17 @@ begin
       nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight
     )::tokenlimits.limit_answer;
       end if;
-    elsif (v_state.max - v_state.used - case
-      when v_state.used > v_state.max then v_state.weight - 1
-      else 0
-    end) / v_state.weight < (v_tightest.max - v_tightest.used - case
-      when v_tightest.used > v_tightest.max then v_tightest.weight - 1
-      else 0
-    end) / v_tightest.weight
+    -- how many may run at once is in other units
+    elsif v_state.period <> 'in_flight' and (
+      (v_state.max - v_state.used - case
+        when v_state.used > v_state.max then v_state.weight - 1
+        else 0
+      end) / v_state.weight < (v_tightest.max - v_tightest.used - case
+        when v_tightest.used > v_tightest.max then v_tightest.weight - 1
+        else 0
+      end) / v_tightest.weight
       or (v_tightest.max is null and v_state.max is not null)
-    then
+    ) then
       v_tightest := v_state;
     end if;
   end loop;
@@ -2441,7 +2710,10 @@ declare
 begin
   v_verdict.allowed := true;
   v_verdict.group_id := p_usage.group_id;
-  v_verdict.states := tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], array[p_usage.kind], p_at);
+  v_verdict.states := tokenlimits.limit_states(
+    p_usage.group_id, array[p_usage.user_id], array[p_usage.kind], p_at,
+    p_in_flight => p_usage.reserved_cost is not null
+  );
   v_verdict.observed := p_observed;
   return tokenlimits.answer(v_verdict, p_usage.kind, p_usage.cost, p_usage, p_replayed);
 end
@@ -2608,7 +2880,11 @@ begin
       array(select d.id from public.user_groups as d where d.is_default)
     )) with ordinality as g (id, place)
     order by
-      exists (select from public.group_limits as l where l.group_id = g.id and (l.counts is null and l.kind = p_kind or l.counts ? p_kind)) desc,
+      exists (
+        select
+        from public.group_limits as l
+        where l.group_id = g.id and (l.counts is null and l.kind = p_kind or l.counts ? p_kind) and l.period <> 'in_flight'
+      ) desc,
       g.place
     limit 1
   );
@@ -2729,8 +3005,10 @@ begin
         array_agg(
           row(
             l.group_id, l.counter_id, l.subject, l.kind, l.period, l.starts, l.scope,
-            'enforce', l.max, null, 1,
-            c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone
+            'enforce',
+            case when c.overridden_until > v_at then c.override_max else l.max end,
+            null, 1,
+            c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone, l.max, c.overridden_until
           )::tokenlimits.limit_state
           order by l.scope = 'group', l.counter_id
         ),
@@ -2749,10 +3027,12 @@ begin
           case i.scope when 'group' then i.group_id else p_user_id end as subject
         from public.group_limits as i
         inner join public.user_groups as g on g.id = i.group_id
-        where i.group_id = v_group_id and (i.counts is null and i.kind = p_kind or i.counts ? p_kind)
+        where
+          i.group_id = v_group_id and (i.counts is null and i.kind = p_kind or i.counts ? p_kind)
+          and i.period <> 'in_flight'
       ) as l
       left join lateral (
-        select k.since, k.until, k.used
+        select k.since, k.until, k.used, k.override_max, k.overridden_until
         from tokenlimits.counters as k
         where k.subject = l.subject and k.counter_id = l.counter_id
         -- one look-up per limit, whatever size the planner assumes for an array
@@ -2760,7 +3040,9 @@ begin
       ) as c on true;
       continue when v_states is null;
       if not v_is_plain then
-        v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], array[p_kind], v_at);
+        v_states := tokenlimits.limit_states(
+          v_group_id, array[p_user_id], array[p_kind], v_at, p_in_flight => false
+        );
       end if;
       v_full := null;
       v_observed := null;
@@ -2774,11 +3056,11 @@ begin
             v_observed := v_observed || v_state.counter_id;
           else
             v_state.reset_at := null;
-            -- a cost that can never fit waits for ever, as under a full lifetime limit
-            if p_cost * v_state.weight > v_state.max then
-              v_state.until := 'infinity';
-            elsif v_state.starts = 'rolling' then
+            if v_state.starts = 'rolling' or v_state.overridden_until > v_at then
               v_state.until := tokenlimits.room_at(v_state, p_cost * v_state.weight);
+            elsif p_cost * v_state.weight > v_state.max then
+              -- a cost that can never fit waits for ever, as under a full lifetime limit
+              v_state.until := 'infinity';
             end if;
             if v_full is null or v_state.until > v_full.until then
               v_full := v_state;
@@ -3030,8 +3312,10 @@ begin
         array_agg(
           row(
             l.group_id, l.counter_id, l.subject, l.kind, l.period, l.starts, l.scope,
-            'enforce', l.max, null, 1,
-            c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone
+            'enforce',
+            case when c.overridden_until > v_at then c.override_max else l.max end,
+            null, 1,
+            c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone, l.max, c.overridden_until
           )::tokenlimits.limit_state
           order by l.scope = 'group', l.counter_id
         ),
@@ -3050,10 +3334,11 @@ begin
           case i.scope when 'group' then i.group_id else p_user_id end as subject
         from public.group_limits as i
         inner join public.user_groups as g on g.id = i.group_id
-        where i.group_id = v_group_id and (i.counts is null and i.kind = p_kind or i.counts ? p_kind)
+        where
+          i.group_id = v_group_id and (i.counts is null and i.kind = p_kind or i.counts ? p_kind)
       ) as l
       left join lateral (
-        select k.since, k.until, k.used
+        select k.since, k.until, k.used, k.override_max, k.overridden_until
         from tokenlimits.counters as k
         where k.subject = l.subject and k.counter_id = l.counter_id
         -- one look-up per limit, whatever size the planner assumes for an array
@@ -3061,7 +3346,9 @@ begin
       ) as c on true;
       continue when v_states is null;
       if not v_is_plain then
-        v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], array[p_kind], v_at);
+        v_states := tokenlimits.limit_states(
+          v_group_id, array[p_user_id], array[p_kind], v_at, p_in_flight => true
+        );
       end if;
       v_full := null;
       v_observed := null;
@@ -3070,16 +3357,16 @@ begin
           -- the clock was set back behind the counter's period; the usage then belongs to that period
           v_at := v_state.since;
         end if;
-        if not (v_state.max is null or v_state.used + p_cost * v_state.weight <= v_state.max) then
+        if not (v_state.max is null or v_state.used + (case when v_state.period = 'in_flight' then 1 else p_cost * v_state.weight end) <= v_state.max) then
           if v_state.mode = 'observe' then
             v_observed := v_observed || v_state.counter_id;
           else
             v_state.reset_at := null;
-            -- a cost that can never fit waits for ever, as under a full lifetime limit
-            if p_cost * v_state.weight > v_state.max then
+            if v_state.starts = 'rolling' or v_state.period = 'in_flight' or v_state.overridden_until > v_at then
+              v_state.until := tokenlimits.room_at(v_state, (case when v_state.period = 'in_flight' then 1 else p_cost * v_state.weight end));
+            elsif (case when v_state.period = 'in_flight' then 1 else p_cost * v_state.weight end) > v_state.max then
+              -- a cost that can never fit waits for ever, as under a full lifetime limit
               v_state.until := 'infinity';
-            elsif v_state.starts = 'rolling' then
-              v_state.until := tokenlimits.room_at(v_state, p_cost * v_state.weight);
             end if;
             if v_full is null or v_state.until > v_full.until then
               v_full := v_state;
@@ -3315,8 +3602,10 @@ begin
         array_agg(
           row(
             l.group_id, l.counter_id, l.subject, l.kind, l.period, l.starts, l.scope,
-            'enforce', l.max, null, 1,
-            c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone
+            'enforce',
+            case when c.overridden_until > v_at then c.override_max else l.max end,
+            null, 1,
+            c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone, l.max, c.overridden_until
           )::tokenlimits.limit_state
           order by l.scope = 'group', l.counter_id
         ),
@@ -3335,10 +3624,12 @@ begin
           case i.scope when 'group' then i.group_id else p_user_id end as subject
         from public.group_limits as i
         inner join public.user_groups as g on g.id = i.group_id
-        where i.group_id = v_group_id and (i.counts is null and i.kind = p_kind or i.counts ? p_kind)
+        where
+          i.group_id = v_group_id and (i.counts is null and i.kind = p_kind or i.counts ? p_kind)
+          and i.period <> 'in_flight'
       ) as l
       left join lateral (
-        select k.since, k.until, k.used
+        select k.since, k.until, k.used, k.override_max, k.overridden_until
         from tokenlimits.counters as k
         where k.subject = l.subject and k.counter_id = l.counter_id
         -- one look-up per limit, whatever size the planner assumes for an array
@@ -3346,7 +3637,9 @@ begin
       ) as c on true;
       continue when v_states is null;
       if not v_is_plain then
-        v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], array[p_kind], v_at);
+        v_states := tokenlimits.limit_states(
+          v_group_id, array[p_user_id], array[p_kind], v_at, p_in_flight => false
+        );
       end if;
       v_full := null;
       v_observed := null;
@@ -3360,11 +3653,11 @@ begin
             v_observed := v_observed || v_state.counter_id;
           else
             v_state.reset_at := null;
-            -- a cost that can never fit waits for ever, as under a full lifetime limit
-            if p_cost * v_state.weight > v_state.max then
-              v_state.until := 'infinity';
-            elsif v_state.starts = 'rolling' then
+            if v_state.starts = 'rolling' or v_state.overridden_until > v_at then
               v_state.until := tokenlimits.room_at(v_state, p_cost * v_state.weight);
+            elsif p_cost * v_state.weight > v_state.max then
+              -- a cost that can never fit waits for ever, as under a full lifetime limit
+              v_state.until := 'infinity';
             end if;
             if v_full is null or v_state.until > v_full.until then
               v_full := v_state;
@@ -3525,8 +3818,10 @@ begin
       array_agg(
         row(
           l.group_id, l.counter_id, l.subject, l.kind, l.period, l.starts, l.scope,
-          'enforce', l.max, null, 1,
-          c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone
+          'enforce',
+          case when c.overridden_until > v_at then c.override_max else l.max end,
+          null, 1,
+          c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone, l.max, c.overridden_until
         )::tokenlimits.limit_state
         order by l.scope = 'group', l.counter_id
       ),
@@ -3545,10 +3840,12 @@ begin
         case i.scope when 'group' then i.group_id else p_user_id end as subject
       from public.group_limits as i
       inner join public.user_groups as g on g.id = i.group_id
-      where i.group_id = v_group_id and (i.counts is null and i.kind = p_kind or i.counts ? p_kind)
+      where
+        i.group_id = v_group_id and (i.counts is null and i.kind = p_kind or i.counts ? p_kind)
+        and i.period <> 'in_flight'
     ) as l
     left join lateral (
-      select k.since, k.until, k.used
+      select k.since, k.until, k.used, k.override_max, k.overridden_until
       from tokenlimits.counters as k
       where k.subject = l.subject and k.counter_id = l.counter_id
       -- one look-up per limit, whatever size the planner assumes for an array
@@ -3556,7 +3853,9 @@ begin
     ) as c on true;
     continue when v_states is null;
     if not v_is_plain then
-      v_states := tokenlimits.limit_states(v_group_id, array[p_user_id], array[p_kind], v_at);
+      v_states := tokenlimits.limit_states(
+        v_group_id, array[p_user_id], array[p_kind], v_at, p_in_flight => false
+      );
     end if;
     v_full := null;
     v_observed := null;
@@ -3570,11 +3869,11 @@ begin
           v_observed := v_observed || v_state.counter_id;
         else
           v_state.reset_at := null;
-          -- a cost that can never fit waits for ever, as under a full lifetime limit
-          if p_cost * v_state.weight > v_state.max then
-            v_state.until := 'infinity';
-          elsif v_state.starts = 'rolling' then
+          if v_state.starts = 'rolling' or v_state.overridden_until > v_at then
             v_state.until := tokenlimits.room_at(v_state, p_cost * v_state.weight);
+          elsif p_cost * v_state.weight > v_state.max then
+            -- a cost that can never fit waits for ever, as under a full lifetime limit
+            v_state.until := 'infinity';
           end if;
           if v_full is null or v_state.until > v_full.until then
             v_full := v_state;
@@ -3663,8 +3962,8 @@ begin
   for no key update;
   -- read only now, under the lock: each statement has a new snapshot, so this sees what others committed meanwhile
   v_expired := tokenlimits.expired_of_limit(
-    p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.counts,
-    p_state.since, least(p_at, tokenlimits.clock())
+    p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.period,
+    p_state.counts, p_state.since, least(p_at, tokenlimits.clock())
   );
   update tokenlimits.counters as c
   set used = c.used + p_cost
@@ -3727,10 +4026,13 @@ begin
     cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, p_at, false)) as l
   );
   for v_move in
-    select s.place, sum(m.cost * case when s.counts is null then 1 else (s.counts ->> m.kind)::bigint end)::bigint as cost, max(m.created_at) as last,
+    select
+      s.place,
+      sum(case when s.period = 'in_flight' then m.holds else m.cost * case when s.counts is null then 1 else (s.counts ->> m.kind)::bigint end end)::bigint as cost,
+      max(m.created_at) as last,
       bool_or(m.enforced) and s.mode = 'enforce' and (p_judges is null or s.counter_id = any(p_judges)) as enforced, bool_or(m.created_at < s.since) as is_over
     from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-  used, expired, is_open, group_name, timezone, place)
+  used, expired, is_open, group_name, timezone, own_max, overridden_until, place)
     inner join (
       select g.*, g.group_id as subject, 'group' as scope
       from unnest(p_moves) as g
@@ -3742,6 +4044,7 @@ begin
         m.group_id = s.group_id and m.subject = s.subject and m.scope = s.scope and (s.counts is null and s.kind = m.kind or s.counts ? m.kind)
         -- an enforced move can't be skipped: its period ended after it was judged
         and (m.created_at >= s.since or (m.enforced and s.mode = 'enforce' and (p_judges is null or s.counter_id = any(p_judges))))
+        and (m.holds is not null or s.period <> 'in_flight')
     group by s.place, s.scope, s.subject, s.counter_id, s.mode
     order by s.scope = 'group', s.subject, s.counter_id
   loop
@@ -3836,7 +4139,7 @@ begin
   )
 
   select array_agg(
-    row(e.group_id, e.kind, e.user_id, e.created_at, -e.cost, -1, false)::tokenlimits.usage_move
+    row(e.group_id, e.kind, e.user_id, e.created_at, -e.cost, -1, false, -1)::tokenlimits.usage_move
   )
   into v_moves
   from expired as e;
@@ -3992,7 +4295,9 @@ or (u.status = 'reserved' and u.expires_at <= p_at));
   from unnest(p_usages) as n
   where n.status = 'reserved';
   return tokenlimits.expire_holds(v_expired, p_at) || array(
-    select row(n.group_id, n.kind, n.user_id, n.created_at, n.cost, 1, p_enforced)::tokenlimits.usage_move
+    select row(
+      n.group_id, n.kind, n.user_id, n.created_at, n.cost, 1, p_enforced, case n.status when 'reserved' then 1 end
+    )::tokenlimits.usage_move
     from unnest(p_usages) as n
   );
 end
@@ -4105,7 +4410,10 @@ declare
   v_judges bigint[] := '{}';
 begin
   foreach v_state in array
-    tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], array[p_usage.kind], p_at)
+    -- it needs no place among those in flight: its work is done
+    tokenlimits.limit_states(
+      p_usage.group_id, array[p_usage.user_id], array[p_usage.kind], p_at, p_in_flight => false
+    )
   loop
     continue when v_state.mode <> 'enforce';
     v_is_limited := true;
@@ -4189,7 +4497,7 @@ begin
         v_needs_room := v_status = 'committed' and (v_usage.status not in ('reserved', 'committed')
 or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at)) and not p_charges;
         v_judges := case when v_needs_room then tokenlimits.require_room(v_usage, v_cost, v_at) end;
-        v_move := row(v_usage.group_id, v_usage.kind, v_usage.user_id, v_usage.created_at, 0, 0, v_needs_room);
+        v_move := row(v_usage.group_id, v_usage.kind, v_usage.user_id, v_usage.created_at, 0, 0, v_needs_room, null);
         if v_status = 'committed' then
           v_move.cost := v_cost;
           v_move.generations := 1;
@@ -4199,6 +4507,9 @@ or (v_usage.status = 'reserved' and v_usage.expires_at <= v_at)) and not p_charg
           v_move.generations := v_move.generations - 1;
         end if;
         delete from tokenlimits.holds as h where h.user_id = v_usage.user_id and h.usage_id = p_usage_id;
+        if found then
+          v_move.holds := -1;
+        end if;
         update public.generation_usage as u
         set
           status = v_status,
@@ -4422,7 +4733,7 @@ begin
       -- moves nothing, but locks the counters
       perform tokenlimits.move_usage(
         array[row(
-          v_usage.group_id, v_usage.kind, v_usage.user_id, v_usage.created_at, 0, 0, false
+          v_usage.group_id, v_usage.kind, v_usage.user_id, v_usage.created_at, 0, 0, false, 0
         )::tokenlimits.usage_move],
         v_at
       );
@@ -4841,7 +5152,9 @@ begin
     cross join lateral unnest(i.group_ids) as g (id)
     where i.answer is null
     group by g.id) as p
-    cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, p_at)) as s
+    cross join lateral unnest(tokenlimits.limit_states(
+      p.group_id, p.user_ids, p.kinds, p_at, p_in_flight => false
+    )) as s
   );
   usages := '{}';
   charges := '{}';
@@ -4858,7 +5171,7 @@ begin
     left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
     cross join lateral (values ('group', g.id), ('member', i.user_id)) as w (scope, subject)
     left join unnest(states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-used, expired, is_open, group_name, timezone, no)
+used, expired, is_open, group_name, timezone, own_max, overridden_until, no)
       on s.group_id = g.id and s.scope = w.scope and s.subject = w.subject and (s.counts is null and s.kind = i.kind or s.counts ? i.kind)
     where i.answer is null
     group by i.place, i.group_ids, g.id, g.rank
@@ -4886,11 +5199,11 @@ used, expired, is_open, group_name, timezone, no)
             v_observed := v_observed || v_state.counter_id;
           else
             v_state.reset_at := null;
-            -- a cost that can never fit waits for ever, as under a full lifetime limit
-            if v_item.cost * v_state.weight > v_state.max then
-              v_state.until := 'infinity';
-            elsif v_state.starts = 'rolling' then
+            if v_state.starts = 'rolling' or v_state.overridden_until > v_at then
               v_state.until := tokenlimits.room_at(v_state, v_item.cost * v_state.weight);
+            elsif v_item.cost * v_state.weight > v_state.max then
+              -- a cost that can never fit waits for ever, as under a full lifetime limit
+              v_state.until := 'infinity';
             end if;
             if v_full is null or v_state.until > v_full.until then
               v_full := v_state;
@@ -5045,10 +5358,13 @@ begin
     cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, p_at, false)) as l
   );
   for v_move in
-    select s.place, sum(m.cost * case when s.counts is null then 1 else (s.counts ->> m.kind)::bigint end)::bigint as cost, max(m.created_at) as last,
+    select
+      s.place,
+      sum(case when s.period = 'in_flight' then m.holds else m.cost * case when s.counts is null then 1 else (s.counts ->> m.kind)::bigint end end)::bigint as cost,
+      max(m.created_at) as last,
       bool_or(m.enforced) and s.mode = 'enforce' as enforced, bool_or(m.created_at < s.since) as is_over
     from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-  used, expired, is_open, group_name, timezone, place)
+  used, expired, is_open, group_name, timezone, own_max, overridden_until, place)
     inner join (
       select g.*, g.group_id as subject, 'group' as scope
       from unnest(v_moves) as g
@@ -5060,6 +5376,7 @@ begin
         m.group_id = s.group_id and m.subject = s.subject and m.scope = s.scope and (s.counts is null and s.kind = m.kind or s.counts ? m.kind)
         -- an enforced move can't be skipped: its period ended after it was judged
         and (m.created_at >= s.since or (m.enforced and s.mode = 'enforce'))
+        and (m.holds is not null or s.period <> 'in_flight')
     group by s.place, s.scope, s.subject, s.counter_id, s.mode
     order by s.scope = 'group', s.subject, s.counter_id
   loop
@@ -5146,7 +5463,7 @@ begin
   for v in
     select s.no, m.used - s.used as others
     from unnest(p_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-used, expired, is_open, group_name, timezone, no)
+used, expired, is_open, group_name, timezone, own_max, overridden_until, no)
     inner join unnest(p_moved) as m on m.counter_id = s.counter_id and m.subject = s.subject
     where s.expired is null and m.used <> s.used
   loop
@@ -5182,15 +5499,17 @@ used, expired, is_open, group_name, timezone, no)
         nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight
       )::tokenlimits.limit_answer;
         end if;
-      elsif (v_state.max - v_state.used - case
-        when v_state.used > v_state.max then v_state.weight - 1
-        else 0
-      end) / v_state.weight < (v_tightest.max - v_tightest.used - case
-        when v_tightest.used > v_tightest.max then v_tightest.weight - 1
-        else 0
-      end) / v_tightest.weight
+      -- how many may run at once is in other units
+      elsif v_state.period <> 'in_flight' and (
+        (v_state.max - v_state.used - case
+          when v_state.used > v_state.max then v_state.weight - 1
+          else 0
+        end) / v_state.weight < (v_tightest.max - v_tightest.used - case
+          when v_tightest.used > v_tightest.max then v_tightest.weight - 1
+          else 0
+        end) / v_tightest.weight
         or (v_tightest.max is null and v_state.max is not null)
-      then
+      ) then
         v_tightest := v_state;
       end if;
     end loop;
@@ -5397,7 +5716,7 @@ begin
         'counts', l.counts
       )
       order by l.kind, l.scope, array_position(
-        array['minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime'], regexp_replace(l.period, '^[0-9]+ |s$', '', 'g')
+        array['in_flight', 'minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime'], regexp_replace(l.period, '^[0-9]+ |s$', '', 'g')
       ), length(l.period), l.period, l.starts
     )
     from public.group_limits as l
@@ -5455,13 +5774,13 @@ begin
     v_field := case
       when jsonb_typeof(v_limit) <> 'object' then ''
       when (v_limit ->> 'kind' ~ '^[a-z][a-z0-9_]{0,31}$') is not true then '.kind'
-      when (v_limit ->> 'period' in ('minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime')
+      when (v_limit ->> 'period' in ('in_flight', 'minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime')
       or v_limit ->> 'period' ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks|months)$') is not true then '.period'
       when coalesce(v_limit ->> 'starts', '') not in ('calendar', 'anchor', 'first_use', 'rolling') then '.starts'
       when (((v_limit ->> 'starts') = 'calendar' and (v_limit ->> 'period') !~ ' ')
-      or ((v_limit ->> 'starts') = 'anchor' and (v_limit ->> 'period') <> 'lifetime' and (v_limit ->> 'period') !~ '^(2[5-9]|[3-9][0-9]|[0-9]{3}) months$')
-      or ((v_limit ->> 'starts') = 'first_use' and (v_limit ->> 'period') <> 'lifetime' and (v_limit ->> 'period') !~ ' months$')
-      or ((v_limit ->> 'starts') = 'rolling' and (v_limit ->> 'period') !~ '^(month|year|lifetime)$| months$')) is not true then '.period'
+      or ((v_limit ->> 'starts') = 'anchor' and (v_limit ->> 'period') not in ('in_flight', 'lifetime') and (v_limit ->> 'period') !~ '^(2[5-9]|[3-9][0-9]|[0-9]{3}) months$')
+      or ((v_limit ->> 'starts') = 'first_use' and (v_limit ->> 'period') not in ('in_flight', 'lifetime') and (v_limit ->> 'period') !~ ' months$')
+      or ((v_limit ->> 'starts') = 'rolling' and (v_limit ->> 'period') !~ '^(in_flight|month|year|lifetime)$| months$')) is not true then '.period'
       when coalesce(v_limit ->> 'mode', '') not in ('enforce', 'observe') then '.mode'
       when not (nullif(v_limit -> 'counts', 'null') is null or (
         jsonb_typeof(nullif(v_limit -> 'counts', 'null')) = 'object'
@@ -5472,6 +5791,7 @@ begin
         and not jsonb_path_exists(nullif(v_limit -> 'counts', 'null'), '$.* ? (@.type() != "number")')
         and not jsonb_path_exists(nullif(v_limit -> 'counts', 'null'), '$.* ? (@ < 1 || @ > 1000000 || @.floor() != @)')
       )) then '.counts'
+      when v_limit ->> 'period' = 'in_flight' and v_limit -> 'counts' <> 'null' then '.counts'
       when coalesce(v_limit ->> 'scope', '') not in ('group', 'member') then '.scope'
       when not v_limit ? 'max' then '.max'
       when jsonb_typeof(v_limit -> 'max') = 'null' then null
@@ -5793,6 +6113,50 @@ from public, anon, authenticated, service_role;
 grant execute on function public.set_group_limit(uuid, jsonb)
 to authenticated, service_role;
 
+create or replace function tokenlimits.refuse_several(p_scope text, p_kind text, p_fitting text[])
+returns void
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if cardinality(p_fitting) > 1 then
+    perform tokenlimits.refuse(
+      'TL001',
+      format('period: %s has several limits on %s: %s', p_scope, p_kind, array_to_string(p_fitting, ', ')),
+      'period',
+      'Say which one by its period and starts. Nothing was changed.'
+    );
+  end if;
+end
+$$;
+comment on function tokenlimits.refuse_several(text, text, text[])
+is 'tokenlimits: Raises TL001 if a limit is named that could be one of several, each given by its period and where it '
+'starts.';
+revoke execute on function tokenlimits.refuse_several(text, text, text[])
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.refuse_several(text, text, text[])
+to authenticated, service_role;
+
+create or replace function tokenlimits.require_user(p_user_id uuid)
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_user_id is not null and not exists (select from tokenlimits.users(array[p_user_id])) then
+    perform tokenlimits.refuse(
+      'TL004', format('there is no user %s', p_user_id), p_user_id::text, 'Find the id with find_users.'
+    );
+  end if;
+end
+$$;
+comment on function tokenlimits.require_user(uuid)
+is 'tokenlimits: Raises TL004 if there is no such user.';
+revoke execute on function tokenlimits.require_user(uuid)
+from public, anon, authenticated, service_role;
+
 create or replace function public.remove_group_limit(
   p_group_id uuid,
   p_kind text,
@@ -5817,20 +6181,13 @@ begin
   set name = g.name
   where g.id = p_group_id;
   select array_agg(l.period || ' ' || l.starts order by array_position(
-    array['minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime'], regexp_replace(l.period, '^[0-9]+ |s$', '', 'g')
+    array['in_flight', 'minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime'], regexp_replace(l.period, '^[0-9]+ |s$', '', 'g')
   ), length(l.period), l.period, l.starts) into v_fitting
   from public.group_limits as l
   where l.group_id = p_group_id and l.kind = p_kind and l.scope = p_scope
     and (p_period is null or l.period = p_period)
     and (p_starts is null or l.starts = p_starts);
-  if cardinality(v_fitting) > 1 then
-    perform tokenlimits.refuse(
-      'TL001',
-      format('period: %s has several limits on %s: %s', p_scope, p_kind, array_to_string(v_fitting, ', ')),
-      'period',
-      'Say which one by its period and starts. Nothing was removed.'
-    );
-  end if;
+  perform tokenlimits.refuse_several(p_scope, p_kind, v_fitting);
   delete from public.group_limits as l
   where l.group_id = p_group_id and l.kind = p_kind and l.scope = p_scope
     and (p_period is null or l.period = p_period)
@@ -6043,7 +6400,7 @@ from public, anon, authenticated, service_role;
 grant execute on function public.move_group_member(uuid, uuid, uuid)
 to authenticated, service_role;
 
-create or replace function tokenlimits.reset_group_usage(p_group_id uuid, p_kind text)
+create or replace function tokenlimits.reset_group_usage(p_group_id uuid, p_kind text, p_user_id uuid)
 returns jsonb
 language plpgsql
 volatile
@@ -6059,6 +6416,7 @@ begin
   if not p_kind ~ '^[a-z][a-z0-9_]{0,31}$' then
     perform tokenlimits.refuse('TL001', 'kind: is not a kind of generation', 'kind');
   end if;
+  perform tokenlimits.require_user(p_user_id);
   if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
     perform tokenlimits.refuse_transaction();
   end if;
@@ -6078,19 +6436,28 @@ begin
       where u.group_id = p_group_id
     )
   );
-  insert into tokenlimits.usage_resets as r (group_id, kind, reset_at)
-  values (p_group_id, coalesce(p_kind, '*'), v_at)
+  insert into tokenlimits.usage_resets as r (group_id, kind, subject, reset_at)
+  values (p_group_id, coalesce(p_kind, '*'), coalesce(p_user_id, p_group_id), v_at)
   on conflict on constraint usage_resets_pkey do update
   set reset_at = excluded.reset_at;
-  update public.group_limits as l
-  set counter_id = default
-  where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind);
+  if p_user_id is null then
+    update public.group_limits as l
+    set counter_id = default
+    where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind) and l.period <> 'in_flight';
+  else
+    delete from tokenlimits.counters as c
+    using public.group_limits as l
+    where
+      l.group_id = p_group_id and (p_kind is null or l.kind = p_kind) and l.period <> 'in_flight'
+      and l.scope = 'member' and c.counter_id = l.counter_id and c.subject = p_user_id;
+  end if;
   return jsonb_build_object('reset_at', v_at);
 end
 $$;
 create or replace function public.reset_group_usage(
   p_group_id uuid,
-  p_kind text default null
+  p_kind text default null,
+  p_user_id uuid default null
 )
 returns jsonb
 language plpgsql
@@ -6100,22 +6467,24 @@ as $$
 begin
   return tokenlimits.reset_group_usage(
     p_group_id,
-    p_kind
+    p_kind,
+    p_user_id
   );
 end
 $$;
-comment on function public.reset_group_usage(uuid, text)
-is 'tokenlimits: Resets a group''s usage in its current periods, of one kind or of all; the ledger keeps everything.';
-revoke execute on function public.reset_group_usage(uuid, text)
+comment on function public.reset_group_usage(uuid, text, uuid)
+is 'tokenlimits: Resets usage in the current periods of a group''s limits, of one kind or of all; with a user, of that '
+'member''s alone. The ledger keeps everything.';
+revoke execute on function public.reset_group_usage(uuid, text, uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.reset_group_usage(uuid, text)
+grant execute on function public.reset_group_usage(uuid, text, uuid)
 to authenticated, service_role;
 
-comment on function tokenlimits.reset_group_usage(uuid, text)
+comment on function tokenlimits.reset_group_usage(uuid, text, uuid)
 is 'tokenlimits: The private half of public.reset_group_usage.';
-revoke execute on function tokenlimits.reset_group_usage(uuid, text)
+revoke execute on function tokenlimits.reset_group_usage(uuid, text, uuid)
 from public, anon, authenticated, service_role;
-grant execute on function tokenlimits.reset_group_usage(uuid, text)
+grant execute on function tokenlimits.reset_group_usage(uuid, text, uuid)
 to authenticated, service_role;
 
 create or replace function tokenlimits.group_members(p_group_id uuid, p_after uuid, p_page_size integer, p_search text)
@@ -6256,6 +6625,282 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.find_users(text, integer)
 to authenticated, service_role;
 
+-- 82_overrides.sql
+
+-- Overrides: another max of one limit for one member, or of a group limit, perhaps until a moment.
+--
+-- Invariants
+--   * An override names its limit by (kind, period, starts, scope). While there is no such limit, it sleeps.
+--   * Usage doesn't change. What is in force is computed from the time alone: when an override ends, no job runs.
+--   * The subject's counter says it too, so a call reads nothing else. A trigger keeps both equal, also if an admin edits
+--     the table.
+
+create or replace function tokenlimits.override_json(p_override public.limit_overrides, p_email text)
+returns jsonb
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return jsonb_build_object(
+    'id', p_override.id,
+    'group_id', p_override.group_id,
+    'kind', p_override.kind,
+    'period', p_override.period,
+    'starts', p_override.starts,
+    'scope', p_override.scope,
+    'user_id', case p_override.scope when 'member' then p_override.subject end,
+    'email', p_email,
+    'max', p_override.max,
+    'until', p_override.until,
+    'status', case
+      when p_override.until <= tokenlimits.clock() then 'ended'
+      when exists (
+        select
+        from public.group_limits as l
+        where
+          l.group_id = p_override.group_id and l.kind = p_override.kind and l.period = p_override.period
+          and l.starts = p_override.starts and l.scope = p_override.scope
+      ) then 'active'
+      else 'sleeping'
+    end,
+    'created_at', p_override.created_at
+  );
+end
+$$;
+comment on function tokenlimits.override_json(public.limit_overrides, text)
+is 'tokenlimits: An override, as clients see it.';
+revoke execute on function tokenlimits.override_json(public.limit_overrides, text)
+from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.set_limit_override(
+  p_group_id uuid,
+  p_kind text,
+  p_max bigint,
+  p_user_id uuid,
+  p_period text,
+  p_starts text,
+  p_until timestamptz
+)
+returns jsonb
+language plpgsql
+volatile
+-- definer: users are not open to admins
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_scope constant text := case when p_user_id is null then 'group' else 'member' end;
+  v_limits public.group_limits[];
+  v_override public.limit_overrides;
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  perform tokenlimits.require_user(p_user_id);
+  if p_max not between 0 and 1000000000000000 then
+    perform tokenlimits.refuse(
+      'TL001', 'max: must be from 0 to 1000000000000000, or null', 'max', 'Nothing was saved.'
+    );
+  elsif p_until <= tokenlimits.clock() or not (p_until >= '1970-01-01 00:00:00+00' and p_until < '9999-01-01 00:00:00+00') then
+    perform tokenlimits.refuse('TL001', 'until: must be in the future', 'until', 'Nothing was saved.');
+  end if;
+  if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
+    perform tokenlimits.refuse_transaction();
+  end if;
+  update public.user_groups as g
+  set name = g.name
+  where g.id = p_group_id;
+  v_limits := array(
+    select row(l.*)::public.group_limits
+    from public.group_limits as l
+    where l.group_id = p_group_id and l.kind = p_kind and l.scope = v_scope
+    and (p_period is null or l.period = p_period)
+    and (p_starts is null or l.starts = p_starts)
+    order by array_position(
+      array['in_flight', 'minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime'], regexp_replace(l.period, '^[0-9]+ |s$', '', 'g')
+    ), length(l.period), l.period, l.starts
+  );
+  if v_limits = '{}' then
+    perform tokenlimits.refuse(
+      'TL001',
+      format('kind: there is no such %s limit on %s', v_scope, p_kind),
+      'kind',
+      case when p_user_id is null then 'For a member limit, name the user. ' else '' end || 'Nothing was saved.'
+    );
+  end if;
+  perform tokenlimits.refuse_several(
+    v_scope, p_kind, array(select l.period || ' ' || l.starts from unnest(v_limits) as l)
+  );
+  insert into public.limit_overrides as o (
+    group_id, kind, period, starts, scope, subject, max, until, created_at
+  )
+  values (
+    p_group_id, p_kind, v_limits[1].period, v_limits[1].starts, v_scope, coalesce(p_user_id, p_group_id), p_max,
+    p_until, tokenlimits.clock()
+  )
+  on conflict on constraint limit_overrides_key do update
+  set max = excluded.max, until = excluded.until, created_at = excluded.created_at
+  returning * into v_override;
+  return tokenlimits.override_json(
+    v_override, (select u.email from tokenlimits.users(array[p_user_id]) as u)
+  );
+end
+$$;
+create or replace function public.set_limit_override(
+  p_group_id uuid,
+  p_kind text,
+  p_max bigint,
+  p_user_id uuid default null,
+  p_period text default null,
+  p_starts text default null,
+  p_until timestamptz default null
+)
+returns jsonb
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return tokenlimits.set_limit_override(
+    p_group_id,
+    p_kind,
+    p_max,
+    p_user_id,
+    p_period,
+    p_starts,
+    p_until
+  );
+end
+$$;
+comment on function public.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz)
+is 'tokenlimits: Replaces the max of one limit for one member, or of a group limit, perhaps until a moment; null: '
+'unlimited.';
+revoke execute on function public.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz)
+from public, anon, authenticated, service_role;
+grant execute on function public.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz)
+to authenticated, service_role;
+
+comment on function tokenlimits.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz)
+is 'tokenlimits: The private half of public.set_limit_override.';
+revoke execute on function tokenlimits.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz)
+to authenticated, service_role;
+
+create or replace function public.remove_limit_override(
+  p_group_id uuid,
+  p_kind text,
+  p_user_id uuid default null,
+  p_period text default null,
+  p_starts text default null
+)
+returns jsonb
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_scope constant text := case when p_user_id is null then 'group' else 'member' end;
+  v_fitting text[];
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
+    perform tokenlimits.refuse_transaction();
+  end if;
+  update public.user_groups as g
+  set name = g.name
+  where g.id = p_group_id;
+  select array_agg(o.period || ' ' || o.starts order by array_position(
+    array['in_flight', 'minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime'], regexp_replace(o.period, '^[0-9]+ |s$', '', 'g')
+  ), length(o.period), o.period, o.starts) into v_fitting
+  from public.limit_overrides as o
+  where o.group_id = p_group_id and o.kind = p_kind and o.scope = v_scope
+    and (p_period is null or o.period = p_period)
+    and (p_starts is null or o.starts = p_starts) and o.subject = coalesce(p_user_id, p_group_id);
+  perform tokenlimits.refuse_several(v_scope, p_kind, v_fitting);
+  delete from public.limit_overrides as o
+  where o.group_id = p_group_id and o.kind = p_kind and o.scope = v_scope
+    and (p_period is null or o.period = p_period)
+    and (p_starts is null or o.starts = p_starts) and o.subject = coalesce(p_user_id, p_group_id);
+  return jsonb_build_object('removed', found);
+end
+$$;
+comment on function public.remove_limit_override(uuid, text, uuid, text, text)
+is 'tokenlimits: Ends an override, so that the limit''s own max applies again; says whether there was one.';
+revoke execute on function public.remove_limit_override(uuid, text, uuid, text, text)
+from public, anon, authenticated, service_role;
+grant execute on function public.remove_limit_override(uuid, text, uuid, text, text)
+to authenticated, service_role;
+
+create or replace function tokenlimits.find_limit_overrides(
+  p_group_id uuid,
+  p_user_id uuid,
+  p_after uuid,
+  p_page_size integer
+)
+returns jsonb
+language plpgsql
+stable
+-- definer: e-mail addresses are not open to admins
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_overrides public.limit_overrides[];
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  v_overrides := array(
+    select row(o.*)::public.limit_overrides
+    from public.limit_overrides as o
+    where
+      o.group_id = p_group_id and (p_user_id is null or o.subject = p_user_id)
+      and (p_after is null or o.id > p_after)
+    order by o.id
+    limit least(greatest(p_page_size, 1), 1000)
+  );
+  return coalesce((
+    select jsonb_agg(tokenlimits.override_json(row(o.*)::public.limit_overrides, u.email) order by o.id)
+    from unnest(v_overrides) as o
+    left join tokenlimits.users(array(select s.subject from unnest(v_overrides) as s)) as u on u.id = o.subject
+  ), '[]');
+end
+$$;
+create or replace function public.find_limit_overrides(
+  p_group_id uuid,
+  p_user_id uuid default null,
+  p_after uuid default null,
+  p_page_size integer default 500
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return tokenlimits.find_limit_overrides(
+    p_group_id,
+    p_user_id,
+    p_after,
+    p_page_size
+  );
+end
+$$;
+comment on function public.find_limit_overrides(uuid, uuid, uuid, integer)
+is 'tokenlimits: The overrides of a group''s limits, or those of one user: the page after an id, ordered by id.';
+revoke execute on function public.find_limit_overrides(uuid, uuid, uuid, integer)
+from public, anon, authenticated, service_role;
+grant execute on function public.find_limit_overrides(uuid, uuid, uuid, integer)
+to authenticated, service_role;
+
+comment on function tokenlimits.find_limit_overrides(uuid, uuid, uuid, integer)
+is 'tokenlimits: The private half of public.find_limit_overrides.';
+revoke execute on function tokenlimits.find_limit_overrides(uuid, uuid, uuid, integer)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.find_limit_overrides(uuid, uuid, uuid, integer)
+to authenticated, service_role;
+
 -- 85_reports.sql
 
 -- Usage for users and admins, and history.
@@ -6298,7 +6943,7 @@ begin
     inner join public.user_groups as g on g.id = p.id
     cross join lateral unnest(tokenlimits.limit_states(p.id, array[p_user_id], null, v_now))
     with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-used, expired, is_open, group_name, timezone, place)
+used, expired, is_open, group_name, timezone, own_max, overridden_until, place)
   ), '[]');
 end
 $$;
@@ -6446,6 +7091,42 @@ is 'tokenlimits: What is used of a group''s limits that don''t start by the cale
 revoke execute on function tokenlimits.uncommon_usage(uuid, timestamptz)
 from public, anon, authenticated, service_role;
 
+-- What members had used of a limit when their usage was reset, which their own counters no longer contain. Expired holds
+-- among it were subtracted with all others.
+create or replace function tokenlimits.used_before_resets(
+  p_group_id uuid,
+  p_kind text,
+  p_counts jsonb,
+  p_since timestamptz,
+  p_at timestamptz
+)
+returns numeric
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return coalesce((
+    select sum(
+      tokenlimits.count_limit(p_group_id, r.subject, p_kind, null, p_counts, p_since, r.reset_at)
+      - tokenlimits.expired_of_limit(p_group_id, r.subject, p_kind, null, p_counts, p_since, p_at)
+      + tokenlimits.expired_of_limit(p_group_id, r.subject, p_kind, null, p_counts, r.reset_at, p_at)
+    )
+    from (
+      select q.subject, max(q.reset_at) as reset_at
+      from tokenlimits.usage_resets as q
+      where q.group_id = p_group_id and q.kind in (p_kind, '*') and q.subject <> p_group_id
+      group by q.subject
+    ) as r
+    where r.reset_at > p_since
+  ), 0);
+end
+$$;
+comment on function tokenlimits.used_before_resets(uuid, text, jsonb, timestamptz, timestamptz)
+is 'tokenlimits: What members had used of a limit in its current period when their usage was reset.';
+revoke execute on function tokenlimits.used_before_resets(uuid, text, jsonb, timestamptz, timestamptz)
+from public, anon, authenticated, service_role;
+
 -- A member limit is shown for the whole group: what all members used, of max times the number of members. All groups of
 -- a page at once, since a dashboard asks for a thousand: what limit_states computes for one group, this computes for
 -- all in one query. It returns json, which is only concatenated; jsonb would be rebuilt at every level.
@@ -6465,6 +7146,7 @@ declare
   v_now timestamptz := tokenlimits.clock();
   v_group_ids uuid[];
   v_any_expired boolean := exists (select from tokenlimits.holds as h where h.expires_at <= v_now);
+  v_any_reset boolean := exists (select from tokenlimits.usage_resets as r where r.subject <> r.group_id);
 begin
   perform tokenlimits.require_admin();
   if p_group_id is not null then
@@ -6496,14 +7178,37 @@ begin
       group by m.group_id
     ),
 
+    -- of the groups themselves, and of those who are members now
+    overrides as materialized (
+      select
+        o.group_id, o.kind, o.period, o.starts, o.scope,
+        count(*) as subjects, sum(o.max) as max, bool_or(o.max is null) as is_unlimited
+      from public.limit_overrides as o
+      left join public.group_memberships as m on m.group_id = o.group_id and m.user_id = o.subject
+      where
+        o.group_id = any(v_group_ids) and (o.until is null or o.until > v_now)
+        and (o.scope = 'group' or m.user_id is not null)
+      group by o.group_id, o.kind, o.period, o.starts, o.scope
+    ),
+
     limits as materialized (
       select
-        l.group_id, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counts, l.counter_id, g.timezone,
+        l.group_id, l.kind, l.period, l.starts, l.scope, l.mode, l.counts, l.counter_id, g.timezone,
+        case when l.scope = 'group' and o.subjects > 0 then o.max else l.max end as max,
         -- numeric: for many members, it exceeds a bigint
-        l.max::numeric * case l.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
+        case
+          when o.is_unlimited then null
+          else l.max::numeric * (
+            case l.scope when 'member' then coalesce(m.members, 0) else 1 end - coalesce(o.subjects, 0)
+          ) + coalesce(o.max, 0)
+        end as capacity
       from public.group_limits as l
       inner join groups as g on g.id = l.group_id
       left join members as m on m.group_id = l.group_id
+      left join overrides as o
+        on
+          o.group_id = l.group_id and o.kind = l.kind and o.period = l.period and o.starts = l.starts
+          and o.scope = l.scope
       where l.group_id = any(v_group_ids)
     ),
 
@@ -6523,7 +7228,7 @@ begin
           else greatest(lower(p.range), c.until, (
             select max(r.reset_at)
             from tokenlimits.usage_resets as r
-            where r.group_id = l.group_id and r.kind in (l.kind, '*')
+            where r.group_id = l.group_id and r.kind in (l.kind, '*') and r.subject in (l.group_id, l.group_id)
           ))
         end as since,
         case when c.until > v_now then c.until else upper(p.range) end as until,
@@ -6563,15 +7268,19 @@ begin
           s.group_id, s.kind, s.period, s.starts, s.scope, s.mode, s.max, s.counter_id, s.capacity, s.until,
           -- without a counter, the sum is computed as in count_usage; here, if the period consists of whole buckets
           coalesce(s.used, case
-            when s.counts is null and s.since = date_bin('15 minutes', s.since, '2000-01-01 00:00:00+00') and s.until = date_bin('15 minutes', s.until, '2000-01-01 00:00:00+00') then coalesce((
+            when s.counts is null and s.period <> 'in_flight' and s.since = date_bin('15 minutes', s.since, '2000-01-01 00:00:00+00') and s.until = date_bin('15 minutes', s.until, '2000-01-01 00:00:00+00') then coalesce((
               select sum(r.cost)
               from tokenlimits.usage_rollup as r
               where r.group_id = s.group_id and r.kind = s.kind and r.bucket >= s.since and r.bucket < s.until
             ), 0)
-            else tokenlimits.count_limit(s.group_id, null, s.kind, s.counts, s.since, s.until)
+            else tokenlimits.count_limit(s.group_id, null, s.kind, s.period, s.counts, s.since, s.until)
           end)
           - case when v_any_expired
-            then tokenlimits.expired_of_limit(s.group_id, null, s.kind, s.counts, s.since, v_now)
+            then tokenlimits.expired_of_limit(s.group_id, null, s.kind, s.period, s.counts, s.since, v_now)
+            else 0
+          end
+          - case when v_any_reset and s.scope = 'member' and s.period <> 'in_flight'
+            then tokenlimits.used_before_resets(s.group_id, s.kind, s.counts, s.since, v_now)
             else 0
           end as used
         from states as s
@@ -7090,11 +7799,11 @@ begin
   return coalesce((
     with limits as materialized (
       select
-        l.kind, l.period, l.starts, l.max, l.counts, l.counter_id, upper(p.range) as until,
+        l.group_id, l.kind, l.period, l.starts, l.scope, l.max, l.counts, l.counter_id, upper(p.range) as until,
         greatest(lower(p.range), null, (
           select max(r.reset_at)
           from tokenlimits.usage_resets as r
-          where r.group_id = p_group_id and r.kind in (l.kind, '*')
+          where r.group_id = p_group_id and r.kind in (l.kind, '*') and r.subject in (p_group_id, p_group_id)
         )) as since
       from public.group_limits as l
       inner join public.user_groups as g on g.id = l.group_id
@@ -7102,15 +7811,23 @@ begin
       cross join lateral (
         select case when l.starts = 'calendar' then tokenlimits.period_of(l.period, g.timezone, v_now) end as range
       ) as p
-      where l.group_id = p_group_id and l.scope = 'member' and l.max > 0
+      where l.group_id = p_group_id and l.scope = 'member'
     ),
 
     -- as in limit_states: an open counter says what is used; if a new period has begun since, nothing is used; null
     -- means that there is no counter
     states as (
       select
-        l.kind, l.counts, l.max, l.counter_id, m.user_id, l.until,
-        case when c.until > v_now then c.since else greatest(l.since, c.until) end as since,
+        l.kind, l.period, l.counts, l.counter_id, m.user_id, l.until,
+        case when o.id is not null then o.max else l.max end as max,
+        case
+          when c.until > v_now then c.since
+          else greatest(l.since, c.until, (
+            select max(r.reset_at)
+            from tokenlimits.usage_resets as r
+            where r.group_id = p_group_id and r.kind in (l.kind, '*') and r.subject in (p_group_id, m.user_id)
+          ))
+        end as since,
         case when c.until > v_now then c.used when c.until is not null then 0 end as used
       from limits as l
       inner join public.group_memberships as m on m.group_id = p_group_id
@@ -7120,14 +7837,21 @@ begin
         where k.subject = m.user_id and k.counter_id = l.counter_id
         offset 0
       ) as c on true
+      left join public.limit_overrides as o on o.group_id = l.group_id and o.kind = l.kind
+      and o.period = l.period and o.starts = l.starts
+      and o.scope = l.scope and o.subject = m.user_id
+      and (o.until is null or o.until > v_now)
       where l.starts = 'calendar'
     ),
 
     counted as (
       select
-        s.kind, s.counts, s.max, s.counter_id, s.user_id, s.since,
-        coalesce(s.used, tokenlimits.count_limit(p_group_id, s.user_id, s.kind, s.counts, s.since, s.until)) as used
+        s.kind, s.period, s.counts, s.max, s.counter_id, s.user_id, s.since,
+        coalesce(
+          s.used, tokenlimits.count_limit(p_group_id, s.user_id, s.kind, s.period, s.counts, s.since, s.until)
+        ) as used
       from states as s
+      where s.max > 0
     ),
 
     pressed as materialized (
@@ -7139,7 +7863,9 @@ begin
           c.max, c.counter_id, c.user_id,
           c.used - case
             when v_any_expired
-              then tokenlimits.expired_of_limit(p_group_id, c.user_id, c.kind, c.counts, c.since, v_now)
+              then tokenlimits.expired_of_limit(
+                p_group_id, c.user_id, c.kind, c.period, c.counts, c.since, v_now
+              )
             else 0
           end as used
         from counted as c
@@ -7186,6 +7912,7 @@ begin
       order by l.kind, l.counter_id
     )
     from limits as l
+    where l.max > 0 or exists (select from pressed as p where p.counter_id = l.counter_id)
   ), '[]');
 end
 $$;
@@ -7371,7 +8098,7 @@ begin
     select
       c.subject, c.counter_id, c.kind, c.period, c.starts, c.scope, c.used as was,
       tokenlimits.count_limit(
-        p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.counts, c.since, c.until
+        p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.period, c.counts, c.since, c.until
       ) as used
     from (
       select
@@ -7476,7 +8203,8 @@ begin
   for v_state in
     select
       l.group_id, l.counter_id, c.subject, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counts, 1 as weight,
-      c.since, c.until, null as reset_at, c.used, null as expired, true as is_open, null as group_name, null as timezone
+      c.since, c.until, null as reset_at, c.used, null as expired, true as is_open, null as group_name, null as timezone,
+      null as own_max, null as overridden_until
     from public.group_limits as l
     inner join tokenlimits.counters as c on c.counter_id = l.counter_id
     where l.group_id = p_group_id and l.starts = 'rolling' and c.until > tokenlimits.clock()
@@ -7683,7 +8411,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  c_tables constant text[] := array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'];
+  c_tables constant text[] := array['user_groups', 'group_limits', 'limit_overrides', 'group_memberships', 'generation_usage'];
   c_unknown_width constant integer := 32;
 begin
   perform tokenlimits.require_admin();
@@ -7872,7 +8600,7 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  c_tables constant text[] := array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'];
+  c_tables constant text[] := array['user_groups', 'group_limits', 'limit_overrides', 'group_memberships', 'generation_usage'];
 begin
   return (
     with ours as (
@@ -7988,7 +8716,7 @@ set search_path = pg_catalog, pg_temp
 set lock_timeout = '1s'
 as $$
 declare
-  c_tables constant text[] := array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'];
+  c_tables constant text[] := array['user_groups', 'group_limits', 'limit_overrides', 'group_memberships', 'generation_usage'];
   c_functions constant text[] := array[
     'add_group_members',
     'check_generation',
@@ -7998,6 +8726,7 @@ declare
     'export_usage',
     'extend_generation',
     'find_groups',
+    'find_limit_overrides',
     'find_users',
     'find_users_by_email',
     'generation_history',
@@ -8013,10 +8742,12 @@ declare
     'release_generation',
     'remove_group_limit',
     'remove_group_members',
+    'remove_limit_override',
     'reserve_generation',
     'reset_group_usage',
     'save_group',
     'set_group_limit',
+    'set_limit_override',
     'tokenlimits_diagnosis',
     'tokenlimits_health',
     'tokenlimits_version',
@@ -8167,11 +8898,13 @@ to authenticated, service_role;
 alter table public.user_groups enable row level security;
 alter table public.group_limits enable row level security;
 alter table public.group_memberships enable row level security;
+alter table public.limit_overrides enable row level security;
 alter table public.generation_usage enable row level security;
 
-revoke all on public.user_groups, public.group_limits, public.group_memberships, public.generation_usage
+revoke all on
+public.user_groups, public.group_limits, public.group_memberships, public.limit_overrides, public.generation_usage
 from public, anon, authenticated, service_role;
-grant select, delete on public.user_groups, public.group_limits, public.group_memberships
+grant select, delete on public.user_groups, public.group_limits, public.group_memberships, public.limit_overrides
 to authenticated, service_role;
 -- only our functions set ids, counters and timestamps, even if an admin edits a table
 grant insert (name, description, priority, timezone, is_default, anchor_at),
@@ -8180,6 +8913,8 @@ on public.user_groups to authenticated, service_role;
 grant insert (group_id, kind, period, starts, scope, mode, max, counts),
 update (kind, period, starts, scope, mode, max, counts)
 on public.group_limits to authenticated, service_role;
+grant insert (group_id, kind, period, starts, scope, subject, max, until), update (max, until)
+on public.limit_overrides to authenticated, service_role;
 grant insert (group_id, user_id) on public.group_memberships to authenticated, service_role;
 grant select on public.generation_usage to authenticated, service_role;
 -- an identity column needs no privilege on its sequence; old projects grant it to everybody
@@ -8191,7 +8926,9 @@ declare
   v_action text;
   v_name text;
 begin
-  foreach v_table in array array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'] loop
+  foreach v_table in array array[
+    'user_groups', 'group_limits', 'group_memberships', 'limit_overrides', 'generation_usage'
+  ] loop
     foreach v_action in array array['select', 'insert', 'update', 'delete'] loop
       continue when v_table = 'generation_usage' and v_action <> 'select';
       continue when v_table = 'group_memberships' and v_action = 'update';

@@ -19,7 +19,7 @@ begin
   select c.relnamespace into v_home
   from pg_catalog.pg_class as c
   where
-    c.relname in ('user_groups', 'group_limits', 'group_memberships', 'generation_usage')
+    c.relname in ('user_groups', 'group_limits', 'limit_overrides', 'group_memberships', 'generation_usage')
     and c.relpersistence = 'p'
     and coalesce(obj_description(c.oid, 'pg_class') like 'tokenlimits:%', false)
   -- a copy in another schema has none of our triggers
@@ -63,6 +63,7 @@ begin
             'export_usage',
             'extend_generation',
             'find_groups',
+            'find_limit_overrides',
             'find_users',
             'find_users_by_email',
             'generation_history',
@@ -78,10 +79,12 @@ begin
             'release_generation',
             'remove_group_limit',
             'remove_group_members',
+            'remove_limit_override',
             'reserve_generation',
             'reset_group_usage',
             'save_group',
             'set_group_limit',
+            'set_limit_override',
             'tokenlimits_diagnosis',
             'tokenlimits_health',
             'tokenlimits_version',
@@ -115,7 +118,7 @@ begin
       where
         c.relkind = 'r'
         and coalesce(obj_description(c.oid, 'pg_class') like 'tokenlimits:%', false)
-        and (c.relnamespace = v_private or (c.relnamespace = v_home and c.relname in ('user_groups', 'group_limits', 'group_memberships', 'generation_usage')))
+        and (c.relnamespace = v_private or (c.relnamespace = v_home and c.relname in ('user_groups', 'group_limits', 'limit_overrides', 'group_memberships', 'generation_usage')))
         and (c.relname <> 'generation_usage' or current_setting('tokenlimits.drop_ledger', true) = 'yes')
     );
     if v_ours <> '{}' then

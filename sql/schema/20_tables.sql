@@ -54,10 +54,10 @@ create table if not exists public.group_limits (
   mode text not null default 'enforce',
   max bigint,
   counts jsonb,
-  -- a call is fast where the group's limits are plain: none is observed, counts several kinds, or needs more than its
-  -- counter to say what is used
+  -- a call is fast where the group's limits are plain: none is observed, counts several kinds or holds, or needs more
+  -- than its counter to say what is used
   is_plain boolean not null generated always as (
-    counts is null and mode = 'enforce' and starts in ('calendar', 'anchor')
+    counts is null and mode = 'enforce' and starts in ('calendar', 'anchor') and period <> 'in_flight'
   ) stored,
   counter_id bigint generated always as identity,
   constraint group_limits_pkey primary key (id),
@@ -74,6 +74,7 @@ create table if not exists public.group_limits (
   constraint group_limits_counts_check check (
     {{ is_counts('counts') | indent(4) }}
   ),
+  constraint group_limits_in_flight_check check (counts is null or period <> 'in_flight'),
   constraint group_limits_mode_check check (mode in ('enforce', 'observe')),
   constraint group_limits_scope_check check (scope in ('group', 'member')),
   constraint group_limits_max_check check (max between 0 and {{ most_of_a_limit() }})
@@ -87,6 +88,44 @@ comment on column public.group_limits.max is 'Null: unlimited. 0: blocked.';
 comment on column public.group_limits.counts
 is 'The kinds that it counts, with their weights; null: its own kind alone, with weight 1.';
 comment on column public.group_limits.counter_id is 'Names the limit''s counters; only tokenlimits sets it.';
+
+-- By a limit's identity, not by its id: it sleeps while there is no such limit, and comes back with it.
+create table if not exists public.limit_overrides (
+  id uuid not null default gen_random_uuid(),
+  group_id uuid not null,
+  kind text not null,
+  period text not null,
+  starts text not null default 'calendar',
+  scope text not null,
+  subject uuid not null,
+  max bigint,
+  until timestamptz,
+  created_at timestamptz not null default now(),
+  constraint limit_overrides_pkey primary key (id),
+  constraint limit_overrides_key unique (group_id, subject, kind, period, starts, scope),
+  constraint limit_overrides_group_id_fkey foreign key (group_id) references public.user_groups (id) on delete cascade,
+  constraint limit_overrides_kind_check check ({{ is_kind('kind') }}),
+  constraint limit_overrides_period_check check (
+    {{ is_period('period') | indent(4) }}
+  ),
+  constraint limit_overrides_starts_check check (
+    {{ is_start('starts', 'period') | indent(4) }}
+  ),
+  constraint limit_overrides_scope_check check (scope in ('group', 'member')),
+  constraint limit_overrides_subject_check check (scope <> 'group' or subject = group_id),
+  constraint limit_overrides_max_check check (max between 0 and {{ most_of_a_limit() }}),
+  constraint limit_overrides_until_check check (
+    {{ is_moment('until') }}
+  ),
+  constraint limit_overrides_created_at_check check (
+    {{ is_moment('created_at') }}
+  )
+);
+comment on table public.limit_overrides
+is 'tokenlimits: Another max of one limit for one member, or of a group limit for a time.';
+comment on column public.limit_overrides.subject is 'The user of a member limit; the group itself of a group limit.';
+comment on column public.limit_overrides.max is 'Null: unlimited. 0: blocked.';
+comment on column public.limit_overrides.until is 'From then on, the limit''s own max applies again; null: for good.';
 
 create table if not exists public.group_memberships (
   group_id uuid not null,

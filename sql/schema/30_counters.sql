@@ -23,6 +23,9 @@ create table if not exists tokenlimits.counters (
   since timestamptz not null,
   until timestamptz not null,
   used bigint not null,
+  -- the subject's own max, and until when it applies; null: there is none (limit_overrides)
+  override_max bigint,
+  overridden_until timestamptz,
   constraint counters_pkey primary key (subject, counter_id)
 ) with (fillfactor = 50);
 comment on table tokenlimits.counters is 'tokenlimits: What a subject has used of a limit in [since, until).';
@@ -91,15 +94,17 @@ from public.generation_usage as u
 where u.status in ('reserved', 'committed') and not exists (select from tokenlimits.usage_rollup)
 group by u.group_id, u.kind, bucket;
 
--- kind '*' means every kind, including kinds that get their first limit later.
+-- kind '*' means every kind, including kinds that get their first limit later. The subject is the group, for all of its
+-- counters, or one user.
 create table if not exists tokenlimits.usage_resets (
   group_id uuid not null,
   kind text not null,
+  subject uuid not null,
   reset_at timestamptz not null,
-  constraint usage_resets_pkey primary key (group_id, kind)
+  constraint usage_resets_pkey primary key (group_id, kind, subject)
 );
 comment on table tokenlimits.usage_resets
-is 'tokenlimits: When an admin last reset a group''s usage: its counters count from then.';
+is 'tokenlimits: When an admin last reset usage: the counters of the group, or of one member, count from then.';
 
 revoke all on
 tokenlimits.counters, tokenlimits.counter_parts, tokenlimits.usage_rollup, tokenlimits.usage_resets, tokenlimits.holds
@@ -133,9 +138,13 @@ begin
       -- null: there is no counter yet; false: it belongs to a past period
       is_open boolean,
       group_name text,
-      timezone text
+      timezone text,
+      -- the limit's max, where the subject has its own until a moment
+      own_max bigint,
+      overridden_until timestamptz
     );
-    -- how creating, settling or sweeping a usage moves its counters; enforced: they must have room
+    -- how creating, settling or sweeping a usage moves its counters; enforced: they must have room; holds: by how many
+    -- there are more, null if it isn't a hold
     create type tokenlimits.usage_move as (
       group_id uuid,
       kind text,
@@ -143,7 +152,8 @@ begin
       created_at timestamptz,
       cost bigint,
       generations integer,
-      enforced boolean
+      enforced boolean,
+      holds integer
     );
   end if;
 end

@@ -47,7 +47,7 @@ declare
   v_day tstzrange;
   v_since timestamptz;
 begin
-  if p_period = 'lifetime' then
+  if p_period in ('lifetime', 'in_flight') then
     return tstzrange('-infinity', 'infinity');
   elsif p_period = 'minute' then
     v_since := date_bin('1 minute', p_at, '2000-01-01 00:00:00+00');

@@ -98,10 +98,43 @@ $$;
   "The cost of expired holds that counters since a moment contain, of a member, or of the group if the user is null."
 ) }}
 
+create or replace function tokenlimits.count_holds(
+  p_group_id uuid,
+  p_user_id uuid,
+  p_kind text,
+  p_expired_at timestamptz default 'infinity'
+)
+returns bigint
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+begin
+  if p_user_id is not null then
+    return (
+      select count(*)
+      from tokenlimits.holds as h
+      where
+        h.user_id = p_user_id and h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_expired_at
+    );
+  end if;
+  return (
+    select count(*)
+    from tokenlimits.holds as h
+    where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_expired_at
+  );
+end
+$$;
+{{ private(
+  'count_holds(uuid, uuid, text, timestamptz)',
+  "How many holds of a kind are unswept, or expired at a moment, of a member, or of the group if the user is null."
+) }}
+
 create or replace function tokenlimits.count_limit(
   p_group_id uuid,
   p_user_id uuid,
   p_kind text,
+  p_period text,
   p_counts jsonb,
   p_since timestamptz,
   p_until timestamptz
@@ -112,7 +145,9 @@ stable
 {{ search_path() }}
 as $$
 begin
-  if p_counts is null then
+  if p_period = 'in_flight' then
+    return tokenlimits.count_holds(p_group_id, p_user_id, p_kind);
+  elsif p_counts is null then
     return tokenlimits.count_usage(p_group_id, p_user_id, p_kind, p_since, p_until);
   end if;
   return (
@@ -122,14 +157,15 @@ begin
 end
 $$;
 {{ private(
-  'count_limit(uuid, uuid, text, jsonb, timestamptz, timestamptz)',
-  "What a limit on a kind, or on the kinds of a pool, counts between two moments: see count_usage."
+  'count_limit(uuid, uuid, text, text, jsonb, timestamptz, timestamptz)',
+  "What a limit counts between two moments, whether it counts a kind, the kinds of a pool, or holds: see count_usage."
 ) }}
 
 create or replace function tokenlimits.expired_of_limit(
   p_group_id uuid,
   p_user_id uuid,
   p_kind text,
+  p_period text,
   p_counts jsonb,
   p_since timestamptz,
   p_at timestamptz
@@ -140,7 +176,9 @@ stable
 {{ search_path() }}
 as $$
 begin
-  if p_counts is null then
+  if p_period = 'in_flight' then
+    return tokenlimits.count_holds(p_group_id, p_user_id, p_kind, p_at);
+  elsif p_counts is null then
     return tokenlimits.expired_cost(p_group_id, p_user_id, p_kind, p_since, p_at);
   end if;
   return (
@@ -150,7 +188,7 @@ begin
 end
 $$;
 {{ private(
-  'expired_of_limit(uuid, uuid, text, jsonb, timestamptz, timestamptz)',
+  'expired_of_limit(uuid, uuid, text, text, jsonb, timestamptz, timestamptz)',
   "What expired holds take from a limit: see expired_cost."
 ) }}
 
@@ -192,7 +230,7 @@ declare
   -- two days more, since months differ; what is too old is left out below
   v_since timestamptz := greatest(
     p_at - tokenlimits.length_of(p_state.period) - interval '2 days',
-    {{ last_reset('p_state.group_id', 'p_state.kind') | indent(4) }}
+    {{ last_reset('p_state.group_id', 'p_state.kind', 'p_state.subject') | indent(4) }}
   );
 begin
   return (
@@ -269,7 +307,7 @@ $$;
 ) }}
 
 -- A part that began at a moment leaves the window one length after its end.
-create or replace function tokenlimits.room_at(p_state tokenlimits.limit_state, p_cost bigint)
+create or replace function tokenlimits.rolling_room_at(p_state tokenlimits.limit_state, p_cost bigint)
 returns timestamptz
 language plpgsql
 stable
@@ -295,8 +333,62 @@ begin
 end
 $$;
 {{ private(
-  'room_at(tokenlimits.limit_state, bigint)',
+  'rolling_room_at(tokenlimits.limit_state, bigint)',
   "When a rolling window will have room for a cost."
+) }}
+
+-- When as many live holds of the subject have expired as are in the way of one more.
+create or replace function tokenlimits.next_place_at(p_state tokenlimits.limit_state)
+returns timestamptz
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+begin
+  return coalesce((
+    select h.expires_at
+    from tokenlimits.holds as h
+    where
+      h.group_id = p_state.group_id and h.kind = p_state.kind and h.expires_at > tokenlimits.clock()
+      and (p_state.scope = 'group' or h.user_id = p_state.subject)
+    order by h.expires_at
+    offset greatest(p_state.used - p_state.max, 0)
+    limit 1
+  ), tokenlimits.clock());
+end
+$$;
+{{ private('next_place_at(tokenlimits.limit_state)', "When one more hold will have a place, if none ends before.") }}
+
+-- When a full limit will have room for a cost; infinity: never by itself. Under an override, that may be when it ends.
+create or replace function tokenlimits.room_at(p_state tokenlimits.limit_state, p_cost bigint)
+returns timestamptz
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+declare
+  v_until timestamptz := case
+    when p_cost > p_state.max then 'infinity'
+    when p_state.period = 'in_flight' then tokenlimits.next_place_at(p_state)
+    when p_state.starts = 'rolling' then tokenlimits.rolling_room_at(p_state, p_cost)
+    else p_state.until
+  end;
+  v_override_ends timestamptz := p_state.overridden_until;
+begin
+  if v_override_ends > tokenlimits.clock() and v_override_ends <= v_until and isfinite(v_override_ends) then
+    p_state.max := p_state.own_max;
+    p_state.overridden_until := null;
+    return case
+      when {{ has_room('p_state.max', 'p_state.used', 'p_cost') }} then v_override_ends
+      else greatest(v_override_ends, tokenlimits.room_at(p_state, p_cost))
+    end;
+  end if;
+  return v_until;
+end
+$$;
+{{ private(
+  'room_at(tokenlimits.limit_state, bigint)',
+  "When a full limit will have room for a cost."
 ) }}
 
 -- Completes a state whose counter is missing, or belongs to another period, or doesn't say when there is room again.
@@ -313,7 +405,18 @@ as $$
 declare
   v_user_id uuid := case p_state.scope when 'member' then p_state.subject end;
   v_opened_at timestamptz;
+  v_override public.limit_overrides;
 begin
+  if p_state.is_open is null then
+    -- a counter would have it
+    select * into v_override
+    from public.limit_overrides as o
+    where {{ overrides_now('o', 'p_state', 'p_state.subject', 'p_at') | indent(4) }};
+    if found then
+      p_state.max := v_override.max;
+      p_state.overridden_until := coalesce(v_override.until, 'infinity');
+    end if;
+  end if;
   if p_state.is_open is not true then
     if p_window is null then
       p_window := tokenlimits.window_of(
@@ -331,12 +434,17 @@ begin
         );
       end if;
     end if;
-    p_state.since := {{ new_since(
-      'p_window', "case when p_state.starts <> 'rolling' then p_state.until end", 'p_state.group_id', 'p_state.kind'
-    ) | indent(4) }};
+    p_state.since := case
+      -- a reset takes no hold away
+      when p_state.period = 'in_flight' then lower(p_window)
+      else {{ new_since(
+        'p_window', "case when p_state.starts <> 'rolling' then p_state.until end",
+        'p_state.group_id', 'p_state.kind', 'p_state.subject'
+      ) | indent(6) }}
+    end;
     p_state.used := case
       when p_state.until is null then tokenlimits.count_limit(
-        p_state.group_id, v_user_id, p_state.kind, p_state.counts, p_state.since, upper(p_window)
+        p_state.group_id, v_user_id, p_state.kind, p_state.period, p_state.counts, p_state.since, upper(p_window)
       )
       when p_state.starts = 'rolling' then coalesce((
         select sum(c.used)
@@ -382,7 +490,8 @@ create or replace function tokenlimits.limit_states(
   p_user_ids uuid[],
   p_kinds text[],
   p_at timestamptz,
-  p_less_expired boolean default true
+  p_less_expired boolean default true,
+  p_in_flight boolean default true
 )
 returns tokenlimits.limit_state[]
 language plpgsql
@@ -398,7 +507,7 @@ declare
 begin
   {{ read_limits(
     'p_group_id', "unnest(case i.scope when 'group' then array[i.group_id] else p_user_ids end)", 'p_kinds', 'p_at',
-    of_many=true
+    in_flight='p_in_flight', of_many=true
   ) | indent(2) }}
   if v_states is null then
     return '{}';
@@ -426,8 +535,8 @@ begin
     for i in 1..cardinality(v_states) loop
       v_state := v_states[i];
       v_state.expired := tokenlimits.expired_of_limit(
-        p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.counts,
-        v_state.since, v_now
+        p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.period,
+        v_state.counts, v_state.since, v_now
       );
       v_state.used := v_state.used - v_state.expired;
       v_states[i] := v_state;
@@ -444,7 +553,7 @@ begin
 end
 $$;
 {{ private(
-  'limit_states(uuid, uuid[], text[], timestamptz, boolean)',
+  'limit_states(uuid, uuid[], text[], timestamptz, boolean, boolean)',
   "A group's limits for users, that count some kinds or (null) any, with the usage of each at a moment."
 ) }}
 
@@ -460,8 +569,13 @@ as $$
 declare
   v_is_new boolean;
 begin
-  insert into tokenlimits.counters as c (subject, counter_id, since, until, used)
-  values (p_state.subject, p_state.counter_id, p_state.since, p_state.until, p_state.used)
+  insert into tokenlimits.counters as c (
+    subject, counter_id, since, until, used, override_max, overridden_until
+  )
+  values (
+    p_state.subject, p_state.counter_id, p_state.since, p_state.until, p_state.used,
+    case when p_state.overridden_until is not null then p_state.max end, p_state.overridden_until
+  )
   on conflict on constraint counters_pkey do update
   set since = excluded.since, until = excluded.until, used = excluded.used
   where c.until <= excluded.since or (p_state.starts = 'rolling' and c.until < excluded.until)

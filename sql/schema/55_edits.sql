@@ -89,6 +89,56 @@ after delete on public.group_limits
 referencing old table as old_rows
 for each statement execute function tokenlimits.apply_limits();
 
+-- Waits for the calls that judge by the old overrides. A subject without a counter finds its override when it gets one.
+create or replace function tokenlimits.apply_overrides()
+returns trigger
+language plpgsql
+-- definer: counters are private
+security definer
+{{ search_path() }}
+as $$
+declare
+  v_changed public.limit_overrides[];
+begin
+  {%- for action, sources in [('INSERT', ['new']), ('DELETE', ['old']), ('UPDATE', ['new', 'old'])] %}
+  {{ 'if' if loop.first else 'elsif' }} tg_op = '{{ action }}' then
+    v_changed := array(
+      {%- for source in sources %}
+      {{- '\n      union all' if not loop.first }}
+      select row(r.*)::public.limit_overrides from {{ source }}_rows as r
+      {%- endfor %}
+    );
+  {%- endfor %}
+  end if;
+  perform tokenlimits.lock_groups(array(select c.group_id from unnest(v_changed) as c), true);
+  update tokenlimits.counters as k
+  set override_max = f.max, overridden_until = f.until
+  from (
+    select distinct l.counter_id, c.subject, o.max, case when o.id is not null then coalesce(o.until, 'infinity') end as until
+    from unnest(v_changed) as c
+    inner join public.group_limits as l
+      on
+        l.group_id = c.group_id and l.kind = c.kind and l.period = c.period and l.starts = c.starts
+        and l.scope = c.scope
+    left join public.limit_overrides as o on {{ overrides_now('o', 'l', 'c.subject', 'tokenlimits.clock()') | indent(4) }}
+  ) as f
+  where k.counter_id = f.counter_id and k.subject = f.subject;
+  return null;
+end
+$$;
+{{ private('apply_overrides()', "Trigger: tells the counters of edited overrides while no call uses them.") }}
+
+{%- for action, tables in [
+  ('insert', 'new table as new_rows'), ('update', 'old table as old_rows new table as new_rows'),
+  ('delete', 'old table as old_rows'),
+] %}
+
+create or replace trigger limit_overrides_apply_{{ action }}
+after {{ action }} on public.limit_overrides
+referencing {{ tables }}
+for each statement execute function tokenlimits.apply_overrides();
+{%- endfor %}
+
 -- In a new time zone, every period of the group begins at a different moment; with a new anchor, every anchored one.
 -- One statement for all groups, so that it takes their stripes in order.
 create or replace function tokenlimits.renew_counters()

@@ -114,6 +114,8 @@ as $$
 declare
   v_kind text := replace(p_kind, '_', ' ');
   v_limit tokenlimits.limit_state := p_verdict.denied_by;
+  v_until text := to_char(v_limit.until at time zone v_limit.timezone, 'YYYY-MM-DD HH24:MI ') || v_limit.timezone;
+  v_error text;
 begin
   if p_verdict.reason = 'not_in_group' then
     return 'The user is in no group that may pay for this';
@@ -122,8 +124,16 @@ begin
   elsif p_verdict.reason = 'busy' then
     return 'The group is locked at the moment, because its usage or its limits are being changed; try again';
   end if;
-  return upper(left(v_kind, 1)) || substr(v_kind, 2)
-    || format(' generation limit exceeded: %s of %s ', v_limit.used, v_limit.max)
+  v_error := upper(left(v_kind, 1)) || substr(v_kind, 2) || ' generation limit exceeded: ';
+  if v_limit.period = 'in_flight' then
+    return v_error
+      || format('%s %s in progress', v_limit.used, case v_limit.used when 1 then v_kind else v_kind || 's' end)
+      || case v_limit.scope when 'member' then ' by this user' else '' end
+      || format(', at most %s at once', v_limit.max)
+      || case when isfinite(v_limit.until) then ', next place ' || v_until else '' end;
+  end if;
+  return v_error
+    || format('%s of %s ', v_limit.used, v_limit.max)
     || case when v_limit.counts is not null then replace(v_limit.kind, '_', ' ') || ' ' else '' end
     || 'used '
     || case v_limit.scope when 'member' then 'by this user ' else '' end
@@ -142,8 +152,7 @@ begin
     end
     || case
       when isfinite(v_limit.until)
-        then case v_limit.starts when 'rolling' then ', room again ' else ', resets ' end
-          || to_char(v_limit.until at time zone v_limit.timezone, 'YYYY-MM-DD HH24:MI ') || v_limit.timezone
+        then case v_limit.starts when 'rolling' then ', room again ' else ', resets ' end || v_until
       else ''
     end;
 end
@@ -213,7 +222,10 @@ declare
 begin
   v_verdict.allowed := true;
   v_verdict.group_id := p_usage.group_id;
-  v_verdict.states := tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], array[p_usage.kind], p_at);
+  v_verdict.states := tokenlimits.limit_states(
+    p_usage.group_id, array[p_usage.user_id], array[p_usage.kind], p_at,
+    p_in_flight => p_usage.reserved_cost is not null
+  );
   v_verdict.observed := p_observed;
   return tokenlimits.answer(v_verdict, p_usage.kind, p_usage.cost, p_usage, p_replayed);
 end

@@ -136,7 +136,11 @@ begin
     select g.id
     from unnest({{ payers('p_user_id') | indent(4) }}) with ordinality as g (id, place)
     order by
-      exists (select from public.group_limits as l where l.group_id = g.id and {{ counts_kind('l', 'p_kind') }}) desc,
+      exists (
+        select
+        from public.group_limits as l
+        where l.group_id = g.id and {{ counts_kind('l', 'p_kind') }} and l.period <> 'in_flight'
+      ) desc,
       g.place
     limit 1
   );
@@ -245,7 +249,7 @@ begin
   loop
     -- never before the moment that an earlier round reached, or a clock that was set back would loop for ever
     v_at := greatest(tokenlimits.clock(), v_at);
-    {{ judge('p_user_id', 'p_kind', 'p_cost') | indent(4) }}
+    {{ judge('p_user_id', 'p_kind', 'p_cost', is_hold=operation == 'reserve') | indent(4) }}
     {%- if operation == 'record' %}
     -- judged only to find the moment that its counters have reached; record is never denied
     v_verdict.allowed := v_group_ids <> '{}';

@@ -28,8 +28,8 @@ begin
   for no key update;
   -- read only now, under the lock: each statement has a new snapshot, so this sees what others committed meanwhile
   v_expired := tokenlimits.expired_of_limit(
-    p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.counts,
-    p_state.since, least(p_at, tokenlimits.clock())
+    p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.period,
+    p_state.counts, p_state.since, least(p_at, tokenlimits.clock())
   );
   {{ move_counter('p_state', 'p_cost', 'p_last', 'false', used='c.used - v_expired') | indent(2) }}
   if not found then
@@ -118,7 +118,7 @@ begin
   )
 
   select array_agg(
-    row(e.group_id, e.kind, e.user_id, e.created_at, -e.cost, -1, false)::tokenlimits.usage_move
+    row(e.group_id, e.kind, e.user_id, e.created_at, -e.cost, -1, false, -1)::tokenlimits.usage_move
   )
   into v_moves
   from expired as e;
@@ -258,7 +258,9 @@ begin
   end loop;
   {{ into_holds('n', "from unnest(p_usages) as n\nwhere n.status = 'reserved'") | indent(2) }}
   return tokenlimits.expire_holds(v_expired, p_at) || array(
-    select row(n.group_id, n.kind, n.user_id, n.created_at, n.cost, 1, p_enforced)::tokenlimits.usage_move
+    select row(
+      n.group_id, n.kind, n.user_id, n.created_at, n.cost, 1, p_enforced, case n.status when 'reserved' then 1 end
+    )::tokenlimits.usage_move
     from unnest(p_usages) as n
   );
 end

@@ -85,7 +85,10 @@ declare
   v_judges bigint[] := '{}';
 begin
   foreach v_state in array
-    tokenlimits.limit_states(p_usage.group_id, array[p_usage.user_id], array[p_usage.kind], p_at)
+    -- it needs no place among those in flight: its work is done
+    tokenlimits.limit_states(
+      p_usage.group_id, array[p_usage.user_id], array[p_usage.kind], p_at, p_in_flight => false
+    )
   loop
     continue when v_state.mode <> 'enforce';
     v_is_limited := true;
@@ -167,7 +170,7 @@ begin
       if v_status is not null then
         v_needs_room := v_status = 'committed' and {{ is_dead('v_usage', 'v_at') }} and not p_charges;
         v_judges := case when v_needs_room then tokenlimits.require_room(v_usage, v_cost, v_at) end;
-        v_move := row(v_usage.group_id, v_usage.kind, v_usage.user_id, v_usage.created_at, 0, 0, v_needs_room);
+        v_move := row(v_usage.group_id, v_usage.kind, v_usage.user_id, v_usage.created_at, 0, 0, v_needs_room, null);
         if v_status = 'committed' then
           v_move.cost := v_cost;
           v_move.generations := 1;
@@ -177,6 +180,9 @@ begin
           v_move.generations := v_move.generations - 1;
         end if;
         delete from tokenlimits.holds as h where h.user_id = v_usage.user_id and h.usage_id = p_usage_id;
+        if found then
+          v_move.holds := -1;
+        end if;
         update public.generation_usage as u
         set
           status = v_status,
@@ -317,7 +323,7 @@ begin
       -- moves nothing, but locks the counters
       perform tokenlimits.move_usage(
         array[row(
-          v_usage.group_id, v_usage.kind, v_usage.user_id, v_usage.created_at, 0, 0, false
+          v_usage.group_id, v_usage.kind, v_usage.user_id, v_usage.created_at, 0, 0, false, 0
         )::tokenlimits.usage_move],
         v_at
       );

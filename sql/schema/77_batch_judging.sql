@@ -65,7 +65,9 @@ begin
   states := array(
     select row(s.*)::tokenlimits.limit_state
     from ({{ groups_of('items') | indent(4) }}) as p
-    cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, p_at)) as s
+    cross join lateral unnest(tokenlimits.limit_states(
+      p.group_id, p.user_ids, p.kinds, p_at, p_in_flight => false
+    )) as s
   );
   usages := '{}';
   charges := '{}';

@@ -76,6 +76,7 @@ begin
       when ({{ is_start("(v_limit ->> 'starts')", "(v_limit ->> 'period')") | indent(6) }}) is not true then '.period'
       when coalesce(v_limit ->> 'mode', '') not in ('enforce', 'observe') then '.mode'
       when not ({{ is_counts("nullif(v_limit -> 'counts', 'null')") | indent(6) }}) then '.counts'
+      when v_limit ->> 'period' = 'in_flight' and v_limit -> 'counts' <> 'null' then '.counts'
       when coalesce(v_limit ->> 'scope', '') not in ('group', 'member') then '.scope'
       when not v_limit ? 'max' then '.max'
       when jsonb_typeof(v_limit -> 'max') = 'null' then null
@@ -324,6 +325,45 @@ $$;
   to='authenticated, service_role'
 ) }}
 
+create or replace function tokenlimits.refuse_several(p_scope text, p_kind text, p_fitting text[])
+returns void
+language plpgsql
+immutable
+{{ search_path() }}
+as $$
+begin
+  if cardinality(p_fitting) > 1 then
+    perform tokenlimits.refuse(
+      'TL001',
+      format('period: %s has several limits on %s: %s', p_scope, p_kind, array_to_string(p_fitting, ', ')),
+      'period',
+      'Say which one by its period and starts. Nothing was changed.'
+    );
+  end if;
+end
+$$;
+{{ private(
+  'refuse_several(text, text, text[])',
+  "Raises TL001 if a limit is named that could be one of several, each given by its period and where it starts.",
+  to='authenticated, service_role'
+) }}
+
+create or replace function tokenlimits.require_user(p_user_id uuid)
+returns void
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+begin
+  if p_user_id is not null and not exists (select from tokenlimits.users(array[p_user_id])) then
+    perform tokenlimits.refuse(
+      'TL004', format('there is no user %s', p_user_id), p_user_id::text, 'Find the id with find_users.'
+    );
+  end if;
+end
+$$;
+{{ private('require_user(uuid)', "Raises TL004 if there is no such user.") }}
+
 create or replace function public.remove_group_limit(
   p_group_id uuid,
   p_kind text,
@@ -345,14 +385,7 @@ begin
   select array_agg(l.period || ' ' || l.starts order by {{ by_length('l') | indent(2) }}) into v_fitting
   from public.group_limits as l
   where {{ named_limit('l') | indent(4) }};
-  if cardinality(v_fitting) > 1 then
-    perform tokenlimits.refuse(
-      'TL001',
-      format('period: %s has several limits on %s: %s', p_scope, p_kind, array_to_string(v_fitting, ', ')),
-      'period',
-      'Say which one by its period and starts. Nothing was removed.'
-    );
-  end if;
+  perform tokenlimits.refuse_several(p_scope, p_kind, v_fitting);
   delete from public.group_limits as l
   where {{ named_limit('l') | indent(4) }};
   return tokenlimits.group_json(tokenlimits.require_group(p_group_id));
@@ -519,7 +552,7 @@ $$;
   to='authenticated, service_role'
 ) }}
 
-create or replace function tokenlimits.reset_group_usage(p_group_id uuid, p_kind text)
+create or replace function tokenlimits.reset_group_usage(p_group_id uuid, p_kind text, p_user_id uuid)
 returns jsonb
 language plpgsql
 volatile
@@ -535,6 +568,7 @@ begin
   if not {{ is_kind('p_kind') }} then
     perform tokenlimits.refuse('TL001', 'kind: is not a kind of generation', 'kind');
   end if;
+  perform tokenlimits.require_user(p_user_id);
   {{ insist_on_transaction() | indent(2) }}
   perform from public.user_groups as g where g.id = p_group_id for no key update;
   perform
@@ -552,21 +586,29 @@ begin
       where u.group_id = p_group_id
     )
   );
-  insert into tokenlimits.usage_resets as r (group_id, kind, reset_at)
-  values (p_group_id, coalesce(p_kind, '*'), v_at)
+  insert into tokenlimits.usage_resets as r (group_id, kind, subject, reset_at)
+  values (p_group_id, coalesce(p_kind, '*'), coalesce(p_user_id, p_group_id), v_at)
   on conflict on constraint usage_resets_pkey do update
   set reset_at = excluded.reset_at;
-  update public.group_limits as l
-  set counter_id = default
-  where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind);
+  if p_user_id is null then
+    update public.group_limits as l
+    set counter_id = default
+    where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind) and l.period <> 'in_flight';
+  else
+    delete from tokenlimits.counters as c
+    using public.group_limits as l
+    where
+      l.group_id = p_group_id and (p_kind is null or l.kind = p_kind) and l.period <> 'in_flight'
+      and l.scope = 'member' and c.counter_id = l.counter_id and c.subject = p_user_id;
+  end if;
   return jsonb_build_object('reset_at', v_at);
 end
 $$;
 {{ rpc(
   'reset_group_usage',
-  ['p_group_id uuid', 'p_kind text default null'],
+  ['p_group_id uuid', 'p_kind text default null', 'p_user_id uuid default null'],
   to='authenticated, service_role',
-  comment="Resets a group's usage in its current periods, of one kind or of all; the ledger keeps everything."
+  comment="Resets usage in the current periods of a group's limits, of one kind or of all; with a user, of that member's alone. The ledger keeps everything."
 ) }}
 
 create or replace function tokenlimits.group_members(p_group_id uuid, p_after uuid, p_page_size integer, p_search text)

@@ -128,6 +128,42 @@ $$;
   "What is used of a group's limits that don't start by the calendar."
 ) }}
 
+-- What members had used of a limit when their usage was reset, which their own counters no longer contain. Expired holds
+-- among it were subtracted with all others.
+create or replace function tokenlimits.used_before_resets(
+  p_group_id uuid,
+  p_kind text,
+  p_counts jsonb,
+  p_since timestamptz,
+  p_at timestamptz
+)
+returns numeric
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+begin
+  return coalesce((
+    select sum(
+      tokenlimits.count_limit(p_group_id, r.subject, p_kind, null, p_counts, p_since, r.reset_at)
+      - tokenlimits.expired_of_limit(p_group_id, r.subject, p_kind, null, p_counts, p_since, p_at)
+      + tokenlimits.expired_of_limit(p_group_id, r.subject, p_kind, null, p_counts, r.reset_at, p_at)
+    )
+    from (
+      select q.subject, max(q.reset_at) as reset_at
+      from tokenlimits.usage_resets as q
+      where q.group_id = p_group_id and q.kind in (p_kind, '*') and q.subject <> p_group_id
+      group by q.subject
+    ) as r
+    where r.reset_at > p_since
+  ), 0);
+end
+$$;
+{{ private(
+  'used_before_resets(uuid, text, jsonb, timestamptz, timestamptz)',
+  "What members had used of a limit in its current period when their usage was reset."
+) }}
+
 -- A member limit is shown for the whole group: what all members used, of max times the number of members. All groups of
 -- a page at once, since a dashboard asks for a thousand: what limit_states computes for one group, this computes for
 -- all in one query. It returns json, which is only concatenated; jsonb would be rebuilt at every level.
@@ -147,6 +183,7 @@ declare
   v_now timestamptz := tokenlimits.clock();
   v_group_ids uuid[];
   v_any_expired boolean := exists (select from tokenlimits.holds as h where h.expires_at <= v_now);
+  v_any_reset boolean := exists (select from tokenlimits.usage_resets as r where r.subject <> r.group_id);
 begin
   perform tokenlimits.require_admin();
   if p_group_id is not null then
@@ -178,14 +215,37 @@ begin
       group by m.group_id
     ),
 
+    -- of the groups themselves, and of those who are members now
+    overrides as materialized (
+      select
+        o.group_id, o.kind, o.period, o.starts, o.scope,
+        count(*) as subjects, sum(o.max) as max, bool_or(o.max is null) as is_unlimited
+      from public.limit_overrides as o
+      left join public.group_memberships as m on m.group_id = o.group_id and m.user_id = o.subject
+      where
+        o.group_id = any(v_group_ids) and (o.until is null or o.until > v_now)
+        and (o.scope = 'group' or m.user_id is not null)
+      group by o.group_id, o.kind, o.period, o.starts, o.scope
+    ),
+
     limits as materialized (
       select
-        l.group_id, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counts, l.counter_id, g.timezone,
+        l.group_id, l.kind, l.period, l.starts, l.scope, l.mode, l.counts, l.counter_id, g.timezone,
+        case when l.scope = 'group' and o.subjects > 0 then o.max else l.max end as max,
         -- numeric: for many members, it exceeds a bigint
-        l.max::numeric * case l.scope when 'member' then coalesce(m.members, 0) else 1 end as capacity
+        case
+          when o.is_unlimited then null
+          else l.max::numeric * (
+            case l.scope when 'member' then coalesce(m.members, 0) else 1 end - coalesce(o.subjects, 0)
+          ) + coalesce(o.max, 0)
+        end as capacity
       from public.group_limits as l
       inner join groups as g on g.id = l.group_id
       left join members as m on m.group_id = l.group_id
+      left join overrides as o
+        on
+          o.group_id = l.group_id and o.kind = l.kind and o.period = l.period and o.starts = l.starts
+          and o.scope = l.scope
       where l.group_id = any(v_group_ids)
     ),
 
@@ -202,7 +262,7 @@ begin
         l.*,
         case
           when c.until > v_now then c.since
-          else {{ new_since('p.range', 'c.until', 'l.group_id', 'l.kind') | indent(10) }}
+          else {{ new_since('p.range', 'c.until', 'l.group_id', 'l.kind', 'l.group_id') | indent(10) }}
         end as since,
         case when c.until > v_now then c.until else upper(p.range) end as until,
         case when c.until > v_now then c.used when c.until is not null then 0 end as used
@@ -241,15 +301,19 @@ begin
           s.group_id, s.kind, s.period, s.starts, s.scope, s.mode, s.max, s.counter_id, s.capacity, s.until,
           -- without a counter, the sum is computed as in count_usage; here, if the period consists of whole buckets
           coalesce(s.used, case
-            when s.counts is null and {{ is_whole('s.since', 's.until') }} then coalesce((
+            when s.counts is null and s.period <> 'in_flight' and {{ is_whole('s.since', 's.until') }} then coalesce((
               select sum(r.cost)
               from tokenlimits.usage_rollup as r
               where r.group_id = s.group_id and r.kind = s.kind and r.bucket >= s.since and r.bucket < s.until
             ), 0)
-            else tokenlimits.count_limit(s.group_id, null, s.kind, s.counts, s.since, s.until)
+            else tokenlimits.count_limit(s.group_id, null, s.kind, s.period, s.counts, s.since, s.until)
           end)
           - case when v_any_expired
-            then tokenlimits.expired_of_limit(s.group_id, null, s.kind, s.counts, s.since, v_now)
+            then tokenlimits.expired_of_limit(s.group_id, null, s.kind, s.period, s.counts, s.since, v_now)
+            else 0
+          end
+          - case when v_any_reset and s.scope = 'member' and s.period <> 'in_flight'
+            then tokenlimits.used_before_resets(s.group_id, s.kind, s.counts, s.since, v_now)
             else 0
           end as used
         from states as s

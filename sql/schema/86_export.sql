@@ -259,23 +259,27 @@ begin
   return coalesce((
     with limits as materialized (
       select
-        l.kind, l.period, l.starts, l.max, l.counts, l.counter_id, upper(p.range) as until,
-        {{ new_since('p.range', 'null', 'p_group_id', 'l.kind') | indent(8) }} as since
+        l.group_id, l.kind, l.period, l.starts, l.scope, l.max, l.counts, l.counter_id, upper(p.range) as until,
+        {{ new_since('p.range', 'null', 'p_group_id', 'l.kind', 'p_group_id') | indent(8) }} as since
       from public.group_limits as l
       inner join public.user_groups as g on g.id = l.group_id
       -- a case, since a join's condition may be looked at only after the function has refused a period
       cross join lateral (
         select case when l.starts = 'calendar' then tokenlimits.period_of(l.period, g.timezone, v_now) end as range
       ) as p
-      where l.group_id = p_group_id and l.scope = 'member' and l.max > 0
+      where l.group_id = p_group_id and l.scope = 'member'
     ),
 
     -- as in limit_states: an open counter says what is used; if a new period has begun since, nothing is used; null
     -- means that there is no counter
     states as (
       select
-        l.kind, l.counts, l.max, l.counter_id, m.user_id, l.until,
-        case when c.until > v_now then c.since else greatest(l.since, c.until) end as since,
+        l.kind, l.period, l.counts, l.counter_id, m.user_id, l.until,
+        case when o.id is not null then o.max else l.max end as max,
+        case
+          when c.until > v_now then c.since
+          else greatest(l.since, c.until, {{ last_reset('p_group_id', 'l.kind', 'm.user_id') | indent(10) }})
+        end as since,
         case when c.until > v_now then c.used when c.until is not null then 0 end as used
       from limits as l
       inner join public.group_memberships as m on m.group_id = p_group_id
@@ -285,14 +289,18 @@ begin
         where k.subject = m.user_id and k.counter_id = l.counter_id
         offset 0
       ) as c on true
+      left join public.limit_overrides as o on {{ overrides_now('o', 'l', 'm.user_id', 'v_now') | indent(6) }}
       where l.starts = 'calendar'
     ),
 
     counted as (
       select
-        s.kind, s.counts, s.max, s.counter_id, s.user_id, s.since,
-        coalesce(s.used, tokenlimits.count_limit(p_group_id, s.user_id, s.kind, s.counts, s.since, s.until)) as used
+        s.kind, s.period, s.counts, s.max, s.counter_id, s.user_id, s.since,
+        coalesce(
+          s.used, tokenlimits.count_limit(p_group_id, s.user_id, s.kind, s.period, s.counts, s.since, s.until)
+        ) as used
       from states as s
+      where s.max > 0
     ),
 
     pressed as materialized (
@@ -304,7 +312,9 @@ begin
           c.max, c.counter_id, c.user_id,
           c.used - case
             when v_any_expired
-              then tokenlimits.expired_of_limit(p_group_id, c.user_id, c.kind, c.counts, c.since, v_now)
+              then tokenlimits.expired_of_limit(
+                p_group_id, c.user_id, c.kind, c.period, c.counts, c.since, v_now
+              )
             else 0
           end as used
         from counted as c
@@ -351,6 +361,7 @@ begin
       order by l.kind, l.counter_id
     )
     from limits as l
+    where l.max > 0 or exists (select from pressed as p where p.counter_id = l.counter_id)
   ), '[]');
 end
 $$;

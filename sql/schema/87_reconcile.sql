@@ -66,7 +66,7 @@ begin
     select
       c.subject, c.counter_id, c.kind, c.period, c.starts, c.scope, c.used as was,
       tokenlimits.count_limit(
-        p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.counts, c.since, c.until
+        p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.period, c.counts, c.since, c.until
       ) as used
     from (
       select
@@ -165,7 +165,8 @@ begin
   for v_state in
     select
       l.group_id, l.counter_id, c.subject, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counts, 1 as weight,
-      c.since, c.until, null as reset_at, c.used, null as expired, true as is_open, null as group_name, null as timezone
+      c.since, c.until, null as reset_at, c.used, null as expired, true as is_open, null as group_name, null as timezone,
+      null as own_max, null as overridden_until
     from public.group_limits as l
     inner join tokenlimits.counters as c on c.counter_id = l.counter_id
     where l.group_id = p_group_id and l.starts = 'rolling' and c.until > tokenlimits.clock()

@@ -9,11 +9,13 @@
 alter table public.user_groups enable row level security;
 alter table public.group_limits enable row level security;
 alter table public.group_memberships enable row level security;
+alter table public.limit_overrides enable row level security;
 alter table public.generation_usage enable row level security;
 
-revoke all on public.user_groups, public.group_limits, public.group_memberships, public.generation_usage
+revoke all on
+public.user_groups, public.group_limits, public.group_memberships, public.limit_overrides, public.generation_usage
 from public, anon, authenticated, service_role;
-grant select, delete on public.user_groups, public.group_limits, public.group_memberships
+grant select, delete on public.user_groups, public.group_limits, public.group_memberships, public.limit_overrides
 to authenticated, service_role;
 -- only our functions set ids, counters and timestamps, even if an admin edits a table
 grant insert (name, description, priority, timezone, is_default, anchor_at),
@@ -22,6 +24,8 @@ on public.user_groups to authenticated, service_role;
 grant insert (group_id, kind, period, starts, scope, mode, max, counts),
 update (kind, period, starts, scope, mode, max, counts)
 on public.group_limits to authenticated, service_role;
+grant insert (group_id, kind, period, starts, scope, subject, max, until), update (max, until)
+on public.limit_overrides to authenticated, service_role;
 grant insert (group_id, user_id) on public.group_memberships to authenticated, service_role;
 grant select on public.generation_usage to authenticated, service_role;
 -- an identity column needs no privilege on its sequence; old projects grant it to everybody
@@ -33,7 +37,9 @@ declare
   v_action text;
   v_name text;
 begin
-  foreach v_table in array array['user_groups', 'group_limits', 'group_memberships', 'generation_usage'] loop
+  foreach v_table in array array[
+    'user_groups', 'group_limits', 'group_memberships', 'limit_overrides', 'generation_usage'
+  ] loop
     foreach v_action in array array['select', 'insert', 'update', 'delete'] loop
       continue when v_table = 'generation_usage' and v_action <> 'select';
       continue when v_table = 'group_memberships' and v_action = 'update';

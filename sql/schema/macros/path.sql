@@ -29,9 +29,9 @@ and {{ name }} !~ '[\u0001-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u17
 and {{ name }} !~ '[\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0]'
 {%- endmacro %}
 
-{# The periods, from the shortest to the longest. #}
+{# The periods, from the shortest to the longest; in flight is the present moment. #}
 {% macro periods() -%}
-('minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime')
+('in_flight', 'minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime')
 {%- endmacro %}
 
 {# A period: a single one, or several units, such as "5 hours": 2 to 366. #}
@@ -43,9 +43,9 @@ or {{ period }} ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes
 {# Whether periods of that length can begin there. Conditions are flat, as a restored dump writes them. #}
 {% macro is_start(starts, period) -%}
 ({{ starts }} = 'calendar' and {{ period }} !~ ' ')
-or ({{ starts }} = 'anchor' and {{ period }} <> 'lifetime' and {{ period }} !~ '^(2[5-9]|[3-9][0-9]|[0-9]{3}) months$')
-or ({{ starts }} = 'first_use' and {{ period }} <> 'lifetime' and {{ period }} !~ ' months$')
-or ({{ starts }} = 'rolling' and {{ period }} !~ '^(month|year|lifetime)$| months$')
+or ({{ starts }} = 'anchor' and {{ period }} not in ('in_flight', 'lifetime') and {{ period }} !~ '^(2[5-9]|[3-9][0-9]|[0-9]{3}) months$')
+or ({{ starts }} = 'first_use' and {{ period }} not in ('in_flight', 'lifetime') and {{ period }} !~ ' months$')
+or ({{ starts }} = 'rolling' and {{ period }} !~ '^(in_flight|month|year|lifetime)$| months$')
 {%- endmacro %}
 
 {# In which order periods of a limit are listed: by their length. #}
@@ -188,6 +188,11 @@ date_bin({{ part }}, {{ at }}, '1970-01-01 00:00:00+00')
 case when {{ limit }}.counts is null then 1 else ({{ limit }}.counts ->> {{ kind }})::bigint end
 {%- endmacro %}
 
+{# How much a hold takes from a limit: one place if it counts holds. #}
+{% macro taken_by(limit, cost) -%}
+(case when {{ limit }}.period = 'in_flight' then 1 else {{ cost }} * {{ limit }}.weight end)
+{%- endmacro %}
+
 {# The live usage since a moment that counts for a limit, given its state: a table. Only one half is ever read. #}
 {% macro live_usage_of(state, since) -%}
 (
@@ -231,7 +236,7 @@ numerics.
 {# The columns of limit_state, to unnest an array of states with ordinality. #}
 {% macro state_columns() -%}
 group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-used, expired, is_open, group_name, timezone
+used, expired, is_open, group_name, timezone, own_max, overridden_until
 {%- endmacro %}
 
 {#
@@ -272,18 +277,20 @@ exists (
 
 {#
 A group's limits in the order in which counters are locked: members' first, then the group's. `subject` is the subject of
-a limit i. With `of_many`, there are several: an expression that returns a row for each (in "from", it would cost more
+a limit i. `in_flight` are those that count holds: only a hold is judged by them. With `of_many`, there are several: an expression that returns a row for each (in "from", it would cost more
 than all the rest), and a list of kinds (null: all); one request needs less to sort and to compare. v_is_plain: every
 limit is plain, every counter is current, and there is no expired hold to subtract, so the states can be used as they
 are.
 #}
-{% macro read_limits(group_id, subject, kind, at, of_many=false) -%}
+{% macro read_limits(group_id, subject, kind, at, in_flight, of_many=false) -%}
 select
   array_agg(
     row(
       l.group_id, l.counter_id, l.subject, l.kind, l.period, l.starts, l.scope,
-      {{ 'l.mode, l.max, l.counts, l.weight' if of_many else "'enforce', l.max, null, 1" }},
-      c.since, c.until, null, c.used, null, c.until > {{ at }}, l.name, l.timezone
+      {{ 'l.mode' if of_many else "'enforce'" }},
+      case when c.overridden_until > {{ at }} then c.override_max else l.max end,
+      {{ 'l.counts, l.weight' if of_many else 'null, 1' }},
+      c.since, c.until, null, c.used, null, c.until > {{ at }}, l.name, l.timezone, l.max, c.overridden_until
     )::tokenlimits.limit_state
     order by {{ "l.kind, l.scope = 'group', l.subject" if of_many else "l.scope = 'group'" }}, l.counter_id
   ),
@@ -300,10 +307,14 @@ from (
     {{ subject }} as subject
   from public.group_limits as i
   inner join public.user_groups as g on g.id = i.group_id
-  where i.group_id = {{ group_id }} and {{ counts_any('i', kind) | indent(2) if of_many else counts_kind('i', kind) }}
+  where
+    i.group_id = {{ group_id }} and {{ counts_any('i', kind) | indent(4) if of_many else counts_kind('i', kind) }}
+    {%- if in_flight != 'true' %}
+    and {{ 'i.period <> \'in_flight\'' if in_flight == 'false' else "(i.period <> 'in_flight' or " ~ in_flight ~ ')' }}
+    {%- endif %}
 ) as l
 left join lateral (
-  select k.since, k.until, k.used
+  select k.since, k.until, k.used, k.override_max, k.overridden_until
   from tokenlimits.counters as k
   where k.subject = l.subject and k.counter_id = l.counter_id
   -- one look-up per limit, whatever size the planner assumes for an array
@@ -325,9 +336,11 @@ v_verdict := row(
 
 {#
 Adds one group to the verdict: it pays, or it may have room before the groups judged so far. `each` loops over its limits
-as v_state; `states` are all of them, for an answer. Uses v_full, v_observed and v_at.
+as v_state; `states` are all of them, for an answer; only a hold is judged by limits that count holds. Uses v_full,
+v_observed and v_at.
 #}
-{% macro weigh(group_id, cost, each, states) -%}
+{% macro weigh(group_id, cost, each, states, is_hold=false) -%}
+{%- set taken = taken_by('v_state', cost) if is_hold else cost ~ ' * v_state.weight' -%}
 v_full := null;
 v_observed := null;
 {{ each }}
@@ -335,16 +348,16 @@ v_observed := null;
     -- the clock was set back behind the counter's period; the usage then belongs to that period
     v_at := v_state.since;
   end if;
-  if not {{ has_room('v_state.max', 'v_state.used', cost ~ ' * v_state.weight') }} then
+  if not {{ has_room('v_state.max', 'v_state.used', taken) }} then
     if v_state.mode = 'observe' then
       v_observed := v_observed || v_state.counter_id;
     else
       v_state.reset_at := null;
-      -- a cost that can never fit waits for ever, as under a full lifetime limit
-      if {{ cost }} * v_state.weight > v_state.max then
+      if v_state.starts = 'rolling'{{ " or v_state.period = 'in_flight'" if is_hold }} or v_state.overridden_until > v_at then
+        v_state.until := tokenlimits.room_at(v_state, {{ taken }});
+      elsif {{ taken }} > v_state.max then
+        -- a cost that can never fit waits for ever, as under a full lifetime limit
         v_state.until := 'infinity';
-      elsif v_state.starts = 'rolling' then
-        v_state.until := tokenlimits.room_at(v_state, {{ cost }} * v_state.weight);
       end if;
       if v_full is null or v_state.until > v_full.until then
         v_full := v_state;
@@ -364,15 +377,22 @@ Which of v_group_ids pays for a user's request at v_at, or why none does. Writes
 denial is cheap. The verdict is right at the moment of the one snapshot in which the group's counters and holds were
 read.
 #}
-{% macro judge(user_id, kind, cost) -%}
+{% macro judge(user_id, kind, cost, is_hold=false) -%}
 {{ unjudged('v_group_ids') }}
 foreach v_group_id in array v_group_ids loop
-  {{ read_limits('v_group_id', "case i.scope when 'group' then i.group_id else " ~ user_id ~ " end", kind, 'v_at') | indent(2) }}
+  {{ read_limits(
+    'v_group_id', "case i.scope when 'group' then i.group_id else " ~ user_id ~ " end", kind, 'v_at',
+    in_flight='true' if is_hold else 'false'
+  ) | indent(2) }}
   continue when v_states is null;
   if not v_is_plain then
-    v_states := tokenlimits.limit_states(v_group_id, array[{{ user_id }}], array[{{ kind }}], v_at);
+    v_states := tokenlimits.limit_states(
+      v_group_id, array[{{ user_id }}], array[{{ kind }}], v_at, p_in_flight => {{ 'true' if is_hold else 'false' }}
+    );
   end if;
-  {{ weigh('v_group_id', cost, each='foreach v_state in array v_states loop', states='v_states') | indent(2) }}
+  {{ weigh(
+    'v_group_id', cost, each='foreach v_state in array v_states loop', states='v_states', is_hold=is_hold
+  ) | indent(2) }}
   exit when v_verdict.allowed;
 end loop;
 {%- endmacro %}
@@ -518,7 +538,10 @@ v_states := array(
   cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, {{ at }}, false)) as l
 );
 for v_move in
-  select s.place, sum(m.cost * {{ weight_of('s', 'm.kind') }})::bigint as cost, max(m.created_at) as last,
+  select
+    s.place,
+    sum(case when s.period = 'in_flight' then m.holds else m.cost * {{ weight_of('s', 'm.kind') }} end)::bigint as cost,
+    max(m.created_at) as last,
     bool_or(m.enforced) and {{ enforcing }} as enforced, bool_or(m.created_at < s.since) as is_over
   from unnest(v_states) with ordinality as s ({{ state_columns() }}, place)
   inner join (
@@ -532,6 +555,7 @@ for v_move in
       m.group_id = s.group_id and m.subject = s.subject and m.scope = s.scope and {{ counts_kind('s', 'm.kind') }}
       -- an enforced move can't be skipped: its period ended after it was judged
       and (m.created_at >= s.since or (m.enforced and {{ enforcing }}))
+      and (m.holds is not null or s.period <> 'in_flight')
   group by s.place, s.scope, s.subject, s.counter_id, s.mode
   order by s.scope = 'group', s.subject, s.counter_id
 loop
@@ -603,9 +627,11 @@ if {{ state }}.mode = 'observe' then
   if {{ state }}.counter_id = any({{ observed }}) then
     v_would_deny := v_would_deny || {{ limit_answer(state) }};
   end if;
-elsif {{ units_left(state) }} < {{ units_left('v_tightest') }}
+-- how many may run at once is in other units
+elsif {{ state }}.period <> 'in_flight' and (
+  {{ units_left(state) | indent(2) }} < {{ units_left('v_tightest') | indent(2) }}
   or (v_tightest.max is null and {{ state }}.max is not null)
-then
+) then
   v_tightest := {{ state }};
 end if;
 {%- endif %}
@@ -750,17 +776,25 @@ get stacked diagnostics v_message = message_text, v_detail = pg_exception_detail
 Where a counter that is opened in a period begins: not before the end of its past period, which new time zone rules may
 move into this one, and not before a reset. The windows of a rolling limit overlap; for one, pass null as the past.
 #}
-{% macro new_since(period, past_until, group_id, kind) -%}
-greatest(lower({{ period }}), {{ past_until }}, {{ last_reset(group_id, kind) }})
+{% macro new_since(period, past_until, group_id, kind, subject) -%}
+greatest(lower({{ period }}), {{ past_until }}, {{ last_reset(group_id, kind, subject) }})
 {%- endmacro %}
 
-{# When an admin last reset the usage of limits on a kind; null: never. #}
-{% macro last_reset(group_id, kind) -%}
+{# When an admin last reset what a subject has used of limits on a kind; null: never. #}
+{% macro last_reset(group_id, kind, subject) -%}
 (
   select max(r.reset_at)
   from tokenlimits.usage_resets as r
-  where r.group_id = {{ group_id }} and r.kind in ({{ kind }}, '*')
+  where r.group_id = {{ group_id }} and r.kind in ({{ kind }}, '*') and r.subject in ({{ group_id }}, {{ subject }})
 )
+{%- endmacro %}
+
+{# The override of a limit for a subject, while it lasts. #}
+{% macro overrides_now(override, limit, subject, at) -%}
+{{ override }}.group_id = {{ limit }}.group_id and {{ override }}.kind = {{ limit }}.kind
+and {{ override }}.period = {{ limit }}.period and {{ override }}.starts = {{ limit }}.starts
+and {{ override }}.scope = {{ limit }}.scope and {{ override }}.subject = {{ subject }}
+and ({{ override }}.until is null or {{ override }}.until > {{ at }})
 {%- endmacro %}
 
 {# A limit's fields in JSON. #}
@@ -780,8 +814,8 @@ where (l.max, l.mode, l.counts) is distinct from (excluded.max, excluded.mode, e
 {%- endmacro %}
 
 {# The limits of p_group_id that are named by a kind, a scope, and perhaps a period and where it starts. #}
-{% macro named_limit(limit) -%}
-{{ limit }}.group_id = p_group_id and {{ limit }}.kind = p_kind and {{ limit }}.scope = p_scope
+{% macro named_limit(limit, scope="p_scope") -%}
+{{ limit }}.group_id = p_group_id and {{ limit }}.kind = p_kind and {{ limit }}.scope = {{ scope }}
 and (p_period is null or {{ limit }}.period = p_period)
 and (p_starts is null or {{ limit }}.starts = p_starts)
 {%- endmacro %}
