@@ -9,8 +9,8 @@ from pydantic import BeforeValidator, Field, StrictInt, WithJsonSchema
 
 from ._fields import Kind
 
-SinglePeriod = Literal["minute", "hour", "day", "week", "month", "year", "lifetime"]
-"""A period of one unit."""
+SinglePeriod = Literal["in_flight", "minute", "hour", "day", "week", "month", "year", "lifetime"]
+"""A period of one unit, or the present moment."""
 
 _SINGLE = get_args(SinglePeriod)
 _MOST = {"minute": 366, "hour": 366, "day": 366, "week": 366, "month": 24}
@@ -62,7 +62,8 @@ Period = Annotated[
     ),
 ]
 """How long a limit's usage counts: one unit, or several where `starts` isn't `calendar`, such as `"5 hours"`: 2 to 366
-minutes, hours, days or weeks, or 2 to 24 months. Weeks of the calendar begin on Monday; lifetime never ends."""
+minutes, hours, days or weeks, or 2 to 24 months. Weeks of the calendar begin on Monday; lifetime never ends. A limit in
+flight counts the holds that are open, one each whatever their cost."""
 
 Starts = Literal["calendar", "anchor", "first_use", "rolling"]
 """Where a limit's periods begin. `calendar`: with the hour, day, week, … of the group's time zone; `anchor`: at the
@@ -92,8 +93,8 @@ Counts = Annotated[
 def start(starts: Starts, period: str) -> Starts:
     """Refuse a start at which periods of that length can't begin."""
     number, unit = number_and_unit(period)
-    if period == "lifetime" and starts != "calendar":
-        raise ValueError("must be calendar where the period is lifetime, which never begins again")
+    if period in ("lifetime", "in_flight") and starts != "calendar":
+        raise ValueError(f"must be calendar where the period is {period}, which never begins again")
     if number > 1 and unit == "month" and starts != "anchor":
         raise ValueError(f"must be anchor where the period is {period}")
     if number > 1 and starts == "calendar":
@@ -101,3 +102,17 @@ def start(starts: Starts, period: str) -> Starts:
     if unit in ("month", "year") and starts == "rolling":
         raise ValueError(f'must not be rolling where the period is a {unit}; use "30 days", for example')
     return starts
+
+
+def pooled(counts: Counts | None, period: str) -> Counts | None:
+    """Refuse a pool of holds.
+
+    Example:
+        >>> pooled({"video": 8}, "in_flight")
+        Traceback (most recent call last):
+        ...
+        ValueError: must be None where the period is in_flight, which counts the holds of the limit's own kind
+    """
+    if counts is not None and period == "in_flight":
+        raise ValueError("must be None where the period is in_flight, which counts the holds of the limit's own kind")
+    return counts

@@ -24,6 +24,7 @@ from .models import (
     Limit,
     LimitPressure,
     Member,
+    Override,
     Page,
     Period,
     Reconciliation,
@@ -242,6 +243,90 @@ class GroupManager(Base):
             ()
         """
         return self._transport.send(admins.remove_limit(group_id, kind, period, scope, starts))
+
+    def set_override(
+        self,
+        group_id: UUID | str,
+        kind: str,
+        max: int | None,  # noqa: A002  # as the field of a limit
+        *,
+        user_id: UUID | str | None = None,
+        period: Period | None = None,
+        starts: Starts | None = None,
+        until: datetime | None = None,
+    ) -> Override:
+        """Replace the max of one limit for one user or, if none is named, of a group limit.
+
+        What is used stays. It replaces an earlier override of the same limit, and the limit's own max may change
+        meanwhile.
+
+        Args:
+            group_id: Which group.
+            kind: The limit's kind; a pool's own name.
+            max: What applies instead of the limit's max; None is unlimited, and 0 blocks the kind.
+            user_id: For whom a member limit is overridden; None for the group's own limit.
+            period: The limit's period; it may be left out if that names only one limit.
+            starts: Where the limit's periods begin; it may be left out likewise.
+            until: From then on, the limit's own max applies again; a moment with a time zone, or None: for good.
+
+        Raises:
+            InvalidRequest: There is no such limit, or several fit, which the error lists; or `until` is not in the
+                future.
+            UnknownUser: `auth.users` has no such user.
+
+        Example:
+            >>> from datetime import timedelta, timezone
+            >>> _ = groups.set_limit(team.id, Limit(kind="image", max=5, period="day", scope="member"))
+            >>> in_a_week = datetime.now(timezone.utc) + timedelta(days=7)
+            >>> override = groups.set_override(team.id, "image", 50, user_id=user_id, until=in_a_week)
+            >>> override.max, override.period, override.status
+            (50, 'day', 'active')
+        """
+        return self._transport.send(admins.set_override(group_id, kind, max, user_id, period, starts, until))
+
+    def remove_override(
+        self,
+        group_id: UUID | str,
+        kind: str,
+        *,
+        user_id: UUID | str | None = None,
+        period: Period | None = None,
+        starts: Starts | None = None,
+    ) -> bool:
+        """End an override, so that the limit's own max applies again.
+
+        Args:
+            group_id: Which group.
+            kind: The limit's kind.
+            user_id: Whose override; None for that of the group's own limit.
+            period: The limit's period; it may be left out if that names only one override.
+            starts: Where the limit's periods begin; it may be left out likewise.
+
+        Returns:
+            False if there was none.
+
+        Raises:
+            InvalidRequest: Several overrides fit; the error lists them.
+
+        Example:
+            >>> groups.remove_override(team.id, "image", user_id=user_id)
+            False
+        """
+        return self._transport.send(admins.remove_override(group_id, kind, user_id, period, starts))
+
+    def overrides(self, group_id: UUID | str, *, user_id: UUID | str | None = None) -> Iterator[Override]:
+        """Iterate over the overrides in a group, reading page by page; including those that have ended or sleep.
+
+        Args:
+            group_id: Which group.
+            user_id: Only those of this user; all, with the group's own, when None.
+
+        Example:
+            >>> _ = groups.set_override(team.id, "image", None)
+            >>> [(each.kind, each.max, each.user_id) for each in groups.overrides(team.id)]
+            [('image', None, None)]
+        """
+        return self._iterate(flows.all_overrides(group_id, user_id))
 
     def get(self, group_id: UUID | str) -> Group:
         """Read one group with its limits.
@@ -661,21 +746,29 @@ class GroupManager(Base):
         """
         return self._transport.send(reports.limit_pressure(group_id, at_least, count))
 
-    def reset_usage(self, group_id: UUID | str, *, kind: str | None = None) -> datetime:
-        """Reset a group's usage in its current periods; the ledger keeps everything.
+    def reset_usage(
+        self, group_id: UUID | str, *, kind: str | None = None, user_id: UUID | str | None = None
+    ) -> datetime:
+        """Reset usage in the current periods of a group's limits, or of one member's; the ledger keeps everything.
+
+        It ends windows that a first use has opened. Holds that are open still count in flight.
 
         Args:
             group_id: Which group.
-            kind: Only this kind; all when None.
+            kind: Only limits on this kind (a pool has a name of its own); all when None.
+            user_id: Only what counts under the member limits of this user; all of the group's limits when None.
 
         Returns:
             The moment from which usage counts.
 
+        Raises:
+            UnknownUser: `auth.users` has no such user.
+
         Example:
-            >>> groups.reset_usage(team.id, kind="image").tzinfo is not None
+            >>> groups.reset_usage(team.id, kind="image", user_id=user_id).tzinfo is not None
             True
         """
-        return self._transport.send(reports.reset_usage(group_id, kind))
+        return self._transport.send(reports.reset_usage(group_id, kind, user_id))
 
     def refund(self, usage_id: UUID | str) -> TrackResult:
         """Give back what a committed usage cost; repeating it changes nothing.

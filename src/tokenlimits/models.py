@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from ._fields import Cost, Key, Kind, Max, Metadata, Moment, Name, Text, TimeZone
-from ._limits import Counts, Mode, Period, SinglePeriod, Starts, start
+from ._limits import Counts, Mode, Period, SinglePeriod, Starts, pooled, start
 from ._refusals import refusal
 from .errors import GenerationDenied, LimitExceeded, NoLimitForKind, NotInGroup, TokenLimitsError
 
@@ -54,6 +54,8 @@ __all__ = [
     "Name",
     "OnUnavailable",
     "Overage",
+    "Override",
+    "OverrideStatus",
     "Page",
     "Period",
     "PressedMember",
@@ -88,6 +90,9 @@ Status = Literal["reserved", "committed", "released", "refunded", "expired"]
 
 Bucket = Literal["hour", "day", "week", "month"]
 """The step of a history."""
+
+OverrideStatus = Literal["active", "ended", "sleeping"]
+"""`ended`: its `until` has passed; `sleeping`: there is no such limit at the moment."""
 
 OnUnavailable = Literal["raise", "allow", "deny"]
 """What a worker gets when Supabase can't be reached."""
@@ -152,7 +157,8 @@ class Limit(_Made):
     """How much of a kind a group, or each of its members, may use in a period.
 
     `max` is in units of cost; None is unlimited, and 0 blocks the kind. `counts` makes the limit a pool that several
-    kinds share, with how many of its units one of each takes. `kind` is then only its name.
+    kinds share, with how many of its units one of each takes. `kind` is then only its name. With the period
+    `in_flight`, `max` is how many holds of the kind may be open at once; `track` and `record` are not affected.
 
     Example:
         >>> credits = Limit(kind="credits", max=1000, period="month", counts={"image": 1, "video": 8})
@@ -177,6 +183,11 @@ class Limit(_Made):
         # without a period, that is what is refused
         return starts if period is None else start(starts, period)
 
+    @field_validator("counts")
+    @classmethod
+    def _check_counts(cls, counts: Counts | None, info: ValidationInfo) -> Counts | None:
+        return pooled(counts, info.data.get("period", ""))
+
     def __hash__(self) -> int:
         """Hash what identifies a limit within its group: `counts` can't be hashed."""
         return hash((self.kind, self.period, self.starts, self.scope))
@@ -186,7 +197,8 @@ class LimitStatus(Model):
     """A limit in its current period, which ends at `reset_at` (None: never by itself, or none is open).
 
     `used` and `max` are in units of the limit. In an answer about a kind, `remaining` is how many units of that kind
-    still fit, where each takes `weight` of the limit; elsewhere, `weight` is 1.
+    still fit, where each takes `weight` of the limit; elsewhere, `weight` is 1. A limit in flight counts holds, and its
+    `reset_at` is None, except where it denies: that is when the next place will be free.
     """
 
     kind: str
@@ -314,8 +326,9 @@ class Group(Model):
 class GroupLimitUsage(LimitStatus):
     """A limit of a group in its current period.
 
-    For a member limit, `used` is the total of all members and `capacity` is `max` times their number. `fraction` is
-    `used` divided by `capacity` (None: unlimited); it exceeds 1 after a limit was lowered below what is used.
+    For a member limit, `used` is the total of all members, and `capacity` is the sum of what each may use: `max` times
+    their number, if none has an override. `fraction` is `used` divided by `capacity` (None: unlimited); it exceeds 1
+    after a limit was lowered below what is used.
     """
 
     capacity: int | None
@@ -398,6 +411,28 @@ class TopMember(User):
     generations: int
 
 
+class Override(Model):
+    """Another max of one limit for one member or, if `user_id` is None, of a group limit.
+
+    While it is active, `max` replaces the limit's own (None: unlimited), until `until` (None: for good). It names its
+    limit by kind, period, starts and scope, so it sleeps while there is no such limit. `email` is None if the user has
+    been deleted.
+    """
+
+    id: UUID
+    group_id: UUID
+    kind: str
+    period: Annotated[Period, *_Open]
+    starts: Annotated[Starts, *_Open]
+    scope: Annotated[Scope, *_Open]
+    user_id: UUID | None
+    email: str | None
+    max: int | None
+    until: Moment | None
+    status: Annotated[OverrideStatus, *_Open]
+    created_at: Moment
+
+
 class PressedMember(User):
     """What a member has used of a member limit, in its current period."""
 
@@ -408,13 +443,14 @@ class LimitPressure(Model):
     """How many members are at a member limit, or close to it.
 
     `full` of them have used all that they may, and `near` at least the percentage that was asked for, including those.
-    `members` are the first of them, with the most used first.
+    `members` are the first of them, with the most used first. `max` is the limit's own; each member is compared with
+    what they may use, which an override may have changed.
     """
 
     kind: str
     period: Annotated[Period, *_Open]
     starts: Annotated[Starts, *_Open]
-    max: int
+    max: int | None
     full: int
     near: int
     members: tuple[PressedMember, ...]

@@ -58,6 +58,7 @@ GOOD: dict[str, Any] = {
     "limit": Limit(kind="image", max=1),
     "limits": {"image": 1, "video": None},
     "heartbeat": True,
+    "max": 5,
     "metadata": {"model": "x", "n": [1, 2.5, None, True, {"deep": "ü"}]},
     "name": "Pro",
     "on_progress": lambda done, total: None,
@@ -88,8 +89,9 @@ UNREADABLE = "\x01\x1f\x7f\x9f\xad\u061c\u180e\u200b\u200f\u2028\u202e\u2060\u20
 BAD_NAMES = [f"Pro{character}fessional" for character in UNREADABLE]
 BAD_MOMENTS = [NAIVE, "2026-03-01T12:00:00Z", NOW.date(), 1_700_000_000, float("inf")]
 TOO_EARLY = [datetime(1969, 12, 31, 23, 59, 59, 999_999, UTC), datetime.min.replace(tzinfo=UTC)]
+TOO_LATE = [datetime(9999, 1, 1, tzinfo=UTC)]
 BAD: dict[str, list[Any]] = {
-    "anchor_at": [*BAD_MOMENTS, *TOO_EARLY, datetime(9999, 1, 1, tzinfo=UTC)],
+    "anchor_at": [*BAD_MOMENTS, *TOO_EARLY, *TOO_LATE],
     "after": BAD_TEXTS,
     "at_least": [0, 101, 1.5, "90", True, None],
     "bucket": ["fortnight", "minute", "Day", "", None, 7],
@@ -125,6 +127,7 @@ BAD: dict[str, list[Any]] = {
         [{"kind": "image", "max": 1, "mode": "allow"}],
         [{"kind": "image"}],
     ],
+    "max": [-1, 10**15 + 1, 1.0, "1", True],
     "metadata": [
         [1],
         "x",
@@ -168,6 +171,9 @@ GOOD_HERE: dict[tuple[str, str], list[Any]] = {
     ("commit", "cost"): [0],
     **{(f"{cls}.{name}", "usage_id"): [None] for cls in ("TokenLimits", "AsyncTokenLimits") for name in SETTLEMENTS},
 }
+
+# what one operation alone refuses
+BAD_HERE: dict[tuple[str, str], list[Any]] = {("set_override", "until"): [*TOO_EARLY, *TOO_LATE]}
 
 # what one operation alone takes
 GOOD_ALONE: dict[tuple[str, str], Any] = {
@@ -254,7 +260,7 @@ def test_bad_input_is_refused(cls: type, name: str, parameter: str) -> None:
     others = good(cls, name, parameter)
     optional = parameters(cls, name)[parameter].default is None
     taken = GOOD_HERE.get((name, parameter), []) + GOOD_HERE.get((f"{cls.__name__}.{name}", parameter), [])
-    for bad in BAD[parameter]:
+    for bad in [*BAD[parameter], *BAD_HERE.get((name, parameter), [])]:
         if (bad is None and optional) or any(bad is each for each in taken):
             continue
         error = refusal(cls, name, others | {parameter: bad})

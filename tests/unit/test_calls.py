@@ -20,7 +20,7 @@ from tokenlimits._core.arguments import new_key
 from tokenlimits._core.call import Call
 from tokenlimits._core.retry import Transient
 from tokenlimits.errors import GroupNotFound, SchemaOutdated, UnknownUser
-from tokenlimits.models import Group, GroupRef
+from tokenlimits.models import Group, GroupRef, Override
 from tokenlimits.sql_files import SCHEMA_VERSION, one_paste
 
 ANN = "0197f0a0-0000-7000-8000-000000000001"
@@ -70,6 +70,21 @@ RESULT: dict[str, Any] = {
     "replayed": False,
 }
 A_RESULT = TrackResult.model_validate(RESULT)
+OVERRIDE: dict[str, Any] = {
+    "id": TEAM,
+    "group_id": PRO,
+    "kind": "image",
+    "period": "day",
+    "starts": "anchor",
+    "scope": "member",
+    "user_id": ANN,
+    "email": "ann@example.com",
+    "max": None,
+    "until": WHEN,
+    "status": "of a newer server",
+    "created_at": WHEN,
+}
+AN_OVERRIDE = Override.model_validate(OVERRIDE)
 
 CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
     "track": (
@@ -255,6 +270,54 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         True,
         GROUP,
         A_GROUP,
+    ),
+    "set_override": (
+        admins.set_override(PRO, "image", None, UUID(ANN), "day", "anchor", NOW),
+        "set_limit_override",
+        {
+            "p_group_id": PRO,
+            "p_kind": "image",
+            "p_max": None,
+            "p_user_id": ANN,
+            "p_period": "day",
+            "p_starts": "anchor",
+            "p_until": WHEN,
+        },
+        True,
+        OVERRIDE,
+        AN_OVERRIDE,
+    ),
+    "set_override, of the group": (
+        admins.set_override(UUID(PRO), "image", 0, None, None, None, None),
+        "set_limit_override",
+        {
+            "p_group_id": PRO,
+            "p_kind": "image",
+            "p_max": 0,
+            "p_user_id": None,
+            "p_period": None,
+            "p_starts": None,
+            "p_until": None,
+        },
+        True,
+        OVERRIDE | {"scope": "group", "user_id": None, "email": None, "max": 0, "until": None, "status": "active"},
+        lambda override: (override.user_id, override.max, override.until) == (None, 0, None),
+    ),
+    "remove_override": (
+        admins.remove_override(PRO, "image", ANN, "day", "anchor"),
+        "remove_limit_override",
+        {"p_group_id": PRO, "p_kind": "image", "p_user_id": ANN, "p_period": "day", "p_starts": "anchor"},
+        True,
+        {"removed": True},
+        lambda removed: removed is True,
+    ),
+    "overrides": (
+        admins.overrides_after(PRO, ANN, TEAM),
+        "find_limit_overrides",
+        {"p_group_id": PRO, "p_user_id": ANN, "p_after": TEAM, "p_page_size": 500},
+        True,
+        [OVERRIDE],
+        lambda page: (list(page), page.next) == ([AN_OVERRIDE], TEAM),
     ),
     "get": (admins.get_group(PRO), "find_groups", {"p_group_id": PRO}, True, [GROUP], A_GROUP),
     "get_by_name": (admins.get_group_by_name("pro"), "find_groups", {"p_name": "pro"}, True, [GROUP], A_GROUP),
@@ -465,8 +528,16 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         [{"bucket": WHEN, "kind": "image", "used": 3, "generations": 2}],
         lambda points: (points[0].bucket, points[0].used) == (NOW, 3),
     ),
+    "reset_usage of a member": (
+        reports.reset_usage(PRO, "image", UUID(ANN)),
+        "reset_group_usage",
+        {"p_group_id": PRO, "p_kind": "image", "p_user_id": ANN},
+        False,
+        {"reset_at": WHEN},
+        NOW,
+    ),
     "reset_usage": (
-        reports.reset_usage(PRO, None),
+        reports.reset_usage(PRO, None, None),
         "reset_group_usage",
         {"p_group_id": PRO, "p_kind": None},
         False,
@@ -517,7 +588,8 @@ def test_what_is_read_of_a_spoilt_answer(case: tuple[Call[Any], str, dict[str, A
         (admins.remove_members(PRO, [ANN]), {"removed": math.inf}),
         (admins.remove_members(PRO, [ANN]), {"removed": 1.5}),
         (admins.move_member(ANN, PRO, TEAM), {"moved": "perhaps"}),
-        (reports.reset_usage(PRO, None), {"reset_at": "2026-03-01T12:00:00"}),
+        (admins.remove_override(PRO, "image", None, None, None), {"removed": "perhaps"}),
+        (reports.reset_usage(PRO, None, None), {"reset_at": "2026-03-01T12:00:00"}),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -167,6 +167,22 @@ def test_members_of_no_id_are_refused_before_the_first_is_asked_for() -> None:
         flows.all_members("Pro", None)
 
 
+def test_overrides_are_read_page_by_page() -> None:
+    pages = flows.all_overrides(PRO, None)
+    first = next(pages)
+    assert first.params == {"p_group_id": str(PRO), "p_user_id": None, "p_after": None, "p_page_size": 500}
+    second = pages.send(Page([], str(PRO)))  # none of its rows could be read
+    assert second.params == first.params | {"p_after": str(PRO)}
+    with pytest.raises(StopIteration):
+        pages.send(Page())
+
+
+@pytest.mark.parametrize(("ids", "field"), [(("Pro", None), "group_id"), ((PRO, "ann@example.com"), "user_id")])
+def test_overrides_of_no_id_are_refused_before_the_first_is_asked_for(ids: tuple[Any, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest, match=field):
+        flows.all_overrides(*ids)
+
+
 class TestAddMembers:
     def test_in_parts_with_progress(self) -> None:
         ids = [uuid4() for _ in range(12_001)]

@@ -88,7 +88,7 @@ def test_reads(text: str, limit: Limit) -> None:
         ("image=9999999999999999", "at most 10^15"),
         ("Image=1", "a kind begins with a letter"),
         ("=1", "a kind begins with a letter"),
-        ("image=1/", "'' is not one of minute"),
+        ("image=1/", "'' is not one of in_flight, minute"),
         ("image=1/moth", "did you mean month?"),
         ("image=1/first-use/day", "did you mean first_use?"),
         ("image=1/Member", "did you mean member?"),

@@ -211,7 +211,7 @@ class TestLimit:
         ("period", "starts"),
         [
             *product(["minute", "hour", "day", "week", "month", "year"], ["calendar", "anchor", "first_use"]),
-            ("lifetime", "calendar"),
+            *product(["lifetime", "in_flight"], ["calendar"]),
             *product(["minute", "hour", "day", "week", "2 minutes", "366 weeks"], ["rolling"]),
             *product(["2 minutes", "5 hours", "99 days", "366 weeks"], ["anchor", "first_use"]),
             *product(["2 months", "24 months"], ["anchor"]),
@@ -229,7 +229,7 @@ class TestLimit:
             ),
             *product(["2 months", "24 months"], ["calendar", "first_use", "rolling"], ["must be anchor"]),
             *product(["month", "year"], ["rolling"], ["must not be rolling"]),
-            *product(["lifetime"], ["anchor", "first_use", "rolling"], ["must be calendar"]),
+            *product(["lifetime", "in_flight"], ["anchor", "first_use", "rolling"], ["must be calendar"]),
         ],
     )
     def test_periods_may_not_begin(self, period: Period, starts: Starts, wanted: str) -> None:
@@ -247,12 +247,27 @@ class TestLimit:
         "period",
         [
             *["fortnight", "hours", "0 hours", "01 hours", "1.5 hours", "-2 hours", "2  hours", "2 hours ", "2 Hours"],
-            *["367 days", "1000 days", "25 months", "2 years", "1 year", "2 lifetimes", "", " hour", 5, None, ["hour"]],
+            *[
+                "367 days",
+                "1000 days",
+                "25 months",
+                "2 years",
+                "1 year",
+                "2 lifetimes",
+                "2 in_flight",
+                "",
+                " hour",
+                5,
+                None,
+                ["hour"],
+            ],
         ],
     )
     @pytest.mark.parametrize("starts", get_args(Starts))
     def test_other_periods_are_refused(self, period: Any, starts: Starts) -> None:
-        with pytest.raises(InvalidRequest, match=r'^limits\[0\]\.period: must be minute, .*like "5 hours" \(got '):
+        with pytest.raises(
+            InvalidRequest, match=r'^limits\[0\]\.period: must be in_flight, minute, .*like "5 hours" \(got '
+        ):
             arguments.limits([{"kind": "image", "max": 1, "period": period, "starts": starts}])  # pyright: ignore[reportArgumentType]
 
     @pytest.mark.parametrize("counts", [{"image": 1}, {f"kind_{n}": 1_000_000 for n in range(50)}])
@@ -281,6 +296,13 @@ class TestLimit:
         with pytest.raises(InvalidRequest) as caught:
             arguments.limits([{"kind": "credits", "max": 1, "counts": counts}])  # pyright: ignore[reportArgumentType]
         assert caught.value.detail == f"limits[0].{field}"
+
+    def test_holds_have_no_pool(self) -> None:
+        in_flight = {"kind": "video", "max": 2, "period": "in_flight", "scope": "member"}
+        assert arguments.limits([Limit.model_validate(in_flight)])[0]["counts"] is None
+        with pytest.raises(InvalidRequest, match="must be None where the period is in_flight") as caught:
+            arguments.limits([in_flight | {"counts": {"video": 1}}])  # pyright: ignore[reportArgumentType]
+        assert caught.value.detail == "limits[0].counts"
 
     def test_its_max_must_be_said(self) -> None:
         with pytest.raises(ValidationError):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from tokenlimits.errors import GroupNotFound, UnknownUser
-from tokenlimits.models import Group, Limit, Member, Model, Page, Period, Scope, Starts, User
+from tokenlimits.models import Group, Limit, Member, Model, Override, Page, Period, Scope, Starts, User
 
 from . import arguments
 from .arguments import Id, Limits, parser
@@ -21,6 +21,8 @@ GROUPS_PAGE = 200
 """The most groups of a page."""
 MEMBERS_PAGE = 500
 """The most members of a page."""
+OVERRIDES_PAGE = 500
+"""The most overrides of a page."""
 
 
 class AddedPage(Model):
@@ -38,6 +40,9 @@ _ADDED = parser(AddedPage)
 _MOVED = field_parser("moved", bool)
 _REMOVED = field_parser("removed", int)
 _USERS = rows_parser(User)
+_OVERRIDE = row_parser(Override)
+_OVERRIDES = rows_parser(Override)
+_WAS_REMOVED = field_parser("removed", bool)
 
 
 def create_group(id_: Id | None = None, **fields: Any) -> Call[Group]:
@@ -81,6 +86,49 @@ def remove_limit(group_id: Id, kind: str, period: Period | None, scope: Scope, s
         "p_starts": arguments.optional_starts(starts),
     }
     return Call("remove_group_limit", params, _GROUP)
+
+
+def set_override(
+    group_id: Id,
+    kind: str,
+    max_: int | None,
+    user_id: Id | None,
+    period: Period | None,
+    starts: Starts | None,
+    until: datetime | None,
+) -> Call[Override]:
+    """Replace the max of one limit for a user or, without one, of a group limit."""
+    params = {
+        **_overridden(group_id, kind, user_id, period, starts),
+        "p_max": arguments.max_(max_),
+        "p_until": arguments.until(until),
+    }
+    return Call("set_limit_override", params, _OVERRIDE)
+
+
+def remove_override(
+    group_id: Id, kind: str, user_id: Id | None, period: Period | None, starts: Starts | None
+) -> Call[bool]:
+    """Let a limit's own max hold again."""
+    return Call("remove_limit_override", _overridden(group_id, kind, user_id, period, starts), _WAS_REMOVED)
+
+
+def _overridden(
+    group_id: Id, kind: str, user_id: Id | None, period: Period | None, starts: Starts | None
+) -> dict[str, Any]:
+    return {
+        **arguments.of_group(group_id),
+        "p_kind": arguments.kind(kind),
+        "p_user_id": arguments.optional_id(user_id, "user_id"),
+        "p_period": arguments.optional_period(period),
+        "p_starts": arguments.optional_starts(starts),
+    }
+
+
+def overrides_after(group_id: str, user_id: str | None, after: str | None) -> Call[Page[Override]]:
+    """Read the overrides after an id; `next` is None only if there are none."""
+    params = {"p_group_id": group_id, "p_user_id": user_id, "p_after": after, "p_page_size": OVERRIDES_PAGE}
+    return _paged("find_limit_overrides", params, _OVERRIDES, "id")
 
 
 def get_group(group_id: Id) -> Call[Group]:

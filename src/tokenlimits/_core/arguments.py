@@ -21,6 +21,7 @@ from tokenlimits.models import (
     GenerationRequest,
     Kind,
     Limit,
+    Max,
     Name,
     OnUnavailable,
     Overage,
@@ -54,6 +55,7 @@ _COUNT = parser(Annotated[StrictInt, Field(ge=1, le=1000)])
 _DESCRIPTION = parser(Annotated[Text, Field(max_length=2000)])
 _FLAG = parser(StrictBool)
 _KIND = parser(Kind)
+_MAX = parser(Max | None)
 _NAME = parser(Name)
 _ON_UNAVAILABLE = parser(OnUnavailable)
 _OVERAGE = parser(Overage)
@@ -169,6 +171,11 @@ def optional_period(value: Period | None) -> Period | None:
 def optional_starts(value: Starts | None) -> Starts | None:
     """Check where periods begin, or None."""
     return None if value is None else checked(_STARTS, value, "starts")
+
+
+def max_(value: int | None) -> int | None:
+    """Check the max of a limit; None: unlimited."""
+    return checked(_MAX, value, "max")
 
 
 def scope(value: Scope) -> Scope:
@@ -289,9 +296,18 @@ def recorded_at(value: datetime | None) -> str | None:
 
 def anchor(value: datetime | None) -> str | None:
     """Check from when periods are counted, or None."""
-    text = _since_1970(value, "anchor_at")
+    return _before_9999(value, "anchor_at")
+
+
+def until(value: datetime | None) -> str | None:
+    """Check when something ends, or None: never; only the database knows whether that is in the future."""
+    return _before_9999(value, "until")
+
+
+def _before_9999(value: datetime | None, field: str) -> str | None:
+    text = _since_1970(value, field)
     if value is not None and value >= _YEAR_9999:
-        raise refused("anchor_at", "must be before the year 9999", value)
+        raise refused(field, "must be before the year 9999", value)
     return text
 
 

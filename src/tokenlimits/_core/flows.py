@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
-from tokenlimits.models import BulkResult, Group, GroupUsage, Member, Page, Refused, User
+from tokenlimits.models import BulkResult, Group, GroupUsage, Member, Override, Page, Refused, User
 
 from . import admins, arguments, reports
 from .admins import AddedPage
@@ -66,6 +66,12 @@ def all_members(group_id: Id, search: str | None) -> Pages[Member]:
 def _member_pages(group_id: str, search: str | None) -> Pages[Member]:
     # a short page needn't be the last, nor one of which no row can be read
     return _pages(lambda after: admins.members_after(group_id, search, after, admins.MEMBERS_PAGE))
+
+
+def all_overrides(group_id: Id, user_id: Id | None) -> Pages[Override]:
+    """Read the overrides in a group, or those of one user, page by page."""
+    group, user = arguments.id_(group_id, "group_id"), arguments.optional_id(user_id, "user_id")
+    return _pages(lambda after: admins.overrides_after(group, user, after))
 
 
 def exported(export: Export[T]) -> Pages[T]:

@@ -159,8 +159,10 @@ def history(
     return Call("generation_history", params, _HISTORY)
 
 
-def reset_usage(group_id: Id, kind: str | None) -> Call[datetime]:
-    """Give a group a fresh start."""
+def reset_usage(group_id: Id, kind: str | None, user_id: Id | None) -> Call[datetime]:
+    """Give a group a fresh start, or one of its members."""
     params = {**arguments.of_group(group_id), "p_kind": arguments.optional_kind(kind)}
+    if user_id is not None:  # older SQL has no such parameter
+        params["p_user_id"] = arguments.id_(user_id, "user_id")
     # a second reset would also forgive what was used since the first one
     return Call("reset_group_usage", params, _RESET_AT, retry_safe=False)
