@@ -1,20 +1,22 @@
-"""The SQL functions for admins, by their names and parameters (sql/schema/80 to 87)."""
+"""The SQL functions for admins, by their names and parameters (sql/schema/80 to 87, but for overrides)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from uuid import UUID, uuid4
 
-from ._answers import group_json, group_limit_json, place_of
+from ._answers import group_json, group_limit_json
 from ._ledger import Json, refuse
+from ._limits import Rule, Terms
+from ._overrides import OverrideFunctions, named
 from ._periods import canonical
-from ._state import ALL_KINDS, Group, Rule, State, Terms
+from ._state import ALL_KINDS, Group
 
 _NIL = str(UUID(int=0))
 
 
-class AdminFunctions(State):
+class AdminFunctions(OverrideFunctions):
     """Groups, their limits and members."""
 
     def save_group(
@@ -68,10 +70,6 @@ class AdminFunctions(State):
             group.unlimited = False
         return group_json(group)
 
-    def _touch(self, group: Group) -> None:
-        # two changes never have the same moment, or the second editor would not notice the first
-        group.updated_at = max(self.now, group.updated_at + timedelta(microseconds=1))
-
     def set_group_limit(self, p_group_id: str, p_limit: Json) -> Json:
         """Add one limit, or change its max."""
         group = self._group(p_group_id)
@@ -107,28 +105,16 @@ class AdminFunctions(State):
     ) -> Json:
         """Remove one limit, if it is there."""
         group = self._group(p_group_id)
-        fitting = [
-            rule
-            for rule in group.limits
-            if (rule.kind, rule.scope) == (p_kind, p_scope)
-            and p_period in (None, rule.period)
-            and p_starts in (None, rule.starts)
-        ]
-        if len(fitting) > 1:
-            several = ", ".join(f"{rule.period} {rule.starts}" for rule in sorted(fitting, key=place_of))
-            refuse(
-                "TL001",
-                f"period: {p_scope} has several limits on {p_kind}: {several}",
-                detail="period",
-                hint="Say which one by its period and starts. Nothing was removed.",
-            )
-        self._edit_limits(group, {}, fitting)
+        rule = named(group.limits, p_kind, p_scope, p_period, p_starts)
+        self._edit_limits(group, {}, [] if rule is None else [rule])
         self._touch(group)
         return group_json(group)
 
     def delete_group(self, p_group_id: str) -> Json:
         """Delete a group with its limits and memberships; the ledger stays."""
-        return group_json(self._groups.pop(self._group(p_group_id).id))
+        group = self._group(p_group_id)
+        self._forget_overrides(group)
+        return group_json(self._groups.pop(group.id))
 
     def find_groups(
         self,
@@ -188,10 +174,11 @@ class AdminFunctions(State):
             for user_id in page[: min(max(p_page_size, 1), 1000)]
         ]
 
-    def reset_group_usage(self, p_group_id: str, p_kind: str | None = None) -> Json:
-        """Let usage of a kind, or of all, count from now on."""
+    def reset_group_usage(self, p_group_id: str, p_kind: str | None = None, p_user_id: str | None = None) -> Json:
+        """Let usage of a kind, or of all, count from now on, of a group or of one user."""
         group = self._group(p_group_id)
-        self._reset(group, p_kind or ALL_KINDS)
+        self._require_user(p_user_id)
+        self._reset(group, p_kind or ALL_KINDS, p_user_id)
         return {"reset_at": self.now.isoformat()}
 
     def reconcile_usage(self, p_group_id: str, p_since: str | None = None) -> Json:  # noqa: ARG002  # as the SQL's

@@ -11,8 +11,9 @@ from tokenlimits._limits import SinglePeriod, number_and_unit
 from tokenlimits.errors import TokenLimitsError
 
 from ._ledger import Json, Usage, text
+from ._limits import LimitState, Rule
 from ._periods import NEVER, zone
-from ._state import Group, LimitState, Rule
+from ._state import Group
 
 _UNITS = get_args(SinglePeriod)
 
@@ -84,10 +85,11 @@ def limit_json(state: LimitState, reset_at: datetime | None = None) -> Json:
 
 def group_limit_json(state: LimitState, members: Sequence[LimitState]) -> Json:
     """Show a limit for the group as a whole; for a member limit, the total of all members, in each one's own window."""
-    max_ = state.terms.max
     if state.rule.scope == "member" and state.rule.starts != "calendar":
         state = replace(state, used=sum(each.used for each in members), reset_at=NEVER)
-    capacity = None if max_ is None else max_ * (len(members) if state.rule.scope == "member" else 1)
+    # an override may let a member use more than the others, or less
+    shares = [each.terms.max for each in (members if state.rule.scope == "member" else [state])]
+    capacity = None if None in (shares or [state.terms.max]) else sum(filter(None, shares))
     fraction = None
     if capacity is not None:
         # rounded half up to six digits; what has no capacity is full
@@ -106,9 +108,12 @@ def allowed_json(
     observed: Sequence[Rule] = (),
     replayed: bool = False,
 ) -> Json:
-    """Answer that it is allowed; `remaining` and `reset_at` are those of the enforced limit with the least room."""
-    enforced = [(state.units_left(), state.reset_at) for state in states if state.terms.mode == "enforce"]
-    room = [(left, reset_at) for left, reset_at in enforced if left is not None]
+    """Answer that it is allowed; `remaining` and `reset_at` are those of the enforced limit with the least room.
+
+    How many may run at once is in other units.
+    """
+    enforced = [state for state in states if state.terms.mode == "enforce" and not state.rule.in_flight]
+    room = [(left, state.reset_at) for state in enforced if (left := state.units_left()) is not None]
     remaining, reset_at = min(room, key=lambda limit: limit[0], default=(None, NEVER))
     return {
         "allowed": True,
@@ -159,15 +164,20 @@ def _denial(kind: str, cost: int, verdict: Verdict) -> str:
     if verdict.group is None or verdict.denied_by is None:
         return f"None of the user's groups has a limit for {words} generations, so none is allowed"
     state, rule = verdict.denied_by, verdict.denied_by.rule
-    units = cost * state.weight
+    error = f"{words[0].upper()}{words[1:]} generation limit exceeded: "
+    local = verdict.room_at.astimezone(zone(state.timezone)) if verdict.room_at != NEVER else None
+    if rule.in_flight:
+        error += f"{state.used} {words}{'' if state.used == 1 else 's'} in progress"
+        error += " by this user" if rule.scope == "member" else ""
+        error += f", at most {state.terms.max} at once"
+        return error if local is None else f"{error}, next place {local:%Y-%m-%d %H:%M} {state.timezone}"
+    units = state.units(cost)
     pool = f"{rule.kind} ".replace("_", " ") if state.terms.counts is not None else ""
     by = "by this user " if rule.scope == "member" else ""
-    error = f"{words[0].upper()}{words[1:]} generation limit exceeded: "
     error += f"{state.used} of {state.terms.max} {pool}used {by}{_when(state)}"
     if units > 1:
         error += f", {units} more asked for"
-    if verdict.room_at != NEVER:
-        local = verdict.room_at.astimezone(zone(state.timezone))
+    if local is not None:
         resets = "room again" if rule.starts == "rolling" else "resets"
         error += f", {resets} {local:%Y-%m-%d %H:%M} {state.timezone}"
     return error

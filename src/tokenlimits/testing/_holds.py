@@ -96,9 +96,12 @@ class HoldFunctions(WorkerFunctions):
         return usage
 
     def _require_room(self, hold: Usage, cost: int) -> None:
-        """Refuse to commit an expired hold unless all limits have room for it whose period still contains it."""
+        """Refuse to commit an expired hold unless all limits have room for it whose period still contains it.
+
+        Its work is done, so it needs no place in flight.
+        """
         group = self._groups.get(hold.group_id)
-        states = self._states(group, hold.user_id, hold.kind) if group else []
+        states = self._states(group, hold.user_id, hold.kind, in_flight=False) if group else []
         enforced = [state for state in states if state.terms.mode == "enforce"]
         judges = [state for state in enforced if hold.created_at >= state.since]
         if (enforced and not judges) or not all(state.has_room(cost) for state in judges):

@@ -79,6 +79,12 @@ class Ledger:
             if usage.live and usage.created_at >= since and user_id in (None, usage.user_id):
                 yield usage
 
+    def _ends_of_holds(self, group_id: str, kind: str, user_id: str | None) -> Iterator[datetime]:
+        """Tell when the open holds of a kind expire, of a user or (None) of all."""
+        for hold in self._holds.values():
+            if (hold.group_id, hold.kind) == (group_id, kind) and user_id in (None, hold.user_id) and hold.expires_at:
+                yield hold.expires_at
+
     def _used(self, group_id: str, kind: str, user_id: str | None, since: datetime) -> int:
         totals = self._totals[group_id, kind, user_id]
         if since not in totals:

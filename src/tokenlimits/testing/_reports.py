@@ -8,7 +8,7 @@ from functools import cache
 
 from ._ledger import MOMENT, Json, Usage
 from ._periods import BEGINNING, NEVER, period_of, quarter
-from ._state import Rule, State
+from ._state import State
 
 
 class ReportFunctions(State):
@@ -155,28 +155,28 @@ class ReportFunctions(State):
         """Count the members who have used all of a member limit, or a percentage of it."""
         group = self._group(p_group_id)
         at_least = min(max(p_at_least, 1), 100)
-        used: dict[Rule, list[tuple[int, str]]] = {}
-        for rule, terms in group.rules().items():
-            if rule.scope == "member" and terms.max:
-                used[rule] = []
+        # as they are sorted: by what they have used, from the most, and by id; and whether that is all that they may
+        pressed = {rule: list[tuple[int, str, bool]]() for rule in group.rules() if rule.scope == "member"}
         for user_id in group.members:
             for state in self._states(group, user_id):
-                if state.rule in used and 100 * state.used >= (state.terms.max or 0) * at_least:
-                    used[state.rule].append((-state.used, user_id))
+                max_ = state.terms.max
+                if state.rule in pressed and max_ and 100 * state.used >= max_ * at_least:
+                    pressed[state.rule].append((-state.used, user_id, state.used >= max_))
         return [
             {
                 "kind": rule.kind,
                 "period": rule.period,
                 "starts": rule.starts,
                 "max": group.limits[rule].max,
-                "full": sum(-minus >= (group.limits[rule].max or 0) for minus, _ in pressed),
-                "near": len(pressed),
+                "full": sum(is_full for _, _, is_full in members),
+                "near": len(members),
                 "members": [
                     {"user_id": user_id, "email": self._email(user_id), "used": -minus}
-                    for minus, user_id in sorted(pressed)[: min(max(p_count, 0), 1000)]
+                    for minus, user_id, _ in sorted(members)[: min(max(p_count, 0), 1000)]
                 ],
             }
-            for rule, pressed in used.items()
+            for rule, members in pressed.items()
+            if members or group.limits[rule].max
         ]
 
     def usage_drift(self, p_group_id: str, p_since: str | None = None) -> Json:  # noqa: ARG002  # as the SQL's
@@ -195,9 +195,6 @@ class ReportFunctions(State):
     def _timezone_of(self, group_id: str) -> str:
         group = self._groups.get(group_id)
         return group.timezone if group is not None else "UTC"
-
-    def _email(self, user_id: str) -> str | None:
-        return (self._users or {}).get(user_id)
 
     def _row(self, usage: Usage) -> Json:
         return {

@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import count
 
 from tokenlimits.errors import InvalidRequest
 
 from ._ledger import MOMENT, Json, Ledger, Usage, refuse
+from ._limits import LimitState, Override, Rule, Terms
 from ._periods import BEGINNING, NEVER, period_of
 from ._windows import anchored, end_of, leaves_at, rolling
 
 ALL_KINDS = "*"
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """What identifies a limit within its group."""
-
-    kind: str
-    period: str
-    scope: str
-    starts: str = "calendar"
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What else a limit has; `counts` are the kinds and weights of a pool."""
-
-    max: int | None
-    counts: Mapping[str, int] | None = None
-    mode: str = "enforce"
-
-    def weights(self, rule: Rule) -> Mapping[str, int]:
-        """Tell which kinds the limit counts, and how much one of each takes."""
-        return {rule.kind: 1} if self.counts is None else self.counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +43,13 @@ class Group:
     limits: dict[Rule, Terms] = field(default_factory=dict[Rule, Terms])
     members: dict[str, Membership] = field(default_factory=dict[str, Membership])
 
-    def rules(self, kind: str | None = None) -> dict[Rule, Terms]:
+    def rules(self, kind: str | None = None, *, in_flight: bool = True) -> dict[Rule, Terms]:
         """List the limits that count a kind, or all, in the order of the SQL: a kind's member limits first."""
-        rules = [rule for rule, terms in self.limits.items() if kind is None or kind in terms.weights(rule)]
+        rules = [
+            rule
+            for rule, terms in self.limits.items()
+            if (kind is None or kind in terms.weights(rule)) and (in_flight or not rule.in_flight)
+        ]
         if not rules and self.unlimited and kind is not None:
             return {Rule(kind, "lifetime", "group"): Terms(None)}
         rules.sort(key=lambda rule: (rule.kind, rule.scope == "group"))
@@ -81,46 +63,6 @@ class Group:
         return self.anchor_at or self.created_at
 
 
-@dataclass(frozen=True, slots=True)
-class LimitState:
-    """A limit and its usage since `since`, in the period that ends at `until`.
-
-    `reset_at` is when there is more room without a settlement, `weight` what one unit of the kind takes that was asked
-    for. `parts` are what a rolling window counts: when each usage leaves it, and what this gives back.
-    """
-
-    rule: Rule
-    terms: Terms
-    weight: int
-    used: int
-    since: datetime
-    until: datetime
-    reset_at: datetime
-    timezone: str
-    parts: tuple[tuple[datetime, int], ...] = ()
-
-    def has_room(self, cost: int) -> bool:
-        """Tell whether a cost fits."""
-        return self.terms.max is None or self.used + cost * self.weight <= self.terms.max
-
-    def units_left(self) -> int | None:
-        """Tell how many units of the kind fit, or (negative) are too many; None: unlimited."""
-        return None if self.terms.max is None else (self.terms.max - self.used) // self.weight
-
-    def room_at(self, cost: int) -> datetime:
-        """Tell when a cost will fit that doesn't; one that can never fit, and a lifetime limit, wait forever."""
-        if self.terms.max is None or cost * self.weight > self.terms.max:
-            return NEVER
-        if self.rule.starts != "rolling":
-            return self.until
-        used = self.used
-        for leaves, units in self.parts:
-            used -= units
-            if used + cost * self.weight <= self.terms.max:
-                return leaves
-        return NEVER
-
-
 class State(Ledger):
     """The tables."""
 
@@ -131,7 +73,10 @@ class State(Ledger):
         self._group_ids: set[str] = set()
         self._users = users
         self._places = count()
-        self._resets: dict[tuple[str, str], datetime] = {}
+        # by group, kind and user (None: all that the group's limits count)
+        self._resets: dict[tuple[str, str, str | None], datetime] = {}
+        # by group, limit and user (None: the group)
+        self._overrides: dict[tuple[str, Rule, str | None], Override] = {}
         # when the last window was opened of a limit that starts with a first use, by group, limit and user
         self._opened: dict[tuple[str, Rule, str | None], datetime] = {}
 
@@ -174,30 +119,58 @@ class State(Ledger):
         group = self._group(pinned)
         return [group] if group in paying else []
 
-    def _states(self, group: Group, user_id: str, kind: str | None = None) -> list[LimitState]:
+    def _states(
+        self, group: Group, user_id: str, kind: str | None = None, *, in_flight: bool = True
+    ) -> list[LimitState]:
         """Return a group's limits for a user: those that count a kind, or all, in their own units."""
-        return [self._state(group, rule, terms, user_id, kind) for rule, terms in group.rules(kind).items()]
+        rules = group.rules(kind, in_flight=in_flight)
+        return [self._state(group, rule, terms, user_id, kind) for rule, terms in rules.items()]
 
     def _state(
         self, group: Group, rule: Rule, terms: Terms, user_id: str | None, kind: str | None = None
     ) -> LimitState:
         """Return a limit's state; without a user, a member limit counts all users together."""
         whose = user_id if rule.scope == "member" else None
-        weights = terms.weights(rule)
-        weight = 1 if kind is None else weights[kind]
+        weight = 1 if kind is None else terms.weights(rule)[kind]
+        state = self._used_state(group, rule, terms, whose, weight)
+        override = self._overrides.get((group.id, rule, whose))
+        if override is None or override.until <= self.now:
+            return state
+        overridden = replace(terms, max=override.max)
+        return replace(state, terms=overridden, own_max=terms.max, override_ends=override.until)
+
+    def _used_state(self, group: Group, rule: Rule, terms: Terms, whose: str | None, weight: int) -> LimitState:
+        if rule.in_flight:
+            parts = sorted((ends, 1) for ends in self._ends_of_holds(group.id, rule.kind, whose))
+            used = len(parts)
+            return LimitState(rule, terms, weight, used, BEGINNING, NEVER, NEVER, group.timezone, tuple(parts))
         window = self._window(group, rule, terms, whose)
         if window is None:
             return LimitState(rule, terms, weight, 0, self.now, NEVER, NEVER, group.timezone)
-        since, until = max(window[0], self._reset_at(group, rule)), window[1]
-        used = sum(each * self._used(group.id, kind, whose, since) for kind, each in weights.items())
+        since, until = max(window[0], self._reset_at(group, rule, whose)), window[1]
+        used = self._units_since(group, rule, terms, whose, since)
+        if rule.scope == "member" and whose is None:
+            used -= self._units_before_resets(group, rule, terms, since)
         if rule.starts != "rolling":
             return LimitState(rule, terms, weight, used, since, until, until, group.timezone)
         parts = sorted(
-            (leaves_at(rule.period, usage.created_at), usage.cost * weights[usage.kind])
+            (leaves_at(rule.period, usage.created_at), usage.cost * terms.weights(rule)[usage.kind])
             for usage in self._usages(group, rule, terms, whose, since)
         )
         reset_at = min((leaves for leaves, units in parts if units), default=NEVER)
         return LimitState(rule, terms, weight, used, since, until, reset_at, group.timezone, tuple(parts))
+
+    def _units_since(self, group: Group, rule: Rule, terms: Terms, whose: str | None, since: datetime) -> int:
+        return sum(each * self._used(group.id, kind, whose, since) for kind, each in terms.weights(rule).items())
+
+    def _units_before_resets(self, group: Group, rule: Rule, terms: Terms, since: datetime) -> int:
+        """Add up what single members had used when their own usage was reset."""
+        resets = {user_id: self._reset_at(group, rule, user_id) for id_, _, user_id in self._resets if id_ == group.id}
+        return sum(
+            self._units_since(group, rule, terms, user_id, since) - self._units_since(group, rule, terms, user_id, at)
+            for user_id, at in resets.items()
+            if user_id is not None and at > since
+        )
 
     def _window(self, group: Group, rule: Rule, terms: Terms, whose: str | None) -> tuple[datetime, datetime] | None:
         """Return when the current period of a limit begins and ends; None if no use has opened one."""
@@ -221,7 +194,7 @@ class State(Ledger):
         known = self._opened.get((group.id, rule, whose))
         if known is not None:
             return known if lasts(known) else None
-        usages = self._usages(group, rule, terms, whose, self._reset_at(group, rule))
+        usages = self._usages(group, rule, terms, whose, self._reset_at(group, rule, whose))
         moments = [usage.created_at for usage in usages if usage.is_of_its_moment and lasts(usage.created_at)]
         return min(moments, default=None)
 
@@ -249,22 +222,35 @@ class State(Ledger):
                 if since is not None:
                     self._opened[group.id, rule, None] = since
 
-    def _forget_windows(self, group: Group, *rules: Rule) -> None:
-        """Count limits afresh."""
-        for key in [key for key in self._opened if key[0] == group.id and key[1] in rules]:
-            del self._opened[key]
+    def _forget_windows(self, group: Group, *rules: Rule, user_id: str | None = None) -> None:
+        """Count limits afresh, of one user or of all."""
+        for id_, rule, whose in list(self._opened):
+            if id_ == group.id and rule in rules and user_id in (None, whose):
+                del self._opened[id_, rule, whose]
 
-    def _reset_at(self, group: Group, rule: Rule) -> datetime:
-        resets = (self._resets.get((group.id, kind), BEGINNING) for kind in (rule.kind, ALL_KINDS))
-        return max(resets)
+    def _reset_at(self, group: Group, rule: Rule, whose: str | None) -> datetime:
+        kinds, subjects = (rule.kind, ALL_KINDS), {None, whose}
+        return max(self._resets.get((group.id, kind, each), BEGINNING) for kind in kinds for each in subjects)
 
-    def _reset(self, group: Group, kind: str) -> None:
-        """Let usage count from now on; usage of this very moment counts as before."""
+    def _reset(self, group: Group, kind: str, user_id: str | None) -> None:
+        """Let usage of a user or of all count from now on; usage of this very moment counts as before."""
         if any(usage.created_at == self.now for usage in self.ledger if usage.group_id == group.id):
             self.now += MOMENT
             self._expire()
-        self._resets[group.id, kind] = self.now
-        self._forget_windows(group, *(rule for rule in group.limits if kind in (ALL_KINDS, rule.kind)))
+        self._resets[group.id, kind, user_id] = self.now
+        rules = [rule for rule in group.limits if kind in (ALL_KINDS, rule.kind)]
+        self._forget_windows(group, *rules, user_id=user_id)
+
+    def _touch(self, group: Group) -> None:
+        # two changes never have the same moment, or the second editor would not notice the first
+        group.updated_at = max(self.now, group.updated_at + MOMENT)
+
+    def _require_user(self, user_id: str | None) -> None:
+        if user_id is not None and self._users is not None and user_id not in self._users:
+            refuse("TL004", f"there is no user {user_id}", detail=user_id, hint="Find the id with find_users.")
+
+    def _email(self, user_id: str) -> str | None:
+        return (self._users or {}).get(user_id)
 
     def _enlist(self, group: Group, user_id: str, anchor_at: datetime | None = None) -> bool:
         if user_id in group.members:

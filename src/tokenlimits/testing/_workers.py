@@ -9,7 +9,8 @@ from tokenlimits.errors import TokenLimitsError
 
 from ._answers import Verdict, allowed_json, denied_json, limit_json, refused_json
 from ._ledger import Json, Usage, refuse
-from ._state import Group, Rule, State
+from ._limits import Rule
+from ._state import Group, State
 
 _CLOCKS_DIFFER = timedelta(minutes=1)
 
@@ -115,17 +116,18 @@ class WorkerFunctions(State):
         request = ("track" if ttl is None else "reserve", kind, cost, group_id)
         if live := self._live_under(user_id, key, request):
             return self._usage_answer(live, replayed=True)
-        verdict = self._judge(user_id, kind, cost, group_id)
+        verdict = self._judge(user_id, kind, cost, group_id, in_flight=ttl is not None)
         if verdict.reason is not None or verdict.group is None:
             return self._verdict_answer(kind, cost, verdict)
         group, observed = verdict.group, verdict.observed
         return self._record(group, user_id, kind, cost, self.now, key, request, metadata, ttl, observed)
 
-    def _judge(self, user_id: str, kind: str, cost: int, pinned: str | None) -> Verdict:
+    def _judge(self, user_id: str, kind: str, cost: int, pinned: str | None, *, in_flight: bool = False) -> Verdict:
+        """Find the group that pays; only a hold is judged by limits in flight."""
         groups = self._paying_groups(user_id, pinned)
         denial = Verdict("no_limit_for_kind" if groups else "not_in_group")
         for group in groups:
-            states = tuple(self._states(group, user_id, kind))
+            states = tuple(self._states(group, user_id, kind, in_flight=in_flight))
             if not states:
                 continue
             without_room = [state for state in states if not state.has_room(cost)]
@@ -150,7 +152,7 @@ class WorkerFunctions(State):
                 detail="group_id",
                 hint="Name the group that this usage belongs to.",
             )
-        return next((group for group in groups if group.rules(kind)), groups[0])
+        return next((group for group in groups if group.rules(kind, in_flight=False)), groups[0])
 
     def _record(
         self,
@@ -190,7 +192,8 @@ class WorkerFunctions(State):
 
     def _usage_answer(self, usage: Usage, observed: tuple[Rule, ...] = (), *, replayed: bool = False) -> Json:
         group = self._groups.get(usage.group_id)
-        states = self._states(group, usage.user_id, usage.kind) if group else []
+        is_hold = usage.reserved_cost is not None
+        states = self._states(group, usage.user_id, usage.kind, in_flight=is_hold) if group else []
         named = self.reference(usage.group_id)
         return allowed_json(usage.kind, usage.cost, named, states, usage, observed=observed, replayed=replayed)
 

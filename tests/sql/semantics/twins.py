@@ -29,8 +29,8 @@ from tests.support import clock
 from tokenlimits import TokenLimitsError
 from tokenlimits._refusals import refusal
 from tokenlimits.testing._engine import GROUP_NAME, Engine
+from tokenlimits.testing._limits import Rule
 from tokenlimits.testing._periods import BEGINNING, NEVER
-from tokenlimits.testing._state import Rule
 
 _MOMENT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?[+-]\d\d(:\d\d)?")
 
