@@ -15,7 +15,10 @@ _COUNTERS = f"""
 select
   l.group_id, l.kind, l.period, l.scope, c.subject, c.since, c.until, c.used,
   coalesce((
-    select sum(u.cost * case when l.counts is null then 1 else (l.counts ->> u.kind)::bigint end)
+    select sum(
+      case when l.period = 'in_flight' then 1 else u.cost end
+      * case when l.counts is null then 1 else (l.counts ->> u.kind)::bigint end
+    )
     from public.generation_usage as u
     where
       u.group_id = l.group_id
@@ -24,6 +27,7 @@ select
       and u.created_at >= c.since
       and u.created_at < c.until
       and {_LIVE}
+      and (l.period <> 'in_flight' or u.status = 'reserved')
   ), 0) as recorded
 from tokenlimits.counters as c
 inner join public.group_limits as l using (counter_id)
@@ -92,14 +96,35 @@ where coalesce(counted.used, 0) <> coalesce(recorded.used, 0)
 COUNTERS_FROM_BEFORE_A_RESET = f"""
 select counted.*, r.reset_at
 from ({_COUNTERS}) as counted
-inner join tokenlimits.usage_resets as r on r.group_id = counted.group_id and r.kind in (counted.kind, '*')
-where counted.since < r.reset_at
+inner join tokenlimits.usage_resets as r
+  on
+    r.group_id = counted.group_id and r.kind in (counted.kind, '*')
+    and r.subject in (counted.group_id, counted.subject)
+where counted.since < r.reset_at and counted.period <> 'in_flight'
 """
 
 COUNTERS_OF_NOBODY = f"""
 select *
 from ({_COUNTERS}) as counted
 where (scope = 'group') <> (subject = group_id) or since >= until
+"""
+
+OVERRIDES_UNKNOWN_TO_COUNTERS = """
+select c.subject, l.kind, l.period, c.override_max, c.overridden_until, o.max, o.until
+from tokenlimits.counters as c
+inner join public.group_limits as l using (counter_id)
+left join public.limit_overrides as o
+  on
+    (o.group_id, o.kind, o.period, o.starts, o.scope, o.subject)
+    = (l.group_id, l.kind, l.period, l.starts, l.scope, c.subject)
+    and (o.until is null or o.until > tokenlimits.clock())
+where
+  (o.id is not null, o.max, coalesce(o.until, 'infinity'))
+  is distinct from (
+    coalesce(c.overridden_until > tokenlimits.clock(), false),
+    case when c.overridden_until > tokenlimits.clock() then c.override_max end,
+    case when c.overridden_until > tokenlimits.clock() then c.overridden_until else 'infinity' end
+  )
 """
 
 HOLDS_OF_NOTHING = """
@@ -117,6 +142,7 @@ INVARIANTS = {
     "the rollup is not the sum of the live usages": DRIFTING_ROLLUP,
     "a counter counts from before the last reset": COUNTERS_FROM_BEFORE_A_RESET,
     "a counter has no subject or no period": COUNTERS_OF_NOBODY,
+    "a counter has another override than its subject": OVERRIDES_UNKNOWN_TO_COUNTERS,
     "the holds are not the reserved usages": HOLDS_OF_NOTHING,
 }
 

@@ -170,8 +170,8 @@ class Api:
     def move_member(self, user_id: UUID, from_: UUID, to: UUID) -> bool:
         return self.call("move_group_member", user_id=user_id, **{"from": from_}, to=to)["moved"]
 
-    def reset(self, group_id: UUID, kind: str | None = None) -> None:
-        self.call("reset_group_usage", group_id=group_id, kind=kind)
+    def reset(self, group_id: UUID, kind: str | None = None, user_id: UUID | None = None) -> None:
+        self.call("reset_group_usage", group_id=group_id, kind=kind, user_id=user_id)
 
     def reconcile(self, group_id: UUID, since: datetime | None = None) -> Json:
         return self.call("reconcile_usage", group_id=group_id, since=since)
