@@ -651,8 +651,8 @@ create table if not exists public.group_limits (
   ),
   constraint group_limits_starts_check check (
     (starts = 'calendar' and period !~ ' ')
-    or (starts = 'anchor' and period not in ('in_flight', 'lifetime') and period !~ '^(2[5-9]|[3-9][0-9]|[0-9]{3}) months$')
-    or (starts = 'first_use' and period not in ('in_flight', 'lifetime') and period !~ ' months$')
+    or (starts = 'anchor' and period !~ '^(in_flight|lifetime|(2[5-9]|[3-9][0-9]|[0-9]{3}) months)$')
+    or (starts = 'first_use' and period !~ '^(in_flight|lifetime)$| months$')
     or (starts = 'rolling' and period !~ '^(in_flight|month|year|lifetime)$| months$')
   ),
   constraint group_limits_counts_check check (
@@ -709,8 +709,8 @@ create table if not exists public.limit_overrides (
   ),
   constraint limit_overrides_starts_check check (
     (starts = 'calendar' and period !~ ' ')
-    or (starts = 'anchor' and period not in ('in_flight', 'lifetime') and period !~ '^(2[5-9]|[3-9][0-9]|[0-9]{3}) months$')
-    or (starts = 'first_use' and period not in ('in_flight', 'lifetime') and period !~ ' months$')
+    or (starts = 'anchor' and period !~ '^(in_flight|lifetime|(2[5-9]|[3-9][0-9]|[0-9]{3}) months)$')
+    or (starts = 'first_use' and period !~ '^(in_flight|lifetime)$| months$')
     or (starts = 'rolling' and period !~ '^(in_flight|month|year|lifetime)$| months$')
   ),
   constraint limit_overrides_scope_check check (scope in ('group', 'member')),
@@ -6025,8 +6025,8 @@ begin
       or v_limit ->> 'period' ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks|months)$') is not true then '.period'
       when coalesce(v_limit ->> 'starts', '') not in ('calendar', 'anchor', 'first_use', 'rolling') then '.starts'
       when (((v_limit ->> 'starts') = 'calendar' and (v_limit ->> 'period') !~ ' ')
-      or ((v_limit ->> 'starts') = 'anchor' and (v_limit ->> 'period') not in ('in_flight', 'lifetime') and (v_limit ->> 'period') !~ '^(2[5-9]|[3-9][0-9]|[0-9]{3}) months$')
-      or ((v_limit ->> 'starts') = 'first_use' and (v_limit ->> 'period') not in ('in_flight', 'lifetime') and (v_limit ->> 'period') !~ ' months$')
+      or ((v_limit ->> 'starts') = 'anchor' and (v_limit ->> 'period') !~ '^(in_flight|lifetime|(2[5-9]|[3-9][0-9]|[0-9]{3}) months)$')
+      or ((v_limit ->> 'starts') = 'first_use' and (v_limit ->> 'period') !~ '^(in_flight|lifetime)$| months$')
       or ((v_limit ->> 'starts') = 'rolling' and (v_limit ->> 'period') !~ '^(in_flight|month|year|lifetime)$| months$')) is not true then '.period'
       when coalesce(v_limit ->> 'mode', '') not in ('enforce', 'observe') then '.mode'
       when not (nullif(v_limit -> 'counts', 'null') is null or (
@@ -6940,8 +6940,8 @@ to authenticated, service_role;
 -- Invariants
 --   * An override names its limit by (kind, period, starts, scope). While there is no such limit, it sleeps.
 --   * Usage doesn't change. What is in force is computed from the time alone: when an override ends, no job runs.
---   * The subject's counter says it too, so a call reads nothing else. A trigger keeps both equal, also if an admin edits
---     the table.
+--   * The subject's counter says it too, so a call reads nothing else. A trigger keeps both equal, also if an admin
+--     edits the table.
 
 create or replace function tokenlimits.override_json(p_override public.limit_overrides, p_email text)
 returns jsonb
@@ -7432,8 +7432,8 @@ is 'tokenlimits: What is used of a group''s limits that don''t start by the cale
 revoke execute on function tokenlimits.uncommon_usage(uuid, timestamptz)
 from public, anon, authenticated, service_role;
 
--- What members had used of a limit when their usage was reset, which their own counters no longer contain. Expired holds
--- among it were subtracted with all others.
+-- What members had used of a limit when their usage was reset, which their own counters no longer contain. Expired
+-- holds among it were subtracted with all others.
 create or replace function tokenlimits.used_before_resets(
   p_group_id uuid,
   p_kind text,

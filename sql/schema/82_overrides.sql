@@ -3,8 +3,8 @@
 -- Invariants
 --   * An override names its limit by (kind, period, starts, scope). While there is no such limit, it sleeps.
 --   * Usage doesn't change. What is in force is computed from the time alone: when an override ends, no job runs.
---   * The subject's counter says it too, so a call reads nothing else. A trigger keeps both equal, also if an admin edits
---     the table.
+--   * The subject's counter says it too, so a call reads nothing else. A trigger keeps both equal, also if an admin
+--     edits the table.
 
 create or replace function tokenlimits.override_json(p_override public.limit_overrides, p_email text)
 returns jsonb

@@ -128,8 +128,8 @@ $$;
   "What is used of a group's limits that don't start by the calendar."
 ) }}
 
--- What members had used of a limit when their usage was reset, which their own counters no longer contain. Expired holds
--- among it were subtracted with all others.
+-- What members had used of a limit when their usage was reset, which their own counters no longer contain. Expired
+-- holds among it were subtracted with all others.
 create or replace function tokenlimits.used_before_resets(
   p_group_id uuid,
   p_kind text,

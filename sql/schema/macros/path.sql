@@ -43,8 +43,8 @@ or {{ period }} ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes
 {# Whether periods of that length can begin there. Conditions are flat, as a restored dump writes them. #}
 {% macro is_start(starts, period) -%}
 ({{ starts }} = 'calendar' and {{ period }} !~ ' ')
-or ({{ starts }} = 'anchor' and {{ period }} not in ('in_flight', 'lifetime') and {{ period }} !~ '^(2[5-9]|[3-9][0-9]|[0-9]{3}) months$')
-or ({{ starts }} = 'first_use' and {{ period }} not in ('in_flight', 'lifetime') and {{ period }} !~ ' months$')
+or ({{ starts }} = 'anchor' and {{ period }} !~ '^(in_flight|lifetime|(2[5-9]|[3-9][0-9]|[0-9]{3}) months)$')
+or ({{ starts }} = 'first_use' and {{ period }} !~ '^(in_flight|lifetime)$| months$')
 or ({{ starts }} = 'rolling' and {{ period }} !~ '^(in_flight|month|year|lifetime)$| months$')
 {%- endmacro %}
 
