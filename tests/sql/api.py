@@ -97,19 +97,47 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
         "p_limits": [{"kind": "image", "period": "day", "scope": "member", "max": 5}],
         "p_id": None,
         "p_updated_at": None,
+        "p_anchor_at": "2026-01-01T00:00:00Z",
     },
     "set_group_limit": {
         "p_group_id": GROUP_ID,
         "p_limit": {"kind": "audio", "period": "week", "scope": "group", "max": None},
     },
-    "remove_group_limit": {"p_group_id": GROUP_ID, "p_kind": "image", "p_period": "day", "p_scope": "member"},
+    "remove_group_limit": {
+        "p_group_id": GROUP_ID,
+        "p_kind": "image",
+        "p_period": "day",
+        "p_scope": "member",
+        "p_starts": "calendar",
+    },
+    "set_limit_override": {
+        "p_group_id": GROUP_ID,
+        "p_kind": "image",
+        "p_max": 20,
+        "p_user_id": USER_ID,
+        "p_period": "day",
+        "p_starts": "calendar",
+        "p_until": "2100-01-01T00:00:00Z",
+    },
+    "remove_limit_override": {
+        "p_group_id": GROUP_ID,
+        "p_kind": "image",
+        "p_user_id": USER_ID,
+        "p_period": "day",
+        "p_starts": "calendar",
+    },
+    "find_limit_overrides": {"p_group_id": GROUP_ID, "p_user_id": USER_ID, "p_after": None, "p_page_size": 10},
     "delete_group": {"p_group_id": GROUP_ID},
     "find_groups": {"p_group_id": GROUP_ID, "p_name": "pro", "p_search": "p", "p_after": "a", "p_page_size": 10},
-    "add_group_members": {"p_group_id": GROUP_ID, "p_user_ids": [USER_ID, ADMIN_ID]},
+    "add_group_members": {
+        "p_group_id": GROUP_ID,
+        "p_user_ids": [USER_ID, ADMIN_ID],
+        "p_anchor_at": "2026-01-01T00:00:00Z",
+    },
     "remove_group_members": {"p_group_id": GROUP_ID, "p_user_ids": [USER_ID]},
     "move_group_member": {"p_user_id": USER_ID, "p_from": GROUP_ID, "p_to": OTHER_GROUP_ID},
     "group_members": {"p_group_id": GROUP_ID, "p_after": None, "p_page_size": 10, "p_search": "user@"},
-    "reset_group_usage": {"p_group_id": GROUP_ID, "p_kind": "image"},
+    "reset_group_usage": {"p_group_id": GROUP_ID, "p_kind": "image", "p_user_id": USER_ID},
     "find_users": {"p_email": "user@", "p_page_size": 10},
     "find_users_by_email": {"p_emails": ["user@example.com"]},
     "export_usage": {
@@ -165,6 +193,8 @@ def seed(connection: Connection) -> None:
           (%(other_group)s, 'image', 'month', 'group', 1000);
         insert into public.group_memberships (group_id, user_id) values
           (%(group)s, %(user)s), (%(group)s, %(other)s), (%(other_group)s, %(other)s);
+        insert into public.limit_overrides (group_id, kind, period, scope, subject, max) values
+          (%(other_group)s, 'image', 'month', 'group', %(other_group)s, 2000);
         select public.track_generation(%(user)s, 'image', 2, p_group_id => %(group)s);
         select public.track_generation(%(other)s, 'image', 3, p_group_id => %(group)s);
         select public.track_generation(%(other)s, 'image', 4, 'other''s key', %(other_group)s);

@@ -121,6 +121,8 @@ select md5(string_agg(w.row, ' ' order by w.row)) from (
   union all
   select l::text from public.group_limits as l where l.group_id = '{OTHER_GROUP_ID}'
   union all
+  select o::text from public.limit_overrides as o where o.group_id = '{OTHER_GROUP_ID}'
+  union all
   select m::text from public.group_memberships as m where m.group_id = '{OTHER_GROUP_ID}' and m.user_id = '{OTHER_ID}'
   union all
   select u::text from public.generation_usage as u where u.user_id = '{OTHER_ID}'
@@ -324,7 +326,7 @@ EDITS: Final = [
     ("insert into public.user_groups (name, is_default) values ('A', true), ('B', true)", "23505"),
     # limits
     (f"insert into public.group_limits {LIMIT_COLUMNS} values ('{GROUP_ID}', 'Image', 'day', 'group', 1)", "23514"),
-    (f"insert into public.group_limits {LIMIT_COLUMNS} values ('{GROUP_ID}', 'audio', 'year', 'group', 1)", "23514"),
+    (f"insert into public.group_limits {LIMIT_COLUMNS} values ('{GROUP_ID}', 'audio', 'decade', 'group', 1)", "23514"),
     (f"insert into public.group_limits {LIMIT_COLUMNS} values ('{GROUP_ID}', 'audio', 'day', 'team', 1)", "23514"),
     (f"insert into public.group_limits {LIMIT_COLUMNS} values ('{GROUP_ID}', 'audio', 'day', 'group', -1)", "23514"),
     (f"insert into public.group_limits {LIMIT_COLUMNS} values ('{GROUP_ID}', 'audio', 'day', 'group', 2e15)", "23514"),

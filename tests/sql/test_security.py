@@ -60,6 +60,13 @@ TABLES: Final = {
         "admin": (3, 1, DENIED, 3, DENIED),
         "service": (3, 1, DENIED, 3, DENIED),
     },
+    "limit_overrides": {
+        "anon": CLOSED,
+        "user": NOTHING,
+        "pretender": NOTHING,
+        "admin": (1, 1, 1, 1, DENIED),
+        "service": (1, 1, 1, 1, DENIED),
+    },
     "generation_usage": {
         "anon": CLOSED,
         "user": (0, DENIED, DENIED, DENIED, DENIED),
@@ -72,6 +79,8 @@ INSERTS: Final = {
     "user_groups": "(name) values ('Another')",
     "group_limits": f"(group_id, kind, period, scope, max) values ('{GROUP_ID}', 'audio', 'day', 'group', 1)",
     "group_memberships": f"(group_id, user_id) values ('{OTHER_GROUP_ID}', '{USER_ID}')",
+    "limit_overrides": "(group_id, kind, period, scope, subject, max)"
+    f" values ('{GROUP_ID}', 'image', 'day', 'member', '{USER_ID}', 20)",
     "generation_usage": f"(id, group_id, user_id, kind, cost, status, created_at) values ('{USER_ID}', '{GROUP_ID}',"
     f" '{USER_ID}', 'image', 0, 'released', now())",
 }
@@ -79,16 +88,22 @@ UPDATES: Final = {
     "user_groups": "description = 'changed'",
     "group_limits": "max = 7",
     "group_memberships": "user_id = user_id",
+    "limit_overrides": "max = 7",
     "generation_usage": "cost = 0",
 }
 
 # Which columns those who may write a table may set. Ids, counters and moments are ours.
-ABOUT_A_GROUP: Final = {"name", "description", "priority", "timezone", "is_default"}
-ABOUT_A_LIMIT: Final = {"kind", "period", "scope", "max"}
+ABOUT_A_GROUP: Final = {"name", "description", "priority", "timezone", "is_default", "anchor_at"}
+ABOUT_A_LIMIT: Final = {"kind", "period", "starts", "scope", "mode", "max", "counts"}
 SETTABLE: Final[dict[str, dict[str, set[str]]]] = {
     "user_groups": {"insert": ABOUT_A_GROUP, "update": ABOUT_A_GROUP},
     "group_limits": {"insert": ABOUT_A_LIMIT | {"group_id"}, "update": ABOUT_A_LIMIT},
     "group_memberships": {"insert": {"group_id", "user_id"}, "update": set()},
+    # an override is of one limit and one subject: another one is another override
+    "limit_overrides": {
+        "insert": {"group_id", "kind", "period", "starts", "scope", "subject", "max", "until"},
+        "update": {"max", "until"},
+    },
     "generation_usage": {"insert": set(), "update": set()},
 }
 # A row that may be inserted, as far as it must be given.
@@ -102,6 +117,13 @@ ROWS: Final = {
         "max": "1",
     },
     "group_memberships": {"group_id": f"'{OTHER_GROUP_ID}'", "user_id": f"'{USER_ID}'"},
+    "limit_overrides": {
+        "group_id": f"'{GROUP_ID}'",
+        "kind": "'image'",
+        "period": "'day'",
+        "scope": "'member'",
+        "subject": f"'{USER_ID}'",
+    },
     "generation_usage": {},
 }
 
@@ -131,6 +153,9 @@ FUNCTIONS: Final = {
             "save_group",
             "set_group_limit",
             "remove_group_limit",
+            "set_limit_override",
+            "remove_limit_override",
+            "find_limit_overrides",
             "delete_group",
             "find_groups",
             "add_group_members",
@@ -161,6 +186,7 @@ PUBLIC_AS_CALLERS: Final = {
     "save_group",
     "set_group_limit",
     "remove_group_limit",
+    "remove_limit_override",
     "delete_group",
     "find_groups",
     "remove_group_members",
@@ -177,6 +203,8 @@ HELPERS: Final = {
     "check_limits",
     "insert_group",
     "replace_limits",
+    "whole_limit",
+    "refuse_several",
 }
 
 
@@ -278,7 +306,7 @@ def test_nobody_sets_what_is_ours_to_set(api: Connection, catalog: Connection) -
             row = {column: "default", **ROWS[table]}
             insert = f"insert into public.{table} ({', '.join(row)}) values ({', '.join(row.values())})"
             # a value of the column's own changes nothing, but needs the right to
-            value = "default" if column == "counter_id" else column
+            value = "default" if column in ("counter_id", "is_plain") else column
             update = f"update public.{table} set {column} = {value} where true"
             for actor in ACTORS:
                 for action, statement in {"insert": insert, "update": update}.items():
