@@ -647,11 +647,12 @@ create table if not exists public.group_limits (
   constraint group_limits_kind_check check (kind ~ '^[a-z][a-z0-9_]{0,31}$'),
   constraint group_limits_period_check check (
     period in ('in_flight', 'minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime')
-    or period ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks|months)$'
+    or period ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks)$'
+    or period ~ '^([2-9]|1[0-9]|2[0-4]) months$'
   ),
   constraint group_limits_starts_check check (
     (starts = 'calendar' and period !~ ' ')
-    or (starts = 'anchor' and period !~ '^(in_flight|lifetime|(2[5-9]|[3-9][0-9]|[0-9]{3}) months)$')
+    or (starts = 'anchor' and period !~ '^(in_flight|lifetime)$')
     or (starts = 'first_use' and period !~ '^(in_flight|lifetime)$| months$')
     or (starts = 'rolling' and period !~ '^(in_flight|month|year|lifetime)$| months$')
   ),
@@ -659,11 +660,13 @@ create table if not exists public.group_limits (
     counts is null or (
       jsonb_typeof(counts) = 'object'
       and pg_column_size(counts) < 4096
-      and jsonb_array_length(jsonb_path_query_array(counts, '$.keyvalue()')) >= 1
-      and jsonb_array_length(jsonb_path_query_array(counts, '$.keyvalue()')) <= 50
-      and not jsonb_path_exists(counts, '$.keyvalue() ? (!(@.key like_regex "^[a-z][a-z0-9_]{0,31}$"))')
-      and not jsonb_path_exists(counts, '$.* ? (@.type() != "number")')
-      and not jsonb_path_exists(counts, '$.* ? (@ < 1 || @ > 1000000 || @.floor() != @)')
+      and jsonb_array_length(jsonb_path_query_array(counts, 'strict $.keyvalue()', '{}', true)) >= 1
+      and jsonb_array_length(jsonb_path_query_array(counts, 'strict $.keyvalue()', '{}', true)) <= 50
+      and not jsonb_path_exists(
+        counts, 'strict $.keyvalue() ? (!(@.key like_regex "^[a-z][a-z0-9_]{0,31}$"))', '{}', true
+      )
+      and not jsonb_path_exists(counts, 'strict $.* ? (@.type() != "number")', '{}', true)
+      and not jsonb_path_exists(counts, 'strict $.* ? (@ < 1 || @ > 1000000 || @.floor() != @)', '{}', true)
     )
   ),
   constraint group_limits_in_flight_check check (counts is null or period <> 'in_flight'),
@@ -705,11 +708,12 @@ create table if not exists public.limit_overrides (
   constraint limit_overrides_kind_check check (kind ~ '^[a-z][a-z0-9_]{0,31}$'),
   constraint limit_overrides_period_check check (
     period in ('in_flight', 'minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime')
-    or period ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks|months)$'
+    or period ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks)$'
+    or period ~ '^([2-9]|1[0-9]|2[0-4]) months$'
   ),
   constraint limit_overrides_starts_check check (
     (starts = 'calendar' and period !~ ' ')
-    or (starts = 'anchor' and period !~ '^(in_flight|lifetime|(2[5-9]|[3-9][0-9]|[0-9]{3}) months)$')
+    or (starts = 'anchor' and period !~ '^(in_flight|lifetime)$')
     or (starts = 'first_use' and period !~ '^(in_flight|lifetime)$| months$')
     or (starts = 'rolling' and period !~ '^(in_flight|month|year|lifetime)$| months$')
   ),
@@ -6008,6 +6012,8 @@ declare
   v_seen jsonb := '{}';
   v_identity text;
   v_index integer := -1;
+  -- the field, and what it must be
+  v_wrong text[];
   v_field text;
 begin
   if jsonb_typeof(p_limits) <> 'array' then
@@ -6018,45 +6024,74 @@ begin
     if jsonb_typeof(v_limit) = 'object' then
       v_limit := tokenlimits.whole_limit(v_limit);
     end if;
-    v_field := case
-      when jsonb_typeof(v_limit) <> 'object' then ''
-      when (v_limit ->> 'kind' ~ '^[a-z][a-z0-9_]{0,31}$') is not true then '.kind'
+    v_wrong := case
+      when jsonb_typeof(v_limit) <> 'object' then array['', 'must be an object']
+      when (v_limit ->> 'kind' ~ '^[a-z][a-z0-9_]{0,31}$') is not true then
+        array['.kind', 'must be lower-case letters, digits and underscores, at most 32, a letter first']
       when (v_limit ->> 'period' in ('in_flight', 'minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime')
-      or v_limit ->> 'period' ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks|months)$') is not true then '.period'
-      when coalesce(v_limit ->> 'starts', '') not in ('calendar', 'anchor', 'first_use', 'rolling') then '.starts'
+      or v_limit ->> 'period' ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks)$'
+      or v_limit ->> 'period' ~ '^([2-9]|1[0-9]|2[0-4]) months$') is not true then array[
+        '.period',
+        'must be in_flight, minute, hour, day, week, month, year, lifetime, or 2 to 366 minutes, hours, days or weeks, or 2 to 24 months, '
+        'like "5 hours"'
+      ]
+      when coalesce(v_limit ->> 'starts', '') not in ('calendar', 'anchor', 'first_use', 'rolling') then
+        array['.starts', 'must be calendar, anchor, first_use or rolling']
       when (((v_limit ->> 'starts') = 'calendar' and (v_limit ->> 'period') !~ ' ')
-      or ((v_limit ->> 'starts') = 'anchor' and (v_limit ->> 'period') !~ '^(in_flight|lifetime|(2[5-9]|[3-9][0-9]|[0-9]{3}) months)$')
+      or ((v_limit ->> 'starts') = 'anchor' and (v_limit ->> 'period') !~ '^(in_flight|lifetime)$')
       or ((v_limit ->> 'starts') = 'first_use' and (v_limit ->> 'period') !~ '^(in_flight|lifetime)$| months$')
-      or ((v_limit ->> 'starts') = 'rolling' and (v_limit ->> 'period') !~ '^(in_flight|month|year|lifetime)$| months$')) is not true then '.period'
-      when coalesce(v_limit ->> 'mode', '') not in ('enforce', 'observe') then '.mode'
-      when not (nullif(v_limit -> 'counts', 'null') is null or (
+      or ((v_limit ->> 'starts') = 'rolling' and (v_limit ->> 'period') !~ '^(in_flight|month|year|lifetime)$| months$')) is not true then array[
+        '.starts',
+        case
+          when v_limit ->> 'period' in ('in_flight', 'lifetime') then
+            'must be calendar where the period never begins again'
+          when v_limit ->> 'period' ~ ' months$' then 'must be anchor where the period is several months'
+          when v_limit ->> 'starts' = 'calendar' then
+            'must be anchor, first_use or rolling where the period is several units'
+          else 'must not be rolling where the period is a month or a year; use "30 days", for example'
+        end
+      ]
+      when coalesce(v_limit ->> 'mode', '') not in ('enforce', 'observe') then
+        array['.mode', 'must be enforce or observe']
+      when (nullif(v_limit -> 'counts', 'null') is null or (
         jsonb_typeof(nullif(v_limit -> 'counts', 'null')) = 'object'
         and pg_column_size(nullif(v_limit -> 'counts', 'null')) < 4096
-        and jsonb_array_length(jsonb_path_query_array(nullif(v_limit -> 'counts', 'null'), '$.keyvalue()')) >= 1
-        and jsonb_array_length(jsonb_path_query_array(nullif(v_limit -> 'counts', 'null'), '$.keyvalue()')) <= 50
-        and not jsonb_path_exists(nullif(v_limit -> 'counts', 'null'), '$.keyvalue() ? (!(@.key like_regex "^[a-z][a-z0-9_]{0,31}$"))')
-        and not jsonb_path_exists(nullif(v_limit -> 'counts', 'null'), '$.* ? (@.type() != "number")')
-        and not jsonb_path_exists(nullif(v_limit -> 'counts', 'null'), '$.* ? (@ < 1 || @ > 1000000 || @.floor() != @)')
-      )) then '.counts'
-      when v_limit ->> 'period' = 'in_flight' and v_limit -> 'counts' <> 'null' then '.counts'
-      when coalesce(v_limit ->> 'scope', '') not in ('group', 'member') then '.scope'
-      when not v_limit ? 'max' then '.max'
+        and jsonb_array_length(jsonb_path_query_array(nullif(v_limit -> 'counts', 'null'), 'strict $.keyvalue()', '{}', true)) >= 1
+        and jsonb_array_length(jsonb_path_query_array(nullif(v_limit -> 'counts', 'null'), 'strict $.keyvalue()', '{}', true)) <= 50
+        and not jsonb_path_exists(
+          nullif(v_limit -> 'counts', 'null'), 'strict $.keyvalue() ? (!(@.key like_regex "^[a-z][a-z0-9_]{0,31}$"))', '{}', true
+        )
+        and not jsonb_path_exists(nullif(v_limit -> 'counts', 'null'), 'strict $.* ? (@.type() != "number")', '{}', true)
+        and not jsonb_path_exists(nullif(v_limit -> 'counts', 'null'), 'strict $.* ? (@ < 1 || @ > 1000000 || @.floor() != @)', '{}', true)
+      )) is not true then array[
+        '.counts',
+        'must name 1 to 50 kinds with whole weights from 1 to 1000000, like {"image": 1, "video": 8}; null: no pool'
+      ]
+      when v_limit ->> 'period' = 'in_flight' and v_limit -> 'counts' <> 'null' then
+        array['.counts', 'must be null where the period is in_flight, which counts the holds of its own kind']
+      when coalesce(v_limit ->> 'scope', '') not in ('group', 'member') then
+        array['.scope', 'must be group or member']
       when jsonb_typeof(v_limit -> 'max') = 'null' then null
-      when jsonb_typeof(v_limit -> 'max') <> 'number' then '.max'
-      when (v_limit ->> 'max')::numeric not between 0 and 1000000000000000 then '.max'
-      when (v_limit ->> 'max')::numeric <> trunc((v_limit ->> 'max')::numeric) then '.max'
+      when
+        case
+          when jsonb_typeof(v_limit -> 'max') <> 'number' then false
+          else (v_limit ->> 'max')::numeric between 0 and 1000000000000000
+            and (v_limit ->> 'max')::numeric = trunc((v_limit ->> 'max')::numeric)
+        end is not true
+        then array['.max', 'must be a whole number from 0 to 1000000000000000, or null: unlimited']
     end;
     v_identity := concat_ws(
       ' ', v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'starts', v_limit ->> 'scope'
     );
-    if v_field is null and v_seen ? v_identity then
-      v_field := '';
+    if v_wrong is null and v_seen ? v_identity then
+      v_wrong := array['', 'must be there once'];
     end if;
-    if v_field is not null then
+    if v_wrong is not null then
+      v_field := format('limits[%s]%s', v_index, v_wrong[1]);
       perform tokenlimits.refuse(
         'TL001',
-        format('limits[%s]%s: not a valid limit, or there twice: %s', v_index, v_field, left(v_limit::text, 200)),
-        format('limits[%s]%s', v_index, v_field),
+        format('%s: %s: %s', v_field, v_wrong[2], left(v_limit::text, 200)),
+        v_field,
         'A limit is {"kind": "image", "period": "day", "scope": "member", "max": 50}; max may be null. Nothing was saved.'
       );
     end if;

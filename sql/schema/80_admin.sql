@@ -58,6 +58,8 @@ declare
   v_seen jsonb := '{}';
   v_identity text;
   v_index integer := -1;
+  -- the field, and what it must be
+  v_wrong text[];
   v_field text;
 begin
   if jsonb_typeof(p_limits) <> 'array' then
@@ -68,33 +70,59 @@ begin
     if jsonb_typeof(v_limit) = 'object' then
       v_limit := tokenlimits.whole_limit(v_limit);
     end if;
-    v_field := case
-      when jsonb_typeof(v_limit) <> 'object' then ''
-      when ({{ is_kind("v_limit ->> 'kind'") }}) is not true then '.kind'
-      when ({{ is_period("v_limit ->> 'period'") | indent(6) }}) is not true then '.period'
-      when coalesce(v_limit ->> 'starts', '') not in ('calendar', 'anchor', 'first_use', 'rolling') then '.starts'
-      when ({{ is_start("(v_limit ->> 'starts')", "(v_limit ->> 'period')") | indent(6) }}) is not true then '.period'
-      when coalesce(v_limit ->> 'mode', '') not in ('enforce', 'observe') then '.mode'
-      when not ({{ is_counts("nullif(v_limit -> 'counts', 'null')") | indent(6) }}) then '.counts'
-      when v_limit ->> 'period' = 'in_flight' and v_limit -> 'counts' <> 'null' then '.counts'
-      when coalesce(v_limit ->> 'scope', '') not in ('group', 'member') then '.scope'
-      when not v_limit ? 'max' then '.max'
+    v_wrong := case
+      when jsonb_typeof(v_limit) <> 'object' then array['', 'must be an object']
+      when ({{ is_kind("v_limit ->> 'kind'") }}) is not true then
+        array['.kind', 'must be lower-case letters, digits and underscores, at most 32, a letter first']
+      when ({{ is_period("v_limit ->> 'period'") | indent(6) }}) is not true then array[
+        '.period',
+        'must be {{ periods()[1:-1] | replace("'", "") }}, or 2 to 366 minutes, hours, days or weeks, or 2 to 24 months, '
+        'like "5 hours"'
+      ]
+      when coalesce(v_limit ->> 'starts', '') not in ('calendar', 'anchor', 'first_use', 'rolling') then
+        array['.starts', 'must be calendar, anchor, first_use or rolling']
+      when ({{ is_start("(v_limit ->> 'starts')", "(v_limit ->> 'period')") | indent(6) }}) is not true then array[
+        '.starts',
+        case
+          when v_limit ->> 'period' in ('in_flight', 'lifetime') then
+            'must be calendar where the period never begins again'
+          when v_limit ->> 'period' ~ ' months$' then 'must be anchor where the period is several months'
+          when v_limit ->> 'starts' = 'calendar' then
+            'must be anchor, first_use or rolling where the period is several units'
+          else 'must not be rolling where the period is a month or a year; use "30 days", for example'
+        end
+      ]
+      when coalesce(v_limit ->> 'mode', '') not in ('enforce', 'observe') then
+        array['.mode', 'must be enforce or observe']
+      when ({{ is_counts("nullif(v_limit -> 'counts', 'null')") | indent(6) }}) is not true then array[
+        '.counts',
+        'must name 1 to 50 kinds with whole weights from 1 to 1000000, like {"image": 1, "video": 8}; null: no pool'
+      ]
+      when v_limit ->> 'period' = 'in_flight' and v_limit -> 'counts' <> 'null' then
+        array['.counts', 'must be null where the period is in_flight, which counts the holds of its own kind']
+      when coalesce(v_limit ->> 'scope', '') not in ('group', 'member') then
+        array['.scope', 'must be group or member']
       when jsonb_typeof(v_limit -> 'max') = 'null' then null
-      when jsonb_typeof(v_limit -> 'max') <> 'number' then '.max'
-      when (v_limit ->> 'max')::numeric not between 0 and {{ most_of_a_limit() }} then '.max'
-      when (v_limit ->> 'max')::numeric <> trunc((v_limit ->> 'max')::numeric) then '.max'
+      when
+        case
+          when jsonb_typeof(v_limit -> 'max') <> 'number' then false
+          else (v_limit ->> 'max')::numeric between 0 and {{ most_of_a_limit() }}
+            and (v_limit ->> 'max')::numeric = trunc((v_limit ->> 'max')::numeric)
+        end is not true
+        then array['.max', 'must be a whole number from 0 to {{ most_of_a_limit() }}, or null: unlimited']
     end;
     v_identity := concat_ws(
       ' ', v_limit ->> 'kind', v_limit ->> 'period', v_limit ->> 'starts', v_limit ->> 'scope'
     );
-    if v_field is null and v_seen ? v_identity then
-      v_field := '';
+    if v_wrong is null and v_seen ? v_identity then
+      v_wrong := array['', 'must be there once'];
     end if;
-    if v_field is not null then
+    if v_wrong is not null then
+      v_field := format('limits[%s]%s', v_index, v_wrong[1]);
       perform tokenlimits.refuse(
         'TL001',
-        format('limits[%s]%s: not a valid limit, or there twice: %s', v_index, v_field, left(v_limit::text, 200)),
-        format('limits[%s]%s', v_index, v_field),
+        format('%s: %s: %s', v_field, v_wrong[2], left(v_limit::text, 200)),
+        v_field,
         'A limit is {"kind": "image", "period": "day", "scope": "member", "max": 50}; max may be null. Nothing was saved.'
       );
     end if;

@@ -34,16 +34,17 @@ and {{ name }} !~ '[\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0]'
 ('in_flight', 'minute', 'hour', 'day', 'week', 'month', 'year', 'lifetime')
 {%- endmacro %}
 
-{# A period: a single one, or several units, such as "5 hours": 2 to 366. #}
+{# A period: a single one, or several units, such as "5 hours": 2 to 366, or 2 to 24 months. #}
 {% macro is_period(period) -%}
 {{ period }} in {{ periods() }}
-or {{ period }} ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks|months)$'
+or {{ period }} ~ '^([2-9]|[1-9][0-9]|[12][0-9]{2}|3[0-5][0-9]|36[0-6]) (minutes|hours|days|weeks)$'
+or {{ period }} ~ '^([2-9]|1[0-9]|2[0-4]) months$'
 {%- endmacro %}
 
 {# Whether periods of that length can begin there. Conditions are flat, as a restored dump writes them. #}
 {% macro is_start(starts, period) -%}
 ({{ starts }} = 'calendar' and {{ period }} !~ ' ')
-or ({{ starts }} = 'anchor' and {{ period }} !~ '^(in_flight|lifetime|(2[5-9]|[3-9][0-9]|[0-9]{3}) months)$')
+or ({{ starts }} = 'anchor' and {{ period }} !~ '^(in_flight|lifetime)$')
 or ({{ starts }} = 'first_use' and {{ period }} !~ '^(in_flight|lifetime)$| months$')
 or ({{ starts }} = 'rolling' and {{ period }} !~ '^(in_flight|month|year|lifetime)$| months$')
 {%- endmacro %}
@@ -55,16 +56,21 @@ array_position(
 ), length({{ limit }}.period), {{ limit }}.period, {{ limit }}.starts
 {%- endmacro %}
 
-{# The kinds and weights of a pool: 1 to 50 kinds, whole weights to a million. Null is an ordinary limit. #}
+{#
+The kinds and weights of a pool: 1 to 50 kinds, whole weights to a million. Null is an ordinary limit. Strict, or a path
+would look into arrays; silent, so that what isn't an object is refused whatever is evaluated first.
+#}
 {% macro is_counts(counts) -%}
 {{ counts }} is null or (
   jsonb_typeof({{ counts }}) = 'object'
   and pg_column_size({{ counts }}) < 4096
-  and jsonb_array_length(jsonb_path_query_array({{ counts }}, '$.keyvalue()')) >= 1
-  and jsonb_array_length(jsonb_path_query_array({{ counts }}, '$.keyvalue()')) <= 50
-  and not jsonb_path_exists({{ counts }}, '$.keyvalue() ? (!(@.key like_regex "^[a-z][a-z0-9_]{0,31}$"))')
-  and not jsonb_path_exists({{ counts }}, '$.* ? (@.type() != "number")')
-  and not jsonb_path_exists({{ counts }}, '$.* ? (@ < 1 || @ > 1000000 || @.floor() != @)')
+  and jsonb_array_length(jsonb_path_query_array({{ counts }}, 'strict $.keyvalue()', '{}', true)) >= 1
+  and jsonb_array_length(jsonb_path_query_array({{ counts }}, 'strict $.keyvalue()', '{}', true)) <= 50
+  and not jsonb_path_exists(
+    {{ counts }}, 'strict $.keyvalue() ? (!(@.key like_regex "^[a-z][a-z0-9_]{0,31}$"))', '{}', true
+  )
+  and not jsonb_path_exists({{ counts }}, 'strict $.* ? (@.type() != "number")', '{}', true)
+  and not jsonb_path_exists({{ counts }}, 'strict $.* ? (@ < 1 || @ > 1000000 || @.floor() != @)', '{}', true)
 )
 {%- endmacro %}
 
