@@ -2378,28 +2378,37 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_changed public.group_memberships[];
   v_group_ids uuid[];
-  v_user_ids uuid[];
 begin
-  if tg_op = 'DELETE' then
-    v_group_ids := array(select distinct o.group_id from old_rows as o);
-    v_user_ids := array(select distinct o.user_id from old_rows as o);
-  else
-    v_group_ids := array(select distinct n.group_id from new_rows as n);
-    v_user_ids := array(select distinct n.user_id from new_rows as n);
+  if tg_op = 'INSERT' then
+    v_changed := array(
+      select row(r.*)::public.group_memberships from new_rows as r
+    );
+  elsif tg_op = 'DELETE' then
+    v_changed := array(
+      select row(r.*)::public.group_memberships from old_rows as r
+    );
+  elsif tg_op = 'UPDATE' then
+    v_changed := array(
+      select row(r.*)::public.group_memberships from new_rows as r
+      union all
+      select row(r.*)::public.group_memberships from old_rows as r
+    );
   end if;
   v_group_ids := array(
     select distinct l.group_id
     from public.group_limits as l
-    where l.group_id = any(v_group_ids) and l.starts = 'anchor' and l.scope = 'member'
+    inner join unnest(v_changed) as m on m.group_id = l.group_id
+    where l.starts = 'anchor' and l.scope = 'member'
   );
   if v_group_ids <> '{}' then
     perform tokenlimits.lock_groups(v_group_ids, true);
     delete from tokenlimits.counters as c
-    using public.group_limits as l
+    using public.group_limits as l, unnest(v_changed) as m
     where
-      l.group_id = any(v_group_ids) and l.starts = 'anchor' and l.scope = 'member'
-      and c.counter_id = l.counter_id and c.subject = any(v_user_ids);
+      l.group_id = m.group_id and l.starts = 'anchor' and l.scope = 'member'
+      and c.counter_id = l.counter_id and c.subject = m.user_id;
   end if;
   return null;
 end

@@ -100,16 +100,7 @@ as $$
 declare
   v_changed public.limit_overrides[];
 begin
-  {%- for action, sources in [('INSERT', ['new']), ('DELETE', ['old']), ('UPDATE', ['new', 'old'])] %}
-  {{ 'if' if loop.first else 'elsif' }} tg_op = '{{ action }}' then
-    v_changed := array(
-      {%- for source in sources %}
-      {{- '\n      union all' if not loop.first }}
-      select row(r.*)::public.limit_overrides from {{ source }}_rows as r
-      {%- endfor %}
-    );
-  {%- endfor %}
-  end if;
+  {{ read_changed('limit_overrides') | indent(2) }}
   perform tokenlimits.lock_groups(array(select c.group_id from unnest(v_changed) as c), true);
   update tokenlimits.counters as k
   set override_max = f.max, overridden_until = f.until
@@ -176,28 +167,23 @@ security definer
 {{ search_path() }}
 as $$
 declare
+  v_changed public.group_memberships[];
   v_group_ids uuid[];
-  v_user_ids uuid[];
 begin
-  if tg_op = 'DELETE' then
-    v_group_ids := array(select distinct o.group_id from old_rows as o);
-    v_user_ids := array(select distinct o.user_id from old_rows as o);
-  else
-    v_group_ids := array(select distinct n.group_id from new_rows as n);
-    v_user_ids := array(select distinct n.user_id from new_rows as n);
-  end if;
+  {{ read_changed('group_memberships') | indent(2) }}
   v_group_ids := array(
     select distinct l.group_id
     from public.group_limits as l
-    where l.group_id = any(v_group_ids) and l.starts = 'anchor' and l.scope = 'member'
+    inner join unnest(v_changed) as m on m.group_id = l.group_id
+    where l.starts = 'anchor' and l.scope = 'member'
   );
   if v_group_ids <> '{}' then
     perform tokenlimits.lock_groups(v_group_ids, true);
     delete from tokenlimits.counters as c
-    using public.group_limits as l
+    using public.group_limits as l, unnest(v_changed) as m
     where
-      l.group_id = any(v_group_ids) and l.starts = 'anchor' and l.scope = 'member'
-      and c.counter_id = l.counter_id and c.subject = any(v_user_ids);
+      l.group_id = m.group_id and l.starts = 'anchor' and l.scope = 'member'
+      and c.counter_id = l.counter_id and c.subject = m.user_id;
   end if;
   return null;
 end

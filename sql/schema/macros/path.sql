@@ -825,3 +825,17 @@ where (l.max, l.mode, l.counts) is distinct from (excluded.max, excluded.mode, e
 and (p_period is null or {{ limit }}.period = p_period)
 and (p_starts is null or {{ limit }}.starts = p_starts)
 {%- endmacro %}
+
+{# In a trigger: reads the rows of a table that have changed, as they are and as they were, into v_changed. #}
+{% macro read_changed(table) -%}
+{% for action, sources in [('INSERT', ['new']), ('DELETE', ['old']), ('UPDATE', ['new', 'old'])] -%}
+{{ 'if' if loop.first else 'elsif' }} tg_op = '{{ action }}' then
+  v_changed := array(
+    {%- for source in sources %}
+    {{- '\n    union all' if not loop.first }}
+    select row(r.*)::public.{{ table }} from {{ source }}_rows as r
+    {%- endfor %}
+  );
+{% endfor -%}
+end if;
+{%- endmacro %}

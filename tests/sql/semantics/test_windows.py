@@ -155,6 +155,16 @@ class TestAnchors:
         user = anchored(world, period, anchor, timezone)
         assert world.api.track(user, "image")["reset_at"] == datetime.fromisoformat(reset_at)
 
+    def test_who_loses_a_membership_to_another_user_has_the_groups_periods(self, world: World) -> None:
+        world.at("2026-11-10 12:00Z")
+        group = world.group(limit(5, period="month", scope="member", starts="anchor"), is_default=True)
+        world.at("2026-11-20 12:00Z")
+        user, other = world.user(group), world.user()
+        assert world.api.track(user, "image")["reset_at"] == datetime.fromisoformat("2026-12-20 12:00Z")
+        world.owner.execute("update public.group_memberships set user_id = %s where user_id = %s", [other, user])
+        assert world.api.track(user, "image")["reset_at"] == datetime.fromisoformat("2026-12-10 12:00Z")
+        assert world.api.track(other, "image")["reset_at"] == datetime.fromisoformat("2026-12-20 12:00Z")
+
     def test_each_member_has_their_own(self, world: World) -> None:
         world.at("2026-11-05 12:00Z")
         group = world.group(limit(5, period="month", scope="member", starts="anchor"))
