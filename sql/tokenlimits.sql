@@ -2245,7 +2245,7 @@ begin
       v_group_id, '{}', null, tokenlimits.clock(), p_less_expired => false
     ) loop
       -- a window that no use has opened has no counter
-      if v_state.is_open is not true and not (v_state.starts = 'first_use' and v_state.reset_at = 'infinity') then
+      if v_state.is_open is not true and (v_state.starts <> 'first_use' or v_state.reset_at is null) then
         perform tokenlimits.open_counter(v_state);
       end if;
     end loop;

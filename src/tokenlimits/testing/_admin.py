@@ -88,10 +88,11 @@ class AdminFunctions(OverrideFunctions):
 
     def _move_periods(self, group: Group, timezone: str | None, anchor_at: str | None) -> None:
         """Change where the periods of a group begin, which makes others of its limits."""
-        before = (group.timezone, group.anchor_at)
+        before = group.timezone
         group.timezone = timezone or group.timezone
         group.anchor_at = group.anchor_at if anchor_at is None else datetime.fromisoformat(anchor_at)
-        if (group.timezone, group.anchor_at) != before:
+        # an anchor moves anchored periods alone, and those are computed
+        if group.timezone != before:
             self._forget_windows(group, *group.limits)
             self._remember_windows_of_group(group)
 

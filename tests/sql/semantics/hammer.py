@@ -221,12 +221,19 @@ def _answer(call: Call | Settle, answer: Any, settled: Answer | None = None) -> 
         reason=answer["reason"],
         usage_id=answer["usage_id"],
         group_id=answer["group"] and answer["group"]["id"],
-        overfull=any(x["max"] is not None and x["used"] > x["max"] for x in answer["limits"]),
-        wrongly_denied=denied_by is not None and denied_by["used"] + answer["cost"] <= denied_by["max"],
+        overfull=any(
+            x["mode"] == "enforce" and x["max"] is not None and x["used"] > x["max"] for x in answer["limits"]
+        ),
+        wrongly_denied=denied_by is not None and _would_fit(denied_by, answer["cost"]),
         status=answer["status"],
         settled=settled,
         used=next((x["used"] for x in answer["limits"] if x["scope"] == "group"), None),
     )
+
+
+def _would_fit(limit: Any, cost: int) -> bool:
+    taken = 1 if limit["period"] == "in_flight" else cost * limit["weight"]
+    return limit["used"] + taken <= limit["max"]
 
 
 def _request(call: Call | Settle) -> tuple[str, dict[str, Any]]:

@@ -226,6 +226,24 @@ class TestFirstUse:
             (2, datetime.fromisoformat("2026-11-23 15:00Z"))
         ]
 
+    @pytest.mark.parametrize("edit", ["a limit is added", "the anchor is moved"])
+    def test_an_edit_keeps_the_start_that_it_finds(self, world: World, edit: str) -> None:
+        """Also if the usage that has opened the window is given back before the next call."""
+        first_use = limit(9, period="5 hours", starts="first_use")
+        group = world.group(limit(None), *([first_use] if edit == "the anchor is moved" else []))
+        user = world.user(group)
+        opened = world.at("2026-11-23 10:00Z")
+        usage = world.api.track(user, "image", 1)["usage_id"]
+        world.at("2026-11-23 12:00Z")
+        world.api.track(user, "image", 2)
+        if edit == "a limit is added":
+            world.api.save_group(group_id=group, limits=[first_use])
+            world.api.refund(usage)
+        else:
+            world.api.refund(usage)
+            world.api.save_group(group_id=group, anchor_at="2026-01-01 00:00Z", limits=[first_use])
+        assert [(x["used"], x["reset_at"]) for x in world.api.user_usage(user)] == [(2, opened + timedelta(hours=5))]
+
 
 class TestRolling:
     """4.2"""

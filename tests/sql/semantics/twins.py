@@ -59,7 +59,10 @@ select
   l.group_id::text, l.kind, l.period, l.starts, l.scope, c.subject::text,
   nullif(c.since, '-infinity') as since, nullif(c.until, 'infinity') as until,
   c.used - coalesce((
-    select sum(u.cost * coalesce((l.counts ->> u.kind)::bigint, 1))::bigint
+    select sum(case l.period
+      when 'in_flight' then 1
+      else u.cost * coalesce((l.counts ->> u.kind)::bigint, 1)
+    end)::bigint
     from public.generation_usage as u
     where
       u.group_id = l.group_id and (l.counts is null and u.kind = l.kind or l.counts ? u.kind)

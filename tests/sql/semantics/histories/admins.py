@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -68,7 +69,7 @@ class Admins(History):
     def change_what_a_limit_counts(self) -> None:
         for group, limit in self.any_limit():
             change = {"counts": self.draw(drawn.counts), "mode": self.draw(drawn.modes)}
-            self.call("set_group_limit", p_group_id=group, p_limit=limit | change)
+            self.call("set_group_limit", p_group_id=group, p_limit=drawn.valid(limit | change))
 
     @happens()
     def remove_limit(self) -> None:
@@ -131,12 +132,13 @@ class Tables(Admins):
         for group, limit in self.any_limit():
             target, scope, counts = self.one_of(self.groups()), self.draw(drawn.scopes), self.draw(drawn.counts)
             start = drawn.started(self.draw(drawn.starts))
-            other = limit | start | {"scope": scope, "counts": counts}
+            other = drawn.valid(limit | start | {"scope": scope, "counts": counts})
             if _name_of(other) not in map(_name_of, target["limits"]):
                 with self.without_the_group():
                     self.twins.model.remove_group_limit(group, **_name_of(limit))
                     self.twins.model.set_group_limit(target["id"], other)
                 columns = "group_id = %s, period = %s, starts = %s, scope = %s, counts = %s"
+                counts = other["counts"]
                 values = [target["id"], *start.values(), scope, Jsonb(counts) if counts else None]
                 self.update_limit(group, limit, columns, *values)
 
@@ -173,8 +175,11 @@ class Tables(Admins):
         self.twins.model.remove_group_members(group, [user])
         self.twins.model.add_group_members(group, [user])
         self.execute("delete from public.group_memberships where group_id = %s and user_id = %s", group, user)
-        self.execute("insert into public.group_memberships (group_id, user_id) values (%s, %s)", group, user)
+        # PostgreSQL's own clock, by which a table editor lets users join, can't be turned
+        row = "(group_id, user_id, joined_at) values (%s, %s, tokenlimits.clock())"
+        self.execute(f"insert into public.group_memberships {row}", group, user)
         self.twins.take_moments()
+        self.twins.wait(timedelta(milliseconds=1))
 
     @contextmanager
     def without_the_group(self) -> Iterator[None]:

@@ -7,13 +7,16 @@ from typing import get_args
 from uuid import UUID
 
 from hypothesis import strategies as st
+from tests.sql.semantics.api import Json
 
 from tokenlimits.models import SinglePeriod
 
-PERIODS = get_args(SinglePeriod)
+# in flight is no period that passes: it begins nowhere else
+PERIODS = [period for period in get_args(SinglePeriod) if period != "in_flight"]
 SEVERAL = ["90 minutes", "5 hours", "30 days"]
 # where the periods of a limit may begin, by how long they are
 STARTS = [
+    *[("in_flight", "calendar")] * 3,
     *[(period, "calendar") for period in PERIODS],
     *[(period, "anchor") for period in [*PERIODS[:-1], *SEVERAL, "2 weeks", "2 months"]],
     *[(period, "first_use") for period in [*PERIODS[:-1], *SEVERAL]],
@@ -51,6 +54,11 @@ def started(start: tuple[str, str]) -> dict[str, str]:
     return dict(zip(("period", "starts"), start, strict=True))
 
 
+def valid(limit: Json) -> Json:
+    """Let a limit in flight count holds, and no kinds."""
+    return limit | {"counts": None} if limit["period"] == "in_flight" else limit
+
+
 users = st.sampled_from([*USERS[:3], *USERS])
 kinds = st.sampled_from(["image", "image", "image", "video", "gpu_second"])
 calendar = st.sampled_from([(period, "calendar") for period in PERIODS])
@@ -82,7 +90,7 @@ parts = st.sampled_from(["a", "A@", " 2@"])
 sizes = st.sampled_from([1, 2, 50])
 limit = st.fixed_dictionaries(
     {"kind": kinds, "start": starts, "scope": scopes, "mode": modes, "max": maxima, "counts": counts}
-).map(lambda x: {name: value for name, value in x.items() if name != "start"} | started(x["start"]))
+).map(lambda x: valid({name: value for name, value in x.items() if name != "start"} | started(x["start"])))
 limits, some_limits = (
     st.lists(limit, min_size=least, max_size=5, unique_by=lambda x: (x["kind"], x["period"], x["starts"], x["scope"]))
     for least in (0, 2)
