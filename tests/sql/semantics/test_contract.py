@@ -713,7 +713,10 @@ class TestWhatIsRecordedStays:
         group = world.group(limit(9), name="Pro", description="old", priority=3, timezone="Europe/Paris")
         saved = world.api.save_group(group, description="new")
         assert (saved["name"], saved["description"], saved["priority"]) == ("Pro", "new", 3)
-        assert (saved["timezone"], saved["limits"]) == ("Europe/Paris", [limit(9)])
+        assert (saved["timezone"], saved["limits"]) == (
+            "Europe/Paris",
+            [limit(9, starts="calendar", mode="enforce", counts=None)],
+        )
 
     def test_adding_members_tells_who_was_added_already_there_or_unknown(self, world: World) -> None:
         group = world.group(limit(9))
