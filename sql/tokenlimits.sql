@@ -8122,7 +8122,8 @@ is 'tokenlimits: Where the history since a moment differs from the ledger, and b
 revoke execute on function tokenlimits.rollup_differences(uuid, timestamptz)
 from public, anon, authenticated, service_role;
 
--- The group's own counters come first, so that p_most leaves out members.
+-- The group's own counters come first, so that p_most leaves out members. A rolling counter may be right while its parts
+-- are not: both numbers are equal then.
 create or replace function tokenlimits.counter_differences(
   p_group_id uuid,
   p_at timestamptz,
@@ -8137,16 +8138,32 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   return query
-  select d.*
+  select d.subject, d.counter_id, d.kind, d.period, d.starts, d.scope, d.was, d.used
   from (
     select
       c.subject, c.counter_id, c.kind, c.period, c.starts, c.scope, c.used as was,
       tokenlimits.count_limit(
         p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.period, c.counts, c.since, c.until
-      ) as used
+      ) as used,
+      c.starts = 'rolling' and exists (
+        select
+        from (
+          select p.part, p.used
+          from tokenlimits.counter_parts as p
+          where p.subject = c.subject and p.counter_id = c.counter_id
+          union all
+          select r.part, -r.used
+          from tokenlimits.recorded_parts(row(
+            p_group_id, c.counter_id, c.subject, c.kind, c.period, c.starts, c.scope, c.mode, c.max, c.counts, 1,
+            c.since, c.until, null, c.used, null, true, null, null, null, null
+          )::tokenlimits.limit_state) as r
+        ) as q
+        group by q.part
+        having sum(q.used) <> 0
+      ) as has_other_parts
     from (
       select
-        m.subject, m.counter_id, l.kind, l.period, l.starts, l.scope, l.counts, m.used, m.since, m.until
+        m.subject, m.counter_id, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counts, m.used, m.since, m.until
       from public.group_limits as l
       inner join tokenlimits.counters as m on m.counter_id = l.counter_id
       where l.group_id = p_group_id and m.until > p_at
@@ -8154,7 +8171,7 @@ begin
       limit p_most
     ) as c
   ) as d
-  where d.was <> d.used;
+  where d.was <> d.used or d.has_other_parts;
 end
 $$;
 comment on function tokenlimits.counter_differences(uuid, timestamptz, integer)

@@ -66,7 +66,15 @@ def test_it_says_how_it_was_and_how_it_is(world: World, group: UUID) -> None:
     world.owner.execute(FAULTS["a bucket is ahead"])
     expected = {
         "counters": [
-            {"subject": str(group), "kind": "image", "period": "lifetime", "scope": "group", "was": 8, "used": 3}
+            {
+                "subject": str(group),
+                "kind": "image",
+                "period": "lifetime",
+                "starts": "calendar",
+                "scope": "group",
+                "was": 8,
+                "used": 3,
+            }
         ],
         "rollup": [{"kind": "image", "bucket": datetime.fromisoformat(NOON), "was": 8, "used": 3}],
         "holds": 0,
@@ -104,3 +112,41 @@ def test_with_a_moment_a_lifetime_limit_does_not_read_a_lifetime(world: World, g
         assert world.api.reconcile(group, datetime.fromisoformat(NOON)) == NOTHING
         assert world.api.one(read) < 100
     world.owner.execute("delete from public.generation_usage where cost = 0")
+
+
+WINDOWS = [
+    limit(50, "credits", counts={"image": 2, "video": 8}),
+    limit(50, period="hour", starts="rolling"),
+    limit(50, period="5 hours", starts="first_use", scope="member"),
+    limit(50, "pool", period="3 days", starts="anchor", counts={"image": 3}),
+]
+SHIFT_A_PART = "update tokenlimits.counter_parts set part = part - interval '1 minute' where used = 1"
+WINDOW_FAULTS = {
+    "counters are ahead": ("update tokenlimits.counters set used = used + 1", 4),
+    "a part has moved": (SHIFT_A_PART, 1),
+    "a part has grown": ("update tokenlimits.counter_parts set used = used + 1 where used = 1", 1),
+    "the parts are missing": ("delete from tokenlimits.counter_parts", 1),
+    "parts and counter agree, and are wrong": (
+        "update tokenlimits.counters set used = 0; delete from tokenlimits.counter_parts",
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", WINDOW_FAULTS)
+def test_counters_of_pools_and_windows_are_found_and_mended(world: World, fault: str) -> None:
+    world.at(NOON)
+    group = world.group(*WINDOWS)
+    user = world.user(group)
+    assert world.api.track(user, "image", 1)["allowed"]
+    world.at("2026-11-23 12:10Z")
+    assert world.api.track(user, "image", 2)["allowed"]
+    before = world.api.user_usage(user)
+    assert drift(world, group) == NOTHING
+    statement, differing = WINDOW_FAULTS[fault]
+    world.owner.execute(statement)
+    found = drift(world, group)
+    assert len(found["counters"]) == differing
+    assert world.api.reconcile(group) == found
+    assert drift(world, group) == NOTHING == world.api.reconcile(group)
+    assert world.api.user_usage(user) == before
