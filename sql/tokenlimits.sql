@@ -8122,8 +8122,8 @@ is 'tokenlimits: Where the history since a moment differs from the ledger, and b
 revoke execute on function tokenlimits.rollup_differences(uuid, timestamptz)
 from public, anon, authenticated, service_role;
 
--- The group's own counters come first, so that p_most leaves out members. A rolling counter may be right while its parts
--- are not: both numbers are equal then.
+-- The group's own counters come first, so that p_most leaves out members. A rolling counter may be right while its
+-- parts are not: both numbers are equal then.
 create or replace function tokenlimits.counter_differences(
   p_group_id uuid,
   p_at timestamptz,

@@ -116,3 +116,25 @@ def test_a_page_of_long_sums_is_short(api: Api, owner: Api) -> None:
     lengths = [len(page["rows"]) for page in pages(api, bucket="month", page_size=5000)]
     assert len(lengths) == 3
     assert 15 < lengths[0] < 30
+
+
+def test_exports_are_of_kinds_and_reports_of_pools(world: World) -> None:
+    """A pool is what is counted, not what was used: an export has one row and one cost for each usage."""
+    world.at("2026-11-23 12:00Z")
+    group = world.group(
+        limit(50, "credits", period="3 days", starts="anchor", counts={"image": 2, "video": 8}),
+        limit(9, "video", period="5 hours", starts="rolling", scope="member"),
+    )
+    user = world.user(group)
+    assert world.api.track(user, "image", 3)["allowed"]
+    assert world.api.track(user, "video", 2)["allowed"]
+    page = world.api.call("export_usage", group_id=group)
+    assert sorted((row["kind"], row["cost"]) for row in page["rows"]) == [("image", 3), ("video", 2)]
+    assert sorted(row[1::2] for row in sums(world.api, group_id=group)) == [("image", 3), ("video", 2)]
+    assert [
+        (x["kind"], x["period"], x["used"], x["remaining"], x["weight"])
+        for x in world.api.group_usage(group)["limits"]
+        if x["scope"] == "group"
+    ] == [("credits", "3 days", 22, 28, 1)]
+    [member] = [x for x in world.api.group_usage(group)["limits"] if x["scope"] == "member"]
+    assert (member["period"], member["used"], member["capacity"], member["reset_at"]) == ("5 hours", 2, 9, None)
