@@ -137,7 +137,11 @@ class AsyncHeartbeat:
 
         def end() -> None:
             beat.end()
-            own.notice()
+            if own.notice():
+                # its event knows the loop, which would never be collected
+                with sessions.lock():
+                    if self._own.get(loop) is own:
+                        del self._own[loop]
 
         return end
 
@@ -160,14 +164,16 @@ class _Task:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run(), name="tokenlimits-heartbeat")
 
-    def notice(self) -> None:
-        """Look again at what is left; if nothing is, end the task, even while it sends."""
+    def notice(self) -> bool:
+        """Look again at what is left; if nothing is, end the task, even while it sends, and return True."""
         if self.forks != sessions.forks() or self._task is None:
-            return
+            return False
         self._news.set()
-        if self._pulse.first() is None and (self._sending is None or self._sending.over):
-            self._task.cancel()
-            self._task = None
+        if self._pulse.first() is not None or (self._sending is not None and not self._sending.over):
+            return False
+        self._task.cancel()
+        self._task = None
+        return True
 
     async def _run(self) -> None:
         while True:
