@@ -138,11 +138,9 @@ def test_each_rule_is_kept_by_the_table(world: World, wrong: str) -> None:
 def test_what_is_allowed_is_allowed_everywhere(world: World, right: str) -> None:
     given = limit(1) | ACCEPTED[right]
     stored = {"starts": "calendar", "mode": "enforce", "counts": None} | given
-    for make in (
-        lambda group: world.api.save_group(group, limits=[given]),
-        lambda group: world.api.call("set_group_limit", group_id=group, limit=given),
-        lambda group: edit(world, INSERT, group, given),
-    ):
-        group = world.group()
-        make(group)
+    saved, added, inserted = (world.group() for _ in range(3))
+    world.api.save_group(saved, limits=[given])
+    world.api.call("set_group_limit", group_id=added, limit=given)
+    assert edit(world, INSERT, inserted, given) == 1
+    for group in (saved, added, inserted):
         assert world.api.group(group)["limits"] == [stored]
