@@ -85,6 +85,7 @@ begin
             'save_group',
             'set_group_limit',
             'set_limit_override',
+            'set_member_anchor',
             'tokenlimits_diagnosis',
             'tokenlimits_health',
             'tokenlimits_version',

@@ -123,6 +123,7 @@ RETURNS = {
     "reset_group_usage": "{ reset_at: Timestamp }",
     "save_group": "Group",
     "set_group_limit": "Group",
+    "set_member_anchor": "{ set: boolean }",
     "tokenlimits_diagnosis": "Json",
     "tokenlimits_health": "Json",
     "tokenlimits_version": "{ version: number }",

@@ -140,6 +140,7 @@ begin
         'save_group',
         'set_group_limit',
         'set_limit_override',
+        'set_member_anchor',
         'tokenlimits_diagnosis',
         'tokenlimits_health',
         'tokenlimits_version',
@@ -291,6 +292,7 @@ begin
         'rollup_differences',
         'room_at',
         'set_limit_override',
+        'set_member_anchor',
         'settle',
         'settled_status',
         'squeeze',
@@ -677,6 +679,9 @@ create table if not exists public.group_limits (
 
 comment on table public.group_limits
 is 'tokenlimits: How much of a kind a group (or each of its members) may use in a period.';
+
+comment on column public.group_limits.period
+is 'How long a limit''s usage counts: one unit, such as day, or several, such as 5 hours; in_flight: while holds are open.';
 
 comment on column public.group_limits.starts
 is 'Where periods begin: calendar, anchor (the subject''s own moment), first_use, or rolling (at every moment).';
@@ -6249,7 +6254,8 @@ create or replace function public.save_group(
   p_limits jsonb default null,
   p_id uuid default null,
   p_updated_at timestamptz default null,
-  p_anchor_at timestamptz default null
+  p_anchor_at timestamptz default null,
+  p_no_anchor boolean default false
 )
 returns jsonb
 language plpgsql
@@ -6263,6 +6269,9 @@ begin
   perform tokenlimits.require_admin();
   if v_limits is not null then
     perform tokenlimits.check_limits(v_limits);
+  end if;
+  if p_no_anchor and p_anchor_at is not null then
+    perform tokenlimits.refuse('TL001', 'anchor_at: pass an anchor, or p_no_anchor, not both', 'anchor_at');
   end if;
   if p_group_id is not null then
     if p_id is not null then
@@ -6308,7 +6317,7 @@ begin
         priority = coalesce(p_priority, g.priority),
         timezone = coalesce(p_timezone, g.timezone),
         is_default = coalesce(p_is_default, g.is_default),
-        anchor_at = coalesce(p_anchor_at, g.anchor_at)
+        anchor_at = case when p_no_anchor then null else coalesce(p_anchor_at, g.anchor_at) end
       where g.id = p_group_id
       returning * into v_group;
     end if;
@@ -6350,10 +6359,12 @@ comment on function public.save_group(
   jsonb,
   uuid,
   timestamptz,
-  timestamptz
+  timestamptz,
+  boolean
 )
 is 'tokenlimits: Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an '
-'existing group, with its whole set of limits, in one step. With p_updated_at, only if nobody has changed it since.';
+'existing group, with its whole set of limits, in one step. With p_no_anchor, it has no anchor any more. With '
+'p_updated_at, only if nobody has changed it since.';
 
 revoke execute on function public.save_group(
   uuid,
@@ -6365,7 +6376,8 @@ revoke execute on function public.save_group(
   jsonb,
   uuid,
   timestamptz,
-  timestamptz
+  timestamptz,
+  boolean
 )
 from public, anon, authenticated, service_role;
 
@@ -6379,7 +6391,8 @@ grant execute on function public.save_group(
   jsonb,
   uuid,
   timestamptz,
-  timestamptz
+  timestamptz,
+  boolean
 )
 to authenticated, service_role;
 
@@ -6674,6 +6687,65 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.add_group_members(uuid, uuid[], timestamptz)
 to authenticated, service_role;
 
+create or replace function tokenlimits.set_member_anchor(p_group_id uuid, p_user_id uuid, p_anchor_at timestamptz)
+returns jsonb
+language plpgsql
+volatile
+-- definer: no client may update memberships
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
+    perform tokenlimits.refuse_transaction();
+  end if;
+  update public.group_memberships as m
+  set anchor_at = p_anchor_at
+  where m.group_id = p_group_id and m.user_id = p_user_id;
+  return jsonb_build_object('set', found);
+end
+$$;
+
+create or replace function public.set_member_anchor(
+  p_group_id uuid,
+  p_user_id uuid,
+  p_anchor_at timestamptz default null
+)
+returns jsonb
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return tokenlimits.set_member_anchor(
+    p_group_id,
+    p_user_id,
+    p_anchor_at
+  );
+end
+$$;
+
+comment on function public.set_member_anchor(uuid, uuid, timestamptz)
+is 'tokenlimits: Sets the moment from which a member''s anchored periods are counted; null: from joined_at. False when '
+'the user is not in the group.';
+
+revoke execute on function public.set_member_anchor(uuid, uuid, timestamptz)
+from public, anon, authenticated, service_role;
+
+grant execute on function public.set_member_anchor(uuid, uuid, timestamptz)
+to authenticated, service_role;
+
+comment on function tokenlimits.set_member_anchor(uuid, uuid, timestamptz)
+is 'tokenlimits: The private half of public.set_member_anchor.';
+
+revoke execute on function tokenlimits.set_member_anchor(uuid, uuid, timestamptz)
+from public, anon, authenticated, service_role;
+
+grant execute on function tokenlimits.set_member_anchor(uuid, uuid, timestamptz)
+to authenticated, service_role;
+
 create or replace function public.remove_group_members(p_group_id uuid, p_user_ids uuid[])
 returns jsonb
 language plpgsql
@@ -6867,7 +6939,7 @@ begin
   return coalesce((
     select jsonb_agg(to_jsonb(page) order by page.user_id)
     from (
-      select m.user_id, u.email, m.joined_at
+      select m.user_id, u.email, m.joined_at, m.anchor_at
       from public.group_memberships as m
       left join tokenlimits.users(v_user_ids) as u on u.id = m.user_id
       where
@@ -9236,6 +9308,7 @@ declare
     'save_group',
     'set_group_limit',
     'set_limit_override',
+    'set_member_anchor',
     'tokenlimits_diagnosis',
     'tokenlimits_health',
     'tokenlimits_version',

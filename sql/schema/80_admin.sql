@@ -248,7 +248,8 @@ create or replace function public.save_group(
   p_limits jsonb default null,
   p_id uuid default null,
   p_updated_at timestamptz default null,
-  p_anchor_at timestamptz default null
+  p_anchor_at timestamptz default null,
+  p_no_anchor boolean default false
 )
 returns jsonb
 language plpgsql
@@ -262,6 +263,9 @@ begin
   perform tokenlimits.require_admin();
   if v_limits is not null then
     perform tokenlimits.check_limits(v_limits);
+  end if;
+  if p_no_anchor and p_anchor_at is not null then
+    perform tokenlimits.refuse('TL001', 'anchor_at: pass an anchor, or p_no_anchor, not both', 'anchor_at');
   end if;
   if p_group_id is not null then
     if p_id is not null then
@@ -305,7 +309,7 @@ begin
         priority = coalesce(p_priority, g.priority),
         timezone = coalesce(p_timezone, g.timezone),
         is_default = coalesce(p_is_default, g.is_default),
-        anchor_at = coalesce(p_anchor_at, g.anchor_at)
+        anchor_at = case when p_no_anchor then null else coalesce(p_anchor_at, g.anchor_at) end
       where g.id = p_group_id
       returning * into v_group;
     end if;
@@ -325,8 +329,8 @@ begin
 end
 $$;
 {{ opened(
-  'save_group(uuid, text, text, integer, text, boolean, jsonb, uuid, timestamptz, timestamptz)',
-  "Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an existing group, with its whole set of limits, in one step. With p_updated_at, only if nobody has changed it since.",
+  'save_group(uuid, text, text, integer, text, boolean, jsonb, uuid, timestamptz, timestamptz, boolean)',
+  "Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an existing group, with its whole set of limits, in one step. With p_no_anchor, it has no anchor any more. With p_updated_at, only if nobody has changed it since.",
   to='authenticated, service_role'
 ) }}
 
@@ -528,6 +532,31 @@ $$;
   comment="Adds users to a group, their anchored periods counted from a moment; returns how many were added, how many were already members, and which ids are unknown."
 ) }}
 
+create or replace function tokenlimits.set_member_anchor(p_group_id uuid, p_user_id uuid, p_anchor_at timestamptz)
+returns jsonb
+language plpgsql
+volatile
+-- definer: no client may update memberships
+security definer
+{{ search_path() }}
+as $$
+begin
+  perform tokenlimits.require_admin();
+  perform tokenlimits.require_group(p_group_id);
+  {{ insist_on_transaction() | indent(2) }}
+  update public.group_memberships as m
+  set anchor_at = p_anchor_at
+  where m.group_id = p_group_id and m.user_id = p_user_id;
+  return jsonb_build_object('set', found);
+end
+$$;
+{{ rpc(
+  'set_member_anchor',
+  ['p_group_id uuid', 'p_user_id uuid', 'p_anchor_at timestamptz default null'],
+  to='authenticated, service_role',
+  comment="Sets the moment from which a member's anchored periods are counted; null: from joined_at. False when the user is not in the group."
+) }}
+
 create or replace function public.remove_group_members(p_group_id uuid, p_user_ids uuid[])
 returns jsonb
 language plpgsql
@@ -679,7 +708,7 @@ begin
   return coalesce((
     select jsonb_agg(to_jsonb(page) order by page.user_id)
     from (
-      select m.user_id, u.email, m.joined_at
+      select m.user_id, u.email, m.joined_at, m.anchor_at
       from public.group_memberships as m
       left join tokenlimits.users(v_user_ids) as u on u.id = m.user_id
       where

@@ -16,6 +16,7 @@ from ._core.arguments import Limits
 from ._core.flows import OnProgress
 from ._drivers.base import DEFAULT_TIMEOUT, Base
 from .models import (
+    UNCHANGED,
     Bucket,
     BulkResult,
     Group,
@@ -32,6 +33,7 @@ from .models import (
     Starts,
     TopMember,
     TrackResult,
+    Unchanged,
     UsageRecord,
     UsageSum,
     User,
@@ -147,12 +149,13 @@ class GroupManager(Base):
         priority: int | None = None,
         timezone: str | None = None,
         is_default: bool | None = None,
-        anchor_at: datetime | None = None,
+        anchor_at: datetime | Unchanged | None = UNCHANGED,
         limits: Limits | None = None,
         unchanged_since: datetime | None = None,
     ) -> Group:
-        """Change a group in one step: an error changes nothing, and arguments that are None leave their field alone.
+        """Change a group in one step: an error changes nothing, and what isn't given stays.
 
+        None leaves a field alone, except `anchor_at`, for which it is a value.
         A new time zone moves the beginning of every period, and `anchor_at` that of anchored ones, so usage is
         recounted from the ledger.
 
@@ -163,7 +166,8 @@ class GroupManager(Base):
             priority: A user's groups are tried from high to low.
             timezone: An IANA name, in which the calendar periods begin.
             is_default: Users who are in no group have this group's limits. It replaces the previous default.
-            anchor_at: From when the periods of group limits with `starts="anchor"` are counted.
+            anchor_at: From when the periods of group limits with `starts="anchor"` are counted; None: from the group's
+                creation, as where it was never set.
             limits: The whole set of limits, as `set_limits` takes it.
             unchanged_since: The `updated_at` of the group that you decided by: what somebody else has changed since is
                 not overwritten.
@@ -406,7 +410,7 @@ class GroupManager(Base):
             group_id: Which group.
             user_id: Which user.
             anchor_at: From when the periods of their limits with `starts="anchor"` are counted; by default, from when
-                they joined. Those of somebody who already is a member don't change.
+                they joined. That of somebody who already is a member stays: `set_member_anchor` changes it.
 
         Returns:
             False if the user already was a member.
@@ -419,6 +423,26 @@ class GroupManager(Base):
             (True, False)
         """
         return self._transport.send(admins.add_member(group_id, user_id, anchor_at))
+
+    def set_member_anchor(self, group_id: UUID | str, user_id: UUID | str, anchor_at: datetime | None) -> bool:
+        """Set from when a member's limits with `starts="anchor"` are counted, such as a new billing date.
+
+        What they have used stays: it is recounted from the ledger, in their new periods.
+
+        Args:
+            group_id: Which group.
+            user_id: Which member.
+            anchor_at: The moment; None: when they joined, as where it was never set.
+
+        Returns:
+            False, with nothing changed, if the user isn't a member.
+
+        Example:
+            >>> from datetime import UTC, datetime
+            >>> groups.set_member_anchor(team.id, user_id, datetime(2026, 1, 31, 9, tzinfo=UTC))
+            False
+        """
+        return self._transport.send(admins.set_member_anchor(group_id, user_id, anchor_at))
 
     def remove_member(self, group_id: UUID | str, user_id: UUID | str) -> bool:
         """Remove a user from a group; their usage stays, and counts again if they return.

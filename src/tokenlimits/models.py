@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from enum import Enum
+from typing import Annotated, Any, Final, Literal, Self, TypeVar, cast
 from uuid import UUID
 
 from pydantic import (
@@ -23,11 +24,12 @@ from pydantic import (
 )
 
 from ._fields import Cost, Key, Kind, Max, Metadata, Moment, Name, Text, TimeZone
-from ._limits import Counts, Mode, Period, SinglePeriod, Starts, pooled, start
+from ._limits import Counts, Mode, Period, SinglePeriod, Starts, number_and_unit, pooled, start
 from ._refusals import refusal
 from .errors import GenerationDenied, LimitExceeded, NoLimitForKind, NotInGroup, TokenLimitsError
 
 __all__ = [
+    "UNCHANGED",
     "Bucket",
     "BulkResult",
     "Cost",
@@ -70,10 +72,12 @@ __all__ = [
     "TimeZone",
     "TopMember",
     "TrackResult",
+    "Unchanged",
     "UsageRecord",
     "UsageSum",
     "User",
     "UserLimit",
+    "number_and_unit",
 ]
 
 _T = TypeVar("_T")
@@ -125,6 +129,19 @@ class _Made(Model):
     """Base of what callers make: a misspelt field would silently be its default, so it is refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class Unchanged(Enum):
+    """What stands for "leave it alone" where None is a value."""
+
+    UNCHANGED = "unchanged"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+UNCHANGED: Final = Unchanged.UNCHANGED
+"""Leave it alone."""
 
 
 class Page(list[_T]):
@@ -478,9 +495,13 @@ class UsageRecord(Model):
 
 
 class Member(User):
-    """A user in a group."""
+    """A user in a group.
+
+    The periods of their limits with `starts="anchor"` are counted from `anchor_at` or, if it is None, `joined_at`.
+    """
 
     joined_at: Moment
+    anchor_at: Moment | None = None
 
 
 class Refused(Model):

@@ -187,6 +187,9 @@ def test_an_anchor(tl: Program, groups: GroupManager, name: str) -> None:
     assert groups.get_by_name(name).anchor_at == datetime(2026, 1, 15, 8, tzinfo=UTC)
     (usage,) = tl.json("usage", name)
     assert re.search(r"-15T08:00:00", usage["limits"][0]["reset_at"])
+    tl("groups", "edit", name, "--priority", "3")
+    assert groups.get_by_name(name).anchor_at is not None
+    assert tl.json("groups", "edit", name, "--anchor-at", "none")["anchor_at"] is None
     assert "not a date" in tl.fails("groups", "edit", name, "--anchor-at", "someday", status=2)
 
 

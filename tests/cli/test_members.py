@@ -6,6 +6,7 @@ import csv
 import os
 import re
 import threading
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
@@ -248,13 +249,21 @@ def test_fifty_thousand_and_on_where_it_stopped(
     assert groups.usage(team.id).member_count == 50_000
 
 
-def test_an_anchor(
-    tl: Program, groups: GroupManager, name: str, stack: LocalStack, users: list[tuple[UUID, str]]
-) -> None:
+def test_an_anchor(tl: Program, groups: GroupManager, name: str, users: list[tuple[UUID, str]]) -> None:
     team = groups.create(name, limits=[Limit(kind="image", max=10, period="month", scope="member", starts="anchor")])
     (ann, _), (bob, _), *_ = users
     tl("members", "add", team.name, ann, bob, "--anchor-at", "2026-01-31T10:00Z")
-    rows = stack.sql("select anchor_at from public.group_memberships where group_id = $1", str(team.id))
-    assert [row["anchor_at"].startswith("2026-01-31T10:00:00") for row in rows] == [True, True]
+    assert [each["anchor_at"] for each in tl.json("members", "list", team.name)] == ["2026-01-31T10:00:00Z"] * 2
+    assert "anchor 2026-01-31 10:00" in tl("members", "list", team.name).stdout
     (usage,) = tl.json("usage", "--user", ann)
     assert re.search(r"T10:00:00", usage["reset_at"])
+    said = tl("members", "anchor", team.name, ann, "2026-02-15T09:00+01:00").stdout
+    assert "counted from 15 Feb 2026, 08:00 UTC" in said
+    (usage,) = tl.json("usage", "--user", ann)
+    assert re.search(r"-15T08:00:00", usage["reset_at"])
+    assert tl.json("members", "anchor", team.name, ann, "none")["anchor_at"] is None
+    anchors = {member.id: member.anchor_at for member in groups.members(team.id)}
+    assert anchors == {ann: None, bob: datetime(2026, 1, 31, 10, tzinfo=UTC)}
+    groups.remove_member(team.id, bob)
+    assert f"is not in {team.name}. Add them" in tl.fails("members", "anchor", team.name, bob, "none")
+    assert "not a date" in tl.fails("members", "anchor", team.name, ann, "someday", status=2)

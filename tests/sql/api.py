@@ -98,6 +98,7 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
         "p_id": None,
         "p_updated_at": None,
         "p_anchor_at": "2026-01-01T00:00:00Z",
+        "p_no_anchor": False,
     },
     "set_group_limit": {
         "p_group_id": GROUP_ID,
@@ -134,6 +135,7 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
         "p_user_ids": [USER_ID, ADMIN_ID],
         "p_anchor_at": "2026-01-01T00:00:00Z",
     },
+    "set_member_anchor": {"p_group_id": GROUP_ID, "p_user_id": USER_ID, "p_anchor_at": "2026-01-31T09:00:00Z"},
     "remove_group_members": {"p_group_id": GROUP_ID, "p_user_ids": [USER_ID]},
     "move_group_member": {"p_user_id": USER_ID, "p_from": GROUP_ID, "p_to": OTHER_GROUP_ID},
     "group_members": {"p_group_id": GROUP_ID, "p_after": None, "p_page_size": 10, "p_search": "user@"},

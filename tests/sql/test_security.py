@@ -159,6 +159,7 @@ FUNCTIONS: Final = {
             "delete_group",
             "find_groups",
             "add_group_members",
+            "set_member_anchor",
             "remove_group_members",
             "move_group_member",
             "group_members",

@@ -202,6 +202,8 @@ class TestLimits:
         path = f"/groups/{made['id']}"
         edited = api("admin", "PATCH", path, json={"anchor_at": "2026-02-01T00:00:00+01:00", "limits": [POOL]}).json()
         assert (edited["anchor_at"], edited["limits"]) == ("2026-01-31T23:00:00Z", [POOL])
+        kept = api("admin", "PATCH", path, json={"name": "Pro"}).json()
+        assert kept["anchor_at"] == edited["anchor_at"]
         assert api("admin", "PATCH", path, json={"name": "Max"}).json() | {"name": "Pro"} == edited | {
             "updated_at": groups.get(made["id"]).updated_at.isoformat().replace("+00:00", "Z")
         }
@@ -267,6 +269,21 @@ class TestLimits:
         assert status.reset_at is not None
         assert (status.reset_at.hour, status.reset_at.minute) == (0, 0)
         assert status.reset_at - joined <= timedelta(days=31)
+
+    def test_anchors_can_be_removed(self, api: Ask, groups: GroupManager, newcomer: LocalUser) -> None:
+        moment = datetime(2026, 1, 31, tzinfo=UTC)
+        pro = groups.create("Pro", anchor_at=moment)
+        assert api("admin", "PATCH", f"/groups/{pro.id}", json={"anchor_at": None}).json()["anchor_at"] is None
+        groups.add_member(pro.id, newcomer.id)
+        body = {"group_id": str(pro.id), "user_id": str(newcomer.id)}
+        for anchor in ("2026-01-31T00:00:00Z", None):
+            assert api("admin", "PATCH", "/group-members", json={**body, "anchor_at": anchor}).json() == {"set": True}
+            (member,) = api("admin", "GET", f"/group-members?group_id={pro.id}").json()["items"]
+            assert member["anchor_at"] == anchor
+        stranger = {**body, "user_id": str(uuid4()), "anchor_at": None}
+        assert api("admin", "PATCH", "/group-members", json=stranger).json() == {"set": False}
+        # null is an anchor, nothing is not
+        problem(api("admin", "PATCH", "/group-members", json=body), 422, "invalid-request")
 
     def test_answers_are_in_units_of_the_kind(self, api: Ask, groups: GroupManager, user: LocalUser) -> None:
         pool = {**POOL, "mode": "enforce"}

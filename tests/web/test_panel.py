@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
@@ -19,7 +20,7 @@ import pytest
 from fastapi import FastAPI
 from tests.web.conftest import served, settings_for
 
-from tokenlimits import ConfigurationError, GroupManager
+from tokenlimits import ConfigurationError, GroupManager, Limit
 from tokenlimits.local import LocalStack, LocalUser
 from tokenlimits.web import WebSettings, create_app
 from tokenlimits.web._backend import Backend
@@ -243,6 +244,22 @@ class TestLive:
         assert browser.get("/live", params={"version": first["version"]}).status_code == 204
         groups.set_limits(pro.id, {"image": 5})
         second = browser.get("/live", params={"version": first["version"]}).json()
+        assert second["shape"] != first["shape"]
+
+    @pytest.mark.parametrize(
+        "change", [{"counts": {"image": 3, "video": 8}}, {"mode": "observe"}, {"starts": "anchor"}, {"max": 101}]
+    )
+    def test_the_groups_page_notices_each_edit_of_a_limit(
+        self, browser: httpx.Client, admin: LocalUser, groups: GroupManager, change: dict[str, Any]
+    ) -> None:
+        sign_in(browser, admin)
+        pool: dict[str, Any] = {"kind": "credits", "max": 100, "period": "day", "counts": {"image": 1, "video": 8}}
+        pro = groups.create("Pro", limits=[Limit(**pool)])
+        page = f"/groups/{pro.id}"
+        first = browser.get(f"{page}/live").json()
+        assert f'data-shape="{first["shape"]}"' in browser.get(page).text
+        groups.set_limits(pro.id, [Limit(**pool | change)])
+        second = browser.get(f"{page}/live", params={"version": first["version"]}).json()
         assert second["shape"] != first["shape"]
 
 

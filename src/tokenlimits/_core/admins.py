@@ -8,7 +8,20 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from tokenlimits.errors import GroupNotFound, UnknownUser
-from tokenlimits.models import Group, Limit, Member, Model, Override, Page, Period, Scope, Starts, User
+from tokenlimits.models import (
+    UNCHANGED,
+    Group,
+    Limit,
+    Member,
+    Model,
+    Override,
+    Page,
+    Period,
+    Scope,
+    Starts,
+    Unchanged,
+    User,
+)
 
 from . import arguments
 from .arguments import Id, Limits, parser
@@ -39,6 +52,7 @@ _MEMBERS = rows_parser(Member)
 _ADDED = parser(AddedPage)
 _MOVED = field_parser("moved", bool)
 _REMOVED = field_parser("removed", int)
+_SET = field_parser("set", bool)
 _USERS = rows_parser(User)
 _OVERRIDE = row_parser(Override)
 _OVERRIDES = rows_parser(Override)
@@ -54,10 +68,20 @@ def create_group(id_: Id | None = None, **fields: Any) -> Call[Group]:
     return Call("save_group", params, _GROUP, retry_safe=False)
 
 
-def update_group(group_id: Id, unchanged_since: datetime | None = None, **fields: Any) -> Call[Group]:
-    """Change what is not None of a group, perhaps only if nobody has changed it since."""
+def update_group(
+    group_id: Id,
+    unchanged_since: datetime | None = None,
+    anchor_at: datetime | Unchanged | None = UNCHANGED,
+    **fields: Any,
+) -> Call[Group]:
+    """Change what is not None of a group, and its anchor, perhaps only if nobody has changed it since."""
     changes = {name: value for name, value in fields.items() if value is not None}
     params = {**arguments.of_group(group_id), **arguments.group(changes)}
+    if anchor_at is None:
+        # in SQL, null leaves it alone
+        params["p_no_anchor"] = True
+    elif anchor_at is not UNCHANGED:
+        params["p_anchor_at"] = arguments.anchor(anchor_at)
     if unchanged_since is None:
         return Call("save_group", params, _GROUP)
     params["p_updated_at"] = arguments.moment(unchanged_since, "unchanged_since")
@@ -205,6 +229,16 @@ def add_member(group_id: Id, user_id: Id, anchor_at: datetime | None) -> Call[bo
 
     call = add_members(group_id, [id_], anchor_at)
     return Call(call.function, call.params, parse)
+
+
+def set_member_anchor(group_id: Id, user_id: Id, anchor_at: datetime | None) -> Call[bool]:
+    """Set from when a member's anchored periods are counted; None: from when they joined."""
+    params = {
+        **arguments.of_group(group_id),
+        "p_user_id": arguments.id_(user_id, "user_id"),
+        "p_anchor_at": arguments.anchor(anchor_at),
+    }
+    return Call("set_member_anchor", params, _SET)
 
 
 def remove_members(group_id: Id, user_ids: list[str]) -> Call[int]:

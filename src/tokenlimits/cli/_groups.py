@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from tokenlimits.models import Group, GroupUsage
+from tokenlimits.models import UNCHANGED, Group, GroupUsage
 
 from ._find import find_group, manager
 from ._limit_words import parse_all, write
 from ._limits import show_limits
-from ._options import AnchorAt, AsJson, GroupArgument, KindOption, Yes
+from ._options import AnchorAt, AsJson, GroupArgument, KindOption, NewAnchorAt, Yes, chosen_anchor
 from ._terminal import (
     NARROW,
     Misunderstood,
@@ -176,7 +176,7 @@ def edit(
     priority: Priority = None,
     timezone: Timezone = None,
     default: Default = None,
-    anchor_at: AnchorAt = None,
+    anchor_at: NewAnchorAt = None,
     as_json: AsJson = False,
 ) -> None:
     """Change a group's settings; `limits set` changes its limits."""
@@ -190,7 +190,7 @@ def edit(
             priority=priority,
             timezone=timezone,
             is_default=default,
-            anchor_at=anchor_at,
+            anchor_at=UNCHANGED if anchor_at is None else chosen_anchor(anchor_at),
         )
     if as_json:
         print_json(changed)

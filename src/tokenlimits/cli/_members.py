@@ -13,10 +13,35 @@ from tokenlimits import GroupManager
 from tokenlimits.models import Group
 
 from ._bulk import File, Outcome, Report, StartLine, at_once, in_parts, report
-from ._find import find_group, kind_meant, manager, resolve
+from ._find import find_group, find_user, kind_meant, manager, resolve
 from ._lines import EMAILS, Line, source
-from ._options import AnchorAt, AsJson, GroupArgument, KindOption, Since, Until, Yes
-from ._terminal import Bar, confirm, counted, moment, out, plain, print_json, print_json_list, say, show, table
+from ._options import (
+    Anchor,
+    AnchorAt,
+    AsJson,
+    GroupArgument,
+    KindOption,
+    Since,
+    Until,
+    UserArgument,
+    Yes,
+    chosen_anchor,
+)
+from ._terminal import (
+    Bar,
+    Problem,
+    confirm,
+    counted,
+    moment,
+    moment_in_words,
+    out,
+    plain,
+    print_json,
+    print_json_list,
+    say,
+    show,
+    table,
+)
 
 commands = typer.Typer(help="Manage the members of a group.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -52,7 +77,8 @@ def list_(
             return
         for member in members:
             email = "" if member.email is None else plain(member.email)
-            out.print(f"{member.id}  {moment(member.joined_at)}  {email}", soft_wrap=True)
+            anchor = "" if member.anchor_at is None else f"  anchor {moment(member.anchor_at)}"
+            out.print(f"{member.id}  {moment(member.joined_at)}  {email}{anchor}", soft_wrap=True)
 
 
 @commands.command()
@@ -124,6 +150,24 @@ def _add(
         outcome.refuse(line, reasons[ids[line]])
     already = len(ids) - len(unknown) - result.added
     outcome.counts.update({"added": result.added, "already there": already})
+
+
+@commands.command()
+def anchor(group: GroupArgument, user: UserArgument, anchor_at: Anchor, *, as_json: AsJson = False) -> None:
+    """Set from when a member's anchored limits are counted, such as a new billing date.
+
+    What they have used is recounted in their new periods.
+    """
+    with manager() as groups:
+        found, who = find_group(groups, group), find_user(groups, user)
+        at = chosen_anchor(anchor_at)
+        if not groups.set_member_anchor(found.id, who, at):
+            raise Problem(f"{user} is not in {found.name}. Add them with: tokenlimits members add")
+    if as_json:
+        print_json({"group": {"id": found.id, "name": found.name}, "user_id": who, "anchor_at": at})
+        return
+    since = "from when they joined" if at is None else f"from {moment_in_words(at)}"
+    say(f"Anchored limits of {user} in {found.name} are counted {since}.", style="green")
 
 
 @commands.command()

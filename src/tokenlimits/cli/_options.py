@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -92,6 +92,16 @@ def moment(text: str) -> datetime:
 _AGO = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 
 
+def moment_or_none(text: str) -> datetime | Literal["none"]:
+    """Read a date or a time, or the word none."""
+    return "none" if text.strip().lower() == "none" else moment(text)
+
+
+def chosen_anchor(given: datetime | Literal["none"]) -> datetime | None:
+    """Return the anchor that was typed; Typer takes a parser's None for an option that wasn't given."""
+    return None if given == "none" else given
+
+
 def moment_or_ago(text: str) -> datetime:
     """Read a date or a time, or how long ago it was: 12h, 7d, 2w."""
     if ago := re.fullmatch(r"([0-9]{1,4})([hdw])", text.strip().lower()):
@@ -112,13 +122,33 @@ Since = Annotated[
         show_default=False,
     ),
 ]
+_ANCHOR = "From when anchored periods are counted, such as 2026-01-31 or 2026-01-31T09:00+01:00; in UTC by default."
 AnchorAt = Annotated[
     datetime | None,
     typer.Option(
         "--anchor-at",
         parser=moment,
         metavar="TIME",
-        help="From when anchored periods are counted, such as 2026-01-31 or 2026-01-31T09:00+01:00; in UTC by default.",
+        help=_ANCHOR,
+        show_default=False,
+    ),
+]
+NewAnchorAt = Annotated[
+    Any,  # datetime | Literal["none"] | None, which Typer can't read
+    typer.Option(
+        "--anchor-at",
+        parser=moment_or_none,
+        metavar="TIME",
+        help=f"{_ANCHOR} none: from the creation.",
+        show_default=False,
+    ),
+]
+Anchor = Annotated[
+    Any,
+    typer.Argument(
+        parser=moment_or_none,
+        metavar="TIME",
+        help="Such as 2026-01-31 or 2026-01-31T09:00+01:00, in UTC by default; none: from when they joined.",
         show_default=False,
     ),
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from uuid import UUID, uuid4
 
 from ._answers import group_json, group_limit_json
-from ._ledger import Json, refuse
+from ._ledger import Json, refuse, text
 from ._limits import Rule, Terms
 from ._overrides import OverrideFunctions, named
 from ._periods import canonical
@@ -31,6 +32,7 @@ class AdminFunctions(OverrideFunctions):
         p_id: str | None = None,
         p_updated_at: str | None = None,
         p_anchor_at: str | None = None,
+        p_no_anchor: bool = False,  # noqa: FBT002  # as the SQL's
     ) -> Json:
         """Create a group, or change the fields that are not null; everything is checked before anything changes."""
         limits = None if p_limits is None else _limits(p_limits)
@@ -62,7 +64,8 @@ class AdminFunctions(OverrideFunctions):
         group.description = group.description if p_description is None else p_description
         group.priority = group.priority if p_priority is None else p_priority
         group.is_default = group.is_default if p_is_default is None else p_is_default
-        self._move_periods(group, timezone, p_anchor_at)
+        anchor_at = group.anchor_at if p_anchor_at is None else datetime.fromisoformat(p_anchor_at)
+        self._move_periods(group, timezone or group.timezone, None if p_no_anchor else anchor_at)
         if p_group_id is not None:
             self._touch(group)
         if limits is not None:
@@ -86,13 +89,12 @@ class AdminFunctions(OverrideFunctions):
         group.limits |= edited
         self._remember_windows_of_group(group)
 
-    def _move_periods(self, group: Group, timezone: str | None, anchor_at: str | None) -> None:
+    def _move_periods(self, group: Group, timezone: str, anchor_at: datetime | None) -> None:
         """Change where the periods of a group begin, which makes others of its limits."""
-        before = group.timezone
-        group.timezone = timezone or group.timezone
-        group.anchor_at = group.anchor_at if anchor_at is None else datetime.fromisoformat(anchor_at)
         # an anchor moves anchored periods alone, and those are computed
-        if group.timezone != before:
+        group.anchor_at = anchor_at
+        if group.timezone != timezone:
+            group.timezone = timezone
             self._forget_windows(group, *group.limits)
             self._remember_windows_of_group(group)
 
@@ -145,6 +147,15 @@ class AdminFunctions(OverrideFunctions):
         added = sum([self._enlist(group, user_id, anchor_at) for user_id in sorted(known)])
         return {"added": added, "already": len(known) - added, "unknown": sorted(asked - known)}
 
+    def set_member_anchor(self, p_group_id: str, p_user_id: str, p_anchor_at: str | None) -> Json:
+        """Set from when a member's anchored periods are counted."""
+        members = self._group(p_group_id).members
+        if p_user_id not in members:
+            return {"set": False}
+        anchor_at = None if p_anchor_at is None else datetime.fromisoformat(p_anchor_at)
+        members[p_user_id] = replace(members[p_user_id], anchor_at=anchor_at)
+        return {"set": True}
+
     def remove_group_members(self, p_group_id: str, p_user_ids: list[str]) -> Json:
         """Remove users from a group; their usage stays."""
         members = self._group(p_group_id).members
@@ -171,8 +182,14 @@ class AdminFunctions(OverrideFunctions):
             if (p_after is None or user_id > p_after) and part in (emails.get(user_id) or "").lower()
         )
         return [
-            {"user_id": user_id, "email": emails.get(user_id), "joined_at": members[user_id].joined_at.isoformat()}
+            {
+                "user_id": user_id,
+                "email": emails.get(user_id),
+                "joined_at": text(member.joined_at),
+                "anchor_at": member.anchor_at and text(member.anchor_at),
+            }
             for user_id in page[: min(max(p_page_size, 1), 1000)]
+            for member in [members[user_id]]
         ]
 
     def reset_group_usage(self, p_group_id: str, p_kind: str | None = None, p_user_id: str | None = None) -> Json:

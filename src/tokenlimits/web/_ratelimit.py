@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
 from tokenlimits import TrackResult
-from tokenlimits.models import LimitStatus
-from tokenlimits.web._periods import number_and_unit
+from tokenlimits.models import LimitStatus, number_and_unit
 
 # months and years have no fixed length, and lifetime never ends
 _SECONDS: Mapping[str, int] = {"minute": 60, "hour": 3600, "day": 86_400, "week": 604_800}

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 from tests.sql.semantics.api import Api
 from tests.sql.semantics.database import Database
@@ -175,6 +176,38 @@ class TestAnchors:
         assert [x["reset_at"].date().isoformat() for x in answers] == ["2026-12-05", "2026-12-20"]
         world.at("2026-12-06 12:00Z")
         assert [world.used(user, "month", "member") for user in (early, late)] == [0, 2]
+
+    def test_the_groups_can_be_removed(self, world: World) -> None:
+        world.at("2026-11-05 12:00Z")
+        group = world.group(limit(5, period="month", starts="anchor"))
+        user = world.user(group)
+        world.api.save_group(group, anchor_at="2026-01-31T10:00:00Z")
+        assert world.api.track(user, "image")["reset_at"] == datetime.fromisoformat("2026-11-30 10:00Z")
+        assert world.api.save_group(group, priority=3)["anchor_at"] is not None
+        assert world.api.save_group(group, no_anchor=True)["anchor_at"] is None
+        again = world.api.track(user, "image")
+        assert (again["reset_at"], again["remaining"]) == (datetime.fromisoformat("2026-12-05 12:00Z"), 3)
+
+    def test_both_an_anchor_and_none_are_refused(self, world: World) -> None:
+        group = world.group(limit(5))
+        with pytest.raises(psycopg.Error, match="anchor_at: pass an anchor, or p_no_anchor, not both") as refused:
+            world.api.save_group(group, anchor_at="2026-01-31T10:00:00Z", no_anchor=True)
+        assert refused.value.sqlstate == "TL001"
+
+    def test_a_members_own_can_be_changed_and_removed(self, world: World) -> None:
+        world.at("2026-11-05 12:00Z")
+        group = world.group(limit(5, period="month", scope="member", starts="anchor"))
+        user, other = world.user(group), world.user(group)
+        world.api.track(user, "image", 2)
+        for anchor, reset_at in (("2026-10-20T00:00:00+00:00", "2026-11-20 00:00Z"), (None, "2026-12-05 12:00Z")):
+            assert world.api.call("set_member_anchor", group_id=group, user_id=user, anchor_at=anchor) == {"set": True}
+            (status,) = world.api.user_usage(user)
+            # no refill: what was used is in the new period, too
+            assert (status["used"], status["reset_at"]) == (2, datetime.fromisoformat(reset_at))
+            anchors = {each["user_id"]: each["anchor_at"] for each in world.api.call("group_members", group_id=group)}
+            assert anchors == {user: anchor, other: None}
+        stranger = world.user()
+        assert world.api.call("set_member_anchor", group_id=group, user_id=stranger, anchor_at=None) == {"set": False}
 
 
 class TestFirstUse:

@@ -76,7 +76,7 @@ where c.until > tokenlimits.clock()
 
 
 # what may begin anchored periods
-_ANCHORING = {"save_group", "add_group_members", "move_group_member"}
+_ANCHORING = {"save_group", "add_group_members", "set_member_anchor", "move_group_member"}
 
 
 @dataclass(frozen=True)

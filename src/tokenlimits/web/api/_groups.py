@@ -73,7 +73,10 @@ async def edit_group(
 
     With `If-Match`, a change that somebody else made meanwhile isn't overwritten: 412.
     """
-    group = await groups.update(group_id, **_fields(changes), unchanged_since=_read_tag(if_match))
+    fields = _fields(changes)
+    if "anchor_at" not in changes.model_fields_set:
+        del fields["anchor_at"]
+    group = await groups.update(group_id, **fields, unchanged_since=_read_tag(if_match))
     return _tagged(group, response)
 
 

@@ -13,7 +13,7 @@ from tokenlimits.web._problems import documented
 from tokenlimits.web._router import Router
 
 from ._routing import CallersGroups, Gate, route_class
-from ._shapes import After, Members, NewMembers, Removed, cursor
+from ._shapes import After, Anchored, Members, NewAnchor, NewMembers, Removed, cursor
 
 _BULK = {"added": 2, "already": 1, "refused": [{"user_id": "9c1f…", "reason": "there is no such user"}]}
 _BULK_EXAMPLE = {"content": {"application/json": {"example": _BULK}}}
@@ -39,6 +39,11 @@ async def add_members(groups: CallersGroups, members: NewMembers) -> BulkResult:
     return await groups.add_members(members.group_id, members.ids(), anchor_at=members.anchor_at)
 
 
+async def set_anchor(groups: CallersGroups, anchor: NewAnchor) -> Anchored:
+    """Set from when a member's anchored periods are counted. What they have used is recounted in the new ones."""
+    return Anchored(set=await groups.set_member_anchor(anchor.group_id, anchor.user_id, anchor.anchor_at))
+
+
 async def remove_members(
     groups: CallersGroups,
     group_id: Annotated[UUID, Query()],
@@ -53,5 +58,6 @@ def routes_of(gate: Gate) -> APIRouter:
     routes = Router(route_class=route_class(gate, MOST_IN_BULK), tags=["members"])
     routes.get("/group-members", responses=documented(404))(list_members)
     routes.post("/group-members", responses={200: _BULK_EXAMPLE, **documented(404, 413)})(add_members)
+    routes.patch("/group-members", responses=documented(404))(set_anchor)
     routes.delete("/group-members", responses=documented(404))(remove_members)
     return routes

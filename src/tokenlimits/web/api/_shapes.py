@@ -55,7 +55,12 @@ GROUP: dict[str, Any] = {
     "updated_at": "2026-01-01T00:00:00Z",
     "limits": [_WHOLE_LIMIT],
 }
-_MEMBER: dict[str, Any] = {"id": USER_ID, "email": "ann@example.com", "joined_at": "2026-01-01T00:00:00Z"}
+_MEMBER: dict[str, Any] = {
+    "id": USER_ID,
+    "email": "ann@example.com",
+    "joined_at": "2026-01-01T00:00:00Z",
+    "anchor_at": None,
+}
 _STATUS: dict[str, Any] = {
     "kind": "image",
     "period": "day",
@@ -209,7 +214,10 @@ class GroupIn(BaseModel):
 
 
 class GroupChanges(BaseModel):
-    """What to change of a group; what is left out or null stays. Limits are replaced as a whole."""
+    """What to change of a group; what is left out or null stays, but a null `anchor_at` removes the anchor.
+
+    Limits are replaced as a whole.
+    """
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"limits": {"image": 100}}]})
 
@@ -248,6 +256,27 @@ class NewMembers(BaseModel):
     def ids(self) -> list[UUID]:
         """Return the users."""
         return self.user_ids if "user_ids" in self.model_fields_set else [self.user_id]
+
+
+class NewAnchor(BaseModel):
+    """From when a member's anchored periods are counted; null: from when they joined."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [{"group_id": GROUP_ID, "user_id": USER_ID, "anchor_at": "2026-01-31T09:00:00Z"}]
+        },
+    )
+
+    group_id: UUID
+    user_id: UUID
+    anchor_at: _Anchor | None
+
+
+class Anchored(BaseModel):
+    """Whether the user is a member; if not, nothing was changed."""
+
+    set: bool = Field(examples=[True])
 
 
 class Removed(BaseModel):

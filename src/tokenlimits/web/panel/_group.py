@@ -59,7 +59,7 @@ async def group_page(visit: Signed, group_id: UUID, top: Annotated[str, Query(ma
         near=_NEAR,
         top=top_,
         recent=recent,
-        shape=_views.shape([usage]),
+        shape=_views.shape([usage], group),
     )
 
 
@@ -82,7 +82,8 @@ async def pressed_members(
 @routes.get("/groups/{group_id}/live")
 async def live(visit: Watching, group_id: UUID, version: Annotated[str, Query(max_length=16)] = "") -> Response:
     """Answer what has changed on the page, if anything."""
-    content = _views.live([await visit.groups.usage(group_id)])
+    group, usage = await asyncio.gather(visit.groups.get(group_id), visit.groups.usage(group_id))
+    content = _views.live([usage], group)
     return Response(status_code=204) if content["version"] == version else JSONResponse(content)
 
 

@@ -11,8 +11,7 @@ from pydantic import ValidationError
 from starlette.datastructures import FormData, QueryParams
 
 from tokenlimits import InvalidRequest, Limit
-from tokenlimits.models import SinglePeriod
-from tokenlimits.web._periods import number_and_unit
+from tokenlimits.models import SinglePeriod, number_and_unit
 
 from . import _words
 

@@ -168,24 +168,26 @@ def _level(usage: GroupUsage) -> Level:
     return _LEVELS[max((_LEVELS.index(meter.level) for meter in meters(usage)), default=0)]
 
 
-def live(usages: Iterable[GroupUsage]) -> dict[str, Any]:
+def live(usages: Iterable[GroupUsage], group: Group | None = None) -> dict[str, Any]:
     """Return what can change on the cards, in a compact form: the page requests it every second.
 
-    `shape` changes when a group or a limit is added, removed or edited; then the page loads its cards again.
+    `shape` changes when a group or a limit is added, removed or edited; then the page loads its cards again. With the
+    group of a page that says what its pools count, it changes with that, too.
     """
     all_ = list(usages)
-    shape = [
-        [str(usage.group.id), usage.group.name, [[*_identity(limit), limit.mode, limit.max] for limit in usage.limits]]
-        for usage in all_
-    ]
+    shape = [[str(usage.group.id), usage.group.name, _limits(meters(usage, group))] for usage in all_]
     numbers = {str(usage.group.id): _numbers(usage) for usage in all_}
     content: dict[str, Any] = {"shape": _digest(shape), "summary": _counts(all_), "groups": numbers}
     return {**content, "version": _digest(content)}
 
 
-def shape(usages: Iterable[GroupUsage]) -> str:
+def shape(usages: Iterable[GroupUsage], group: Group | None = None) -> str:
     """Return the digest of the groups and limits that a page shows."""
-    return live(usages)["shape"]
+    return live(usages, group)["shape"]
+
+
+def _limits(meters: Iterable[Meter]) -> list[list[Any]]:
+    return [[*_identity(each.limit), each.limit.mode, each.limit.max, sorted(each.counts.items())] for each in meters]
 
 
 def _numbers(usage: GroupUsage) -> list[Any]:

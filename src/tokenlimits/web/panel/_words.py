@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from tokenlimits.models import Limit
-from tokenlimits.web._periods import number_and_unit
+from tokenlimits.models import Limit, number_and_unit
 
 from ._format import amount, plural
 

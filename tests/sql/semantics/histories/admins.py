@@ -34,7 +34,9 @@ class Admins(History):
             "p_name": self.draw(st.none() | drawn.names),
             "p_priority": self.draw(st.none() | drawn.priorities),
             "p_limits": self.draw(st.none() | drawn.limits),
-            "p_anchor_at": self.draw(st.none() | drawn.anchors),
+            **self.draw(
+                st.just({"p_no_anchor": True}) | st.fixed_dictionaries({"p_anchor_at": st.none() | drawn.anchors})
+            ),
         }
         self.call("save_group", p_group_id=self.group(), **fields)
         if fields["p_anchor_at"]:
@@ -82,6 +84,11 @@ class Admins(History):
         members = self.draw(st.lists(drawn.users | st.just(drawn.NOBODY), min_size=1, max_size=3))
         anchor = self.draw(st.none() | drawn.anchors)
         self.call("add_group_members", p_group_id=self.group(), p_user_ids=members, p_anchor_at=anchor)
+
+    @happens()
+    def set_member_anchor(self) -> None:
+        anchor = self.draw(st.none() | drawn.anchors)
+        self.call("set_member_anchor", p_group_id=self.group(), p_user_id=self.draw(drawn.users), p_anchor_at=anchor)
 
     @happens()
     def remove_member(self) -> None:
