@@ -90,7 +90,7 @@ class Refused:
 
 
 class Model(Engine):
-    """The fake's engine without its group; it names usages as the SQL has named them."""
+    """The fake's engine without its group; it names usages and overrides as the SQL has named them."""
 
     def __init__(self, now: datetime, users: Sequence[str]) -> None:
         super().__init__(limits=None, users={user: email_of(user) for user in users})
@@ -98,6 +98,7 @@ class Model(Engine):
         self.delete_group(group["id"])
         self.move_clock(now)
         self.usage_ids: deque[str] = deque()
+        self.override_id: str | None = None
 
     def _usage_id(self, at: datetime, home: str) -> str:
         own = super()._usage_id(at, home)
@@ -108,6 +109,10 @@ class Model(Engine):
         expected, actual = (own[milliseconds], "7", own[-4:]), (given[milliseconds], given[version], given[-4:])
         same(f"id of a usage of {at} in {home}", expected, actual)
         return given
+
+    def _override_id(self) -> str:
+        # none: the SQL has refused it, and the answers will differ
+        return self.override_id or super()._override_id()
 
 
 class Twins:
@@ -141,8 +146,11 @@ class Twins:
         self._show_time()
 
     def call(self, function: str, **params: Any) -> Any:
-        """Call a function of both, without what is None: answers what both answered, or how both refused."""
-        params = {name: value for name, value in params.items() if value is not None}
+        """Call a function of both, without what is None: answers what both answered, or how both refused.
+
+        A max is always said: None is unlimited.
+        """
+        params = {name: value for name, value in params.items() if value is not None or name == "p_max"}
         actual = self._sql(function, params)
         self._tell_ids(function, params, actual)
         expected = self._engine(function, params)
@@ -236,6 +244,8 @@ class Twins:
         self.model.usage_ids = deque(_new_usages([answer]) if is_usage else [])
         if function == "save_group" and isinstance(answer, dict) and params.get("p_group_id") is None:
             params["p_id"] = answer["id"]
+        if function == "set_limit_override" and isinstance(answer, dict):
+            self.model.override_id = answer["id"]
 
     def _sql(self, function: str, params: Json) -> Any:
         given = {

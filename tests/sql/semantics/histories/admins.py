@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -79,6 +80,35 @@ class Admins(History):
             unsaid = self.one_of([(), (), ("p_period",), ("p_starts",), ("p_period", "p_starts")])
             self.call("remove_group_limit", p_group_id=group, **_name_of(limit) | dict.fromkeys(unsaid))
 
+    @happens(3)
+    def set_override(self) -> None:
+        for group, limit in self.any_limit():
+            until = self.draw(drawn.untils)
+            self.call(
+                "set_limit_override",
+                **self.overridden(group, limit),
+                p_max=self.draw(drawn.maxima),
+                p_until=None if until is None else (self.twins.now + until).isoformat(),
+            )
+
+    @happens()
+    def remove_override(self) -> None:
+        overrides = [each for group in self.groups() for each in self.twins.model.find_limit_overrides(group["id"])]
+        if overrides and self.one_of([True, True, False]):
+            override = self.one_of(overrides)
+            whose = {"p_user_id": override["user_id"]}
+            self.call("remove_limit_override", p_group_id=override["group_id"], **_named(override) | whose)
+            return
+        for group, limit in self.any_limit():
+            self.call("remove_limit_override", **self.overridden(group, limit))
+
+    def overridden(self, group: str, limit: Json) -> Json:
+        """Name a limit and whose it is, perhaps less than enough; rarely, nobody's."""
+        whose = self.draw(drawn.users) if limit["scope"] == "member" else None
+        user = self.one_of([whose] * 6 + [None, drawn.NOBODY])
+        unsaid = self.one_of([(), (), (), ("p_period",), ("p_starts",), ("p_period", "p_starts")])
+        return {"p_group_id": group, "p_user_id": user} | _named(limit) | dict.fromkeys(unsaid)
+
     @happens(2)
     def add_members(self) -> None:
         members = self.draw(st.lists(drawn.users | st.just(drawn.NOBODY), min_size=1, max_size=3))
@@ -110,7 +140,8 @@ class Admins(History):
         if self.draw(st.booleans()):
             # at the very moment of the reset, and before it
             self.twins.call("track_generation", p_user_id=self.draw(drawn.users), p_kind=kind or "image")
-        self.call("reset_group_usage", p_group_id=self.group(), p_kind=kind)
+        user = self.draw(st.none() | drawn.users)
+        self.call("reset_group_usage", p_group_id=self.group(), p_kind=kind, p_user_id=user)
         self.twins.take_order()
 
     @happens()
@@ -168,6 +199,18 @@ class Tables(Admins):
         self.execute("delete from public.group_limits where group_id = %s and kind = %s", group["id"], kind)
 
     @happens()
+    def edit_an_override_in_the_table(self) -> None:
+        overrides = self.twins.model._overrides
+        if overrides:
+            key = self.one_of(list(overrides))
+            if self.draw(st.booleans()):
+                overrides[key] = replace(overrides[key], max=self.draw(drawn.maxima))
+                query = "update public.limit_overrides set max = %s where id = %s"
+                assert self.execute(query, overrides[key].max, overrides[key].id) == 1
+            else:
+                assert self.execute("delete from public.limit_overrides where id = %s", overrides.pop(key).id) == 1
+
+    @happens()
     def edit_a_group_in_the_table(self) -> None:
         group, zone, priority = self.one_of(self.groups())["id"], self.draw(drawn.zones), self.draw(drawn.priorities)
         anchor = self.draw(drawn.anchors)
@@ -210,3 +253,8 @@ class Tables(Admins):
 def _name_of(limit: Json) -> Json:
     """Tell which of a group's limits it is."""
     return {f"p_{name}": limit[name] for name in ("kind", "period", "scope", "starts")}
+
+
+def _named(limit: Json) -> Json:
+    """Tell which limit of a subject it is."""
+    return {f"p_{name}": limit[name] for name in ("kind", "period", "starts")}

@@ -96,4 +96,6 @@ limits, some_limits = (
     for least in (0, 2)
 )
 pasts = st.sampled_from([timedelta(seconds=1), *SOON[2:], timedelta(hours=7), timedelta(days=1), timedelta(days=40)])
+# until when overrides last: rarely, that is over already
+untils = st.sampled_from([None, None, timedelta(0), *SOON, *LATER])
 ttls = st.sampled_from([1, 1, 60, 900, 3600, 24 * 3600, 3 * 24 * 3600])

@@ -147,7 +147,7 @@ class Time(Holders):
         model, user = self.twins.model, self.draw(drawn.users)
         groups = [model._group(group["id"]) for group in self.groups()]
         states = [state for group in groups for state in model._states(group, user)]
-        ends = [at for state in states for at in (state.until, state.reset_at) if at != NEVER]
+        ends = [at for state in states for at in (state.until, state.reset_at, state.override_ends) if at != NEVER]
         if ends:
             self.wait_until(self.one_of(ends))
 
