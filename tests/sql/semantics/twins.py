@@ -75,6 +75,9 @@ where c.until > tokenlimits.clock()
 """
 
 
+# parameters of which null says something: unlimited, no anchor
+_NULLS = {("set_limit_override", "p_max"), ("set_member_anchor", "p_anchor_at")}
+
 # what may begin anchored periods
 _ANCHORING = {"save_group", "add_group_members", "set_member_anchor", "move_group_member"}
 
@@ -148,9 +151,9 @@ class Twins:
     def call(self, function: str, **params: Any) -> Any:
         """Call a function of both, without what is None: answers what both answered, or how both refused.
 
-        A max is always said: None is unlimited.
+        Null is said where it means something.
         """
-        params = {name: value for name, value in params.items() if value is not None or name == "p_max"}
+        params = {name: value for name, value in params.items() if value is not None or (function, name) in _NULLS}
         actual = self._sql(function, params)
         self._tell_ids(function, params, actual)
         expected = self._engine(function, params)

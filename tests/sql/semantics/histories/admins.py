@@ -40,7 +40,7 @@ class Admins(History):
             ),
         }
         self.call("save_group", p_group_id=self.group(), **fields)
-        if fields["p_anchor_at"]:
+        if fields.get("p_anchor_at") or "p_no_anchor" in fields:
             self.twins.take_order()
 
     @happens(2)
