@@ -681,7 +681,7 @@ comment on table public.group_limits
 is 'tokenlimits: How much of a kind a group (or each of its members) may use in a period.';
 
 comment on column public.group_limits.period
-is 'How long a limit''s usage counts: one unit, such as day, or several, such as 5 hours; in_flight: while holds are open.';
+is 'How long usage counts: one unit, such as day, or several, such as 5 hours; in_flight: while holds are open.';
 
 comment on column public.group_limits.starts
 is 'Where periods begin: calendar, anchor (the subject''s own moment), first_use, or rolling (at every moment).';
@@ -6849,12 +6849,12 @@ begin
   if p_user_id is null then
     update public.group_limits as l
     set counter_id = default
-    where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind) and l.period <> 'in_flight';
+    where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind);
   else
     delete from tokenlimits.counters as c
     using public.group_limits as l
     where
-      l.group_id = p_group_id and (p_kind is null or l.kind = p_kind) and l.period <> 'in_flight'
+      l.group_id = p_group_id and (p_kind is null or l.kind = p_kind)
       and l.scope = 'member' and c.counter_id = l.counter_id and c.subject = p_user_id;
   end if;
   return jsonb_build_object('reset_at', v_at);
@@ -7657,6 +7657,7 @@ begin
         -- numeric: for many members, it exceeds a bigint
         case
           when o.is_unlimited then null
+          when o.subjects = case l.scope when 'member' then m.members else 1 end then o.max
           else l.max::numeric * (
             case l.scope when 'member' then coalesce(m.members, 0) else 1 end - coalesce(o.subjects, 0)
           ) + coalesce(o.max, 0)

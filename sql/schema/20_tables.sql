@@ -82,7 +82,7 @@ create table if not exists public.group_limits (
 comment on table public.group_limits
 is 'tokenlimits: How much of a kind a group (or each of its members) may use in a period.';
 comment on column public.group_limits.period
-is 'How long a limit''s usage counts: one unit, such as day, or several, such as 5 hours; in_flight: while holds are open.';
+is 'How long usage counts: one unit, such as day, or several, such as 5 hours; in_flight: while holds are open.';
 comment on column public.group_limits.starts
 is 'Where periods begin: calendar, anchor (the subject''s own moment), first_use, or rolling (at every moment).';
 comment on column public.group_limits.mode is 'enforce, or observe: it counts, but never denies.';

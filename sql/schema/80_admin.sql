@@ -650,12 +650,12 @@ begin
   if p_user_id is null then
     update public.group_limits as l
     set counter_id = default
-    where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind) and l.period <> 'in_flight';
+    where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind);
   else
     delete from tokenlimits.counters as c
     using public.group_limits as l
     where
-      l.group_id = p_group_id and (p_kind is null or l.kind = p_kind) and l.period <> 'in_flight'
+      l.group_id = p_group_id and (p_kind is null or l.kind = p_kind)
       and l.scope = 'member' and c.counter_id = l.counter_id and c.subject = p_user_id;
   end if;
   return jsonb_build_object('reset_at', v_at);

@@ -235,6 +235,7 @@ begin
         -- numeric: for many members, it exceeds a bigint
         case
           when o.is_unlimited then null
+          when o.subjects = case l.scope when 'member' then m.members else 1 end then o.max
           else l.max::numeric * (
             case l.scope when 'member' then coalesce(m.members, 0) else 1 end - coalesce(o.subjects, 0)
           ) + coalesce(o.max, 0)

@@ -162,6 +162,11 @@ class TestEdits:
             (2, 9, None),
         ]
 
+    def test_a_group_shows_it_without_a_limit_of_its_own(self, world: World) -> None:
+        group = world.group(TWO)
+        world.api.reserve(world.user(group), "video", 5)
+        assert [(x["used"], x["capacity"]) for x in world.api.group_usage(group)["limits"]] == [(1, 2)]
+
     def test_reconciling_counts_the_holds(self, world: World) -> None:
         group = world.group(TWO)
         user = world.user(group)

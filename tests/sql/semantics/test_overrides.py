@@ -213,6 +213,9 @@ class TestTheGroup:
         assert (shown["max"], shown["capacity"]) == (10, 35)
         override(world, group, None, other)
         assert world.api.group_usage(group)["limits"][0]["capacity"] is None
+        override(world, group, 5, other)
+        world.api.save_group(group_id=group, limits=[MONTHLY | {"max": None}])
+        assert world.api.group_usage(group)["limits"][0]["capacity"] == 30
 
     def test_who_is_near_their_own_max_is_told(self, world: World) -> None:
         group = world.group(MONTHLY)
@@ -321,6 +324,7 @@ class TestResetOfAMember:
         world.api.track(user, "image", 3)
         world.api.release(hold)
         assert world.used(user, "month", "member") == 3
+        world.api.reserve(user, "image", 2, 60)
         world.at("2026-11-23 12:05Z")
         assert world.used(user, "month", "member") == 3
         assert world.api.group_usage(group)["limits"][0]["used"] == 3
