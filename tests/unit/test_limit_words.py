@@ -17,7 +17,7 @@ from tokenlimits.cli._terminal import Problem
 KINDS = st.from_regex(r"[a-z][a-z0-9_]{0,31}", fullmatch=True)
 # kinds that are words of the language too
 NAMES = KINDS | st.sampled_from(["month", "group", "rolling", "observe", "unlimited", "h", "min"])
-PERIODS = st.sampled_from(["minute", "hour", "day", "week", "month", "year", "lifetime"]) | st.builds(
+PERIODS = st.sampled_from(["minute", "hour", "day", "week", "month", "year", "lifetime", "in_flight"]) | st.builds(
     "{} {}".format, st.integers(2, 366), st.sampled_from(["minutes", "hours", "days", "weeks", "months"])
 )
 
@@ -70,6 +70,7 @@ def test_a_full_name_names_one_limit(limits: list[Limit]) -> None:
         ("a=4/90minutes/first_use", Limit(kind="a", max=4, period="90 minutes", starts="first_use")),
         ("a=4/3months/anchor", Limit(kind="a", max=4, period="3 months", starts="anchor")),
         ("a=4/day/observe/group/calendar", Limit(kind="a", max=4, period="day", mode="observe")),
+        ("video=2/member/in_flight", Limit(kind="video", max=2, period="in_flight", scope="member")),
         ("c=9/image:1+video:8", Limit(kind="c", max=9, counts={"image": 1, "video": 8})),
     ],
 )
@@ -100,6 +101,9 @@ def test_reads(text: str, limit: Limit) -> None:
         ("image=1/3months/rolling", "its start must be anchor"),
         ("image=1/month/rolling", 'use "30 days"'),
         ("image=1/rolling", "its start must be calendar where the period is lifetime"),
+        ("video=2/in_flight/rolling", "its start must be calendar where the period is in_flight"),
+        ("video=2/in_flight/video:1", "a pool can't be in_flight"),
+        ("video=2/in-flight", "did you mean in_flight?"),
         ("image=1/day/week", "at most one period"),
         ("image=1/day/2w", "at most one period"),
         ("image=1/day/anchor/rolling", "at most one start"),

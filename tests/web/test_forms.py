@@ -96,6 +96,8 @@ class TestGroupForm:
             ({"unit": "month", "starts": "rolling"}, "starts", "select “By the calendar” or “From first use” or"),
             ({"number": "3", "unit": "month", "starts": "first_use"}, "starts", "select “From an anchor”."),
             ({"unit": "lifetime", "starts": "anchor"}, "starts", "select “By the calendar”."),
+            ({"unit": "in_flight", "starts": "rolling"}, "starts", "select “By the calendar”."),
+            ({"unit": "in_flight", "counts": "image 1"}, "counts", "leave this empty"),
             ({"scope": "team"}, "scope", "not valid"),
             ({"mode": "off"}, "mode", "not valid"),
             ({"counts": "image 0"}, "counts", "1 to 50 kinds"),
@@ -124,6 +126,7 @@ class TestGroupForm:
         [
             Limit(kind="image", max=None),
             Limit(kind="image", max=0, period="year", scope="member"),
+            Limit(kind="video", max=2, period="in_flight", scope="member"),
             Limit(kind="image", max=10**15, period="24 months", starts="anchor", mode="observe"),
             Limit(kind="credits", max=9, period="5 hours", starts="first_use", counts={"image": 1, "video": 1_000_000}),
             Limit(kind="a", max=9, period="week", starts="rolling", counts={f"kind_{n}": n + 1 for n in range(50)}),

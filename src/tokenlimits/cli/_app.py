@@ -26,6 +26,7 @@ from . import (
     _limits,
     _members,
     _migrate,
+    _overrides,
     _setup,
     _track,
     _usage,
@@ -49,7 +50,7 @@ _OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EPIPE)
 _logger = logging.getLogger("tokenlimits")
 _IN_ORDER = (
     *(_setup, _migrate, _command, _dev),
-    *(_groups, _members, _limits, _admin),
+    *(_groups, _members, _limits, _overrides, _admin),
     *(_usage, _history, _export, _import, _track, _correct),
 )
 for commands in _IN_ORDER:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tokenlimits.models import UNCHANGED, Group, GroupUsage
 
-from ._find import find_group, manager
+from ._find import find_group, find_user, manager
 from ._limit_words import parse_all, write
 from ._limits import show_limits
 from ._options import AnchorAt, AsJson, GroupArgument, KindOption, NewAnchorAt, Yes, chosen_anchor
@@ -214,16 +214,30 @@ def delete(group: GroupArgument, *, yes: Yes = False, as_json: AsJson = False) -
 
 
 @commands.command()
-def reset(group: GroupArgument, *, kind: KindOption = None, yes: Yes = False, as_json: AsJson = False) -> None:
+def reset(
+    group: GroupArgument,
+    *,
+    kind: KindOption = None,
+    user: Annotated[
+        str | None,
+        typer.Option(
+            "--user", help="Only the member limits of this user, by id or e-mail address.", show_default=False
+        ),
+    ] = None,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
     """Reset a group's usage in its current periods.
 
-    The ledger and the history keep everything.
+    The ledger and the history keep everything. Holds that are open still count in flight.
     """
     with manager() as groups:
         found = find_group(groups, group)
-        confirm(f"Reset what {found.name} has used of {kind or 'every kind'} in its current periods?", yes=yes)
-        at = groups.reset_usage(found.id, kind=kind)
+        user_id = None if user is None else find_user(groups, user)
+        who = found.name if user is None else f"{user} in {found.name}"
+        confirm(f"Reset what {who} has used of {kind or 'every kind'} in its current periods?", yes=yes)
+        at = groups.reset_usage(found.id, kind=kind, user_id=user_id)
     if as_json:
         print_json({"group": {"id": found.id, "name": found.name}, "reset_at": at})
     else:
-        say(f"Reset {found.name}: usage counts from {moment_in_words(at)}.", style="green")
+        say(f"Reset {who}: usage counts from {moment_in_words(at)}.", style="green")

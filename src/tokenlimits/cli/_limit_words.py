@@ -13,7 +13,7 @@ from typing import Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from tokenlimits import Limit
-from tokenlimits.models import Mode, Scope, SinglePeriod, Starts
+from tokenlimits.models import Mode, Override, Scope, SinglePeriod, Starts
 
 from ._terminal import Problem
 
@@ -21,7 +21,7 @@ EXAMPLE = "write it like image=100/month, image=40/3h/rolling/member or credits=
 HELP = """LIMIT is KIND=MAX, or KIND=MAX with words after slashes, in any order. MAX is a number or unlimited.
 
 How long: minute, hour, day, week, month, year or lifetime (the default); or, where it starts elsewhere than by the
-calendar, a length: 5min, 3h, 30d, 2w, 3months.
+calendar, a length: 5min, 3h, 30d, 2w, 3months. in_flight: how many holds at once, whatever each costs.
 
 Where it starts: calendar (the default), anchor, first_use or rolling.
 
@@ -31,7 +31,7 @@ observe: count, but don't deny. enforce is the default.
 
 image:1+video:8 makes a pool, which counts these kinds, each with its weight; KIND is then the pool's name.
 
-Examples: image=100/month  image=40/3h/rolling/member  credits=1000/month/image:1+video:8  tokens=1000000/day/observe
+Examples: image=100/month  image=40/3h/rolling/member  video=2/in_flight/member  credits=1000/month/image:1+video:8
 """
 
 _FIELDS: Mapping[str, Sequence[str]] = {
@@ -114,18 +114,9 @@ def named_by(text: str, limits: Sequence[Limit]) -> Limit:
     Raises:
         Problem: None fits, or several do.
     """
-    if "=" in text:
-        raise Problem(f"{text}: name it without its max, like image/month or image/day/member")
-    kind, *words = text.split("/")
-    wanted = {"kind": kind, **_read(text, words)}
-    if other := wanted.keys() - {"kind", "period", "starts", "scope"}:
-        raise Problem(f"{text}: leave out its {_ONE[other.pop()]}; a limit is named by kind, period, start and scope")
-    wanted["period"] = _single(wanted["period"]) if "period" in wanted else None
-    fitting = [
-        limit
-        for limit in limits
-        if all(value is None or getattr(limit, field) == value for field, value in wanted.items())
-    ]
+    wanted = _read_name(text)
+    kind = wanted["kind"]
+    fitting = [limit for limit in limits if all(getattr(limit, field) == value for field, value in wanted.items())]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -133,6 +124,43 @@ def named_by(text: str, limits: Sequence[Limit]) -> Limit:
     there = ", ".join(map(name, limits)) or "none"
     near = get_close_matches(kind, [limit.kind for limit in limits if limit.kind != kind], n=1)
     raise Problem(f"{text}: there is no such limit. There are: {there}.{f' Did you mean {near[0]}?' if near else ''}")
+
+
+def _read_name(text: str) -> dict[str, Any]:
+    if "=" in text:
+        raise Problem(f"{text}: name it without its max, like image/month or image/day/member")
+    kind, *words = text.split("/")
+    wanted = {"kind": kind, **_read(text, words)}
+    if other := wanted.keys() - {"kind", "period", "starts", "scope"}:
+        raise Problem(f"{text}: leave out its {_ONE[other.pop()]}; a limit is named by kind, period, start and scope")
+    if "period" in wanted:
+        wanted["period"] = _single(wanted["period"])
+    return wanted
+
+
+def read_name(text: str, *, of_user: bool) -> dict[str, Any]:
+    """Read which limit of a user, or of a group, is meant: its kind and, as far as they are said, period and starts.
+
+    Raises:
+        Problem: It can't be read, or it is a limit of another scope.
+    """
+    named = _read_name(text)
+    if named.pop("scope", scope := "member" if of_user else "group") != scope:
+        raise Problem(f"{text}: " + ("leave out group, or --user" if of_user else "pass --user with a member limit"))
+    return named
+
+
+def parse_override(text: str, *, of_user: bool) -> tuple[int | None, dict[str, Any]]:
+    """Read another max of a limit, like image=200/month: the max, and which limit is meant.
+
+    Raises:
+        Problem: It can't be read, or it is a limit of another scope.
+    """
+    kind, equals, rest = text.partition("=")
+    maximum, *words = rest.split("/")
+    if not equals or "/" in kind:
+        raise Problem(f"{text}: write it like image=200, image=200/month or image=unlimited/3h/rolling")
+    return _maximum(text, maximum), read_name("/".join([kind, *words]), of_user=of_user)
 
 
 def write(limit: Limit) -> str:
@@ -146,6 +174,11 @@ def name(limit: Limit) -> str:
     return "/".join([limit.kind, *_identity_words(limit)])
 
 
+def name_of(override: Override) -> str:
+    """Write which limit an override is of, as `read_name` reads it."""
+    return "/".join([override.kind, *_identity_words(override)])
+
+
 def full_name(limit: Limit) -> str:
     """Write which limit it is, with what is usually left out."""
     return "/".join([limit.kind, _length(limit.period), limit.starts, limit.scope])
@@ -157,7 +190,7 @@ def more_words(limit: Limit) -> list[str]:
     return pool if limit.mode == "enforce" else [*pool, limit.mode]
 
 
-def _identity_words(limit: Limit) -> list[str]:
+def _identity_words(limit: Limit | Override) -> list[str]:
     starts = [] if limit.starts == "calendar" else [limit.starts]
     return [_length(limit.period), *starts, *([] if limit.scope == "group" else [limit.scope])]
 
@@ -231,6 +264,7 @@ def _said(error: ValidationError) -> str:
     """Say what is wrong with the fields of a limit, in the words of a command line."""
     first = error.errors()[0]
     field = str(first["loc"][0])
-    if field in _SAID:
-        return _SAID[field]
-    return f"its {_ONE[field]} {first['msg'].removeprefix('Value error, ')}"
+    reason = first["msg"].removeprefix("Value error, ")
+    if field == "counts" and "in_flight" in reason:
+        return "a pool can't be in_flight, which counts the holds of the limit's own kind"
+    return _SAID.get(field) or f"its {_ONE[field]} {reason}"

@@ -89,7 +89,22 @@ def moment(text: str) -> datetime:
     return read if read.tzinfo is not None else read.replace(tzinfo=UTC)
 
 
-_AGO = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
+_UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
+
+
+def moment_or_in(text: str) -> datetime:
+    """Read a date or a time, or in how long it will be: 12h, 7d, 2w."""
+    if length := _length(text):
+        return datetime.now(UTC) + length
+    try:
+        return moment(text)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(error.message.replace(" like ", " like 7d (in 7 days; h, d or w), ")) from None
+
+
+def _length(text: str) -> timedelta | None:
+    found = re.fullmatch(r"([0-9]{1,4})([hdw])", text.strip().lower())
+    return int(found[1]) * _UNITS[found[2]] if found else None
 
 
 def moment_or_none(text: str) -> datetime | Literal["none"]:
@@ -104,8 +119,8 @@ def chosen_anchor(given: datetime | Literal["none"]) -> datetime | None:
 
 def moment_or_ago(text: str) -> datetime:
     """Read a date or a time, or how long ago it was: 12h, 7d, 2w."""
-    if ago := re.fullmatch(r"([0-9]{1,4})([hdw])", text.strip().lower()):
-        return datetime.now(UTC) - int(ago[1]) * _AGO[ago[2]]
+    if length := _length(text):
+        return datetime.now(UTC) - length
     try:
         return moment(text)
     except typer.BadParameter as error:

@@ -48,7 +48,7 @@ def show_pressed(pressed: Pressed, at_least: int, *, as_json: bool) -> None:
             limit.kind,
             window(limit.period, limit.starts),
             f"{member.used:,}",
-            f"{limit.max:,}",
+            "unlimited" if limit.max is None else f"{limit.max:,}",
         )
         for group, limit in pressed
         for member in limit.members

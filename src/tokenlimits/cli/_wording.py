@@ -10,6 +10,8 @@ from tokenlimits.models import GroupLimitUsage, LimitStatus
 
 from ._terminal import countdown
 
+_AT_ONCE = "at once"
+_PERIODS = {"in_flight": _AT_ONCE, "lifetime": "in total"}
 _FROM = {"anchor": ", anchored", "first_use": ", from the first use"}
 
 
@@ -25,6 +27,8 @@ def allowance(limit: Limit | LimitStatus, number: Callable[[int], str] = "{:,}".
         '50 a month, anchored: 2 an image, 9 a video'
         >>> allowance(Limit(kind="image", max=5, period="day", scope="member", starts="first_use", mode="observe"))
         '5 a day each, from the first use, observed'
+        >>> allowance(Limit(kind="video", max=2, period="in_flight", scope="member"))
+        '2 at once each'
     """
     each = " each" if limit.scope == "member" else ""
     where = _FROM.get(limit.starts, "")
@@ -41,13 +45,17 @@ def window(period: str, starts: str) -> str:
     Example:
         >>> window("day", "calendar"), window("3 hours", "rolling"), window("3 months", "anchor")
         ('day', 'last 3 hours', '3 months, anchored')
+        >>> window("in_flight", "calendar")
+        'at once'
     """
+    if period == "in_flight":
+        return _AT_ONCE
     return f"{'last ' if starts == 'rolling' else ''}{period}{_FROM.get(starts, '')}"
 
 
 def _per(period: str, starts: str) -> str:
-    if period == "lifetime":
-        return "in total"
+    if period in _PERIODS:
+        return _PERIODS[period]
     if starts == "rolling":
         return f"in the last {period}"
     return f"per {period}" if " " in period else _a(period)
@@ -65,6 +73,8 @@ def resets_in(limit: LimitStatus, now: datetime) -> str:
     A rolling limit gets a part of it back at that moment. The members of a group have each their own windows, unless
     the calendar begins them.
     """
+    if limit.period == "in_flight":
+        return "as they end"
     if limit.reset_at is not None:
         return countdown(limit.reset_at, now) + (" (part)" if limit.starts == "rolling" else "")
     if limit.starts == "calendar":

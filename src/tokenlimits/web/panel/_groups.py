@@ -16,7 +16,7 @@ from tokenlimits.web._router import Router
 from . import _words
 from ._format import ago
 from ._forms import GroupForm
-from ._limit_rows import UNITS, LimitRow
+from ._limit_rows import LimitRow
 from ._pages import BulkPageRoute, Signed, Visit, done
 
 routes = Router(route_class=BulkPageRoute, include_in_schema=False)
@@ -104,5 +104,5 @@ async def _changed(visit: Visit, group_id: UUID | None, form: GroupForm) -> Resp
 
 
 def _dialog(visit: Visit, group_id: UUID | None, form: GroupForm, status: int = 200, **more: object) -> Response:
-    choices = {"units": UNITS, "starts": _words.STARTS, "scopes": _words.SCOPES, "zones": _ZONES}
+    choices = {"units": _words.UNITS, "starts": _words.STARTS, "scopes": _words.SCOPES, "zones": _ZONES}
     return visit.page("group_form.html", status, group_id=group_id, form=form, empty=LimitRow(), **choices, **more)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import get_args
 
 from pydantic import ValidationError
 from starlette.datastructures import FormData, QueryParams
 
 from tokenlimits import InvalidRequest, Limit
-from tokenlimits.models import SinglePeriod, number_and_unit
+from tokenlimits.models import number_and_unit
 
 from . import _words
-
-UNITS: Sequence[str] = get_args(SinglePeriod)
 
 # what separates thousands, one and the same throughout: 10,00 is 10 for half of the world, and 1000 for nobody
 _WHOLE = re.compile(r"[0-9]+|[0-9]{1,3}(?P<between>[, _'\u00a0\u2009\u202f])[0-9]{3}(?:(?P=between)[0-9]{3})*")
@@ -98,6 +94,8 @@ class LimitRow:
     def refused(self, field: str) -> LimitRow:
         """Return it with what is wrong with a field, or with the whole limit."""
         words = _WRONG.get(field, "This limit is not valid.")
+        if field == "counts" and self.unit == "in_flight":
+            words = "“At once” counts the holds of its own kind: leave this empty."
         if field == "starts" and (possible := self._possible_starts()):
             words = f"With this period, select {' or '.join(possible)}."
         return replace(self, error=words, wrong=field)

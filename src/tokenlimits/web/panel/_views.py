@@ -12,10 +12,11 @@ from tokenlimits.levels import Level, level, short
 from tokenlimits.models import Group, GroupLimitUsage, GroupUsage, Limit, LimitPressure
 
 from . import _words
-from ._format import number
+from ._format import amount, number
 
 Sort = Literal["name", "usage", "members"]
 
+_NEVER: Mapping[str, str] = {"in_flight": "room when one ends", "lifetime": "never resets"}
 _LEVELS: tuple[Level, ...] = ("none", "ok", "warn", "full")
 
 
@@ -45,10 +46,18 @@ class Meter:
     @property
     def used(self) -> str:
         """How much is used, in words."""
+        if self.limit.period == "in_flight":
+            return self._in_progress
         if self.limit.scope == "member":
             return f"{number(self.limit.used)} used by all members{_words.lately(self.limit)}"
         of = "" if not self.limit.max else f" of {short(self.limit.capacity)}"
         return f"{number(self.limit.used)}{of} used{_words.lately(self.limit)}"
+
+    @property
+    def _in_progress(self) -> str:
+        who = " by all members" if self.limit.scope == "member" else ""
+        most = f", at most {short(self.limit.capacity)} at once" if self.limit.max and not who else ""
+        return f"{amount(self.limit.used, self.limit.kind)} in progress{who}{most}"
 
     @property
     def room(self) -> str:
@@ -58,8 +67,8 @@ class Meter:
     @property
     def never(self) -> str:
         """Why there is no such moment, in words."""
-        if self.limit.period == "lifetime":
-            return "never resets"
+        if self.limit.period in _NEVER:
+            return _NEVER[self.limit.period]
         if self.limit.scope == "member":
             return "resets for each member"
         return "starts with the first use" if self.limit.starts == "first_use" else "nothing used"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, get_args
 
-from tokenlimits.models import Limit, number_and_unit
+from tokenlimits.models import Limit, SinglePeriod, number_and_unit
 
 from ._format import amount, plural
 
@@ -16,6 +16,13 @@ STARTS: Mapping[str, str] = {
     "anchor": "From an anchor",
 }
 """Where periods begin."""
+
+UNITS: Mapping[str, str] = {
+    **{unit: unit for unit in get_args(SinglePeriod)},
+    "lifetime": "in total",
+    "in_flight": "at once",
+}
+"""How long a limit's usage counts."""
 
 SCOPES: Mapping[str, str] = {"group": "Shared by all", "member": "Each member"}
 """Whose usage a limit counts."""
@@ -52,13 +59,15 @@ def when(limit: Timed) -> str:
     Example:
         >>> when(Limit(kind="image", max=1, period="day")), when(Limit(kind="image", max=1))
         ('per day', 'in total')
+        >>> when(Limit(kind="video", max=1, period="in_flight"))
+        'at once'
         >>> when(Limit(kind="image", max=1, period="3 hours", starts="rolling"))
         'in any 3 hours'
         >>> when(Limit(kind="image", max=1, period="5 hours", starts="first_use"))
         '5 hours from first use'
     """
-    if limit.period == "lifetime":
-        return "in total"
+    if limit.period in ("lifetime", "in_flight"):
+        return UNITS[limit.period]
     if limit.starts == "rolling":
         return f"in any {length(limit.period)}"
     if limit.starts == "first_use":
@@ -86,15 +95,19 @@ def sentence(limit: Limit) -> str:
         'All members together may use 1,000 credits each month. An image takes 1 of them, a video 8.'
         >>> sentence(Limit(kind="image", max=5, period="day", mode="observe"))
         'All members together should use 5 images each day. More is only observed: it is not denied.'
+        >>> sentence(Limit(kind="video", max=2, period="in_flight", scope="member"))
+        'Each member may have 2 videos in progress.'
     """
     who = "Each member" if limit.scope == "member" else "All members together"
     may = "may" if limit.mode == "enforce" or limit.max is None else "should"
+    is_flight = limit.period == "in_flight"
+    do, kinds = ("have" if is_flight else "use"), plural(2, limit.kind)
     if limit.max == 0:
-        said = f"Nobody {may} use {plural(2, limit.kind)}."
+        said = f"Nobody {may} {do} {kinds}{' in progress' if is_flight else ''}."
     elif limit.max is None:
-        said = f"{who} may use any number of {plural(2, limit.kind)}, counted {_each(limit)}."
+        said = f"{who} may {do} any number of {kinds}{' in progress' if is_flight else f', counted {_each(limit)}'}."
     else:
-        said = f"{who} {may} use {amount(limit.max, limit.kind)} {_each(limit)}."
+        said = f"{who} {may} {do} {amount(limit.max, limit.kind)} {_each(limit)}."
     if limit.counts:
         said += f" {_weights(limit.counts)}."
     if limit.mode == "observe" and limit.max is not None:
@@ -105,6 +118,8 @@ def sentence(limit: Limit) -> str:
 def _each(limit: Limit) -> str:
     whose = "their" if limit.scope == "member" else "the group's"
     number, unit = number_and_unit(limit.period)
+    if limit.period == "in_flight":
+        return "in progress"
     if limit.period == "lifetime":
         return "in total"
     if limit.starts == "rolling":

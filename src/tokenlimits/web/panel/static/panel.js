@@ -177,11 +177,12 @@ dialog?.addEventListener(
     const { sets, yes, no } = event.target.dataset;
     if (sets) row.querySelector(`[name=${sets}]`).value = event.target.checked ? yes : no;
     keep(row.querySelector("[name=max]"), row.querySelector("[name=unlimited]").value === "yes", "");
-    keep(
-      row.querySelector("[name=number]"),
-      ["year", "lifetime"].includes(row.querySelector("[name=unit]").value),
-      "1",
-    );
+    const unit = row.querySelector("[name=unit]").value;
+    keep(row.querySelector("[name=number]"), ["year", "lifetime", "in_flight"].includes(unit), "1");
+    // what is in progress now has no beginning
+    const starts = row.querySelector("[name=starts]");
+    starts.hidden = unit === "in_flight";
+    if (starts.hidden) starts.value = "calendar";
   },
   true,
 );

@@ -1,0 +1,139 @@
+"""`overrides`: list, set, remove: another max for one user, or for a group's own limit."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+from uuid import UUID
+
+import typer
+
+from tokenlimits import GroupManager
+from tokenlimits.models import Override
+
+from ._find import find_group, find_user, manager
+from ._limit_words import name_of, parse_override, read_name
+from ._options import AsJson, GroupArgument, Yes, moment_or_in
+from ._terminal import Problem, confirm, moment_in_words, print_json, print_json_list, say, show, table
+
+User = Annotated[
+    str | None,
+    typer.Option(
+        "--user",
+        help="A user's id or e-mail address: the member limit of this user. Default: the group's own limit.",
+        show_default=False,
+    ),
+]
+
+commands = typer.Typer(
+    help="Manage exceptions: another max of one limit for one user, or of a group limit.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.add_typer(commands, name="overrides")
+
+
+@commands.command("list")
+def list_(
+    group: GroupArgument,
+    *,
+    user: Annotated[str | None, typer.Option("--user", help="Only those of this user.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the overrides in a group, including those that have ended or whose limit is gone (sleeping)."""
+    with manager() as groups:
+        found = groups.overrides(find_group(groups, group).id, user_id=_user_id(groups, user))
+        if as_json:
+            print_json_list(found)
+            return
+        rows = [
+            (_whose(each), name_of(each), _max(each), "for good" if each.until is None else each.until, each.status)
+            for each in found
+        ]
+    if rows:
+        show(table("whose", "limit", "max", "until", "status", rows=rows, right=["max"]))
+    else:
+        say("There are no overrides. Set one with: tokenlimits overrides set GROUP image=200/month --user USER")
+
+
+@commands.command("set")
+def set_(
+    group: GroupArgument,
+    limit: Annotated[str, typer.Argument(metavar="LIMIT", help="Such as image=200 or image=unlimited/month.")],
+    *,
+    user: User = None,
+    until: Annotated[
+        datetime | None,
+        typer.Option(
+            "--until",
+            parser=moment_or_in,
+            metavar="TIME",
+            help="When the limit's own max applies again: a date or time, in UTC by default, or 30d for in 30 days "
+            "(h, d or w). Default: for good.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replace the max of one limit, for one user or of a group limit; usage stays.
+
+    LIMIT is KIND=MAX with as many words as tell the limit from the others: image=200, image=200/day,
+    image=200/3h/rolling. MAX is a number or unlimited.
+    """
+    max_, named = parse_override(limit, of_user=user is not None)
+    with manager() as groups:
+        group_id = find_group(groups, group).id
+        override = groups.set_override(
+            group_id, named["kind"], max_, user_id=_user_id(groups, user), until=until, **_which(named)
+        )
+    if as_json:
+        print_json(override)
+        return
+    until_ = "for good" if override.until is None else f"until {moment_in_words(override.until)}"
+    say(f"{_whose(override)}, {name_of(override)}: {_max(override)} {until_}.", style="green")
+
+
+@commands.command()
+def remove(
+    group: GroupArgument,
+    limit: Annotated[str, typer.Argument(metavar="LIMIT", help="Such as image or image/month.")],
+    *,
+    user: User = None,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """End an override, so that the limit's own max applies again."""
+    named = read_name(limit, of_user=user is not None)
+    whose = user or "the group"
+    with manager() as groups:
+        found = find_group(groups, group)
+        user_id = _user_id(groups, user)
+        confirm(f"Remove the override of {limit} for {whose} in {found.name}?", yes=yes)
+        removed = groups.remove_override(found.id, named["kind"], user_id=user_id, **_which(named))
+    if not removed:
+        raise Problem(f"{limit}: {whose} has no such override. List them with: tokenlimits overrides list GROUP")
+    if as_json:
+        print_json({"removed": True})
+    else:
+        say(f"Removed: the limit's own max applies to {whose} again.", style="green")
+
+
+def _user_id(groups: GroupManager, user: str | None) -> UUID | None:
+    return None if user is None else find_user(groups, user)
+
+
+def _which(named: dict[str, Any]) -> dict[str, Any]:
+    """Say which limit on the kind is meant, as far as it was said."""
+    return {field: value for field, value in named.items() if field in ("period", "starts")}
+
+
+def _whose(override: Override) -> str:
+    return "the group" if override.user_id is None else override.email or str(override.user_id)
+
+
+def _max(override: Override) -> str:
+    return "unlimited" if override.max is None else f"{override.max:,}"
