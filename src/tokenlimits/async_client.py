@@ -70,7 +70,7 @@ class AsyncTokenLimits(AsyncBase):
         self._on_unavailable: OnUnavailable = arguments.policy(on_unavailable)
         together = arguments.flag(coalesce, "coalesce")
         self._coalescer = AsyncCoalescer(self._transport.send, self._timeout) if together else None
-        self._heartbeat = AsyncHeartbeat(self._transport.send)
+        self._heartbeat = AsyncHeartbeat(self._transport.send, self._timeout)
 
     @classmethod
     def from_env(

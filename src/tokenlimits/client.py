@@ -68,7 +68,7 @@ class TokenLimits(Base):
         self._on_unavailable: OnUnavailable = arguments.policy(on_unavailable)
         together = arguments.flag(coalesce, "coalesce")
         self._coalescer = Coalescer(self._transport.send, self._timeout) if together else None
-        self._heartbeat = Heartbeat(self._transport.send)
+        self._heartbeat = Heartbeat(self._transport.send, self._timeout)
 
     @classmethod
     def from_env(

@@ -35,7 +35,9 @@ class Beat:
         # weak: a body that was abandoned without an end lets its hold expire
         self._hold = weakref.ref(hold)
         # a hold of an earlier call may be about to expire
-        self.due = now if hold.replayed else now + ttl / _BEATS_PER_TTL
+        # how often it beats; also how long it waits for an answer, so that a slow one doesn't hold up those of others
+        self.interval = ttl / _BEATS_PER_TTL
+        self.due = now if hold.replayed else now + self.interval
         self._ended = False
 
     @property
@@ -56,7 +58,7 @@ class Beat:
         hold = self._hold()
         if hold is not None:
             hold.extended(answer)
-        self.due = now + self.ttl / _BEATS_PER_TTL
+        self.due = now + self.interval
 
     def failed(self, error: Exception, now: float) -> None:
         """Take the failure of a call: log it, and try again unless the hold is over."""
@@ -67,7 +69,7 @@ class Beat:
             self.end()
             logger.error("the hold of usage %s can't be extended any more: %s", self.usage_id, error, extra=about)
         else:
-            self.due = now + min(self.ttl / _BEATS_PER_TTL, _RETRY)
+            self.due = now + min(self.interval, _RETRY)
             logger.warning("could not extend usage %s, trying again: %s", self.usage_id, error, extra=about)
 
 
@@ -92,9 +94,13 @@ class Pulse:
             heapq.heappop(self._queue)
         return self._queue[0][2] if self._queue else None
 
-    def take(self) -> Beat:
-        """Take out the beat that is due first, to send it."""
-        return heapq.heappop(self._queue)[2]
+    def take_due(self, now: float, most: int) -> list[Beat]:
+        """Take out beats that are due, to send them."""
+        beats: list[Beat] = []
+        while len(beats) < most and (beat := self.first()) is not None and beat.due <= now:
+            heapq.heappop(self._queue)
+            beats.append(beat)
+        return beats
 
     def _forget(self) -> None:
         self._queue = [entry for entry in self._queue if not entry[2].over]

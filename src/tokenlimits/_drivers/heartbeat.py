@@ -21,9 +21,13 @@ from .coalescing import Bell
 
 logger = logging.getLogger("tokenlimits")
 
-Send = Callable[[Call[TrackResult]], TrackResult]
+Send = Callable[[Call[TrackResult], float], TrackResult]
+"""Takes a timeout in seconds."""
 AsyncSend = Callable[[Call[TrackResult]], Coroutine[Any, Any, TrackResult]]
 End = Callable[[], None]
+
+# Requests of one event loop at once.
+_AT_ONCE = 16
 
 
 def _never() -> None:
@@ -33,8 +37,8 @@ def _never() -> None:
 class Heartbeat:
     """Extends the holds of many threads, by a thread that lasts as long as there are any."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, timeout: float) -> None:
+        self._send, self._timeout = send, timeout
         # by fork: the thread exists in the parent alone, where the bodies go on, and the child's lock may be held by it
         self._own: dict[int, _Thread] = {}
 
@@ -47,7 +51,7 @@ class Heartbeat:
         with sessions.lock():
             own = self._own.get(forks)
             if own is None:
-                own = self._own[forks] = _Thread(self._send)
+                own = self._own[forks] = _Thread(self._send, self._timeout)
         own.begin(beat)
 
         def end() -> None:
@@ -61,8 +65,8 @@ class Heartbeat:
 class _Thread:
     """The thread of one process."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, timeout: float) -> None:
+        self._send, self._timeout = send, timeout
         self._lock = threading.Lock()  # held only for moments, never while sending
         self._pulse = Pulse()
         self._news = Bell()
@@ -96,7 +100,7 @@ class _Thread:
                     return
                 wait = beat.due - monotonic()
                 if wait <= 0:
-                    self._pulse.take()
+                    self._pulse.take_due(monotonic(), 1)
             if wait > 0:
                 self._news.wait(wait)
                 continue
@@ -106,7 +110,7 @@ class _Thread:
 
     def _extend(self, beat: Beat) -> None:
         try:
-            answer = self._send(beat.call())
+            answer = self._send(beat.call(), min(self._timeout, beat.interval))
         except Exception as error:  # noqa: BLE001  # whatever it is, the body goes on, and so must its heartbeat
             beat.failed(error, monotonic())
         else:
@@ -116,8 +120,8 @@ class _Thread:
 class AsyncHeartbeat:
     """Extends the holds of many tasks, by one task in each event loop that lasts as long as there are any."""
 
-    def __init__(self, send: AsyncSend) -> None:
-        self._send = send
+    def __init__(self, send: AsyncSend, timeout: float) -> None:
+        self._send, self._timeout = send, timeout
         # weak: each asyncio.run() has a loop of its own, which must be collected with all that waits in it
         self._own: WeakKeyDictionary[asyncio.AbstractEventLoop, _Task] = WeakKeyDictionary()
 
@@ -132,7 +136,7 @@ class AsyncHeartbeat:
             own = self._own.get(loop)
             # a child may go on with the parent's loop, but the parent's task runs in the parent
             if own is None or own.forks != sessions.forks():
-                own = self._own[loop] = _Task(self._send)
+                own = self._own[loop] = _Task(self._send, self._timeout)
         own.begin(beat)
 
         def end() -> None:
@@ -149,11 +153,11 @@ class AsyncHeartbeat:
 class _Task:
     """The task of one event loop; it needs no lock, as only tasks of the loop use it."""
 
-    def __init__(self, send: AsyncSend) -> None:
+    def __init__(self, send: AsyncSend, timeout: float) -> None:
         self.forks = sessions.forks()
-        self._send = send
+        self._send, self._timeout = send, timeout
         self._pulse = Pulse()
-        self._sending: Beat | None = None
+        self._sending: list[Beat] = []
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None  # the loop has only weak references to its tasks
 
@@ -169,7 +173,7 @@ class _Task:
         if self.forks != sessions.forks() or self._task is None:
             return False
         self._news.set()
-        if self._pulse.first() is not None or (self._sending is not None and not self._sending.over):
+        if self._pulse.first() is not None or not all(beat.over for beat in self._sending):
             return False
         self._task.cancel()
         self._task = None
@@ -187,14 +191,16 @@ class _Task:
                     async with asyncio.timeout(wait):
                         await self._news.wait()
                 continue
-            self._sending = self._pulse.take()
-            await self._extend(beat)
-            self._sending = None
-            self._pulse.add(beat)
+            self._sending = self._pulse.take_due(monotonic(), _AT_ONCE)
+            await asyncio.gather(*map(self._extend, self._sending))
+            for sent in self._sending:
+                self._pulse.add(sent)
+            self._sending = []
 
     async def _extend(self, beat: Beat) -> None:
         try:
-            answer = await self._send(beat.call())
+            async with asyncio.timeout(min(self._timeout, beat.interval)):
+                answer = await self._send(beat.call())
         except Exception as error:  # noqa: BLE001  # whatever it is, the body goes on, and so must its heartbeat
             beat.failed(error, monotonic())
         else:
