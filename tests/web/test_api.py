@@ -517,3 +517,58 @@ class TestWithoutSupabase:
                 found = problem(answer, 503, "unavailable")
                 assert "detail" not in found
                 assert "retry-after" in answer.headers
+
+
+class TestOverrides:
+    def test_are_set_listed_and_removed(
+        self, api: Ask, groups: GroupManager, limits: TokenLimits, newcomer: LocalUser
+    ) -> None:
+        pro = groups.create(
+            "Pro",
+            limits=[
+                Limit(kind="image", max=5, period="day", scope="member"),
+                Limit(kind="image", max=9, period="3 hours", scope="member", starts="rolling"),
+                Limit(kind="image", max=50),
+            ],
+        )
+        groups.add_member(pro.id, newcomer.id)
+        path = f"/groups/{pro.id}/overrides"
+        until = (datetime.now(UTC) + timedelta(days=7)).isoformat()
+        body = {"kind": "image", "max": 200, "user_id": str(newcomer.id), "period": "day", "until": until}
+        made = api("admin", "PUT", path, json=body)
+        assert made.status_code == 200, made.text
+        assert (made.json()["max"], made.json()["status"], made.json()["email"]) == (200, "active", newcomer.email)
+        assert limits.usage(newcomer.id)[0].max == 200
+        assert api("admin", "PUT", path, json={"kind": "image", "max": None}).json()["scope"] == "group"
+        assert len(api("admin", "GET", path).json()["items"]) == 2
+        assert api("admin", "GET", path, params={"user_id": str(newcomer.id)}).json()["items"] == [made.json()]
+
+        del body["period"]
+        found = problem(api("admin", "PUT", path, json=body), 422, "invalid-request")
+        assert [each["field"] for each in found["errors"]] == ["period"]
+        past = {**body, "period": "day", "until": "2026-01-01T00:00:00Z"}
+        found = problem(api("admin", "PUT", path, json=past), 422, "invalid-request")
+        assert [each["field"] for each in found["errors"]] == ["until"]
+        problem(api("admin", "PUT", path, json={**body, "user_id": str(uuid4())}), 404, "unknown-user")
+        problem(api("user", "GET", path), 403, "access-denied")
+
+        which = {"kind": "image", "user_id": str(newcomer.id)}
+        assert api("admin", "DELETE", path, params=which).json() == {"removed": True}
+        assert api("admin", "DELETE", path, params=which).json() == {"removed": False}
+        assert limits.usage(newcomer.id)[0].max == 5
+
+    def test_one_member_is_reset(
+        self, api: Ask, groups: GroupManager, limits: TokenLimits, newcomer: LocalUser
+    ) -> None:
+        each = Limit(kind="image", max=5, period="day", scope="member")
+        pro = groups.create("Pro", limits=[each, Limit(kind="image", max=50)])
+        groups.add_member(pro.id, newcomer.id)
+        limits.track(newcomer.id, "image", 4)
+        path = f"/groups/{pro.id}/reset"
+        answer = api("admin", "POST", path, json={"kind": "image", "user_id": str(newcomer.id)})
+        assert answer.status_code == 200, answer.text
+        assert datetime.fromisoformat(answer.json()["reset_at"]).tzinfo is not None
+        assert {limit.scope: limit.used for limit in limits.usage(newcomer.id)} == {"group": 4, "member": 0}
+        problem(api("admin", "POST", path, json={"user_id": str(uuid4())}), 404, "unknown-user")
+        assert api("admin", "POST", path, json={}).status_code == 200
+        assert {limit.used for limit in limits.usage(newcomer.id)} == {0}

@@ -12,7 +12,7 @@ from tokenlimits.web._backend import Backend
 from tokenlimits.web._problems import Problem
 from tokenlimits.web._settings import WebSettings, load
 
-from . import _groups, _members, _usage
+from . import _groups, _members, _overrides, _usage
 from ._routing import Gate
 
 
@@ -54,6 +54,7 @@ def api_of(backend: Backend) -> APIRouter:
     api = APIRouter(responses=responses)
     api.include_router(_groups.routes_of(gate))
     api.include_router(_members.routes_of(gate))
+    api.include_router(_overrides.routes_of(gate))
     api.include_router(_usage.routes_of(gate, can_track=backend.can_track))
     both = APIRouter()
     both.include_router(api, prefix="/api")

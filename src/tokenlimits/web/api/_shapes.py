@@ -32,6 +32,9 @@ from tokenlimits.models import (
     Metadata,
     Moment,
     Name,
+    Override,
+    Period,
+    Starts,
     Text,
     TimeZone,
     UserLimit,
@@ -60,6 +63,23 @@ _MEMBER: dict[str, Any] = {
     "email": "ann@example.com",
     "joined_at": "2026-01-01T00:00:00Z",
     "anchor_at": None,
+}
+_OVERRIDE_IN: dict[str, Any] = {
+    "kind": "image",
+    "max": 200,
+    "user_id": USER_ID,
+    "period": "day",
+    "until": "2030-01-01T00:00:00Z",
+}
+OVERRIDE: dict[str, Any] = {
+    "id": "5d7e9f1a-2b3c-4d4e-9f60-718293a4b5c6",
+    "group_id": GROUP_ID,
+    **_OVERRIDE_IN,
+    "starts": "calendar",
+    "scope": "member",
+    "email": "ann@example.com",
+    "status": "active",
+    "created_at": "2026-01-01T00:00:00Z",
 }
 _STATUS: dict[str, Any] = {
     "kind": "image",
@@ -298,3 +318,45 @@ class Generation(BaseModel):
     idempotency_key: Annotated[Text, Field(min_length=1, max_length=255)] | None = None
     group_id: UUID | None = None
     metadata: Metadata | None = None
+
+
+class Overrides(BaseModel):
+    """The overrides in a group, by id."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"items": [OVERRIDE]}]})
+
+    items: list[Override]
+
+
+class OverrideIn(BaseModel):
+    """Another max of one limit, for one user or, without `user_id`, of a group limit; without `until`, for good."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [_OVERRIDE_IN]})
+
+    kind: Kind
+    max: Annotated[Max, _Whole] | None = Field(description="What applies instead of the limit's max; null: unlimited")
+    user_id: UUID | None = None
+    period: Period | None = None
+    starts: Starts | None = None
+    until: UtcMoment | None = None
+
+
+class OverrideRemoved(BaseModel):
+    """Whether there was such an override."""
+
+    removed: bool = Field(examples=[True])
+
+
+class ResetIn(BaseModel):
+    """What to reset: limits on one kind, or all; those of the whole group, or a user's member limits alone."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"kind": "image", "user_id": USER_ID}]})
+
+    kind: Kind | None = None
+    user_id: UUID | None = None
+
+
+class ResetAt(BaseModel):
+    """From when usage counts."""
+
+    reset_at: Moment = Field(examples=["2026-01-01T12:00:00Z"])
