@@ -1374,11 +1374,11 @@ begin
     v_since := date_bin(v_length, p_at, p_anchor);
     return tstzrange(v_since, v_since + v_length);
   elsif p_period ~ '(month|year)' then
-    v_number := 12 * (date_part('year', v_local) - date_part('year', v_anchor))
-      + date_part('month', v_local) - date_part('month', v_anchor);
-    v_number := v_number / (12 * date_part('year', v_length) + date_part('month', v_length))::integer;
+    v_number := 12 * (extract(year from v_local) - extract(year from v_anchor))
+      + extract(month from v_local) - extract(month from v_anchor);
+    v_number := v_number / (12 * extract(year from v_length) + extract(month from v_length))::integer;
   else
-    v_number := (v_local::date - v_anchor::date) / date_part('day', v_length)::integer;
+    v_number := (v_local::date - v_anchor::date) / extract(day from v_length)::integer;
   end if;
   -- one too many, so that only the way back is left
   v_number := v_number + 2;
@@ -1432,18 +1432,16 @@ declare
   v_part interval;
   v_since timestamptz;
 begin
-  case p_starts
-    when 'calendar' then
-      return tokenlimits.period_of(p_period, p_timezone, p_at);
-    when 'anchor' then
-      return tokenlimits.anchored_period(p_period, p_timezone, p_anchor, p_at);
-    when 'first_use' then
-      return tstzrange(p_at, tokenlimits.end_of(p_period, p_timezone, p_at));
-    when 'rolling' then
-      v_part := tokenlimits.part_of(p_period);
-      v_since := date_bin(v_part, p_at, '1970-01-01 00:00:00+00');
-      return tstzrange(v_since - 60 * v_part, v_since + v_part);
-  end case;
+  if p_starts = 'calendar' then
+    return tokenlimits.period_of(p_period, p_timezone, p_at);
+  elsif p_starts = 'anchor' then
+    return tokenlimits.anchored_period(p_period, p_timezone, p_anchor, p_at);
+  elsif p_starts = 'first_use' then
+    return tstzrange(p_at, tokenlimits.end_of(p_period, p_timezone, p_at));
+  end if;
+  v_part := tokenlimits.part_of(p_period);
+  v_since := date_bin(v_part, p_at, '1970-01-01 00:00:00+00');
+  return tstzrange(v_since - 60 * v_part, v_since + v_part);
 end
 $$;
 
@@ -9112,9 +9110,16 @@ begin
     (select distinct u.user_id, u.kind
     from (select l.user_id, l.kind from public.generation_usage as l order by l.id desc limit 10) as u)
     union all
-    (select m.user_id, l.kind
+    (select m.user_id, k.kind
     from public.group_memberships as m
-    inner join public.group_limits as l on l.group_id = m.group_id
+    inner join public.group_limits as l on l.group_id = m.group_id and l.period <> 'in_flight'
+    cross join lateral (
+      select l.kind, 1::bigint as weight
+      where l.counts is null
+      union all
+      select p.key, p.value::bigint
+      from jsonb_each_text(l.counts) as p
+    ) as k
     limit 10)
   loop
     begin

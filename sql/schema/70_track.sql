@@ -55,7 +55,7 @@ begin
     v_rule := 'must be 1 to 32 of a-z, 0-9 and _, and begin with a letter';
   elsif ({{ is_cost('p_cost') }}) is not true then
     v_field := 'cost';
-    v_rule := 'must be a whole number from 1 to 1000000000';
+    v_rule := 'must be a whole number from 1 to {{ most_of_a_cost() }}';
   elsif not ({{ is_key('p_idempotency_key') }}) then
     v_field := 'idempotency_key';
     v_rule := 'must have 1 to 255 characters';

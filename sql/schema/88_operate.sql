@@ -246,9 +246,10 @@ begin
     (select distinct u.user_id, u.kind
     from (select l.user_id, l.kind from public.generation_usage as l order by l.id desc limit 10) as u)
     union all
-    (select m.user_id, l.kind
+    (select m.user_id, k.kind
     from public.group_memberships as m
-    inner join public.group_limits as l on l.group_id = m.group_id
+    inner join public.group_limits as l on l.group_id = m.group_id and l.period <> 'in_flight'
+    cross join lateral {{ kinds_of('l') | indent(4) }} as k
     limit 10)
   loop
     begin

@@ -119,11 +119,14 @@ def allowed_until_the_limit_then_denied(world: World) -> None:
     assert first.limits[0].model_dump() == {
         "kind": "image",
         "period": "lifetime",
+        "starts": "calendar",
         "scope": "group",
+        "mode": "enforce",
         "max": 2,
         "used": 1,
         "remaining": 1,
         "reset_at": None,
+        "weight": 1,
     }
     second = world.limits.track(str(ANN), "image").raise_if_denied()
     assert (second.remaining, second.usage_id == first.usage_id) == (0, False)
@@ -625,8 +628,9 @@ def a_new_limit_counts_what_was_used_before(world: World) -> None:
     world.groups.set_limit(group, day(4, "member"))
     assert sorted(used(world, ANN)) == [0, 3, 5]
     assert sorted(used(world, BOB)) == [3, 3, 5]
-    world.groups.remove_limit(group, "image")
-    world.groups.remove_limit(group, "image", period="day", scope="member")
+    assert "day calendar, lifetime calendar" in str(refused(InvalidRequest, world.groups.remove_limit, group, "image"))
+    world.groups.remove_limit(group, "image", period="lifetime")
+    world.groups.remove_limit(group, "image", scope="member")
     world.limits.track(BOB, "image")
     assert world.limits.track(BOB, "image").denied_by.used == 4
     world.groups.set_limits(group, [Limit(kind="image", max=50, period="month", scope="member")])
@@ -873,9 +877,21 @@ def a_denial_leaves_a_key_alone(world: World) -> None:
     assert (again.usage_id, again.replayed, used(world)) == (hold.usage_id, True, [1])
 
 
-@each(day=[day(9)], also_a_longer_one=[Limit(kind="image", max=9, period="month"), day(9)])
-def a_hold_of_a_past_period(world: World, *limits: Limit) -> None:
-    group = team(world, limits)
+@scenario
+def a_late_hold_of_a_period_that_lasts(world: World) -> None:
+    team(world, [Limit(kind="image", max=3, period="month"), day(9)])
+    hold = world.limits.reserve(ANN, "image", 2, ttl=60).usage_id
+    world.wait(seconds=61)
+    other = world.limits.reserve(ANN, "image", 2, ttl=60).usage_id
+    world.wait(hours=23)
+    assert world.limits.commit(hold).status == "committed"
+    refused(HoldExpired, world.limits.commit, other)
+    assert used(world) == [2, 0]
+
+
+@scenario
+def a_hold_of_a_past_period(world: World) -> None:
+    group = team(world, [day(9)])
     long, short, gone = (world.limits.reserve(ANN, "image", 2, ttl=ttl) for ttl in (86_400, 60, 60))
     world.wait(hours=23)
     assert world.limits.track(ANN, "image").limits[-1].used == 1
@@ -1029,10 +1045,7 @@ def counting_again_finds_nothing(world: World) -> None:
 def a_group_is_made_read_and_changed(world: World) -> None:
     made = world.groups.create("  Pro ", description="For professionals", limits={"video": None, "image": 100})
     assert (made.name, made.description, made.priority, made.timezone) == ("Pro", "For professionals", 0, "UTC")
-    assert [limit.model_dump() for limit in made.limits] == [
-        {"kind": "image", "max": 100, "period": "lifetime", "scope": "group"},
-        {"kind": "video", "max": None, "period": "lifetime", "scope": "group"},
-    ]
+    assert list(made.limits) == [Limit(kind="image", max=100), Limit(kind="video", max=None)]
     assert world.groups.get(str(made.id)) == made
     assert world.groups.get_by_name(" pRO") == made
     world.wait(minutes=1)

@@ -235,8 +235,17 @@ def test_abnormal_ends(
 
 def test_what_may_not_be_declared_ends_the_body(colour: Colour, ledger: Ledger) -> None:
     with pytest.raises(InvalidRequest):
-        colour.generate(steps(lambda hold: hold.used(5), lambda hold: hold.used(9)))
+        colour.generate(steps(lambda hold: hold.used(5), lambda hold: hold.used(-1)))
     assert ledger() == [("committed", 5)]
+
+
+def test_more_than_was_reserved_is_charged_when_the_body_fails(colour: Colour, ledger: Ledger) -> None:
+    def fail(_: Hold) -> None:
+        raise RuntimeError("it ran for longer than it should")
+
+    with pytest.raises(RuntimeError):
+        colour.generate(steps(lambda hold: hold.used(MAX + 1), fail))
+    assert ledger() == [("committed", MAX + 1)]
 
 
 # No entry

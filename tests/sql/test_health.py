@@ -77,6 +77,7 @@ def test_a_call_is_made_and_leaves_nothing(superuser: Connection) -> None:
 
 def test_the_call_is_denied_where_nothing_has_room(superuser: Connection) -> None:
     with superuser.transaction(force_rollback=True):
+        superuser.execute("delete from public.limit_overrides where true")
         superuser.execute("update public.group_limits set max = 0 where true")
         assert health(superuser)["trial"] == {"outcome": "denied", "reason": "limit_exceeded"}
 

@@ -53,7 +53,7 @@ NO_FAULT: Final = [
     # it has another one besides, which tells them apart
     (r"tokenlimits\.usage_under_key", "00000", 'composite OUT variable "live"'),
     # they go round until they return
-    (r"tokenlimits\.((track|reserve|record)_generation|settle|sweep)", "2F005", "without RETURN"),
+    (r"tokenlimits\.((track|reserve|record|extend)_generation|settle|sweep)", "2F005", "without RETURN"),
     # it locks
     (r"tokenlimits\.lock_expired", "00000", "should be STABLE"),
     # a batch reads them, and has the same lines
@@ -215,7 +215,7 @@ def test_every_sqlstate_of_ours_is_documented_once() -> None:
 # What a rule is known by, and in how many places of the templates it may stand. Elsewhere it is taken from there.
 RULES: Final = {
     "a row of the ledger is written": (r"insert into public\.generation_usage", 1),
-    "a counter is moved; repaired": (r"update tokenlimits\.counters", 2),
+    "a counter is moved; repaired; loses old parts; gets an override": (r"update tokenlimits\.counters", 4),
     "a counter is opened, by a call and by an edit": (r"insert into tokenlimits\.counters", 2),
     "the rollup moves by one": (r"update tokenlimits\.usage_rollup", 1),
     "the rollup moves by many; is repaired; comes back": (r"insert into tokenlimits\.usage_rollup", 3),
@@ -224,7 +224,7 @@ RULES: Final = {
     "a hold expires": (r"set status = 'expired'", 1),
     "a kind": (r"\[a-z0-9_\]\{0,31\}", 1),
     "a name": (r"\\u202e", 1),
-    "a cost": (r"between 1 and 1000000000\b", 1),
+    "a cost": (r"\b1000000000\b", 1),
     "a key": (r"between 1 and 255", 1),
     "a moment": (r"9999-01-01", 1),
     "the size of metadata, and what is said about it": (r"\b8192\b", 2),

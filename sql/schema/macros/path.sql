@@ -56,6 +56,11 @@ array_position(
 ), length({{ limit }}.period), {{ limit }}.period, {{ limit }}.starts
 {%- endmacro %}
 
+{# How a kind is written. #}
+{% macro kind_pattern() -%}
+^[a-z][a-z0-9_]{0,31}$
+{%- endmacro %}
+
 {#
 The kinds and weights of a pool: 1 to 50 kinds, whole weights to a million. Null is an ordinary limit. Strict, or a path
 would look into arrays; silent, so that what isn't an object is refused whatever is evaluated first.
@@ -67,7 +72,7 @@ would look into arrays; silent, so that what isn't an object is refused whatever
   and jsonb_array_length(jsonb_path_query_array({{ counts }}, 'strict $.keyvalue()', '{}', true)) >= 1
   and jsonb_array_length(jsonb_path_query_array({{ counts }}, 'strict $.keyvalue()', '{}', true)) <= 50
   and not jsonb_path_exists(
-    {{ counts }}, 'strict $.keyvalue() ? (!(@.key like_regex "^[a-z][a-z0-9_]{0,31}$"))', '{}', true
+    {{ counts }}, 'strict $.keyvalue() ? (!(@.key like_regex "{{ kind_pattern() }}"))', '{}', true
   )
   and not jsonb_path_exists({{ counts }}, 'strict $.* ? (@.type() != "number")', '{}', true)
   and not jsonb_path_exists({{ counts }}, 'strict $.* ? (@ < 1 || @ > 1000000 || @.floor() != @)', '{}', true)
@@ -91,7 +96,7 @@ md5(concat_ws(' ', {{ operation }}, {{ kind }}, {{ cost }}, {{ group_id }}))::uu
 
 {# A kind of generation. #}
 {% macro is_kind(kind) -%}
-{{ kind }} ~ '^[a-z][a-z0-9_]{0,31}$'
+{{ kind }} ~ '{{ kind_pattern() }}'
 {%- endmacro %}
 
 {% macro most_of_a_cost() -%}
