@@ -43,7 +43,7 @@ def buckets(step: Step, timezone: str, now: datetime) -> list[datetime]:
         >>> [b.isoformat() for b in buckets("month", "UTC", datetime(2026, 3, 9, tzinfo=UTC))][-2:]
         ['2026-02-01T00:00:00+00:00', '2026-03-01T00:00:00+00:00']
     """
-    zone = _zone(timezone) or UTC
+    zone = zone_named(timezone) or UTC
     here = now.astimezone(zone)
     places = range(_SHOWN[step] - 1, -1, -1)
     if step == "hour":
@@ -58,7 +58,7 @@ def buckets(step: Step, timezone: str, now: datetime) -> list[datetime]:
 
 def chart(points: Iterable[HistoryPoint], step: Step, timezone: str, now: datetime) -> dict[str, Any]:
     """Convert a history for the chart library, with the kinds of the most generations first."""
-    zone = _zone(timezone) or UTC
+    zone = zone_named(timezone) or UTC
     used: dict[str, dict[str, int]] = {}
     generations: Counter[str] = Counter()
     for point in points:
@@ -71,7 +71,7 @@ def chart(points: Iterable[HistoryPoint], step: Step, timezone: str, now: dateti
     return {
         "labels": labels,
         "kinds": [{"kind": kind, "used": [used[kind].get(label, 0) for label in labels]} for kind in kinds],
-        "note": None if _zone(timezone) else _IN_UTC.format(timezone),
+        "note": None if zone_named(timezone) else _IN_UTC.format(timezone),
     }
 
 
@@ -104,7 +104,8 @@ def trends(points: Iterable[HistoryPoint], now: datetime) -> list[Trend]:
     return sorted(trends_, key=lambda trend: (-trend.generations, trend.kind))
 
 
-def _zone(name: str) -> tzinfo | None:
+def zone_named(name: str) -> tzinfo | None:
+    """Find a time zone; None if this machine has no data on it."""
     # the database may know more time zones than this machine; UTC works without data
     try:
         return UTC if name == "UTC" else ZoneInfo(name)

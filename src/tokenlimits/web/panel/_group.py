@@ -18,7 +18,7 @@ from tokenlimits.levels import FULL
 from tokenlimits.models import TopMember, UsageRecord
 from tokenlimits.web._router import Router
 
-from . import _charts, _views
+from . import _charts, _exceptions, _views
 from ._format import amount
 from ._pages import PageRoute, Panel, Signed, Visit, Watching, done
 
@@ -43,12 +43,13 @@ class _Top:
 @routes.get("/groups/{group_id}")
 async def group_page(visit: Signed, group_id: UUID, top: Annotated[str, Query(max_length=32)] = "") -> Response:
     """Show the group, with the top members of a kind; the chart requests its history separately."""
-    group, usage, pressure, top_, recent = await asyncio.gather(
+    group, usage, pressure, top_, recent, exceptions = await asyncio.gather(
         visit.groups.get(group_id),
         visit.groups.usage(group_id),
         visit.groups.limit_pressure(group_id, at_least=_NEAR, count=1),
         _top(visit, group_id, top),
         _recent(visit, group_id),
+        _exceptions.first_of_group(visit.groups, group_id),
     )
     return visit.page(
         "group.html",
@@ -59,6 +60,7 @@ async def group_page(visit: Signed, group_id: UUID, top: Annotated[str, Query(ma
         near=_NEAR,
         top=top_,
         recent=recent,
+        exceptions=exceptions,
         shape=_views.shape([usage], group),
     )
 

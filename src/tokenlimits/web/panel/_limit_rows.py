@@ -103,7 +103,8 @@ class LimitRow:
     def _max(self) -> object:
         if self.unlimited == "yes":
             return None
-        return int(re.sub(r"[^0-9]", "", self.max)) if _WHOLE.fullmatch(self.max) else self.max
+        found = whole(self.max)
+        return self.max if found is None else found
 
     def _period(self) -> str:
         return self.unit if self.number == "1" else f"{self.number} {self.unit}s"
@@ -118,6 +119,11 @@ class LimitRow:
 
     def _possible_starts(self) -> list[str]:
         return [f"“{words}”" for starts, words in _words.STARTS.items() if _can_start(starts, self._period())]
+
+
+def whole(text: str) -> int | None:
+    """Read a whole number as people type it; None if it is something else."""
+    return int(re.sub(r"[^0-9]", "", text)) if _WHOLE.fullmatch(text) else None
 
 
 def _can_start(starts: str, period: str) -> bool:

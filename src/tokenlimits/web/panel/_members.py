@@ -14,6 +14,7 @@ from tokenlimits import AsyncGroupManager, InvalidRequest
 from tokenlimits.models import BulkResult
 from tokenlimits.web._router import Router
 
+from ._exceptions import excepted
 from ._forms import ids, pasted
 from ._pages import BulkPageRoute, Signed, Visit, stay
 
@@ -37,8 +38,11 @@ async def member_rows(
 ) -> Response:
     """Show the matching members, or the next page of them."""
     place = None if after is None else str(after)
-    page = await visit.groups.members_page(group_id, search=search or None, after=place, size=_PAGE)
-    return visit.page("member_rows.html", group_id=group_id, search=search, members=page)
+    page, excepted_ = await asyncio.gather(
+        visit.groups.members_page(group_id, search=search or None, after=place, size=_PAGE),
+        excepted(visit.groups, group_id),
+    )
+    return visit.page("member_rows.html", group_id=group_id, search=search, members=page, excepted=excepted_)
 
 
 @routes.get("/groups/{group_id}/members/search")
@@ -83,10 +87,11 @@ async def move(visit: Signed, group_id: UUID) -> Response:
 
 
 async def _dialog(visit: Visit, group_id: UUID, missing: Iterable[str] = (), search: str = "") -> Response:
-    usage, page, groups = await asyncio.gather(
+    usage, page, groups, excepted_ = await asyncio.gather(
         visit.groups.usage(group_id),
         visit.groups.members_page(group_id, search=search or None, size=_PAGE),
         visit.groups.list(),
+        excepted(visit.groups, group_id),
     )
     others = [group for group in groups if group.id != group_id]
     return visit.page(
@@ -95,6 +100,7 @@ async def _dialog(visit: Visit, group_id: UUID, missing: Iterable[str] = (), sea
         usage=usage,
         search=search if usage.member_count else "",  # without members, there is nothing to search
         members=page,
+        excepted=excepted_,
         others=others,
         missing=list(missing),
     )
