@@ -27,8 +27,8 @@ schemathesis.openapi.format("timezone", st.sampled_from(["UTC", "Europe/Paris", 
 def sayable(context: Any, body: Any) -> Any:
     """Make true what no schema can say.
 
-    A limit is in a list but once, its periods can begin as it says, an anchor is since 1970, metadata is at most 8 kB
-    and has no \\0, a worker says who generates, and a name is measured as it is stored.
+    A limit is in a list but once, its periods can begin as it says, an anchor is since 1970, an override ends later,
+    metadata is at most 8 kB and has no \\0, a worker says who generates, and a name is measured as it is stored.
     """
     if not isinstance(body, dict):
         return body
@@ -38,6 +38,8 @@ def sayable(context: Any, body: Any) -> Any:
         body["limits"] = [possible(limit) for n, limit in enumerate(limits) if names[n] not in names[:n]]
     if isinstance(anchor := body.get("anchor_at"), str) and re.match("[0-9]{4}-", anchor):
         body["anchor_at"] = f"20{anchor[2:]}"
+    if isinstance(until := body.get("until"), str) and re.match("[0-9]{4}-", until):
+        body["until"] = f"24{until[2:]}"
     if "kind" in body and body.get("user_id") is None:
         body["user_id"] = "3f2b8c1a-94d7-4e6b-8a5f-7c9d0e1f2a3b"
     if isinstance(name := body.get("name"), str):
