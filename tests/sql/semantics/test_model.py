@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, seed, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 from tests.sql.semantics.database import Database
 from tests.sql.semantics.histories.admins import Tables
@@ -26,7 +26,7 @@ SETTINGS = settings(
     max_examples=10,
     stateful_step_count=60 if THOROUGH else 40,
     deadline=None,
-    phases=[__import__("hypothesis").Phase.generate],
+    phases=[Phase.generate],
     database=None,
     suppress_health_check=list(HealthCheck),
     print_blob=False,
