@@ -56,6 +56,7 @@ POLICIES: Mapping[str, frozenset[str]] = {
     "user_groups": frozenset({"select", "insert", "update", "delete"}),
     "group_limits": frozenset({"select", "insert", "update", "delete"}),
     "group_memberships": frozenset({"select", "insert", "delete"}),
+    "limit_overrides": frozenset({"select", "insert", "update", "delete"}),
     "generation_usage": frozenset({"select"}),
 }
 """What policies allow admins to do with each table."""
