@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
+from typing import NoReturn
 from uuid import UUID, uuid4
 
 from ._answers import group_json, group_limit_json
@@ -55,6 +56,8 @@ class AdminFunctions(OverrideFunctions):
                 hint="Names are unique regardless of case. Nothing was saved.",
             )
         if group is None:
+            if id_ in self._group_ids:  # of a group that was deleted, which the SQL looks for last
+                _refuse_id(id_)
             group = Group(id_, name, "", 0, "UTC", is_default=False, created_at=self.now, updated_at=self.now)
             self._groups[id_] = group
             self._group_ids.add(id_)
@@ -237,9 +240,10 @@ class AdminFunctions(OverrideFunctions):
             return str(uuid4())
         if group is not None:
             refuse("TL001", "id: is for a new group; group_id names an existing one", detail="id")
-        problem = "must not be the nil UUID" if wanted == _NIL else f"{wanted} is or was the id of another group"
-        if wanted == _NIL or wanted in self._group_ids:
-            refuse("TL001", f"id: {problem}", detail="id", hint="Choose an id that was never used.")
+        if wanted == _NIL:
+            refuse("TL001", "id: must not be the nil UUID", detail="id", hint="Choose an id that was never used.")
+        if wanted in self._groups:
+            _refuse_id(wanted)
         return wanted
 
     def _after(self, name: str | None, size: int | None) -> list[Group]:
@@ -263,6 +267,11 @@ def _limits(limits: list[Json]) -> dict[Rule, Terms]:
         )
         for limit in limits
     }
+
+
+def _refuse_id(id_: str) -> NoReturn:
+    problem = f"id: {id_} is or was the id of another group"
+    refuse("TL001", problem, detail="id", hint="Choose an id that was never used.")
 
 
 def _timezone(name: str) -> str:
