@@ -98,7 +98,11 @@ def manage(world: World) -> None:
     assert not groups.drift(team).drifted
     assert not groups.reconcile(team).drifted
     assert groups.refund(usage.usage_id).status == "refunded"
-    assert groups.reset_usage(team) >= world.now
+    assert groups.set_override(team, "image", 5, user_id=ANN, period="lifetime").status == "active"
+    assert [override.max for override in groups.overrides(team)] == [5]
+    assert groups.remove_override(team, "image", user_id=ANN)
+    assert groups.set_member_anchor(team, ANN, world.now)
+    assert groups.reset_usage(team, user_id=ANN) >= world.now
     assert groups.remove_member(team, ANN)
     assert groups.remove_members(team, [BOB]) == 1
     assert groups.delete(team).id == team
@@ -115,6 +119,7 @@ def work(world: World) -> None:
     assert limits.check(ANN, "image", 99).denied_by.used == 2
     assert limits.record(ANN, "image", created_at=world.now - timedelta(days=40)).status == "committed"
     first, second = (limits.reserve(ANN, "image", 5).usage_id for _ in range(2))
+    assert limits.extend(first, 7200).status == "reserved"
     assert limits.commit(first, 4).status == "committed"
     assert limits.release(second).status == "released"
     assert limits.refund(first).status == "refunded"
