@@ -315,6 +315,7 @@ def members_have_their_own_and_share_the_groups(world: World) -> None:
 def groups_pay_by_priority_then_by_joining(world: World) -> None:
     second = team(world, {"image": 1}, CYD, name="Second")
     third = team(world, {"image": 1}, name="Third")
+    world.wait(seconds=1)
     world.groups.add_member(second, ANN)
     first = team(world, {"image": 1}, name="First", priority=5)
     last = team(world, {"image": 1}, name="Last", priority=-1)
@@ -323,6 +324,7 @@ def groups_pay_by_priority_then_by_joining(world: World) -> None:
     assert [limit.group.name for limit in world.limits.usage(ANN)] == ["First", "Third", "Second", "Last"]
 
     world.groups.remove_member(third, ANN)
+    world.wait(seconds=1)
     world.groups.add_member(third, ANN)
     assert [limit.group.name for limit in world.limits.usage(ANN)] == ["First", "Second", "Third", "Last"]
 
