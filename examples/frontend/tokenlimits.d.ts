@@ -9,7 +9,7 @@
 // field. Newer versions of the SQL may add fields and functions.
 
 /** How long a limit's usage counts. Weeks of the calendar begin on Monday; lifetime never ends. */
-export type Period = 'minute' | 'hour' | 'day' | 'week' | 'month' | 'year' | 'lifetime' | `${number} ${'minutes' | 'hours' | 'days' | 'weeks' | 'months'}`
+export type Period = 'in_flight' | 'minute' | 'hour' | 'day' | 'week' | 'month' | 'year' | 'lifetime' | `${number} ${'minutes' | 'hours' | 'days' | 'weeks' | 'months'}`
 
 /** Where a limit's periods begin: in the group's time zone, at an anchor, with a use, or at every moment. */
 export type Starts = 'calendar' | 'anchor' | 'first_use' | 'rolling'
@@ -25,6 +25,9 @@ export type Bucket = 'hour' | 'day' | 'week' | 'month'
 
 /** Of a usage; the first two count. */
 export type Status = 'reserved' | 'committed' | 'released' | 'refunded' | 'expired'
+
+/** An override sleeps while there is no such limit. */
+export type OverrideStatus = 'active' | 'ended' | 'sleeping'
 
 export type Uuid = string
 
@@ -99,7 +102,8 @@ export type Busy = TrackAnswer & {
  * How much of a kind a group, or each of its members, may use in a period.
  *
  * `max` is in units of cost; null is unlimited, and 0 blocks the kind. `counts` makes the limit a pool that several
- * kinds share, with how many of its units one of each takes. `kind` is then only its name.
+ * kinds share, with how many of its units one of each takes. `kind` is then only its name. With the period
+ * `in_flight`, `max` is how many holds of the kind may be open at once; `track` and `record` are not affected.
  */
 export interface Limit {
   kind: string
@@ -137,7 +141,8 @@ export interface GroupRef {
  * A limit in its current period, which ends at `reset_at` (null: never by itself, or none is open).
  *
  * `used` and `max` are in units of the limit. In an answer about a kind, `remaining` is how many units of that kind
- * still fit, where each takes `weight` of the limit; elsewhere, `weight` is 1.
+ * still fit, where each takes `weight` of the limit; elsewhere, `weight` is 1. A limit in flight counts holds, and its
+ * `reset_at` is null, except where it denies: that is when the next place will be free.
  */
 export interface LimitStatus {
   kind: string
@@ -179,8 +184,9 @@ export interface GroupUsage {
 /**
  * A limit of a group in its current period.
  *
- * For a member limit, `used` is the total of all members and `capacity` is `max` times their number. `fraction` is
- * `used` divided by `capacity` (null: unlimited); it exceeds 1 after a limit was lowered below what is used.
+ * For a member limit, `used` is the total of all members, and `capacity` is the sum of what each may use: `max` times
+ * their number, if none has an override. `fraction` is `used` divided by `capacity` (null: unlimited); it exceeds 1
+ * after a limit was lowered below what is used.
  */
 export interface GroupLimitUsage {
   kind: string
@@ -219,13 +225,14 @@ export interface PressedMember {
  * How many members are at a member limit, or close to it.
  *
  * `full` of them have used all that they may, and `near` at least the percentage that was asked for, including those.
- * `members` are the first of them, with the most used first.
+ * `members` are the first of them, with the most used first. `max` is the limit's own; each member is compared with
+ * what they may use, which an override may have changed.
  */
 export interface LimitPressure {
   kind: string
   period: Period
   starts: Starts
-  max: number
+  max: number | null
   full: number
   near: number
   members: PressedMember[]
@@ -241,11 +248,35 @@ export interface TopMember {
 }
 /**
  * A user in a group.
+ *
+ * The periods of their limits with `starts="anchor"` are counted from `anchor_at` or, if it is null, `joined_at`.
  */
 export interface Member {
   user_id: Uuid
   email: string | null
   joined_at: Timestamp
+  anchor_at: Timestamp | null
+}
+/**
+ * Another max of one limit for one member or, if `user_id` is null, of a group limit.
+ *
+ * While it is active, `max` replaces the limit's own (null: unlimited), until `until` (null: for good). It names its
+ * limit by kind, period, starts and scope, so it sleeps while there is no such limit. `email` is null if the user has
+ * been deleted.
+ */
+export interface Override {
+  id: Uuid
+  group_id: Uuid
+  kind: string
+  period: Period
+  starts: Starts
+  scope: Scope
+  user_id: Uuid | null
+  email: string | null
+  max: number | null
+  until: Timestamp | null
+  status: OverrideStatus
+  created_at: Timestamp
 }
 /**
  * What differed from the ledger: nothing, unless somebody bypassed the functions, or restored only the ledger.
@@ -444,6 +475,11 @@ export type Functions = {
     Args: { p_group_id?: Uuid; p_name?: string; p_search?: string; p_after?: string; p_page_size?: number }
     Returns: Group[]
   }
+  /** The overrides of a group's limits, or those of one user: the page after an id, ordered by id. */
+  find_limit_overrides: {
+    Args: { p_group_id: Uuid; p_user_id?: Uuid; p_after?: Uuid; p_page_size?: number }
+    Returns: Override[]
+  }
   /** Users whose e-mail address contains a text, regardless of case. */
   find_users: {
     Args: { p_email: string; p_page_size?: number }
@@ -491,7 +527,7 @@ export type Functions = {
   }
   /** Removes one limit of a group, named by as much as tells it from others; a missing limit is no error. */
   remove_group_limit: {
-    Args: { p_group_id: Uuid; p_kind: string; p_period?: Period; p_scope?: Scope; p_starts?: string }
+    Args: { p_group_id: Uuid; p_kind: string; p_period?: Period; p_scope?: Scope; p_starts?: Starts }
     Returns: Group
   }
   /** Removes users from a group, and says how many were in it; their usage stays. */
@@ -499,12 +535,17 @@ export type Functions = {
     Args: { p_group_id: Uuid; p_user_ids: Uuid[] }
     Returns: { removed: number }
   }
-  /** Resets a group's usage in its current periods, of one kind or of all; the ledger keeps everything. */
+  /** Ends an override, so that the limit's own max applies again; says whether there was one. */
+  remove_limit_override: {
+    Args: { p_group_id: Uuid; p_kind: string; p_user_id?: Uuid; p_period?: Period; p_starts?: Starts }
+    Returns: { removed: boolean }
+  }
+  /** Resets usage in the current periods of a group's limits, of one kind or of all; with a user, of that member's alone. The ledger keeps everything. */
   reset_group_usage: {
-    Args: { p_group_id: Uuid; p_kind?: string }
+    Args: { p_group_id: Uuid; p_kind?: string; p_user_id?: Uuid }
     Returns: { reset_at: Timestamp }
   }
-  /** Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an existing group, with its whole set of limits, in one step. With p_updated_at, only if nobody has changed it since. */
+  /** Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an existing group, with its whole set of limits, in one step. With p_no_anchor, it has no anchor any more. With p_updated_at, only if nobody has changed it since. */
   save_group: {
     Args: {
       p_group_id?: Uuid
@@ -517,6 +558,7 @@ export type Functions = {
       p_id?: Uuid
       p_updated_at?: Timestamp
       p_anchor_at?: Timestamp
+      p_no_anchor?: boolean
     }
     Returns: Group
   }
@@ -524,6 +566,24 @@ export type Functions = {
   set_group_limit: {
     Args: { p_group_id: Uuid; p_limit: Limit }
     Returns: Group
+  }
+  /** Replaces the max of one limit for one member, or of a group limit, perhaps until a moment; null: unlimited. */
+  set_limit_override: {
+    Args: {
+      p_group_id: Uuid
+      p_kind: string
+      p_max: number | null
+      p_user_id?: Uuid
+      p_period?: Period
+      p_starts?: Starts
+      p_until?: Timestamp
+    }
+    Returns: Override
+  }
+  /** Sets the moment from which a member's anchored periods are counted; null: from joined_at. False when the user is not in the group. */
+  set_member_anchor: {
+    Args: { p_group_id: Uuid; p_user_id: Uuid; p_anchor_at?: Timestamp }
+    Returns: { set: boolean }
   }
   /** The state of the installation: tables, policies, functions, triggers, indexes, the admin rule, users. */
   tokenlimits_diagnosis: {

@@ -439,6 +439,11 @@ def answers(stack: LocalStack, groups: GroupManager) -> str:
         ("save_group", {**one, "p_description": "…"}),
         ("set_group_limit", {**one, "p_limit": {"kind": "image", "period": "day", "scope": "group", "max": 1}}),
         ("remove_group_limit", {**one, "p_kind": "image", "p_period": "day", "p_scope": "group"}),
+        ("set_limit_override", {**one, "p_kind": "image", "p_max": None, "p_until": "2100-01-01T00:00:00Z"}),
+        ("set_limit_override", {**one, **mine, "p_kind": "text", "p_max": 5}),
+        ("find_limit_overrides", one),
+        ("remove_limit_override", {**one, **mine, "p_kind": "text"}),
+        ("set_member_anchor", {**one, **mine, "p_anchor_at": "2026-01-31T00:00:00Z"}),
         ("move_group_member", {**mine, "p_from": str(group.id), "p_to": str(empty.id)}),
         ("reset_group_usage", one),
         ("remove_group_members", {"p_group_id": str(empty.id), "p_user_ids": [str(user.id)]}),
@@ -449,6 +454,7 @@ def answers(stack: LocalStack, groups: GroupManager) -> str:
     reserve = "select public.reserve_generation($1, 'video') ->> 'usage_id' as id"
     [(first,), (second,)] = [stack.sql(reserve, str(holder)) for _ in range(2)]
     calls[-1:-1] = [
+        ("extend_generation", {"p_usage_id": first["id"], "p_ttl": 7200}),
         ("commit_generation", {"p_usage_id": first["id"], "p_cost": 1}),
         ("refund_generation", {"p_usage_id": first["id"]}),
         ("release_generation", {"p_usage_id": second["id"]}),
