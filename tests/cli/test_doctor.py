@@ -221,7 +221,7 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
         "commit_generation, as after a restore without comments",
     ),
     "a table has lost its mark": ("comment on table public.user_groups is null", ADOPT, "marks", "user_groups"),
-    "all comments are lost": (UNCOMMENTED, ADOPT, "marks", "and 3"),
+    "all comments are lost": (UNCOMMENTED, ADOPT, "marks", " more, as after a restore"),
     "all comments and rights are lost": (
         f"{UNCOMMENTED}; grant execute on all functions in schema public to anon",
         ADOPT,
@@ -708,7 +708,7 @@ def test_what_is_expected_is_read_from_the_sql() -> None:
     assert "group_limits_apply_insert" in expected().triggers
     assert {"generation_usage_user_id_idx", "counters_pkey", "generation_usage_key_key"} <= expected().indexes
     assert expected().version >= 1
-    assert len(POLICIES) == 4
+    assert len(POLICIES) == 5
 
 
 def test_all_is_well_again(patient: Program, clinic: tuple[LocalStack, str]) -> None:

@@ -26,7 +26,7 @@ User = Annotated[
 ]
 
 commands = typer.Typer(
-    help="Manage exceptions: another max of one limit for one user, or of a group limit.",
+    help="Manage exceptions: another max for one user, or for a time.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
