@@ -497,7 +497,8 @@ class TestInAnotherApp:
         names = {operation["operationId"] for path in described["paths"].values() for operation in path.values()}
         assert names == {
             "list_groups", "create_group", "read_group", "edit_group", "delete_group", "read_usage", "read_history",
-            "list_members", "add_members", "remove_members", "my_usage", "track_generation",
+            "list_members", "add_members", "remove_members", "set_anchor", "list_overrides", "set_override",
+            "remove_override", "reset_usage", "my_usage", "track_generation",
         }  # fmt: skip
         assert set(described["components"]["schemas"]) >= {"Problem", "Group", "TrackResult"}
         for operations in described["paths"].values():

@@ -154,7 +154,7 @@ def _add(
 
 @commands.command()
 def anchor(group: GroupArgument, user: UserArgument, anchor_at: Anchor, *, as_json: AsJson = False) -> None:
-    """Set from when a member's anchored limits are counted, such as a new billing date.
+    """Set from when a member's anchored limits are counted.
 
     What they have used is recounted in their new periods.
     """
