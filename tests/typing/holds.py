@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from typing import Any, assert_type
 from uuid import UUID
 
-from tokenlimits import AsyncTokenLimits, GroupManager, Hold, TokenLimits, TrackResult
+from tokenlimits import AsyncHold, AsyncTokenLimits, GroupManager, Hold, TokenLimits, TrackResult
 from tokenlimits.errors import HoldExpired
 
 limits = TokenLimits()
@@ -114,7 +114,7 @@ def with_body() -> str:
 
 async def with_async_body() -> str:
     async with alimits.generation(user, "video", cost=8) as hold:
-        assert_type(hold, Hold)
+        assert_type(hold, AsyncHold)
         film = "made"
     return film.upper()
 

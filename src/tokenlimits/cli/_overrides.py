@@ -44,7 +44,10 @@ def list_(
     user: Annotated[str | None, typer.Option("--user", help="Only those of this user.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the overrides in a group, including those that have ended or whose limit is gone (sleeping)."""
+    """List a group's overrides.
+
+    They include those that have ended, and those that sleep: their limit is gone.
+    """
     with manager() as groups:
         found = groups.overrides(find_group(groups, group).id, user_id=_user_id(groups, user))
         if as_json:
@@ -79,7 +82,9 @@ def set_(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Replace the max of one limit, for one user or of a group limit; usage stays.
+    """Replace a limit's max for one user, or a group limit's.
+
+    Usage stays.
 
     LIMIT is KIND=MAX with as many words as tell the limit from the others: image=200, image=200/day,
     image=200/3h/rolling. MAX is a number or unlimited.
