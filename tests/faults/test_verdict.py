@@ -14,7 +14,10 @@ from tokenlimits.models import LimitStatus
 
 ANN, GROUP = UUID(int=1), UUID(int=2)
 ASKED = (str(ANN), "image", 3)
-FULL = LimitStatus(kind="image", period="day", scope="group", max=5, used=6, remaining=0, reset_at=None)
+FULL = LimitStatus(
+    kind="image", period="day", starts="calendar", scope="group", mode="enforce", max=5, used=6, remaining=0,
+    reset_at=None, weight=1,
+)  # fmt: skip
 
 
 def told(call: str, status: str | None = "committed", usage: int = 7, cost: int = 3, **more: object) -> Called:

@@ -527,6 +527,7 @@ class TestHostileNames:
         fits(page)
         page.get_by_role("link", name=made[0].name).click()
         expect(page.get_by_role("heading", level=1)).to_have_text(made[0].name)
+        page.wait_for_load_state()  # its buttons do nothing before
         page.get_by_role("button", name="Members").click()
         expect(page.locator("#dialog-title")).to_have_text(f"Members of {made[0].name}")
         assert "owned" not in page.title() or page.title().startswith("<script>")

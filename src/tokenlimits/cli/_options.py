@@ -94,7 +94,7 @@ _UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=
 
 def moment_or_in(text: str) -> datetime:
     """Read a date or a time, or in how long it will be: 12h, 7d, 2w."""
-    if length := _length(text):
+    if (length := _length(text)) is not None:
         return datetime.now(UTC) + length
     try:
         return moment(text)
@@ -119,7 +119,7 @@ def chosen_anchor(given: datetime | Literal["none"]) -> datetime | None:
 
 def moment_or_ago(text: str) -> datetime:
     """Read a date or a time, or how long ago it was: 12h, 7d, 2w."""
-    if length := _length(text):
+    if (length := _length(text)) is not None:
         return datetime.now(UTC) - length
     try:
         return moment(text)
