@@ -11,12 +11,13 @@ from tests.web.chromium import axe
 from tests.web.conftest import SignIn, Theme
 from tests.web.test_browser import QUIET, fits
 
-from tokenlimits import GroupManager, TokenLimits
+from tokenlimits import GroupManager, Limit, TokenLimits
 from tokenlimits.local import LocalUser
-from tokenlimits.models import Group
+from tokenlimits.models import Group, Scope
 
 pytestmark = pytest.mark.slow
 
+SCOPES: tuple[Scope, ...] = ("group", "member")
 NEXT_MONTH = (datetime.now(UTC) + timedelta(days=30)).date().isoformat()
 
 
@@ -63,6 +64,34 @@ class TestExceptions:
         page.get_by_role("button", name="Remove", exact=True).click()
         expect(page.get_by_role("heading", name="Exceptions")).to_have_count(0)
         assert list(groups.overrides(group.id)) == []
+
+    def test_anchors_are_set_and_removed(self, sign_in: SignIn, groups: GroupManager, user: LocalUser) -> None:
+        limits = [Limit(kind="image", max=5, period="month", starts="anchor", scope=scope) for scope in SCOPES]
+        group = groups.create("Agency", limits=limits, timezone="Asia/Tokyo")
+        groups.add_member(group.id, user.id)
+        page = sign_in()
+        expect(page.get_by_role("article", name="Agency")).to_be_visible()
+        open_member(page, group, user)
+        assert problems(page) == []
+        page.get_by_label("Anchored periods are counted from").fill("2026-01-31")
+        page.get_by_role("button", name="Set the anchor").click()
+        expect(page.get_by_text("Anchor saved.")).to_be_visible()
+        (member,) = groups.members(group.id)
+        assert member.anchor_at == datetime(2026, 1, 30, 15, tzinfo=UTC)
+        page.keyboard.press("Escape")
+
+        page.get_by_role("button", name="Edit", exact=True).click()
+        page.get_by_label("Anchored periods are counted from").fill("2026-02-28")
+        page.get_by_role("button", name="Save").click()
+        expect(page.get_by_text("Agency was saved.")).to_be_visible()
+        assert groups.get(group.id).anchor_at == datetime(2026, 2, 27, 15, tzinfo=UTC)
+        page.get_by_role("button", name="Edit", exact=True).click()
+        expect(page.get_by_label("Anchored periods are counted from")).to_have_value("2026-02-28")
+        assert problems(page) == []
+        page.get_by_label("Anchored periods are counted from").fill("")
+        page.get_by_role("button", name="Save").click()
+        expect(page.get_by_role("dialog", name="Edit group")).to_be_hidden()
+        assert groups.get(group.id).anchor_at is None
 
     def test_one_member_is_reset(self, sign_in: SignIn, limits: TokenLimits, group: Group, user: LocalUser) -> None:
         page = sign_in()

@@ -51,6 +51,28 @@ class TestGroupForm:
         _, fields = GroupForm.of_typed(typed(max=text)).checked()
         assert fields["limits"][0].max == max_
 
+    def test_an_anchor_is_sent_only_if_it_was_changed(self) -> None:
+        """It may have a time of day, which a day would lose."""
+        at = datetime(2026, 1, 31, 9, 30, tzinfo=UTC)
+        group = group_with(Limit(kind="image", max=1, period="month", starts="anchor")).model_copy(
+            update={"anchor_at": at, "timezone": "Asia/Tokyo"}
+        )
+        shown = GroupForm.of_group(group)
+        assert (shown.anchor, shown.is_anchored) == ("2026-01-31", True)
+        sent = {"before": shown.before, "timezone": "Asia/Tokyo"}
+        _, kept = GroupForm.of_typed(typed(**sent, anchor=shown.anchor)).checked()
+        _, moved = GroupForm.of_typed(typed(**sent, anchor="2026-02-01")).checked()
+        _, removed = GroupForm.of_typed(typed(**sent, anchor="")).checked()
+        assert "anchor_at" not in kept
+        assert moved["anchor_at"] == datetime(2026, 1, 31, 15, tzinfo=UTC)
+        assert removed["anchor_at"] is None
+        assert "anchor_at" not in GroupForm.of_typed(typed(anchor="")).checked()[1]
+
+    @pytest.mark.parametrize("text", ["31.1.2026", "2026-02-30", "tomorrow"])
+    def test_an_anchor_is_a_day(self, text: str) -> None:
+        form, fields = GroupForm.of_typed(typed(anchor=text)).checked()
+        assert (list(form.errors), fields) == (["anchor"], {})
+
     @pytest.mark.parametrize("text", ["10,00", "1,5", "1,0000", "1000,000", ",100", "1,", "1.000", "1,000 000"])
     def test_a_decimal_is_not_made_whole(self, text: str) -> None:
         form, fields = GroupForm.of_typed(typed(max=text)).checked()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, time
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -17,7 +16,7 @@ from tokenlimits import AsyncGroupManager, InvalidRequest, Limit
 from tokenlimits.models import Group, Override
 from tokenlimits.web._router import Router
 
-from ._charts import zone_named
+from ._days import beginning, day_of
 from ._forms import ids
 from ._limit_rows import whole
 from ._pages import PageRoute, Signed, Visit, done, stay
@@ -73,6 +72,19 @@ async def set_exception(visit: Signed, group_id: UUID, user_id: UUID) -> Respons
     return stay(await _dialog(visit, group_id, user_id), f"The exception for {override.email or user_id} was saved.")
 
 
+@routes.post("/groups/{group_id}/members/{user_id}/anchor")
+async def set_anchor(visit: Signed, group_id: UUID, user_id: UUID) -> Response:
+    """Set from when a member's anchored periods are counted."""
+    form = await visit.form()
+    group = await visit.groups.get(group_id)
+    try:
+        await visit.groups.set_member_anchor(group_id, user_id, _day(form, "anchor", group))
+    except InvalidRequest as error:
+        wrong = {"anchor": str(error).removeprefix(f"{error.field}: ")}
+        return await _dialog(visit, group_id, user_id, wrong, 422)
+    return stay(await _dialog(visit, group_id, user_id), "Anchor saved. Usage was counted again in the new periods.")
+
+
 @routes.post("/groups/{group_id}/members/{user_id}/reset")
 async def reset_member(visit: Signed, group_id: UUID, user_id: UUID) -> Response:
     """Reset what one member has used in the current periods."""
@@ -98,13 +110,15 @@ async def _dialog(
         visit.groups.get(group_id), visit.groups.members_page(group_id, after=before, size=1)
     )
     overrides = [each async for each in visit.groups.overrides(group_id, user_id=user_id)]
-    email = next((member.email for member in members if member.id == user_id), None)
+    member = next((member for member in members if member.id == user_id), None)
     return visit.page(
         "member.html",
         status,
         group=group,
         user_id=user_id,
-        whose=email or str(user_id),
+        whose=(member and member.email) or str(user_id),
+        member=member,
+        anchor=day_of(member and member.anchor_at, group.timezone),
         limits=_limits(group, overrides),
         today=datetime.now(UTC).date().isoformat(),
         wrong=wrong or {},
@@ -115,11 +129,7 @@ def _limits(group: Group, overrides: Sequence[Override]) -> list[Exceptional]:
     by_limit = {(each.kind, each.period, each.starts): each for each in overrides}
     own = [limit for limit in group.limits if limit.scope == "member"]
     found = [(limit, by_limit.get((limit.kind, limit.period, limit.starts))) for limit in own]
-    zone = zone_named(group.timezone) or UTC
-    return [
-        Exceptional(limit, each, each.until.astimezone(zone).date().isoformat() if each and each.until else "")
-        for limit, each in found
-    ]
+    return [Exceptional(limit, each, day_of(each and each.until, group.timezone)) for limit, each in found]
 
 
 def _which(form: FormData) -> dict[str, Any]:
@@ -143,12 +153,12 @@ def _max(form: FormData) -> int | None:
 
 def _until(form: FormData, group: Group) -> datetime | None:
     """Read the day with which an exception ends, where the group is."""
-    typed = str(form.get("until", "")).strip()
-    if not typed:
-        return None
-    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", typed):
-        raise InvalidRequest("until: A day is written like 2026-12-31.", detail="until")
+    return _day(form, "until", group)
+
+
+def _day(form: FormData, name: str, group: Group) -> datetime | None:
+    typed = str(form.get(name, "")).strip()
     try:
-        return datetime.combine(date.fromisoformat(typed), time.min, zone_named(group.timezone) or UTC)
-    except ValueError:
-        raise InvalidRequest("until: There is no such day.", detail="until") from None
+        return beginning(typed, group.timezone) if typed else None
+    except ValueError as error:
+        raise InvalidRequest(f"{name}: {error}", detail=name) from None

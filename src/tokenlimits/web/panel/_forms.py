@@ -18,10 +18,12 @@ from tokenlimits.errors import GroupExists
 from tokenlimits.models import Group, Name, TimeZone
 
 from . import _words
+from ._days import beginning, day_of
 from ._limit_rows import LimitRow
 
 _NAME = TypeAdapter[Any](Name)
 _TIMEZONE = TypeAdapter[Any](TimeZone)
+_ANCHOR = "anchored periods are counted from"
 _TWICE = "Another limit has this kind, period and start, for the same members."
 _LIMIT_FIELD = re.compile(r"limits\[(\d+)\](?:\.(\w+))?")
 
@@ -34,6 +36,8 @@ class GroupForm:
     description: str = ""
     priority: str = "0"
     timezone: str = "UTC"
+    anchor: str = ""
+    """The day from which the periods of its anchored limits are counted; empty: when it was created."""
     is_default: bool = False
     rows: Sequence[LimitRow] = ()
     errors: dict[str, str] = field(default_factory=dict[str, str])
@@ -45,17 +49,18 @@ class GroupForm:
     def of_group(cls, group: Group) -> GroupForm:
         """Make the form of an existing group."""
         rows = [LimitRow.of_limit(limit) for limit in group.limits]
-        form = cls(group.name, group.description, str(group.priority), group.timezone, group.is_default, rows)
+        anchor = day_of(group.anchor_at, group.timezone)
+        form = cls(group.name, group.description, str(group.priority), group.timezone, anchor, group.is_default, rows)
         return replace(form, updated_at=group.updated_at.isoformat(), before=json.dumps(_facts(group)))
 
     @classmethod
     def of_typed(cls, form: FormData) -> GroupForm:
         """Read a submitted form."""
-        name, description, priority, timezone = (
-            str(form.get(name, "")).strip() for name in ("name", "description", "priority", "timezone")
+        name, description, priority, timezone, anchor = (
+            str(form.get(name, "")).strip() for name in ("name", "description", "priority", "timezone", "anchor")
         )
         before, updated_at = (str(form.get(name, "")) for name in ("before", "updated_at"))
-        typed = cls(name, description, priority, timezone, "is_default" in form, LimitRow.of_typed(form))
+        typed = cls(name, description, priority, timezone, anchor, "is_default" in form, LimitRow.of_typed(form))
         return replace(typed, before=before, updated_at=updated_at)
 
     def checked(self) -> tuple[GroupForm, dict[str, Any]]:
@@ -68,19 +73,24 @@ class GroupForm:
         fields: dict[str, Any] = {"name": self.name, "description": self.description, "priority": int(self.priority)}
         limits = [limit for _, limit in checked]
         fields |= {"timezone": self.timezone, "is_default": self.is_default, "limits": limits}
+        if self.anchor != self._was().get(_ANCHOR, ""):  # it may have a time of day, which stays unless it is changed
+            fields["anchor_at"] = beginning(self.anchor, self.timezone) if self.anchor else None
         if self.updated_at:
             fields["unchanged_since"] = _moment(self.updated_at)
         return form, fields
 
     def changed_meanwhile(self, group: Group) -> list[str]:
         """Say what is different from when the form was opened."""
-        try:
-            before: dict[str, str] = TypeAdapter(dict[str, str]).validate_json(self.before)
-        except ValidationError:
+        before, now = self._was(), _facts(group)
+        if not before:
             return []
-        now = _facts(group)
         names = [name for name in [*before, *now] if before.get(name) != now.get(name)]
         return [f"{name}: {before.get(name, 'none')} → {now.get(name, 'none')}" for name in dict.fromkeys(names)]
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether one of its limits starts at the group's anchor."""
+        return any(row.starts == "anchor" and row.scope == "group" for row in self.rows)
 
     def is_good(self) -> bool:
         """Whether it has no errors."""
@@ -99,6 +109,12 @@ class GroupForm:
         words = "This time zone doesn't exist." if place == "timezone" else str(error)
         return replace(self, errors={place if place in ("name", "description", "priority", "timezone") else "": words})
 
+    def _was(self) -> dict[str, str]:
+        try:
+            return TypeAdapter(dict[str, str]).validate_json(self.before)
+        except ValidationError:
+            return {}
+
     def _wrong(self) -> Iterable[tuple[str, str]]:
         if not _passes(_NAME, self.name):
             yield "name", "A name has 1 to 200 visible characters."
@@ -108,6 +124,10 @@ class GroupForm:
             yield "priority", "A priority is a whole number."
         if not _passes(_TIMEZONE, self.timezone):
             yield "timezone", "A time zone is a name such as Europe/Paris."
+        try:
+            _ = self.anchor and beginning(self.anchor, self.timezone)
+        except ValueError as error:
+            yield "anchor", str(error)
 
 
 def _facts(group: Group) -> dict[str, str]:
@@ -119,6 +139,8 @@ def _facts(group: Group) -> dict[str, str]:
         "time zone": group.timezone,
         "default group": "yes" if group.is_default else "no",
     }
+    if group.anchor_at is not None:
+        facts[_ANCHOR] = day_of(group.anchor_at, group.timezone)
     for limit in group.limits:
         scope = " for each member" if limit.scope == "member" else ""
         facts[f"{limit.kind} {_words.when(limit)}{scope}"] = _allowed(limit)
