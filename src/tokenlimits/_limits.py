@@ -85,7 +85,7 @@ _Weight = Annotated[StrictInt, Field(ge=1, le=1_000_000)]
 Counts = Annotated[
     dict[Kind, _Weight],
     BeforeValidator(_pool),
-    Field(json_schema_extra={"minProperties": 1, "maxProperties": 50}),
+    Field(json_schema_extra={"minProperties": 1, "maxProperties": 50, "additionalProperties": False}),
 ]
 """The kinds that a pool counts, and how many units one of each takes."""
 
