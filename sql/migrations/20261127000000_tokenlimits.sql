@@ -2340,21 +2340,27 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_changed public.group_limits[];
   v_group_id uuid;
   v_group_ids uuid[];
   v_state tokenlimits.limit_state;
 begin
   if tg_op = 'INSERT' then
-    v_group_ids := array(select distinct n.group_id from new_rows as n);
+    v_changed := array(
+      select row(r.*)::public.group_limits from new_rows as r
+    );
   elsif tg_op = 'DELETE' then
-    v_group_ids := array(select distinct o.group_id from old_rows as o);
-  else
-    v_group_ids := array(
-      select n.group_id from new_rows as n
-      union
-      select o.group_id from old_rows as o
+    v_changed := array(
+      select row(r.*)::public.group_limits from old_rows as r
+    );
+  elsif tg_op = 'UPDATE' then
+    v_changed := array(
+      select row(r.*)::public.group_limits from new_rows as r
+      union all
+      select row(r.*)::public.group_limits from old_rows as r
     );
   end if;
+  v_group_ids := array(select distinct c.group_id from unnest(v_changed) as c);
   perform tokenlimits.lock_groups(v_group_ids, true);
   foreach v_group_id in array v_group_ids loop
     perform tokenlimits.drop_stale_counters(v_group_id);
@@ -2424,10 +2430,9 @@ begin
   from (
     select distinct l.counter_id, c.subject, o.max, case when o.id is not null then coalesce(o.until, 'infinity') end as until
     from unnest(v_changed) as c
-    inner join public.group_limits as l
-      on
-        l.group_id = c.group_id and l.kind = c.kind and l.period = c.period and l.starts = c.starts
-        and l.scope = c.scope
+    inner join public.group_limits as l on l.group_id = c.group_id and l.kind = c.kind
+    and l.period = c.period and l.starts = c.starts
+    and l.scope = c.scope
     left join public.limit_overrides as o on o.group_id = l.group_id and o.kind = l.kind
     and o.period = l.period and o.starts = l.starts
     and o.scope = l.scope and o.subject = c.subject
@@ -7080,9 +7085,9 @@ begin
       when exists (
         select
         from public.group_limits as l
-        where
-          l.group_id = p_override.group_id and l.kind = p_override.kind and l.period = p_override.period
-          and l.starts = p_override.starts and l.scope = p_override.scope
+        where l.group_id = p_override.group_id and l.kind = p_override.kind
+        and l.period = p_override.period and l.starts = p_override.starts
+        and l.scope = p_override.scope
       ) then 'active'
       else 'sleeping'
     end,
@@ -7663,10 +7668,9 @@ begin
       from public.group_limits as l
       inner join groups as g on g.id = l.group_id
       left join members as m on m.group_id = l.group_id
-      left join overrides as o
-        on
-          o.group_id = l.group_id and o.kind = l.kind and o.period = l.period and o.starts = l.starts
-          and o.scope = l.scope
+      left join overrides as o on o.group_id = l.group_id and o.kind = l.kind
+      and o.period = l.period and o.starts = l.starts
+      and o.scope = l.scope
       where l.group_id = any(v_group_ids)
     ),
 

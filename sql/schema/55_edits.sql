@@ -42,21 +42,13 @@ security definer
 {{ search_path() }}
 as $$
 declare
+  v_changed public.group_limits[];
   v_group_id uuid;
   v_group_ids uuid[];
   v_state tokenlimits.limit_state;
 begin
-  if tg_op = 'INSERT' then
-    v_group_ids := array(select distinct n.group_id from new_rows as n);
-  elsif tg_op = 'DELETE' then
-    v_group_ids := array(select distinct o.group_id from old_rows as o);
-  else
-    v_group_ids := array(
-      select n.group_id from new_rows as n
-      union
-      select o.group_id from old_rows as o
-    );
-  end if;
+  {{ read_changed('group_limits') | indent(2) }}
+  v_group_ids := array(select distinct c.group_id from unnest(v_changed) as c);
   perform tokenlimits.lock_groups(v_group_ids, true);
   foreach v_group_id in array v_group_ids loop
     perform tokenlimits.drop_stale_counters(v_group_id);
@@ -74,20 +66,7 @@ end
 $$;
 {{ private('apply_limits()', "Trigger: opens the counters of edited limits while no call uses them.") }}
 
-create or replace trigger group_limits_apply_insert
-after insert on public.group_limits
-referencing new table as new_rows
-for each statement execute function tokenlimits.apply_limits();
-
-create or replace trigger group_limits_apply_update
-after update on public.group_limits
-referencing old table as old_rows new table as new_rows
-for each statement execute function tokenlimits.apply_limits();
-
-create or replace trigger group_limits_apply_delete
-after delete on public.group_limits
-referencing old table as old_rows
-for each statement execute function tokenlimits.apply_limits();
+{{ after_changes('group_limits', 'apply', 'apply_limits') }}
 
 -- Waits for the calls that judge by the old overrides. A subject without a counter finds its override when it gets one.
 create or replace function tokenlimits.apply_overrides()
@@ -107,10 +86,7 @@ begin
   from (
     select distinct l.counter_id, c.subject, o.max, case when o.id is not null then coalesce(o.until, 'infinity') end as until
     from unnest(v_changed) as c
-    inner join public.group_limits as l
-      on
-        l.group_id = c.group_id and l.kind = c.kind and l.period = c.period and l.starts = c.starts
-        and l.scope = c.scope
+    inner join public.group_limits as l on {{ same_limit('l', 'c') | indent(4) }}
     left join public.limit_overrides as o on {{ overrides_now('o', 'l', 'c.subject', 'tokenlimits.clock()') | indent(4) }}
   ) as f
   where k.counter_id = f.counter_id and k.subject = f.subject;
@@ -119,16 +95,7 @@ end
 $$;
 {{ private('apply_overrides()', "Trigger: tells the counters of edited overrides while no call uses them.") }}
 
-{%- for action, tables in [
-  ('insert', 'new table as new_rows'), ('update', 'old table as old_rows new table as new_rows'),
-  ('delete', 'old table as old_rows'),
-] %}
-
-create or replace trigger limit_overrides_apply_{{ action }}
-after {{ action }} on public.limit_overrides
-referencing {{ tables }}
-for each statement execute function tokenlimits.apply_overrides();
-{%- endfor %}
+{{ after_changes('limit_overrides', 'apply', 'apply_overrides') }}
 
 -- In a new time zone, every period of the group begins at a different moment; with a new anchor, every anchored one.
 -- One statement for all groups, so that it takes their stripes in order.
@@ -190,13 +157,4 @@ end
 $$;
 {{ private('renew_anchors()', "Trigger: a member's anchored periods are those of their current membership.") }}
 
-{%- for action, tables in [
-  ('insert', 'new table as new_rows'), ('update', 'old table as old_rows new table as new_rows'),
-  ('delete', 'old table as old_rows'),
-] %}
-
-create or replace trigger group_memberships_renew_anchors_{{ action }}
-after {{ action }} on public.group_memberships
-referencing {{ tables }}
-for each statement execute function tokenlimits.renew_anchors();
-{%- endfor %}
+{{ after_changes('group_memberships', 'renew_anchors', 'renew_anchors') }}

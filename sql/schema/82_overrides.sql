@@ -29,9 +29,7 @@ begin
       when exists (
         select
         from public.group_limits as l
-        where
-          l.group_id = p_override.group_id and l.kind = p_override.kind and l.period = p_override.period
-          and l.starts = p_override.starts and l.scope = p_override.scope
+        where {{ same_limit('l', 'p_override') | indent(8) }}
       ) then 'active'
       else 'sleeping'
     end,

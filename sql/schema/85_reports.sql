@@ -243,10 +243,7 @@ begin
       from public.group_limits as l
       inner join groups as g on g.id = l.group_id
       left join members as m on m.group_id = l.group_id
-      left join overrides as o
-        on
-          o.group_id = l.group_id and o.kind = l.kind and o.period = l.period and o.starts = l.starts
-          and o.scope = l.scope
+      left join overrides as o on {{ same_limit('o', 'l') | indent(6) }}
       where l.group_id = any(v_group_ids)
     ),
 

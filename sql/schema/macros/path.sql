@@ -288,10 +288,10 @@ exists (
 
 {#
 A group's limits in the order in which counters are locked: members' first, then the group's. `subject` is the subject of
-a limit i. `in_flight` are those that count holds: only a hold is judged by them. With `of_many`, there are several: an expression that returns a row for each (in "from", it would cost more
-than all the rest), and a list of kinds (null: all); one request needs less to sort and to compare. v_is_plain: every
-limit is plain, every counter is current, and there is no expired hold to subtract, so the states can be used as they
-are.
+a limit i. With `of_many`, there are several: an expression that returns a row for each (in "from", it would cost more
+than all the rest), and a list of kinds (null: all); one request needs less to sort and to compare. `in_flight`: whether
+those are read that count holds, since only a hold is judged by them. v_is_plain: every limit is plain, every counter is
+current, and there is no expired hold to subtract, so the states can be used as they are.
 #}
 {% macro read_limits(group_id, subject, kind, at, in_flight, of_many=false) -%}
 select
@@ -800,11 +800,16 @@ greatest(lower({{ period }}), {{ past_until }}, {{ last_reset(group_id, kind, su
 )
 {%- endmacro %}
 
+{# What identifies a limit. #}
+{% macro same_limit(one, other) -%}
+{{ one }}.group_id = {{ other }}.group_id and {{ one }}.kind = {{ other }}.kind
+and {{ one }}.period = {{ other }}.period and {{ one }}.starts = {{ other }}.starts
+and {{ one }}.scope = {{ other }}.scope
+{%- endmacro %}
+
 {# The override of a limit for a subject, while it lasts. #}
 {% macro overrides_now(override, limit, subject, at) -%}
-{{ override }}.group_id = {{ limit }}.group_id and {{ override }}.kind = {{ limit }}.kind
-and {{ override }}.period = {{ limit }}.period and {{ override }}.starts = {{ limit }}.starts
-and {{ override }}.scope = {{ limit }}.scope and {{ override }}.subject = {{ subject }}
+{{ same_limit(override, limit) }} and {{ override }}.subject = {{ subject }}
 and ({{ override }}.until is null or {{ override }}.until > {{ at }})
 {%- endmacro %}
 
@@ -843,4 +848,18 @@ and (p_starts is null or {{ limit }}.starts = p_starts)
   );
 {% endfor -%}
 end if;
+{%- endmacro %}
+
+{# Triggers that run a function once for all rows that a statement has changed; it reads them with read_changed. #}
+{% macro after_changes(table, name, function) -%}
+{%- for action, tables in [
+  ('insert', 'new table as new_rows'), ('update', 'old table as old_rows new table as new_rows'),
+  ('delete', 'old table as old_rows'),
+] %}
+create or replace trigger {{ table }}_{{ name }}_{{ action }}
+after {{ action }} on public.{{ table }}
+referencing {{ tables }}
+for each statement execute function tokenlimits.{{ function }}();
+{{- '\n' if not loop.last }}
+{%- endfor %}
 {%- endmacro %}
