@@ -34,9 +34,9 @@ class Beat:
         self.ttl = ttl
         # weak: a body that was abandoned without an end lets its hold expire
         self._hold = weakref.ref(hold)
-        # a hold of an earlier call may be about to expire
         # how often it beats; also how long it waits for an answer, so that a slow one doesn't hold up those of others
         self.interval = ttl / _BEATS_PER_TTL
+        # a hold of an earlier call may be about to expire
         self.due = now if hold.replayed else now + self.interval
         self._ended = False
 

@@ -16,7 +16,7 @@ from ._find import find_group, kind_meant, kinds_of, manager
 from ._limit_words import HELP, identity, more_words, name, named_by, parse_all, parse_json, write
 from ._options import AsJson, GroupArgument, Yes
 from ._terminal import Misunderstood, confirm, note, print_json, say, show, table
-from ._wording import allowance
+from ._wording import allowance, or_unlimited
 
 Limits = Annotated[
     list[str] | None,
@@ -119,7 +119,7 @@ def _say_changes(before: Group, after: Group) -> None:
 
 
 def _settings(limit: Limit) -> str:
-    return "/".join(["unlimited" if limit.max is None else f"{limit.max:,}", *more_words(limit)])
+    return "/".join([or_unlimited(limit.max), *more_words(limit)])
 
 
 def _warn_of_slips(groups: GroupManager, group: Group, limits: Sequence[Limit]) -> None:

@@ -94,17 +94,16 @@ _UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=
 
 def moment_or_in(text: str) -> datetime:
     """Read a date or a time, or in how long it will be: 12h, 7d, 2w."""
-    if (length := _length(text)) is not None:
-        return datetime.now(UTC) + length
+    return _moment_or_length(text, 1, "in 7 days")
+
+
+def _moment_or_length(text: str, direction: int, example: str) -> datetime:
+    if found := re.fullmatch(r"([0-9]{1,4})([hdw])", text.strip().lower()):
+        return datetime.now(UTC) + direction * int(found[1]) * _UNITS[found[2]]
     try:
         return moment(text)
     except typer.BadParameter as error:
-        raise typer.BadParameter(error.message.replace(" like ", " like 7d (in 7 days; h, d or w), ")) from None
-
-
-def _length(text: str) -> timedelta | None:
-    found = re.fullmatch(r"([0-9]{1,4})([hdw])", text.strip().lower())
-    return int(found[1]) * _UNITS[found[2]] if found else None
+        raise typer.BadParameter(error.message.replace(" like ", f" like 7d ({example}; h, d or w), ")) from None
 
 
 def moment_or_none(text: str) -> datetime | Literal["none"]:
@@ -119,12 +118,7 @@ def chosen_anchor(given: datetime | Literal["none"]) -> datetime | None:
 
 def moment_or_ago(text: str) -> datetime:
     """Read a date or a time, or how long ago it was: 12h, 7d, 2w."""
-    if (length := _length(text)) is not None:
-        return datetime.now(UTC) - length
-    try:
-        return moment(text)
-    except typer.BadParameter as error:
-        raise typer.BadParameter(error.message.replace(" like ", " like 7d (7 days ago; h, d or w), ")) from None
+    return _moment_or_length(text, -1, "7 days ago")
 
 
 Since = Annotated[

@@ -15,6 +15,7 @@ from ._find import find_group, find_user, manager
 from ._limit_words import name_of, parse_override, read_name
 from ._options import AsJson, GroupArgument, Yes, moment_or_in
 from ._terminal import Problem, confirm, moment_in_words, print_json, print_json_list, say, show, table
+from ._wording import or_unlimited
 
 User = Annotated[
     str | None,
@@ -54,7 +55,13 @@ def list_(
             print_json_list(found)
             return
         rows = [
-            (_whose(each), name_of(each), _max(each), "for good" if each.until is None else each.until, each.status)
+            (
+                _whose(each),
+                name_of(each),
+                or_unlimited(each.max),
+                "for good" if each.until is None else each.until,
+                each.status,
+            )
             for each in found
         ]
     if rows:
@@ -99,7 +106,7 @@ def set_(
         print_json(override)
         return
     until_ = "for good" if override.until is None else f"until {moment_in_words(override.until)}"
-    say(f"{_whose(override)}, {name_of(override)}: {_max(override)} {until_}.", style="green")
+    say(f"{_whose(override)}, {name_of(override)}: {or_unlimited(override.max)} {until_}.", style="green")
 
 
 @commands.command()
@@ -138,7 +145,3 @@ def _which(named: dict[str, Any]) -> dict[str, Any]:
 
 def _whose(override: Override) -> str:
     return "the group" if override.user_id is None else override.email or str(override.user_id)
-
-
-def _max(override: Override) -> str:
-    return "unlimited" if override.max is None else f"{override.max:,}"

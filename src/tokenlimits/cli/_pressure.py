@@ -9,7 +9,7 @@ from tokenlimits.models import Group, LimitPressure
 
 from ._find import find_group
 from ._terminal import plain, print_json, say, show, table
-from ._wording import window
+from ._wording import or_unlimited, window
 
 _MOST = 1000
 
@@ -48,7 +48,7 @@ def show_pressed(pressed: Pressed, at_least: int, *, as_json: bool) -> None:
             limit.kind,
             window(limit.period, limit.starts),
             f"{member.used:,}",
-            "unlimited" if limit.max is None else f"{limit.max:,}",
+            or_unlimited(limit.max),
         )
         for group, limit in pressed
         for member in limit.members

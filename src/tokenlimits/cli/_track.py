@@ -15,7 +15,7 @@ from tokenlimits.models import LimitStatus
 from ._find import find_group, find_user, kind_meant, manager, worker
 from ._options import AsJson, GroupOption, KindArgument, UserArgument
 from ._terminal import facts, print_json, say, show
-from ._wording import allowance, resets_in
+from ._wording import allowance, or_unlimited, resets_in
 
 Cost = Annotated[int, typer.Option("--cost", help="How much the generation takes from the limits.")]
 
@@ -89,7 +89,7 @@ def _show(result: TrackResult) -> None:
     rows = [
         ("usage", result.usage_id or "not recorded"),
         ("paid by", result.group.name if result.group is not None else ""),
-        ("left", "unlimited" if result.remaining is None else f"{result.remaining:,}"),
+        ("left", or_unlimited(result.remaining)),
         *[("resets in", resets_in(limit, datetime.now(UTC))) for limit in _next(result)],
         *[("would deny", f"{limit.kind}, {allowance(limit)}: {limit.used:,} used") for limit in result.would_deny],
     ]

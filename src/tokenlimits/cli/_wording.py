@@ -39,6 +39,11 @@ def allowance(limit: Limit | LimitStatus, number: Callable[[int], str] = "{:,}".
     return f"{most} {_per(limit.period, limit.starts)}{each}{where}{observed}{f': {pool}' if pool else ''}"
 
 
+def or_unlimited(number: int | None) -> str:
+    """Write a maximum, or what remains of one."""
+    return "unlimited" if number is None else f"{number:,}"
+
+
 def window(period: str, starts: str) -> str:
     """Say which time a limit counts.
 

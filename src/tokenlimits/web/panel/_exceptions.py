@@ -64,7 +64,7 @@ async def set_exception(visit: Signed, group_id: UUID, user_id: UUID) -> Respons
     group = await visit.groups.get(group_id)
     try:
         override = await visit.groups.set_override(
-            group_id, user_id=user_id, max=_max(form), until=_until(form, group), **_which(form)
+            group_id, user_id=user_id, max=_max(form), until=_day(form, "until", group), **_which(form)
         )
     except InvalidRequest as error:
         wrong = {"limit": _named(form), "words": str(error).removeprefix(f"{error.field}: ")}
@@ -149,11 +149,6 @@ def _max(form: FormData) -> int | None:
             "max: A maximum is a whole number like 10,000 (commas between thousands only); 0 blocks.", detail="max"
         )
     return typed
-
-
-def _until(form: FormData, group: Group) -> datetime | None:
-    """Read the day with which an exception ends, where the group is."""
-    return _day(form, "until", group)
 
 
 def _day(form: FormData, name: str, group: Group) -> datetime | None:
