@@ -67,7 +67,7 @@ flight counts the holds that are open, one each whatever their cost."""
 
 Starts = Literal["calendar", "anchor", "first_use", "rolling"]
 """Where a limit's periods begin. `calendar`: with the hour, day, week, … of the group's time zone; `anchor`: at the
-moment when the member joined or the group was created, or at its `anchor_at`; `first_use`: with the first generation
+moment when the user joined or the group was created, or at its `anchor_at`; `first_use`: with the first generation
 after the last period has ended; `rolling`: the period is what has just passed, at every moment."""
 
 Mode = Literal["enforce", "observe"]

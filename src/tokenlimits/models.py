@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Literal, Self, TypeVar, cast
 from uuid import UUID
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     AwareDatetime,
     BaseModel,
@@ -82,8 +83,9 @@ __all__ = [
 
 _T = TypeVar("_T")
 
-Scope = Literal["group", "member"]
-"""`group`: one allowance for all members together; `member`: a separate allowance for each member."""
+Scope = Literal["group", "child", "member"]
+"""`group`: one allowance for the group and all groups beneath it; `child`: a separate allowance for each group directly
+beneath it, with all beneath that; `member`: a separate allowance for each user, wherever beneath."""
 
 Reason = Literal["not_in_group", "no_limit_for_kind", "limit_exceeded", "refused", "unavailable"]
 """Why a generation is denied. `unavailable`: Supabase couldn't be reached, also where this allows the generation.
@@ -96,7 +98,7 @@ Bucket = Literal["hour", "day", "week", "month"]
 """The step of a history."""
 
 OverrideStatus = Literal["active", "ended", "sleeping"]
-"""`ended`: its `until` has passed; `sleeping`: there is no such limit at the moment."""
+"""`ended`: its `until` has passed; `sleeping`: there is no such limit, or no such child, at the moment."""
 
 OnUnavailable = Literal["raise", "allow", "deny"]
 """What a worker gets when Supabase can't be reached."""
@@ -171,7 +173,7 @@ class GroupRef(Model):
 
 
 class Limit(_Made):
-    """How much of a kind a group, or each of its members, may use in a period.
+    """How much of a kind a group, each group beneath it, or each of its members may use in a period.
 
     `max` is in units of cost; None is unlimited, and 0 blocks the kind. `counts` makes the limit a pool that several
     kinds share, with how many of its units one of each takes. `kind` is then only its name. With the period
@@ -215,7 +217,8 @@ class LimitStatus(Model):
 
     `used` and `max` are in units of the limit. In an answer about a kind, `remaining` is how many units of that kind
     still fit, where each takes `weight` of the limit; elsewhere, `weight` is 1. A limit in flight counts holds, and its
-    `reset_at` is None, except where it denies: that is when the next place will be free.
+    `reset_at` is None, except where it denies: that is when the next place will be free. `group` is the group that the
+    limit belongs to: the one that pays, or one above it.
     """
 
     kind: str
@@ -228,12 +231,22 @@ class LimitStatus(Model):
     remaining: int | None
     reset_at: AwareDatetime | None
     weight: int
+    group: GroupRef | None = None
+
+
+_Status = TypeVar("_Status", bound=LimitStatus)
+
+
+def _owned(limit: _Status, answer: ValidationInfo) -> _Status:
+    """Fill in the group that an answer is about, where the limit is its own."""
+    return limit if limit.group is not None else limit.model_copy(update={"group": answer.data.get("group")})
 
 
 class UserLimit(LimitStatus):
     """A limit that applies to a user, with the group that it belongs to."""
 
-    group: GroupRef
+    # required, and never None: models are frozen, so a narrower type is safe
+    group: GroupRef  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleVariableOverride]
 
 
 class TrackResult(Model):
@@ -256,9 +269,9 @@ class TrackResult(Model):
     group: GroupRef | None = None
     kind: str
     cost: int
-    limits: tuple[LimitStatus, ...] = ()
-    denied_by: LimitStatus | None = None
-    would_deny: tuple[LimitStatus, ...] = ()
+    limits: tuple[Annotated[LimitStatus, AfterValidator(_owned)], ...] = ()
+    denied_by: Annotated[LimitStatus, AfterValidator(_owned)] | None = None
+    would_deny: tuple[Annotated[LimitStatus, AfterValidator(_owned)], ...] = ()
     remaining: int | None = None
     reset_at: AwareDatetime | None = None
     retry_after: float | None = None
@@ -325,7 +338,9 @@ def _known_fields(limit: object) -> object:
 class Group(Model):
     """A group of users with its limits.
 
-    The periods of group limits with `starts="anchor"` are counted from `anchor_at` or, if it is None, `created_at`.
+    What is used in it counts for its own limits, and for those of the group above it (`parent_id`; None: there is
+    none) and of all above that. The periods of its pools with `starts="anchor"` are counted from `anchor_at` or, if it
+    is None, `created_at`.
     """
 
     id: UUID
@@ -335,17 +350,19 @@ class Group(Model):
     timezone: str
     is_default: bool
     anchor_at: Moment | None = None
+    parent_id: UUID | None = None
     created_at: Moment
     updated_at: Moment
     limits: tuple[Annotated[Limit, BeforeValidator(_known_fields)], ...]
 
 
 class GroupLimitUsage(LimitStatus):
-    """A limit of a group in its current period.
+    """A limit of a group, or the group's share of a `child` limit of the group above, in its current period.
 
-    For a member limit, `used` is the total of all members, and `capacity` is the sum of what each may use: `max` times
-    their number, if none has an override. `fraction` is `used` divided by `capacity` (None: unlimited); it exceeds 1
-    after a limit was lowered below what is used.
+    For a member limit, `used` is the total of all users of the group and of all beneath it, and `capacity` is the sum
+    of what each may use: `max` times their number, if none has an override. The same goes for the group's own `child`
+    limits and the groups directly beneath it. `fraction` is `used` divided by `capacity` (None: unlimited); it exceeds
+    1 after a limit was lowered below what is used.
     """
 
     capacity: int | None
@@ -353,11 +370,17 @@ class GroupLimitUsage(LimitStatus):
 
 
 class GroupUsage(Model):
-    """A group's member count, and its limits with their usage."""
+    """A group's place and member count, and its limits with their usage.
+
+    `limits` includes what the group has of the `child` limits of the group above it: those whose own `group` is that
+    one. `child_count` is the number of groups directly beneath it; `member_count` doesn't include their members.
+    """
 
     group: GroupRef
+    parent_id: UUID | None = None
     member_count: int
-    limits: tuple[GroupLimitUsage, ...]
+    child_count: int = 0
+    limits: tuple[Annotated[GroupLimitUsage, AfterValidator(_owned)], ...]
 
 
 class HistoryPoint(Model):
@@ -377,7 +400,7 @@ class UsageSum(HistoryPoint):
 
 
 class CounterDrift(Model):
-    """A counter that differed from the ledger: `subject` is the group or the member, `used` is the correct value."""
+    """A counter that differed from the ledger: `subject` is the group or the user, `used` is the correct value."""
 
     kind: str
     period: Annotated[Period, *_Open]
@@ -429,11 +452,11 @@ class TopMember(User):
 
 
 class Override(Model):
-    """Another max of one limit for one member or, if `user_id` is None, of a group limit.
+    """Another max of one limit for one user (`user_id`), for one group beneath (`child_id`), or of a group limit.
 
     While it is active, `max` replaces the limit's own (None: unlimited), until `until` (None: for good). It names its
-    limit by kind, period, starts and scope, so it sleeps while there is no such limit. `email` is None if the user has
-    been deleted.
+    limit by kind, period, starts and scope, so it sleeps while there is no such limit, or while the child isn't beneath
+    the group. `email` is None if the user has been deleted, and `child_name` if that group has.
     """
 
     id: UUID
@@ -444,6 +467,8 @@ class Override(Model):
     scope: Annotated[Scope, *_Open]
     user_id: UUID | None
     email: str | None
+    child_id: UUID | None = None
+    child_name: str | None = None
     max: int | None
     until: Moment | None
     status: Annotated[OverrideStatus, *_Open]

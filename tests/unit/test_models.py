@@ -26,6 +26,7 @@ from tokenlimits._core import arguments
 from tokenlimits.errors import InvalidRequest
 from tokenlimits.models import (
     Group,
+    GroupRef,
     GroupUsage,
     LimitStatus,
     Mode,
@@ -36,6 +37,7 @@ from tokenlimits.models import (
     SinglePeriod,
     Starts,
     User,
+    UserLimit,
     _Made,
 )
 
@@ -330,3 +332,39 @@ def test_a_fraction_may_pass_one_after_a_limit_was_lowered() -> None:
         {"group": {"id": ID}, "member_count": 1, "limits": [{**limit, "capacity": 2, "fraction": 1.5}]}
     )
     assert usage.limits[0].fraction == 1.5
+
+
+class TestTheGroupOfALimit:
+    """The server names it only where it isn't the group that the answer is about."""
+
+    OWN: ClassVar = {**LIMIT, "max": 5, "used": 1, "remaining": 4, "reset_at": None, "weight": 1, "group": None}
+    PAYS: ClassVar = {"id": str(ID), "name": "Acme"}
+    PLAN: ClassVar = {"id": str(UUID(int=7)), "name": "Pro"}
+
+    @pytest.mark.parametrize("written", [True, False], ids=["from JSON", "from Python"])
+    def test_is_the_one_that_pays(self, written: bool) -> None:
+        inherited = {**self.OWN, "scope": "child", "group": self.PLAN}
+        read = result(group=self.PAYS, limits=[self.OWN, inherited], denied_by=self.OWN, would_deny=[inherited])
+        if written:
+            read = TrackResult.model_validate_json(read.model_dump_json())
+        own, plan = GroupRef.model_validate(self.PAYS), GroupRef.model_validate(self.PLAN)
+        assert [limit.group for limit in read.limits] == [own, plan]
+        assert read.denied_by is not None
+        assert read.denied_by.group == own
+        assert [limit.group for limit in read.would_deny] == [plan]
+
+    def test_is_the_one_whose_usage_it_is(self) -> None:
+        limits = [self.OWN, {**self.OWN, "scope": "child", "group": self.PLAN}]
+        read = GroupUsage.model_validate(
+            {"group": self.PAYS, "parent_id": self.PLAN["id"], "member_count": 2, "child_count": 0}
+            | {"limits": [{**limit, "capacity": 5, "fraction": 0.2} for limit in limits]}
+        )
+        assert [limit.group and limit.group.name for limit in read.limits] == ["Acme", "Pro"]
+        assert GroupUsage.model_validate(read.model_dump()) == read
+
+    def test_is_none_where_the_answer_is_about_no_group(self) -> None:
+        assert result(limits=[self.OWN]).limits[0].group is None
+
+    def test_of_a_user_is_always_named(self) -> None:
+        with pytest.raises(ValidationError, match="group"):
+            UserLimit.model_validate(self.OWN)
