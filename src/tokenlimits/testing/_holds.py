@@ -100,8 +100,7 @@ class HoldFunctions(WorkerFunctions):
 
         Its work is done, so it needs no place in flight.
         """
-        group = self._groups.get(hold.group_id)
-        states = self._states(group, hold.user_id, hold.kind, in_flight=False) if group else []
+        states = self._states(hold.group_id, hold.user_id, hold.kind, in_flight=False)
         enforced = [state for state in states if state.terms.mode == "enforce"]
         judges = [state for state in enforced if hold.created_at >= state.since]
         if (enforced and not judges) or not all(state.has_room(cost) for state in judges):

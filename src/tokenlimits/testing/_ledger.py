@@ -10,12 +10,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import product
 from typing import Any, NoReturn
 
 from tokenlimits._refusals import refusal
 from tokenlimits.models import Status
 
 from ._periods import NEVER
+from ._tree import Tree
 
 Json = dict[str, Any]
 
@@ -60,37 +62,44 @@ def refuse(code: str, message: str, *, detail: str | None = None, hint: str | No
     raise refusal(400, {"code": code, "message": f"{message} ({code})", "details": detail, "hint": hint})
 
 
-class Ledger:
+class Ledger(Tree):
     """The usage, and a clock that stands still until it is moved."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.now = datetime.now(UTC)
         self.ledger: list[Usage] = []
         self._by_group_and_kind: defaultdict[tuple[str, str], list[Usage]] = defaultdict(list)
         self._by_id: dict[str, Usage] = {}
         self._by_key: dict[tuple[str, str], Usage] = {}
         self._holds: dict[str, Usage] = {}
-        # by group, kind and user (None: all users): what was used since each moment
+        # by group, kind and user (None: all users): what was used in it and beneath it since each moment
         self._totals: defaultdict[tuple[str, str, str | None], dict[datetime, int]] = defaultdict(dict)
 
-    def _live(self, group_id: str, kind: str, user_id: str | None, since: datetime) -> Iterator[Usage]:
-        """List what counts of a kind since a moment, of a user or (None) of all."""
-        for usage in self._by_group_and_kind[group_id, kind]:
-            if usage.live and usage.created_at >= since and user_id in (None, usage.user_id):
-                yield usage
+    def _plant(self, group_id: str, parent_id: str | None) -> None:
+        super()._plant(group_id, parent_id)
+        self._totals.clear()
 
-    def _ends_of_holds(self, group_id: str, kind: str, user_id: str | None) -> Iterator[datetime]:
-        """Tell when the open holds of a kind expire, of a user or (None) of all."""
+    def _live(self, top: str, kind: str, user_id: str | None, since: datetime) -> Iterator[Usage]:
+        """List what counts of a kind since a moment in a group and beneath it, of a user or (None) of all."""
+        for group_id in self._beneath(top):
+            for usage in self._by_group_and_kind.get((group_id, kind), ()):
+                if usage.live and usage.created_at >= since and user_id in (None, usage.user_id):
+                    yield usage
+
+    def _ends_of_holds(self, top: str, kind: str, user_id: str | None) -> Iterator[datetime]:
+        """Tell when the open holds of a kind expire in a group and beneath it, of a user or (None) of all."""
         for hold in self._holds.values():
-            if (hold.group_id, hold.kind) == (group_id, kind) and user_id in (None, hold.user_id) and hold.expires_at:
+            is_counted = hold.kind == kind and user_id in (None, hold.user_id) and top in self._path(hold.group_id)
+            if is_counted and hold.expires_at:
                 yield hold.expires_at
 
-    def _used(self, group_id: str, kind: str, user_id: str | None, since: datetime) -> int:
-        totals = self._totals[group_id, kind, user_id]
+    def _used(self, top: str, kind: str, user_id: str | None, since: datetime) -> int:
+        totals = self._totals[top, kind, user_id]
         if since not in totals:
             if len(totals) >= _MANY_TOTALS:
                 totals.clear()
-            totals[since] = sum(usage.cost for usage in self._live(group_id, kind, user_id, since))
+            totals[since] = sum(usage.cost for usage in self._live(top, kind, user_id, since))
         return totals[since]
 
     def _write(self, usage: Usage) -> None:
@@ -117,8 +126,8 @@ class Ledger:
         self._count(usage, (cost if usage.live else 0) - before)
 
     def _count(self, usage: Usage, cost: int) -> None:
-        for whose in (None, usage.user_id):
-            totals = self._totals[usage.group_id, usage.kind, whose]
+        for top, whose in product(self._path(usage.group_id), (None, usage.user_id)):
+            totals = self._totals[top, usage.kind, whose]
             totals.update({since: used + cost for since, used in totals.items() if usage.created_at >= since})
 
     def _expire(self) -> None:

@@ -8,10 +8,10 @@ from functools import cache
 
 from ._ledger import MOMENT, Json, Usage
 from ._periods import BEGINNING, NEVER, period_of, quarter
-from ._state import State
+from ._usage_reports import UsageReports
 
 
-class ReportFunctions(State):
+class ReportFunctions(UsageReports):
     """Exports, rankings, drift, users by address."""
 
     def find_users_by_email(self, p_emails: list[str]) -> list[Json]:
@@ -149,34 +149,6 @@ class ReportFunctions(State):
         return [
             {"user_id": each, "used": used[each], "generations": generations[each], "email": self._email(each)}
             for each in ranked[: min(max(p_count, 1), 1000)]
-        ]
-
-    def limit_pressure(self, p_group_id: str, p_at_least: int = 90, p_count: int = 100) -> list[Json]:
-        """Count the members who have used all of a member limit, or a percentage of it."""
-        group = self._group(p_group_id)
-        at_least = min(max(p_at_least, 1), 100)
-        # as they are sorted: by what they have used, from the most, and by id; and whether that is all that they may
-        pressed = {rule: list[tuple[int, str, bool]]() for rule in group.rules() if rule.scope == "member"}
-        for user_id in group.members:
-            for state in self._states(group, user_id):
-                max_ = state.terms.max
-                if state.rule in pressed and max_ and 100 * state.used >= max_ * at_least:
-                    pressed[state.rule].append((-state.used, user_id, state.used >= max_))
-        return [
-            {
-                "kind": rule.kind,
-                "period": rule.period,
-                "starts": rule.starts,
-                "max": group.limits[rule].max,
-                "full": sum(is_full for _, _, is_full in members),
-                "near": len(members),
-                "members": [
-                    {"user_id": user_id, "email": self._email(user_id), "used": -minus}
-                    for minus, user_id, _ in sorted(members)[: min(max(p_count, 0), 1000)]
-                ],
-            }
-            for rule, members in pressed.items()
-            if members or group.limits[rule].max
         ]
 
     def usage_drift(self, p_group_id: str, p_since: str | None = None) -> Json:  # noqa: ARG002  # as the SQL's

@@ -3,64 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count
 
 from tokenlimits.errors import InvalidRequest
 
+from ._groups import Bound, Group, Membership
 from ._ledger import MOMENT, Json, Ledger, Usage, refuse
-from ._limits import LimitState, Override, Rule, Terms
+from ._limits import Override, Rule
 from ._periods import BEGINNING, NEVER, period_of
+from ._room import LimitState
 from ._windows import anchored, end_of, leaves_at, rolling
 
 ALL_KINDS = "*"
-
-
-@dataclass(frozen=True, slots=True)
-class Membership:
-    """A user's membership of a group; `place` orders members who joined while the clock stood still."""
-
-    joined_at: datetime
-    place: int
-    anchor_at: datetime | None
-
-
-@dataclass(eq=False, slots=True)
-class Group:
-    """A group with its limits and members; `unlimited` allows any kind that has no limit."""
-
-    id: str
-    name: str
-    description: str
-    priority: int
-    timezone: str
-    is_default: bool
-    created_at: datetime
-    updated_at: datetime
-    anchor_at: datetime | None = None
-    unlimited: bool = False
-    limits: dict[Rule, Terms] = field(default_factory=dict[Rule, Terms])
-    members: dict[str, Membership] = field(default_factory=dict[str, Membership])
-
-    def rules(self, kind: str | None = None, *, in_flight: bool = True) -> dict[Rule, Terms]:
-        """List the limits that count a kind, or all, in the order of the SQL: a kind's member limits first."""
-        rules = [
-            rule
-            for rule, terms in self.limits.items()
-            if (kind is None or kind in terms.weights(rule)) and (in_flight or not rule.in_flight)
-        ]
-        if not rules and self.unlimited and kind is not None:
-            return {Rule(kind, "lifetime", "group"): Terms(None)}
-        rules.sort(key=lambda rule: (rule.kind, rule.scope == "group"))
-        return {rule: self.limits[rule] for rule in rules}
-
-    def anchor(self, user_id: str | None) -> datetime:
-        """Tell from when anchored periods are counted, of a member, or of the group."""
-        membership = None if user_id is None else self.members.get(user_id)
-        if membership is not None:
-            return membership.anchor_at or membership.joined_at
-        return self.anchor_at or self.created_at
 
 
 class State(Ledger):
@@ -69,15 +25,16 @@ class State(Ledger):
     def __init__(self, users: Mapping[str, str | None] | None) -> None:
         super().__init__()
         self._groups: dict[str, Group] = {}
-        # including those of deleted groups
-        self._group_ids: set[str] = set()
+        self._deleted: dict[str, Group] = {}
         self._users = users
         self._places = count()
+        # which limit was made after which
+        self._ages = count()
         # by group, kind and user (None: all that the group's limits count)
         self._resets: dict[tuple[str, str, str | None], datetime] = {}
-        # by group, limit and user (None: the group)
+        # as `Bound.key` names limits and subjects
         self._overrides: dict[tuple[str, Rule, str | None], Override] = {}
-        # when the last window was opened of a limit that starts with a first use, by group, limit and user
+        # when the last window was opened of a limit that starts with a first use
         self._opened: dict[tuple[str, Rule, str | None], datetime] = {}
 
     def move_clock(self, moment: datetime) -> None:
@@ -110,6 +67,14 @@ class State(Ledger):
             )
         return group
 
+    def _children_of(self, group_id: str) -> list[str]:
+        """List the groups directly beneath one that are still there."""
+        return [child for child in self._children.get(group_id, ()) if child in self._groups]
+
+    def _levels(self, group_id: str) -> int:
+        """Count the levels of a group and those beneath it that are still there."""
+        return 1 + max(map(self._levels, self._children_of(group_id)), default=0)
+
     def _paying_groups(self, user_id: str, pinned: str | None) -> list[Group]:
         theirs = [group for group in self._groups.values() if user_id in group.members]
         theirs.sort(key=lambda group: (-group.priority, group.members[user_id].place))
@@ -119,127 +84,157 @@ class State(Ledger):
         group = self._group(pinned)
         return [group] if group in paying else []
 
-    def _states(
-        self, group: Group, user_id: str, kind: str | None = None, *, in_flight: bool = True
-    ) -> list[LimitState]:
-        """Return a group's limits for a user: those that count a kind, or all, in their own units."""
-        rules = group.rules(kind, in_flight=in_flight)
-        return [self._state(group, rule, terms, user_id, kind) for rule, terms in rules.items()]
+    def _bounds(self, group_id: str, user_id: str, kind: str | None = None, *, in_flight: bool = True) -> list[Bound]:
+        """List the limits that bind a user in a group, its own and those above: those that count a kind, or all.
 
-    def _state(
-        self, group: Group, rule: Rule, terms: Terms, user_id: str | None, kind: str | None = None
-    ) -> LimitState:
-        """Return a limit's state; without a user, a member limit counts all users together."""
-        whose = user_id if rule.scope == "member" else None
-        weight = 1 if kind is None else terms.weights(rule)[kind]
-        state = self._used_state(group, rule, terms, whose, weight)
-        override = self._overrides.get((group.id, rule, whose))
+        They are in the order of the SQL: member limits first, then pools from the deepest subject up, each by age.
+        """
+        found: list[tuple[int, Bound]] = []
+        child: str | None = None
+        for depth, owner_id in enumerate(self._path(group_id)):
+            owner = self._groups.get(owner_id)
+            if owner is not None:
+                whose = {"member": user_id, "child": child, "group": None}
+                place = {"member": -1, "child": depth - 1, "group": depth}
+                rules = owner.rules(kind, beneath=child is not None, in_flight=in_flight)
+                found += [(place[rule.scope], Bound(owner, rule, rules[rule], whose[rule.scope])) for rule in rules]
+            child = owner_id
+        found.sort(key=lambda each: (each[0], each[1].terms.place))
+        return [bound for _, bound in found]
+
+    def _states(
+        self, group_id: str, user_id: str, kind: str | None = None, *, in_flight: bool = True
+    ) -> list[LimitState]:
+        """Return the limits that bind a user in a group: those that count a kind, or all, in their own units."""
+        return [self._state(bound, kind) for bound in self._bounds(group_id, user_id, kind, in_flight=in_flight)]
+
+    def _state(self, bound: Bound, kind: str | None = None) -> LimitState:
+        """Return the state of a limit for its subject, or for all subjects together."""
+        weight = 1 if kind is None else bound.terms.weights(bound.rule)[kind]
+        state = self._used_state(bound, weight)
+        override = self._overrides.get(bound.key)
         if override is None or override.until <= self.now:
             return state
-        overridden = replace(terms, max=override.max)
-        return replace(state, terms=overridden, own_max=terms.max, override_ends=override.until)
+        overridden = replace(bound.terms, max=override.max)
+        return replace(state, terms=overridden, own_max=bound.terms.max, override_ends=override.until)
 
-    def _used_state(self, group: Group, rule: Rule, terms: Terms, whose: str | None, weight: int) -> LimitState:
+    def _used_state(self, bound: Bound, weight: int) -> LimitState:
+        rule, terms = bound.rule, bound.terms
         if rule.in_flight:
-            parts = sorted((ends, 1) for ends in self._ends_of_holds(group.id, rule.kind, whose))
-            used = len(parts)
-            return LimitState(rule, terms, weight, used, BEGINNING, NEVER, NEVER, group.timezone, tuple(parts))
-        window = self._window(group, rule, terms, whose)
+            parts = sorted((ends, 1) for ends in self._ends_of_holds(bound.top, rule.kind, bound.user_id))
+            return LimitState(bound, terms, weight, len(parts), BEGINNING, NEVER, NEVER, tuple(parts))
+        window = self._window(bound)
         if window is None:
-            return LimitState(rule, terms, weight, 0, self.now, NEVER, NEVER, group.timezone)
-        since, until = max(window[0], self._reset_at(group, rule, whose)), window[1]
-        used = self._units_since(group, rule, terms, whose, since)
-        if rule.scope == "member" and whose is None:
-            used -= self._units_before_resets(group, rule, terms, since)
+            return LimitState(bound, terms, weight, 0, self.now, NEVER, NEVER)
+        since, until = max(window[0], self._reset_at(bound)), window[1]
+        used = self._units_since(bound, since)
+        if rule.scope == "member" and bound.whose is None:
+            used -= self._units_before_resets(bound, since)
         if rule.starts != "rolling":
-            return LimitState(rule, terms, weight, used, since, until, until, group.timezone)
+            return LimitState(bound, terms, weight, used, since, until, until)
         parts = sorted(
             (leaves_at(rule.period, usage.created_at), usage.cost * terms.weights(rule)[usage.kind])
-            for usage in self._usages(group, rule, terms, whose, since)
+            for usage in self._usages(bound, since)
         )
         reset_at = min((leaves for leaves, units in parts if units), default=NEVER)
-        return LimitState(rule, terms, weight, used, since, until, reset_at, group.timezone, tuple(parts))
+        return LimitState(bound, terms, weight, used, since, until, reset_at, tuple(parts))
 
-    def _units_since(self, group: Group, rule: Rule, terms: Terms, whose: str | None, since: datetime) -> int:
-        return sum(each * self._used(group.id, kind, whose, since) for kind, each in terms.weights(rule).items())
+    def _units_since(self, bound: Bound, since: datetime) -> int:
+        weights = bound.terms.weights(bound.rule)
+        return sum(each * self._used(bound.top, kind, bound.user_id, since) for kind, each in weights.items())
 
-    def _units_before_resets(self, group: Group, rule: Rule, terms: Terms, since: datetime) -> int:
-        """Add up what single members had used when their own usage was reset."""
-        resets = {user_id: self._reset_at(group, rule, user_id) for id_, _, user_id in self._resets if id_ == group.id}
+    def _units_before_resets(self, bound: Bound, since: datetime) -> int:
+        """Add up what single users had used of a member limit when their own usage was reset."""
+        theirs = {user_id for group_id, _, user_id in self._resets if group_id == bound.owner.id and user_id}
+        resets = {each: self._reset_at(each) for each in (replace(bound, whose=user_id) for user_id in theirs)}
         return sum(
-            self._units_since(group, rule, terms, user_id, since) - self._units_since(group, rule, terms, user_id, at)
-            for user_id, at in resets.items()
-            if user_id is not None and at > since
+            self._units_since(each, since) - self._units_since(each, at) for each, at in resets.items() if at > since
         )
 
-    def _window(self, group: Group, rule: Rule, terms: Terms, whose: str | None) -> tuple[datetime, datetime] | None:
+    def _window(self, bound: Bound) -> tuple[datetime, datetime] | None:
         """Return when the current period of a limit begins and ends; None if no use has opened one."""
+        rule, timezone = bound.rule, bound.owner.timezone
         match rule.starts:
             case "anchor":
-                return anchored(rule.period, group.timezone, group.anchor(whose), self.now)
+                return anchored(rule.period, timezone, self._anchor(bound), self.now)
             case "rolling":
                 return rolling(rule.period, self.now)
             case "first_use":
-                since = self._opened_at(group, rule, terms, whose)
-                return None if since is None else (since, end_of(rule.period, group.timezone, since))
+                since = self._opened_at(bound)
+                return None if since is None else (since, end_of(rule.period, timezone, since))
             case _:
-                return period_of(rule.period, group.timezone, self.now)
+                return period_of(rule.period, timezone, self.now)
 
-    def _opened_at(self, group: Group, rule: Rule, terms: Terms, whose: str | None) -> datetime | None:
+    def _anchor(self, bound: Bound) -> datetime:
+        """Tell from when anchored periods of a subject are counted: of a user, by the earliest of memberships."""
+        beneath = [group for id_ in self._beneath(bound.owner.id) if (group := self._groups.get(id_))]
+        theirs = [group.members[bound.user_id].anchor for group in beneath if bound.user_id in group.members]
+        pool = self._groups.get(bound.top) or self._deleted[bound.top]
+        return min(theirs, default=pool.anchor)
+
+    def _opened_at(self, bound: Bound) -> datetime | None:
         """Tell when the window was opened that hasn't ended: as remembered, else by the oldest usage that may have."""
 
         def lasts(since: datetime) -> bool:
-            return end_of(rule.period, group.timezone, since) > self.now
+            return end_of(bound.rule.period, bound.owner.timezone, since) > self.now
 
-        known = self._opened.get((group.id, rule, whose))
+        known = self._opened.get(bound.key)
         if known is not None:
             return known if lasts(known) else None
-        usages = self._usages(group, rule, terms, whose, self._reset_at(group, rule, whose))
+        usages = self._usages(bound, self._reset_at(bound))
         moments = [usage.created_at for usage in usages if usage.is_of_its_moment and lasts(usage.created_at)]
         return min(moments, default=None)
 
-    def _usages(self, group: Group, rule: Rule, terms: Terms, whose: str | None, since: datetime) -> Iterator[Usage]:
-        for kind in terms.weights(rule):
-            yield from self._live(group.id, kind, whose, since)
+    def _usages(self, bound: Bound, since: datetime) -> Iterator[Usage]:
+        for kind in bound.terms.weights(bound.rule):
+            yield from self._live(bound.top, kind, bound.user_id, since)
 
     def _remember_windows(self, usage: Usage) -> None:
         """Keep the starts of the windows that a usage moves in, which is new or settled; a new one may open some."""
-        group = self._groups.get(usage.group_id)
-        for rule, terms in group.rules(usage.kind).items() if group else ():
-            whose = usage.user_id if rule.scope == "member" else None
-            if group and rule.starts == "first_use":
-                since = self._opened_at(group, rule, terms, whose)
+        for bound in self._bounds(usage.group_id, usage.user_id, usage.kind):
+            if bound.rule.starts == "first_use":
+                since = self._opened_at(bound)
                 if since is None and usage.live and usage.created_at == self.now:
                     since = self.now
                 if since is not None and usage.created_at >= since:
-                    self._opened[group.id, rule, whose] = since
+                    self._opened[bound.key] = since
 
     def _remember_windows_of_group(self, group: Group) -> None:
         """Keep the starts of the windows of a group's pools whose limits were edited."""
         for rule, terms in group.limits.items():
             if rule.starts == "first_use" and rule.scope == "group":
-                since = self._opened_at(group, rule, terms, None)
+                bound = Bound(group, rule, terms, None)
+                since = self._opened_at(bound)
                 if since is not None:
-                    self._opened[group.id, rule, None] = since
+                    self._opened[bound.key] = since
 
-    def _forget_windows(self, group: Group, *rules: Rule, user_id: str | None = None) -> None:
-        """Count limits afresh, of one user or of all."""
-        for id_, rule, whose in list(self._opened):
-            if id_ == group.id and rule in rules and user_id in (None, whose):
-                del self._opened[id_, rule, whose]
+    def _forget_windows(self, group_id: str, *rules: Rule, whose: str | None = None) -> None:
+        """Count limits afresh, of one subject or of all."""
+        for key in list(self._opened):
+            if key[0] == group_id and key[1] in rules and whose in (None, key[2]):
+                del self._opened[key]
 
-    def _reset_at(self, group: Group, rule: Rule, whose: str | None) -> datetime:
-        kinds, subjects = (rule.kind, ALL_KINDS), {None, whose}
-        return max(self._resets.get((group.id, kind, each), BEGINNING) for kind in kinds for each in subjects)
+    def _reset_at(self, bound: Bound) -> datetime:
+        # a reset of a group is one of its own pool in the limits of its parent, and stays with it when it moves
+        group_id = bound.top if bound.rule.scope == "child" else bound.owner.id
+        kinds, subjects = (bound.rule.kind, ALL_KINDS), {None, bound.user_id}
+        return max(self._resets.get((group_id, kind, each), BEGINNING) for kind in kinds for each in subjects)
 
     def _reset(self, group: Group, kind: str, user_id: str | None) -> None:
         """Let usage of a user or of all count from now on; usage of this very moment counts as before."""
-        if any(usage.created_at == self.now for usage in self.ledger if usage.group_id == group.id):
+        counted = set(self._beneath(group.id))
+        if any(usage.created_at == self.now for usage in self.ledger if usage.group_id in counted):
             self.now += MOMENT
             self._expire()
         self._resets[group.id, kind, user_id] = self.now
-        rules = [rule for rule in group.limits if kind in (ALL_KINDS, rule.kind)]
-        self._forget_windows(group, *rules, user_id=user_id)
+
+        def rules(owner: Group, *scopes: str) -> list[Rule]:
+            return [rule for rule in owner.limits if kind in (ALL_KINDS, rule.kind) and rule.scope in scopes]
+
+        self._forget_windows(group.id, *rules(group, "group", "member"), whose=user_id)
+        parent = self._groups.get(self._parents[group.id] or "")
+        if parent is not None and user_id is None:
+            self._forget_windows(parent.id, *rules(parent, "child"), whose=group.id)
 
     def _touch(self, group: Group) -> None:
         # two changes never have the same moment, or the second editor would not notice the first

@@ -8,9 +8,9 @@ from tokenlimits._core.arguments import EPOCH, uuid7
 from tokenlimits.errors import TokenLimitsError
 
 from ._answers import Verdict, allowed_json, denied_json, limit_json, refused_json
+from ._groups import Bound, Group
 from ._ledger import Json, Usage, refuse
-from ._limits import Rule
-from ._state import Group, State
+from ._state import State
 
 _CLOCKS_DIFFER = timedelta(minutes=1)
 
@@ -97,11 +97,11 @@ class WorkerFunctions(State):
 
     def user_generation_usage(self, p_user_id: str) -> list[Json]:
         """List every limit that applies to a user."""
-        return [
-            {**limit_json(state), "group": self.reference(group.id)}
-            for group in self._paying_groups(p_user_id, None)
-            for state in self._states(group, p_user_id)
+        bounds = [
+            bound for group in self._paying_groups(p_user_id, None) for bound in self._bounds(group.id, p_user_id)
         ]
+        # through two memberships, a user may inherit the same
+        return [limit_json(self._state(bound), None) for bound in dict.fromkeys(bounds)]
 
     def _track(
         self,
@@ -127,11 +127,11 @@ class WorkerFunctions(State):
         groups = self._paying_groups(user_id, pinned)
         denial = Verdict("no_limit_for_kind" if groups else "not_in_group")
         for group in groups:
-            states = tuple(self._states(group, user_id, kind, in_flight=in_flight))
+            states = tuple(self._states(group.id, user_id, kind, in_flight=in_flight))
             if not states:
                 continue
             without_room = [state for state in states if not state.has_room(cost)]
-            observed = tuple(state.rule for state in without_room if state.terms.mode == "observe")
+            observed = tuple(state.bound for state in without_room if state.terms.mode == "observe")
             full = [state for state in without_room if state.terms.mode == "enforce"]
             if not full:
                 return Verdict(None, group, states, observed=observed)
@@ -152,7 +152,8 @@ class WorkerFunctions(State):
                 detail="group_id",
                 hint="Name the group that this usage belongs to.",
             )
-        return next((group for group in groups if group.rules(kind, in_flight=False)), groups[0])
+        entitled = (group for group in groups if self._bounds(group.id, user_id, kind, in_flight=False))
+        return next(entitled, groups[0])
 
     def _record(
         self,
@@ -165,7 +166,7 @@ class WorkerFunctions(State):
         request: tuple[object, ...],
         metadata: Json | None,
         ttl: timedelta | None = None,
-        observed: tuple[Rule, ...] = (),
+        observed: tuple[Bound, ...] = (),
     ) -> Json:
         usage = Usage(
             id=self._usage_id(created_at, group.id),
@@ -190,10 +191,9 @@ class WorkerFunctions(State):
         """Make the id of a usage: a UUIDv7 of its moment that ends with the last four hex digits of its group's id."""
         return str(uuid7((at - EPOCH) // timedelta(milliseconds=1)))[:-4] + home[-4:]
 
-    def _usage_answer(self, usage: Usage, observed: tuple[Rule, ...] = (), *, replayed: bool = False) -> Json:
-        group = self._groups.get(usage.group_id)
+    def _usage_answer(self, usage: Usage, observed: tuple[Bound, ...] = (), *, replayed: bool = False) -> Json:
         is_hold = usage.reserved_cost is not None
-        states = self._states(group, usage.user_id, usage.kind, in_flight=is_hold) if group else []
+        states = self._states(usage.group_id, usage.user_id, usage.kind, in_flight=is_hold)
         named = self.reference(usage.group_id)
         return allowed_json(usage.kind, usage.cost, named, states, usage, observed=observed, replayed=replayed)
 

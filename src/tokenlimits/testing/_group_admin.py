@@ -1,0 +1,250 @@
+"""The SQL functions for admins on groups and their limits, by their names and parameters (sql/schema/80)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import NoReturn
+from uuid import UUID, uuid4
+
+from ._answers import group_json
+from ._groups import Group
+from ._ledger import Json, refuse
+from ._limits import Rule, Terms
+from ._overrides import OverrideFunctions, named
+from ._periods import canonical
+from ._tree import DEEPEST
+
+_NIL = str(UUID(int=0))
+
+
+class GroupFunctions(OverrideFunctions):
+    """Groups with their limits, and groups beneath groups."""
+
+    def save_group(
+        self,
+        p_group_id: str | None = None,
+        p_name: str | None = None,
+        p_description: str | None = None,
+        p_priority: int | None = None,
+        p_timezone: str | None = None,
+        p_is_default: bool | None = None,
+        p_limits: list[Json] | None = None,
+        p_id: str | None = None,
+        p_updated_at: str | None = None,
+        p_anchor_at: str | None = None,
+        p_no_anchor: bool = False,  # noqa: FBT002  # as the SQL's
+        p_parent_id: str | None = None,
+        p_no_parent: bool = False,  # noqa: FBT002  # as the SQL's
+    ) -> Json:
+        """Create a group, or change the fields that are not null; everything is checked before anything changes."""
+        limits = None if p_limits is None else _limits(p_limits)
+        if p_no_parent and p_parent_id is not None:
+            refuse("TL001", "parent_id: pass a parent, or p_no_parent, not both", detail="parent_id")
+        group = None if p_group_id is None else self._group(p_group_id)
+        id_ = self._new_id(group, p_id)
+        if group is not None and p_updated_at is not None:
+            _require_unchanged(group, datetime.fromisoformat(p_updated_at))
+        timezone = None if p_timezone is None else _timezone(p_timezone)
+        if p_parent_id is not None:
+            self._require_place(group, p_parent_id)
+        name = p_name if p_name is not None else group.name if group else ""
+        self._require_free_name(group, name)
+        if group is None:
+            group = self._make(id_, p_parent_id)
+        else:
+            if p_no_parent or p_parent_id is not None:
+                self._move(group, p_parent_id)
+            self._touch(group)
+        if p_is_default:
+            self._clear_default(group)
+        group.name = name
+        group.description = group.description if p_description is None else p_description
+        group.priority = group.priority if p_priority is None else p_priority
+        group.is_default = group.is_default if p_is_default is None else p_is_default
+        anchor_at = group.anchor_at if p_anchor_at is None else datetime.fromisoformat(p_anchor_at)
+        self._move_periods(group, timezone or group.timezone, None if p_no_anchor else anchor_at)
+        if limits is not None:
+            self._edit_limits(group, limits, [rule for rule in group.limits if rule not in limits])
+            group.unlimited = False
+        return self._group_json(group)
+
+    def set_group_limit(self, p_group_id: str, p_limit: Json) -> Json:
+        """Add one limit, or change its max."""
+        group = self._group(p_group_id)
+        self._edit_limits(group, _limits([p_limit]))
+        self._touch(group)
+        return self._group_json(group)
+
+    def _edit_limits(self, group: Group, edited: dict[Rule, Terms], removed: Sequence[Rule] = ()) -> None:
+        """Add and change limits; one that counts otherwise than before is another, which comes last."""
+        others = [rule for rule, old in group.limits.items() if rule in edited and edited[rule].counts != old.counts]
+        self._forget_windows(group.id, *removed, *others)
+        for rule in [*removed, *others]:
+            del group.limits[rule]
+        for rule, terms in edited.items():
+            old = group.limits.get(rule)
+            group.limits[rule] = replace(terms, place=old.place if old else next(self._ages))
+        self._remember_windows_of_group(group)
+
+    def _move_periods(self, group: Group, timezone: str, anchor_at: datetime | None) -> None:
+        """Change where the periods of a group begin, which makes others of its limits."""
+        # an anchor moves anchored periods alone, and those are computed
+        group.anchor_at = anchor_at
+        if group.timezone != timezone:
+            group.timezone = timezone
+            self._forget_windows(group.id, *group.limits)
+            self._remember_windows_of_group(group)
+
+    def remove_group_limit(
+        self,
+        p_group_id: str,
+        p_kind: str,
+        p_period: str | None = None,
+        p_scope: str = "group",
+        p_starts: str | None = None,
+    ) -> Json:
+        """Remove one limit, if it is there."""
+        group = self._group(p_group_id)
+        rule = named(group.limits, p_kind, p_scope, p_period, p_starts)
+        self._edit_limits(group, {}, [] if rule is None else [rule])
+        self._touch(group)
+        return self._group_json(group)
+
+    def delete_group(self, p_group_id: str) -> Json:
+        """Delete a group with its limits and memberships; the ledger stays, and goes on counting above."""
+        group = self._group(p_group_id)
+        children = len(self._children_of(group.id))
+        if children:
+            refuse(
+                "TL001",
+                f"group_id: has {children} child group{'' if children == 1 else 's'}",
+                detail="group_id",
+                hint="Delete or move them first. Nothing was deleted.",
+            )
+        self._forget_overrides(group)
+        self._deleted[group.id] = self._groups.pop(group.id)
+        return self._group_json(group)
+
+    def find_groups(
+        self,
+        p_group_id: str | None = None,
+        p_name: str | None = None,
+        p_search: str | None = None,
+        p_after: str | None = None,
+        p_page_size: int = 200,
+        p_parent_id: str | None = None,
+    ) -> list[Json]:
+        """Find groups by id, by name, by a part of the name or by their parent; the page after a name."""
+        found = [
+            group
+            for group in self._by_name()
+            if p_group_id in (None, group.id)
+            and p_parent_id in (None, self._parents[group.id])
+            and (p_name is None or group.name.lower() == p_name.strip(" ").lower())
+            and (p_search is None or p_search.strip(" ").lower() in group.name.lower())
+            and (p_after is None or group.name.lower() > p_after.lower())
+        ]
+        return [self._group_json(group) for group in found[: min(max(p_page_size, 1), 500)]]
+
+    def _group_json(self, group: Group) -> Json:
+        return group_json(group, self._parents[group.id])
+
+    def _make(self, id_: str, parent_id: str | None) -> Group:
+        if id_ in self._deleted:  # which the SQL looks for last
+            _refuse_id(id_)
+        group = Group(id_, "", "", 0, "UTC", is_default=False, created_at=self.now, updated_at=self.now)
+        self._groups[id_] = group
+        self._plant(id_, parent_id)
+        return group
+
+    def _require_free_name(self, group: Group | None, name: str) -> None:
+        if any(other is not group and other.name.lower() == name.lower() for other in self._groups.values()):
+            refuse(
+                "TL003",
+                f"a group named '{name}' already exists",
+                detail=name,
+                hint="Names are unique regardless of case. Nothing was saved.",
+            )
+
+    def _require_place(self, group: Group | None, parent_id: str) -> None:
+        """Refuse a parent that a group can't have, or a new one."""
+        above = self._path(self._groups[parent_id].id) if parent_id in self._groups else []
+        levels = 1 if group is None else self._levels(group.id)
+        problem = None
+        if not above:
+            problem = f"there is no group {parent_id}"
+        elif group is not None and group.id in above:
+            problem = f"'{group.name}' would be beneath itself"
+        elif len(above) + levels > DEEPEST:
+            problem = f"groups nest at most {DEEPEST} deep"
+        if problem is not None:
+            refuse("TL001", f"parent_id: {problem}", detail="parent_id", hint="Nothing was saved.")
+
+    def _move(self, group: Group, parent_id: str | None) -> None:
+        """Put a group beneath another one; the limits above count afresh, where it was and where it is."""
+        if parent_id == self._parents[group.id]:
+            return
+        before = self._path(self._parents[group.id])
+        self._plant(group.id, parent_id)
+        for id_ in {*before, *self._path(parent_id)}:
+            self._forget_windows(id_, *self._groups[id_].limits)
+            self._remember_windows_of_group(self._groups[id_])
+
+    def _new_id(self, group: Group | None, wanted: str | None) -> str:
+        """Choose the id of a new group, or refuse the wanted one: the ledger still refers to old ids."""
+        if wanted is None:
+            return str(uuid4())
+        if group is not None:
+            refuse("TL001", "id: is for a new group; group_id names an existing one", detail="id")
+        if wanted == _NIL:
+            refuse("TL001", "id: must not be the nil UUID", detail="id", hint="Choose an id that was never used.")
+        if wanted in self._groups:
+            _refuse_id(wanted)
+        return wanted
+
+    def _by_name(self) -> list[Group]:
+        return sorted(self._groups.values(), key=lambda group: group.name.lower())
+
+    def _clear_default(self, heir: Group) -> None:
+        for group in self._groups.values():
+            if group.is_default and group is not heir:
+                group.is_default = False
+                self._touch(group)
+
+
+def _require_unchanged(group: Group, updated_at: datetime) -> None:
+    if updated_at != group.updated_at:
+        refuse(
+            "TL011",
+            f"the group '{group.name}' was changed meanwhile",
+            detail=group.updated_at.isoformat(),
+            hint="Read it again, and decide whether your change still fits. Nothing was saved.",
+        )
+
+
+def _limits(limits: list[Json]) -> dict[Rule, Terms]:
+    return {
+        Rule(limit["kind"], limit["period"], limit["scope"], limit["starts"]): Terms(
+            limit["max"], limit["counts"], limit["mode"]
+        )
+        for limit in limits
+    }
+
+
+def _refuse_id(id_: str) -> NoReturn:
+    problem = f"id: {id_} is or was the id of another group"
+    refuse("TL001", problem, detail="id", hint="Choose an id that was never used.")
+
+
+def _timezone(name: str) -> str:
+    known = canonical(name)
+    if known is None:
+        refuse(
+            "TL001",
+            f"timezone: '{name}' is no IANA time zone",
+            detail="timezone",
+            hint="Use a name like 'Europe/Paris' or 'UTC'.",
+        )
+    return known
