@@ -33,8 +33,8 @@ with copies as (
   where u.status = 'reserved'
   returning *
 )
-insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
-select id, group_id, user_id, kind, cost, created_at, expires_at from copies;
+insert into tokenlimits.holds (usage_id, group_id, root_id, user_id, kind, cost, created_at, expires_at)
+select id, group_id, group_id, user_id, kind, cost, created_at, expires_at from copies;
 update tokenlimits.counters
 set used = used + {EACH - 1} * case when subject in (select id from public.user_groups) then {databases.USERS} else 1
 end;

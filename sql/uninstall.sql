@@ -108,7 +108,7 @@ begin
     v_ours := array(
       select c.oid::regclass
       from pg_catalog.pg_class as c
-      where c.relnamespace = v_private and c.relkind = 'c' and c.relname in ('limit_state', 'usage_move', 'verdict', 'limit_answer', 'group_answer', 'generation_answer', 'batch_item', 'batch_charge', 'group_limit_answer', 'group_usage_answer')
+      where c.relnamespace = v_private and c.relkind = 'c' and c.relname in ('limit_state', 'usage_move', 'verdict', 'group_answer', 'limit_answer', 'generation_answer', 'batch_item', 'batch_charge', 'group_limit_answer', 'group_usage_answer')
     );
     if v_ours <> '{}' then
       execute 'drop type ' || array_to_string(v_ours, ', ');

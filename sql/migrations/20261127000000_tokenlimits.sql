@@ -87,6 +87,7 @@ begin
         'limit_overrides_pkey',
         'user_groups_is_default_key',
         'user_groups_name_key',
+        'user_groups_parent_id_idx',
         'user_groups_pkey'
       )
       -- an index and an identity's sequence belong to their table
@@ -173,7 +174,7 @@ begin
     where
       c.relnamespace = to_regnamespace('tokenlimits')
       and c.relname in (
-        'deleted_groups', 'counters', 'counter_parts', 'usage_rollup', 'holds', 'usage_resets'
+        'group_tree', 'counters', 'counter_parts', 'usage_rollup', 'holds', 'usage_resets'
       )
       -- an index and an identity's sequence belong to their table
       and not coalesce(obj_description(coalesce(i.indrelid, d.refobjid, c.oid), 'pg_class') like 'tokenlimits:%', false)
@@ -183,8 +184,8 @@ begin
     where
       t.typnamespace = to_regnamespace('tokenlimits')
       and t.typname in (
-        'deleted_groups', 'counters', 'counter_parts', 'usage_rollup', 'holds', 'usage_resets',
-        'limit_state', 'usage_move', 'verdict', 'limit_answer', 'group_answer', 'generation_answer', 'batch_item', 'batch_charge', 'group_limit_answer', 'group_usage_answer'
+        'group_tree', 'counters', 'counter_parts', 'usage_rollup', 'holds', 'usage_resets',
+        'limit_state', 'usage_move', 'verdict', 'group_answer', 'limit_answer', 'generation_answer', 'batch_item', 'batch_charge', 'group_limit_answer', 'group_usage_answer'
       )
       and t.typrelid = 0
     union all
@@ -209,9 +210,12 @@ begin
         'check_generation',
         'check_group',
         'check_limits',
+        'check_parent',
+        'child_pools',
         'clock',
         'commit_generation',
         'complete_state',
+        'complete_states',
         'count_holds',
         'count_limit',
         'count_usage',
@@ -232,6 +236,7 @@ begin
         'find_users',
         'find_users_by_email',
         'first_moment',
+        'forget_group',
         'free_slot',
         'generation_history',
         'group_json',
@@ -242,6 +247,7 @@ begin
         'insert_group',
         'is_metadata',
         'judge_batch',
+        'keep_tree',
         'length_of',
         'limit_pressure',
         'limit_states',
@@ -249,6 +255,7 @@ begin
         'lock_expired',
         'lock_groups',
         'missing_holds',
+        'move_in_tree',
         'move_parts',
         'move_usage',
         'my_generation_usage',
@@ -259,23 +266,25 @@ begin
         'override_json',
         'part_of',
         'period_of',
+        'place_group',
         'read_request',
         'read_requests',
         'reconcile_usage',
         'record_generation',
         'recorded_parts',
         'recording_group',
+        'recount_above',
         'refund_generation',
         'refuse',
         'refuse_group',
         'refuse_id',
         'refuse_key',
+        'refuse_parent',
         'refuse_request',
         'refuse_several',
         'refuse_transaction',
         'refused',
         'release_generation',
-        'remember_group',
         'renew_anchors',
         'renew_counter',
         'renew_counters',
@@ -283,6 +292,7 @@ begin
         'replay',
         'replay_item',
         'require_admin',
+        'require_child',
         'require_group',
         'require_room',
         'require_user',
@@ -573,6 +583,7 @@ to authenticated, service_role;
 --     group or a user must not touch millions of rows. It has no checks either: every call would parse each of them.
 --   * A limit is identified by (group, kind, period, starts, scope), and keeps its id through every edit. Its
 --     counter_id names its counters, and changes whenever they must be recounted.
+--   * A group may be beneath another one. Who is beneath whom, deleted groups included, is in tokenlimits.group_tree.
 --   * A time zone is one of pg_timezone_names: PostgreSQL itself would accept 'Foo/Bar5'.
 --   * Every reader can represent every stored timestamp: no infinity, no year beyond four digits.
 --   * A name looks like what it is: NFC, without invisible characters and without those that change text direction.
@@ -585,9 +596,12 @@ create table if not exists public.user_groups (
   timezone text not null default 'UTC',
   is_default boolean not null default false,
   anchor_at timestamptz,
+  parent_id uuid,
+  is_nested boolean not null default false,
   created_at timestamptz not null default now(),
   updated_at timestamptz not null default now(),
   constraint user_groups_pkey primary key (id),
+  constraint user_groups_parent_id_fkey foreign key (parent_id) references public.user_groups (id),
   constraint user_groups_name_check check (
     char_length(name) >= 1 and char_length(name) <= 200 and name = normalize(
       btrim(
@@ -620,9 +634,16 @@ comment on column public.user_groups.timezone is 'IANA name; the periods of the 
 comment on column public.user_groups.is_default is 'Applies to users who are in no group; at most one group.';
 
 comment on column public.user_groups.anchor_at
-is 'From when the periods of its anchored group limits are counted; null: from created_at.';
+is 'From when the periods of its anchored pools are counted; null: from created_at.';
+
+comment on column public.user_groups.parent_id is 'The group above it, whose limits count its usage too; null: none.';
+
+comment on column public.user_groups.is_nested
+is 'Whether it has, or had, a group above or beneath it: then its own limits alone don''t decide. Set by tokenlimits.';
 
 create unique index if not exists user_groups_name_key on public.user_groups (lower(name));
+
+create index if not exists user_groups_parent_id_idx on public.user_groups (parent_id);
 
 create unique index if not exists user_groups_is_default_key on public.user_groups (is_default) where is_default;
 
@@ -640,6 +661,7 @@ create table if not exists public.group_limits (
   -- than its counter to say what is used
   is_plain boolean not null generated always as (
     counts is null and mode = 'enforce' and starts in ('calendar', 'anchor') and period <> 'in_flight'
+    and scope <> 'child'
   ) stored,
   counter_id bigint generated always as identity,
   constraint group_limits_pkey primary key (id),
@@ -673,12 +695,12 @@ create table if not exists public.group_limits (
   ),
   constraint group_limits_in_flight_check check (counts is null or period <> 'in_flight'),
   constraint group_limits_mode_check check (mode in ('enforce', 'observe')),
-  constraint group_limits_scope_check check (scope in ('group', 'member')),
+  constraint group_limits_scope_check check (scope in ('group', 'child', 'member')),
   constraint group_limits_max_check check (max between 0 and 1000000000000000)
 );
 
 comment on table public.group_limits
-is 'tokenlimits: How much of a kind a group (or each of its members) may use in a period.';
+is 'tokenlimits: How much of a kind a group (or each of its members, or each group beneath it) may use in a period.';
 
 comment on column public.group_limits.period
 is 'How long usage counts: one unit, such as day, or several, such as 5 hours; in_flight: while holds are open.';
@@ -722,7 +744,7 @@ create table if not exists public.limit_overrides (
     or (starts = 'first_use' and period !~ '^(in_flight|lifetime)$| months$')
     or (starts = 'rolling' and period !~ '^(in_flight|month|year|lifetime)$| months$')
   ),
-  constraint limit_overrides_scope_check check (scope in ('group', 'member')),
+  constraint limit_overrides_scope_check check (scope in ('group', 'child', 'member')),
   constraint limit_overrides_subject_check check (scope <> 'group' or subject = group_id),
   constraint limit_overrides_max_check check (max between 0 and 1000000000000000),
   constraint limit_overrides_until_check check (
@@ -734,9 +756,10 @@ create table if not exists public.limit_overrides (
 );
 
 comment on table public.limit_overrides
-is 'tokenlimits: Another max of one limit for one member, or of a group limit for a time.';
+is 'tokenlimits: Another max of one limit for one member or child group, or of a group limit for a time.';
 
-comment on column public.limit_overrides.subject is 'The user of a member limit; the group itself of a group limit.';
+comment on column public.limit_overrides.subject
+is 'The user of a member limit; the child group of a child limit; the group itself of a group limit.';
 
 comment on column public.limit_overrides.max is 'Null: unlimited. 0: blocked.';
 
@@ -900,42 +923,6 @@ create or replace trigger user_groups_check
 before insert or update on public.user_groups
 for each row execute function tokenlimits.check_group();
 
--- The ids of deleted groups. They are never used again, since the ledger still names them.
-create table if not exists tokenlimits.deleted_groups (
-  id uuid not null,
-  deleted_at timestamptz not null,
-  constraint deleted_groups_pkey primary key (id)
-);
-
-comment on table tokenlimits.deleted_groups is 'tokenlimits: Groups that were deleted.';
-
-revoke all on tokenlimits.deleted_groups from public, anon, authenticated, service_role;
-
-create or replace function tokenlimits.remember_group()
-returns trigger
-language plpgsql
--- definer: the table is private
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  insert into tokenlimits.deleted_groups (id, deleted_at)
-  values (old.id, tokenlimits.clock())
-  on conflict on constraint deleted_groups_pkey do nothing;
-  return null;
-end
-$$;
-
-comment on function tokenlimits.remember_group()
-is 'tokenlimits: Trigger: remembers the id of a deleted group, so that it is never used again.';
-
-revoke execute on function tokenlimits.remember_group()
-from public, anon, authenticated, service_role;
-
-create or replace trigger user_groups_remember
-after delete on public.user_groups
-for each row execute function tokenlimits.remember_group();
-
 -- Only our functions write the ledger, and they run as its owner. This enforces it even where a dump was restored in a
 -- project whose default privileges grant everything. It is in public, so that a dump of public alone includes it. It
 -- costs 2 % of a call; as the trigger's condition, which every statement parses, it would cost 10 %.
@@ -965,6 +952,351 @@ create or replace trigger generation_usage_refuse_write
 before insert or update or delete or truncate on public.generation_usage
 for each statement execute function public.refuse_ledger_write();
 
+-- 25_tree.sql
+
+-- Groups beneath groups.
+--
+-- Invariants
+--   * A usage in a group counts for the limits of the group and of all above it. A limit of a group counts what is used
+--     in it and in all beneath it; one of scope child counts it for each group directly beneath it.
+--   * A group that was deleted stays where it was, so its usage goes on counting above it; its id is never used again.
+--   * A call holds the stripe of its own group alone. Whoever changes what judges it holds, in exclusive mode, the
+--     stripes of the changed group and of all beneath it. So a call is judged by one state of all groups above it, at no
+--     cost.
+--   * So the groups beneath must not change meanwhile: whoever changes limits holds the lock on the tree in shared mode,
+--     whoever adds or moves a group in exclusive mode. It comes after rows of groups, and before rows of limits and
+--     stripes.
+
+-- Every group that there ever was, with itself and each group above it.
+create table if not exists tokenlimits.group_tree (
+  group_id uuid not null,
+  above_id uuid not null,
+  -- the group below that one, on the way to it; null: it is the group itself
+  child_id uuid,
+  -- how many steps it is away, and how many there are from the root to it
+  distance smallint not null,
+  level smallint not null,
+  constraint group_tree_pkey primary key (group_id, distance)
+);
+
+comment on table tokenlimits.group_tree is 'tokenlimits: Each group with all groups above it, deleted ones included.';
+
+create unique index if not exists group_tree_above_id_key on tokenlimits.group_tree (above_id, group_id);
+
+revoke all on tokenlimits.group_tree from public, anon, authenticated, service_role;
+
+-- A dump of the public tables alone doesn't include it.
+insert into tokenlimits.group_tree (group_id, above_id, child_id, distance, level)
+with recursive paths as (
+  select g.id as group_id, g.id as above_id, null::uuid as child_id, 0 as distance, g.parent_id
+  from public.user_groups as g
+  union all
+  select p.group_id, g.id, p.above_id, p.distance + 1, g.parent_id
+  from paths as p
+  inner join public.user_groups as g on g.id = p.parent_id
+)
+
+select
+  p.group_id, p.above_id, p.child_id, p.distance, max(p.distance) over (partition by p.group_id) - p.distance as level
+from paths as p
+on conflict on constraint group_tree_pkey do nothing;
+
+create or replace function tokenlimits.refuse_id(p_id uuid)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform tokenlimits.refuse(
+    'TL001', format('id: %s is or was the id of another group', p_id), 'id', 'Choose an id that was never used.'
+  );
+end
+$$;
+
+comment on function tokenlimits.refuse_id(uuid)
+is 'tokenlimits: Raises TL001: a group has or had this id.';
+
+revoke execute on function tokenlimits.refuse_id(uuid)
+from public, anon, authenticated, service_role;
+
+grant execute on function tokenlimits.refuse_id(uuid)
+to authenticated, service_role;
+
+create or replace function tokenlimits.refuse_parent(p_rule text)
+returns void
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform tokenlimits.refuse('TL001', 'parent_id: ' || p_rule, 'parent_id', 'Nothing was saved.');
+end
+$$;
+
+comment on function tokenlimits.refuse_parent(text)
+is 'tokenlimits: Raises TL001: a group can''t be beneath that one.';
+
+revoke execute on function tokenlimits.refuse_parent(text)
+from public, anon, authenticated, service_role;
+
+-- Before a group is beneath another one: refuses what can't be, and keeps the tree as it is from now on.
+create or replace function tokenlimits.check_parent()
+returns trigger
+language plpgsql
+-- definer: the tree is private
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  c_levels constant integer := 5;
+  v_height integer;
+begin
+  new.is_nested := new.parent_id is not null or (tg_op = 'UPDATE' and old.is_nested);
+  if new.parent_id is not null then
+    -- rows of groups come before the tree
+    perform from public.user_groups as g where g.id = new.parent_id for no key update;
+    if not found then
+      perform tokenlimits.refuse_parent(format('there is no group %s', new.parent_id));
+    end if;
+  end if;
+  perform pg_advisory_xact_lock(1953459052, 258);
+  v_height := coalesce((
+    select max(t.distance)
+    from tokenlimits.group_tree as t
+    inner join public.user_groups as g on g.id = t.group_id
+    where t.above_id = new.id
+  ), 0);
+  if new.parent_id = new.id or exists (
+    select from tokenlimits.group_tree as t where t.group_id = new.parent_id and t.above_id = new.id
+  ) then
+    perform tokenlimits.refuse_parent('would be beneath itself');
+  elsif (
+    select t.level + 2 + v_height from tokenlimits.group_tree as t where t.group_id = new.parent_id and t.distance = 0
+  ) > c_levels then
+    perform tokenlimits.refuse_parent(format('groups nest at most %s deep', c_levels));
+  end if;
+  return new;
+end
+$$;
+
+comment on function tokenlimits.check_parent()
+is 'tokenlimits: Trigger: checks where in the tree a group is to be.';
+
+revoke execute on function tokenlimits.check_parent()
+from public, anon, authenticated, service_role;
+
+create or replace trigger user_groups_check_parent_insert
+before insert on public.user_groups
+for each row when (new.parent_id is not null)
+execute function tokenlimits.check_parent();
+
+create or replace trigger user_groups_check_parent_update
+before update on public.user_groups
+for each row when (old.parent_id is distinct from new.parent_id)
+execute function tokenlimits.check_parent();
+
+-- Takes a group, with all beneath it, from all above it, and puts it beneath a parent. A new group isn't there yet.
+create or replace function tokenlimits.place_group(p_group_id uuid, p_parent_id uuid)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_beneath uuid[] := array(select t.group_id from tokenlimits.group_tree as t where t.above_id = p_group_id);
+  v_level integer := coalesce((
+    select t.level + 1 from tokenlimits.group_tree as t where t.group_id = p_parent_id and t.distance = 0
+  ), 0);
+begin
+  if v_beneath = '{}' then
+    insert into tokenlimits.group_tree (group_id, above_id, child_id, distance, level)
+    values (p_group_id, p_group_id, null, 0, v_level);
+    v_beneath := array[p_group_id];
+  else
+    delete from tokenlimits.group_tree as t
+    where t.group_id = any(v_beneath) and t.above_id <> all(v_beneath);
+    update tokenlimits.group_tree as t
+    set level = t.level + v_level - (
+      select s.level from tokenlimits.group_tree as s where s.group_id = p_group_id and s.distance = 0
+    )
+    where t.above_id = any(v_beneath);
+  end if;
+  insert into tokenlimits.group_tree (group_id, above_id, child_id, distance, level)
+  select
+    b.group_id, a.above_id, coalesce(a.child_id, p_group_id), b.distance + a.distance + 1, a.level
+  from tokenlimits.group_tree as b
+  cross join tokenlimits.group_tree as a
+  where b.above_id = p_group_id and a.group_id = p_parent_id;
+end
+$$;
+
+comment on function tokenlimits.place_group(uuid, uuid)
+is 'tokenlimits: Puts a group and all beneath it beneath another group, or at the top.';
+
+revoke execute on function tokenlimits.place_group(uuid, uuid)
+from public, anon, authenticated, service_role;
+
+-- Limits above a group that has moved count its usage no longer, or from now on too: they are counted afresh. All calls
+-- that they judge wait meanwhile. p_before and p_after are its rows of the tree.
+create or replace function tokenlimits.recount_above(
+  p_before tokenlimits.group_tree[],
+  p_after tokenlimits.group_tree[]
+)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_changed tokenlimits.group_tree[] := array(
+    select row(d.*)::tokenlimits.group_tree
+    from (
+      (select b.above_id, b.child_id from unnest(p_before) as b where b.child_id is not null
+      except select a.above_id, a.child_id from unnest(p_after) as a)
+      union all
+      (select a.above_id, a.child_id from unnest(p_after) as a where a.child_id is not null
+      except select b.above_id, b.child_id from unnest(p_before) as b)
+    ) as q
+    cross join lateral (select null::uuid, q.above_id, q.child_id, null::smallint, null::smallint) as d
+  );
+begin
+  delete from tokenlimits.counters as c
+  using unnest(v_changed) as d, public.group_limits as l
+  where
+    l.group_id = d.above_id and l.scope = 'child' and c.counter_id = l.counter_id and c.subject = d.child_id;
+  -- a group that was above it before and still is counts it as before, whoever is between them
+  update public.group_limits as l
+  set counter_id = default
+  where
+    l.scope <> 'child' and l.group_id = any(array(
+      select d.above_id from unnest(v_changed) as d group by d.above_id having count(*) = 1
+    ));
+end
+$$;
+
+comment on function tokenlimits.recount_above(tokenlimits.group_tree[], tokenlimits.group_tree[])
+is 'tokenlimits: Counts limits above a moved group afresh.';
+
+revoke execute on function tokenlimits.recount_above(tokenlimits.group_tree[], tokenlimits.group_tree[])
+from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.move_in_tree()
+returns trigger
+language plpgsql
+-- definer: the tree is private
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_before tokenlimits.group_tree[] := array(
+  select row(t.*)::tokenlimits.group_tree
+  from tokenlimits.group_tree as t
+  where t.group_id = new.id
+  order by t.distance
+);
+  v_root_id uuid;
+begin
+  if tg_op = 'INSERT' then
+    -- only now: the group with this id may have been deleted while this waited for the id
+    if cardinality(v_before) > 0 then
+      perform tokenlimits.refuse_id(new.id);
+    end if;
+  else
+    -- all calls that any of their limits judge
+    perform tokenlimits.lock_groups(array(
+      select t.above_id from tokenlimits.group_tree as t where t.group_id in (new.id, new.parent_id) and t.level = 0
+    ), true);
+  end if;
+  perform tokenlimits.place_group(new.id, new.parent_id);
+  update public.user_groups as g
+  set is_nested = true
+  where g.id = new.parent_id and not g.is_nested;
+  if found then
+    -- its own limits have decided alone until now
+    perform tokenlimits.lock_groups(array[new.parent_id], true);
+  end if;
+  if tg_op = 'UPDATE' then
+    select t.above_id into v_root_id from tokenlimits.group_tree as t where t.group_id = new.id and t.level = 0;
+    update tokenlimits.holds as h
+    set root_id = v_root_id
+    where h.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = new.id));
+    if exists (
+      select from public.generation_usage as u where u.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = new.id))
+    ) then
+      perform tokenlimits.recount_above(v_before, array(
+  select row(t.*)::tokenlimits.group_tree
+  from tokenlimits.group_tree as t
+  where t.group_id = new.id
+  order by t.distance
+));
+    end if;
+  end if;
+  return null;
+end
+$$;
+
+comment on function tokenlimits.move_in_tree()
+is 'tokenlimits: Trigger: puts a new or moved group into the tree.';
+
+revoke execute on function tokenlimits.move_in_tree()
+from public, anon, authenticated, service_role;
+
+create or replace trigger user_groups_move_in_tree_insert
+after insert on public.user_groups
+for each row execute function tokenlimits.move_in_tree();
+
+create or replace trigger user_groups_move_in_tree_update
+after update on public.user_groups
+for each row when (old.parent_id is distinct from new.parent_id)
+execute function tokenlimits.move_in_tree();
+
+create or replace function tokenlimits.forget_group()
+returns trigger
+language plpgsql
+-- definer: an admin may delete a group without the right to read overrides
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  delete from public.limit_overrides as o
+  where o.scope = 'child' and o.subject = old.id;
+  return null;
+end
+$$;
+
+comment on function tokenlimits.forget_group()
+is 'tokenlimits: Trigger: a deleted group has no max of its own any more.';
+
+revoke execute on function tokenlimits.forget_group()
+from public, anon, authenticated, service_role;
+
+create or replace trigger user_groups_forget
+after delete on public.user_groups
+for each row execute function tokenlimits.forget_group();
+
+-- Before rows of limits are locked. Limits that a call would judge by can't be beneath another group meanwhile.
+create or replace function tokenlimits.keep_tree()
+returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pg_advisory_xact_lock_shared(1953459052, 258);
+  return null;
+end
+$$;
+
+comment on function tokenlimits.keep_tree()
+is 'tokenlimits: Trigger: the tree of groups stays as it is while limits change.';
+
+revoke execute on function tokenlimits.keep_tree()
+from public, anon, authenticated, service_role;
+
+create or replace trigger group_limits_keep_tree
+before insert or update or delete on public.group_limits
+for each statement execute function tokenlimits.keep_tree();
+
 -- 30_counters.sql
 
 -- Counters, rollup, holds and resets: they make a call's cost independent of the history.
@@ -975,10 +1307,12 @@ for each statement execute function public.refuse_ledger_write();
 --     transaction. So a missing counter can be counted from the ledger, and one of a past period starts at zero.
 --   * The rollup's sum over slots equals the live ledger rows of (group, kind, bucket).
 --   * Locks are taken in one order over a whole transaction, also by batches and sweeps: group stripes, ledger rows by
---     id, keys, rollup rows by key, member counters and then group counters, by (subject, counter_id). So a transaction
---     merges all its moves before it makes the first. A sweep never waits for the ledger rows that it locks.
---   * Whoever reads limits in order to write holds the group's stripe in shared mode. Whoever edits limits takes it in
---     exclusive mode after the edit, and so waits for calls that judge by the old limits, and blocks new ones.
+--     id, keys, rollup rows by key, member counters, and then those of groups, the deepest first, by (subject,
+--     counter_id). So a transaction merges all its moves before it makes the first. A sweep never waits for the ledger
+--     rows that it locks.
+--   * Whoever reads limits in order to write holds the group's stripe in shared mode. Whoever edits limits takes it, and
+--     those of all groups beneath, in exclusive mode after the edit, and so waits for calls that judge by the old limits,
+--     and blocks new ones.
 --   * An expired hold counts as released from that moment on, but stays in counters and rollup until it is swept;
 
 --     readers subtract it. A call that needs its room locks the counter first; a call that settles the hold in time
@@ -1036,6 +1370,8 @@ is 'tokenlimits: Live usage in buckets of 15 minutes, with which the hours of ev
 create table if not exists tokenlimits.holds (
   usage_id uuid not null,
   group_id uuid not null,
+  -- the group at the top of its tree: one look-up says whether anything in the tree has expired
+  root_id uuid not null,
   user_id uuid not null,
   kind text not null,
   cost bigint not null,
@@ -1049,12 +1385,17 @@ comment on table tokenlimits.holds is 'tokenlimits: Reserved usages that are nei
 create index if not exists holds_expires_at_idx
 on tokenlimits.holds (group_id, kind, expires_at) include (cost, created_at);
 
+create index if not exists holds_root_id_idx
+on tokenlimits.holds (root_id, kind, expires_at) where root_id <> group_id;
+
 -- If an uninstallation kept the ledger, restore its holds and its history.
 do $do$
 begin
-  insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+  insert into tokenlimits.holds (usage_id, group_id, root_id, user_id, kind, cost, created_at, expires_at)
   select
-    u.id, u.group_id, u.user_id, u.kind, u.cost,
+    u.id, u.group_id, coalesce(
+    (select t.above_id from tokenlimits.group_tree as t where t.group_id = u.group_id and t.level = 0), u.group_id
+  ), u.user_id, u.kind, u.cost,
     u.created_at, u.expires_at
   from public.generation_usage as u
     where u.status = 'reserved' and not exists (select from tokenlimits.usage_rollup);
@@ -1121,7 +1462,9 @@ begin
       timezone text,
       -- the limit's max, where the subject has its own until a moment
       own_max bigint,
-      overridden_until timestamptz
+      overridden_until timestamptz,
+      -- how deep in its tree the group is whose usage it counts; null: it counts a member's
+      level smallint
     );
     -- how creating, settling or sweeping a usage moves its counters; enforced: they must have room; holds: by how many
     -- there are more, null if it isn't a hold
@@ -1180,15 +1523,21 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_group_ids uuid[] := p_group_ids;
   v_stripe integer;
 begin
   if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
     perform tokenlimits.refuse_transaction();
   end if;
+  if p_exclusive then
+    v_group_ids := v_group_ids || array(
+      select t.group_id from tokenlimits.group_tree as t where t.above_id = any(p_group_ids)
+    );
+  end if;
   -- in one order, or two calls could deadlock
   for v_stripe in
     select distinct get_byte(uuid_send(g.id), 15)
-    from unnest(p_group_ids) as g (id)
+    from unnest(v_group_ids) as g (id)
     order by 1
   loop
     if p_exclusive then
@@ -1201,8 +1550,8 @@ end
 $$;
 
 comment on function tokenlimits.lock_groups(uuid[], boolean)
-is 'tokenlimits: Keeps these groups'' limits unchanged (shared), or waits for all calls that use them (exclusive), '
-'until the transaction ends.';
+is 'tokenlimits: Until the transaction ends, keeps unchanged what judges calls of these groups (shared), or waits for '
+'all calls that their limits judge (exclusive).';
 
 revoke execute on function tokenlimits.lock_groups(uuid[], boolean)
 from public, anon, authenticated, service_role;
@@ -1453,18 +1802,18 @@ from public, anon, authenticated, service_role;
 
 -- 50_limits.sql
 
--- The state of a group's limits at a moment: read from counters, or counted from rollup and ledger if there is none.
+-- The state of limits at a moment: read from counters, or counted from rollup and ledger if there is none.
 --
 -- Invariants
---   * limit_states returns members' limits first, by member, then the group's: the order in which they are locked.
+--   * limit_states returns members' limits first, then those of groups, the deepest first: the order of locks.
 --   * A plain limit's counter says what is used. Others need more: limit_states and open_counter know what.
 --   * It reads everything in one snapshot, so the counters that it read include the expired holds that it subtracts.
 
--- Counts what a counter would contain. For a group: whole buckets from the rollup, and the partial buckets before and
--- after them from the ledger, in separate queries: with one query for both, the planner may read all of the group's
--- rows. For a member: from the member's own rows of the ledger.
+-- Counts what a counter would contain. For groups: whole buckets from the rollup, and the partial buckets before and
+-- after them from the ledger, in separate queries: with one query for both, the planner may read all rows of a group.
+-- For a member: from the member's own rows of the ledger.
 create or replace function tokenlimits.count_usage(
-  p_group_id uuid,
+  p_group_ids uuid[],
   p_user_id uuid,
   p_kind text,
   p_since timestamptz,
@@ -1488,7 +1837,7 @@ begin
         u.user_id = p_user_id
         and u.created_at >= p_since
         and u.created_at < p_until
-        and u.group_id = p_group_id
+        and u.group_id = any(p_group_ids)
         and u.kind = p_kind
         and u.status in ('reserved', 'committed')
     ), 0);
@@ -1496,12 +1845,12 @@ begin
   return coalesce((
     select sum(r.cost)
     from tokenlimits.usage_rollup as r
-    where r.group_id = p_group_id and r.kind = p_kind and r.bucket >= v_whole and r.bucket < v_rest
+    where r.group_id = any(p_group_ids) and r.kind = p_kind and r.bucket >= v_whole and r.bucket < v_rest
   ), 0) + coalesce((
     select sum(u.cost)
     from public.generation_usage as u
     where
-      u.group_id = p_group_id
+      u.group_id = any(p_group_ids)
       and u.created_at >= p_since
       and u.created_at < v_whole
       and u.kind = p_kind
@@ -1510,7 +1859,7 @@ begin
     select sum(u.cost)
     from public.generation_usage as u
     where
-      u.group_id = p_group_id
+      u.group_id = any(p_group_ids)
       and u.created_at >= v_rest
       and u.created_at < p_until
       and u.kind = p_kind
@@ -1519,15 +1868,14 @@ begin
 end
 $$;
 
-comment on function tokenlimits.count_usage(uuid, uuid, text, timestamptz, timestamptz)
-is 'tokenlimits: Live usage of a kind between two moments, of a member of a group, or of the whole group if the user '
-'is null.';
+comment on function tokenlimits.count_usage(uuid[], uuid, text, timestamptz, timestamptz)
+is 'tokenlimits: Live usage of a kind in some groups between two moments, of one user, or of all if the user is null.';
 
-revoke execute on function tokenlimits.count_usage(uuid, uuid, text, timestamptz, timestamptz)
+revoke execute on function tokenlimits.count_usage(uuid[], uuid, text, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.expired_cost(
-  p_group_id uuid,
+  p_group_ids uuid[],
   p_user_id uuid,
   p_kind text,
   p_since timestamptz,
@@ -1545,7 +1893,7 @@ begin
       from tokenlimits.holds as h
       where
         h.user_id = p_user_id
-        and h.group_id = p_group_id
+        and h.group_id = any(p_group_ids)
         and h.kind = p_kind
         and h.expires_at <= p_at
         and h.created_at >= p_since
@@ -1554,20 +1902,20 @@ begin
   return coalesce((
     select sum(h.cost)
     from tokenlimits.holds as h
-    where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_at and h.created_at >= p_since
+    where h.group_id = any(p_group_ids) and h.kind = p_kind and h.expires_at <= p_at and h.created_at >= p_since
   ), 0);
 end
 $$;
 
-comment on function tokenlimits.expired_cost(uuid, uuid, text, timestamptz, timestamptz)
-is 'tokenlimits: The cost of expired holds that counters since a moment contain, of a member, or of the group if the '
-'user is null.';
+comment on function tokenlimits.expired_cost(uuid[], uuid, text, timestamptz, timestamptz)
+is 'tokenlimits: The cost of expired holds in some groups that counters since a moment contain, of one user, or of all '
+'if null.';
 
-revoke execute on function tokenlimits.expired_cost(uuid, uuid, text, timestamptz, timestamptz)
+revoke execute on function tokenlimits.expired_cost(uuid[], uuid, text, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.count_holds(
-  p_group_id uuid,
+  p_group_ids uuid[],
   p_user_id uuid,
   p_kind text,
   p_expired_at timestamptz default 'infinity'
@@ -1583,26 +1931,26 @@ begin
       select count(*)
       from tokenlimits.holds as h
       where
-        h.user_id = p_user_id and h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_expired_at
+        h.user_id = p_user_id and h.group_id = any(p_group_ids) and h.kind = p_kind and h.expires_at <= p_expired_at
     );
   end if;
   return (
     select count(*)
     from tokenlimits.holds as h
-    where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_expired_at
+    where h.group_id = any(p_group_ids) and h.kind = p_kind and h.expires_at <= p_expired_at
   );
 end
 $$;
 
-comment on function tokenlimits.count_holds(uuid, uuid, text, timestamptz)
-is 'tokenlimits: How many holds of a kind are unswept, or expired at a moment, of a member, or of the group if the '
-'user is null.';
+comment on function tokenlimits.count_holds(uuid[], uuid, text, timestamptz)
+is 'tokenlimits: How many holds in some groups are unswept, or expired at a moment, of one user, or of all if the user '
+'is null.';
 
-revoke execute on function tokenlimits.count_holds(uuid, uuid, text, timestamptz)
+revoke execute on function tokenlimits.count_holds(uuid[], uuid, text, timestamptz)
 from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.count_limit(
-  p_group_id uuid,
+  p_group_ids uuid[],
   p_user_id uuid,
   p_kind text,
   p_period text,
@@ -1617,26 +1965,26 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_period = 'in_flight' then
-    return tokenlimits.count_holds(p_group_id, p_user_id, p_kind);
+    return tokenlimits.count_holds(p_group_ids, p_user_id, p_kind);
   elsif p_counts is null then
-    return tokenlimits.count_usage(p_group_id, p_user_id, p_kind, p_since, p_until);
+    return tokenlimits.count_usage(p_group_ids, p_user_id, p_kind, p_since, p_until);
   end if;
   return (
-    select sum(w.value::bigint * tokenlimits.count_usage(p_group_id, p_user_id, w.key, p_since, p_until))::bigint
+    select sum(w.value::bigint * tokenlimits.count_usage(p_group_ids, p_user_id, w.key, p_since, p_until))::bigint
     from jsonb_each_text(p_counts) as w
   );
 end
 $$;
 
-comment on function tokenlimits.count_limit(uuid, uuid, text, text, jsonb, timestamptz, timestamptz)
+comment on function tokenlimits.count_limit(uuid[], uuid, text, text, jsonb, timestamptz, timestamptz)
 is 'tokenlimits: What a limit counts between two moments, whether it counts a kind, the kinds of a pool, or holds: see '
 'count_usage.';
 
-revoke execute on function tokenlimits.count_limit(uuid, uuid, text, text, jsonb, timestamptz, timestamptz)
+revoke execute on function tokenlimits.count_limit(uuid[], uuid, text, text, jsonb, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
 
 create or replace function tokenlimits.expired_of_limit(
-  p_group_id uuid,
+  p_group_ids uuid[],
   p_user_id uuid,
   p_kind text,
   p_period text,
@@ -1651,24 +1999,24 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_period = 'in_flight' then
-    return tokenlimits.count_holds(p_group_id, p_user_id, p_kind, p_at);
+    return tokenlimits.count_holds(p_group_ids, p_user_id, p_kind, p_at);
   elsif p_counts is null then
-    return tokenlimits.expired_cost(p_group_id, p_user_id, p_kind, p_since, p_at);
+    return tokenlimits.expired_cost(p_group_ids, p_user_id, p_kind, p_since, p_at);
   end if;
   return (
-    select sum(w.value::bigint * tokenlimits.expired_cost(p_group_id, p_user_id, w.key, p_since, p_at))::bigint
+    select sum(w.value::bigint * tokenlimits.expired_cost(p_group_ids, p_user_id, w.key, p_since, p_at))::bigint
     from jsonb_each_text(p_counts) as w
   );
 end
 $$;
 
-comment on function tokenlimits.expired_of_limit(uuid, uuid, text, text, jsonb, timestamptz, timestamptz)
+comment on function tokenlimits.expired_of_limit(uuid[], uuid, text, text, jsonb, timestamptz, timestamptz)
 is 'tokenlimits: What expired holds take from a limit: see expired_cost.';
 
-revoke execute on function tokenlimits.expired_of_limit(uuid, uuid, text, text, jsonb, timestamptz, timestamptz)
+revoke execute on function tokenlimits.expired_of_limit(uuid[], uuid, text, text, jsonb, timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
 
-create or replace function tokenlimits.anchor_of(p_group_id uuid, p_user_id uuid)
+create or replace function tokenlimits.anchor_of(p_state tokenlimits.limit_state)
 returns timestamptz
 language plpgsql
 stable
@@ -1677,24 +2025,27 @@ as $$
 begin
   return coalesce(
     (
-      select coalesce(m.anchor_at, m.joined_at)
+      select min(coalesce(m.anchor_at, m.joined_at))
       from public.group_memberships as m
-      where m.group_id = p_group_id and m.user_id = p_user_id
+      inner join tokenlimits.group_tree as t on t.group_id = m.group_id
+      where p_state.scope = 'member' and t.above_id = p_state.group_id and m.user_id = p_state.subject
     ),
     (
       select coalesce(g.anchor_at, g.created_at)
       from public.user_groups as g
-      where g.id = p_group_id
-    )
+      where g.id = case p_state.scope when 'child' then p_state.subject else p_state.group_id end
+    ),
+    -- the subject's group was deleted, and the period of what it used doesn't matter to any call
+    tokenlimits.clock()
   );
 end
 $$;
 
-comment on function tokenlimits.anchor_of(uuid, uuid)
-is 'tokenlimits: From when anchored periods are counted, of a member, or of the group if the user is null or no '
-'member.';
+comment on function tokenlimits.anchor_of(tokenlimits.limit_state)
+is 'tokenlimits: From when anchored periods are counted: of a member since the earliest membership, otherwise of the '
+'group.';
 
-revoke execute on function tokenlimits.anchor_of(uuid, uuid)
+revoke execute on function tokenlimits.anchor_of(tokenlimits.limit_state)
 from public, anon, authenticated, service_role;
 
 -- When the window began that a usage has opened, of a limit whose counter is missing: at the oldest live usage whose
@@ -1712,7 +2063,7 @@ declare
     (
       select max(r.reset_at)
       from tokenlimits.usage_resets as r
-      where r.group_id = p_state.group_id and r.kind in (p_state.kind, '*') and r.subject in (p_state.group_id, p_state.subject)
+      where r.group_id = case p_state.scope when 'child' then p_state.subject else p_state.group_id end and r.kind in (p_state.kind, '*') and r.subject in (case p_state.scope when 'child' then p_state.subject else p_state.group_id end, p_state.subject)
     )
   );
 begin
@@ -1722,13 +2073,13 @@ begin
       select l.created_at, l.kind, l.cost, l.reserved_cost, l.status, l.settled_at, l.expires_at
       from public.generation_usage as l
       where
-        p_state.scope = 'group' and l.group_id = p_state.group_id
+        p_state.scope <> 'member' and l.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = case p_state.scope when 'child' then p_state.subject else p_state.group_id end))
         and (p_state.counts is null and p_state.kind = l.kind or p_state.counts ? l.kind) and l.created_at >= v_since and l.status in ('reserved', 'committed')
       union all
       select l.created_at, l.kind, l.cost, l.reserved_cost, l.status, l.settled_at, l.expires_at
       from public.generation_usage as l
       where
-        p_state.scope = 'member' and l.group_id = p_state.group_id and l.user_id = p_state.subject
+        p_state.scope = 'member' and l.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = case p_state.scope when 'child' then p_state.subject else p_state.group_id end)) and l.user_id = p_state.subject
         and (p_state.counts is null and p_state.kind = l.kind or p_state.counts ? l.kind) and l.created_at >= v_since and l.status in ('reserved', 'committed')
     ) as u
     where
@@ -1763,13 +2114,13 @@ begin
     select l.created_at, l.kind, l.cost, l.reserved_cost, l.status, l.settled_at, l.expires_at
     from public.generation_usage as l
     where
-      p_state.scope = 'group' and l.group_id = p_state.group_id
+      p_state.scope <> 'member' and l.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = case p_state.scope when 'child' then p_state.subject else p_state.group_id end))
       and (p_state.counts is null and p_state.kind = l.kind or p_state.counts ? l.kind) and l.created_at >= p_state.since and l.status in ('reserved', 'committed')
     union all
     select l.created_at, l.kind, l.cost, l.reserved_cost, l.status, l.settled_at, l.expires_at
     from public.generation_usage as l
     where
-      p_state.scope = 'member' and l.group_id = p_state.group_id and l.user_id = p_state.subject
+      p_state.scope = 'member' and l.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = case p_state.scope when 'child' then p_state.subject else p_state.group_id end)) and l.user_id = p_state.subject
       and (p_state.counts is null and p_state.kind = l.kind or p_state.counts ? l.kind) and l.created_at >= p_state.since and l.status in ('reserved', 'committed')
   ) as u
   group by 1;
@@ -1805,8 +2156,9 @@ begin
     select date_bin(v_part, h.created_at, '1970-01-01 00:00:00+00'), -h.cost * case when p_state.counts is null then 1 else (p_state.counts ->> h.kind)::bigint end
     from tokenlimits.holds as h
     where
-      h.group_id = p_state.group_id and (p_state.counts is null and p_state.kind = h.kind or p_state.counts ? h.kind) and h.expires_at <= p_at
-      and (p_state.scope = 'group' or h.user_id = p_state.subject)
+      h.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = case p_state.scope when 'child' then p_state.subject else p_state.group_id end))
+      and (p_state.counts is null and p_state.kind = h.kind or p_state.counts ? h.kind) and h.expires_at <= p_at
+      and (p_state.scope <> 'member' or h.user_id = p_state.subject)
       and h.created_at >= p_state.since
   ) as q
   where q.part > p_state.since - v_part
@@ -1866,8 +2218,9 @@ begin
     select h.expires_at
     from tokenlimits.holds as h
     where
-      h.group_id = p_state.group_id and h.kind = p_state.kind and h.expires_at > tokenlimits.clock()
-      and (p_state.scope = 'group' or h.user_id = p_state.subject)
+      h.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = case p_state.scope when 'child' then p_state.subject else p_state.group_id end))
+      and h.kind = p_state.kind and h.expires_at > tokenlimits.clock()
+      and (p_state.scope <> 'member' or h.user_id = p_state.subject)
     order by h.expires_at
     offset greatest(p_state.used - p_state.max, 0)
     limit 1
@@ -1948,7 +2301,7 @@ begin
     if p_window is null then
       p_window := tokenlimits.window_of(
         p_state.period, p_state.starts, p_state.timezone,
-        case p_state.starts when 'anchor' then tokenlimits.anchor_of(p_state.group_id, v_user_id) end, p_at
+        case p_state.starts when 'anchor' then tokenlimits.anchor_of(p_state) end, p_at
       );
     end if;
     if p_state.starts = 'first_use' then
@@ -1967,12 +2320,13 @@ begin
       else greatest(lower(p_window), case when p_state.starts <> 'rolling' then p_state.until end, (
         select max(r.reset_at)
         from tokenlimits.usage_resets as r
-        where r.group_id = p_state.group_id and r.kind in (p_state.kind, '*') and r.subject in (p_state.group_id, p_state.subject)
+        where r.group_id = case p_state.scope when 'child' then p_state.subject else p_state.group_id end and r.kind in (p_state.kind, '*') and r.subject in (case p_state.scope when 'child' then p_state.subject else p_state.group_id end, p_state.subject)
       ))
     end;
     p_state.used := case
       when p_state.until is null then tokenlimits.count_limit(
-        p_state.group_id, v_user_id, p_state.kind, p_state.period, p_state.counts, p_state.since, upper(p_window)
+        array(select t.group_id from tokenlimits.group_tree as t where t.above_id = case p_state.scope when 'child' then p_state.subject else p_state.group_id end),
+        v_user_id, p_state.kind, p_state.period, p_state.counts, p_state.since, upper(p_window)
       )
       when p_state.starts = 'rolling' then coalesce((
         select sum(c.used)
@@ -2017,6 +2371,66 @@ is 'tokenlimits: When the oldest usage leaves a rolling window; infinity if ther
 revoke execute on function tokenlimits.next_leaving(tokenlimits.limit_state, timestamptz)
 from public, anon, authenticated, service_role;
 
+-- Of states as they were read: completes those whose counter is missing, or belongs to another period, and subtracts
+-- expired holds, if there are any.
+create or replace function tokenlimits.complete_states(
+  p_states tokenlimits.limit_state[],
+  p_at timestamptz,
+  p_any_expired boolean
+)
+returns tokenlimits.limit_state[]
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v record;
+  v_state tokenlimits.limit_state;
+  -- a counter may be ahead of a clock that was set back; holds expire by the clock
+  v_now timestamptz := least(p_at, tokenlimits.clock());
+begin
+  -- calendar periods are the same for all
+  for v in
+    select s.place, p.range
+    from unnest(p_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
+used, expired, is_open, group_name, timezone, own_max, overridden_until, level, place)
+    left join (
+      select d.period, d.timezone, tokenlimits.period_of(d.period, d.timezone, p_at) as range
+      from (
+        select distinct o.period, o.timezone
+        from unnest(p_states) as o
+        where o.starts = 'calendar' and o.is_open is not true
+      ) as d
+    ) as p on p.period = s.period and p.timezone = s.timezone and s.starts = 'calendar'
+    where s.is_open is not true
+  loop
+    p_states[v.place] := tokenlimits.complete_state(p_states[v.place], v.range, p_at);
+  end loop;
+  for i in 1..cardinality(p_states) loop
+    v_state := p_states[i];
+    if p_any_expired then
+      v_state.expired := tokenlimits.expired_of_limit(
+        array(select t.group_id from tokenlimits.group_tree as t where t.above_id = case v_state.scope when 'child' then v_state.subject else v_state.group_id end),
+        case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.period,
+        v_state.counts, v_state.since, v_now
+      );
+      v_state.used := v_state.used - v_state.expired;
+    end if;
+    if v_state.starts = 'rolling' then
+      v_state.reset_at := tokenlimits.next_leaving(v_state, v_now);
+    end if;
+    p_states[i] := v_state;
+  end loop;
+  return p_states;
+end
+$$;
+
+comment on function tokenlimits.complete_states(tokenlimits.limit_state[], timestamptz, boolean)
+is 'tokenlimits: States as of a moment, whatever their counters say.';
+
+revoke execute on function tokenlimits.complete_states(tokenlimits.limit_state[], timestamptz, boolean)
+from public, anon, authenticated, service_role;
+
 create or replace function tokenlimits.limit_states(
   p_group_id uuid,
   p_user_ids uuid[],
@@ -2033,10 +2447,6 @@ as $$
 declare
   v_states tokenlimits.limit_state[];
   v_is_plain boolean;
-  v record;
-  v_state tokenlimits.limit_state;
-  -- a counter may be ahead of a clock that was set back; holds expire by the clock
-  v_now timestamptz := least(p_at, tokenlimits.clock());
 begin
   select
     array_agg(
@@ -2045,16 +2455,19 @@ begin
         l.mode,
         case when c.overridden_until > p_at then c.override_max else l.max end,
         l.counts, l.weight,
-        c.since, c.until, null, c.used, null, c.until > p_at, l.name, l.timezone, l.max, c.overridden_until
+        c.since, c.until, null, c.used, null, c.until > p_at, l.name, l.timezone, l.max, c.overridden_until,
+        l.level
       )::tokenlimits.limit_state
-      order by l.kind, l.scope = 'group', l.subject, l.counter_id
+      order by l.kind, l.scope <> 'member', l.level desc, l.subject, l.counter_id
     ),
-    bool_and(l.is_plain and c.since is not null and c.since <= p_at and c.until > p_at)
+    bool_and(l.is_plain and not l.is_nested and c.since is not null and c.since <= p_at and c.until > p_at)
     and not exists (
       select
       from (
-        select distinct w.kind
-        from public.group_limits as i
+        select distinct w.kind, r.above_id as root_id
+        from tokenlimits.group_tree as o
+        inner join public.group_limits as i on i.group_id = o.above_id
+        inner join tokenlimits.group_tree as r on r.group_id = o.group_id and r.level = 0
         cross join lateral (
           select i.kind, 1::bigint as weight
           where i.counts is null
@@ -2062,7 +2475,7 @@ begin
           select p.key, p.value::bigint
           from jsonb_each_text(i.counts) as p
         ) as w
-        where i.group_id = p_group_id and (p_kinds is null or case
+        where o.group_id = p_group_id and (p_kinds is null or case
           when i.counts is null then i.kind = any(p_kinds)
           else i.counts ?| p_kinds
         end)
@@ -2070,7 +2483,13 @@ begin
       where (
         select true
         from tokenlimits.holds as h
-        where h.group_id = p_group_id and h.kind = k.kind and h.expires_at <= p_at
+        where h.group_id = k.root_id and h.kind = k.kind and h.expires_at <= p_at
+        order by h.expires_at
+        limit 1
+      ) is true or (
+        select true
+        from tokenlimits.holds as h
+        where h.root_id = k.root_id and h.root_id <> h.group_id and h.kind = k.kind and h.expires_at <= p_at
         order by h.expires_at
         limit 1
       ) is true
@@ -2078,14 +2497,20 @@ begin
   into v_states, v_is_plain
   from (
     select
-      i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
+      i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone, g.is_nested,
       i.mode, i.counts,
+      case i.scope when 'group' then t.level when 'child' then t.level + 1 end as level,
       case when cardinality(p_kinds) = 1 then case when i.counts is null then 1 else (i.counts ->> p_kinds[1])::bigint end else 1 end as weight,
-      unnest(case i.scope when 'group' then array[i.group_id] else p_user_ids end) as subject
-    from public.group_limits as i
+      unnest(case i.scope
+        when 'group' then array[i.group_id]
+        when 'child' then array_remove(array[t.child_id], null)
+        else p_user_ids
+      end) as subject
+    from tokenlimits.group_tree as t
+    inner join public.group_limits as i on i.group_id = t.above_id
     inner join public.user_groups as g on g.id = i.group_id
     where
-      i.group_id = p_group_id and (p_kinds is null or case
+      t.group_id = p_group_id and (p_kinds is null or case
         when i.counts is null then i.kind = any(p_kinds)
         else i.counts ?| p_kinds
       end)
@@ -2100,77 +2525,116 @@ begin
   ) as c on true;
   if v_states is null then
     return '{}';
-  end if;
-  if v_is_plain then
+  elsif v_is_plain then
     return v_states;
   end if;
-  -- a counter is missing (a new limit or member), or belongs to another period; calendar periods are the same for all
-  for v in
-    select s.place, p.range
-    from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-used, expired, is_open, group_name, timezone, own_max, overridden_until, place)
-    left join (
-      select d.period, tokenlimits.period_of(d.period, d.timezone, p_at) as range
+  return tokenlimits.complete_states(
+    v_states, p_at,
+    p_less_expired and exists (
+      select
       from (
-        select distinct o.period, o.timezone
-        from unnest(v_states) as o
-        where o.starts = 'calendar' and o.is_open is not true
-      ) as d
-    ) as p on p.period = s.period and s.starts = 'calendar'
-    where s.is_open is not true
-  loop
-    v_states[v.place] := tokenlimits.complete_state(v_states[v.place], v.range, p_at);
-  end loop;
-  if p_less_expired and exists (
-    select
-    from (
-      select distinct w.kind
-      from public.group_limits as i
-      cross join lateral (
-        select i.kind, 1::bigint as weight
-        where i.counts is null
-        union all
-        select p.key, p.value::bigint
-        from jsonb_each_text(i.counts) as p
-      ) as w
-      where i.group_id = p_group_id and (p_kinds is null or case
-        when i.counts is null then i.kind = any(p_kinds)
-        else i.counts ?| p_kinds
-      end)
-    ) as k
-    where (
-      select true
-      from tokenlimits.holds as h
-      where h.group_id = p_group_id and h.kind = k.kind and h.expires_at <= v_now
-      order by h.expires_at
-      limit 1
-    ) is true
-  ) then
-    for i in 1..cardinality(v_states) loop
-      v_state := v_states[i];
-      v_state.expired := tokenlimits.expired_of_limit(
-        p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.period,
-        v_state.counts, v_state.since, v_now
-      );
-      v_state.used := v_state.used - v_state.expired;
-      v_states[i] := v_state;
-    end loop;
-  end if;
-  for i in 1..cardinality(v_states) loop
-    v_state := v_states[i];
-    if v_state.starts = 'rolling' then
-      v_state.reset_at := tokenlimits.next_leaving(v_state, v_now);
-      v_states[i] := v_state;
-    end if;
-  end loop;
-  return v_states;
+        select distinct w.kind, r.above_id as root_id
+        from tokenlimits.group_tree as o
+        inner join public.group_limits as i on i.group_id = o.above_id
+        inner join tokenlimits.group_tree as r on r.group_id = o.group_id and r.level = 0
+        cross join lateral (
+          select i.kind, 1::bigint as weight
+          where i.counts is null
+          union all
+          select p.key, p.value::bigint
+          from jsonb_each_text(i.counts) as p
+        ) as w
+        where o.group_id = p_group_id and (p_kinds is null or case
+          when i.counts is null then i.kind = any(p_kinds)
+          else i.counts ?| p_kinds
+        end)
+      ) as k
+      where (
+        select true
+        from tokenlimits.holds as h
+        where h.group_id = k.root_id and h.kind = k.kind and h.expires_at <= least(p_at, tokenlimits.clock())
+        order by h.expires_at
+        limit 1
+      ) is true or (
+        select true
+        from tokenlimits.holds as h
+        where h.root_id = k.root_id and h.root_id <> h.group_id and h.kind = k.kind and h.expires_at <= least(p_at, tokenlimits.clock())
+        order by h.expires_at
+        limit 1
+      ) is true
+    )
+  );
 end
 $$;
 
 comment on function tokenlimits.limit_states(uuid, uuid[], text[], timestamptz, boolean, boolean)
-is 'tokenlimits: A group''s limits for users, that count some kinds or (null) any, with the usage of each at a moment.';
+is 'tokenlimits: The limits of a group and of all above it, for users, that count some kinds or (null) any, with the '
+'usage of each.';
 
 revoke execute on function tokenlimits.limit_states(uuid, uuid[], text[], timestamptz, boolean, boolean)
+from public, anon, authenticated, service_role;
+
+create or replace function tokenlimits.child_pools(p_group_ids uuid[], p_at timestamptz)
+returns tokenlimits.limit_state[]
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_any_expired boolean := exists (select from tokenlimits.holds as h where h.expires_at <= p_at);
+  v_states tokenlimits.limit_state[];
+  v_is_plain boolean;
+begin
+  select
+    array_agg(
+      row(
+        l.group_id, l.counter_id, l.subject, l.kind, l.period, l.starts, l.scope,
+        l.mode,
+        case when c.overridden_until > p_at then c.override_max else l.max end,
+        l.counts, l.weight,
+        c.since, c.until, null, c.used, null, c.until > p_at, l.name, l.timezone, l.max, c.overridden_until,
+        l.level
+      )::tokenlimits.limit_state
+      order by l.kind, l.scope <> 'member', l.level desc, l.subject, l.counter_id
+    ),
+    bool_and(l.is_plain and not l.is_nested and c.since is not null and c.since <= p_at and c.until > p_at)
+    and not v_any_expired
+  into v_states, v_is_plain
+  from (
+    select
+      i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone, g.is_nested,
+      i.mode, i.counts,
+      case i.scope when 'group' then t.level when 'child' then t.level + 1 end as level,
+      case when cardinality(null::text[]) = 1 then case when i.counts is null then 1 else (i.counts ->> null::text[][1])::bigint end else 1 end as weight,
+      t.child_id as subject
+    from tokenlimits.group_tree as t
+    inner join public.group_limits as i on i.group_id = t.above_id
+    inner join public.user_groups as g on g.id = i.group_id
+    where
+      i.scope = 'child' and t.distance = 1 and t.group_id = any(array(
+        select c.id
+        from public.user_groups as c
+        where c.id = any(p_group_ids) or c.parent_id = any(p_group_ids)
+      )) and (null::text[] is null or case
+        when i.counts is null then i.kind = any(null::text[])
+        else i.counts ?| null::text[]
+      end)
+  ) as l
+  left join lateral (
+    select k.since, k.until, k.used, k.override_max, k.overridden_until
+    from tokenlimits.counters as k
+    where k.subject = l.subject and k.counter_id = l.counter_id
+    -- one look-up per limit, whatever size the planner assumes for an array
+    offset 0
+  ) as c on true;
+  return case when v_states is not null then tokenlimits.complete_states(v_states, p_at, v_any_expired) else '{}' end;
+end
+$$;
+
+comment on function tokenlimits.child_pools(uuid[], timestamptz)
+is 'tokenlimits: The pools of some groups and of their children in child limits, with the usage of each at a moment.';
+
+revoke execute on function tokenlimits.child_pools(uuid[], timestamptz)
 from public, anon, authenticated, service_role;
 
 -- The state was read a moment ago. If another call has opened the counter since, that counter stays unchanged. Returns
@@ -2247,8 +2711,8 @@ begin
     sum(m.cost * case when p_state.counts is null then 1 else (p_state.counts ->> m.kind)::bigint end)
   from unnest(p_moves) as m
   where
-    m.group_id = p_state.group_id and (p_state.counts is null and p_state.kind = m.kind or p_state.counts ? m.kind)
-    and (p_state.scope = 'group' or m.user_id = p_state.subject)
+    m.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = case p_state.scope when 'child' then p_state.subject else p_state.group_id end)) and (p_state.counts is null and p_state.kind = m.kind or p_state.counts ? m.kind)
+    and (p_state.scope <> 'member' or m.user_id = p_state.subject)
     and m.created_at >= p_state.since
   group by 3
   on conflict on constraint counter_parts_pkey do update
@@ -2368,7 +2832,10 @@ begin
       v_group_id, '{}', null, tokenlimits.clock(), p_less_expired => false
     ) loop
       -- a window that no use has opened has no counter
-      if v_state.is_open is not true and (v_state.starts <> 'first_use' or v_state.reset_at is null) then
+      if
+        v_state.subject = v_group_id and v_state.scope = 'group' and v_state.is_open is not true
+        and (v_state.starts <> 'first_use' or v_state.reset_at is null)
+      then
         perform tokenlimits.open_counter(v_state);
       end if;
     end loop;
@@ -2424,7 +2891,8 @@ begin
       select row(r.*)::public.limit_overrides from old_rows as r
     );
   end if;
-  perform tokenlimits.lock_groups(array(select c.group_id from unnest(v_changed) as c), true);
+  perform pg_advisory_xact_lock_shared(1953459052, 258);
+  perform tokenlimits.lock_groups(array(select case c.scope when 'child' then c.subject else c.group_id end from unnest(v_changed) as c), true);
   update tokenlimits.counters as k
   set override_max = f.max, overridden_until = f.until
   from (
@@ -2481,12 +2949,32 @@ begin
   where
     l.group_id = n.id
     and (n.timezone is distinct from o.timezone or (l.starts = 'anchor' and n.anchor_at is distinct from o.anchor_at));
+  if exists (
+    select
+    from new_rows as n
+    inner join old_rows as o on o.id = n.id
+    where n.parent_id is not null and n.anchor_at is distinct from o.anchor_at
+  ) then
+    -- as children, in pools of their parents
+    perform tokenlimits.lock_groups(array(
+      select n.id
+      from new_rows as n
+      inner join old_rows as o on o.id = n.id
+      where n.anchor_at is distinct from o.anchor_at
+    ), true);
+    delete from tokenlimits.counters as c
+    using public.group_limits as l, new_rows as n, old_rows as o
+    where
+      o.id = n.id and n.anchor_at is distinct from o.anchor_at
+      and l.group_id = n.parent_id and l.scope = 'child' and l.starts = 'anchor'
+      and c.counter_id = l.counter_id and c.subject = n.id;
+  end if;
   return null;
 end
 $$;
 
 comment on function tokenlimits.renew_counters()
-is 'tokenlimits: Trigger: a new time zone turns all limits of the group into others.';
+is 'tokenlimits: Trigger: a new time zone or anchor turns limits of the group into others.';
 
 revoke execute on function tokenlimits.renew_counters()
 from public, anon, authenticated, service_role;
@@ -2524,18 +3012,20 @@ begin
       select row(r.*)::public.group_memberships from old_rows as r
     );
   end if;
+  perform pg_advisory_xact_lock_shared(1953459052, 258);
   v_group_ids := array(
     select distinct l.group_id
-    from public.group_limits as l
-    inner join unnest(v_changed) as m on m.group_id = l.group_id
+    from unnest(v_changed) as m
+    inner join tokenlimits.group_tree as t on t.group_id = m.group_id
+    inner join public.group_limits as l on l.group_id = t.above_id
     where l.starts = 'anchor' and l.scope = 'member'
   );
   if v_group_ids <> '{}' then
     perform tokenlimits.lock_groups(v_group_ids, true);
     delete from tokenlimits.counters as c
-    using public.group_limits as l, unnest(v_changed) as m
+    using public.group_limits as l, tokenlimits.group_tree as t, unnest(v_changed) as m
     where
-      l.group_id = m.group_id and l.starts = 'anchor' and l.scope = 'member'
+      t.group_id = m.group_id and l.group_id = t.above_id and l.starts = 'anchor' and l.scope = 'member'
       and c.counter_id = l.counter_id and c.subject = m.user_id;
   end if;
   return null;
@@ -2616,7 +3106,12 @@ begin
       select g.id
       from unnest(p_group_ids) with ordinality as g (id, place)
       where exists (
-        select from public.group_limits as l where l.group_id = g.id and (l.counts is null and l.kind = p_kind or l.counts ? p_kind)
+        select
+        from tokenlimits.group_tree as t
+        inner join public.group_limits as l on l.group_id = t.above_id
+        where
+          t.group_id = g.id and (l.counts is null and l.kind = p_kind or l.counts ? p_kind) and (l.scope <> 'child' or t.child_id is not null)
+          and true
       )
       order by g.place
     ), '{}'),
@@ -2626,7 +3121,7 @@ end
 $$;
 
 comment on function tokenlimits.entitling(uuid[], text)
-is 'tokenlimits: Those of some groups that have a limit for a kind; the first, if none has.';
+is 'tokenlimits: Those of some groups that have a limit for a kind, themselves or above them; the first, if none has.';
 
 revoke execute on function tokenlimits.entitling(uuid[], text)
 from public, anon, authenticated, service_role;
@@ -2645,6 +3140,7 @@ begin
       observed bigint[]
     );
     -- as clients see it: row_to_json costs a fraction of building an object
+    create type tokenlimits.group_answer as (id uuid, name text);
     create type tokenlimits.limit_answer as (
       kind text,
       period text,
@@ -2655,9 +3151,9 @@ begin
       used bigint,
       remaining bigint,
       reset_at timestamptz,
-      weight bigint
+      weight bigint,
+      "group" tokenlimits.group_answer
     );
-    create type tokenlimits.group_answer as (id uuid, name text);
     create type tokenlimits.generation_answer as (
       allowed boolean,
       reason text,
@@ -2692,6 +3188,12 @@ declare
   v_limit tokenlimits.limit_state := p_verdict.denied_by;
   v_until text := to_char(v_limit.until at time zone v_limit.timezone, 'YYYY-MM-DD HH24:MI ') || v_limit.timezone;
   v_error text;
+  v_whose text := case
+    when v_limit.scope = 'member' then 'by this user '
+    when v_limit.scope = 'child' then 'by this customer '
+    when v_limit.group_id <> p_verdict.group_id then format('in %s ', v_limit.group_name)
+    else ''
+  end;
 begin
   if p_verdict.reason = 'not_in_group' then
     return 'The user is in no group that may pay for this';
@@ -2703,8 +3205,9 @@ begin
   v_error := upper(left(v_kind, 1)) || substr(v_kind, 2) || ' generation limit exceeded: ';
   if v_limit.period = 'in_flight' then
     return v_error
-      || format('%s %s in progress', v_limit.used, case v_limit.used when 1 then v_kind else v_kind || 's' end)
-      || case v_limit.scope when 'member' then ' by this user' else '' end
+      || rtrim(
+        format('%s %s in progress ', v_limit.used, case v_limit.used when 1 then v_kind else v_kind || 's' end) || v_whose
+      )
       || format(', at most %s at once', v_limit.max)
       || case when isfinite(v_limit.until) then ', next place ' || v_until else '' end;
   end if;
@@ -2712,7 +3215,7 @@ begin
     || format('%s of %s ', v_limit.used, v_limit.max)
     || case when v_limit.counts is not null then replace(v_limit.kind, '_', ' ') || ' ' else '' end
     || 'used '
-    || case v_limit.scope when 'member' then 'by this user ' else '' end
+    || v_whose
     || case
       when v_limit.starts = 'rolling' then 'in the last ' || v_limit.period
       when v_limit.starts <> 'calendar' then 'since ' || to_char(
@@ -2768,7 +3271,10 @@ begin
         when v_state.used > v_state.max then v_state.weight - 1
         else 0
       end) / v_state.weight, 0) end,
-      nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight
+      nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight,
+      case when v_state.group_id <> p_verdict.group_id then
+        row(v_state.group_id, v_state.group_name)::tokenlimits.group_answer
+      end
     )::tokenlimits.limit_answer;
     if v_state.mode = 'observe' then
       if v_state.counter_id = any(p_verdict.observed) then
@@ -2779,7 +3285,10 @@ begin
         when v_state.used > v_state.max then v_state.weight - 1
         else 0
       end) / v_state.weight, 0) end,
-      nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight
+      nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight,
+      case when v_state.group_id <> p_verdict.group_id then
+        row(v_state.group_id, v_state.group_name)::tokenlimits.group_answer
+      end
     )::tokenlimits.limit_answer;
       end if;
     -- how many may run at once is in other units
@@ -2796,9 +3305,10 @@ begin
       v_tightest := v_state;
     end if;
   end loop;
-  v_group_name := coalesce(
-    v_state.group_name, (select g.name from public.user_groups as g where g.id = p_verdict.group_id)
-  );
+  v_group_name := case
+    when v_state.group_id = p_verdict.group_id then v_state.group_name
+    else (select g.name from public.user_groups as g where g.id = p_verdict.group_id)
+  end;
   if p_verdict.reason is null then
     return row_to_json(row(
       true, null, null,
@@ -2822,7 +3332,10 @@ begin
         when v_state.used > v_state.max then v_state.weight - 1
         else 0
       end) / v_state.weight, 0) end,
-      nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight
+      nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight,
+      case when v_state.group_id <> p_verdict.group_id then
+        row(v_state.group_id, v_state.group_name)::tokenlimits.group_answer
+      end
     )::tokenlimits.limit_answer;
   end if;
   return row_to_json(row(
@@ -3044,8 +3557,11 @@ begin
     order by
       exists (
         select
-        from public.group_limits as l
-        where l.group_id = g.id and (l.counts is null and l.kind = p_kind or l.counts ? p_kind) and l.period <> 'in_flight'
+        from tokenlimits.group_tree as t
+        inner join public.group_limits as l on l.group_id = t.above_id
+        where
+          t.group_id = g.id and (l.counts is null and l.kind = p_kind or l.counts ? p_kind) and (l.scope <> 'child' or t.child_id is not null)
+          and l.period <> 'in_flight'
       ) desc,
       g.place
     limit 1
@@ -3174,11 +3690,12 @@ begin
             'enforce',
             case when c.overridden_until > v_at then c.override_max else l.max end,
             null, 1,
-            c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone, l.max, c.overridden_until
+            c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone, l.max, c.overridden_until,
+            null
           )::tokenlimits.limit_state
           order by l.scope = 'group', l.counter_id
         ),
-        bool_and(l.is_plain and c.since is not null and c.since <= v_at and c.until > v_at)
+        bool_and(l.is_plain and not l.is_nested and c.since is not null and c.since <= v_at and c.until > v_at)
         and not (
           select true
           from tokenlimits.holds as h
@@ -3189,7 +3706,7 @@ begin
       into v_states, v_is_plain
       from (
         select
-          i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
+          i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone, g.is_nested,
           case i.scope when 'group' then i.group_id else p_user_id end as subject
         from public.group_limits as i
         inner join public.user_groups as g on g.id = i.group_id
@@ -3204,11 +3721,11 @@ begin
         -- one look-up per limit, whatever size the planner assumes for an array
         offset 0
       ) as c on true;
-      continue when v_states is null;
-      if not v_is_plain then
+      if v_is_plain is not true then
         v_states := tokenlimits.limit_states(
           v_group_id, array[p_user_id], array[p_kind], v_at, p_in_flight => false
         );
+        continue when cardinality(v_states) = 0;
       end if;
       v_full := null;
       v_observed := null;
@@ -3297,7 +3814,7 @@ begin
                 v_state.kind, v_state.period, v_state.starts, v_state.scope, v_state.mode, v_state.max,
                 v_state.used,
                 case when v_state.max is not null then greatest(v_state.max - v_state.used, 0) end,
-                nullif(v_state.until, 'infinity'), 1
+                nullif(v_state.until, 'infinity'), 1, null
               )::tokenlimits.limit_answer;
               if v_state.max - v_state.used < v_tightest.max - v_tightest.used
                 or (v_tightest.max is null and v_state.max is not null)
@@ -3487,11 +4004,12 @@ begin
             'enforce',
             case when c.overridden_until > v_at then c.override_max else l.max end,
             null, 1,
-            c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone, l.max, c.overridden_until
+            c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone, l.max, c.overridden_until,
+            null
           )::tokenlimits.limit_state
           order by l.scope = 'group', l.counter_id
         ),
-        bool_and(l.is_plain and c.since is not null and c.since <= v_at and c.until > v_at)
+        bool_and(l.is_plain and not l.is_nested and c.since is not null and c.since <= v_at and c.until > v_at)
         and not (
           select true
           from tokenlimits.holds as h
@@ -3502,7 +4020,7 @@ begin
       into v_states, v_is_plain
       from (
         select
-          i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
+          i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone, g.is_nested,
           case i.scope when 'group' then i.group_id else p_user_id end as subject
         from public.group_limits as i
         inner join public.user_groups as g on g.id = i.group_id
@@ -3516,11 +4034,11 @@ begin
         -- one look-up per limit, whatever size the planner assumes for an array
         offset 0
       ) as c on true;
-      continue when v_states is null;
-      if not v_is_plain then
+      if v_is_plain is not true then
         v_states := tokenlimits.limit_states(
           v_group_id, array[p_user_id], array[p_kind], v_at, p_in_flight => true
         );
+        continue when cardinality(v_states) = 0;
       end if;
       v_full := null;
       v_observed := null;
@@ -3575,9 +4093,9 @@ begin
             v_usage.metadata, v_usage.created_at, v_usage.settled_at, v_usage.expires_at
           on conflict on constraint generation_usage_key_key do nothing;
           if found then
-            insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+            insert into tokenlimits.holds (usage_id, group_id, root_id, user_id, kind, cost, created_at, expires_at)
             select
-              v_usage.id, v_usage.group_id, v_usage.user_id, v_usage.kind, v_usage.cost,
+              v_usage.id, v_usage.group_id, v_usage.group_id, v_usage.user_id, v_usage.kind, v_usage.cost,
               v_usage.created_at, v_usage.expires_at;
             v_slot := pg_backend_pid() % 16;
             if not pg_try_advisory_xact_lock(1936486260, get_byte(uuid_send(v_usage.group_id), 15) * 16 + v_slot) then
@@ -3613,7 +4131,7 @@ begin
                 v_state.kind, v_state.period, v_state.starts, v_state.scope, v_state.mode, v_state.max,
                 v_state.used,
                 case when v_state.max is not null then greatest(v_state.max - v_state.used, 0) end,
-                nullif(v_state.until, 'infinity'), 1
+                nullif(v_state.until, 'infinity'), 1, null
               )::tokenlimits.limit_answer;
               if v_state.max - v_state.used < v_tightest.max - v_tightest.used
                 or (v_tightest.max is null and v_state.max is not null)
@@ -3783,11 +4301,12 @@ begin
             'enforce',
             case when c.overridden_until > v_at then c.override_max else l.max end,
             null, 1,
-            c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone, l.max, c.overridden_until
+            c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone, l.max, c.overridden_until,
+            null
           )::tokenlimits.limit_state
           order by l.scope = 'group', l.counter_id
         ),
-        bool_and(l.is_plain and c.since is not null and c.since <= v_at and c.until > v_at)
+        bool_and(l.is_plain and not l.is_nested and c.since is not null and c.since <= v_at and c.until > v_at)
         and not (
           select true
           from tokenlimits.holds as h
@@ -3798,7 +4317,7 @@ begin
       into v_states, v_is_plain
       from (
         select
-          i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
+          i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone, g.is_nested,
           case i.scope when 'group' then i.group_id else p_user_id end as subject
         from public.group_limits as i
         inner join public.user_groups as g on g.id = i.group_id
@@ -3813,11 +4332,11 @@ begin
         -- one look-up per limit, whatever size the planner assumes for an array
         offset 0
       ) as c on true;
-      continue when v_states is null;
-      if not v_is_plain then
+      if v_is_plain is not true then
         v_states := tokenlimits.limit_states(
           v_group_id, array[p_user_id], array[p_kind], v_at, p_in_flight => false
         );
+        continue when cardinality(v_states) = 0;
       end if;
       v_full := null;
       v_observed := null;
@@ -4005,11 +4524,12 @@ begin
           'enforce',
           case when c.overridden_until > v_at then c.override_max else l.max end,
           null, 1,
-          c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone, l.max, c.overridden_until
+          c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone, l.max, c.overridden_until,
+          null
         )::tokenlimits.limit_state
         order by l.scope = 'group', l.counter_id
       ),
-      bool_and(l.is_plain and c.since is not null and c.since <= v_at and c.until > v_at)
+      bool_and(l.is_plain and not l.is_nested and c.since is not null and c.since <= v_at and c.until > v_at)
       and not (
         select true
         from tokenlimits.holds as h
@@ -4020,7 +4540,7 @@ begin
     into v_states, v_is_plain
     from (
       select
-        i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
+        i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone, g.is_nested,
         case i.scope when 'group' then i.group_id else p_user_id end as subject
       from public.group_limits as i
       inner join public.user_groups as g on g.id = i.group_id
@@ -4035,11 +4555,11 @@ begin
       -- one look-up per limit, whatever size the planner assumes for an array
       offset 0
     ) as c on true;
-    continue when v_states is null;
-    if not v_is_plain then
+    if v_is_plain is not true then
       v_states := tokenlimits.limit_states(
         v_group_id, array[p_user_id], array[p_kind], v_at, p_in_flight => false
       );
+      continue when cardinality(v_states) = 0;
     end if;
     v_full := null;
     v_observed := null;
@@ -4152,7 +4672,8 @@ begin
   for no key update;
   -- read only now, under the lock: each statement has a new snapshot, so this sees what others committed meanwhile
   v_expired := tokenlimits.expired_of_limit(
-    p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.period,
+    array(select t.group_id from tokenlimits.group_tree as t where t.above_id = case p_state.scope when 'child' then p_state.subject else p_state.group_id end),
+    case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.period,
     p_state.counts, p_state.since, least(p_at, tokenlimits.clock())
   );
   update tokenlimits.counters as c
@@ -4209,13 +4730,15 @@ begin
   on conflict on constraint usage_rollup_pkey do update
   set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
   v_states := array(
-    select row(l.*)::tokenlimits.limit_state
+    -- several groups may have the same above them
+    select distinct on (l.subject, l.counter_id) row(l.*)::tokenlimits.limit_state
     from (
       select m.group_id, array_agg(distinct m.kind) as kinds, array_agg(distinct m.user_id) as user_ids
       from unnest(p_moves) as m
       group by m.group_id
     ) as p
     cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, p_at, false)) as l
+    order by l.subject, l.counter_id
   );
   for v_move in
     select
@@ -4224,21 +4747,20 @@ begin
       max(m.created_at) as last,
       bool_or(m.enforced) and s.mode = 'enforce' and (p_judges is null or s.counter_id = any(p_judges)) as enforced, bool_or(m.created_at < s.since) as is_over
     from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-  used, expired, is_open, group_name, timezone, own_max, overridden_until, place)
+  used, expired, is_open, group_name, timezone, own_max, overridden_until, level, place)
     inner join (
-      select g.*, g.group_id as subject, 'group' as scope
+      select g.*, t.above_id, w.scope, w.subject
       from unnest(p_moves) as g
-      union all
-      select u.*, u.user_id as subject, 'member' as scope
-      from unnest(p_moves) as u
+      inner join tokenlimits.group_tree as t on t.group_id = g.group_id
+      cross join lateral (values ('group', t.above_id), ('child', t.child_id), ('member', g.user_id)) as w (scope, subject)
     ) as m
       on
-        m.group_id = s.group_id and m.subject = s.subject and m.scope = s.scope and (s.counts is null and s.kind = m.kind or s.counts ? m.kind)
+        m.above_id = s.group_id and m.subject = s.subject and m.scope = s.scope and (s.counts is null and s.kind = m.kind or s.counts ? m.kind)
         -- an enforced move can't be skipped: its period ended after it was judged
         and (m.created_at >= s.since or (m.enforced and s.mode = 'enforce' and (p_judges is null or s.counter_id = any(p_judges))))
         and (m.holds is not null or s.period <> 'in_flight')
-    group by s.place, s.scope, s.subject, s.counter_id, s.mode
-    order by s.scope = 'group', s.subject, s.counter_id
+    group by s.place, s.scope, s.subject, s.counter_id, s.mode, s.level
+    order by s.scope <> 'member', s.level desc, s.subject, s.counter_id
   loop
     v_state := v_states[v_move.place];
     v_moving := v_state.group_id;
@@ -4490,9 +5012,11 @@ or (u.status = 'reserved' and u.expires_at <= p_at));
       raise sqlstate 'TL099';
     end if;
   end loop;
-  insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+  insert into tokenlimits.holds (usage_id, group_id, root_id, user_id, kind, cost, created_at, expires_at)
   select
-    n.id, n.group_id, n.user_id, n.kind, n.cost,
+    n.id, n.group_id, coalesce(
+    (select t.above_id from tokenlimits.group_tree as t where t.group_id = n.group_id and t.level = 0), n.group_id
+  ), n.user_id, n.kind, n.cost,
     n.created_at, n.expires_at
   from unnest(p_usages) as n
   where n.status = 'reserved';
@@ -5393,7 +5917,8 @@ declare
   v_fingerprint uuid;
 begin
   states := array(
-    select row(s.*)::tokenlimits.limit_state
+    -- several groups may have the same above them
+    select distinct on (s.subject, s.counter_id) row(s.*)::tokenlimits.limit_state
     from (select g.id as group_id, array_agg(distinct i.kind) as kinds, array_agg(distinct i.user_id) as user_ids
     from unnest(items) as i
     cross join lateral unnest(i.group_ids) as g (id)
@@ -5402,6 +5927,7 @@ begin
     cross join lateral unnest(tokenlimits.limit_states(
       p.group_id, p.user_ids, p.kinds, p_at, p_in_flight => false
     )) as s
+    order by s.subject, s.counter_id
   );
   usages := '{}';
   charges := '{}';
@@ -5411,15 +5937,20 @@ begin
     select
       i.place,
       g.id as group_id,
-      array_agg(s.no::integer order by s.no) filter (where s.no is not null) as states,
+      array_agg(
+        s.no::integer order by s.kind, s.scope <> 'member', s.level desc, s.counter_id
+      ) filter (where s.no is not null) as states,
       coalesce(g.rank = 1, true) as is_first,
       coalesce(g.rank = cardinality(i.group_ids), true) as is_last
     from unnest(items) as i
     left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
-    cross join lateral (values ('group', g.id), ('member', i.user_id)) as w (scope, subject)
+    left join tokenlimits.group_tree as t on t.group_id = g.id
+    cross join lateral (
+      values ('group', t.above_id), ('child', t.child_id), ('member', i.user_id)
+    ) as w (scope, subject)
     left join unnest(states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-used, expired, is_open, group_name, timezone, own_max, overridden_until, no)
-      on s.group_id = g.id and s.scope = w.scope and s.subject = w.subject and (s.counts is null and s.kind = i.kind or s.counts ? i.kind)
+used, expired, is_open, group_name, timezone, own_max, overridden_until, level, no)
+      on s.group_id = t.above_id and s.scope = w.scope and s.subject = w.subject and (s.counts is null and s.kind = i.kind or s.counts ? i.kind)
     where i.answer is null
     group by i.place, i.group_ids, g.id, g.rank
     order by i.place, g.rank
@@ -5598,13 +6129,15 @@ begin
   on conflict on constraint usage_rollup_pkey do update
   set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations;
   v_states := array(
-    select row(l.*)::tokenlimits.limit_state
+    -- several groups may have the same above them
+    select distinct on (l.subject, l.counter_id) row(l.*)::tokenlimits.limit_state
     from (
       select m.group_id, array_agg(distinct m.kind) as kinds, array_agg(distinct m.user_id) as user_ids
       from unnest(v_moves) as m
       group by m.group_id
     ) as p
     cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, p_at, false)) as l
+    order by l.subject, l.counter_id
   );
   for v_move in
     select
@@ -5613,21 +6146,20 @@ begin
       max(m.created_at) as last,
       bool_or(m.enforced) and s.mode = 'enforce' as enforced, bool_or(m.created_at < s.since) as is_over
     from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-  used, expired, is_open, group_name, timezone, own_max, overridden_until, place)
+  used, expired, is_open, group_name, timezone, own_max, overridden_until, level, place)
     inner join (
-      select g.*, g.group_id as subject, 'group' as scope
+      select g.*, t.above_id, w.scope, w.subject
       from unnest(v_moves) as g
-      union all
-      select u.*, u.user_id as subject, 'member' as scope
-      from unnest(v_moves) as u
+      inner join tokenlimits.group_tree as t on t.group_id = g.group_id
+      cross join lateral (values ('group', t.above_id), ('child', t.child_id), ('member', g.user_id)) as w (scope, subject)
     ) as m
       on
-        m.group_id = s.group_id and m.subject = s.subject and m.scope = s.scope and (s.counts is null and s.kind = m.kind or s.counts ? m.kind)
+        m.above_id = s.group_id and m.subject = s.subject and m.scope = s.scope and (s.counts is null and s.kind = m.kind or s.counts ? m.kind)
         -- an enforced move can't be skipped: its period ended after it was judged
         and (m.created_at >= s.since or (m.enforced and s.mode = 'enforce'))
         and (m.holds is not null or s.period <> 'in_flight')
-    group by s.place, s.scope, s.subject, s.counter_id, s.mode
-    order by s.scope = 'group', s.subject, s.counter_id
+    group by s.place, s.scope, s.subject, s.counter_id, s.mode, s.level
+    order by s.scope <> 'member', s.level desc, s.subject, s.counter_id
   loop
     v_state := v_states[v_move.place];
     v_moving := v_state.group_id;
@@ -5714,7 +6246,7 @@ begin
   for v in
     select s.no, m.used - s.used as others
     from unnest(p_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-used, expired, is_open, group_name, timezone, own_max, overridden_until, no)
+used, expired, is_open, group_name, timezone, own_max, overridden_until, level, no)
     inner join unnest(p_moved) as m on m.counter_id = s.counter_id and m.subject = s.subject
     where s.expired is null and m.used <> s.used
   loop
@@ -5736,7 +6268,10 @@ used, expired, is_open, group_name, timezone, own_max, overridden_until, no)
           when v_state.used > v_state.max then v_state.weight - 1
           else 0
         end) / v_state.weight, 0) end,
-        nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight
+        nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight,
+        case when v_state.group_id <> v_usage.group_id then
+          row(v_state.group_id, v_state.group_name)::tokenlimits.group_answer
+        end
       )::tokenlimits.limit_answer;
       if v_state.mode = 'observe' then
         if v_state.counter_id = any(v_charge.observed) then
@@ -5747,7 +6282,10 @@ used, expired, is_open, group_name, timezone, own_max, overridden_until, no)
           when v_state.used > v_state.max then v_state.weight - 1
           else 0
         end) / v_state.weight, 0) end,
-        nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight
+        nullif(coalesce(v_state.reset_at, v_state.until), 'infinity'), v_state.weight,
+        case when v_state.group_id <> v_usage.group_id then
+          row(v_state.group_id, v_state.group_name)::tokenlimits.group_answer
+        end
       )::tokenlimits.limit_answer;
         end if;
       -- how many may run at once is in other units
@@ -5767,7 +6305,10 @@ used, expired, is_open, group_name, timezone, own_max, overridden_until, no)
     p_items[v_charge.place].answer := row_to_json(row(
       true, null, null,
       v_usage.id, v_usage.status, v_usage.expires_at,
-      case when v_usage.group_id is not null then row(v_usage.group_id, v_state.group_name)::tokenlimits.group_answer end,
+      case when v_usage.group_id is not null then row(v_usage.group_id, case
+      when v_state.group_id = v_usage.group_id then v_state.group_name
+      else (select g.name from public.user_groups as g where g.id = v_usage.group_id)
+    end)::tokenlimits.group_answer end,
       v_usage.kind, v_usage.cost, v_limits, null, v_would_deny,
       -- greatest() ignores nulls, and unlimited is null
       case when v_tightest.max is not null then greatest((v_tightest.max - v_tightest.used - case
@@ -5799,8 +6340,8 @@ revoke execute on function tokenlimits.answer_charges(
 )
 from public, anon, authenticated, service_role;
 
--- Answers 'busy' to the open items that a group may pay for; to all open items if the group is null.
-create or replace function tokenlimits.answer_busy(p_items tokenlimits.batch_item[], p_group_id uuid)
+-- Answers 'busy' to the open items that one of some groups may pay for; to all open items if they are null.
+create or replace function tokenlimits.answer_busy(p_items tokenlimits.batch_item[], p_group_ids uuid[])
 returns tokenlimits.batch_item[]
 language plpgsql
 stable
@@ -5811,9 +6352,15 @@ declare
   v_verdict tokenlimits.verdict;
 begin
   v_verdict.reason := 'busy';
-  v_verdict.group_id := p_group_id;
   foreach v_item in array p_items loop
-    if v_item.answer is null and (p_group_id is null or p_group_id = any(v_item.group_ids)) then
+    if v_item.answer is null and (p_group_ids is null or p_group_ids && v_item.group_ids) then
+      v_verdict.group_id := (
+        select g.id
+        from unnest(v_item.group_ids) with ordinality as g (id, place)
+        where g.id = any(p_group_ids)
+        order by g.place
+        limit 1
+      );
       p_items[v_item.place].answer := tokenlimits.answer(
         v_verdict, v_item.kind, v_item.cost, null, p_replayed => false
       );
@@ -5823,10 +6370,10 @@ begin
 end
 $$;
 
-comment on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid)
+comment on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid[])
 is 'tokenlimits: A batch, with those items answered whose group is locked by another transaction.';
 
-revoke execute on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid)
+revoke execute on function tokenlimits.answer_busy(tokenlimits.batch_item[], uuid[])
 from public, anon, authenticated, service_role;
 
 -- Takes the stripes of all groups; answers the items of those groups whose stripe was not free in time.
@@ -5859,7 +6406,7 @@ exception
         perform tokenlimits.lock_groups(array[v_group_id]);
       exception
         when lock_not_available then
-          p_items := tokenlimits.answer_busy(p_items, v_group_id);
+          p_items := tokenlimits.answer_busy(p_items, array[v_group_id]);
       end;
     end loop;
     return p_items;
@@ -5904,7 +6451,10 @@ begin
     exit when v_written.moved is not null;
     v_at := greatest(v_at, (select max(u.created_at) from unnest(v_judged.usages) as u));
     if v_written.is_held then
-      v_items := tokenlimits.answer_busy(v_items, v_written.held_group_id);
+      -- a counter of that group: it counts for all beneath it
+      v_items := tokenlimits.answer_busy(
+        v_items, case when v_written.held_group_id is not null then array(select t.group_id from tokenlimits.group_tree as t where t.above_id = v_written.held_group_id) end
+      );
     end if;
   end loop;
   v_items := tokenlimits.answer_charges(
@@ -5961,8 +6511,9 @@ to service_role;
 --   * Each function begins with require_admin. Functions run as their caller where they can, so that row-level security
 --     decides too.
 --   * One function, one transaction: after an error, nothing is half done.
---   * Edits lock in one order, so that they wait for each other, but never in a circle: the group's row, its limits'
---     rows (all at once, if there are several), and then, in a trigger, its stripe.
+--   * Edits lock in one order, so that they wait for each other, but never in a circle: the group's row (and its
+--     parent's), the tree of groups, its limits' rows (all at once, if there are several), and then, in a trigger, its
+--     stripe and those of all groups beneath it.
 
 create or replace function tokenlimits.group_json(p_group public.user_groups)
 returns jsonb
@@ -5971,7 +6522,7 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return to_jsonb(p_group) || jsonb_build_object('limits', coalesce((
+  return to_jsonb(p_group) - 'is_nested' || jsonb_build_object('limits', coalesce((
     select jsonb_agg(
       jsonb_build_object(
         'kind', l.kind, 'period', l.period, 'starts', l.starts, 'scope', l.scope, 'mode', l.mode, 'max', l.max,
@@ -6086,8 +6637,7 @@ begin
       ]
       when v_limit ->> 'period' = 'in_flight' and v_limit -> 'counts' <> 'null' then
         array['.counts', 'must be null where the period is in_flight, which counts the holds of its own kind']
-      when coalesce(v_limit ->> 'scope', '') not in ('group', 'member') then
-        array['.scope', 'must be group or member']
+      when (v_limit ->> 'scope' in ('group', 'child', 'member')) is not true then array['.scope', 'must be group, child or member']
       when jsonb_typeof(v_limit -> 'max') = 'null' then null
       when
         case
@@ -6134,6 +6684,7 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform pg_advisory_xact_lock_shared(1953459052, 258);
   perform
   from public.group_limits as l
   where l.group_id = p_group_id
@@ -6167,25 +6718,6 @@ from public, anon, authenticated, service_role;
 grant execute on function tokenlimits.replace_limits(uuid, jsonb)
 to authenticated, service_role;
 
-create or replace function tokenlimits.refuse_id(p_id uuid)
-returns void
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  perform tokenlimits.refuse(
-    'TL001', format('id: %s is or was the id of another group', p_id), 'id', 'Choose an id that was never used.'
-  );
-end
-$$;
-
-comment on function tokenlimits.refuse_id(uuid)
-is 'tokenlimits: Raises TL001: a group has or had this id.';
-
-revoke execute on function tokenlimits.refuse_id(uuid)
-from public, anon, authenticated, service_role;
-
 create or replace function tokenlimits.insert_group(
   p_id uuid,
   p_name text,
@@ -6193,7 +6725,8 @@ create or replace function tokenlimits.insert_group(
   p_priority integer,
   p_timezone text,
   p_is_default boolean,
-  p_anchor_at timestamptz
+  p_anchor_at timestamptz,
+  p_parent_id uuid
 )
 returns public.user_groups
 language plpgsql
@@ -6212,19 +6745,15 @@ begin
     perform tokenlimits.refuse('TL001', 'id: must not be the nil UUID', 'id', 'Choose an id that was never used.');
   end if;
   insert into public.user_groups as g (
-    id, name, description, priority, timezone, is_default, anchor_at, created_at
+    id, name, description, priority, timezone, is_default, anchor_at, parent_id, created_at
   )
   values (
     coalesce(p_id, gen_random_uuid()), p_name, coalesce(p_description, ''), coalesce(p_priority, 0),
-    coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false), p_anchor_at, tokenlimits.clock()
+    coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false), p_anchor_at, p_parent_id, tokenlimits.clock()
   )
   returning * into v_group;
-  -- only now: the group with this id may have been deleted while this waited for the id. Its ledger rows would become
-  -- this group's usage.
-  if p_id is not null and (
-    exists (select from tokenlimits.deleted_groups as d where d.id = p_id)
-    or exists (select from public.generation_usage as u where u.group_id = p_id)
-  ) then
+  -- the ledger may be older than this installation; its rows would become this group's usage
+  if p_id is not null and exists (select from public.generation_usage as u where u.group_id = p_id) then
     perform tokenlimits.refuse_id(p_id);
   end if;
   return v_group;
@@ -6238,13 +6767,13 @@ exception
 end
 $$;
 
-comment on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean, timestamptz)
+comment on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean, timestamptz, uuid)
 is 'tokenlimits: Makes a group, with an id of its own where none is given.';
 
-revoke execute on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean, timestamptz)
+revoke execute on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean, timestamptz, uuid)
 from public, anon, authenticated, service_role;
 
-grant execute on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean, timestamptz)
+grant execute on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean, timestamptz, uuid)
 to authenticated, service_role;
 
 create or replace function public.save_group(
@@ -6258,7 +6787,9 @@ create or replace function public.save_group(
   p_id uuid default null,
   p_updated_at timestamptz default null,
   p_anchor_at timestamptz default null,
-  p_no_anchor boolean default false
+  p_no_anchor boolean default false,
+  p_parent_id uuid default null,
+  p_no_parent boolean default false
 )
 returns jsonb
 language plpgsql
@@ -6275,6 +6806,8 @@ begin
   end if;
   if p_no_anchor and p_anchor_at is not null then
     perform tokenlimits.refuse('TL001', 'anchor_at: pass an anchor, or p_no_anchor, not both', 'anchor_at');
+  elsif p_no_parent and p_parent_id is not null then
+    perform tokenlimits.refuse('TL001', 'parent_id: pass a parent, or p_no_parent, not both', 'parent_id');
   end if;
   if p_group_id is not null then
     if p_id is not null then
@@ -6283,6 +6816,14 @@ begin
     v_group := tokenlimits.require_group(p_group_id);
     if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
       perform tokenlimits.refuse_transaction();
+    end if;
+    if p_parent_id is not null or p_no_parent then
+      -- in one order, or two moves could deadlock; and before the tree
+      perform
+      from public.user_groups as g
+      where g.id in (p_group_id, p_parent_id)
+      order by g.id
+      for no key update;
     end if;
     if p_updated_at is not null then
       -- locked first, or two who read the same could both pass
@@ -6310,7 +6851,7 @@ begin
   begin
     if p_group_id is null then
       v_group := tokenlimits.insert_group(
-        p_id, p_name, p_description, p_priority, p_timezone, p_is_default, p_anchor_at
+        p_id, p_name, p_description, p_priority, p_timezone, p_is_default, p_anchor_at, p_parent_id
       );
     else
       update public.user_groups as g
@@ -6320,7 +6861,8 @@ begin
         priority = coalesce(p_priority, g.priority),
         timezone = coalesce(p_timezone, g.timezone),
         is_default = coalesce(p_is_default, g.is_default),
-        anchor_at = case when p_no_anchor then null else coalesce(p_anchor_at, g.anchor_at) end
+        anchor_at = case when p_no_anchor then null else coalesce(p_anchor_at, g.anchor_at) end,
+        parent_id = case when p_no_parent then null else coalesce(p_parent_id, g.parent_id) end
       where g.id = p_group_id
       returning * into v_group;
     end if;
@@ -6363,11 +6905,14 @@ comment on function public.save_group(
   uuid,
   timestamptz,
   timestamptz,
+  boolean,
+  uuid,
   boolean
 )
 is 'tokenlimits: Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an '
-'existing group, with its whole set of limits, in one step. With p_no_anchor, it has no anchor any more. With '
-'p_updated_at, only if nobody has changed it since.';
+'existing group, with its whole set of limits, in one step. With p_parent_id, it is beneath that group, with all '
+'beneath it; with p_no_parent, beneath none. With p_no_anchor, it has no anchor any more. With p_updated_at, only '
+'if nobody has changed it since.';
 
 revoke execute on function public.save_group(
   uuid,
@@ -6380,6 +6925,8 @@ revoke execute on function public.save_group(
   uuid,
   timestamptz,
   timestamptz,
+  boolean,
+  uuid,
   boolean
 )
 from public, anon, authenticated, service_role;
@@ -6395,6 +6942,8 @@ grant execute on function public.save_group(
   uuid,
   timestamptz,
   timestamptz,
+  boolean,
+  uuid,
   boolean
 )
 to authenticated, service_role;
@@ -6542,16 +7091,31 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_group jsonb;
+  v_children bigint;
 begin
   perform tokenlimits.require_admin();
   v_group := tokenlimits.group_json(tokenlimits.require_group(p_group_id));
+  if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
+    perform tokenlimits.refuse_transaction();
+  end if;
+  -- a group that is just put beneath it is waited for
+  perform from public.user_groups as g where g.id = p_group_id for update;
+  v_children := (select count(*) from public.user_groups as g where g.parent_id = p_group_id);
+  if v_children > 0 then
+    perform tokenlimits.refuse(
+      'TL001',
+      format('group_id: has %s child %s', v_children, case v_children when 1 then 'group' else 'groups' end),
+      'group_id',
+      'Delete or move them first. Nothing was deleted.'
+    );
+  end if;
   delete from public.user_groups as g where g.id = p_group_id;
   return v_group;
 end
 $$;
 
 comment on function public.delete_group(uuid)
-is 'tokenlimits: Deletes a group with its limits and memberships; the ledger stays.';
+is 'tokenlimits: Deletes a group that has none beneath it, with its limits and memberships; the ledger stays.';
 
 revoke execute on function public.delete_group(uuid)
 from public, anon, authenticated, service_role;
@@ -6564,7 +7128,8 @@ create or replace function public.find_groups(
   p_name text default null,
   p_search text default null,
   p_after text default null,
-  p_page_size integer default 200
+  p_page_size integer default 200,
+  p_parent_id uuid default null
 )
 returns jsonb
 language plpgsql
@@ -6580,6 +7145,7 @@ begin
       from public.user_groups as g
       where
         (p_group_id is null or g.id = p_group_id)
+        and (p_parent_id is null or g.parent_id = p_parent_id)
         and (p_name is null or lower(g.name) = lower(normalize(
           btrim(
             p_name,
@@ -6603,14 +7169,14 @@ begin
 end
 $$;
 
-comment on function public.find_groups(uuid, text, text, text, integer)
-is 'tokenlimits: Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, '
-'ordered by name.';
+comment on function public.find_groups(uuid, text, text, text, integer, uuid)
+is 'tokenlimits: Groups with their limits: by id, by name, or all whose name contains a text, or that are directly '
+'beneath a group; the page after a name, ordered by name.';
 
-revoke execute on function public.find_groups(uuid, text, text, text, integer)
+revoke execute on function public.find_groups(uuid, text, text, text, integer, uuid)
 from public, anon, authenticated, service_role;
 
-grant execute on function public.find_groups(uuid, text, text, text, integer)
+grant execute on function public.find_groups(uuid, text, text, text, integer, uuid)
 to authenticated, service_role;
 
 create or replace function tokenlimits.add_group_members(
@@ -6830,6 +7396,7 @@ begin
     perform tokenlimits.refuse_transaction();
   end if;
   perform from public.user_groups as g where g.id = p_group_id for no key update;
+  perform pg_advisory_xact_lock_shared(1953459052, 258);
   perform
   from public.group_limits as l
   where l.group_id = p_group_id
@@ -6840,9 +7407,16 @@ begin
   v_at := greatest(
     tokenlimits.clock(),
     (
-      select max(u.created_at) + interval '1 microsecond'
-      from public.generation_usage as u
-      where u.group_id = p_group_id
+      select max(l.created_at) + interval '1 microsecond'
+      from unnest(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = p_group_id)) as b (id)
+      -- one look-up each
+      cross join lateral (
+        select u.created_at
+        from public.generation_usage as u
+        where u.group_id = b.id
+        order by u.created_at desc
+        limit 1
+      ) as l
     )
   );
   insert into tokenlimits.usage_resets as r (group_id, kind, subject, reset_at)
@@ -6852,7 +7426,12 @@ begin
   if p_user_id is null then
     update public.group_limits as l
     set counter_id = default
-    where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind);
+    where l.group_id = p_group_id and l.scope <> 'child' and (p_kind is null or l.kind = p_kind);
+    delete from tokenlimits.counters as c
+    using public.group_limits as l, public.user_groups as g
+    where
+      g.id = p_group_id and l.group_id = g.parent_id and l.scope = 'child' and l.period <> 'in_flight'
+      and (p_kind is null or l.kind = p_kind) and c.counter_id = l.counter_id and c.subject = p_group_id;
   else
     delete from tokenlimits.counters as c
     using public.group_limits as l
@@ -6884,8 +7463,8 @@ end
 $$;
 
 comment on function public.reset_group_usage(uuid, text, uuid)
-is 'tokenlimits: Resets usage in the current periods of a group''s limits, of one kind or of all; with a user, of that '
-'member''s alone. The ledger keeps everything.';
+is 'tokenlimits: Resets usage in the current periods of a group''s limits, and of its pools in limits of its parent, '
+'of one kind or of all; with a user, of that member''s alone. The ledger keeps everything.';
 
 revoke execute on function public.reset_group_usage(uuid, text, uuid)
 from public, anon, authenticated, service_role;
@@ -7054,14 +7633,13 @@ to authenticated, service_role;
 
 -- 82_overrides.sql
 
--- Overrides: another max of one limit for one member, or of a group limit, perhaps until a moment.
+-- Overrides: another max of one limit for one member or child group, or of a group limit, perhaps until a moment.
 --
 -- Invariants
 --   * An override names its limit by (kind, period, starts, scope). While there is no such limit, it sleeps.
 --   * Usage doesn't change. What is in force is computed from the time alone: when an override ends, no job runs.
 --   * The subject's counter says it too, so a call reads nothing else. A trigger keeps both equal, also if an admin
 --     edits the table.
-
 create or replace function tokenlimits.override_json(p_override public.limit_overrides, p_email text)
 returns jsonb
 language plpgsql
@@ -7078,6 +7656,10 @@ begin
     'scope', p_override.scope,
     'user_id', case p_override.scope when 'member' then p_override.subject end,
     'email', p_email,
+    'child_id', case p_override.scope when 'child' then p_override.subject end,
+    'child_name', (
+      select g.name from public.user_groups as g where g.id = p_override.subject and p_override.scope = 'child'
+    ),
     'max', p_override.max,
     'until', p_override.until,
     'status', case
@@ -7088,7 +7670,9 @@ begin
         where l.group_id = p_override.group_id and l.kind = p_override.kind
         and l.period = p_override.period and l.starts = p_override.starts
         and l.scope = p_override.scope
-      ) then 'active'
+      ) and (p_override.scope <> 'child' or exists (
+        select from public.user_groups as g where g.id = p_override.subject and g.parent_id = p_override.group_id
+      )) then 'active'
       else 'sleeping'
     end,
     'created_at', p_override.created_at
@@ -7102,6 +7686,31 @@ is 'tokenlimits: An override, as clients see it.';
 revoke execute on function tokenlimits.override_json(public.limit_overrides, text)
 from public, anon, authenticated, service_role;
 
+create or replace function tokenlimits.require_child(p_group_id uuid, p_user_id uuid, p_child_id uuid)
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_child_id is null then
+    return;
+  elsif p_user_id is not null then
+    perform tokenlimits.refuse('TL001', 'child_id: name a user or a child group, not both', 'child_id');
+  elsif (tokenlimits.require_group(p_child_id)).parent_id is distinct from p_group_id then
+    perform tokenlimits.refuse(
+      'TL001', format('child_id: %s is not directly beneath the group', p_child_id), 'child_id', 'Nothing was saved.'
+    );
+  end if;
+end
+$$;
+
+comment on function tokenlimits.require_child(uuid, uuid, uuid)
+is 'tokenlimits: Raises TL001 or TL002 unless a child group, if named, is a group''s.';
+
+revoke execute on function tokenlimits.require_child(uuid, uuid, uuid)
+from public, anon, authenticated, service_role;
+
 create or replace function tokenlimits.set_limit_override(
   p_group_id uuid,
   p_kind text,
@@ -7109,7 +7718,8 @@ create or replace function tokenlimits.set_limit_override(
   p_user_id uuid,
   p_period text,
   p_starts text,
-  p_until timestamptz
+  p_until timestamptz,
+  p_child_id uuid
 )
 returns jsonb
 language plpgsql
@@ -7119,13 +7729,14 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_scope constant text := case when p_user_id is null then 'group' else 'member' end;
+  v_scope constant text := case when p_child_id is not null then 'child' when p_user_id is not null then 'member' else 'group' end;
   v_limits public.group_limits[];
   v_override public.limit_overrides;
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
   perform tokenlimits.require_user(p_user_id);
+  perform tokenlimits.require_child(p_group_id, p_user_id, p_child_id);
   if p_max not between 0 and 1000000000000000 then
     perform tokenlimits.refuse(
       'TL001', 'max: must be from 0 to 1000000000000000, or null', 'max', 'Nothing was saved.'
@@ -7154,7 +7765,8 @@ begin
       'TL001',
       format('kind: there is no such %s limit on %s', v_scope, p_kind),
       'kind',
-      case when p_user_id is null then 'For a member limit, name the user. ' else '' end || 'Nothing was saved.'
+      case when v_scope = 'group' then 'For a member limit, name the user; for a child limit, the child. ' else '' end
+      || 'Nothing was saved.'
     );
   end if;
   perform tokenlimits.refuse_several(
@@ -7164,8 +7776,8 @@ begin
     group_id, kind, period, starts, scope, subject, max, until, created_at
   )
   values (
-    p_group_id, p_kind, v_limits[1].period, v_limits[1].starts, v_scope, coalesce(p_user_id, p_group_id), p_max,
-    p_until, tokenlimits.clock()
+    p_group_id, p_kind, v_limits[1].period, v_limits[1].starts, v_scope,
+    coalesce(p_child_id, p_user_id, p_group_id), p_max, p_until, tokenlimits.clock()
   )
   on conflict on constraint limit_overrides_key do update
   set max = excluded.max, until = excluded.until, created_at = excluded.created_at
@@ -7183,7 +7795,8 @@ create or replace function public.set_limit_override(
   p_user_id uuid default null,
   p_period text default null,
   p_starts text default null,
-  p_until timestamptz default null
+  p_until timestamptz default null,
+  p_child_id uuid default null
 )
 returns jsonb
 language plpgsql
@@ -7198,28 +7811,29 @@ begin
     p_user_id,
     p_period,
     p_starts,
-    p_until
+    p_until,
+    p_child_id
   );
 end
 $$;
 
-comment on function public.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz)
-is 'tokenlimits: Replaces the max of one limit for one member, or of a group limit, perhaps until a moment; null: '
-'unlimited.';
+comment on function public.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz, uuid)
+is 'tokenlimits: Replaces the max of one limit for one member or child group, or of a group limit, perhaps until a '
+'moment; null: unlimited.';
 
-revoke execute on function public.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz)
+revoke execute on function public.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz, uuid)
 from public, anon, authenticated, service_role;
 
-grant execute on function public.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz)
+grant execute on function public.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz, uuid)
 to authenticated, service_role;
 
-comment on function tokenlimits.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz)
+comment on function tokenlimits.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz, uuid)
 is 'tokenlimits: The private half of public.set_limit_override.';
 
-revoke execute on function tokenlimits.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz)
+revoke execute on function tokenlimits.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz, uuid)
 from public, anon, authenticated, service_role;
 
-grant execute on function tokenlimits.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz)
+grant execute on function tokenlimits.set_limit_override(uuid, text, bigint, uuid, text, text, timestamptz, uuid)
 to authenticated, service_role;
 
 create or replace function public.remove_limit_override(
@@ -7227,7 +7841,8 @@ create or replace function public.remove_limit_override(
   p_kind text,
   p_user_id uuid default null,
   p_period text default null,
-  p_starts text default null
+  p_starts text default null,
+  p_child_id uuid default null
 )
 returns jsonb
 language plpgsql
@@ -7235,7 +7850,7 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_scope constant text := case when p_user_id is null then 'group' else 'member' end;
+  v_scope constant text := case when p_child_id is not null then 'child' when p_user_id is not null then 'member' else 'group' end;
   v_fitting text[];
 begin
   perform tokenlimits.require_admin();
@@ -7252,30 +7867,31 @@ begin
   from public.limit_overrides as o
   where o.group_id = p_group_id and o.kind = p_kind and o.scope = v_scope
     and (p_period is null or o.period = p_period)
-    and (p_starts is null or o.starts = p_starts) and o.subject = coalesce(p_user_id, p_group_id);
+    and (p_starts is null or o.starts = p_starts) and o.subject = coalesce(p_child_id, p_user_id, p_group_id);
   perform tokenlimits.refuse_several(v_scope, p_kind, v_fitting);
   delete from public.limit_overrides as o
   where o.group_id = p_group_id and o.kind = p_kind and o.scope = v_scope
     and (p_period is null or o.period = p_period)
-    and (p_starts is null or o.starts = p_starts) and o.subject = coalesce(p_user_id, p_group_id);
+    and (p_starts is null or o.starts = p_starts) and o.subject = coalesce(p_child_id, p_user_id, p_group_id);
   return jsonb_build_object('removed', found);
 end
 $$;
 
-comment on function public.remove_limit_override(uuid, text, uuid, text, text)
+comment on function public.remove_limit_override(uuid, text, uuid, text, text, uuid)
 is 'tokenlimits: Ends an override, so that the limit''s own max applies again; says whether there was one.';
 
-revoke execute on function public.remove_limit_override(uuid, text, uuid, text, text)
+revoke execute on function public.remove_limit_override(uuid, text, uuid, text, text, uuid)
 from public, anon, authenticated, service_role;
 
-grant execute on function public.remove_limit_override(uuid, text, uuid, text, text)
+grant execute on function public.remove_limit_override(uuid, text, uuid, text, text, uuid)
 to authenticated, service_role;
 
 create or replace function tokenlimits.find_limit_overrides(
   p_group_id uuid,
   p_user_id uuid,
   p_after uuid,
-  p_page_size integer
+  p_page_size integer,
+  p_child_id uuid
 )
 returns jsonb
 language plpgsql
@@ -7293,7 +7909,9 @@ begin
     select row(o.*)::public.limit_overrides
     from public.limit_overrides as o
     where
-      o.group_id = p_group_id and (p_user_id is null or o.subject = p_user_id)
+      o.group_id = p_group_id
+      and (p_user_id is null or (o.scope = 'member' and o.subject = p_user_id))
+      and (p_child_id is null or (o.scope = 'child' and o.subject = p_child_id))
       and (p_after is null or o.id > p_after)
     order by o.id
     limit least(greatest(p_page_size, 1), 1000)
@@ -7301,7 +7919,9 @@ begin
   return coalesce((
     select jsonb_agg(tokenlimits.override_json(row(o.*)::public.limit_overrides, u.email) order by o.id)
     from unnest(v_overrides) as o
-    left join tokenlimits.users(array(select s.subject from unnest(v_overrides) as s)) as u on u.id = o.subject
+    left join tokenlimits.users(
+      array(select s.subject from unnest(v_overrides) as s where s.scope = 'member')
+    ) as u on u.id = o.subject
   ), '[]');
 end
 $$;
@@ -7310,7 +7930,8 @@ create or replace function public.find_limit_overrides(
   p_group_id uuid,
   p_user_id uuid default null,
   p_after uuid default null,
-  p_page_size integer default 500
+  p_page_size integer default 500,
+  p_child_id uuid default null
 )
 returns jsonb
 language plpgsql
@@ -7322,27 +7943,29 @@ begin
     p_group_id,
     p_user_id,
     p_after,
-    p_page_size
+    p_page_size,
+    p_child_id
   );
 end
 $$;
 
-comment on function public.find_limit_overrides(uuid, uuid, uuid, integer)
-is 'tokenlimits: The overrides of a group''s limits, or those of one user: the page after an id, ordered by id.';
+comment on function public.find_limit_overrides(uuid, uuid, uuid, integer, uuid)
+is 'tokenlimits: The overrides of a group''s limits, or those of one user or child group: the page after an id, '
+'ordered by id.';
 
-revoke execute on function public.find_limit_overrides(uuid, uuid, uuid, integer)
+revoke execute on function public.find_limit_overrides(uuid, uuid, uuid, integer, uuid)
 from public, anon, authenticated, service_role;
 
-grant execute on function public.find_limit_overrides(uuid, uuid, uuid, integer)
+grant execute on function public.find_limit_overrides(uuid, uuid, uuid, integer, uuid)
 to authenticated, service_role;
 
-comment on function tokenlimits.find_limit_overrides(uuid, uuid, uuid, integer)
+comment on function tokenlimits.find_limit_overrides(uuid, uuid, uuid, integer, uuid)
 is 'tokenlimits: The private half of public.find_limit_overrides.';
 
-revoke execute on function tokenlimits.find_limit_overrides(uuid, uuid, uuid, integer)
+revoke execute on function tokenlimits.find_limit_overrides(uuid, uuid, uuid, integer, uuid)
 from public, anon, authenticated, service_role;
 
-grant execute on function tokenlimits.find_limit_overrides(uuid, uuid, uuid, integer)
+grant execute on function tokenlimits.find_limit_overrides(uuid, uuid, uuid, integer, uuid)
 to authenticated, service_role;
 
 -- 85_reports.sql
@@ -7370,30 +7993,38 @@ begin
           when s.used > s.max then s.weight - 1
           else 0
         end) / s.weight, 0) end,
-        nullif(coalesce(s.reset_at, s.until), 'infinity'), s.weight
-      )::tokenlimits.limit_answer) || jsonb_build_object('group', row(g.id, g.name)::tokenlimits.group_answer)
-      order by p.place, s.place
+        nullif(coalesce(s.reset_at, s.until), 'infinity'), s.weight,
+        case when s.group_id <> '00000000-0000-0000-0000-000000000000' then
+          row(s.group_id, s.group_name)::tokenlimits.group_answer
+        end
+      )::tokenlimits.limit_answer)
+      order by s.group_place, s.place
     )
-    from unnest(coalesce(
-      nullif(array(
-        select g.id
-        from public.group_memberships as m
-        inner join public.user_groups as g on g.id = m.group_id
-        where m.user_id = p_user_id
-        order by g.priority desc, m.joined_at, g.id
-      ), '{}'),
-      array(select d.id from public.user_groups as d where d.is_default)
-    )) with ordinality as p (id, place)
-    inner join public.user_groups as g on g.id = p.id
-    cross join lateral unnest(tokenlimits.limit_states(p.id, array[p_user_id], null, v_now))
-    with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-used, expired, is_open, group_name, timezone, own_max, overridden_until, place)
+    from (
+      -- what two groups have above them is there once
+      select distinct on (l.subject, l.counter_id) l.*, p.place as group_place
+      from unnest(coalesce(
+        nullif(array(
+          select g.id
+          from public.group_memberships as m
+          inner join public.user_groups as g on g.id = m.group_id
+          where m.user_id = p_user_id
+          order by g.priority desc, m.joined_at, g.id
+        ), '{}'),
+        array(select d.id from public.user_groups as d where d.is_default)
+      )) with ordinality as p (id, place)
+      cross join lateral unnest(tokenlimits.limit_states(p.id, array[p_user_id], null, v_now))
+      with ordinality as l (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
+used, expired, is_open, group_name, timezone, own_max, overridden_until, level, place)
+      order by l.subject, l.counter_id, p.place
+    ) as s
   ), '[]');
 end
 $$;
 
 comment on function tokenlimits.user_usage(uuid)
-is 'tokenlimits: Every limit that applies to a user, in the order in which groups pay.';
+is 'tokenlimits: Every limit that applies to a user, of their groups and those above, in the order in which groups '
+'pay.';
 
 revoke execute on function tokenlimits.user_usage(uuid)
 from public, anon, authenticated, service_role;
@@ -7512,19 +8143,22 @@ begin
       reset_at timestamptz,
       weight bigint,
       capacity numeric,
-      fraction numeric
+      fraction numeric,
+      "group" tokenlimits.group_answer
     );
     create type tokenlimits.group_usage_answer as (
       "group" tokenlimits.group_answer,
       member_count bigint,
-      limits json
+      limits json,
+      parent_id uuid,
+      child_count bigint
     );
   end if;
 end
 $do$;
 
--- What is used of a group's limits that don't start by the calendar: its own, and those of its members, each in their
--- own window, added up.
+-- What is used of a group's limits that don't start by the calendar: its own, and those of its members and of members
+-- beneath it, each in their own window, added up.
 create or replace function tokenlimits.uncommon_usage(p_group_id uuid, p_at timestamptz)
 returns table (counter_id bigint, used numeric, until timestamptz)
 language plpgsql
@@ -7536,11 +8170,16 @@ begin
   select s.counter_id, sum(s.used), case s.scope when 'group' then max(coalesce(s.reset_at, s.until)) end
   from unnest(tokenlimits.limit_states(
     p_group_id,
-    array(select m.user_id from public.group_memberships as m where m.group_id = p_group_id),
+    array(
+      select distinct m.user_id
+      from tokenlimits.group_tree as t
+      inner join public.group_memberships as m on m.group_id = t.group_id
+      where t.above_id = p_group_id
+    ),
     null,
     p_at
   )) as s
-  where s.starts <> 'calendar'
+  where s.starts <> 'calendar' and s.group_id = p_group_id and s.scope <> 'child'
   group by s.counter_id, s.scope;
 end
 $$;
@@ -7565,12 +8204,14 @@ language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_group_ids uuid[] := array(select t.group_id from tokenlimits.group_tree as t where t.above_id = p_group_id);
 begin
   return coalesce((
     select sum(
-      tokenlimits.count_limit(p_group_id, r.subject, p_kind, null, p_counts, p_since, r.reset_at)
-      - tokenlimits.expired_of_limit(p_group_id, r.subject, p_kind, null, p_counts, p_since, p_at)
-      + tokenlimits.expired_of_limit(p_group_id, r.subject, p_kind, null, p_counts, r.reset_at, p_at)
+      tokenlimits.count_limit(v_group_ids, r.subject, p_kind, null, p_counts, p_since, r.reset_at)
+      - tokenlimits.expired_of_limit(v_group_ids, r.subject, p_kind, null, p_counts, p_since, p_at)
+      + tokenlimits.expired_of_limit(v_group_ids, r.subject, p_kind, null, p_counts, r.reset_at, p_at)
     )
     from (
       select q.subject, max(q.reset_at) as reset_at
@@ -7607,6 +8248,7 @@ as $$
 declare
   v_now timestamptz := tokenlimits.clock();
   v_group_ids uuid[];
+  v_nested_ids uuid[];
   v_any_expired boolean := exists (select from tokenlimits.holds as h where h.expires_at <= v_now);
   v_any_reset boolean := exists (select from tokenlimits.usage_resets as r where r.subject <> r.group_id);
 begin
@@ -7624,10 +8266,11 @@ begin
       limit case when p_page_size is not null then greatest(p_page_size, 1) end
     );
   end if;
+  v_nested_ids := array(select g.id from public.user_groups as g where g.id = any(v_group_ids) and g.is_nested);
   return coalesce((
     -- "= any" in every step: each reads only these groups, not all
     with groups as materialized (
-      select g.id, g.name, g.timezone, p.place
+      select g.id, g.name, g.timezone, g.parent_id, p.place
       from public.user_groups as g
       inner join unnest(v_group_ids) with ordinality as p (id, place) on p.id = g.id
       where g.id = any(v_group_ids)
@@ -7640,16 +8283,36 @@ begin
       group by m.group_id
     ),
 
+    children as materialized (
+      select c.parent_id as group_id, count(*) as children
+      from public.user_groups as c
+      where c.parent_id = any(v_nested_ids)
+      group by c.parent_id
+    ),
+
+    -- whom member limits of a group with others beneath it count
+    reached as materialized (
+      select t.above_id as group_id, count(distinct m.user_id) as members
+      from tokenlimits.group_tree as t
+      inner join public.group_memberships as m on m.group_id = t.group_id
+      where t.above_id = any(v_nested_ids)
+      group by t.above_id
+    ),
+
     -- of the groups themselves, and of those who are members now
     overrides as materialized (
       select
         o.group_id, o.kind, o.period, o.starts, o.scope,
         count(*) as subjects, sum(o.max) as max, bool_or(o.max is null) as is_unlimited
       from public.limit_overrides as o
-      left join public.group_memberships as m on m.group_id = o.group_id and m.user_id = o.subject
       where
-        o.group_id = any(v_group_ids) and (o.until is null or o.until > v_now)
-        and (o.scope = 'group' or m.user_id is not null)
+        o.group_id = any(v_group_ids) and (o.until is null or o.until > v_now) and o.scope <> 'child'
+        and (o.scope = 'group' or exists (
+          select
+          from tokenlimits.group_tree as t
+          inner join public.group_memberships as m on m.group_id = t.group_id
+          where t.above_id = o.group_id and m.user_id = o.subject
+        ))
       group by o.group_id, o.kind, o.period, o.starts, o.scope
     ),
 
@@ -7660,18 +8323,19 @@ begin
         -- numeric: for many members, it exceeds a bigint
         case
           when o.is_unlimited then null
-          when o.subjects = case l.scope when 'member' then m.members else 1 end then o.max
+          when o.subjects = case l.scope when 'member' then coalesce(h.members, m.members) else 1 end then o.max
           else l.max::numeric * (
-            case l.scope when 'member' then coalesce(m.members, 0) else 1 end - coalesce(o.subjects, 0)
+            case l.scope when 'member' then coalesce(h.members, m.members, 0) else 1 end - coalesce(o.subjects, 0)
           ) + coalesce(o.max, 0)
         end as capacity
       from public.group_limits as l
       inner join groups as g on g.id = l.group_id
       left join members as m on m.group_id = l.group_id
+      left join reached as h on h.group_id = l.group_id
       left join overrides as o on o.group_id = l.group_id and o.kind = l.kind
       and o.period = l.period and o.starts = l.starts
       and o.scope = l.scope
-      where l.group_id = any(v_group_ids)
+      where l.group_id = any(v_group_ids) and l.scope <> 'child'
     ),
 
     periods as materialized (
@@ -7709,6 +8373,11 @@ begin
       offset 0
     ),
 
+    pools as materialized (
+      select p.*, coalesce(p.reset_at, p.until) as ends_at
+      from unnest(case when v_nested_ids <> '{}' then tokenlimits.child_pools(v_nested_ids, v_now) end) as p
+    ),
+
     shown as (
       select
         c.group_id,
@@ -7721,24 +8390,33 @@ begin
               when c.capacity > 0 then round(c.used / c.capacity, 6)
               -- a blocked limit is full; so is a member limit that was used in a group that has no members now
               when c.capacity = 0 then 1
-            end
+            end,
+            c.owner
           )::tokenlimits.group_limit_answer
           order by c.kind, c.scope = 'group', c.counter_id
         ) as limits
       from (
         select
           s.group_id, s.kind, s.period, s.starts, s.scope, s.mode, s.max, s.counter_id, s.capacity, s.until,
+          null::tokenlimits.group_answer as owner,
           -- without a counter, the sum is computed as in count_usage; here, if the period consists of whole buckets
           coalesce(s.used, case
-            when s.counts is null and s.period <> 'in_flight' and s.since = date_bin('15 minutes', s.since, '2000-01-01 00:00:00+00') and s.until = date_bin('15 minutes', s.until, '2000-01-01 00:00:00+00') then coalesce((
+            when
+              s.counts is null and s.period <> 'in_flight' and s.since = date_bin('15 minutes', s.since, '2000-01-01 00:00:00+00') and s.until = date_bin('15 minutes', s.until, '2000-01-01 00:00:00+00')
+              and s.group_id <> all(v_nested_ids)
+            then coalesce((
               select sum(r.cost)
               from tokenlimits.usage_rollup as r
               where r.group_id = s.group_id and r.kind = s.kind and r.bucket >= s.since and r.bucket < s.until
             ), 0)
-            else tokenlimits.count_limit(s.group_id, null, s.kind, s.period, s.counts, s.since, s.until)
+            else tokenlimits.count_limit(
+              array(select t.group_id from tokenlimits.group_tree as t where t.above_id = s.group_id), null, s.kind, s.period, s.counts, s.since, s.until
+            )
           end)
           - case when v_any_expired
-            then tokenlimits.expired_of_limit(s.group_id, null, s.kind, s.period, s.counts, s.since, v_now)
+            then tokenlimits.expired_of_limit(
+              array(select t.group_id from tokenlimits.group_tree as t where t.above_id = s.group_id), null, s.kind, s.period, s.counts, s.since, v_now
+            )
             else 0
           end
           - case when v_any_reset and s.scope = 'member' and s.period <> 'in_flight'
@@ -7748,11 +8426,28 @@ begin
         from states as s
         union all
         select
-          l.group_id, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counter_id, l.capacity, u.until,
+          l.group_id, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counter_id, l.capacity, u.until, null,
           coalesce(u.used, 0)
         from (select distinct o.group_id from limits as o where o.starts <> 'calendar') as g
         inner join limits as l on l.group_id = g.group_id and l.starts <> 'calendar'
         left join lateral tokenlimits.uncommon_usage(g.group_id, v_now) as u on u.counter_id = l.counter_id
+        union all
+        -- a child's pool, as the child sees it
+        select
+          p.subject, p.kind, p.period, p.starts, p.scope, p.mode, p.max, p.counter_id, p.max, p.ends_at,
+          row(p.group_id, p.group_name)::tokenlimits.group_answer, p.used
+        from pools as p
+        where p.subject = any(v_nested_ids)
+        union all
+        -- all pools, as the parent sees them
+        select
+          l.group_id, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counter_id,
+          case when bool_and(p.max is not null or p.subject is null) then coalesce(sum(p.max), 0) end,
+          case when l.starts = 'calendar' then max(p.until) end, null, coalesce(sum(p.used), 0)
+        from public.group_limits as l
+        left join pools as p on p.counter_id = l.counter_id
+        where l.group_id = any(v_group_ids) and l.scope = 'child'
+        group by l.id
       ) as c
       group by c.group_id
     )
@@ -7761,12 +8456,15 @@ begin
       row(
         row(g.id, g.name)::tokenlimits.group_answer,
         coalesce(m.members, 0),
-        coalesce(s.limits, '[]')
+        coalesce(s.limits, '[]'),
+        g.parent_id,
+        coalesce(c.children, 0)
       )::tokenlimits.group_usage_answer
       order by g.place
     )
     from groups as g
     left join members as m on m.group_id = g.id
+    left join children as c on c.group_id = g.id
     left join shown as s on s.group_id = g.id
   ), '[]');
 end
@@ -8285,6 +8983,7 @@ declare
   v_now timestamptz := tokenlimits.clock();
   v_at_least integer := least(greatest(p_at_least, 1), 100);
   v_any_expired boolean := exists (select from tokenlimits.holds as h where h.expires_at <= v_now);
+  v_group_ids uuid[] := array(select t.group_id from tokenlimits.group_tree as t where t.above_id = p_group_id);
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
@@ -8306,6 +9005,16 @@ begin
       where l.group_id = p_group_id and l.scope = 'member'
     ),
 
+    members as materialized (
+      select m.user_id
+      from unnest(array(
+        select distinct m.user_id
+        from tokenlimits.group_tree as t
+        inner join public.group_memberships as m on m.group_id = t.group_id
+        where t.above_id = p_group_id
+      )) as m (user_id)
+    ),
+
     -- as in limit_states: an open counter says what is used; if a new period has begun since, nothing is used; null
     -- means that there is no counter
     states as (
@@ -8322,7 +9031,7 @@ begin
         end as since,
         case when c.until > v_now then c.used when c.until is not null then 0 end as used
       from limits as l
-      inner join public.group_memberships as m on m.group_id = p_group_id
+      cross join members as m
       left join lateral (
         select k.since, k.until, k.used
         from tokenlimits.counters as k
@@ -8340,7 +9049,7 @@ begin
       select
         s.kind, s.period, s.counts, s.max, s.counter_id, s.user_id, s.since,
         coalesce(
-          s.used, tokenlimits.count_limit(p_group_id, s.user_id, s.kind, s.period, s.counts, s.since, s.until)
+          s.used, tokenlimits.count_limit(v_group_ids, s.user_id, s.kind, s.period, s.counts, s.since, s.until)
         ) as used
       from states as s
       where s.max > 0
@@ -8356,7 +9065,7 @@ begin
           c.used - case
             when v_any_expired
               then tokenlimits.expired_of_limit(
-                p_group_id, c.user_id, c.kind, c.period, c.counts, c.since, v_now
+                v_group_ids, c.user_id, c.kind, c.period, c.counts, c.since, v_now
               )
             else 0
           end as used
@@ -8367,12 +9076,12 @@ begin
         from unnest(case when exists (select from limits as l where l.starts <> 'calendar') then
           tokenlimits.limit_states(
             p_group_id,
-            array(select m.user_id from public.group_memberships as m where m.group_id = p_group_id),
+            array(select m.user_id from members as m),
             null,
             v_now
           )
         end) as s
-        where s.scope = 'member' and s.starts <> 'calendar' and s.max > 0
+        where s.group_id = p_group_id and s.scope = 'member' and s.starts <> 'calendar' and s.max > 0
       ) as p
       where p.used * 100::numeric >= p.max * v_at_least::numeric
     ),
@@ -8539,47 +9248,50 @@ to authenticated, service_role;
 -- Invariants
 --   * The ledger is right by definition: counters and rollup are made to agree with it, never the other way round.
 --   * Usage older than p_since isn't recounted: there, the rollup is trusted.
---   * No call is recorded for the group meanwhile: its stripe is held in exclusive mode.
+--   * No call is recorded for the group, or for one beneath it, meanwhile: their stripes are held in exclusive mode.
 
 -- Whole buckets, or the beginning of the first one would be missed.
 create or replace function tokenlimits.rollup_differences(p_group_id uuid, p_since timestamptz)
-returns table (kind text, bucket timestamptz, was numeric, used numeric, generations numeric)
+returns table (
+  group_id uuid, kind text, bucket timestamptz, was numeric, used numeric, generations numeric
+)
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_since timestamptz := date_bin('15 minutes', p_since, '2000-01-01 00:00:00+00');
+  v_group_ids uuid[] := array(select t.group_id from tokenlimits.group_tree as t where t.above_id = p_group_id);
 begin
   return query
-  select d.kind, d.bucket, d.was, d.used, d.generations
+  select d.group_id, d.kind, d.bucket, d.was, d.used, d.generations
   from (
     select
-      coalesce(r.kind, u.kind) as kind, coalesce(r.bucket, u.bucket) as bucket,
+      coalesce(r.group_id, u.group_id) as group_id, coalesce(r.kind, u.kind) as kind, coalesce(r.bucket, u.bucket) as bucket,
       coalesce(r.cost, 0) as was, coalesce(u.cost, 0) as used,
       coalesce(u.generations, 0) - coalesce(r.generations, 0) as generations
     from (
-      select s.kind, s.bucket, sum(s.cost) as cost, sum(s.generations) as generations
+      select s.group_id, s.kind, s.bucket, sum(s.cost) as cost, sum(s.generations) as generations
       from tokenlimits.usage_rollup as s
-      where s.group_id = p_group_id and s.bucket >= v_since
-      group by s.kind, s.bucket
+      where s.group_id = any(v_group_ids) and s.bucket >= v_since
+      group by s.group_id, s.kind, s.bucket
     ) as r
     full join (
-      select s.kind, s.bucket, sum(s.cost) as cost, count(*) as generations
+      select s.group_id, s.kind, s.bucket, sum(s.cost) as cost, count(*) as generations
       from (
-        select l.kind, date_bin('15 minutes', l.created_at, '2000-01-01 00:00:00+00') as bucket, l.cost
+        select l.group_id, l.kind, date_bin('15 minutes', l.created_at, '2000-01-01 00:00:00+00') as bucket, l.cost
         from public.generation_usage as l
-        where l.group_id = p_group_id and l.created_at >= v_since and l.status in ('reserved', 'committed')
+        where l.group_id = any(v_group_ids) and l.created_at >= v_since and l.status in ('reserved', 'committed')
       ) as s
-      group by s.kind, s.bucket
-    ) as u on u.kind = r.kind and u.bucket = r.bucket
+      group by s.group_id, s.kind, s.bucket
+    ) as u on u.group_id = r.group_id and u.kind = r.kind and u.bucket = r.bucket
   ) as d
   where d.was <> d.used or d.generations <> 0;
 end
 $$;
 
 comment on function tokenlimits.rollup_differences(uuid, timestamptz)
-is 'tokenlimits: Where the history since a moment differs from the ledger, and by how many generations.';
+is 'tokenlimits: Where the history of a group, and of all beneath it, differs from the ledger since a moment.';
 
 revoke execute on function tokenlimits.rollup_differences(uuid, timestamptz)
 from public, anon, authenticated, service_role;
@@ -8598,6 +9310,8 @@ language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_group_ids uuid[] := array(select t.group_id from tokenlimits.group_tree as t where t.above_id = p_group_id);
 begin
   return query
   select d.subject, d.counter_id, d.kind, d.period, d.starts, d.scope, d.was, d.used
@@ -8605,7 +9319,8 @@ begin
     select
       c.subject, c.counter_id, c.kind, c.period, c.starts, c.scope, c.used as was,
       tokenlimits.count_limit(
-        p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.period, c.counts, c.since, c.until
+        case c.scope when 'child' then array(select t.group_id from tokenlimits.group_tree as t where t.above_id = c.subject) else v_group_ids end,
+        case c.scope when 'member' then c.subject end, c.kind, c.period, c.counts, c.since, c.until
       ) as used,
       c.starts = 'rolling' and exists (
         select
@@ -8617,7 +9332,7 @@ begin
           select r.part, -r.used
           from tokenlimits.recorded_parts(row(
             p_group_id, c.counter_id, c.subject, c.kind, c.period, c.starts, c.scope, c.mode, c.max, c.counts, 1,
-            c.since, c.until, null, c.used, null, true, null, null, null, null
+            c.since, c.until, null, c.used, null, true, null, null, null, null, null
           )::tokenlimits.limit_state) as r
         ) as q
         group by q.part
@@ -8655,7 +9370,7 @@ begin
   select u.*
   from public.generation_usage as u
   where
-    u.group_id = p_group_id
+    u.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = p_group_id))
     and u.created_at >= p_since
     and u.status = 'reserved'
     and not exists (select from tokenlimits.holds as h where h.user_id = u.user_id and h.usage_id = u.id);
@@ -8668,8 +9383,8 @@ is 'tokenlimits: Reserved usages without a row in holds, which would never be fo
 revoke execute on function tokenlimits.missing_holds(uuid, timestamptz)
 from public, anon, authenticated, service_role;
 
--- One group at a time, and from a moment on, since a statement ends after 8 s. Returns what differed: the old and the
--- new values.
+-- One group at a time, and from a moment on, since a statement ends after 8 s. Its counters include what is used beneath
+-- it, so the history there is corrected too. Returns what differed: the old and the new values.
 create or replace function tokenlimits.reconcile_usage(p_group_id uuid, p_since timestamptz)
 returns jsonb
 language plpgsql
@@ -8686,30 +9401,33 @@ declare
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
+  perform pg_advisory_xact_lock_shared(1953459052, 258);
   perform tokenlimits.lock_groups(array[p_group_id], true);
 
-  insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+  insert into tokenlimits.holds (usage_id, group_id, root_id, user_id, kind, cost, created_at, expires_at)
   select
-    u.id, u.group_id, u.user_id, u.kind, u.cost,
+    u.id, u.group_id, coalesce(
+    (select t.above_id from tokenlimits.group_tree as t where t.group_id = u.group_id and t.level = 0), u.group_id
+  ), u.user_id, u.kind, u.cost,
     u.created_at, u.expires_at
   from tokenlimits.missing_holds(p_group_id, coalesce(p_since, '-infinity')) as u;
   get diagnostics v_holds = row_count;
 
   -- the rollup first, since the group's counters are counted from it
   with differences as (
-    select d.kind, d.bucket, d.was, d.used, d.generations
+    select d.group_id, d.kind, d.bucket, d.was, d.used, d.generations
     from tokenlimits.rollup_differences(p_group_id, coalesce(p_since, '-infinity')) as d
   ),
 
   repaired as (
     insert into tokenlimits.usage_rollup as r (group_id, kind, bucket, slot, cost, generations)
-    select p_group_id, d.kind, d.bucket, 0, d.used - d.was, d.generations
+    select d.group_id, d.kind, d.bucket, 0, d.used - d.was, d.generations
     from differences as d
     on conflict on constraint usage_rollup_pkey do update
     set cost = r.cost + excluded.cost, generations = r.generations + excluded.generations
   )
 
-  select jsonb_agg(to_jsonb(d) - 'generations' order by d.kind, d.bucket) into v_rollup
+  select jsonb_agg(to_jsonb(d) - 'generations' order by d.group_id, d.kind, d.bucket) into v_rollup
   from differences as d;
 
   with differences as (
@@ -8731,7 +9449,7 @@ begin
     select
       l.group_id, l.counter_id, c.subject, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counts, 1 as weight,
       c.since, c.until, null as reset_at, c.used, null as expired, true as is_open, null as group_name, null as timezone,
-      null as own_max, null as overridden_until
+      null as own_max, null as overridden_until, null as level
     from public.group_limits as l
     inner join tokenlimits.counters as c on c.counter_id = l.counter_id
     where l.group_id = p_group_id and l.starts = 'rolling' and c.until > tokenlimits.clock()
@@ -8767,7 +9485,8 @@ end
 $$;
 
 comment on function public.reconcile_usage(uuid, timestamptz)
-is 'tokenlimits: Recounts a group''s usage from the ledger, corrects counters and rollup, and returns what differed.';
+is 'tokenlimits: Recounts the usage of a group, and of all beneath it, from the ledger; corrects its counters and the '
+'rollup, and returns what differed.';
 
 revoke execute on function public.reconcile_usage(uuid, timestamptz)
 from public, anon, authenticated, service_role;
@@ -9116,7 +9835,8 @@ begin
     union all
     (select m.user_id, k.kind
     from public.group_memberships as m
-    inner join public.group_limits as l on l.group_id = m.group_id and l.period <> 'in_flight'
+    inner join tokenlimits.group_tree as t on t.group_id = m.group_id
+    inner join public.group_limits as l on l.group_id = t.above_id and l.period <> 'in_flight'
     cross join lateral (
       select l.kind, 1::bigint as weight
       where l.counts is null
@@ -9420,7 +10140,12 @@ begin
     'groups_without_limits', (
       select count(*)
       from public.user_groups as g
-      where not exists (select from public.group_limits as l where l.group_id = g.id)
+      where not exists (
+        select
+        from tokenlimits.group_tree as t
+        inner join public.group_limits as l on l.group_id = t.above_id
+        where t.group_id = g.id
+      )
     ),
     'users_in_no_group', tokenlimits.users_in_no_group(),
     'groups_not_summed', tokenlimits.groups_not_summed(),
@@ -9490,8 +10215,8 @@ grant select, delete on public.user_groups, public.group_limits, public.group_me
 to authenticated, service_role;
 
 -- only our functions set ids, counters and timestamps, even if an admin edits a table
-grant insert (name, description, priority, timezone, is_default, anchor_at),
-update (name, description, priority, timezone, is_default, anchor_at)
+grant insert (name, description, priority, timezone, is_default, anchor_at, parent_id),
+update (name, description, priority, timezone, is_default, anchor_at, parent_id)
 on public.user_groups to authenticated, service_role;
 
 grant insert (group_id, kind, period, starts, scope, mode, max, counts),

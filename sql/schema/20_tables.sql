@@ -5,6 +5,7 @@
 --     group or a user must not touch millions of rows. It has no checks either: every call would parse each of them.
 --   * A limit is identified by (group, kind, period, starts, scope), and keeps its id through every edit. Its
 --     counter_id names its counters, and changes whenever they must be recounted.
+--   * A group may be beneath another one. Who is beneath whom, deleted groups included, is in tokenlimits.group_tree.
 --   * A time zone is one of pg_timezone_names: PostgreSQL itself would accept 'Foo/Bar5'.
 --   * Every reader can represent every stored timestamp: no infinity, no year beyond four digits.
 --   * A name looks like what it is: NFC, without invisible characters and without those that change text direction.
@@ -17,9 +18,12 @@ create table if not exists public.user_groups (
   timezone text not null default 'UTC',
   is_default boolean not null default false,
   anchor_at timestamptz,
+  parent_id uuid,
+  is_nested boolean not null default false,
   created_at timestamptz not null default now(),
   updated_at timestamptz not null default now(),
   constraint user_groups_pkey primary key (id),
+  constraint user_groups_parent_id_fkey foreign key (parent_id) references public.user_groups (id),
   constraint user_groups_name_check check (
     {{ is_name('name') | indent(4) }}
   ),
@@ -39,9 +43,13 @@ comment on column public.user_groups.priority is 'A user''s groups are tried fro
 comment on column public.user_groups.timezone is 'IANA name; the periods of the group''s limits follow its calendar.';
 comment on column public.user_groups.is_default is 'Applies to users who are in no group; at most one group.';
 comment on column public.user_groups.anchor_at
-is 'From when the periods of its anchored group limits are counted; null: from created_at.';
+is 'From when the periods of its anchored pools are counted; null: from created_at.';
+comment on column public.user_groups.parent_id is 'The group above it, whose limits count its usage too; null: none.';
+comment on column public.user_groups.is_nested
+is 'Whether it has, or had, a group above or beneath it: then its own limits alone don''t decide. Set by tokenlimits.';
 
 create unique index if not exists user_groups_name_key on public.user_groups (lower(name));
+create index if not exists user_groups_parent_id_idx on public.user_groups (parent_id);
 create unique index if not exists user_groups_is_default_key on public.user_groups (is_default) where is_default;
 
 create table if not exists public.group_limits (
@@ -58,6 +66,7 @@ create table if not exists public.group_limits (
   -- than its counter to say what is used
   is_plain boolean not null generated always as (
     counts is null and mode = 'enforce' and starts in ('calendar', 'anchor') and period <> 'in_flight'
+    and scope <> 'child'
   ) stored,
   counter_id bigint generated always as identity,
   constraint group_limits_pkey primary key (id),
@@ -76,11 +85,11 @@ create table if not exists public.group_limits (
   ),
   constraint group_limits_in_flight_check check (counts is null or period <> 'in_flight'),
   constraint group_limits_mode_check check (mode in ('enforce', 'observe')),
-  constraint group_limits_scope_check check (scope in ('group', 'member')),
+  constraint group_limits_scope_check check ({{ is_scope('scope') }}),
   constraint group_limits_max_check check (max between 0 and {{ most_of_a_limit() }})
 );
 comment on table public.group_limits
-is 'tokenlimits: How much of a kind a group (or each of its members) may use in a period.';
+is 'tokenlimits: How much of a kind a group (or each of its members, or each group beneath it) may use in a period.';
 comment on column public.group_limits.period
 is 'How long usage counts: one unit, such as day, or several, such as 5 hours; in_flight: while holds are open.';
 comment on column public.group_limits.starts
@@ -113,7 +122,7 @@ create table if not exists public.limit_overrides (
   constraint limit_overrides_starts_check check (
     {{ is_start('starts', 'period') | indent(4) }}
   ),
-  constraint limit_overrides_scope_check check (scope in ('group', 'member')),
+  constraint limit_overrides_scope_check check ({{ is_scope('scope') }}),
   constraint limit_overrides_subject_check check (scope <> 'group' or subject = group_id),
   constraint limit_overrides_max_check check (max between 0 and {{ most_of_a_limit() }}),
   constraint limit_overrides_until_check check (
@@ -124,8 +133,9 @@ create table if not exists public.limit_overrides (
   )
 );
 comment on table public.limit_overrides
-is 'tokenlimits: Another max of one limit for one member, or of a group limit for a time.';
-comment on column public.limit_overrides.subject is 'The user of a member limit; the group itself of a group limit.';
+is 'tokenlimits: Another max of one limit for one member or child group, or of a group limit for a time.';
+comment on column public.limit_overrides.subject
+is 'The user of a member limit; the child group of a child limit; the group itself of a group limit.';
 comment on column public.limit_overrides.max is 'Null: unlimited. 0: blocked.';
 comment on column public.limit_overrides.until is 'From then on, the limit''s own max applies again; null: for good.';
 
@@ -250,35 +260,6 @@ $$;
 create or replace trigger user_groups_check
 before insert or update on public.user_groups
 for each row execute function tokenlimits.check_group();
-
--- The ids of deleted groups. They are never used again, since the ledger still names them.
-create table if not exists tokenlimits.deleted_groups (
-  id uuid not null,
-  deleted_at timestamptz not null,
-  constraint deleted_groups_pkey primary key (id)
-);
-comment on table tokenlimits.deleted_groups is 'tokenlimits: Groups that were deleted.';
-revoke all on tokenlimits.deleted_groups from public, anon, authenticated, service_role;
-
-create or replace function tokenlimits.remember_group()
-returns trigger
-language plpgsql
--- definer: the table is private
-security definer
-{{ search_path() }}
-as $$
-begin
-  insert into tokenlimits.deleted_groups (id, deleted_at)
-  values (old.id, tokenlimits.clock())
-  on conflict on constraint deleted_groups_pkey do nothing;
-  return null;
-end
-$$;
-{{ private('remember_group()', 'Trigger: remembers the id of a deleted group, so that it is never used again.') }}
-
-create or replace trigger user_groups_remember
-after delete on public.user_groups
-for each row execute function tokenlimits.remember_group();
 
 -- Only our functions write the ledger, and they run as its owner. This enforces it even where a dump was restored in a
 -- project whose default privileges grant everything. It is in public, so that a dump of public alone includes it. It

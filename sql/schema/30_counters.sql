@@ -6,10 +6,12 @@
 --     transaction. So a missing counter can be counted from the ledger, and one of a past period starts at zero.
 --   * The rollup's sum over slots equals the live ledger rows of (group, kind, bucket).
 --   * Locks are taken in one order over a whole transaction, also by batches and sweeps: group stripes, ledger rows by
---     id, keys, rollup rows by key, member counters and then group counters, by (subject, counter_id). So a transaction
---     merges all its moves before it makes the first. A sweep never waits for the ledger rows that it locks.
---   * Whoever reads limits in order to write holds the group's stripe in shared mode. Whoever edits limits takes it in
---     exclusive mode after the edit, and so waits for calls that judge by the old limits, and blocks new ones.
+--     id, keys, rollup rows by key, member counters, and then those of groups, the deepest first, by (subject,
+--     counter_id). So a transaction merges all its moves before it makes the first. A sweep never waits for the ledger
+--     rows that it locks.
+--   * Whoever reads limits in order to write holds the group's stripe in shared mode. Whoever edits limits takes it, and
+--     those of all groups beneath, in exclusive mode after the edit, and so waits for calls that judge by the old limits,
+--     and blocks new ones.
 --   * An expired hold counts as released from that moment on, but stays in counters and rollup until it is swept;
 --     readers subtract it. A call that needs its room locks the counter first; a call that settles the hold in time
 --     locks the counter too, and reads the clock again afterwards. So both agree on which came first.
@@ -63,6 +65,8 @@ is 'tokenlimits: Live usage in buckets of 15 minutes, with which the hours of ev
 create table if not exists tokenlimits.holds (
   usage_id uuid not null,
   group_id uuid not null,
+  -- the group at the top of its tree: one look-up says whether anything in the tree has expired
+  root_id uuid not null,
   user_id uuid not null,
   kind text not null,
   cost bigint not null,
@@ -73,11 +77,13 @@ create table if not exists tokenlimits.holds (
 comment on table tokenlimits.holds is 'tokenlimits: Reserved usages that are neither settled nor swept yet.';
 create index if not exists holds_expires_at_idx
 on tokenlimits.holds (group_id, kind, expires_at) include (cost, created_at);
+create index if not exists holds_root_id_idx
+on tokenlimits.holds (root_id, kind, expires_at) where root_id <> group_id;
 
 -- If an uninstallation kept the ledger, restore its holds and its history.
 do $do$
 begin
-  {{ into_holds('u', "from public.generation_usage as u
+  {{ into_holds('u', root_id=root_of('u.group_id'), source="from public.generation_usage as u
   where u.status = 'reserved' and not exists (select from tokenlimits.usage_rollup)") | indent(2) }}
 end
 $do$;
@@ -141,7 +147,9 @@ begin
       timezone text,
       -- the limit's max, where the subject has its own until a moment
       own_max bigint,
-      overridden_until timestamptz
+      overridden_until timestamptz,
+      -- how deep in its tree the group is whose usage it counts; null: it counts a member's
+      level smallint
     );
     -- how creating, settling or sweeping a usage moves its counters; enforced: they must have room; holds: by how many
     -- there are more, null if it isn't a hold
@@ -196,13 +204,19 @@ volatile
 {{ search_path() }}
 as $$
 declare
+  v_group_ids uuid[] := p_group_ids;
   v_stripe integer;
 begin
   {{ insist_on_transaction() | indent(2) }}
+  if p_exclusive then
+    v_group_ids := v_group_ids || array(
+      select t.group_id from tokenlimits.group_tree as t where t.above_id = any(p_group_ids)
+    );
+  end if;
   -- in one order, or two calls could deadlock
   for v_stripe in
     select distinct {{ stripe('g.id') }}
-    from unnest(p_group_ids) as g (id)
+    from unnest(v_group_ids) as g (id)
     order by 1
   loop
     if p_exclusive then
@@ -215,7 +229,7 @@ end
 $$;
 {{ private(
   'lock_groups(uuid[], boolean)',
-  "Keeps these groups' limits unchanged (shared), or waits for all calls that use them (exclusive), until the transaction ends."
+  "Until the transaction ends, keeps unchanged what judges calls of these groups (shared), or waits for all calls that their limits judge (exclusive)."
 ) }}
 
 create or replace function tokenlimits.free_slot(p_group_id uuid)

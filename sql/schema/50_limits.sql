@@ -1,15 +1,15 @@
--- The state of a group's limits at a moment: read from counters, or counted from rollup and ledger if there is none.
+-- The state of limits at a moment: read from counters, or counted from rollup and ledger if there is none.
 --
 -- Invariants
---   * limit_states returns members' limits first, by member, then the group's: the order in which they are locked.
+--   * limit_states returns members' limits first, then those of groups, the deepest first: the order of locks.
 --   * A plain limit's counter says what is used. Others need more: limit_states and open_counter know what.
 --   * It reads everything in one snapshot, so the counters that it read include the expired holds that it subtracts.
 
--- Counts what a counter would contain. For a group: whole buckets from the rollup, and the partial buckets before and
--- after them from the ledger, in separate queries: with one query for both, the planner may read all of the group's
--- rows. For a member: from the member's own rows of the ledger.
+-- Counts what a counter would contain. For groups: whole buckets from the rollup, and the partial buckets before and
+-- after them from the ledger, in separate queries: with one query for both, the planner may read all rows of a group.
+-- For a member: from the member's own rows of the ledger.
 create or replace function tokenlimits.count_usage(
-  p_group_id uuid,
+  p_group_ids uuid[],
   p_user_id uuid,
   p_kind text,
   p_since timestamptz,
@@ -33,7 +33,7 @@ begin
         u.user_id = p_user_id
         and u.created_at >= p_since
         and u.created_at < p_until
-        and u.group_id = p_group_id
+        and u.group_id = any(p_group_ids)
         and u.kind = p_kind
         and u.status in ('reserved', 'committed')
     ), 0);
@@ -41,13 +41,13 @@ begin
   return coalesce((
     select sum(r.cost)
     from tokenlimits.usage_rollup as r
-    where r.group_id = p_group_id and r.kind = p_kind and r.bucket >= v_whole and r.bucket < v_rest
+    where r.group_id = any(p_group_ids) and r.kind = p_kind and r.bucket >= v_whole and r.bucket < v_rest
   ), 0)
   {%- for since, until in [('p_since', 'v_whole'), ('v_rest', 'p_until')] %} + coalesce((
     select sum(u.cost)
     from public.generation_usage as u
     where
-      u.group_id = p_group_id
+      u.group_id = any(p_group_ids)
       and u.created_at >= {{ since }}
       and u.created_at < {{ until }}
       and u.kind = p_kind
@@ -57,12 +57,12 @@ begin
 end
 $$;
 {{ private(
-  'count_usage(uuid, uuid, text, timestamptz, timestamptz)',
-  "Live usage of a kind between two moments, of a member of a group, or of the whole group if the user is null."
+  'count_usage(uuid[], uuid, text, timestamptz, timestamptz)',
+  "Live usage of a kind in some groups between two moments, of one user, or of all if the user is null."
 ) }}
 
 create or replace function tokenlimits.expired_cost(
-  p_group_id uuid,
+  p_group_ids uuid[],
   p_user_id uuid,
   p_kind text,
   p_since timestamptz,
@@ -80,7 +80,7 @@ begin
       from tokenlimits.holds as h
       where
         h.user_id = p_user_id
-        and h.group_id = p_group_id
+        and h.group_id = any(p_group_ids)
         and h.kind = p_kind
         and h.expires_at <= p_at
         and h.created_at >= p_since
@@ -89,17 +89,17 @@ begin
   return coalesce((
     select sum(h.cost)
     from tokenlimits.holds as h
-    where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_at and h.created_at >= p_since
+    where h.group_id = any(p_group_ids) and h.kind = p_kind and h.expires_at <= p_at and h.created_at >= p_since
   ), 0);
 end
 $$;
 {{ private(
-  'expired_cost(uuid, uuid, text, timestamptz, timestamptz)',
-  "The cost of expired holds that counters since a moment contain, of a member, or of the group if the user is null."
+  'expired_cost(uuid[], uuid, text, timestamptz, timestamptz)',
+  "The cost of expired holds in some groups that counters since a moment contain, of one user, or of all if null."
 ) }}
 
 create or replace function tokenlimits.count_holds(
-  p_group_id uuid,
+  p_group_ids uuid[],
   p_user_id uuid,
   p_kind text,
   p_expired_at timestamptz default 'infinity'
@@ -115,23 +115,23 @@ begin
       select count(*)
       from tokenlimits.holds as h
       where
-        h.user_id = p_user_id and h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_expired_at
+        h.user_id = p_user_id and h.group_id = any(p_group_ids) and h.kind = p_kind and h.expires_at <= p_expired_at
     );
   end if;
   return (
     select count(*)
     from tokenlimits.holds as h
-    where h.group_id = p_group_id and h.kind = p_kind and h.expires_at <= p_expired_at
+    where h.group_id = any(p_group_ids) and h.kind = p_kind and h.expires_at <= p_expired_at
   );
 end
 $$;
 {{ private(
-  'count_holds(uuid, uuid, text, timestamptz)',
-  "How many holds of a kind are unswept, or expired at a moment, of a member, or of the group if the user is null."
+  'count_holds(uuid[], uuid, text, timestamptz)',
+  "How many holds in some groups are unswept, or expired at a moment, of one user, or of all if the user is null."
 ) }}
 
 create or replace function tokenlimits.count_limit(
-  p_group_id uuid,
+  p_group_ids uuid[],
   p_user_id uuid,
   p_kind text,
   p_period text,
@@ -146,23 +146,23 @@ stable
 as $$
 begin
   if p_period = 'in_flight' then
-    return tokenlimits.count_holds(p_group_id, p_user_id, p_kind);
+    return tokenlimits.count_holds(p_group_ids, p_user_id, p_kind);
   elsif p_counts is null then
-    return tokenlimits.count_usage(p_group_id, p_user_id, p_kind, p_since, p_until);
+    return tokenlimits.count_usage(p_group_ids, p_user_id, p_kind, p_since, p_until);
   end if;
   return (
-    select sum(w.value::bigint * tokenlimits.count_usage(p_group_id, p_user_id, w.key, p_since, p_until))::bigint
+    select sum(w.value::bigint * tokenlimits.count_usage(p_group_ids, p_user_id, w.key, p_since, p_until))::bigint
     from jsonb_each_text(p_counts) as w
   );
 end
 $$;
 {{ private(
-  'count_limit(uuid, uuid, text, text, jsonb, timestamptz, timestamptz)',
+  'count_limit(uuid[], uuid, text, text, jsonb, timestamptz, timestamptz)',
   "What a limit counts between two moments, whether it counts a kind, the kinds of a pool, or holds: see count_usage."
 ) }}
 
 create or replace function tokenlimits.expired_of_limit(
-  p_group_id uuid,
+  p_group_ids uuid[],
   p_user_id uuid,
   p_kind text,
   p_period text,
@@ -177,22 +177,22 @@ stable
 as $$
 begin
   if p_period = 'in_flight' then
-    return tokenlimits.count_holds(p_group_id, p_user_id, p_kind, p_at);
+    return tokenlimits.count_holds(p_group_ids, p_user_id, p_kind, p_at);
   elsif p_counts is null then
-    return tokenlimits.expired_cost(p_group_id, p_user_id, p_kind, p_since, p_at);
+    return tokenlimits.expired_cost(p_group_ids, p_user_id, p_kind, p_since, p_at);
   end if;
   return (
-    select sum(w.value::bigint * tokenlimits.expired_cost(p_group_id, p_user_id, w.key, p_since, p_at))::bigint
+    select sum(w.value::bigint * tokenlimits.expired_cost(p_group_ids, p_user_id, w.key, p_since, p_at))::bigint
     from jsonb_each_text(p_counts) as w
   );
 end
 $$;
 {{ private(
-  'expired_of_limit(uuid, uuid, text, text, jsonb, timestamptz, timestamptz)',
+  'expired_of_limit(uuid[], uuid, text, text, jsonb, timestamptz, timestamptz)',
   "What expired holds take from a limit: see expired_cost."
 ) }}
 
-create or replace function tokenlimits.anchor_of(p_group_id uuid, p_user_id uuid)
+create or replace function tokenlimits.anchor_of(p_state tokenlimits.limit_state)
 returns timestamptz
 language plpgsql
 stable
@@ -201,21 +201,24 @@ as $$
 begin
   return coalesce(
     (
-      select coalesce(m.anchor_at, m.joined_at)
+      select min(coalesce(m.anchor_at, m.joined_at))
       from public.group_memberships as m
-      where m.group_id = p_group_id and m.user_id = p_user_id
+      inner join tokenlimits.group_tree as t on t.group_id = m.group_id
+      where p_state.scope = 'member' and t.above_id = p_state.group_id and m.user_id = p_state.subject
     ),
     (
       select coalesce(g.anchor_at, g.created_at)
       from public.user_groups as g
-      where g.id = p_group_id
-    )
+      where g.id = {{ home_of('p_state') }}
+    ),
+    -- the subject's group was deleted, and the period of what it used doesn't matter to any call
+    tokenlimits.clock()
   );
 end
 $$;
 {{ private(
-  'anchor_of(uuid, uuid)',
-  "From when anchored periods are counted, of a member, or of the group if the user is null or no member."
+  'anchor_of(tokenlimits.limit_state)',
+  "From when anchored periods are counted: of a member since the earliest membership, otherwise of the group."
 ) }}
 
 -- When the window began that a usage has opened, of a limit whose counter is missing: at the oldest live usage whose
@@ -230,7 +233,7 @@ declare
   -- two days more, since months differ; what is too old is left out below
   v_since timestamptz := greatest(
     p_at - tokenlimits.length_of(p_state.period) - interval '2 days',
-    {{ last_reset('p_state.group_id', 'p_state.kind', 'p_state.subject') | indent(4) }}
+    {{ last_reset(home_of('p_state'), 'p_state.kind', 'p_state.subject') | indent(4) }}
   );
 begin
   return (
@@ -293,8 +296,9 @@ begin
     select {{ part_at('v_part', 'h.created_at') }}, -h.cost * {{ weight_of('p_state', 'h.kind') }}
     from tokenlimits.holds as h
     where
-      h.group_id = p_state.group_id and {{ counts_kind('p_state', 'h.kind') }} and h.expires_at <= p_at
-      and (p_state.scope = 'group' or h.user_id = p_state.subject)
+      h.group_id = any({{ counted_groups('p_state') }})
+      and {{ counts_kind('p_state', 'h.kind') }} and h.expires_at <= p_at
+      and (p_state.scope <> 'member' or h.user_id = p_state.subject)
       and h.created_at >= p_state.since
   ) as q
   where q.part > p_state.since - v_part
@@ -349,8 +353,9 @@ begin
     select h.expires_at
     from tokenlimits.holds as h
     where
-      h.group_id = p_state.group_id and h.kind = p_state.kind and h.expires_at > tokenlimits.clock()
-      and (p_state.scope = 'group' or h.user_id = p_state.subject)
+      h.group_id = any({{ counted_groups('p_state') }})
+      and h.kind = p_state.kind and h.expires_at > tokenlimits.clock()
+      and (p_state.scope <> 'member' or h.user_id = p_state.subject)
     order by h.expires_at
     offset greatest(p_state.used - p_state.max, 0)
     limit 1
@@ -421,7 +426,7 @@ begin
     if p_window is null then
       p_window := tokenlimits.window_of(
         p_state.period, p_state.starts, p_state.timezone,
-        case p_state.starts when 'anchor' then tokenlimits.anchor_of(p_state.group_id, v_user_id) end, p_at
+        case p_state.starts when 'anchor' then tokenlimits.anchor_of(p_state) end, p_at
       );
     end if;
     if p_state.starts = 'first_use' then
@@ -439,12 +444,13 @@ begin
       when p_state.period = 'in_flight' then lower(p_window)
       else {{ new_since(
         'p_window', "case when p_state.starts <> 'rolling' then p_state.until end",
-        'p_state.group_id', 'p_state.kind', 'p_state.subject'
+        home_of('p_state'), 'p_state.kind', 'p_state.subject'
       ) | indent(6) }}
     end;
     p_state.used := case
       when p_state.until is null then tokenlimits.count_limit(
-        p_state.group_id, v_user_id, p_state.kind, p_state.period, p_state.counts, p_state.since, upper(p_window)
+        {{ counted_groups('p_state') }},
+        v_user_id, p_state.kind, p_state.period, p_state.counts, p_state.since, upper(p_window)
       )
       when p_state.starts = 'rolling' then coalesce((
         select sum(c.used)
@@ -485,6 +491,63 @@ $$;
   "When the oldest usage leaves a rolling window; infinity if there is none."
 ) }}
 
+-- Of states as they were read: completes those whose counter is missing, or belongs to another period, and subtracts
+-- expired holds, if there are any.
+create or replace function tokenlimits.complete_states(
+  p_states tokenlimits.limit_state[],
+  p_at timestamptz,
+  p_any_expired boolean
+)
+returns tokenlimits.limit_state[]
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+declare
+  v record;
+  v_state tokenlimits.limit_state;
+  -- a counter may be ahead of a clock that was set back; holds expire by the clock
+  v_now timestamptz := least(p_at, tokenlimits.clock());
+begin
+  -- calendar periods are the same for all
+  for v in
+    select s.place, p.range
+    from unnest(p_states) with ordinality as s ({{ state_columns() }}, place)
+    left join (
+      select d.period, d.timezone, tokenlimits.period_of(d.period, d.timezone, p_at) as range
+      from (
+        select distinct o.period, o.timezone
+        from unnest(p_states) as o
+        where o.starts = 'calendar' and o.is_open is not true
+      ) as d
+    ) as p on p.period = s.period and p.timezone = s.timezone and s.starts = 'calendar'
+    where s.is_open is not true
+  loop
+    p_states[v.place] := tokenlimits.complete_state(p_states[v.place], v.range, p_at);
+  end loop;
+  for i in 1..cardinality(p_states) loop
+    v_state := p_states[i];
+    if p_any_expired then
+      v_state.expired := tokenlimits.expired_of_limit(
+        {{ counted_groups('v_state') }},
+        case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.period,
+        v_state.counts, v_state.since, v_now
+      );
+      v_state.used := v_state.used - v_state.expired;
+    end if;
+    if v_state.starts = 'rolling' then
+      v_state.reset_at := tokenlimits.next_leaving(v_state, v_now);
+    end if;
+    p_states[i] := v_state;
+  end loop;
+  return p_states;
+end
+$$;
+{{ private(
+  'complete_states(tokenlimits.limit_state[], timestamptz, boolean)',
+  "States as of a moment, whatever their counters say."
+) }}
+
 create or replace function tokenlimits.limit_states(
   p_group_id uuid,
   p_user_ids uuid[],
@@ -500,61 +563,56 @@ stable
 as $$
 declare
   {{ variables_of_limits() | indent(2) }}
-  v record;
-  v_state tokenlimits.limit_state;
-  -- a counter may be ahead of a clock that was set back; holds expire by the clock
-  v_now timestamptz := least(p_at, tokenlimits.clock());
 begin
   {{ read_limits(
-    'p_group_id', "unnest(case i.scope when 'group' then array[i.group_id] else p_user_ids end)", 'p_kinds', 'p_at',
-    in_flight='p_in_flight', of_many=true
+    'p_group_id',
+    "unnest(case i.scope
+      when 'group' then array[i.group_id]
+      when 'child' then array_remove(array[t.child_id], null)
+      else p_user_ids
+    end)",
+    'p_kinds', 'p_at', in_flight='p_in_flight', of_many=true
   ) | indent(2) }}
   if v_states is null then
     return '{}';
-  end if;
-  if v_is_plain then
+  elsif v_is_plain then
     return v_states;
   end if;
-  -- a counter is missing (a new limit or member), or belongs to another period; calendar periods are the same for all
-  for v in
-    select s.place, p.range
-    from unnest(v_states) with ordinality as s ({{ state_columns() }}, place)
-    left join (
-      select d.period, tokenlimits.period_of(d.period, d.timezone, p_at) as range
-      from (
-        select distinct o.period, o.timezone
-        from unnest(v_states) as o
-        where o.starts = 'calendar' and o.is_open is not true
-      ) as d
-    ) as p on p.period = s.period and s.starts = 'calendar'
-    where s.is_open is not true
-  loop
-    v_states[v.place] := tokenlimits.complete_state(v_states[v.place], v.range, p_at);
-  end loop;
-  if p_less_expired and {{ any_expired_of_all('p_group_id', 'p_kinds', 'v_now') | indent(2) }} then
-    for i in 1..cardinality(v_states) loop
-      v_state := v_states[i];
-      v_state.expired := tokenlimits.expired_of_limit(
-        p_group_id, case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.period,
-        v_state.counts, v_state.since, v_now
-      );
-      v_state.used := v_state.used - v_state.expired;
-      v_states[i] := v_state;
-    end loop;
-  end if;
-  for i in 1..cardinality(v_states) loop
-    v_state := v_states[i];
-    if v_state.starts = 'rolling' then
-      v_state.reset_at := tokenlimits.next_leaving(v_state, v_now);
-      v_states[i] := v_state;
-    end if;
-  end loop;
-  return v_states;
+  return tokenlimits.complete_states(
+    v_states, p_at,
+    p_less_expired and {{ any_expired_of_all('p_group_id', 'p_kinds', 'least(p_at, tokenlimits.clock())') | indent(4) }}
+  );
 end
 $$;
 {{ private(
   'limit_states(uuid, uuid[], text[], timestamptz, boolean, boolean)',
-  "A group's limits for users, that count some kinds or (null) any, with the usage of each at a moment."
+  "The limits of a group and of all above it, for users, that count some kinds or (null) any, with the usage of each."
+) }}
+
+create or replace function tokenlimits.child_pools(p_group_ids uuid[], p_at timestamptz)
+returns tokenlimits.limit_state[]
+language plpgsql
+stable
+{{ search_path() }}
+as $$
+declare
+  v_any_expired boolean := exists (select from tokenlimits.holds as h where h.expires_at <= p_at);
+  {{ variables_of_limits() | indent(2) }}
+begin
+  {{ read_limits(
+    '', 't.child_id', 'null::text[]', 'p_at', in_flight='true', of_many=true, expired='v_any_expired',
+    which="i.scope = 'child' and t.distance = 1 and t.group_id = any(array(
+      select c.id
+      from public.user_groups as c
+      where c.id = any(p_group_ids) or c.parent_id = any(p_group_ids)
+    ))"
+  ) | indent(2) }}
+  return case when v_states is not null then tokenlimits.complete_states(v_states, p_at, v_any_expired) else '{}' end;
+end
+$$;
+{{ private(
+  'child_pools(uuid[], timestamptz)',
+  "The pools of some groups and of their children in child limits, with the usage of each at a moment."
 ) }}
 
 -- The state was read a moment ago. If another call has opened the counter since, that counter stays unchanged. Returns
@@ -626,8 +684,8 @@ begin
     sum(m.cost * {{ weight_of('p_state', 'm.kind') }})
   from unnest(p_moves) as m
   where
-    m.group_id = p_state.group_id and {{ counts_kind('p_state', 'm.kind') }}
-    and (p_state.scope = 'group' or m.user_id = p_state.subject)
+    m.group_id = any({{ counted_groups('p_state') }}) and {{ counts_kind('p_state', 'm.kind') }}
+    and (p_state.scope <> 'member' or m.user_id = p_state.subject)
     and m.created_at >= p_state.since
   group by 3
   on conflict on constraint counter_parts_pkey do update

@@ -56,7 +56,10 @@ begin
       v_group_id, '{}', null, tokenlimits.clock(), p_less_expired => false
     ) loop
       -- a window that no use has opened has no counter
-      if v_state.is_open is not true and (v_state.starts <> 'first_use' or v_state.reset_at is null) then
+      if
+        v_state.subject = v_group_id and v_state.scope = 'group' and v_state.is_open is not true
+        and (v_state.starts <> 'first_use' or v_state.reset_at is null)
+      then
         perform tokenlimits.open_counter(v_state);
       end if;
     end loop;
@@ -80,7 +83,8 @@ declare
   v_changed public.limit_overrides[];
 begin
   {{ read_changed('limit_overrides') | indent(2) }}
-  perform tokenlimits.lock_groups(array(select c.group_id from unnest(v_changed) as c), true);
+  {{ lock_tree() }}
+  perform tokenlimits.lock_groups(array(select {{ home_of('c') }} from unnest(v_changed) as c), true);
   update tokenlimits.counters as k
   set override_max = f.max, overridden_until = f.until
   from (
@@ -114,10 +118,30 @@ begin
   where
     l.group_id = n.id
     and (n.timezone is distinct from o.timezone or (l.starts = 'anchor' and n.anchor_at is distinct from o.anchor_at));
+  if exists (
+    select
+    from new_rows as n
+    inner join old_rows as o on o.id = n.id
+    where n.parent_id is not null and n.anchor_at is distinct from o.anchor_at
+  ) then
+    -- as children, in pools of their parents
+    perform tokenlimits.lock_groups(array(
+      select n.id
+      from new_rows as n
+      inner join old_rows as o on o.id = n.id
+      where n.anchor_at is distinct from o.anchor_at
+    ), true);
+    delete from tokenlimits.counters as c
+    using public.group_limits as l, new_rows as n, old_rows as o
+    where
+      o.id = n.id and n.anchor_at is distinct from o.anchor_at
+      and l.group_id = n.parent_id and l.scope = 'child' and l.starts = 'anchor'
+      and c.counter_id = l.counter_id and c.subject = n.id;
+  end if;
   return null;
 end
 $$;
-{{ private('renew_counters()', "Trigger: a new time zone turns all limits of the group into others.") }}
+{{ private('renew_counters()', "Trigger: a new time zone or anchor turns limits of the group into others.") }}
 
 create or replace trigger user_groups_renew_counters
 after update on public.user_groups
@@ -138,18 +162,20 @@ declare
   v_group_ids uuid[];
 begin
   {{ read_changed('group_memberships') | indent(2) }}
+  {{ lock_tree() }}
   v_group_ids := array(
     select distinct l.group_id
-    from public.group_limits as l
-    inner join unnest(v_changed) as m on m.group_id = l.group_id
+    from unnest(v_changed) as m
+    inner join tokenlimits.group_tree as t on t.group_id = m.group_id
+    inner join public.group_limits as l on l.group_id = t.above_id
     where l.starts = 'anchor' and l.scope = 'member'
   );
   if v_group_ids <> '{}' then
     perform tokenlimits.lock_groups(v_group_ids, true);
     delete from tokenlimits.counters as c
-    using public.group_limits as l, unnest(v_changed) as m
+    using public.group_limits as l, tokenlimits.group_tree as t, unnest(v_changed) as m
     where
-      l.group_id = m.group_id and l.starts = 'anchor' and l.scope = 'member'
+      t.group_id = m.group_id and l.group_id = t.above_id and l.starts = 'anchor' and l.scope = 'member'
       and c.counter_id = l.counter_id and c.subject = m.user_id;
   end if;
   return null;

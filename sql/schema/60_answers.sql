@@ -44,16 +44,17 @@ begin
     nullif(array(
       select g.id
       from unnest(p_group_ids) with ordinality as g (id, place)
-      where exists (
-        select from public.group_limits as l where l.group_id = g.id and {{ counts_kind('l', 'p_kind') }}
-      )
+      where {{ is_limited('g.id', 'p_kind') | indent(6) }}
       order by g.place
     ), '{}'),
     p_group_ids[1:1]
   );
 end
 $$;
-{{ private('entitling(uuid[], text)', "Those of some groups that have a limit for a kind; the first, if none has.") }}
+{{ private(
+  'entitling(uuid[], text)',
+  "Those of some groups that have a limit for a kind, themselves or above them; the first, if none has."
+) }}
 
 do $do$
 begin
@@ -69,6 +70,7 @@ begin
       observed bigint[]
     );
     -- as clients see it: row_to_json costs a fraction of building an object
+    create type tokenlimits.group_answer as (id uuid, name text);
     create type tokenlimits.limit_answer as (
       kind text,
       period text,
@@ -79,9 +81,9 @@ begin
       used bigint,
       remaining bigint,
       reset_at timestamptz,
-      weight bigint
+      weight bigint,
+      "group" tokenlimits.group_answer
     );
-    create type tokenlimits.group_answer as (id uuid, name text);
     create type tokenlimits.generation_answer as (
       allowed boolean,
       reason text,
@@ -116,6 +118,12 @@ declare
   v_limit tokenlimits.limit_state := p_verdict.denied_by;
   v_until text := to_char(v_limit.until at time zone v_limit.timezone, 'YYYY-MM-DD HH24:MI ') || v_limit.timezone;
   v_error text;
+  v_whose text := case
+    when v_limit.scope = 'member' then 'by this user '
+    when v_limit.scope = 'child' then 'by this customer '
+    when v_limit.group_id <> p_verdict.group_id then format('in %s ', v_limit.group_name)
+    else ''
+  end;
 begin
   if p_verdict.reason = 'not_in_group' then
     return 'The user is in no group that may pay for this';
@@ -127,8 +135,9 @@ begin
   v_error := upper(left(v_kind, 1)) || substr(v_kind, 2) || ' generation limit exceeded: ';
   if v_limit.period = 'in_flight' then
     return v_error
-      || format('%s %s in progress', v_limit.used, case v_limit.used when 1 then v_kind else v_kind || 's' end)
-      || case v_limit.scope when 'member' then ' by this user' else '' end
+      || rtrim(
+        format('%s %s in progress ', v_limit.used, case v_limit.used when 1 then v_kind else v_kind || 's' end) || v_whose
+      )
       || format(', at most %s at once', v_limit.max)
       || case when isfinite(v_limit.until) then ', next place ' || v_until else '' end;
   end if;
@@ -136,7 +145,7 @@ begin
     || format('%s of %s ', v_limit.used, v_limit.max)
     || case when v_limit.counts is not null then replace(v_limit.kind, '_', ' ') || ' ' else '' end
     || 'used '
-    || case v_limit.scope when 'member' then 'by this user ' else '' end
+    || v_whose
     || case
       when v_limit.starts = 'rolling' then 'in the last ' || v_limit.period
       when v_limit.starts <> 'calendar' then 'since ' || to_char(
@@ -178,11 +187,9 @@ declare
   v_group_name text;
 begin
   foreach v_state in array coalesce(p_verdict.states, '{}') loop
-    {{ add_limit('v_state', observed='p_verdict.observed') | indent(4) }}
+    {{ add_limit('v_state', observed='p_verdict.observed', payer='p_verdict.group_id') | indent(4) }}
   end loop;
-  v_group_name := coalesce(
-    v_state.group_name, (select g.name from public.user_groups as g where g.id = p_verdict.group_id)
-  );
+  v_group_name := {{ name_of('v_state', 'p_verdict.group_id') | indent(2) }};
   if p_verdict.reason is null then
     return {{ answer(
       kind='p_kind', cost='p_cost', group_id='p_verdict.group_id', group_name='v_group_name', usage_id='p_usage.id',
@@ -191,7 +198,7 @@ begin
   end if;
   v_state := p_verdict.denied_by;
   if p_verdict.reason = 'limit_exceeded' then
-    v_denied_by := {{ limit_answer('v_state') | indent(4) }};
+    v_denied_by := {{ limit_answer('v_state', payer='p_verdict.group_id') | indent(4) }};
   end if;
   return {{ answer(
     kind='p_kind', cost='p_cost', group_id='p_verdict.group_id', group_name='v_group_name', usage_id='null',

@@ -136,11 +136,7 @@ begin
     select g.id
     from unnest({{ payers('p_user_id') | indent(4) }}) with ordinality as g (id, place)
     order by
-      exists (
-        select
-        from public.group_limits as l
-        where l.group_id = g.id and {{ counts_kind('l', 'p_kind') }} and l.period <> 'in_flight'
-      ) desc,
+      {{ is_limited('g.id', 'p_kind', only="l.period <> 'in_flight'") | indent(6) }} desc,
       g.place
     limit 1
   );
@@ -276,7 +272,7 @@ begin
           {{ into_ledger('v_usage') | indent(10) }}
           if found then
             {%- if operation == 'reserve' %}
-            {{ into_holds('v_usage') | indent(12) }}
+            {{ into_holds('v_usage', root_id='v_usage.group_id') | indent(12) }}
             {%- endif %}
             v_slot := {{ own_slot() }};
             if not {{ try_slot('v_slot', 'v_usage.group_id') }} then

@@ -28,7 +28,8 @@ begin
   for no key update;
   -- read only now, under the lock: each statement has a new snapshot, so this sees what others committed meanwhile
   v_expired := tokenlimits.expired_of_limit(
-    p_state.group_id, case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.period,
+    {{ counted_groups('p_state') }},
+    case p_state.scope when 'member' then p_state.subject end, p_state.kind, p_state.period,
     p_state.counts, p_state.since, least(p_at, tokenlimits.clock())
   );
   {{ move_counter('p_state', 'p_cost', 'p_last', 'false', used='c.used - v_expired') | indent(2) }}
@@ -256,7 +257,9 @@ begin
       raise sqlstate 'TL099';
     end if;
   end loop;
-  {{ into_holds('n', "from unnest(p_usages) as n\nwhere n.status = 'reserved'") | indent(2) }}
+  {{ into_holds(
+    'n', root_id=root_of('n.group_id'), source="from unnest(p_usages) as n\nwhere n.status = 'reserved'"
+  ) | indent(2) }}
   return tokenlimits.expire_holds(v_expired, p_at) || array(
     select row(
       n.group_id, n.kind, n.user_id, n.created_at, n.cost, 1, p_enforced, case n.status when 'reserved' then 1 end

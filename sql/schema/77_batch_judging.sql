@@ -63,11 +63,13 @@ declare
   v_fingerprint uuid;
 begin
   states := array(
-    select row(s.*)::tokenlimits.limit_state
+    -- several groups may have the same above them
+    select distinct on (s.subject, s.counter_id) row(s.*)::tokenlimits.limit_state
     from ({{ groups_of('items') | indent(4) }}) as p
     cross join lateral unnest(tokenlimits.limit_states(
       p.group_id, p.user_ids, p.kinds, p_at, p_in_flight => false
     )) as s
+    order by s.subject, s.counter_id
   );
   usages := '{}';
   charges := '{}';
@@ -77,14 +79,19 @@ begin
     select
       i.place,
       g.id as group_id,
-      array_agg(s.no::integer order by s.no) filter (where s.no is not null) as states,
+      array_agg(
+        s.no::integer order by s.kind, s.scope <> 'member', s.level desc, s.counter_id
+      ) filter (where s.no is not null) as states,
       coalesce(g.rank = 1, true) as is_first,
       coalesce(g.rank = cardinality(i.group_ids), true) as is_last
     from unnest(items) as i
     left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
-    cross join lateral (values ('group', g.id), ('member', i.user_id)) as w (scope, subject)
+    left join tokenlimits.group_tree as t on t.group_id = g.id
+    cross join lateral (
+      values ('group', t.above_id), ('child', t.child_id), ('member', i.user_id)
+    ) as w (scope, subject)
     left join unnest(states) with ordinality as s ({{ state_columns() }}, no)
-      on s.group_id = g.id and s.scope = w.scope and s.subject = w.subject and {{ counts_kind('s', 'i.kind') }}
+      on s.group_id = t.above_id and s.scope = w.scope and s.subject = w.subject and {{ counts_kind('s', 'i.kind') }}
     where i.answer is null
     group by i.place, i.group_ids, g.id, g.rank
     order by i.place, g.rank

@@ -106,10 +106,11 @@ begin
       v_state := p_states[v_charge.states[i]];
       v_state.used := v_charge.used[i] + v_others[v_charge.states[i]];
       v_state.weight := {{ weight_of('v_state', 'v_usage.kind') }};
-      {{ add_limit('v_state', observed='v_charge.observed') | indent(6) }}
+      {{ add_limit('v_state', observed='v_charge.observed', payer='v_usage.group_id') | indent(6) }}
     end loop;
     p_items[v_charge.place].answer := {{ answer(
-      kind='v_usage.kind', cost='v_usage.cost', group_id='v_usage.group_id', group_name='v_state.group_name',
+      kind='v_usage.kind', cost='v_usage.cost', group_id='v_usage.group_id',
+      group_name=name_of('v_state', 'v_usage.group_id'),
       usage_id='v_usage.id', status='v_usage.status', expires_at='v_usage.expires_at', replayed='v_charge.replayed'
     ) | indent(4) }};
   end loop;
@@ -121,8 +122,8 @@ $$;
   "A batch, with its charged items answered."
 ) }}
 
--- Answers 'busy' to the open items that a group may pay for; to all open items if the group is null.
-create or replace function tokenlimits.answer_busy(p_items tokenlimits.batch_item[], p_group_id uuid)
+-- Answers 'busy' to the open items that one of some groups may pay for; to all open items if they are null.
+create or replace function tokenlimits.answer_busy(p_items tokenlimits.batch_item[], p_group_ids uuid[])
 returns tokenlimits.batch_item[]
 language plpgsql
 stable
@@ -133,9 +134,15 @@ declare
   v_verdict tokenlimits.verdict;
 begin
   v_verdict.reason := 'busy';
-  v_verdict.group_id := p_group_id;
   foreach v_item in array p_items loop
-    if v_item.answer is null and (p_group_id is null or p_group_id = any(v_item.group_ids)) then
+    if v_item.answer is null and (p_group_ids is null or p_group_ids && v_item.group_ids) then
+      v_verdict.group_id := (
+        select g.id
+        from unnest(v_item.group_ids) with ordinality as g (id, place)
+        where g.id = any(p_group_ids)
+        order by g.place
+        limit 1
+      );
       p_items[v_item.place].answer := tokenlimits.answer(
         v_verdict, v_item.kind, v_item.cost, null, p_replayed => false
       );
@@ -145,7 +152,7 @@ begin
 end
 $$;
 {{ private(
-  'answer_busy(tokenlimits.batch_item[], uuid)',
+  'answer_busy(tokenlimits.batch_item[], uuid[])',
   "A batch, with those items answered whose group is locked by another transaction."
 ) }}
 
@@ -175,7 +182,7 @@ exception
         perform tokenlimits.lock_groups(array[v_group_id]);
       exception
         when lock_not_available then
-          p_items := tokenlimits.answer_busy(p_items, v_group_id);
+          p_items := tokenlimits.answer_busy(p_items, array[v_group_id]);
       end;
     end loop;
     return p_items;
@@ -215,7 +222,10 @@ begin
     exit when v_written.moved is not null;
     v_at := greatest(v_at, (select max(u.created_at) from unnest(v_judged.usages) as u));
     if v_written.is_held then
-      v_items := tokenlimits.answer_busy(v_items, v_written.held_group_id);
+      -- a counter of that group: it counts for all beneath it
+      v_items := tokenlimits.answer_busy(
+        v_items, case when v_written.held_group_id is not null then {{ beneath('v_written.held_group_id') }} end
+      );
     end if;
   end loop;
   v_items := tokenlimits.answer_charges(

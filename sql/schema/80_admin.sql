@@ -4,8 +4,9 @@
 --   * Each function begins with require_admin. Functions run as their caller where they can, so that row-level security
 --     decides too.
 --   * One function, one transaction: after an error, nothing is half done.
---   * Edits lock in one order, so that they wait for each other, but never in a circle: the group's row, its limits'
---     rows (all at once, if there are several), and then, in a trigger, its stripe.
+--   * Edits lock in one order, so that they wait for each other, but never in a circle: the group's row (and its
+--     parent's), the tree of groups, its limits' rows (all at once, if there are several), and then, in a trigger, its
+--     stripe and those of all groups beneath it.
 
 create or replace function tokenlimits.group_json(p_group public.user_groups)
 returns jsonb
@@ -14,7 +15,7 @@ stable
 {{ search_path() }}
 as $$
 begin
-  return to_jsonb(p_group) || jsonb_build_object('limits', coalesce((
+  return to_jsonb(p_group) - 'is_nested' || jsonb_build_object('limits', coalesce((
     select jsonb_agg(
       jsonb_build_object(
         'kind', l.kind, 'period', l.period, 'starts', l.starts, 'scope', l.scope, 'mode', l.mode, 'max', l.max,
@@ -100,8 +101,7 @@ begin
       ]
       when v_limit ->> 'period' = 'in_flight' and v_limit -> 'counts' <> 'null' then
         array['.counts', 'must be null where the period is in_flight, which counts the holds of its own kind']
-      when coalesce(v_limit ->> 'scope', '') not in ('group', 'member') then
-        array['.scope', 'must be group or member']
+      when ({{ is_scope("v_limit ->> 'scope'") }}) is not true then array['.scope', 'must be group, child or member']
       when jsonb_typeof(v_limit -> 'max') = 'null' then null
       when
         case
@@ -144,6 +144,7 @@ volatile
 {{ search_path() }}
 as $$
 begin
+  {{ lock_tree() }}
   perform
   from public.group_limits as l
   where l.group_id = p_group_id
@@ -167,20 +168,6 @@ $$;
   to='authenticated, service_role'
 ) }}
 
-create or replace function tokenlimits.refuse_id(p_id uuid)
-returns void
-language plpgsql
-volatile
-{{ search_path() }}
-as $$
-begin
-  perform tokenlimits.refuse(
-    'TL001', format('id: %s is or was the id of another group', p_id), 'id', 'Choose an id that was never used.'
-  );
-end
-$$;
-{{ private('refuse_id(uuid)', 'Raises TL001: a group has or had this id.') }}
-
 create or replace function tokenlimits.insert_group(
   p_id uuid,
   p_name text,
@@ -188,7 +175,8 @@ create or replace function tokenlimits.insert_group(
   p_priority integer,
   p_timezone text,
   p_is_default boolean,
-  p_anchor_at timestamptz
+  p_anchor_at timestamptz,
+  p_parent_id uuid
 )
 returns public.user_groups
 language plpgsql
@@ -207,19 +195,15 @@ begin
     perform tokenlimits.refuse('TL001', 'id: must not be the nil UUID', 'id', 'Choose an id that was never used.');
   end if;
   insert into public.user_groups as g (
-    id, name, description, priority, timezone, is_default, anchor_at, created_at
+    id, name, description, priority, timezone, is_default, anchor_at, parent_id, created_at
   )
   values (
     coalesce(p_id, gen_random_uuid()), p_name, coalesce(p_description, ''), coalesce(p_priority, 0),
-    coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false), p_anchor_at, tokenlimits.clock()
+    coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false), p_anchor_at, p_parent_id, tokenlimits.clock()
   )
   returning * into v_group;
-  -- only now: the group with this id may have been deleted while this waited for the id. Its ledger rows would become
-  -- this group's usage.
-  if p_id is not null and (
-    exists (select from tokenlimits.deleted_groups as d where d.id = p_id)
-    or exists (select from public.generation_usage as u where u.group_id = p_id)
-  ) then
+  -- the ledger may be older than this installation; its rows would become this group's usage
+  if p_id is not null and exists (select from public.generation_usage as u where u.group_id = p_id) then
     perform tokenlimits.refuse_id(p_id);
   end if;
   return v_group;
@@ -233,7 +217,7 @@ exception
 end
 $$;
 {{ private(
-  'insert_group(uuid, text, text, integer, text, boolean, timestamptz)',
+  'insert_group(uuid, text, text, integer, text, boolean, timestamptz, uuid)',
   "Makes a group, with an id of its own where none is given.",
   to='authenticated, service_role'
 ) }}
@@ -249,7 +233,9 @@ create or replace function public.save_group(
   p_id uuid default null,
   p_updated_at timestamptz default null,
   p_anchor_at timestamptz default null,
-  p_no_anchor boolean default false
+  p_no_anchor boolean default false,
+  p_parent_id uuid default null,
+  p_no_parent boolean default false
 )
 returns jsonb
 language plpgsql
@@ -266,6 +252,8 @@ begin
   end if;
   if p_no_anchor and p_anchor_at is not null then
     perform tokenlimits.refuse('TL001', 'anchor_at: pass an anchor, or p_no_anchor, not both', 'anchor_at');
+  elsif p_no_parent and p_parent_id is not null then
+    perform tokenlimits.refuse('TL001', 'parent_id: pass a parent, or p_no_parent, not both', 'parent_id');
   end if;
   if p_group_id is not null then
     if p_id is not null then
@@ -273,6 +261,14 @@ begin
     end if;
     v_group := tokenlimits.require_group(p_group_id);
     {{ insist_on_transaction() | indent(4) }}
+    if p_parent_id is not null or p_no_parent then
+      -- in one order, or two moves could deadlock; and before the tree
+      perform
+      from public.user_groups as g
+      where g.id in (p_group_id, p_parent_id)
+      order by g.id
+      for no key update;
+    end if;
     if p_updated_at is not null then
       -- locked first, or two who read the same could both pass
       select g.* into v_group
@@ -299,7 +295,7 @@ begin
   begin
     if p_group_id is null then
       v_group := tokenlimits.insert_group(
-        p_id, p_name, p_description, p_priority, p_timezone, p_is_default, p_anchor_at
+        p_id, p_name, p_description, p_priority, p_timezone, p_is_default, p_anchor_at, p_parent_id
       );
     else
       update public.user_groups as g
@@ -309,7 +305,8 @@ begin
         priority = coalesce(p_priority, g.priority),
         timezone = coalesce(p_timezone, g.timezone),
         is_default = coalesce(p_is_default, g.is_default),
-        anchor_at = case when p_no_anchor then null else coalesce(p_anchor_at, g.anchor_at) end
+        anchor_at = case when p_no_anchor then null else coalesce(p_anchor_at, g.anchor_at) end,
+        parent_id = case when p_no_parent then null else coalesce(p_parent_id, g.parent_id) end
       where g.id = p_group_id
       returning * into v_group;
     end if;
@@ -329,8 +326,8 @@ begin
 end
 $$;
 {{ opened(
-  'save_group(uuid, text, text, integer, text, boolean, jsonb, uuid, timestamptz, timestamptz, boolean)',
-  "Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an existing group, with its whole set of limits, in one step. With p_no_anchor, it has no anchor any more. With p_updated_at, only if nobody has changed it since.",
+  'save_group(uuid, text, text, integer, text, boolean, jsonb, uuid, timestamptz, timestamptz, boolean, uuid, boolean)',
+  "Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an existing group, with its whole set of limits, in one step. With p_parent_id, it is beneath that group, with all beneath it; with p_no_parent, beneath none. With p_no_anchor, it has no anchor any more. With p_updated_at, only if nobody has changed it since.",
   to='authenticated, service_role'
 ) }}
 
@@ -437,16 +434,29 @@ volatile
 as $$
 declare
   v_group jsonb;
+  v_children bigint;
 begin
   perform tokenlimits.require_admin();
   v_group := tokenlimits.group_json(tokenlimits.require_group(p_group_id));
+  {{ insist_on_transaction() | indent(2) }}
+  -- a group that is just put beneath it is waited for
+  perform from public.user_groups as g where g.id = p_group_id for update;
+  v_children := (select count(*) from public.user_groups as g where g.parent_id = p_group_id);
+  if v_children > 0 then
+    perform tokenlimits.refuse(
+      'TL001',
+      format('group_id: has %s child %s', v_children, case v_children when 1 then 'group' else 'groups' end),
+      'group_id',
+      'Delete or move them first. Nothing was deleted.'
+    );
+  end if;
   delete from public.user_groups as g where g.id = p_group_id;
   return v_group;
 end
 $$;
 {{ opened(
   'delete_group(uuid)',
-  "Deletes a group with its limits and memberships; the ledger stays.",
+  "Deletes a group that has none beneath it, with its limits and memberships; the ledger stays.",
   to='authenticated, service_role'
 ) }}
 
@@ -455,7 +465,8 @@ create or replace function public.find_groups(
   p_name text default null,
   p_search text default null,
   p_after text default null,
-  p_page_size integer default 200
+  p_page_size integer default 200,
+  p_parent_id uuid default null
 )
 returns jsonb
 language plpgsql
@@ -471,6 +482,7 @@ begin
       from public.user_groups as g
       where
         (p_group_id is null or g.id = p_group_id)
+        and (p_parent_id is null or g.parent_id = p_parent_id)
         and (p_name is null or lower(g.name) = lower({{ tidied('p_name') | indent(8) }}))
         and (p_search is null or strpos(lower(g.name), lower({{ tidied('p_search') | indent(8) }})) > 0)
         -- no name is empty; "p_after is null or" would read the earlier pages too
@@ -482,8 +494,8 @@ begin
 end
 $$;
 {{ opened(
-  'find_groups(uuid, text, text, text, integer)',
-  "Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, ordered by name.",
+  'find_groups(uuid, text, text, text, integer, uuid)',
+  "Groups with their limits: by id, by name, or all whose name contains a text, or that are directly beneath a group; the page after a name, ordered by name.",
   to='authenticated, service_role'
 ) }}
 
@@ -628,6 +640,7 @@ begin
   perform tokenlimits.require_user(p_user_id);
   {{ insist_on_transaction() | indent(2) }}
   perform from public.user_groups as g where g.id = p_group_id for no key update;
+  {{ lock_tree() }}
   perform
   from public.group_limits as l
   where l.group_id = p_group_id
@@ -638,9 +651,16 @@ begin
   v_at := greatest(
     tokenlimits.clock(),
     (
-      select max(u.created_at) + interval '1 microsecond'
-      from public.generation_usage as u
-      where u.group_id = p_group_id
+      select max(l.created_at) + interval '1 microsecond'
+      from unnest({{ beneath('p_group_id') }}) as b (id)
+      -- one look-up each
+      cross join lateral (
+        select u.created_at
+        from public.generation_usage as u
+        where u.group_id = b.id
+        order by u.created_at desc
+        limit 1
+      ) as l
     )
   );
   insert into tokenlimits.usage_resets as r (group_id, kind, subject, reset_at)
@@ -650,7 +670,12 @@ begin
   if p_user_id is null then
     update public.group_limits as l
     set counter_id = default
-    where l.group_id = p_group_id and (p_kind is null or l.kind = p_kind);
+    where l.group_id = p_group_id and l.scope <> 'child' and (p_kind is null or l.kind = p_kind);
+    delete from tokenlimits.counters as c
+    using public.group_limits as l, public.user_groups as g
+    where
+      g.id = p_group_id and l.group_id = g.parent_id and l.scope = 'child' and l.period <> 'in_flight'
+      and (p_kind is null or l.kind = p_kind) and c.counter_id = l.counter_id and c.subject = p_group_id;
   else
     delete from tokenlimits.counters as c
     using public.group_limits as l
@@ -665,7 +690,7 @@ $$;
   'reset_group_usage',
   ['p_group_id uuid', 'p_kind text default null', 'p_user_id uuid default null'],
   to='authenticated, service_role',
-  comment="Resets usage in the current periods of a group's limits, of one kind or of all; with a user, of that member's alone. The ledger keeps everything."
+  comment="Resets usage in the current periods of a group's limits, and of its pools in limits of its parent, of one kind or of all; with a user, of that member's alone. The ledger keeps everything."
 ) }}
 
 create or replace function tokenlimits.group_members(p_group_id uuid, p_after uuid, p_page_size integer, p_search text)

@@ -14,17 +14,24 @@ declare
 begin
   return coalesce((
     select jsonb_agg(
-      to_jsonb({{ limit_answer('s') | indent(6) }}) || jsonb_build_object('group', row(g.id, g.name)::tokenlimits.group_answer)
-      order by p.place, s.place
+      to_jsonb({{ limit_answer('s', payer="'00000000-0000-0000-0000-000000000000'") | indent(6) }})
+      order by s.group_place, s.place
     )
-    from unnest({{ payers('p_user_id') | indent(4) }}) with ordinality as p (id, place)
-    inner join public.user_groups as g on g.id = p.id
-    cross join lateral unnest(tokenlimits.limit_states(p.id, array[p_user_id], null, v_now))
-    with ordinality as s ({{ state_columns() }}, place)
+    from (
+      -- what two groups have above them is there once
+      select distinct on (l.subject, l.counter_id) l.*, p.place as group_place
+      from unnest({{ payers('p_user_id') | indent(6) }}) with ordinality as p (id, place)
+      cross join lateral unnest(tokenlimits.limit_states(p.id, array[p_user_id], null, v_now))
+      with ordinality as l ({{ state_columns() }}, place)
+      order by l.subject, l.counter_id, p.place
+    ) as s
   ), '[]');
 end
 $$;
-{{ private('user_usage(uuid)', "Every limit that applies to a user, in the order in which groups pay.") }}
+{{ private(
+  'user_usage(uuid)',
+  "Every limit that applies to a user, of their groups and those above, in the order in which groups pay."
+) }}
 
 create or replace function tokenlimits.user_generation_usage(p_user_id uuid)
 returns jsonb
@@ -91,19 +98,22 @@ begin
       reset_at timestamptz,
       weight bigint,
       capacity numeric,
-      fraction numeric
+      fraction numeric,
+      "group" tokenlimits.group_answer
     );
     create type tokenlimits.group_usage_answer as (
       "group" tokenlimits.group_answer,
       member_count bigint,
-      limits json
+      limits json,
+      parent_id uuid,
+      child_count bigint
     );
   end if;
 end
 $do$;
 
--- What is used of a group's limits that don't start by the calendar: its own, and those of its members, each in their
--- own window, added up.
+-- What is used of a group's limits that don't start by the calendar: its own, and those of its members and of members
+-- beneath it, each in their own window, added up.
 create or replace function tokenlimits.uncommon_usage(p_group_id uuid, p_at timestamptz)
 returns table (counter_id bigint, used numeric, until timestamptz)
 language plpgsql
@@ -115,11 +125,11 @@ begin
   select s.counter_id, sum(s.used), case s.scope when 'group' then max(coalesce(s.reset_at, s.until)) end
   from unnest(tokenlimits.limit_states(
     p_group_id,
-    array(select m.user_id from public.group_memberships as m where m.group_id = p_group_id),
+    {{ members_beneath('p_group_id') | indent(4) }},
     null,
     p_at
   )) as s
-  where s.starts <> 'calendar'
+  where s.starts <> 'calendar' and s.group_id = p_group_id and s.scope <> 'child'
   group by s.counter_id, s.scope;
 end
 $$;
@@ -142,12 +152,14 @@ language plpgsql
 stable
 {{ search_path() }}
 as $$
+declare
+  v_group_ids uuid[] := {{ beneath('p_group_id') }};
 begin
   return coalesce((
     select sum(
-      tokenlimits.count_limit(p_group_id, r.subject, p_kind, null, p_counts, p_since, r.reset_at)
-      - tokenlimits.expired_of_limit(p_group_id, r.subject, p_kind, null, p_counts, p_since, p_at)
-      + tokenlimits.expired_of_limit(p_group_id, r.subject, p_kind, null, p_counts, r.reset_at, p_at)
+      tokenlimits.count_limit(v_group_ids, r.subject, p_kind, null, p_counts, p_since, r.reset_at)
+      - tokenlimits.expired_of_limit(v_group_ids, r.subject, p_kind, null, p_counts, p_since, p_at)
+      + tokenlimits.expired_of_limit(v_group_ids, r.subject, p_kind, null, p_counts, r.reset_at, p_at)
     )
     from (
       select q.subject, max(q.reset_at) as reset_at
@@ -182,6 +194,7 @@ as $$
 declare
   v_now timestamptz := tokenlimits.clock();
   v_group_ids uuid[];
+  v_nested_ids uuid[];
   v_any_expired boolean := exists (select from tokenlimits.holds as h where h.expires_at <= v_now);
   v_any_reset boolean := exists (select from tokenlimits.usage_resets as r where r.subject <> r.group_id);
 begin
@@ -199,10 +212,11 @@ begin
       limit case when p_page_size is not null then greatest(p_page_size, 1) end
     );
   end if;
+  v_nested_ids := array(select g.id from public.user_groups as g where g.id = any(v_group_ids) and g.is_nested);
   return coalesce((
     -- "= any" in every step: each reads only these groups, not all
     with groups as materialized (
-      select g.id, g.name, g.timezone, p.place
+      select g.id, g.name, g.timezone, g.parent_id, p.place
       from public.user_groups as g
       inner join unnest(v_group_ids) with ordinality as p (id, place) on p.id = g.id
       where g.id = any(v_group_ids)
@@ -215,16 +229,36 @@ begin
       group by m.group_id
     ),
 
+    children as materialized (
+      select c.parent_id as group_id, count(*) as children
+      from public.user_groups as c
+      where c.parent_id = any(v_nested_ids)
+      group by c.parent_id
+    ),
+
+    -- whom member limits of a group with others beneath it count
+    reached as materialized (
+      select t.above_id as group_id, count(distinct m.user_id) as members
+      from tokenlimits.group_tree as t
+      inner join public.group_memberships as m on m.group_id = t.group_id
+      where t.above_id = any(v_nested_ids)
+      group by t.above_id
+    ),
+
     -- of the groups themselves, and of those who are members now
     overrides as materialized (
       select
         o.group_id, o.kind, o.period, o.starts, o.scope,
         count(*) as subjects, sum(o.max) as max, bool_or(o.max is null) as is_unlimited
       from public.limit_overrides as o
-      left join public.group_memberships as m on m.group_id = o.group_id and m.user_id = o.subject
       where
-        o.group_id = any(v_group_ids) and (o.until is null or o.until > v_now)
-        and (o.scope = 'group' or m.user_id is not null)
+        o.group_id = any(v_group_ids) and (o.until is null or o.until > v_now) and o.scope <> 'child'
+        and (o.scope = 'group' or exists (
+          select
+          from tokenlimits.group_tree as t
+          inner join public.group_memberships as m on m.group_id = t.group_id
+          where t.above_id = o.group_id and m.user_id = o.subject
+        ))
       group by o.group_id, o.kind, o.period, o.starts, o.scope
     ),
 
@@ -235,16 +269,17 @@ begin
         -- numeric: for many members, it exceeds a bigint
         case
           when o.is_unlimited then null
-          when o.subjects = case l.scope when 'member' then m.members else 1 end then o.max
+          when o.subjects = case l.scope when 'member' then coalesce(h.members, m.members) else 1 end then o.max
           else l.max::numeric * (
-            case l.scope when 'member' then coalesce(m.members, 0) else 1 end - coalesce(o.subjects, 0)
+            case l.scope when 'member' then coalesce(h.members, m.members, 0) else 1 end - coalesce(o.subjects, 0)
           ) + coalesce(o.max, 0)
         end as capacity
       from public.group_limits as l
       inner join groups as g on g.id = l.group_id
       left join members as m on m.group_id = l.group_id
+      left join reached as h on h.group_id = l.group_id
       left join overrides as o on {{ same_limit('o', 'l') | indent(6) }}
-      where l.group_id = any(v_group_ids)
+      where l.group_id = any(v_group_ids) and l.scope <> 'child'
     ),
 
     periods as materialized (
@@ -278,6 +313,11 @@ begin
       offset 0
     ),
 
+    pools as materialized (
+      select p.*, coalesce(p.reset_at, p.until) as ends_at
+      from unnest(case when v_nested_ids <> '{}' then tokenlimits.child_pools(v_nested_ids, v_now) end) as p
+    ),
+
     shown as (
       select
         c.group_id,
@@ -290,24 +330,33 @@ begin
               when c.capacity > 0 then round(c.used / c.capacity, 6)
               -- a blocked limit is full; so is a member limit that was used in a group that has no members now
               when c.capacity = 0 then 1
-            end
+            end,
+            c.owner
           )::tokenlimits.group_limit_answer
           order by c.kind, c.scope = 'group', c.counter_id
         ) as limits
       from (
         select
           s.group_id, s.kind, s.period, s.starts, s.scope, s.mode, s.max, s.counter_id, s.capacity, s.until,
+          null::tokenlimits.group_answer as owner,
           -- without a counter, the sum is computed as in count_usage; here, if the period consists of whole buckets
           coalesce(s.used, case
-            when s.counts is null and s.period <> 'in_flight' and {{ is_whole('s.since', 's.until') }} then coalesce((
+            when
+              s.counts is null and s.period <> 'in_flight' and {{ is_whole('s.since', 's.until') }}
+              and s.group_id <> all(v_nested_ids)
+            then coalesce((
               select sum(r.cost)
               from tokenlimits.usage_rollup as r
               where r.group_id = s.group_id and r.kind = s.kind and r.bucket >= s.since and r.bucket < s.until
             ), 0)
-            else tokenlimits.count_limit(s.group_id, null, s.kind, s.period, s.counts, s.since, s.until)
+            else tokenlimits.count_limit(
+              {{ beneath('s.group_id') }}, null, s.kind, s.period, s.counts, s.since, s.until
+            )
           end)
           - case when v_any_expired
-            then tokenlimits.expired_of_limit(s.group_id, null, s.kind, s.period, s.counts, s.since, v_now)
+            then tokenlimits.expired_of_limit(
+              {{ beneath('s.group_id') }}, null, s.kind, s.period, s.counts, s.since, v_now
+            )
             else 0
           end
           - case when v_any_reset and s.scope = 'member' and s.period <> 'in_flight'
@@ -317,11 +366,28 @@ begin
         from states as s
         union all
         select
-          l.group_id, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counter_id, l.capacity, u.until,
+          l.group_id, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counter_id, l.capacity, u.until, null,
           coalesce(u.used, 0)
         from (select distinct o.group_id from limits as o where o.starts <> 'calendar') as g
         inner join limits as l on l.group_id = g.group_id and l.starts <> 'calendar'
         left join lateral tokenlimits.uncommon_usage(g.group_id, v_now) as u on u.counter_id = l.counter_id
+        union all
+        -- a child's pool, as the child sees it
+        select
+          p.subject, p.kind, p.period, p.starts, p.scope, p.mode, p.max, p.counter_id, p.max, p.ends_at,
+          row(p.group_id, p.group_name)::tokenlimits.group_answer, p.used
+        from pools as p
+        where p.subject = any(v_nested_ids)
+        union all
+        -- all pools, as the parent sees them
+        select
+          l.group_id, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counter_id,
+          case when bool_and(p.max is not null or p.subject is null) then coalesce(sum(p.max), 0) end,
+          case when l.starts = 'calendar' then max(p.until) end, null, coalesce(sum(p.used), 0)
+        from public.group_limits as l
+        left join pools as p on p.counter_id = l.counter_id
+        where l.group_id = any(v_group_ids) and l.scope = 'child'
+        group by l.id
       ) as c
       group by c.group_id
     )
@@ -330,12 +396,15 @@ begin
       row(
         row(g.id, g.name)::tokenlimits.group_answer,
         coalesce(m.members, 0),
-        coalesce(s.limits, '[]')
+        coalesce(s.limits, '[]'),
+        g.parent_id,
+        coalesce(c.children, 0)
       )::tokenlimits.group_usage_answer
       order by g.place
     )
     from groups as g
     left join members as m on m.group_id = g.id
+    left join children as c on c.group_id = g.id
     left join shown as s on s.group_id = g.id
   ), '[]');
 end

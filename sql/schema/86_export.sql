@@ -253,6 +253,7 @@ declare
   v_now timestamptz := tokenlimits.clock();
   v_at_least integer := least(greatest(p_at_least, 1), 100);
   v_any_expired boolean := exists (select from tokenlimits.holds as h where h.expires_at <= v_now);
+  v_group_ids uuid[] := {{ beneath('p_group_id') }};
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
@@ -270,6 +271,11 @@ begin
       where l.group_id = p_group_id and l.scope = 'member'
     ),
 
+    members as materialized (
+      select m.user_id
+      from unnest({{ members_beneath('p_group_id') | indent(6) }}) as m (user_id)
+    ),
+
     -- as in limit_states: an open counter says what is used; if a new period has begun since, nothing is used; null
     -- means that there is no counter
     states as (
@@ -282,7 +288,7 @@ begin
         end as since,
         case when c.until > v_now then c.used when c.until is not null then 0 end as used
       from limits as l
-      inner join public.group_memberships as m on m.group_id = p_group_id
+      cross join members as m
       left join lateral (
         select k.since, k.until, k.used
         from tokenlimits.counters as k
@@ -297,7 +303,7 @@ begin
       select
         s.kind, s.period, s.counts, s.max, s.counter_id, s.user_id, s.since,
         coalesce(
-          s.used, tokenlimits.count_limit(p_group_id, s.user_id, s.kind, s.period, s.counts, s.since, s.until)
+          s.used, tokenlimits.count_limit(v_group_ids, s.user_id, s.kind, s.period, s.counts, s.since, s.until)
         ) as used
       from states as s
       where s.max > 0
@@ -313,7 +319,7 @@ begin
           c.used - case
             when v_any_expired
               then tokenlimits.expired_of_limit(
-                p_group_id, c.user_id, c.kind, c.period, c.counts, c.since, v_now
+                v_group_ids, c.user_id, c.kind, c.period, c.counts, c.since, v_now
               )
             else 0
           end as used
@@ -324,12 +330,12 @@ begin
         from unnest(case when exists (select from limits as l where l.starts <> 'calendar') then
           tokenlimits.limit_states(
             p_group_id,
-            array(select m.user_id from public.group_memberships as m where m.group_id = p_group_id),
+            array(select m.user_id from members as m),
             null,
             v_now
           )
         end) as s
-        where s.scope = 'member' and s.starts <> 'calendar' and s.max > 0
+        where s.group_id = p_group_id and s.scope = 'member' and s.starts <> 'calendar' and s.max > 0
       ) as p
       where p.used * 100::numeric >= p.max * v_at_least::numeric
     ),

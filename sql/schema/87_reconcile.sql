@@ -3,47 +3,50 @@
 -- Invariants
 --   * The ledger is right by definition: counters and rollup are made to agree with it, never the other way round.
 --   * Usage older than p_since isn't recounted: there, the rollup is trusted.
---   * No call is recorded for the group meanwhile: its stripe is held in exclusive mode.
+--   * No call is recorded for the group, or for one beneath it, meanwhile: their stripes are held in exclusive mode.
 
 -- Whole buckets, or the beginning of the first one would be missed.
 create or replace function tokenlimits.rollup_differences(p_group_id uuid, p_since timestamptz)
-returns table (kind text, bucket timestamptz, was numeric, used numeric, generations numeric)
+returns table (
+  group_id uuid, kind text, bucket timestamptz, was numeric, used numeric, generations numeric
+)
 language plpgsql
 stable
 {{ search_path() }}
 as $$
 declare
   v_since timestamptz := {{ bucket('p_since') }};
+  v_group_ids uuid[] := {{ beneath('p_group_id') }};
 begin
   return query
-  select d.kind, d.bucket, d.was, d.used, d.generations
+  select d.group_id, d.kind, d.bucket, d.was, d.used, d.generations
   from (
     select
-      coalesce(r.kind, u.kind) as kind, coalesce(r.bucket, u.bucket) as bucket,
+      coalesce(r.group_id, u.group_id) as group_id, coalesce(r.kind, u.kind) as kind, coalesce(r.bucket, u.bucket) as bucket,
       coalesce(r.cost, 0) as was, coalesce(u.cost, 0) as used,
       coalesce(u.generations, 0) - coalesce(r.generations, 0) as generations
     from (
-      select s.kind, s.bucket, sum(s.cost) as cost, sum(s.generations) as generations
+      select s.group_id, s.kind, s.bucket, sum(s.cost) as cost, sum(s.generations) as generations
       from tokenlimits.usage_rollup as s
-      where s.group_id = p_group_id and s.bucket >= v_since
-      group by s.kind, s.bucket
+      where s.group_id = any(v_group_ids) and s.bucket >= v_since
+      group by s.group_id, s.kind, s.bucket
     ) as r
     full join (
-      select s.kind, s.bucket, sum(s.cost) as cost, count(*) as generations
+      select s.group_id, s.kind, s.bucket, sum(s.cost) as cost, count(*) as generations
       from (
-        select l.kind, {{ bucket('l.created_at') }} as bucket, l.cost
+        select l.group_id, l.kind, {{ bucket('l.created_at') }} as bucket, l.cost
         from public.generation_usage as l
-        where l.group_id = p_group_id and l.created_at >= v_since and l.status in ('reserved', 'committed')
+        where l.group_id = any(v_group_ids) and l.created_at >= v_since and l.status in ('reserved', 'committed')
       ) as s
-      group by s.kind, s.bucket
-    ) as u on u.kind = r.kind and u.bucket = r.bucket
+      group by s.group_id, s.kind, s.bucket
+    ) as u on u.group_id = r.group_id and u.kind = r.kind and u.bucket = r.bucket
   ) as d
   where d.was <> d.used or d.generations <> 0;
 end
 $$;
 {{ private(
   'rollup_differences(uuid, timestamptz)',
-  "Where the history since a moment differs from the ledger, and by how many generations."
+  "Where the history of a group, and of all beneath it, differs from the ledger since a moment."
 ) }}
 
 -- The group's own counters come first, so that p_most leaves out members. A rolling counter may be right while its
@@ -60,6 +63,8 @@ language plpgsql
 stable
 {{ search_path() }}
 as $$
+declare
+  v_group_ids uuid[] := {{ beneath('p_group_id') }};
 begin
   return query
   select d.subject, d.counter_id, d.kind, d.period, d.starts, d.scope, d.was, d.used
@@ -67,7 +72,8 @@ begin
     select
       c.subject, c.counter_id, c.kind, c.period, c.starts, c.scope, c.used as was,
       tokenlimits.count_limit(
-        p_group_id, case c.scope when 'member' then c.subject end, c.kind, c.period, c.counts, c.since, c.until
+        case c.scope when 'child' then {{ beneath('c.subject') }} else v_group_ids end,
+        case c.scope when 'member' then c.subject end, c.kind, c.period, c.counts, c.since, c.until
       ) as used,
       c.starts = 'rolling' and exists (
         select
@@ -79,7 +85,7 @@ begin
           select r.part, -r.used
           from tokenlimits.recorded_parts(row(
             p_group_id, c.counter_id, c.subject, c.kind, c.period, c.starts, c.scope, c.mode, c.max, c.counts, 1,
-            c.since, c.until, null, c.used, null, true, null, null, null, null
+            c.since, c.until, null, c.used, null, true, null, null, null, null, null
           )::tokenlimits.limit_state) as r
         ) as q
         group by q.part
@@ -115,7 +121,7 @@ begin
   select u.*
   from public.generation_usage as u
   where
-    u.group_id = p_group_id
+    u.group_id = any({{ beneath('p_group_id') }})
     and u.created_at >= p_since
     and u.status = 'reserved'
     and not exists (select from tokenlimits.holds as h where h.user_id = u.user_id and h.usage_id = u.id);
@@ -126,8 +132,8 @@ $$;
   "Reserved usages without a row in holds, which would never be found when they expire."
 ) }}
 
--- One group at a time, and from a moment on, since a statement ends after 8 s. Returns what differed: the old and the
--- new values.
+-- One group at a time, and from a moment on, since a statement ends after 8 s. Its counters include what is used beneath
+-- it, so the history there is corrected too. Returns what differed: the old and the new values.
 create or replace function tokenlimits.reconcile_usage(p_group_id uuid, p_since timestamptz)
 returns jsonb
 language plpgsql
@@ -144,24 +150,25 @@ declare
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
+  {{ lock_tree() }}
   perform tokenlimits.lock_groups(array[p_group_id], true);
 
-  {{ into_holds('u', "from tokenlimits.missing_holds(p_group_id, coalesce(p_since, '-infinity')) as u") | indent(2) }}
+  {{ into_holds('u', root_id=root_of('u.group_id'), source="from tokenlimits.missing_holds(p_group_id, coalesce(p_since, '-infinity')) as u") | indent(2) }}
   get diagnostics v_holds = row_count;
 
   -- the rollup first, since the group's counters are counted from it
   with differences as (
-    select d.kind, d.bucket, d.was, d.used, d.generations
+    select d.group_id, d.kind, d.bucket, d.was, d.used, d.generations
     from tokenlimits.rollup_differences(p_group_id, coalesce(p_since, '-infinity')) as d
   ),
 
   repaired as (
     {{ merge_into_rollup(
-      'select p_group_id, d.kind, d.bucket, 0, d.used - d.was, d.generations\nfrom differences as d'
+      'select d.group_id, d.kind, d.bucket, 0, d.used - d.was, d.generations\nfrom differences as d'
     ) | indent(4) }}
   )
 
-  select jsonb_agg(to_jsonb(d) - 'generations' order by d.kind, d.bucket) into v_rollup
+  select jsonb_agg(to_jsonb(d) - 'generations' order by d.group_id, d.kind, d.bucket) into v_rollup
   from differences as d;
 
   with differences as (
@@ -183,7 +190,7 @@ begin
     select
       l.group_id, l.counter_id, c.subject, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counts, 1 as weight,
       c.since, c.until, null as reset_at, c.used, null as expired, true as is_open, null as group_name, null as timezone,
-      null as own_max, null as overridden_until
+      null as own_max, null as overridden_until, null as level
     from public.group_limits as l
     inner join tokenlimits.counters as c on c.counter_id = l.counter_id
     where l.group_id = p_group_id and l.starts = 'rolling' and c.until > tokenlimits.clock()
@@ -204,5 +211,5 @@ $$;
   'reconcile_usage',
   ['p_group_id uuid', 'p_since timestamptz default \'-infinity\''],
   to='authenticated, service_role',
-  comment="Recounts a group's usage from the ledger, corrects counters and rollup, and returns what differed."
+  comment="Recounts the usage of a group, and of all beneath it, from the ledger; corrects its counters and the rollup, and returns what differed."
 ) }}

@@ -248,7 +248,8 @@ begin
     union all
     (select m.user_id, k.kind
     from public.group_memberships as m
-    inner join public.group_limits as l on l.group_id = m.group_id and l.period <> 'in_flight'
+    inner join tokenlimits.group_tree as t on t.group_id = m.group_id
+    inner join public.group_limits as l on l.group_id = t.above_id and l.period <> 'in_flight'
     cross join lateral {{ kinds_of('l') | indent(4) }} as k
     limit 10)
   loop
@@ -471,7 +472,12 @@ begin
     'groups_without_limits', (
       select count(*)
       from public.user_groups as g
-      where not exists (select from public.group_limits as l where l.group_id = g.id)
+      where not exists (
+        select
+        from tokenlimits.group_tree as t
+        inner join public.group_limits as l on l.group_id = t.above_id
+        where t.group_id = g.id
+      )
     ),
     'users_in_no_group', tokenlimits.users_in_no_group(),
     'groups_not_summed', tokenlimits.groups_not_summed(),

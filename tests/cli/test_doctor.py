@@ -487,8 +487,8 @@ select gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), 'bloat', 1, 'com
 from generate_series(1, 120000)
 """
 HOLDS = """
-insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
-select gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), 'bloat', 1, now(), now()
+insert into tokenlimits.holds (usage_id, group_id, root_id, user_id, kind, cost, created_at, expires_at)
+select gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), 'bloat', 1, now(), now()
 from generate_series(1, 120000)
 """
 INDEX = "public.generation_usage_user_id_idx"

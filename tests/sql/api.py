@@ -99,6 +99,8 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
         "p_updated_at": None,
         "p_anchor_at": "2026-01-01T00:00:00Z",
         "p_no_anchor": False,
+        "p_parent_id": None,
+        "p_no_parent": False,
     },
     "set_group_limit": {
         "p_group_id": GROUP_ID,
@@ -119,6 +121,7 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
         "p_period": "day",
         "p_starts": "calendar",
         "p_until": "2100-01-01T00:00:00Z",
+        "p_child_id": None,
     },
     "remove_limit_override": {
         "p_group_id": GROUP_ID,
@@ -126,10 +129,17 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
         "p_user_id": USER_ID,
         "p_period": "day",
         "p_starts": "calendar",
+        "p_child_id": None,
     },
-    "find_limit_overrides": {"p_group_id": GROUP_ID, "p_user_id": USER_ID, "p_after": None, "p_page_size": 10},
+    "find_limit_overrides": {
+        "p_group_id": GROUP_ID,
+        "p_user_id": USER_ID,
+        "p_after": None,
+        "p_page_size": 10,
+        "p_child_id": None,
+    },
     "delete_group": {"p_group_id": GROUP_ID},
-    "find_groups": {"p_group_id": GROUP_ID, "p_name": "pro", "p_search": "p", "p_after": "a", "p_page_size": 10},
+    "find_groups": {"p_group_id": GROUP_ID, "p_name": "pro", "p_search": "p", "p_after": "a", "p_page_size": 10, "p_parent_id": None},
     "add_group_members": {
         "p_group_id": GROUP_ID,
         "p_user_ids": [USER_ID, ADMIN_ID],

@@ -11,6 +11,13 @@ if TYPE_CHECKING:
 
 _LIVE = "u.status in ('reserved', 'committed')"
 
+# what a limit counts for a subject: the group's usage, and that of all beneath it
+_COUNTED = """u.group_id in (
+  select t.group_id
+  from tokenlimits.group_tree as t
+  where t.above_id = case l.scope when 'child' then c.subject else l.group_id end
+)"""
+
 _COUNTERS = f"""
 select
   l.group_id, l.kind, l.period, l.scope, c.subject, c.since, c.until, c.used,
@@ -21,9 +28,9 @@ select
     )
     from public.generation_usage as u
     where
-      u.group_id = l.group_id
+      {_COUNTED}
       and (l.counts is null and u.kind = l.kind or l.counts ? u.kind)
-      and (l.scope = 'group' or u.user_id = c.subject)
+      and (l.scope <> 'member' or u.user_id = c.subject)
       and u.created_at >= c.since
       and u.created_at < c.until
       and {_LIVE}
@@ -74,8 +81,8 @@ with recorded as (
   inner join public.group_limits as l using (counter_id)
   inner join public.generation_usage as u
     on
-      u.group_id = l.group_id and (l.counts is null and u.kind = l.kind or l.counts ? u.kind)
-      and (l.scope = 'group' or u.user_id = c.subject) and u.created_at >= c.since and u.created_at < c.until
+      {_COUNTED} and (l.counts is null and u.kind = l.kind or l.counts ? u.kind)
+      and (l.scope <> 'member' or u.user_id = c.subject) and u.created_at >= c.since and u.created_at < c.until
       and {_LIVE}
   where l.starts = 'rolling' and c.until > tokenlimits.clock()
   group by 1, 2, 3
@@ -98,15 +105,19 @@ select counted.*, r.reset_at
 from ({_COUNTERS}) as counted
 inner join tokenlimits.usage_resets as r
   on
-    r.group_id = counted.group_id and r.kind in (counted.kind, '*')
-    and r.subject in (counted.group_id, counted.subject)
+    r.group_id = case counted.scope when 'child' then counted.subject else counted.group_id end
+    and r.kind in (counted.kind, '*') and r.subject in (r.group_id, counted.subject)
 where counted.since < r.reset_at and counted.period <> 'in_flight'
 """
 
 COUNTERS_OF_NOBODY = f"""
 select *
 from ({_COUNTERS}) as counted
-where (scope = 'group') <> (subject = group_id) or since >= until
+where
+  (scope = 'group') <> (subject = group_id) or since >= until
+  or (scope = 'child') <> exists (
+    select from tokenlimits.group_tree as t where t.group_id = counted.subject and t.above_id = counted.group_id and t.distance = 1
+  )
 """
 
 OVERRIDES_UNKNOWN_TO_COUNTERS = """
@@ -136,6 +147,62 @@ where
   is distinct from (u.group_id, u.user_id, u.kind, u.cost, u.created_at, u.expires_at)
 """
 
+_PATHS = """
+with recursive paths as (
+  select g.id as group_id, g.id as above_id, null::uuid as child_id, 0 as distance, g.parent_id
+  from public.user_groups as g
+  union all
+  select p.group_id, g.id, p.above_id, p.distance + 1, g.parent_id
+  from paths as p
+  inner join public.user_groups as g on g.id = p.parent_id
+)
+"""
+
+# the ways up of all groups that exist; a deleted group stays beneath those that its parent is beneath
+MISPLACED_GROUPS = f"""
+select expected.*, found.*
+from (
+  {_PATHS}
+  select
+    p.group_id, p.above_id, p.child_id, p.distance, max(p.distance) over (partition by p.group_id) - p.distance as level
+  from paths as p
+) as expected
+full join (
+  select t.*
+  from tokenlimits.group_tree as t
+  where exists (select from public.user_groups as g where g.id = t.group_id)
+) as found
+  on
+    (found.group_id, found.above_id, found.distance, found.level)
+    = (expected.group_id, expected.above_id, expected.distance, expected.level)
+    and found.child_id is not distinct from expected.child_id
+where found.group_id is null or expected.group_id is null
+"""
+
+BROKEN_WAYS = """
+select t.*
+from tokenlimits.group_tree as t
+left join tokenlimits.group_tree as s on s.group_id = t.child_id and s.above_id = t.above_id
+where (t.distance = 0) <> (t.child_id is null) or (t.distance > 0 and s.distance is distinct from 1)
+"""
+
+UNMARKED_GROUPS = """
+select g.id
+from public.user_groups as g
+where
+  not g.is_nested
+  and exists (
+    select from tokenlimits.group_tree as t where t.distance > 0 and g.id in (t.group_id, t.above_id)
+  )
+"""
+
+HOLDS_IN_ANOTHER_TREE = """
+select h.usage_id, h.group_id, h.root_id
+from tokenlimits.holds as h
+inner join tokenlimits.group_tree as t on t.group_id = h.group_id and t.level = 0
+where h.root_id <> t.above_id
+"""
+
 INVARIANTS = {
     "a counter is not the sum of the live usages of its period": DRIFTING_COUNTERS,
     "a part of a rolling counter is not the sum of its live usages": DRIFTING_PARTS,
@@ -144,6 +211,10 @@ INVARIANTS = {
     "a counter has no subject or no period": COUNTERS_OF_NOBODY,
     "a counter has another override than its subject": OVERRIDES_UNKNOWN_TO_COUNTERS,
     "the holds are not the reserved usages": HOLDS_OF_NOTHING,
+    "a group is elsewhere in the tree than its parent says": MISPLACED_GROUPS,
+    "a way up leaves out a group": BROKEN_WAYS,
+    "a group in a tree is judged as if it were alone": UNMARKED_GROUPS,
+    "a hold is in another tree than its group": HOLDS_IN_ANOTHER_TREE,
 }
 
 

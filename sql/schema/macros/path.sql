@@ -8,6 +8,16 @@ add a tenth to the cost of these lines. A macro takes expressions, and the names
 {{ at }} >= '1970-01-01 00:00:00+00' and {{ at }} < '9999-01-01 00:00:00+00'
 {%- endmacro %}
 
+{# All who are in a group or in one beneath it. #}
+{% macro members_beneath(group_id) -%}
+array(
+  select distinct m.user_id
+  from tokenlimits.group_tree as t
+  inner join public.group_memberships as m on m.group_id = t.group_id
+  where t.above_id = {{ group_id }}
+)
+{%- endmacro %}
+
 {# A name as it is stored: composed, without leading or trailing blanks, of which Unicode has many. #}
 {% macro tidied(name) -%}
 normalize(
@@ -47,6 +57,11 @@ or {{ period }} ~ '^([2-9]|1[0-9]|2[0-4]) months$'
 or ({{ starts }} = 'anchor' and {{ period }} !~ '^(in_flight|lifetime)$')
 or ({{ starts }} = 'first_use' and {{ period }} !~ '^(in_flight|lifetime)$| months$')
 or ({{ starts }} = 'rolling' and {{ period }} !~ '^(in_flight|month|year|lifetime)$| months$')
+{%- endmacro %}
+
+{# Whose usage a limit counts. #}
+{% macro is_scope(scope) -%}
+{{ scope }} in ('group', 'child', 'member')
 {%- endmacro %}
 
 {# In which order periods of a limit are listed: by their length. #}
@@ -163,10 +178,47 @@ where g.id = {{ group_id }};
 
 {#
 The class of advisory locks on stripes: 'tokl' in ASCII, so that they don't collide with a project's own. 256: which
-group is the default. 257: installation and uninstallation.
+group is the default. 257: installation and uninstallation. 258: which group is beneath which.
 #}
 {% macro stripe_class() -%}
 1953459052
+{%- endmacro %}
+
+{# The groups beneath a group, and itself, deleted ones included. #}
+{% macro beneath(group_id) -%}
+array(select t.group_id from tokenlimits.group_tree as t where t.above_id = {{ group_id }})
+{%- endmacro %}
+
+{# The rows of the tree of a group: itself, and all above it. #}
+{% macro way_up(group_id) -%}
+array(
+  select row(t.*)::tokenlimits.group_tree
+  from tokenlimits.group_tree as t
+  where t.group_id = {{ group_id }}
+  order by t.distance
+)
+{%- endmacro %}
+
+{# The group at the top of a group's tree. #}
+{% macro root_of(group_id) -%}
+coalesce(
+  (select t.above_id from tokenlimits.group_tree as t where t.group_id = {{ group_id }} and t.level = 0), {{ group_id }}
+)
+{%- endmacro %}
+
+{# The groups whose usage a limit counts for a subject, given its state. #}
+{% macro counted_groups(state) -%}
+{{ beneath(home_of(state)) }}
+{%- endmacro %}
+
+{# The group that a limit counts for a subject, with all beneath it; its resets are the counter's too. #}
+{% macro home_of(state) -%}
+case {{ state }}.scope when 'child' then {{ state }}.subject else {{ state }}.group_id end
+{%- endmacro %}
+
+{# Keeps the tree of groups as it is until the transaction ends; exclusive: to change it. #}
+{% macro lock_tree(exclusive=false) -%}
+perform pg_advisory_xact_lock{{ '' if exclusive else '_shared' }}({{ stripe_class() }}, 258);
 {%- endmacro %}
 
 {# Installations and uninstallations wait for each other. #}
@@ -207,12 +259,12 @@ case when {{ limit }}.counts is null then 1 else ({{ limit }}.counts ->> {{ kind
 {# The live usage since a moment that counts for a limit, given its state: a table. Only one half is ever read. #}
 {% macro live_usage_of(state, since) -%}
 (
-  {%- for scope in ['group', 'member'] %}
+  {%- for is_member in [false, true] %}
   select l.created_at, l.kind, l.cost, l.reserved_cost, l.status, l.settled_at, l.expires_at
   from public.generation_usage as l
   where
-    {{ state }}.scope = '{{ scope }}' and l.group_id = {{ state }}.group_id
-    {%- if scope == 'member' %} and l.user_id = {{ state }}.subject{% endif %}
+    {{ state }}.scope {{ '=' if is_member else '<>' }} 'member' and l.group_id = any({{ counted_groups(state) }})
+    {%- if is_member %} and l.user_id = {{ state }}.subject{% endif %}
     and {{ counts_kind(state, 'l.kind') }} and l.created_at >= {{ since }} and l.status in ('reserved', 'committed')
   {%- if not loop.last %}
   union all
@@ -244,10 +296,30 @@ numerics.
 )::uuid
 {%- endmacro %}
 
+{# The name of the group that pays, given one of the limits that judged. #}
+{% macro name_of(state, group_id) -%}
+case
+  when {{ state }}.group_id = {{ group_id }} then {{ state }}.group_name
+  else (select g.name from public.user_groups as g where g.id = {{ group_id }})
+end
+{%- endmacro %}
+
+{# Whether any limit would count what is used of a kind in a group; `only` is a condition on a limit l. #}
+{% macro is_limited(group_id, kind, only='true') -%}
+exists (
+  select
+  from tokenlimits.group_tree as t
+  inner join public.group_limits as l on l.group_id = t.above_id
+  where
+    t.group_id = {{ group_id }} and {{ counts_kind('l', kind) }} and (l.scope <> 'child' or t.child_id is not null)
+    and {{ only }}
+)
+{%- endmacro %}
+
 {# The columns of limit_state, to unnest an array of states with ordinality. #}
 {% macro state_columns() -%}
 group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-used, expired, is_open, group_name, timezone, own_max, overridden_until
+used, expired, is_open, group_name, timezone, own_max, overridden_until, level
 {%- endmacro %}
 
 {#
@@ -272,28 +344,41 @@ and reads all live holds; the order is the index's.
 end)
 {%- endmacro %}
 
-{# Whether any of a group have expired, of the kinds that count for its limits on some kinds; null: on all. #}
+{#
+Whether any of a group's tree have expired, of the kinds that count for limits of the group, and of all above it, on some
+kinds; null: on all.
+#}
 {% macro any_expired_of_all(group_id, kinds, at) -%}
 exists (
   select
   from (
-    select distinct w.kind
-    from public.group_limits as i
+    select distinct w.kind, r.above_id as root_id
+    from tokenlimits.group_tree as o
+    inner join public.group_limits as i on i.group_id = o.above_id
+    inner join tokenlimits.group_tree as r on r.group_id = o.group_id and r.level = 0
     cross join lateral {{ kinds_of('i') | indent(4) }} as w
-    where i.group_id = {{ group_id }} and {{ counts_any('i', kinds) | indent(4) }}
+    where o.group_id = {{ group_id }} and {{ counts_any('i', kinds) | indent(4) }}
   ) as k
-  where {{ any_expired(group_id, 'k.kind', at) | indent(2) }}
+  where {{ any_expired('k.root_id', 'k.kind', at) | indent(2) }} or (
+    select true
+    from tokenlimits.holds as h
+    where h.root_id = k.root_id and h.root_id <> h.group_id and h.kind = k.kind and h.expires_at <= {{ at }}
+    order by h.expires_at
+    limit 1
+  ) is true
 )
 {%- endmacro %}
 
 {#
-A group's limits in the order in which counters are locked: members' first, then the group's. `subject` is the subject of
-a limit i. With `of_many`, there are several: an expression that returns a row for each (in "from", it would cost more
-than all the rest), and a list of kinds (null: all); one request needs less to sort and to compare. `in_flight`: whether
-those are read that count holds, since only a hold is judged by them. v_is_plain: every limit is plain, every counter is
-current, and there is no expired hold to subtract, so the states can be used as they are.
+The limits that judge what is used in a group, in the order in which counters are locked: members' first, then those of
+groups, the deepest first. One request of a group that is alone reads the group's own; `subject` is the subject of a limit
+i. With `of_many`, there may be groups above (t), and several users: `subject` is an expression that returns a row for
+each (in "from", it would cost more than all the rest), and `kind` a list of kinds (null: all); or `which` of t and i is
+another condition than "those of a group", and `expired` says whether any hold has expired that they count. `in_flight`:
+whether those are read that count holds, since only a hold is judged by them. v_is_plain: every limit is plain, the group is alone, every
+counter is current, and there is no expired hold to subtract, so the states can be used as they are; null: there are none.
 #}
-{% macro read_limits(group_id, subject, kind, at, in_flight, of_many=false) -%}
+{% macro read_limits(group_id, subject, kind, at, in_flight, of_many=false, which='', expired='') -%}
 select
   array_agg(
     row(
@@ -301,25 +386,34 @@ select
       {{ 'l.mode' if of_many else "'enforce'" }},
       case when c.overridden_until > {{ at }} then c.override_max else l.max end,
       {{ 'l.counts, l.weight' if of_many else 'null, 1' }},
-      c.since, c.until, null, c.used, null, c.until > {{ at }}, l.name, l.timezone, l.max, c.overridden_until
+      c.since, c.until, null, c.used, null, c.until > {{ at }}, l.name, l.timezone, l.max, c.overridden_until,
+      {{ 'l.level' if of_many else 'null' }}
     )::tokenlimits.limit_state
-    order by {{ "l.kind, l.scope = 'group', l.subject" if of_many else "l.scope = 'group'" }}, l.counter_id
+    order by {{
+      "l.kind, l.scope <> 'member', l.level desc, l.subject" if of_many else "l.scope = 'group'"
+    }}, l.counter_id
   ),
-  bool_and(l.is_plain and c.since is not null and c.since <= {{ at }} and c.until > {{ at }})
-  and not {{ (any_expired_of_all if of_many else any_expired)(group_id, kind, at) | indent(2) }}
+  bool_and(l.is_plain and not l.is_nested and c.since is not null and c.since <= {{ at }} and c.until > {{ at }})
+  and not {{ expired or (any_expired_of_all if of_many else any_expired)(group_id, kind, at) | indent(2) }}
 into v_states, v_is_plain
 from (
   select
-    i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
+    i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone, g.is_nested,
     {%- if of_many %}
     i.mode, i.counts,
+    case i.scope when 'group' then t.level when 'child' then t.level + 1 end as level,
     case when cardinality({{ kind }}) = 1 then {{ weight_of('i', kind ~ '[1]') }} else 1 end as weight,
     {%- endif %}
     {{ subject }} as subject
+  {%- if of_many %}
+  from tokenlimits.group_tree as t
+  inner join public.group_limits as i on i.group_id = t.above_id
+  {%- else %}
   from public.group_limits as i
+  {%- endif %}
   inner join public.user_groups as g on g.id = i.group_id
   where
-    i.group_id = {{ group_id }} and {{ counts_any('i', kind) | indent(4) if of_many else counts_kind('i', kind) }}
+    {{ which or ('t' if of_many else 'i') ~ '.group_id = ' ~ group_id }} and {{ counts_any('i', kind) | indent(4) if of_many else counts_kind('i', kind) }}
     {%- if in_flight != 'true' %}
     and {{ 'i.period <> \'in_flight\'' if in_flight == 'false' else "(i.period <> 'in_flight' or " ~ in_flight ~ ')' }}
     {%- endif %}
@@ -395,11 +489,11 @@ foreach v_group_id in array v_group_ids loop
     'v_group_id', "case i.scope when 'group' then i.group_id else " ~ user_id ~ " end", kind, 'v_at',
     in_flight='true' if is_hold else 'false'
   ) | indent(2) }}
-  continue when v_states is null;
-  if not v_is_plain then
+  if v_is_plain is not true then
     v_states := tokenlimits.limit_states(
       v_group_id, array[{{ user_id }}], array[{{ kind }}], v_at, p_in_flight => {{ 'true' if is_hold else 'false' }}
     );
+    continue when cardinality(v_states) = 0;
   end if;
   {{ weigh(
     'v_group_id', cost, each='foreach v_state in array v_states loop', states='v_states', is_hold=is_hold
@@ -447,10 +541,10 @@ on conflict on constraint generation_usage_key_key do nothing;
 {%- endmacro %}
 
 {# Writes reserved usages into holds, where they are found when they expire. #}
-{% macro into_holds(usage, source='') -%}
-insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
+{% macro into_holds(usage, root_id, source='') -%}
+insert into tokenlimits.holds (usage_id, group_id, root_id, user_id, kind, cost, created_at, expires_at)
 select
-  {{ usage }}.id, {{ usage }}.group_id, {{ usage }}.user_id, {{ usage }}.kind, {{ usage }}.cost,
+  {{ usage }}.id, {{ usage }}.group_id, {{ root_id }}, {{ usage }}.user_id, {{ usage }}.kind, {{ usage }}.cost,
   {{ usage }}.created_at, {{ usage }}.expires_at
 {%- if source %}
 {{ source }}
@@ -521,7 +615,7 @@ returning c.used into {{ state }}.used;
 
 {#
 Moves rollup and counters by `moves` (usage_move[]), all at once: the rollup's rows first, then members' counters, then
-the groups', each class in one order across all groups and kinds. The ledger has already been written: a counter that is
+the groups', the deepest first, each class in one order across all groups and kinds. The ledger has already been written: a counter that is
 recounted includes the moves, so it is opened without them. Raises TL099 if a counter has entered another period, or has
 no room for an enforced move. A move that only gives back always fits, even if the limit was lowered below what is used.
 v_moved are the moved counters, v_moving is the group whose counter is being moved. `judges` are the limits in which an
@@ -540,13 +634,15 @@ from (
   order by m.group_id, m.kind, bucket
 ) as g") }};
 v_states := array(
-  select row(l.*)::tokenlimits.limit_state
+  -- several groups may have the same above them
+  select distinct on (l.subject, l.counter_id) row(l.*)::tokenlimits.limit_state
   from (
     select m.group_id, array_agg(distinct m.kind) as kinds, array_agg(distinct m.user_id) as user_ids
     from unnest({{ moves }}) as m
     group by m.group_id
   ) as p
   cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, {{ at }}, false)) as l
+  order by l.subject, l.counter_id
 );
 for v_move in
   select
@@ -556,19 +652,18 @@ for v_move in
     bool_or(m.enforced) and {{ enforcing }} as enforced, bool_or(m.created_at < s.since) as is_over
   from unnest(v_states) with ordinality as s ({{ state_columns() }}, place)
   inner join (
-    select g.*, g.group_id as subject, 'group' as scope
+    select g.*, t.above_id, w.scope, w.subject
     from unnest({{ moves }}) as g
-    union all
-    select u.*, u.user_id as subject, 'member' as scope
-    from unnest({{ moves }}) as u
+    inner join tokenlimits.group_tree as t on t.group_id = g.group_id
+    cross join lateral (values ('group', t.above_id), ('child', t.child_id), ('member', g.user_id)) as w (scope, subject)
   ) as m
     on
-      m.group_id = s.group_id and m.subject = s.subject and m.scope = s.scope and {{ counts_kind('s', 'm.kind') }}
+      m.above_id = s.group_id and m.subject = s.subject and m.scope = s.scope and {{ counts_kind('s', 'm.kind') }}
       -- an enforced move can't be skipped: its period ended after it was judged
       and (m.created_at >= s.since or (m.enforced and {{ enforcing }}))
       and (m.holds is not null or s.period <> 'in_flight')
-  group by s.place, s.scope, s.subject, s.counter_id, s.mode
-  order by s.scope = 'group', s.subject, s.counter_id
+  group by s.place, s.scope, s.subject, s.counter_id, s.mode, s.level
+  order by s.scope <> 'member', s.level desc, s.subject, s.counter_id
 loop
   v_state := v_states[v_move.place];
   v_moving := v_state.group_id;
@@ -625,8 +720,8 @@ return tokenlimits.usage_answer(
 Adds a limit to an answer: to v_limits, to v_would_deny if it only observes that it is full, and to v_tightest, the one
 with the least room. A plain one does the same with less.
 #}
-{% macro add_limit(state, plain=false, observed='null') -%}
-v_limits := v_limits || {{ limit_answer(state, plain) }};
+{% macro add_limit(state, plain=false, observed='null', payer='null') -%}
+v_limits := v_limits || {{ limit_answer(state, plain, payer) }};
 {%- if plain %}
 if {{ state }}.max - {{ state }}.used < v_tightest.max - v_tightest.used
   or (v_tightest.max is null and {{ state }}.max is not null)
@@ -636,7 +731,7 @@ end if;
 {%- else %}
 if {{ state }}.mode = 'observe' then
   if {{ state }}.counter_id = any({{ observed }}) then
-    v_would_deny := v_would_deny || {{ limit_answer(state) }};
+    v_would_deny := v_would_deny || {{ limit_answer(state, payer=payer) }};
   end if;
 -- how many may run at once is in other units
 elsif {{ state }}.period <> 'in_flight' and (
@@ -680,17 +775,20 @@ row_to_json(row(
 )::tokenlimits.generation_answer)
 {%- endmacro %}
 
-{# A limit, as clients see it. #}
-{% macro limit_answer(state, plain=false) -%}
+{# A limit, as clients see it: with its group, unless that is the one that pays. #}
+{% macro limit_answer(state, plain=false, payer='null') -%}
 row(
   {{ state }}.kind, {{ state }}.period, {{ state }}.starts, {{ state }}.scope, {{ state }}.mode, {{ state }}.max,
   {{ state }}.used,
   {%- if plain %}
   case when {{ state }}.max is not null then greatest({{ state }}.max - {{ state }}.used, 0) end,
-  nullif({{ state }}.until, 'infinity'), 1
+  nullif({{ state }}.until, 'infinity'), 1, null
   {%- else %}
   case when {{ state }}.max is not null then greatest({{ units_left(state) | indent(2) }}, 0) end,
-  nullif(coalesce({{ state }}.reset_at, {{ state }}.until), 'infinity'), {{ state }}.weight
+  nullif(coalesce({{ state }}.reset_at, {{ state }}.until), 'infinity'), {{ state }}.weight,
+  case when {{ state }}.group_id <> {{ payer }} then
+    row({{ state }}.group_id, {{ state }}.group_name)::tokenlimits.group_answer
+  end
   {%- endif %}
 )::tokenlimits.limit_answer
 {%- endmacro %}
@@ -791,7 +889,10 @@ move into this one, and not before a reset. The windows of a rolling limit overl
 greatest(lower({{ period }}), {{ past_until }}, {{ last_reset(group_id, kind, subject) }})
 {%- endmacro %}
 
-{# When an admin last reset what a subject has used of limits on a kind; null: never. #}
+{#
+When an admin last reset what a subject (a member, or the group itself) has used of a group's limits on a kind; null:
+never.
+#}
 {% macro last_reset(group_id, kind, subject) -%}
 (
   select max(r.reset_at)

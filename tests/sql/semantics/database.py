@@ -51,6 +51,7 @@ class Database:
 
 FORGET_EVERYTHING = """
 delete from public.user_groups;
+delete from tokenlimits.group_tree;
 delete from auth.users;
 delete from public.generation_usage;
 delete from tokenlimits.usage_rollup;

@@ -870,11 +870,11 @@ class TestFlat:
         user = world.user(group)
         owner.execute(
             """
-            insert into tokenlimits.holds (usage_id, group_id, user_id, kind, cost, created_at, expires_at)
-            select gen_random_uuid(), %s, gen_random_uuid(), 'image', 1, now(), '2100-01-01 00:00Z'
+            insert into tokenlimits.holds (usage_id, group_id, root_id, user_id, kind, cost, created_at, expires_at)
+            select gen_random_uuid(), %s, %s, gen_random_uuid(), 'image', 1, now(), '2100-01-01 00:00Z'
             from generate_series(1, 5000)
             """,
-            [group],
+            [group, group],
         )
         owner.execute("analyze")
         for call in (caller.track, caller.check):

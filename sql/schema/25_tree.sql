@@ -1,0 +1,289 @@
+-- Groups beneath groups.
+--
+-- Invariants
+--   * A usage in a group counts for the limits of the group and of all above it. A limit of a group counts what is used
+--     in it and in all beneath it; one of scope child counts it for each group directly beneath it.
+--   * A group that was deleted stays where it was, so its usage goes on counting above it; its id is never used again.
+--   * A call holds the stripe of its own group alone. Whoever changes what judges it holds, in exclusive mode, the
+--     stripes of the changed group and of all beneath it. So a call is judged by one state of all groups above it, at no
+--     cost.
+--   * So the groups beneath must not change meanwhile: whoever changes limits holds the lock on the tree in shared mode,
+--     whoever adds or moves a group in exclusive mode. It comes after rows of groups, and before rows of limits and
+--     stripes.
+
+-- Every group that there ever was, with itself and each group above it.
+create table if not exists tokenlimits.group_tree (
+  group_id uuid not null,
+  above_id uuid not null,
+  -- the group below that one, on the way to it; null: it is the group itself
+  child_id uuid,
+  -- how many steps it is away, and how many there are from the root to it
+  distance smallint not null,
+  level smallint not null,
+  constraint group_tree_pkey primary key (group_id, distance)
+);
+comment on table tokenlimits.group_tree is 'tokenlimits: Each group with all groups above it, deleted ones included.';
+create unique index if not exists group_tree_above_id_key on tokenlimits.group_tree (above_id, group_id);
+revoke all on tokenlimits.group_tree from public, anon, authenticated, service_role;
+
+-- A dump of the public tables alone doesn't include it.
+insert into tokenlimits.group_tree (group_id, above_id, child_id, distance, level)
+with recursive paths as (
+  select g.id as group_id, g.id as above_id, null::uuid as child_id, 0 as distance, g.parent_id
+  from public.user_groups as g
+  union all
+  select p.group_id, g.id, p.above_id, p.distance + 1, g.parent_id
+  from paths as p
+  inner join public.user_groups as g on g.id = p.parent_id
+)
+
+select
+  p.group_id, p.above_id, p.child_id, p.distance, max(p.distance) over (partition by p.group_id) - p.distance as level
+from paths as p
+on conflict on constraint group_tree_pkey do nothing;
+
+create or replace function tokenlimits.refuse_id(p_id uuid)
+returns void
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+begin
+  perform tokenlimits.refuse(
+    'TL001', format('id: %s is or was the id of another group', p_id), 'id', 'Choose an id that was never used.'
+  );
+end
+$$;
+{{ private('refuse_id(uuid)', 'Raises TL001: a group has or had this id.', to='authenticated, service_role') }}
+
+create or replace function tokenlimits.refuse_parent(p_rule text)
+returns void
+language plpgsql
+immutable
+{{ search_path() }}
+as $$
+begin
+  perform tokenlimits.refuse('TL001', 'parent_id: ' || p_rule, 'parent_id', 'Nothing was saved.');
+end
+$$;
+{{ private('refuse_parent(text)', "Raises TL001: a group can't be beneath that one.") }}
+
+-- Before a group is beneath another one: refuses what can't be, and keeps the tree as it is from now on.
+create or replace function tokenlimits.check_parent()
+returns trigger
+language plpgsql
+-- definer: the tree is private
+security definer
+{{ search_path() }}
+as $$
+declare
+  c_levels constant integer := 5;
+  v_height integer;
+begin
+  new.is_nested := new.parent_id is not null or (tg_op = 'UPDATE' and old.is_nested);
+  if new.parent_id is not null then
+    -- rows of groups come before the tree
+    perform from public.user_groups as g where g.id = new.parent_id for no key update;
+    if not found then
+      perform tokenlimits.refuse_parent(format('there is no group %s', new.parent_id));
+    end if;
+  end if;
+  {{ lock_tree(exclusive=true) }}
+  v_height := coalesce((
+    select max(t.distance)
+    from tokenlimits.group_tree as t
+    inner join public.user_groups as g on g.id = t.group_id
+    where t.above_id = new.id
+  ), 0);
+  if new.parent_id = new.id or exists (
+    select from tokenlimits.group_tree as t where t.group_id = new.parent_id and t.above_id = new.id
+  ) then
+    perform tokenlimits.refuse_parent('would be beneath itself');
+  elsif (
+    select t.level + 2 + v_height from tokenlimits.group_tree as t where t.group_id = new.parent_id and t.distance = 0
+  ) > c_levels then
+    perform tokenlimits.refuse_parent(format('groups nest at most %s deep', c_levels));
+  end if;
+  return new;
+end
+$$;
+{{ private('check_parent()', 'Trigger: checks where in the tree a group is to be.') }}
+
+create or replace trigger user_groups_check_parent_insert
+before insert on public.user_groups
+for each row when (new.parent_id is not null)
+execute function tokenlimits.check_parent();
+
+create or replace trigger user_groups_check_parent_update
+before update on public.user_groups
+for each row when (old.parent_id is distinct from new.parent_id)
+execute function tokenlimits.check_parent();
+
+-- Takes a group, with all beneath it, from all above it, and puts it beneath a parent. A new group isn't there yet.
+create or replace function tokenlimits.place_group(p_group_id uuid, p_parent_id uuid)
+returns void
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+declare
+  v_beneath uuid[] := {{ beneath('p_group_id') }};
+  v_level integer := coalesce((
+    select t.level + 1 from tokenlimits.group_tree as t where t.group_id = p_parent_id and t.distance = 0
+  ), 0);
+begin
+  if v_beneath = '{}' then
+    insert into tokenlimits.group_tree (group_id, above_id, child_id, distance, level)
+    values (p_group_id, p_group_id, null, 0, v_level);
+    v_beneath := array[p_group_id];
+  else
+    delete from tokenlimits.group_tree as t
+    where t.group_id = any(v_beneath) and t.above_id <> all(v_beneath);
+    update tokenlimits.group_tree as t
+    set level = t.level + v_level - (
+      select s.level from tokenlimits.group_tree as s where s.group_id = p_group_id and s.distance = 0
+    )
+    where t.above_id = any(v_beneath);
+  end if;
+  insert into tokenlimits.group_tree (group_id, above_id, child_id, distance, level)
+  select
+    b.group_id, a.above_id, coalesce(a.child_id, p_group_id), b.distance + a.distance + 1, a.level
+  from tokenlimits.group_tree as b
+  cross join tokenlimits.group_tree as a
+  where b.above_id = p_group_id and a.group_id = p_parent_id;
+end
+$$;
+{{ private('place_group(uuid, uuid)', 'Puts a group and all beneath it beneath another group, or at the top.') }}
+
+-- Limits above a group that has moved count its usage no longer, or from now on too: they are counted afresh. All calls
+-- that they judge wait meanwhile. p_before and p_after are its rows of the tree.
+create or replace function tokenlimits.recount_above(
+  p_before tokenlimits.group_tree[],
+  p_after tokenlimits.group_tree[]
+)
+returns void
+language plpgsql
+volatile
+{{ search_path() }}
+as $$
+declare
+  v_changed tokenlimits.group_tree[] := array(
+    select row(d.*)::tokenlimits.group_tree
+    from (
+      (select b.above_id, b.child_id from unnest(p_before) as b where b.child_id is not null
+      except select a.above_id, a.child_id from unnest(p_after) as a)
+      union all
+      (select a.above_id, a.child_id from unnest(p_after) as a where a.child_id is not null
+      except select b.above_id, b.child_id from unnest(p_before) as b)
+    ) as q
+    cross join lateral (select null::uuid, q.above_id, q.child_id, null::smallint, null::smallint) as d
+  );
+begin
+  delete from tokenlimits.counters as c
+  using unnest(v_changed) as d, public.group_limits as l
+  where
+    l.group_id = d.above_id and l.scope = 'child' and c.counter_id = l.counter_id and c.subject = d.child_id;
+  -- a group that was above it before and still is counts it as before, whoever is between them
+  update public.group_limits as l
+  set counter_id = default
+  where
+    l.scope <> 'child' and l.group_id = any(array(
+      select d.above_id from unnest(v_changed) as d group by d.above_id having count(*) = 1
+    ));
+end
+$$;
+{{ private(
+  'recount_above(tokenlimits.group_tree[], tokenlimits.group_tree[])',
+  'Counts limits above a moved group afresh.'
+) }}
+
+create or replace function tokenlimits.move_in_tree()
+returns trigger
+language plpgsql
+-- definer: the tree is private
+security definer
+{{ search_path() }}
+as $$
+declare
+  v_before tokenlimits.group_tree[] := {{ way_up('new.id') }};
+  v_root_id uuid;
+begin
+  if tg_op = 'INSERT' then
+    -- only now: the group with this id may have been deleted while this waited for the id
+    if cardinality(v_before) > 0 then
+      perform tokenlimits.refuse_id(new.id);
+    end if;
+  else
+    -- all calls that any of their limits judge
+    perform tokenlimits.lock_groups(array(
+      select t.above_id from tokenlimits.group_tree as t where t.group_id in (new.id, new.parent_id) and t.level = 0
+    ), true);
+  end if;
+  perform tokenlimits.place_group(new.id, new.parent_id);
+  update public.user_groups as g
+  set is_nested = true
+  where g.id = new.parent_id and not g.is_nested;
+  if found then
+    -- its own limits have decided alone until now
+    perform tokenlimits.lock_groups(array[new.parent_id], true);
+  end if;
+  if tg_op = 'UPDATE' then
+    select t.above_id into v_root_id from tokenlimits.group_tree as t where t.group_id = new.id and t.level = 0;
+    update tokenlimits.holds as h
+    set root_id = v_root_id
+    where h.group_id = any({{ beneath('new.id') }});
+    if exists (
+      select from public.generation_usage as u where u.group_id = any({{ beneath('new.id') }})
+    ) then
+      perform tokenlimits.recount_above(v_before, {{ way_up('new.id') }});
+    end if;
+  end if;
+  return null;
+end
+$$;
+{{ private('move_in_tree()', 'Trigger: puts a new or moved group into the tree.') }}
+
+create or replace trigger user_groups_move_in_tree_insert
+after insert on public.user_groups
+for each row execute function tokenlimits.move_in_tree();
+
+create or replace trigger user_groups_move_in_tree_update
+after update on public.user_groups
+for each row when (old.parent_id is distinct from new.parent_id)
+execute function tokenlimits.move_in_tree();
+
+create or replace function tokenlimits.forget_group()
+returns trigger
+language plpgsql
+-- definer: an admin may delete a group without the right to read overrides
+security definer
+{{ search_path() }}
+as $$
+begin
+  delete from public.limit_overrides as o
+  where o.scope = 'child' and o.subject = old.id;
+  return null;
+end
+$$;
+{{ private('forget_group()', "Trigger: a deleted group has no max of its own any more.") }}
+
+create or replace trigger user_groups_forget
+after delete on public.user_groups
+for each row execute function tokenlimits.forget_group();
+
+-- Before rows of limits are locked. Limits that a call would judge by can't be beneath another group meanwhile.
+create or replace function tokenlimits.keep_tree()
+returns trigger
+language plpgsql
+{{ search_path() }}
+as $$
+begin
+  {{ lock_tree() }}
+  return null;
+end
+$$;
+{{ private('keep_tree()', "Trigger: the tree of groups stays as it is while limits change.") }}
+
+create or replace trigger group_limits_keep_tree
+before insert or update or delete on public.group_limits
+for each statement execute function tokenlimits.keep_tree();
