@@ -119,6 +119,11 @@ class TestAnchored:
         period = anchored("day", zone, datetime.fromisoformat(anchor), datetime.fromisoformat(at))
         assert period[0] == datetime.fromisoformat(since)
 
+    @pytest.mark.parametrize("period", ["day", "month", "year"])
+    def test_an_anchor_at_the_second_of_two_equal_times_is_one_at_the_first(self, period: str) -> None:
+        first, second = (datetime.fromisoformat(f"2026-10-25T02:30+0{hours}:00") for hours in (2, 1))
+        assert anchored(period, "Europe/Paris", second, first)[0] == first
+
 
 class TestFirstUse:
     @given(st.sampled_from([*LENGTHS]), zones, anchors)

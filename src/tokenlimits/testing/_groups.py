@@ -67,7 +67,7 @@ class Bound:
 
     owner: Group
     rule: Rule
-    terms: Terms
+    terms: Terms = field(compare=False)
     whose: str | None
 
     @property

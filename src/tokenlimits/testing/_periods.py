@@ -114,5 +114,5 @@ def first_moment(local: datetime, timezone: str) -> datetime:
         >>> str(first_moment(datetime(2026, 10, 25, 2, 30), "Europe/Paris"))
         '2026-10-25 00:30:00+00:00'
     """
-    # fold=0, the default, does both
-    return local.replace(tzinfo=zone(timezone)).astimezone(UTC)
+    # fold=0 does both; a time that was read off a zone's clocks may have the other
+    return local.replace(tzinfo=zone(timezone), fold=0).astimezone(UTC)
