@@ -103,6 +103,7 @@ class AsyncGroupManager(AsyncBase):
         timezone: str = "UTC",
         is_default: bool = False,
         anchor_at: datetime | None = None,
+        parent: UUID | str | Group | None = None,
         id: UUID | str | None = None,  # noqa: A002  # as the field of what it answers
     ) -> Group:
         """Create a group with its limits, in one step: an error leaves nothing behind.
@@ -114,22 +115,29 @@ class AsyncGroupManager(AsyncBase):
             priority: A user's groups are tried from high to low.
             timezone: An IANA name, in which the calendar periods begin.
             is_default: Users who are in no group have this group's limits. It replaces the previous default.
-            anchor_at: From when the periods of group limits with `starts="anchor"` are counted; by default, from the
-                group's creation.
+            anchor_at: From when the periods of its group limits with `starts="anchor"` are counted, and those of its
+                allowance under `child` limits; by default, from the group's creation.
+            parent: The group that it is beneath, whose limits count its usage too; none by default. Groups nest at most
+                5 deep.
             id: An id of your choice that no group has ever had; by default, one is generated.
 
         Raises:
             GroupExists: Another group has the name.
-            InvalidRequest: An argument is not valid; its field is `id` when a group has, or had, that id.
+            InvalidRequest: An argument is not valid; its field is `id` when a group has, or had, that id, and
+                `parent_id` when there is no such group, or it is too deep.
 
         Example:
             >>> limit = Limit(kind="image", max=50, period="day", scope="member")
             >>> (await groups.create("Studio", limits=[limit])).limits[0].max
             50
+            >>> pro = await groups.create("Pro", limits=[Limit(kind="image", max=1000, period="month", scope="child")])
+            >>> (await groups.create("Acme", parent=pro)).parent_id == pro.id
+            True
         """
         return await self._transport.send(
             admins.create_group(
                 id,
+                parent,
                 name=name,
                 description=description,
                 priority=priority,
@@ -150,14 +158,16 @@ class AsyncGroupManager(AsyncBase):
         timezone: str | None = None,
         is_default: bool | None = None,
         anchor_at: datetime | Unchanged | None = UNCHANGED,
+        parent: UUID | str | Group | Unchanged | None = UNCHANGED,
         limits: Limits | None = None,
         unchanged_since: datetime | None = None,
     ) -> Group:
         """Change a group in one step: an error changes nothing, and what isn't given stays.
 
-        None leaves a field alone, except `anchor_at`, for which it is a value.
+        None leaves a field alone, except `anchor_at` and `parent`, for which it is a value.
         A new time zone moves the beginning of every period, and `anchor_at` that of anchored ones, so usage is
-        recounted from the ledger.
+        recounted from the ledger. So it is in the limits above when a group moves: it takes its usage along, with all
+        groups beneath it.
 
         Args:
             group_id: Which group.
@@ -166,8 +176,9 @@ class AsyncGroupManager(AsyncBase):
             priority: A user's groups are tried from high to low.
             timezone: An IANA name, in which the calendar periods begin.
             is_default: Users who are in no group have this group's limits. It replaces the previous default.
-            anchor_at: From when the periods of group limits with `starts="anchor"` are counted; None: from the group's
-                creation, as where it was never set.
+            anchor_at: From when the periods of its group limits with `starts="anchor"` are counted, and those of its
+                allowance under `child` limits; None: from the group's creation, as where it was never set.
+            parent: The group that it moves beneath; None: beneath none.
             limits: The whole set of limits, as `set_limits` takes it.
             unchanged_since: The `updated_at` of the group that you decided by: what somebody else has changed since is
                 not overwritten.
@@ -175,11 +186,18 @@ class AsyncGroupManager(AsyncBase):
         Raises:
             GroupExists: Another group has the name.
             GroupChanged: Somebody has changed the group since.
+            InvalidRequest: An argument is not valid; its field is `parent_id` when there is no such group, when the
+                group would be beneath itself, or when groups would nest more than 5 deep.
 
         Example:
             >>> changed = await groups.update(team.id, timezone="Europe/Paris", limits={"image": 20})
             >>> changed.timezone, changed.limits[0].max
             ('Europe/Paris', 20)
+            >>> agency = await groups.create("Agency")
+            >>> (await groups.update(team.id, parent=agency)).parent_id == agency.id
+            True
+            >>> (await groups.update(team.id, parent=None)).parent_id is None
+            True
         """
         return await self._transport.send(
             admins.update_group(
@@ -190,6 +208,7 @@ class AsyncGroupManager(AsyncBase):
                 timezone=timezone,
                 is_default=is_default,
                 anchor_at=anchor_at,
+                parent=parent,
                 limits=limits,
                 unchanged_since=unchanged_since,
             )
@@ -255,27 +274,31 @@ class AsyncGroupManager(AsyncBase):
         max: int | None,  # noqa: A002  # as the field of a limit
         *,
         user_id: UUID | str | None = None,
+        child_id: UUID | str | None = None,
         period: Period | None = None,
         starts: Starts | None = None,
         until: datetime | None = None,
     ) -> Override:
-        """Replace the max of one limit for one user or, if none is named, of a group limit.
+        """Replace the max of one limit for one user, for one group beneath or, if neither is named, of a group limit.
 
         What is used stays. It replaces an earlier override of the same limit, and the limit's own max may change
         meanwhile.
 
         Args:
-            group_id: Which group.
+            group_id: The group that the limit belongs to.
             kind: The limit's kind; a pool's own name.
             max: What applies instead of the limit's max; None is unlimited, and 0 blocks the kind.
-            user_id: For whom a member limit is overridden; None for the group's own limit.
+            user_id: For whom a member limit is overridden.
+            child_id: For which group directly beneath a `child` limit is overridden. If neither is given, it is the
+                group limit.
             period: The limit's period; it may be left out if that names only one limit.
             starts: Where the limit's periods begin; it may be left out likewise.
             until: From then on, the limit's own max applies again; a moment with a time zone, or None: for good.
 
         Raises:
             InvalidRequest: There is no such limit, or several fit, which the error lists; or `until` is not in the
-                future.
+                future; or `child_id` is not directly beneath the group.
+            GroupNotFound: There is no such group, or no such child.
             UnknownUser: `auth.users` has no such user.
 
         Example:
@@ -286,7 +309,9 @@ class AsyncGroupManager(AsyncBase):
             >>> override.max, override.period, override.status
             (50, 'day', 'active')
         """
-        return await self._transport.send(admins.set_override(group_id, kind, max, user_id, period, starts, until))
+        return await self._transport.send(
+            admins.set_override(group_id, kind, max, user_id, child_id, period, starts, until)
+        )
 
     async def remove_override(
         self,
@@ -294,15 +319,17 @@ class AsyncGroupManager(AsyncBase):
         kind: str,
         *,
         user_id: UUID | str | None = None,
+        child_id: UUID | str | None = None,
         period: Period | None = None,
         starts: Starts | None = None,
     ) -> bool:
         """End an override, so that the limit's own max applies again.
 
         Args:
-            group_id: Which group.
+            group_id: The group that the limit belongs to.
             kind: The limit's kind.
-            user_id: Whose override; None for that of the group's own limit.
+            user_id: Whose override of a member limit.
+            child_id: Which group's override of a `child` limit. If neither is given, it is that of the group limit.
             period: The limit's period; it may be left out if that names only one override.
             starts: Where the limit's periods begin; it may be left out likewise.
 
@@ -316,21 +343,29 @@ class AsyncGroupManager(AsyncBase):
             >>> await groups.remove_override(team.id, "image", user_id=user_id)
             False
         """
-        return await self._transport.send(admins.remove_override(group_id, kind, user_id, period, starts))
+        return await self._transport.send(admins.remove_override(group_id, kind, user_id, child_id, period, starts))
 
-    def overrides(self, group_id: UUID | str, *, user_id: UUID | str | None = None) -> AsyncIterator[Override]:
-        """Iterate over the overrides in a group, reading page by page; including those that have ended or sleep.
+    def overrides(
+        self, group_id: UUID | str, *, user_id: UUID | str | None = None, child_id: UUID | str | None = None
+    ) -> AsyncIterator[Override]:
+        """Iterate over the overrides of a group's limits, page by page; including those that have ended or sleep.
 
         Args:
-            group_id: Which group.
-            user_id: Only those of this user; all, with the group's own, when None.
+            group_id: The group that the limits belong to.
+            user_id: Only those of this user.
+            child_id: Only those of this group directly beneath. If neither is given: all, with those of group limits.
 
         Example:
             >>> _ = await groups.set_override(team.id, "image", None)
             >>> [(each.kind, each.max, each.user_id) async for each in groups.overrides(team.id)]
             [('image', None, None)]
+            >>> _ = await groups.set_limit(team.id, Limit(kind="image", max=5, period="day", scope="child"))
+            >>> acme = await groups.create("Acme", parent=team)
+            >>> _ = await groups.set_override(team.id, "image", 50, child_id=acme.id)
+            >>> [(each.max, each.child_name) async for each in groups.overrides(team.id, child_id=acme.id)]
+            [(50, 'Acme')]
         """
-        return self._iterate(flows.all_overrides(group_id, user_id))
+        return self._iterate(flows.all_overrides(group_id, user_id, child_id))
 
     async def get(self, group_id: UUID | str) -> Group:
         """Read one group with its limits.
@@ -359,23 +394,37 @@ class AsyncGroupManager(AsyncBase):
         """
         return await self._transport.send(admins.get_group_by_name(name))
 
-    async def list(self, *, search: str | None = None) -> builtins.list[Group]:
+    async def list(
+        self, *, search: str | None = None, parent: UUID | str | Group | None = None
+    ) -> builtins.list[Group]:
         """Read all groups in order of name, or those whose name contains a text, ignoring case.
 
         Args:
             search: The text; all groups when None.
+            parent: Only the groups directly beneath this one.
 
         Example:
             >>> [group.name for group in await groups.list(search="tea")]
             ['Team']
+            >>> _ = await groups.create("Acme", parent=team)
+            >>> [group.name for group in await groups.list(parent=team)]
+            ['Acme']
         """
-        return await self._run(flows.all_groups(search))
+        return await self._run(flows.all_groups(search, parent))
 
-    async def page(self, *, search: str | None = None, after: str | None = None, size: int = 100) -> Page[Group]:
+    async def page(
+        self,
+        *,
+        search: str | None = None,
+        parent: UUID | str | Group | None = None,
+        after: str | None = None,
+        size: int = 100,
+    ) -> Page[Group]:
         """Read one page of what `list` reads, for an app that shows groups page by page.
 
         Args:
             search: A part of the name, whatever its case; all groups when None.
+            parent: Only the groups directly beneath this one.
             after: The `next` of the page before; None for the first page.
             size: The most groups of the page, up to 200.
 
@@ -389,13 +438,18 @@ class AsyncGroupManager(AsyncBase):
             >>> [group.name for group in await groups.page(after=page.next)]
             ['Team']
         """
-        return await self._transport.send(admins.groups_page(search, after, size))
+        return await self._transport.send(admins.groups_page(search, parent, after, size))
 
     async def delete(self, group_id: UUID | str) -> Group:
         """Delete a group with its limits and memberships, and return it as it was; the ledger stays.
 
+        Its usage goes on counting for the limits of the groups above it.
+
         Args:
             group_id: Which group.
+
+        Raises:
+            InvalidRequest: There are groups beneath it. Delete or move them first.
 
         Example:
             >>> (await groups.delete(team.id)).name
@@ -586,7 +640,9 @@ class AsyncGroupManager(AsyncBase):
         return await self._run(flows.users_by_email(emails))
 
     async def usage(self, group_id: UUID | str) -> GroupUsage:
-        """Read a group's member count, and used, remaining, fraction and reset_at of each limit.
+        """Read a group's place and member count, and used, remaining, fraction and reset_at of each limit.
+
+        It includes the group's allowance under the `child` limits of the group above it.
 
         Args:
             group_id: Which group.
@@ -732,7 +788,7 @@ class AsyncGroupManager(AsyncBase):
         until: datetime | None = None,
         count: int = 10,
     ) -> builtins.list[TopMember]:
-        """Read who used the most in a group, including those who have left it.
+        """Read who used the most in a group, including those who have left it, but not in the groups beneath it.
 
         It reads the ledger of that time, so it takes longer the more usage there is.
 
@@ -775,7 +831,9 @@ class AsyncGroupManager(AsyncBase):
     ) -> datetime:
         """Reset usage in the current periods of a group's limits, or of one member's; the ledger keeps everything.
 
-        It ends windows that a first use has opened. Holds that are open still count in flight.
+        That is usage under the group's own group and member limits, and under the `child` limits of the group above it;
+        not under other limits above, nor that of groups beneath under its `child` limits. It ends windows that a first
+        use has opened. Holds that are open still count in flight.
 
         Args:
             group_id: Which group.

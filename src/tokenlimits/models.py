@@ -339,8 +339,8 @@ class Group(Model):
     """A group of users with its limits.
 
     What is used in it counts for its own limits, and for those of the group above it (`parent_id`; None: there is
-    none) and of all above that. The periods of its pools with `starts="anchor"` are counted from `anchor_at` or, if it
-    is None, `created_at`.
+    none) and of all above that. The periods of its group limits with `starts="anchor"`, and those of its allowance
+    under `child` limits, are counted from `anchor_at` or, if it is None, `created_at`.
     """
 
     id: UUID
@@ -357,7 +357,7 @@ class Group(Model):
 
 
 class GroupLimitUsage(LimitStatus):
-    """A limit of a group, or the group's share of a `child` limit of the group above, in its current period.
+    """A limit of a group, or its allowance under a `child` limit of the group above, in its current period.
 
     For a member limit, `used` is the total of all users of the group and of all beneath it, and `capacity` is the sum
     of what each may use: `max` times their number, if none has an override. The same goes for the group's own `child`
@@ -372,8 +372,8 @@ class GroupLimitUsage(LimitStatus):
 class GroupUsage(Model):
     """A group's place and member count, and its limits with their usage.
 
-    `limits` includes what the group has of the `child` limits of the group above it: those whose own `group` is that
-    one. `child_count` is the number of groups directly beneath it; `member_count` doesn't include their members.
+    `limits` includes the group's allowance under the `child` limits of the group above it, which is then the limit's
+    `group`. `child_count` is the number of groups directly beneath it; `member_count` doesn't include their members.
     """
 
     group: GroupRef

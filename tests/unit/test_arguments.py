@@ -43,6 +43,7 @@ GOOD: dict[str, Any] = {
     "after": ID,
     "at_least": 90,
     "bucket": "day",
+    "child_id": ID,
     "cost": 2,
     "count": 3,
     "created_at": NOW,
@@ -63,6 +64,7 @@ GOOD: dict[str, Any] = {
     "name": "Pro",
     "on_progress": lambda done, total: None,
     "overage": "charge",
+    "parent": ID,
     "period": "day",
     "priority": 3,
     "requests": [GenerationRequest(user_id=UUID(ID), kind="image"), {"user_id": ID, "kind": "image"}],
@@ -95,6 +97,7 @@ BAD: dict[str, list[Any]] = {
     "after": BAD_TEXTS,
     "at_least": [0, 101, 1.5, "90", True, None],
     "bucket": ["fortnight", "minute", "Day", "", None, 7],
+    "child_id": BAD_IDS,
     "cost": [0, -1, 1_000_000_001, 1.0, "1", True, None],
     "count": [0, 1001, 1.0, "1", True, None],
     "created_at": [*BAD_MOMENTS, *TOO_EARLY],
@@ -148,6 +151,7 @@ BAD: dict[str, list[Any]] = {
     "name": ["", "   ", "x" * 201, "\u0958" * 101, None, *BAD_NAMES, *BAD_TEXTS],
     "on_progress": [7, "print"],
     "overage": ["allow", "Charge", "", None, True],
+    "parent": BAD_IDS,
     "period": ["fortnight", "Day", "", None, 7],
     "priority": [1.0, "1", True, 2**31, -(2**31) - 1, None],
     "requests": [None, 7, "image", [None], [{"kind": "image"}], [{"user_id": ID, "kind": "image", "cost": 0}]],
@@ -180,8 +184,12 @@ GOOD_ALONE: dict[tuple[str, str], Any] = {
     ("export_page", "after"): '{"p_after": {"id": "0197f0a0-0000-7000-8000-000000000001"}, "p_until": null}'
 }
 
-# what can't be given together: there are no sums of single users
-APART = {"export_usage": ("user_id", "bucket")}
+# what can't be given together: there are no sums of single users, and a limit counts either users or groups beneath
+OVERRIDING = ("set_override", "remove_override", "overrides")
+APART = {"export_usage": ("user_id", "bucket")} | dict.fromkeys(OVERRIDING, ("user_id", "child_id"))
+
+# where None is a value
+CLEARED = {("update", "anchor_at"), ("update", "parent")}
 
 OTHERWISE_CALLED = {"__init__", "from_env", "close", "aclose", "limited"}
 
@@ -258,7 +266,7 @@ def refusal(cls: type, name: str, arguments: dict[str, Any]) -> InvalidRequest |
 @pytest.mark.parametrize(("cls", "name", "parameter"), ARGUMENTS)
 def test_bad_input_is_refused(cls: type, name: str, parameter: str) -> None:
     others = good(cls, name, parameter)
-    optional = parameters(cls, name)[parameter].default is None
+    optional = parameters(cls, name)[parameter].default is None or (name, parameter) in CLEARED
     taken = GOOD_HERE.get((name, parameter), []) + GOOD_HERE.get((f"{cls.__name__}.{name}", parameter), [])
     for bad in [*BAD[parameter], *BAD_HERE.get((name, parameter), [])]:
         if (bad is None and optional) or any(bad is each for each in taken):
@@ -277,6 +285,29 @@ def test_good_input_is_sent(cls: type, name: str) -> None:
     for parameter in (None, *APART.get(name, ())):
         with pytest.raises(Sent):
             call(cls, name, good(cls, name, parameter))
+
+
+@pytest.mark.parametrize("cls", [GroupManager, AsyncGroupManager], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("name", OVERRIDING)
+def test_a_limit_is_overridden_for_a_user_or_for_a_group_beneath(cls: type, name: str) -> None:
+    error = refusal(cls, name, good(cls, name, "user_id") | {"child_id": ID, "user_id": ID})
+    assert str(error) == f"child_id: must be None where user_id is given: a limit counts users or groups (got '{ID}')"
+    assert error is not None
+    assert (error.code, error.field) == ("TL001", "child_id")
+
+
+@pytest.mark.parametrize("cls", [GroupManager, AsyncGroupManager], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("name", ["create", "update", "list", "page"])
+def test_a_parent_may_be_the_group_itself(cls: type, name: str) -> None:
+    parent = FakeTokenLimits().groups.create("Plan")
+    with pytest.raises(Sent):
+        call(cls, name, good(cls, name) | {"parent": parent})
+
+
+@pytest.mark.parametrize(("parameter", "name"), [("parent", "update"), ("child_id", "set_override")])
+def test_the_name_of_a_group_is_no_id(parameter: str, name: str) -> None:
+    error = refusal(GroupManager, name, good(GroupManager, name, parameter) | {parameter: "Pro"})
+    assert str(error).startswith(f"{parameter}: must be an id, and may be a name. GroupManager.get_by_name gives")
 
 
 def test_patterns_are_said_in_words() -> None:
@@ -479,7 +510,7 @@ def test_a_name_is_sent_as_it_is_stored() -> None:
     decomposed = "Cafe\u0301 \u05e9\u05dc\u05d5\u05dd \U0001f600"
     for call in (admins.create_group(name=f" {decomposed} "), admins.get_group_by_name(decomposed)):
         assert call.params["p_name"] == "Caf\xe9 \u05e9\u05dc\u05d5\u05dd \U0001f600"
-    assert admins.groups_after("e\u0301", None, 7).params["p_search"] == "\xe9"
+    assert admins.groups_after("e\u0301", None, None, 7).params["p_search"] == "\xe9"
 
 
 def test_the_oldest_moment() -> None:

@@ -72,7 +72,7 @@ LENGTHS = [
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_groups_are_read_until_a_page_is_empty(lengths: list[int]) -> None:
     groups = [group(f"group {n:03}") for n in range(400)]
-    read, calls = drive(flows.all_groups("gr"), Pages(groups, lengths, "name"))
+    read, calls = drive(flows.all_groups("gr", None), Pages(groups, lengths, "name"))
     assert read == groups
     assert {call.function for call in calls} == {"find_groups"}
     assert {call.params["p_search"] for call in calls} == {"gr"}
@@ -81,7 +81,7 @@ def test_groups_are_read_until_a_page_is_empty(lengths: list[int]) -> None:
 
 
 def test_no_groups() -> None:
-    assert drive(flows.all_groups(None), lambda _: Page())[0] == []
+    assert drive(flows.all_groups(None, None), lambda _: Page())[0] == []
 
 
 def usage(name: str | None, id_: UUID | None = None) -> GroupUsage:
@@ -168,7 +168,7 @@ def test_members_of_no_id_are_refused_before_the_first_is_asked_for() -> None:
 
 
 def test_overrides_are_read_page_by_page() -> None:
-    pages = flows.all_overrides(PRO, None)
+    pages = flows.all_overrides(PRO, None, None)
     first = next(pages)
     assert first.params == {"p_group_id": str(PRO), "p_user_id": None, "p_after": None, "p_page_size": 500}
     second = pages.send(Page([], str(PRO)))  # none of its rows could be read
@@ -177,7 +177,27 @@ def test_overrides_are_read_page_by_page() -> None:
         pages.send(Page())
 
 
-@pytest.mark.parametrize(("ids", "field"), [(("Pro", None), "group_id"), ((PRO, "ann@example.com"), "user_id")])
+def test_groups_beneath_another_are_read_page_by_page() -> None:
+    pages = flows.all_groups(None, PRO)
+    assert next(pages).params["p_parent_id"] == str(PRO)
+    assert pages.send(Page([group("Acme")], "Acme")).params["p_parent_id"] == str(PRO)
+
+
+def test_overrides_of_a_group_beneath_are_read_page_by_page() -> None:
+    pages = flows.all_overrides(PRO, None, PRO)
+    assert next(pages).params["p_child_id"] == str(PRO)
+    assert pages.send(Page([], str(PRO))).params["p_child_id"] == str(PRO)
+
+
+@pytest.mark.parametrize(
+    ("ids", "field"),
+    [
+        (("Pro", None, None), "group_id"),
+        ((PRO, "ann@example.com", None), "user_id"),
+        ((PRO, None, "Acme"), "child_id"),
+        ((PRO, PRO, PRO), "child_id"),
+    ],
+)
 def test_overrides_of_no_id_are_refused_before_the_first_is_asked_for(ids: tuple[Any, Any], field: str) -> None:
     with pytest.raises(InvalidRequest, match=field):
         flows.all_overrides(*ids)

@@ -51,7 +51,7 @@ def same(of: list[Any]) -> Any:
 
 
 LISTS: dict[str, tuple[Call[Any], Callable[[list[Any]], Any], dict[str, Any], str, str]] = {
-    "groups": (admins.groups_page(None, None, 9), same, GROUP, "updated_at", f"Group {PRO}"),
+    "groups": (admins.groups_page(None, None, None, 9), same, GROUP, "updated_at", f"Group {PRO}"),
     "members": (admins.members_page(PRO, None, None, 9), same, MEMBER, "joined_at", f"Member {ANN}"),
     "ledger": (reports.ledger(None, None, None, None, None).page(None, 9), rows, USAGE, "created_at", "UsageRecord"),
     "settled": (reports.ledger(None, None, None, None, None).page(None, 9), rows, USAGE, "settled_at", ANN),

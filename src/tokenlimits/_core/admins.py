@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any, TypeVar
 from uuid import UUID
@@ -59,9 +59,11 @@ _OVERRIDES = rows_parser(Override)
 _WAS_REMOVED = field_parser("removed", bool)
 
 
-def create_group(id_: Id | None = None, **fields: Any) -> Call[Group]:
-    """Create a group, with an id of the caller's choice if there is one."""
+def create_group(id_: Id | None = None, parent: Id | Group | None = None, **fields: Any) -> Call[Group]:
+    """Create a group, with an id of the caller's choice if there is one, and beneath another group if one is named."""
     params = {"p_group_id": None, **arguments.group(fields)}
+    if parent is not None:  # older SQL has no such parameter
+        params["p_parent_id"] = arguments.parent(parent)
     if id_ is not None:
         params["p_id"] = arguments.id_(id_, "id")
     # after a lost answer, creating it again would fail on the name of the group that it has created itself
@@ -72,16 +74,21 @@ def update_group(
     group_id: Id,
     unchanged_since: datetime | None = None,
     anchor_at: datetime | Unchanged | None = UNCHANGED,
+    parent: Id | Group | Unchanged | None = UNCHANGED,
     **fields: Any,
 ) -> Call[Group]:
-    """Change what is not None of a group, and its anchor, perhaps only if nobody has changed it since."""
+    """Change what is not None of a group, its anchor and its parent, perhaps only if nobody has changed it since."""
     changes = {name: value for name, value in fields.items() if value is not None}
     params = {**arguments.of_group(group_id), **arguments.group(changes)}
+    # in SQL, null leaves them alone
     if anchor_at is None:
-        # in SQL, null leaves it alone
         params["p_no_anchor"] = True
     elif anchor_at is not UNCHANGED:
         params["p_anchor_at"] = arguments.anchor(anchor_at)
+    if parent is None:
+        params["p_no_parent"] = True
+    elif parent is not UNCHANGED:
+        params["p_parent_id"] = arguments.parent(parent)
     if unchanged_since is None:
         return Call("save_group", params, _GROUP)
     params["p_updated_at"] = arguments.moment(unchanged_since, "unchanged_since")
@@ -117,13 +124,14 @@ def set_override(
     kind: str,
     max_: int | None,
     user_id: Id | None,
+    child_id: Id | None,
     period: Period | None,
     starts: Starts | None,
     until: datetime | None,
 ) -> Call[Override]:
-    """Replace the max of one limit for a user or, without one, of a group limit."""
+    """Replace the max of one limit for a user, for a group beneath or, without either, of a group limit."""
     params = {
-        **_overridden(group_id, kind, user_id, period, starts),
+        **_overridden(group_id, kind, user_id, child_id, period, starts),
         "p_max": arguments.max_(max_),
         "p_until": arguments.until(until),
     }
@@ -131,27 +139,37 @@ def set_override(
 
 
 def remove_override(
-    group_id: Id, kind: str, user_id: Id | None, period: Period | None, starts: Starts | None
+    group_id: Id,
+    kind: str,
+    user_id: Id | None,
+    child_id: Id | None,
+    period: Period | None,
+    starts: Starts | None,
 ) -> Call[bool]:
     """Let a limit's own max hold again."""
-    return Call("remove_limit_override", _overridden(group_id, kind, user_id, period, starts), _WAS_REMOVED)
+    return Call("remove_limit_override", _overridden(group_id, kind, user_id, child_id, period, starts), _WAS_REMOVED)
 
 
 def _overridden(
-    group_id: Id, kind: str, user_id: Id | None, period: Period | None, starts: Starts | None
+    group_id: Id,
+    kind: str,
+    user_id: Id | None,
+    child_id: Id | None,
+    period: Period | None,
+    starts: Starts | None,
 ) -> dict[str, Any]:
     return {
         **arguments.of_group(group_id),
         "p_kind": arguments.kind(kind),
-        "p_user_id": arguments.optional_id(user_id, "user_id"),
+        **arguments.subject(user_id, child_id),
         "p_period": arguments.optional_period(period),
         "p_starts": arguments.optional_starts(starts),
     }
 
 
-def overrides_after(group_id: str, user_id: str | None, after: str | None) -> Call[Page[Override]]:
+def overrides_after(group_id: str, subject: Mapping[str, str | None], after: str | None) -> Call[Page[Override]]:
     """Read the overrides after an id; `next` is None only if there are none."""
-    params = {"p_group_id": group_id, "p_user_id": user_id, "p_after": after, "p_page_size": OVERRIDES_PAGE}
+    params = {"p_group_id": group_id, **subject, "p_after": after, "p_page_size": OVERRIDES_PAGE}
     return _paged("find_limit_overrides", params, _OVERRIDES, "id")
 
 
@@ -172,9 +190,11 @@ def _only(answer: Any, what: str) -> Group:
     return _GROUP(answer[0])
 
 
-def groups_after(search: str | None, after: str | None, size: int) -> Call[Page[Group]]:
-    """Read the groups after a name; `next` is None only if there are none."""
+def groups_after(search: str | None, parent: Id | Group | None, after: str | None, size: int) -> Call[Page[Group]]:
+    """Read the groups after a name, perhaps only those beneath another; `next` is None only if there are none."""
     params = {"p_search": arguments.group_search(search), "p_after": after, "p_page_size": size}
+    if parent is not None:  # older SQL has no such parameter
+        params["p_parent_id"] = arguments.parent(parent)
     return _paged("find_groups", params, _GROUPS, "name")
 
 
@@ -183,10 +203,10 @@ def _paged(function: str, params: dict[str, Any], parse: Callable[[Any], list[T]
     return Call(function, params, lambda answer: Page(parse(answer), str(answer[-1][cursor]) if answer else None))
 
 
-def groups_page(search: str | None, after: str | None, size: int) -> Call[Page[Group]]:
+def groups_page(search: str | None, parent: Id | Group | None, after: str | None, size: int) -> Call[Page[Group]]:
     """Read a page of groups, and say whether there are more."""
     size = arguments.size(size, GROUPS_PAGE)
-    return _with_one_more(groups_after(search, arguments.after(after), size + 1), size)
+    return _with_one_more(groups_after(search, parent, arguments.after(after), size + 1), size)
 
 
 def _with_one_more(call: Call[Page[T]], size: int) -> Call[Page[T]]:

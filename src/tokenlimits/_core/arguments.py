@@ -19,6 +19,7 @@ from tokenlimits.errors import InvalidRequest
 from tokenlimits.models import (
     Bucket,
     GenerationRequest,
+    Group,
     Kind,
     Limit,
     Max,
@@ -102,7 +103,7 @@ _PATTERNS = {
 
 # the methods that give the id for a field; fields without such a method are left out
 _IDS_OF_ADDRESSES = {"user_id": "find_users gives the id", "user_ids": "find_users_by_email gives the ids"}
-_IDS_OF_NAMES = {"group_id", "from_", "to"}
+_IDS_OF_NAMES = {"group_id", "from_", "to", "parent", "child_id"}
 
 
 def _id_wanted(path: str, given: str) -> str | None:
@@ -151,6 +152,21 @@ def of_group(group_id: Id) -> dict[str, Any]:
 def optional_id(value: Id | None, field: str) -> str | None:
     """Check an id, or None."""
     return None if value is None else id_(value, field)
+
+
+def parent(value: Id | Group) -> str:
+    """Check the group that another is beneath."""
+    return id_(value.id if isinstance(value, Group) else value, "parent")
+
+
+def subject(user_id: Id | None, child_id: Id | None) -> dict[str, str | None]:
+    """Check for whom a limit is overridden: a user, a group beneath, or neither."""
+    params = {"p_user_id": optional_id(user_id, "user_id")}
+    if child_id is None:
+        return params
+    if user_id is not None:
+        raise refused("child_id", "must be None where user_id is given: a limit counts users or groups", child_id)
+    return {**params, "p_child_id": id_(child_id, "child_id")}
 
 
 def kind(value: str) -> str:

@@ -31,12 +31,12 @@ CHUNK = 5_000
 USAGE_PAGE = 1_000
 
 
-def all_groups(search: str | None) -> Flow[list[Group]]:
-    """Read all groups whose name contains a text."""
+def all_groups(search: str | None, parent: Id | Group | None) -> Flow[list[Group]]:
+    """Read all groups whose name contains a text, or those directly beneath another."""
     groups: list[Group] = []
     after = None
     while True:
-        page = cast("Page[Group]", (yield admins.groups_after(search, after, admins.GROUPS_PAGE)))
+        page = cast("Page[Group]", (yield admins.groups_after(search, parent, after, admins.GROUPS_PAGE)))
         groups += page
         # a short page needn't be the last, as servers may limit the size of an answer
         after = page.next
@@ -68,10 +68,10 @@ def _member_pages(group_id: str, search: str | None) -> Pages[Member]:
     return _pages(lambda after: admins.members_after(group_id, search, after, admins.MEMBERS_PAGE))
 
 
-def all_overrides(group_id: Id, user_id: Id | None) -> Pages[Override]:
-    """Read the overrides in a group, or those of one user, page by page."""
-    group, user = arguments.id_(group_id, "group_id"), arguments.optional_id(user_id, "user_id")
-    return _pages(lambda after: admins.overrides_after(group, user, after))
+def all_overrides(group_id: Id, user_id: Id | None, child_id: Id | None) -> Pages[Override]:
+    """Read the overrides in a group, or those of one user or of one group beneath, page by page."""
+    group, subject = arguments.id_(group_id, "group_id"), arguments.subject(user_id, child_id)
+    return _pages(lambda after: admins.overrides_after(group, subject, after))
 
 
 def exported(export: Export[T]) -> Pages[T]:
