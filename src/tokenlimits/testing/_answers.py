@@ -90,11 +90,13 @@ def group_limit_json(state: LimitState, subjects: Sequence[LimitState], in_group
     """Show a limit in the report of a group: a pool, or what all members or children have used, each in its window."""
     together = state.bound.whose is None and state.rule.scope != "group"
     if together and (state.rule.scope == "child" or state.rule.starts != "calendar"):
-        reset_at = state.reset_at if state.rule.starts == "calendar" else NEVER
+        reset_at = state.reset_at if subjects and state.rule.starts == "calendar" else NEVER
         state = replace(state, used=sum(each.used for each in subjects), reset_at=reset_at)
     # an override may let a subject use more than the others, or less
     shares = [each.terms.max for each in (subjects if together else [state])]
-    capacity = None if None in (shares or [state.terms.max]) else sum(filter(None, shares))
+    if not shares and state.rule.scope == "member":
+        shares = [None if state.terms.max is None else 0]
+    capacity = None if None in shares else sum(filter(None, shares))
     fraction = None
     if capacity is not None:
         # rounded half up to six digits; what has no capacity is full

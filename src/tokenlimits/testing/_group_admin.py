@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
+from itertools import pairwise
 from typing import NoReturn
 from uuid import UUID, uuid4
 
@@ -48,7 +49,9 @@ class GroupFunctions(OverrideFunctions):
             _require_unchanged(group, datetime.fromisoformat(p_updated_at))
         timezone = None if p_timezone is None else _timezone(p_timezone)
         if p_parent_id is not None:
-            self._require_place(group, p_parent_id)
+            self._require_place(id_ if group is None else group.id, p_parent_id)
+        if group is None and id_ in self._groups:
+            _refuse_id(id_)
         name = p_name if p_name is not None else group.name if group else ""
         self._require_free_name(group, name)
         if group is None:
@@ -168,29 +171,34 @@ class GroupFunctions(OverrideFunctions):
                 hint="Names are unique regardless of case. Nothing was saved.",
             )
 
-    def _require_place(self, group: Group | None, parent_id: str) -> None:
-        """Refuse a parent that a group can't have, or a new one."""
-        above = self._path(self._groups[parent_id].id) if parent_id in self._groups else []
-        levels = 1 if group is None else self._levels(group.id)
+    def _require_place(self, group_id: str, parent_id: str) -> None:
+        """Refuse a parent that a group can't have."""
+        above = self._path(parent_id) if parent_id in self._groups else []
         problem = None
         if not above:
             problem = f"there is no group {parent_id}"
-        elif group is not None and group.id in above:
-            problem = f"'{group.name}' would be beneath itself"
-        elif len(above) + levels > DEEPEST:
+        elif group_id in above:
+            problem = "would be beneath itself"
+        elif len(above) + self._levels(group_id) > DEEPEST:
             problem = f"groups nest at most {DEEPEST} deep"
         if problem is not None:
             refuse("TL001", f"parent_id: {problem}", detail="parent_id", hint="Nothing was saved.")
 
     def _move(self, group: Group, parent_id: str | None) -> None:
-        """Put a group beneath another one; the limits above count afresh, where it was and where it is."""
+        """Put a group beneath another one, or none; what counts it no longer, or from now on, is counted afresh."""
         if parent_id == self._parents[group.id]:
             return
-        before = self._path(self._parents[group.id])
+        before = self._path(group.id)
         self._plant(group.id, parent_id)
-        for id_ in {*before, *self._path(parent_id)}:
-            self._forget_windows(id_, *self._groups[id_].limits)
-            self._remember_windows_of_group(self._groups[id_])
+        after = self._path(group.id)
+        moved = set(self._beneath(group.id))
+        if all(usage.group_id not in moved for usage in self.ledger):
+            return
+        for child, owner in set(pairwise(before)) ^ set(pairwise(after)):
+            self._forget_windows(owner, *self._groups[owner].rules_of("child"), whose=child)
+        for owner in set(before) ^ set(after):
+            self._forget_windows(owner, *self._groups[owner].rules_of("group", "member"))
+            self._remember_windows_of_group(self._groups[owner])
 
     def _new_id(self, group: Group | None, wanted: str | None) -> str:
         """Choose the id of a new group, or refuse the wanted one: the ledger still refers to old ids."""
@@ -200,8 +208,6 @@ class GroupFunctions(OverrideFunctions):
             refuse("TL001", "id: is for a new group; group_id names an existing one", detail="id")
         if wanted == _NIL:
             refuse("TL001", "id: must not be the nil UUID", detail="id", hint="Choose an id that was never used.")
-        if wanted in self._groups:
-            _refuse_id(wanted)
         return wanted
 
     def _by_name(self) -> list[Group]:

@@ -44,6 +44,10 @@ class Group:
         """From when anchored periods of the group's pools are counted."""
         return self.anchor_at or self.created_at
 
+    def rules_of(self, *scopes: str) -> list[Rule]:
+        """List the limits of some scopes."""
+        return [rule for rule in self.limits if rule.scope in scopes]
+
     def rules(self, kind: str | None = None, *, beneath: bool = True, in_flight: bool = True) -> dict[Rule, Terms]:
         """List the limits that count a kind, or all; `beneath`: also those that count only what is beneath."""
         rules = {

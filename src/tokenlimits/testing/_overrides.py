@@ -50,8 +50,8 @@ class OverrideFunctions(State):
     ) -> Json:
         """Replace the max of one limit for a user, for a child, or (neither) of a group limit."""
         group = self._group(p_group_id)
-        _refuse_both(p_user_id, p_child_id)
         self._require_user(p_user_id)
+        _refuse_both(p_user_id, p_child_id)
         self._require_child(group, p_child_id)
         if p_max is not None and not 0 <= p_max <= _MOST:
             refuse("TL001", f"max: must be from 0 to {_MOST}, or null", detail="max", hint="Nothing was saved.")
@@ -61,12 +61,12 @@ class OverrideFunctions(State):
         scope, whose = _subject(p_user_id, p_child_id)
         rule = named(group.limits, p_kind, scope, p_period, p_starts)
         if rule is None:
-            name_the_user = "For a member limit, name the user. " if scope == "group" else ""
+            name_it = "For a member limit, name the user; for a child limit, the child. " if scope == "group" else ""
             refuse(
                 "TL001",
                 f"kind: there is no such {scope} limit on {p_kind}",
                 detail="kind",
-                hint=f"{name_the_user}Nothing was saved.",
+                hint=f"{name_it}Nothing was saved.",
             )
         key = (group.id, rule, whose)
         before = self._overrides.get(key)
@@ -116,7 +116,8 @@ class OverrideFunctions(State):
 
     def _require_child(self, group: Group, child_id: str | None) -> None:
         if child_id is not None and self._parents[self._group(child_id).id] != group.id:
-            refuse("TL001", "child_id: must be a child of the group", detail="child_id", hint="Nothing was saved.")
+            problem = f"child_id: {child_id} is not directly beneath the group"
+            refuse("TL001", problem, detail="child_id", hint="Nothing was saved.")
 
     def _override_id(self) -> str:
         return str(uuid4())
@@ -152,7 +153,7 @@ class OverrideFunctions(State):
 
 def _refuse_both(user_id: str | None, child_id: str | None) -> None:
     if user_id is not None and child_id is not None:
-        refuse("TL001", "child_id: pass a user, or a child, not both", detail="child_id")
+        refuse("TL001", "child_id: name a user or a child group, not both", detail="child_id")
 
 
 def _subject(user_id: str | None, child_id: str | None) -> tuple[str, str | None]:

@@ -87,7 +87,7 @@ class State(Ledger):
     def _bounds(self, group_id: str, user_id: str, kind: str | None = None, *, in_flight: bool = True) -> list[Bound]:
         """List the limits that bind a user in a group, its own and those above: those that count a kind, or all.
 
-        They are in the order of the SQL: member limits first, then pools from the deepest subject up, each by age.
+        They are in the order of the SQL: of a kind, member limits first, then pools from the deepest subject up.
         """
         found: list[tuple[int, Bound]] = []
         child: str | None = None
@@ -99,7 +99,7 @@ class State(Ledger):
                 rules = owner.rules(kind, beneath=child is not None, in_flight=in_flight)
                 found += [(place[rule.scope], Bound(owner, rule, rules[rule], whose[rule.scope])) for rule in rules]
             child = owner_id
-        found.sort(key=lambda each: (each[0], each[1].terms.place))
+        found.sort(key=lambda each: (each[1].rule.kind, each[0], each[1].terms.place))
         return [bound for _, bound in found]
 
     def _states(
@@ -228,13 +228,12 @@ class State(Ledger):
             self._expire()
         self._resets[group.id, kind, user_id] = self.now
 
-        def rules(owner: Group, *scopes: str) -> list[Rule]:
-            return [rule for rule in owner.limits if kind in (ALL_KINDS, rule.kind) and rule.scope in scopes]
-
-        self._forget_windows(group.id, *rules(group, "group", "member"), whose=user_id)
         parent = self._groups.get(self._parents[group.id] or "")
+        own, inherited = group.rules_of("group", "member"), parent.rules_of("child") if parent else []
+        self._forget_windows(group.id, *(rule for rule in own if kind in (ALL_KINDS, rule.kind)), whose=user_id)
         if parent is not None and user_id is None:
-            self._forget_windows(parent.id, *rules(parent, "child"), whose=group.id)
+            reset = (rule for rule in inherited if kind in (ALL_KINDS, rule.kind))
+            self._forget_windows(parent.id, *reset, whose=group.id)
 
     def _touch(self, group: Group) -> None:
         # two changes never have the same moment, or the second editor would not notice the first

@@ -37,7 +37,7 @@ class UsageReports(State):
         inherited = [
             Bound(parent, rule, terms, group.id) for rule, terms in of_parent if parent and rule.scope == "child"
         ]
-        return [*sorted(own, key=_place), *sorted(inherited, key=_place)]
+        return sorted([*own, *inherited], key=_place)
 
     def _limit_report(self, group: Group, bound: Bound) -> Json:
         subjects = {"member": self._users_beneath(group), "child": self._children_of(group.id), "group": []}

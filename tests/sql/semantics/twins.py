@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from typing import Any
 from uuid import UUID
 
@@ -29,6 +30,7 @@ from tests.support import clock
 from tokenlimits import TokenLimitsError
 from tokenlimits._refusals import refusal
 from tokenlimits.testing._engine import GROUP_NAME, Engine
+from tokenlimits.testing._groups import Bound
 from tokenlimits.testing._limits import Rule
 from tokenlimits.testing._periods import BEGINNING, NEVER
 
@@ -64,9 +66,11 @@ select
       else u.cost * coalesce((l.counts ->> u.kind)::bigint, 1)
     end)::bigint
     from public.generation_usage as u
+    inner join tokenlimits.group_tree as t on t.group_id = u.group_id
     where
-      u.group_id = l.group_id and (l.counts is null and u.kind = l.kind or l.counts ? u.kind)
-      and (l.scope = 'group' or u.user_id = c.subject)
+      t.above_id = case l.scope when 'child' then c.subject else l.group_id end
+      and (l.counts is null and u.kind = l.kind or l.counts ? u.kind)
+      and (l.scope <> 'member' or u.user_id = c.subject)
       and u.created_at >= c.since and u.status = 'reserved' and u.expires_at <= tokenlimits.clock()
   ), 0) as used
 from tokenlimits.counters as c
@@ -201,15 +205,14 @@ class Twins:
         return number
 
     def take_order(self) -> None:
-        """Order the model's limits as the SQL lists them, where it numbers those of a group anew in any order."""
-        for group in self.model.find_groups():
-            query = (
-                "select kind, period, scope, starts from public.group_limits where group_id = %s order by counter_id"
-            )
-            order = [Rule(*row) for row in self.connection.execute(query, [group["id"]])]
-            limits = self.model._group(group["id"]).limits
-            same("limits", limits.keys(), set(order))
-            self.model._group(group["id"]).limits = {rule: limits[rule] for rule in order}
+        """Order the model's limits as the SQL lists them, where it numbers some anew in any order."""
+        query = "select group_id::text, counter_id, kind, period, scope, starts from public.group_limits"
+        places = {(group, Rule(*rule)): place for group, place, *rule in self.connection.execute(query)}
+        groups = [self.model._group(group["id"]) for group in self.model.find_groups()]
+        same("limits", {(group.id, rule) for group in groups for rule in group.limits}, places.keys())
+        for group in groups:
+            group.limits = {rule: replace(terms, place=places[group.id, rule]) for rule, terms in group.limits.items()}
+        self.model._ages = count(max(places.values(), default=0) + 1)
 
     def take_moments(self) -> None:
         """Take over since when groups and memberships are there, which PostgreSQL's own clock tells."""
@@ -231,7 +234,7 @@ class Twins:
     def _counter(self, row: Json) -> Json:
         whose = None if row["scope"] == "group" else row["subject"]
         group, rule = self.model._group(row["group_id"]), Rule(row["kind"], row["period"], row["scope"], row["starts"])
-        state = self.model._state(group, rule, group.limits[rule], whose)
+        state = self.model._state(Bound(group, rule, group.limits[rule], whose))
         since, until = (None if at in (BEGINNING, NEVER) else at for at in (state.since, state.until))
         subject = row["group_id"] if whose is None else whose
         return row | {"subject": subject, "since": since, "until": until, "used": state.used}

@@ -9,11 +9,15 @@ from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
+import psycopg
+import pytest
 from hypothesis import strategies as st
 from psycopg.types.json import Jsonb
 from tests.sql.semantics.api import Json
 from tests.sql.semantics.histories import drawn
 from tests.sql.semantics.histories.history import History, happens
+
+from tokenlimits.errors import InvalidRequest
 
 
 class Admins(History):
@@ -21,13 +25,13 @@ class Admins(History):
 
     @happens()
     def add_group(self) -> None:
-        if len(self.groups()) < 4:
+        if len(self.groups()) < 7:
             taken = [*self.deleted, *(group["id"] for group in self.groups())]
             id_ = self.one_of([None, None, str(uuid4()), *taken[:1]])
             priority, limits = self.draw(drawn.priorities), self.draw(drawn.limits)
             anchor = self.draw(st.none() | drawn.anchors)
             fields = {"p_priority": priority, "p_limits": limits, "p_anchor_at": anchor}
-            self.call("save_group", p_id=id_, p_name=self.draw(drawn.names), **fields)
+            self.call("save_group", p_id=id_, p_name=self.draw(drawn.names), p_parent_id=self.place(), **fields)
 
     @happens()
     def edit_group(self) -> None:
@@ -43,6 +47,12 @@ class Admins(History):
         if fields.get("p_anchor_at") or "p_no_anchor" in fields:
             self.twins.take_order()
 
+    @happens(4)
+    def move_group(self) -> None:
+        parent = self.place()
+        self.call("save_group", p_group_id=self.group(), p_parent_id=parent, p_no_parent=parent is None or None)
+        self.twins.take_order()
+
     @happens(2)
     def set_default(self) -> None:
         self.call("save_group", p_group_id=self.group(), p_is_default=self.one_of([True, True, False]))
@@ -54,10 +64,14 @@ class Admins(History):
 
     @happens()
     def delete_group(self) -> None:
+        """Mostly one that has none beneath it: others are refused."""
+        parents = {group["parent_id"] for group in self.groups()}
+        leaves = [group["id"] for group in self.groups() if group["id"] not in parents]
+        group = self.one_of([*leaves * 2, self.group()])
         if len(self.groups()) > 1:
-            group = self.group()
             self.call("delete_group", p_group_id=group)
-            self.deleted.append(group)
+            if group in leaves:
+                self.deleted.append(group)
 
     @happens()
     def set_limit(self) -> None:
@@ -96,7 +110,7 @@ class Admins(History):
         overrides = [each for group in self.groups() for each in self.twins.model.find_limit_overrides(group["id"])]
         if overrides and self.one_of([True, True, False]):
             override = self.one_of(overrides)
-            whose = {"p_user_id": override["user_id"]}
+            whose = {"p_user_id": override["user_id"], "p_child_id": override["child_id"]}
             self.call("remove_limit_override", p_group_id=override["group_id"], **_named(override) | whose)
             return
         for group, limit in self.any_limit():
@@ -104,10 +118,12 @@ class Admins(History):
 
     def overridden(self, group: str, limit: Json) -> Json:
         """Name a limit and whose it is, perhaps less than enough; rarely, nobody's."""
-        whose = self.draw(drawn.users) if limit["scope"] == "member" else None
-        user = self.one_of([whose] * 6 + [None, drawn.NOBODY])
+        child = self.one_of([each["id"] for each in self.groups() if each["parent_id"] == group] * 6 + [self.group()])
+        user = self.one_of([self.draw(drawn.users)] * 6 + [drawn.NOBODY])
+        theirs = {"member": {"p_user_id": user}, "child": {"p_child_id": child}, "group": {}}
+        scope = self.one_of([limit["scope"]] * 6 + list(theirs))
         unsaid = self.one_of([(), (), (), ("p_period",), ("p_starts",), ("p_period", "p_starts")])
-        return {"p_group_id": group, "p_user_id": user} | _named(limit) | dict.fromkeys(unsaid)
+        return {"p_group_id": group} | theirs[scope] | _named(limit) | dict.fromkeys(unsaid)
 
     @happens(2)
     def add_members(self) -> None:
@@ -217,6 +233,19 @@ class Tables(Admins):
         self.twins.model.save_group(group, p_timezone=zone, p_priority=priority, p_anchor_at=anchor)
         columns = "timezone = %s, priority = %s, anchor_at = %s"
         self.execute(f"update public.user_groups set {columns} where id = %s", zone.lower(), priority, anchor, group)
+        self.twins.take_order()
+
+    @happens()
+    def move_a_group_in_the_table(self) -> None:
+        group, parent = self.one_of(self.groups())["id"], self.one_of([None, *self.groups()])
+        parent_id = parent and parent["id"]
+        try:
+            self.twins.model.save_group(group, p_parent_id=parent_id, p_no_parent=parent_id is None)
+        except InvalidRequest:
+            with pytest.raises(psycopg.Error, match="parent_id: "):
+                self.execute("update public.user_groups set parent_id = %s where id = %s", parent_id, group)
+            return
+        self.execute("update public.user_groups set parent_id = %s where id = %s", parent_id, group)
         self.twins.take_order()
 
     @happens()

@@ -25,6 +25,9 @@ STARTS = [
 USERS = [str(UUID(int=number)) for number in range(1, 5)]
 NOBODY = str(UUID(int=99))
 
+# which group is beneath which at the beginning, by their places
+TREES = [(None, None, None), (None, 0, 1), (None, 0, 0), (None, None, 1)]
+
 # moments around which something happens to the calendar
 BEGINNINGS = [
     "2026-03-08 06:50:00+00:00",  # New York skips an hour, Havana skips midnight an hour before
@@ -75,17 +78,18 @@ anchors = st.sampled_from(
         "2026-01-31T00:30:00+00:00",
         "2026-03-29T01:30:00+00:00",  # skipped in the Azores a moment before, and in Paris half an hour
         "2026-10-25T00:30:00+00:00",  # happens twice in Paris
+        "2026-10-25T01:30:00+00:00",  # for the second time
         "2026-11-01T04:15:00+00:00",  # happens twice in Havana
         "2030-06-15T08:00:00+00:00",
     ]
 )
-scopes = st.sampled_from(["group", "member"])
+scopes = st.sampled_from(["group", "member", "child"])
 costs = st.sampled_from([1, 1, 1, 2, 3, 7])
 keys = st.sampled_from([None, None, "job-1", "job-2", "job-3"])
 maxima = st.sampled_from([None, 0, 2, 3, 5, 8, 13, 21])
 priorities = st.sampled_from([0, 0, 1, 5])
 zones = st.sampled_from(ZONES)
-names = st.sampled_from(["Alpha", "ALPHA", "Beta", "Gamma", "Delta"])
+names = st.sampled_from(["Alpha", "ALPHA", "Beta", "Gamma", "Delta", "Epsilon", "Zeta"])
 parts = st.sampled_from(["a", "A@", " 2@"])
 sizes = st.sampled_from([1, 2, 50])
 limit = st.fixed_dictionaries(

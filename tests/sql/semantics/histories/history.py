@@ -30,7 +30,7 @@ def happens(weight: int = 1) -> Callable[[Step], Step]:
 
 
 class History(RuleBasedStateMachine):
-    """Begins with two groups; afterwards nothing has drifted, and all that both know is the same.
+    """Begins with three groups in some tree; afterwards nothing has drifted, and all that both know is the same.
 
     It has one rule, for of many hypothesis leaves some out: there would be no holds in most histories.
     """
@@ -46,15 +46,25 @@ class History(RuleBasedStateMachine):
         beginning=st.sampled_from(drawn.BEGINNINGS),
         zone=drawn.zones,
         anchor=st.none() | drawn.anchors,
-        first=drawn.some_limits,
-        second=drawn.some_limits,
+        limits=st.tuples(drawn.some_limits, drawn.some_limits, drawn.some_limits),
+        tree=st.sampled_from(drawn.TREES),
     )
-    def begin(self, beginning: str, zone: str, anchor: str | None, first: list[Json], second: list[Json]) -> None:
+    def begin(
+        self,
+        beginning: str,
+        zone: str,
+        anchor: str | None,
+        limits: tuple[list[Json], ...],
+        tree: tuple[int | None, ...],
+    ) -> None:
         self.twins.begin(datetime.fromisoformat(beginning), drawn.USERS)
-        one = self.call("save_group", p_name="First", p_timezone=zone, p_limits=first)["id"]
-        two = self.call("save_group", p_name="Second", p_priority=1, p_limits=second, p_anchor_at=anchor)["id"]
-        for group, members in ((one, drawn.USERS[:2]), (two, drawn.USERS[1:3])):
-            self.call("add_group_members", p_group_id=group, p_user_ids=members)
+        fields: tuple[Json, ...] = ({"p_timezone": zone}, {"p_priority": 1, "p_anchor_at": anchor}, {})
+        groups: list[str] = []
+        for number, above in enumerate(tree):
+            parent = None if above is None else groups[above]
+            params = {"p_limits": limits[number], "p_parent_id": parent, **fields[number]}
+            groups.append(self.call("save_group", p_name=f"Group {number}", **params)["id"])
+            self.call("add_group_members", p_group_id=groups[-1], p_user_ids=drawn.USERS[number : number + 2])
 
     @rule(data=st.data())
     def something_happens(self, data: st.DataObject) -> None:
@@ -108,6 +118,10 @@ class History(RuleBasedStateMachine):
     def group(self) -> str:
         """Draw any group, rarely one that is gone."""
         return self.one_of([group["id"] for group in self.groups()] * 4 + self.deleted[-1:])
+
+    def place(self) -> str | None:
+        """Draw where a group is to be, rarely where none can be: beneath any, or (None) at the top."""
+        return self.one_of([None, *[group["id"] for group in self.groups()] * 2, *self.deleted[-1:]])
 
     def pin(self) -> str | None:
         """Draw a group to pin: mostly none, any that there is, rarely one that is gone."""

@@ -43,13 +43,15 @@ class Reports(History):
     def look_at_overrides(self) -> None:
         found = self.twins.call("find_limit_overrides", p_group_id=self.group())
         after = [override["id"] for override in found] if isinstance(found, list) else []
-        params = {"p_user_id": self.draw(st.none() | drawn.users), "p_after": self.one_of([None, *after])}
+        whose = self.draw(st.sampled_from([{}, {"p_user_id": self.draw(drawn.users)}, {"p_child_id": self.group()}]))
+        params = {**whose, "p_after": self.one_of([None, *after])}
         self.twins.call("find_limit_overrides", p_group_id=self.group(), **params, p_page_size=self.draw(drawn.sizes))
 
     @happens()
     def look_for_groups(self) -> None:
         name, size = self.draw(st.none() | drawn.names), self.draw(drawn.sizes)
         self.twins.call("find_groups", p_name=name, p_page_size=size)
+        self.twins.call("find_groups", p_parent_id=self.group())
         self.twins.call("find_groups", p_search=self.draw(drawn.parts), p_after=name, p_page_size=size)
         self.twins.call("group_usage", p_after=name, p_page_size=size)
         self.twins.call("usage_drift", p_group_id=self.group())

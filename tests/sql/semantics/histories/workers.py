@@ -145,8 +145,7 @@ class Time(Holders):
     @happens(3)
     def wait_for_the_period_to_end(self) -> None:
         model, user = self.twins.model, self.draw(drawn.users)
-        groups = [model._group(group["id"]) for group in self.groups()]
-        states = [state for group in groups for state in model._states(group, user)]
+        states = [state for group in self.groups() for state in model._states(group["id"], user)]
         ends = [at for state in states for at in (state.until, state.reset_at, state.override_ends) if at != NEVER]
         if ends:
             self.wait_until(self.one_of(ends))
