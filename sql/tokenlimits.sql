@@ -2476,7 +2476,7 @@ begin
       i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone, g.is_nested,
       i.mode, i.counts,
       case i.scope when 'group' then t.level when 'child' then t.level + 1 end as level,
-      case when cardinality(null::text[]) = 1 then case when i.counts is null then 1 else (i.counts ->> null::text[][1])::bigint end else 1 end as weight,
+      case when cardinality((null::text[])) = 1 then case when i.counts is null then 1 else (i.counts ->> (null::text[])[1])::bigint end else 1 end as weight,
       t.child_id as subject
     from tokenlimits.group_tree as t
     inner join public.group_limits as i on i.group_id = t.above_id
@@ -2486,9 +2486,9 @@ begin
         select c.id
         from public.user_groups as c
         where c.id = any(p_group_ids) or c.parent_id = any(p_group_ids)
-      )) and (null::text[] is null or case
-        when i.counts is null then i.kind = any(null::text[])
-        else i.counts ?| null::text[]
+      )) and ((null::text[]) is null or case
+        when i.counts is null then i.kind = any((null::text[]))
+        else i.counts ?| (null::text[])
       end)
   ) as l
   left join lateral (

@@ -600,7 +600,7 @@ declare
   {{ variables_of_limits() | indent(2) }}
 begin
   {{ read_limits(
-    '', 't.child_id', 'null::text[]', 'p_at', in_flight='true', of_many=true, expired='v_any_expired',
+    '', 't.child_id', '(null::text[])', 'p_at', in_flight='true', of_many=true, expired='v_any_expired',
     which="i.scope = 'child' and t.distance = 1 and t.group_id = any(array(
       select c.id
       from public.user_groups as c
