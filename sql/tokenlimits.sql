@@ -268,6 +268,8 @@ begin
         'part_of',
         'period_of',
         'place_group',
+        'quiet_group',
+        'quiet_members',
         'read_request',
         'read_requests',
         'reconcile_usage',
@@ -295,6 +297,7 @@ begin
         'require_admin',
         'require_child',
         'require_group',
+        'require_one_subject',
         'require_room',
         'require_user',
         'reserve_generation',
@@ -829,8 +832,12 @@ begin
     ),
     nfc
   );
-  -- two changes never have the same moment, or the second editor would not notice the first
-  new.updated_at := greatest(tokenlimits.clock(), old.updated_at + interval '1 microsecond');
+  -- two changes never have the same moment, or the second editor would not notice the first; that it has got its first
+  -- child is no edit of it
+  new.updated_at := case
+    when new.is_nested and not old.is_nested and new.parent_id is null then old.updated_at
+    else greatest(tokenlimits.clock(), old.updated_at + interval '1 microsecond')
+  end;
   if (char_length(new.name) >= 1 and char_length(new.name) <= 200 and new.name = normalize(
   btrim(
     new.name,
@@ -1190,18 +1197,21 @@ execute function tokenlimits.move_in_tree();
 create or replace function tokenlimits.forget_group()
 returns trigger
 language plpgsql
--- definer: an admin may delete a group without the right to read overrides
+-- definer: counters are private
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  -- nobody sees the pools any more that it had as a child; what it has used goes on counting above
+  delete from tokenlimits.counters as c
+  where c.subject = old.id;
   delete from public.limit_overrides as o
   where o.scope = 'child' and o.subject = old.id;
   return null;
 end
 $$;
 comment on function tokenlimits.forget_group()
-is 'tokenlimits: Trigger: a deleted group has no max of its own any more.';
+is 'tokenlimits: Trigger: a deleted group has no pools any more.';
 revoke execute on function tokenlimits.forget_group()
 from public, anon, authenticated, service_role;
 
@@ -1927,9 +1937,7 @@ begin
       select coalesce(g.anchor_at, g.created_at)
       from public.user_groups as g
       where g.id = case p_state.scope when 'child' then p_state.subject else p_state.group_id end
-    ),
-    -- the subject's group was deleted, and the period of what it used doesn't matter to any call
-    tokenlimits.clock()
+    )
   );
 end
 $$;
@@ -2376,7 +2384,8 @@ begin
       case when cardinality(p_kinds) = 1 then case when i.counts is null then 1 else (i.counts ->> p_kinds[1])::bigint end else 1 end as weight,
       unnest(case i.scope
         when 'group' then array[i.group_id]
-        when 'child' then array_remove(array[t.child_id], null)
+        -- one that was deleted has no pool any more
+        when 'child' then array(select c.id from public.user_groups as c where c.id = t.child_id)
         else p_user_ids
       end) as subject
     from tokenlimits.group_tree as t
@@ -2872,10 +2881,9 @@ begin
   perform pg_advisory_xact_lock_shared(1953459052, 258);
   v_group_ids := array(
     select distinct l.group_id
-    from unnest(v_changed) as m
-    inner join tokenlimits.group_tree as t on t.group_id = m.group_id
+    from tokenlimits.group_tree as t
     inner join public.group_limits as l on l.group_id = t.above_id
-    where l.starts = 'anchor' and l.scope = 'member'
+    where t.group_id = any(array(select m.group_id from unnest(v_changed) as m)) and l.starts = 'anchor' and l.scope = 'member'
   );
   if v_group_ids <> '{}' then
     perform tokenlimits.lock_groups(v_group_ids, true);
@@ -2908,6 +2916,70 @@ create or replace trigger group_memberships_renew_anchors_delete
 after delete on public.group_memberships
 referencing old table as old_rows
 for each statement execute function tokenlimits.renew_anchors();
+
+-- What is deleted with a group takes stripes in several triggers. All are taken here, in one order, after all rows.
+create or replace function tokenlimits.quiet_group()
+returns trigger
+language plpgsql
+-- definer: an admin may delete a group without the right to read limits
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pg_advisory_xact_lock_shared(1953459052, 258);
+  perform
+  from public.group_limits as l
+  where l.group_id = old.id
+  order by l.kind, l.period, l.starts, l.scope
+  for update;
+  perform
+  from public.group_memberships as m
+  where m.group_id = old.id
+  order by m.user_id
+  for update;
+  perform tokenlimits.lock_groups(array[old.id] || array(
+    select distinct l.group_id
+    from tokenlimits.group_tree as t
+    inner join public.group_limits as l on l.group_id = t.above_id
+    where t.group_id = any(array[old.id]) and l.starts = 'anchor' and l.scope = 'member'
+  ), true);
+  return old;
+end
+$$;
+comment on function tokenlimits.quiet_group()
+is 'tokenlimits: Trigger: waits for all calls that a group''s limits and members judge, before it is deleted.';
+revoke execute on function tokenlimits.quiet_group()
+from public, anon, authenticated, service_role;
+
+create or replace trigger user_groups_quiet
+before delete on public.user_groups
+for each row execute function tokenlimits.quiet_group();
+
+create or replace function tokenlimits.quiet_members(p_group_ids uuid[])
+returns void
+language plpgsql
+volatile
+-- definer: locks are private
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform tokenlimits.require_admin();
+  perform pg_advisory_xact_lock_shared(1953459052, 258);
+  perform tokenlimits.lock_groups(array(
+    select distinct l.group_id
+    from tokenlimits.group_tree as t
+    inner join public.group_limits as l on l.group_id = t.above_id
+    where t.group_id = any(p_group_ids) and l.starts = 'anchor' and l.scope = 'member'
+  ), true);
+end
+$$;
+comment on function tokenlimits.quiet_members(uuid[])
+is 'tokenlimits: Waits for all calls that anchored member limits of some groups, and of all above them, judge.';
+revoke execute on function tokenlimits.quiet_members(uuid[])
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.quiet_members(uuid[])
+to authenticated, service_role;
 
 -- 60_answers.sql
 
@@ -7041,6 +7113,11 @@ begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_from);
   perform tokenlimits.require_group(p_to);
+  if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
+    perform tokenlimits.refuse_transaction();
+  end if;
+  -- in one order, not one group after the other
+  perform tokenlimits.quiet_members(array[p_from, p_to]);
   delete from public.group_memberships as m
   where m.group_id = p_from and m.user_id = p_user_id and p_from <> p_to;
   v_moved := found;
@@ -7350,6 +7427,25 @@ is 'tokenlimits: An override, as clients see it.';
 revoke execute on function tokenlimits.override_json(public.limit_overrides, text)
 from public, anon, authenticated, service_role;
 
+create or replace function tokenlimits.require_one_subject(p_user_id uuid, p_child_id uuid)
+returns void
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_user_id is not null and p_child_id is not null then
+    perform tokenlimits.refuse('TL001', 'child_id: name a user or a child group, not both', 'child_id');
+  end if;
+end
+$$;
+comment on function tokenlimits.require_one_subject(uuid, uuid)
+is 'tokenlimits: Raises TL001 if both a user and a child group are named.';
+revoke execute on function tokenlimits.require_one_subject(uuid, uuid)
+from public, anon, authenticated, service_role;
+grant execute on function tokenlimits.require_one_subject(uuid, uuid)
+to authenticated, service_role;
+
 create or replace function tokenlimits.require_child(p_group_id uuid, p_user_id uuid, p_child_id uuid)
 returns void
 language plpgsql
@@ -7357,11 +7453,8 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if p_child_id is null then
-    return;
-  elsif p_user_id is not null then
-    perform tokenlimits.refuse('TL001', 'child_id: name a user or a child group, not both', 'child_id');
-  elsif (tokenlimits.require_group(p_child_id)).parent_id is distinct from p_group_id then
+  perform tokenlimits.require_one_subject(p_user_id, p_child_id);
+  if p_child_id is not null and (tokenlimits.require_group(p_child_id)).parent_id is distinct from p_group_id then
     perform tokenlimits.refuse(
       'TL001', format('child_id: %s is not directly beneath the group', p_child_id), 'child_id', 'Nothing was saved.'
     );
@@ -7511,6 +7604,7 @@ declare
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
+  perform tokenlimits.require_one_subject(p_user_id, p_child_id);
   if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
     perform tokenlimits.refuse_transaction();
   end if;
@@ -7558,6 +7652,7 @@ declare
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
+  perform tokenlimits.require_one_subject(p_user_id, p_child_id);
   v_overrides := array(
     select row(o.*)::public.limit_overrides
     from public.limit_overrides as o

@@ -224,8 +224,12 @@ begin
   -- row-level security refuses an insert only afterwards; read nothing for such a caller before that
   perform tokenlimits.require_admin();
   new.name := {{ tidied('new.name') | indent(2) }};
-  -- two changes never have the same moment, or the second editor would not notice the first
-  new.updated_at := greatest(tokenlimits.clock(), old.updated_at + interval '1 microsecond');
+  -- two changes never have the same moment, or the second editor would not notice the first; that it has got its first
+  -- child is no edit of it
+  new.updated_at := case
+    when new.is_nested and not old.is_nested and new.parent_id is null then old.updated_at
+    else greatest(tokenlimits.clock(), old.updated_at + interval '1 microsecond')
+  end;
   if ({{ is_name('new.name') }}) is not true then
     perform tokenlimits.refuse(
       'TL001', 'name: must have 1 to 200 characters, none of them a control, zero-width or direction character', 'name'

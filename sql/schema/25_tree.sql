@@ -255,17 +255,20 @@ execute function tokenlimits.move_in_tree();
 create or replace function tokenlimits.forget_group()
 returns trigger
 language plpgsql
--- definer: an admin may delete a group without the right to read overrides
+-- definer: counters are private
 security definer
 {{ search_path() }}
 as $$
 begin
+  -- nobody sees the pools any more that it had as a child; what it has used goes on counting above
+  delete from tokenlimits.counters as c
+  where c.subject = old.id;
   delete from public.limit_overrides as o
   where o.scope = 'child' and o.subject = old.id;
   return null;
 end
 $$;
-{{ private('forget_group()', "Trigger: a deleted group has no max of its own any more.") }}
+{{ private('forget_group()', "Trigger: a deleted group has no pools any more.") }}
 
 create or replace trigger user_groups_forget
 after delete on public.user_groups

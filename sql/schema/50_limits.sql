@@ -210,9 +210,7 @@ begin
       select coalesce(g.anchor_at, g.created_at)
       from public.user_groups as g
       where g.id = {{ home_of('p_state') }}
-    ),
-    -- the subject's group was deleted, and the period of what it used doesn't matter to any call
-    tokenlimits.clock()
+    )
   );
 end
 $$;
@@ -568,7 +566,8 @@ begin
     'p_group_id',
     "unnest(case i.scope
       when 'group' then array[i.group_id]
-      when 'child' then array_remove(array[t.child_id], null)
+      -- one that was deleted has no pool any more
+      when 'child' then array(select c.id from public.user_groups as c where c.id = t.child_id)
       else p_user_ids
     end)",
     'p_kinds', 'p_at', in_flight='p_in_flight', of_many=true

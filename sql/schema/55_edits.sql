@@ -163,13 +163,7 @@ declare
 begin
   {{ read_changed('group_memberships') | indent(2) }}
   {{ lock_tree() }}
-  v_group_ids := array(
-    select distinct l.group_id
-    from unnest(v_changed) as m
-    inner join tokenlimits.group_tree as t on t.group_id = m.group_id
-    inner join public.group_limits as l on l.group_id = t.above_id
-    where l.starts = 'anchor' and l.scope = 'member'
-  );
+  v_group_ids := {{ anchoring('array(select m.group_id from unnest(v_changed) as m)') | indent(2) }};
   if v_group_ids <> '{}' then
     perform tokenlimits.lock_groups(v_group_ids, true);
     delete from tokenlimits.counters as c
@@ -184,3 +178,53 @@ $$;
 {{ private('renew_anchors()', "Trigger: a member's anchored periods are those of their current membership.") }}
 
 {{ after_changes('group_memberships', 'renew_anchors', 'renew_anchors') }}
+
+-- What is deleted with a group takes stripes in several triggers. All are taken here, in one order, after all rows.
+create or replace function tokenlimits.quiet_group()
+returns trigger
+language plpgsql
+-- definer: an admin may delete a group without the right to read limits
+security definer
+{{ search_path() }}
+as $$
+begin
+  {{ lock_tree() }}
+  perform
+  from public.group_limits as l
+  where l.group_id = old.id
+  order by l.kind, l.period, l.starts, l.scope
+  for update;
+  perform
+  from public.group_memberships as m
+  where m.group_id = old.id
+  order by m.user_id
+  for update;
+  perform tokenlimits.lock_groups(array[old.id] || {{ anchoring('array[old.id]') | indent(2) }}, true);
+  return old;
+end
+$$;
+{{ private('quiet_group()', "Trigger: waits for all calls that a group's limits and members judge, before it is deleted.") }}
+
+create or replace trigger user_groups_quiet
+before delete on public.user_groups
+for each row execute function tokenlimits.quiet_group();
+
+create or replace function tokenlimits.quiet_members(p_group_ids uuid[])
+returns void
+language plpgsql
+volatile
+-- definer: locks are private
+security definer
+{{ search_path() }}
+as $$
+begin
+  perform tokenlimits.require_admin();
+  {{ lock_tree() }}
+  perform tokenlimits.lock_groups({{ anchoring('p_group_ids') | indent(2) }}, true);
+end
+$$;
+{{ private(
+  'quiet_members(uuid[])',
+  "Waits for all calls that anchored member limits of some groups, and of all above them, judge.",
+  to='authenticated, service_role'
+) }}

@@ -604,6 +604,9 @@ begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_from);
   perform tokenlimits.require_group(p_to);
+  {{ insist_on_transaction() | indent(2) }}
+  -- in one order, not one group after the other
+  perform tokenlimits.quiet_members(array[p_from, p_to]);
   delete from public.group_memberships as m
   where m.group_id = p_from and m.user_id = p_user_id and p_from <> p_to;
   v_moved := found;

@@ -51,6 +51,24 @@ end
 $$;
 {{ private('override_json(public.limit_overrides, text)', "An override, as clients see it.") }}
 
+create or replace function tokenlimits.require_one_subject(p_user_id uuid, p_child_id uuid)
+returns void
+language plpgsql
+immutable
+{{ search_path() }}
+as $$
+begin
+  if p_user_id is not null and p_child_id is not null then
+    perform tokenlimits.refuse('TL001', 'child_id: name a user or a child group, not both', 'child_id');
+  end if;
+end
+$$;
+{{ private(
+  'require_one_subject(uuid, uuid)',
+  "Raises TL001 if both a user and a child group are named.",
+  to='authenticated, service_role'
+) }}
+
 create or replace function tokenlimits.require_child(p_group_id uuid, p_user_id uuid, p_child_id uuid)
 returns void
 language plpgsql
@@ -58,11 +76,8 @@ stable
 {{ search_path() }}
 as $$
 begin
-  if p_child_id is null then
-    return;
-  elsif p_user_id is not null then
-    perform tokenlimits.refuse('TL001', 'child_id: name a user or a child group, not both', 'child_id');
-  elsif (tokenlimits.require_group(p_child_id)).parent_id is distinct from p_group_id then
+  perform tokenlimits.require_one_subject(p_user_id, p_child_id);
+  if p_child_id is not null and (tokenlimits.require_group(p_child_id)).parent_id is distinct from p_group_id then
     perform tokenlimits.refuse(
       'TL001', format('child_id: %s is not directly beneath the group', p_child_id), 'child_id', 'Nothing was saved.'
     );
@@ -167,6 +182,7 @@ declare
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
+  perform tokenlimits.require_one_subject(p_user_id, p_child_id);
   {{ touch_group('p_group_id') | indent(2) }}
   select array_agg(o.period || ' ' || o.starts order by {{ by_length('o') | indent(2) }}) into v_fitting
   from public.limit_overrides as o
@@ -202,6 +218,7 @@ declare
 begin
   perform tokenlimits.require_admin();
   perform tokenlimits.require_group(p_group_id);
+  perform tokenlimits.require_one_subject(p_user_id, p_child_id);
   v_overrides := array(
     select row(o.*)::public.limit_overrides
     from public.limit_overrides as o

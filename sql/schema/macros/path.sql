@@ -8,6 +8,16 @@ add a tenth to the cost of these lines. A macro takes expressions, and the names
 {{ at }} >= '1970-01-01 00:00:00+00' and {{ at }} < '9999-01-01 00:00:00+00'
 {%- endmacro %}
 
+{# The groups whose anchored limits count members of some groups: those themselves, or above them. #}
+{% macro anchoring(group_ids) -%}
+array(
+  select distinct l.group_id
+  from tokenlimits.group_tree as t
+  inner join public.group_limits as l on l.group_id = t.above_id
+  where t.group_id = any({{ group_ids }}) and l.starts = 'anchor' and l.scope = 'member'
+)
+{%- endmacro %}
+
 {# All who are in a group or in one beneath it. #}
 {% macro members_beneath(group_id) -%}
 array(

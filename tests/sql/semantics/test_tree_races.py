@@ -131,7 +131,7 @@ class TestWhileAdminsEdit:
                 thread.start()
             for thread in admins:
                 thread.join()
-        assert unexpected == []
+        assert unexpected == [], "\n".join(f"{e} | {e.diag.message_detail} | {e.diag.context}" for e in unexpected)
         assert {a.error for a in answers} <= {None, "TL008"}
         assert [a for a in answers if a.wrongly_denied] == []
         assert_all_settled(world)

@@ -321,6 +321,26 @@ class TestDeleting:
             world.api.delete_group(children.pop())
         world.api.delete_group(top)
 
+    def test_its_pool_on_the_plan_is_gone(self, world: World) -> None:
+        plan = world.group(limit(9), limit(2, scope="child"))
+        customer = beneath(world, plan)
+        user = world.user(customer)
+        hold = world.api.reserve(user, "image", 2)["usage_id"]
+        world.api.delete_group(customer)
+        answer = world.api.commit(hold, 5, overage="charge")
+        assert statuses(answer) == [("group", 5, plan)]
+        assert shown(world, plan) == {("image", "child", None): (0, 0), ("image", "group", None): (5, 9)}
+
+    def test_a_first_child_is_no_edit_of_its_parent(self, world: World) -> None:
+        top = world.group()
+        [seen] = world.api.call("find_groups", group_id=top)
+        leaf = beneath(world, top)
+        assert world.api.save_group(top, updated_at=seen["updated_at"], description="still as it was seen")
+        [seen] = world.api.call("find_groups", group_id=leaf)
+        move(world, leaf, None)
+        with pytest.raises(psycopg.Error, match="was changed meanwhile"):
+            world.api.save_group(leaf, updated_at=seen["updated_at"], description="moved")
+
     def test_an_id_is_never_used_again(self, world: World) -> None:
         top = world.group()
         team = beneath(world, top)
@@ -430,6 +450,9 @@ class TestOverrides:
                 "select public.set_limit_override(%s, 'image', 1, p_user_id => %s, p_child_id => %s)",
                 [plan, world.user(), beneath(world, plan)],
             )
+        for function, more in (("find_limit_overrides", {}), ("remove_limit_override", {"kind": "image"})):
+            with pytest.raises(psycopg.Error, match="a user or a child group, not both"):
+                world.api.call(function, group_id=plan, user_id=uuid4(), child_id=uuid4(), **more)
 
 
 class TestWindows:
