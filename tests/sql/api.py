@@ -139,7 +139,14 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
         "p_child_id": None,
     },
     "delete_group": {"p_group_id": GROUP_ID},
-    "find_groups": {"p_group_id": GROUP_ID, "p_name": "pro", "p_search": "p", "p_after": "a", "p_page_size": 10, "p_parent_id": None},
+    "find_groups": {
+        "p_group_id": GROUP_ID,
+        "p_name": "pro",
+        "p_search": "p",
+        "p_after": "a",
+        "p_page_size": 10,
+        "p_parent_id": None,
+    },
     "add_group_members": {
         "p_group_id": GROUP_ID,
         "p_user_ids": [USER_ID, ADMIN_ID],

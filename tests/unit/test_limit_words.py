@@ -33,7 +33,7 @@ def drawn_limits(draw: st.DrawFn) -> Limit:
                     "max": draw(st.none() | st.integers(0, 10**15)),
                     "period": period,
                     "starts": starts,
-                    "scope": draw(st.sampled_from(["group", "member"])),
+                    "scope": draw(st.sampled_from(["group", "child", "member"])),
                     "counts": draw(st.none() | st.dictionaries(NAMES, st.integers(1, 10**6), min_size=1, max_size=50)),
                     "mode": draw(st.sampled_from(["enforce", "observe"])),
                 }
@@ -70,6 +70,7 @@ def test_a_full_name_names_one_limit(limits: list[Limit]) -> None:
         ("a=4/90minutes/first_use", Limit(kind="a", max=4, period="90 minutes", starts="first_use")),
         ("a=4/3months/anchor", Limit(kind="a", max=4, period="3 months", starts="anchor")),
         ("a=4/day/observe/group/calendar", Limit(kind="a", max=4, period="day", mode="observe")),
+        ("image=9/month/child", Limit(kind="image", max=9, period="month", scope="child")),
         ("video=2/member/in_flight", Limit(kind="video", max=2, period="in_flight", scope="member")),
         ("c=9/image:1+video:8", Limit(kind="c", max=9, counts={"image": 1, "video": 8})),
     ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Annotated
+from uuid import UUID
 
 import typer
 from rich.table import Table
@@ -49,6 +51,14 @@ Default = Annotated[
     bool | None,
     typer.Option("--default/--no-default", help="Use this group's limits for users in no group.", show_default=False),
 ]
+Parent = Annotated[
+    str | None,
+    typer.Option(
+        "--parent",
+        help="The name or id of the group that it is beneath, whose limits count its usage too.",
+        show_default=False,
+    ),
+]
 Limits = Annotated[
     list[str] | None,
     typer.Option(
@@ -71,15 +81,21 @@ def list_(
     search: Annotated[
         str | None, typer.Option("--search", help="Only groups whose name contains this.", show_default=False)
     ] = None,
+    parent: Annotated[
+        str | None,
+        typer.Option("--parent", help="Only groups directly beneath this one, by name or id.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List groups with their limits."""
+    """List groups with their limits; each group is indented below the one that it is beneath."""
     with manager() as groups:
-        found = groups.list(search=search)
+        found = groups.list(search=search, parent=None if parent is None else find_group(groups, parent))
     if as_json:
         print_json(found)
     elif found:
         show(_list(found))
+    elif parent is not None:
+        say(f"There are no groups beneath {parent}. Create one with: tokenlimits groups create NAME --parent GROUP")
     else:
         say("There are no groups. Create one with: tokenlimits groups create Pro --limit image=100/month")
 
@@ -87,18 +103,31 @@ def list_(
 def _list(groups: Sequence[Group]) -> Table:
     rows = [
         (
-            f"{group.name} (default)" if group.is_default else group.name,
+            f"{'  ' * level}{group.name}{' (default)' if group.is_default else ''}",
             group.id,
             group.priority,
             group.timezone,
             " ".join(map(write, group.limits)) or "none",
         )
-        for group in groups
+        for group, level in _tree(groups)
     ]
     columns = ("name", "id", "priority", "time zone", "limits")
     if out.width < NARROW:  # the command `show` has the ids
         columns, rows = columns[:1] + columns[2:], [row[:1] + row[2:] for row in rows]
     return table(*columns, rows=rows, right=["priority"], whole=["id", "time zone"])
+
+
+def _tree(groups: Sequence[Group]) -> Iterator[tuple[Group, int]]:
+    """Put each group below its parent, if that is among them, and say how deep it is."""
+    there = {group.id for group in groups}
+    beneath: dict[UUID | None, list[Group]] = defaultdict(list)
+    for group in groups:
+        beneath[group.parent_id if group.parent_id in there else None].append(group)
+    left = [(group, 0) for group in reversed(beneath[None])]
+    while left:
+        group, level = left.pop()
+        yield group, level
+        left += [(child, level + 1) for child in reversed(beneath[group.id])]
 
 
 @commands.command("show")
@@ -107,13 +136,14 @@ def show_(group: GroupArgument, *, as_json: AsJson = False) -> None:
     with manager() as groups:
         found = find_group(groups, group)
         usage = groups.usage(found.id)
+        parent = None if as_json or found.parent_id is None else groups.get(found.parent_id)
     if as_json:
         print_json({**found.model_dump(mode="json"), "usage": usage.model_dump(mode="json")})
     else:
-        _show(found, usage)
+        _show(found, parent, usage)
 
 
-def _show(group: Group, usage: GroupUsage) -> None:
+def _show(group: Group, parent: Group | None, usage: GroupUsage) -> None:
     say(group.name, style="bold")
     rows = [
         ("id", group.id),
@@ -121,6 +151,8 @@ def _show(group: Group, usage: GroupUsage) -> None:
         ("priority", group.priority),
         ("time zone", group.timezone),
         ("default", "yes" if group.is_default else "no"),
+        *([("parent", parent.name)] if parent is not None else []),
+        *([("beneath it", counted(usage.child_count, "group"))] if usage.child_count else []),
         ("members", f"{usage.member_count:,}"),
         ("created", moment_in_words(group.created_at)),
         *([("anchor", moment_in_words(group.anchor_at))] if group.anchor_at is not None else []),
@@ -146,6 +178,7 @@ def create(
     timezone: Timezone = "UTC",
     default: Default = False,
     anchor_at: AnchorAt = None,
+    parent: Parent = None,
     as_json: AsJson = False,
 ) -> None:
     """Create a group with its limits."""
@@ -159,6 +192,7 @@ def create(
             timezone=timezone or "UTC",
             is_default=bool(default),
             anchor_at=anchor_at,
+            parent=None if parent is None else find_group(groups, parent),
         )
     if as_json:
         print_json(made)
@@ -177,11 +211,18 @@ def edit(
     timezone: Timezone = None,
     default: Default = None,
     anchor_at: NewAnchorAt = None,
+    parent: Parent = None,
+    no_parent: Annotated[bool, typer.Option("--no-parent", help="Move it out, beneath no group.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Change a group's settings; `limits set` changes its limits."""
-    if name is description is priority is timezone is default is anchor_at is None:
+    """Change a group's settings; `limits set` changes its limits.
+
+    A group that moves takes its usage along, with the groups beneath it.
+    """
+    if name is description is priority is timezone is default is anchor_at is parent is None and not no_parent:
         raise Misunderstood("Nothing to change: pass an option such as --name. See: tokenlimits groups edit --help")
+    if parent is not None and no_parent:
+        raise Misunderstood("Pass either --parent or --no-parent.")
     with manager() as groups:
         changed = groups.update(
             find_group(groups, group).id,
@@ -191,6 +232,7 @@ def edit(
             timezone=timezone,
             is_default=default,
             anchor_at=UNCHANGED if anchor_at is None else chosen_anchor(anchor_at),
+            parent=find_group(groups, parent) if parent is not None else None if no_parent else UNCHANGED,
         )
     if as_json:
         print_json(changed)
@@ -229,7 +271,8 @@ def reset(
 ) -> None:
     """Reset a group's usage in its current periods.
 
-    The ledger and the history keep everything. Holds that are open still count in flight.
+    That is usage under its own limits for all and for each member, and its own under limits for each customer of the
+    group above. The ledger and the history keep everything. Holds that are open still count in flight.
     """
     with manager() as groups:
         found = find_group(groups, group)

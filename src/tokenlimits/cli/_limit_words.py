@@ -25,13 +25,15 @@ calendar, a length: 5min, 3h, 30d, 2w, 3months. in_flight: how many holds at onc
 
 Where it starts: calendar (the default), anchor, first_use or rolling.
 
-Whose usage counts: group (the default), or member for each member separately.
+Whose usage counts: group (the default), all together with the groups beneath; child, each customer (each group
+directly beneath) separately; or member, each user separately.
 
 observe: count, but don't deny. enforce is the default.
 
 image:1+video:8 makes a pool, which counts these kinds, each with its weight; KIND is then the pool's name.
 
 Examples: image=100/month  image=40/3h/rolling/member  video=2/in_flight/member  credits=1000/month/image:1+video:8
+image=1000/month/child
 """
 
 _FIELDS: Mapping[str, Sequence[str]] = {
@@ -40,6 +42,8 @@ _FIELDS: Mapping[str, Sequence[str]] = {
     "scope": get_args(Scope),
     "mode": get_args(Mode),
 }
+# the option that says whose override it is
+_OPTIONS: Mapping[Scope, str] = {"member": "--user", "child": "--child"}
 _FIELD_OF = {word: field for field, words in _FIELDS.items() for word in words}
 _ONE = {"period": "period", "starts": "start", "scope": "scope", "mode": "mode", "counts": "set of kinds"}
 # "m" is in neither: it would be minutes to some and months to others
@@ -138,19 +142,22 @@ def _read_name(text: str) -> dict[str, Any]:
     return wanted
 
 
-def read_name(text: str, *, of_user: bool) -> dict[str, Any]:
-    """Read which limit of a user, or of a group, is meant: its kind and, as far as they are said, period and starts.
+def read_name(text: str, scope: Scope) -> dict[str, Any]:
+    """Read which limit of a scope is meant: its kind and, as far as they are said, its period and starts.
 
     Raises:
         Problem: It can't be read, or it is a limit of another scope.
     """
     named = _read_name(text)
-    if named.pop("scope", scope := "member" if of_user else "group") != scope:
-        raise Problem(f"{text}: " + ("leave out group, or --user" if of_user else "pass --user with a member limit"))
-    return named
+    said: Scope = named.pop("scope", scope)
+    if said == scope:
+        return named
+    if said in _OPTIONS:
+        raise Problem(f"{text}: pass {_OPTIONS[said]} with a {said} limit")
+    raise Problem(f"{text}: leave out {said}, or {_OPTIONS[scope]}")
 
 
-def parse_override(text: str, *, of_user: bool) -> tuple[int | None, dict[str, Any]]:
+def parse_override(text: str, scope: Scope) -> tuple[int | None, dict[str, Any]]:
     """Read another max of a limit, like image=200/month: the max, and which limit is meant.
 
     Raises:
@@ -160,7 +167,7 @@ def parse_override(text: str, *, of_user: bool) -> tuple[int | None, dict[str, A
     maximum, *words = rest.split("/")
     if not equals or "/" in kind:
         raise Problem(f"{text}: write it like image=200, image=200/month or image=unlimited/3h/rolling")
-    return _maximum(text, maximum), read_name("/".join([kind, *words]), of_user=of_user)
+    return _maximum(text, maximum), read_name("/".join([kind, *words]), scope)
 
 
 def write(limit: Limit) -> str:

@@ -34,6 +34,9 @@ def register(app: typer.Typer) -> None:
 
 def show_limits(group: Group) -> None:
     """Print a group's limits, as they are written and in words."""
+    if not group.limits and group.parent_id is not None:
+        say("This group has no limits of its own; those of the groups above it apply.")
+        return
     if not group.limits:
         say("This group has no limits, so its members can't generate anything with it.", style="yellow")
         return

@@ -1,4 +1,4 @@
-"""`overrides`: list, set, remove: another max for one user, or for a group's own limit."""
+"""`overrides`: list, set, remove: another max for one user, for one customer, or for a group's own limit."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from uuid import UUID
 import typer
 
 from tokenlimits import GroupManager
-from tokenlimits.models import Override
+from tokenlimits.models import Override, Scope
 
 from ._find import find_group, find_user, manager
 from ._limit_words import name_of, parse_override, read_name
 from ._options import AsJson, GroupArgument, Yes, moment_or_in
-from ._terminal import Problem, confirm, moment_in_words, print_json, print_json_list, say, show, table
+from ._terminal import Misunderstood, Problem, confirm, moment_in_words, print_json, print_json_list, say, show, table
 from ._wording import or_unlimited
 
 User = Annotated[
@@ -25,9 +25,17 @@ User = Annotated[
         show_default=False,
     ),
 ]
+Child = Annotated[
+    str | None,
+    typer.Option(
+        "--child",
+        help="The name or id of a group directly beneath: the limit for each customer, of this one.",
+        show_default=False,
+    ),
+]
 
 commands = typer.Typer(
-    help="Manage exceptions: another max for one user, or for a time.",
+    help="Manage exceptions: another max for one user or one customer, or for a time.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -43,14 +51,18 @@ def list_(
     group: GroupArgument,
     *,
     user: Annotated[str | None, typer.Option("--user", help="Only those of this user.", show_default=False)] = None,
+    child: Annotated[
+        str | None, typer.Option("--child", help="Only those of this group beneath.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List a group's overrides.
+    """List the overrides of a group's limits.
 
-    They include those that have ended, and those that sleep: their limit is gone.
+    They include those that have ended, and those that sleep: their limit is gone, or their customer has moved away.
     """
+    _scope(user, child)
     with manager() as groups:
-        found = groups.overrides(find_group(groups, group).id, user_id=_user_id(groups, user))
+        found = groups.overrides(find_group(groups, group).id, **_subject(groups, user, child))
         if as_json:
             print_json_list(found)
             return
@@ -76,6 +88,7 @@ def set_(
     limit: Annotated[str, typer.Argument(metavar="LIMIT", help="Such as image=200 or image=unlimited/month.")],
     *,
     user: User = None,
+    child: Child = None,
     until: Annotated[
         datetime | None,
         typer.Option(
@@ -89,19 +102,18 @@ def set_(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Replace a limit's max for one user, or a group limit's.
+    """Replace a limit's max for one user or one customer, or a group limit's.
 
     Usage stays.
 
     LIMIT is KIND=MAX with as many words as tell the limit from the others: image=200, image=200/day,
     image=200/3h/rolling. MAX is a number or unlimited.
     """
-    max_, named = parse_override(limit, of_user=user is not None)
+    max_, named = parse_override(limit, _scope(user, child))
     with manager() as groups:
         group_id = find_group(groups, group).id
-        override = groups.set_override(
-            group_id, named["kind"], max_, user_id=_user_id(groups, user), until=until, **_which(named)
-        )
+        subject = _subject(groups, user, child)
+        override = groups.set_override(group_id, named["kind"], max_, until=until, **subject, **_which(named))
     if as_json:
         print_json(override)
         return
@@ -115,17 +127,18 @@ def remove(
     limit: Annotated[str, typer.Argument(metavar="LIMIT", help="Such as image or image/month.")],
     *,
     user: User = None,
+    child: Child = None,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """End an override, so that the limit's own max applies again."""
-    named = read_name(limit, of_user=user is not None)
-    whose = user or "the group"
+    named = read_name(limit, _scope(user, child))
+    whose = user or child or "the group"
     with manager() as groups:
         found = find_group(groups, group)
-        user_id = _user_id(groups, user)
+        subject = _subject(groups, user, child)
         confirm(f"Remove the override of {limit} for {whose} in {found.name}?", yes=yes)
-        removed = groups.remove_override(found.id, named["kind"], user_id=user_id, **_which(named))
+        removed = groups.remove_override(found.id, named["kind"], **subject, **_which(named))
     if not removed:
         raise Problem(f"{limit}: {whose} has no such override. List them with: tokenlimits overrides list GROUP")
     if as_json:
@@ -134,8 +147,19 @@ def remove(
         say(f"Removed: the limit's own max applies to {whose} again.", style="green")
 
 
-def _user_id(groups: GroupManager, user: str | None) -> UUID | None:
-    return None if user is None else find_user(groups, user)
+def _scope(user: str | None, child: str | None) -> Scope:
+    """Say which limits are meant by their scope, from whose override it is."""
+    if user is not None and child is not None:
+        raise Misunderstood("Pass either --user or --child: a limit counts users or customers.")
+    return "member" if user is not None else "child" if child is not None else "group"
+
+
+def _subject(groups: GroupManager, user: str | None, child: str | None) -> dict[str, UUID | None]:
+    """Find whose override it is."""
+    return {
+        "user_id": None if user is None else find_user(groups, user),
+        "child_id": None if child is None else find_group(groups, child).id,
+    }
 
 
 def _which(named: dict[str, Any]) -> dict[str, Any]:
@@ -144,4 +168,6 @@ def _which(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def _whose(override: Override) -> str:
+    if override.child_id is not None:
+        return override.child_name or str(override.child_id)
     return "the group" if override.user_id is None else override.email or str(override.user_id)

@@ -91,6 +91,9 @@ def _show(result: TrackResult) -> None:
         ("paid by", result.group.name if result.group is not None else ""),
         ("left", or_unlimited(result.remaining)),
         *[("resets in", resets_in(limit, datetime.now(UTC))) for limit in _next(result)],
-        *[("would deny", f"{limit.kind}, {allowance(limit)}: {limit.used:,} used") for limit in result.would_deny],
+        *[
+            ("would deny", f"{limit.kind}, {allowance(limit, of=result.group)}: {limit.used:,} used")
+            for limit in result.would_deny
+        ],
     ]
     show(facts(rows))

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tokenlimits import GroupManager, TokenLimits, TokenLimitsError
 from tokenlimits.levels import short
-from tokenlimits.models import GroupLimitUsage, GroupUsage, UserLimit
+from tokenlimits.models import GroupLimitUsage, GroupRef, GroupUsage, UserLimit
 
 from ._find import find_group, find_user, manager, worker
 from ._options import AsJson
@@ -25,8 +25,8 @@ from ._wording import allowance, resets_in
 _NUMBERS = ("%", "used", "of", "left", "resets in")
 
 Answer = Sequence[GroupUsage | UserLimit]
-Line = tuple[str | None, GroupLimitUsage | UserLimit]
-"""A group's name, and a limit of it."""
+Line = tuple[GroupRef, GroupLimitUsage | UserLimit]
+"""A group, and a limit of it or of the group above it."""
 
 
 class _CantTell(Problem):
@@ -68,8 +68,9 @@ def usage(
 ) -> None:
     """Show the usage of every limit.
 
-    Without --user, a member limit is shown for all members together. With --at-least, the exit status is 0 if no limit
-    is that full, 1 if one is, and 3 if usage can't be read.
+    Without --user, a limit for each member, or for each customer (a group beneath), is shown for all of them together.
+    A limit of a plan is shown with each of its customers too, as "of" the plan. With --at-least, the exit status is 0
+    if no limit is that full, 1 if one is, and 3 if usage can't be read.
     """
     if group is not None and user is not None:
         raise Problem("Pass either a group or --user.")
@@ -163,7 +164,7 @@ def _lines(answer: Answer) -> list[Line]:
     lines: list[Line] = []
     for each in answer:
         limits = [each] if isinstance(each, UserLimit) else each.limits
-        lines += [(each.group.name, limit) for limit in limits]
+        lines += [(each.group, limit) for limit in limits]
     return lines
 
 
@@ -185,19 +186,19 @@ def _draw(lines: Sequence[Line], *, name_groups: bool = True, brief: bool = Fals
     return table(*(each for each in columns if each not in left_out), rows=rows, right=_NUMBERS, cut="group")
 
 
-def _cells(group: str | None, limit: GroupLimitUsage | UserLimit, now: datetime, *, brief: bool) -> Sequence[object]:
+def _cells(group: GroupRef, limit: GroupLimitUsage | UserLimit, now: datetime, *, brief: bool) -> Sequence[object]:
     write = short if brief else "{:,}".format
     fraction = _fraction(limit)
     capacity = limit.max if isinstance(limit, UserLimit) else limit.capacity
     return (
-        plain(group),
+        plain(group.name),
         limit.kind,
-        allowance(limit, write),
+        allowance(limit, write, of=group),
         # narrow, so that the bar leaves room for the words
         "" if fraction is None else Bar(fraction, most=out.width // 12),
         "" if fraction is None else f"{math.floor(fraction * 100):,}",
         Text(write(limit.used), style=colour(fraction)),
         "" if capacity is None else write(capacity),
         "" if limit.remaining is None else write(limit.remaining),
-        resets_in(limit, now),
+        resets_in(limit, now, of=group),
     )
