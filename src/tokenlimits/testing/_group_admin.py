@@ -127,7 +127,7 @@ class GroupFunctions(OverrideFunctions):
                 hint="Delete or move them first. Nothing was deleted.",
             )
         self._forget_overrides(group)
-        self._deleted[group.id] = self._groups.pop(group.id)
+        del self._groups[group.id]
         return self._group_json(group)
 
     def find_groups(
@@ -155,7 +155,7 @@ class GroupFunctions(OverrideFunctions):
         return group_json(group, self._parents[group.id])
 
     def _make(self, id_: str, parent_id: str | None) -> Group:
-        if id_ in self._deleted:  # which the SQL looks for last
+        if id_ in self._parents:  # of a group that was deleted, which the SQL looks for last
             _refuse_id(id_)
         group = Group(id_, "", "", 0, "UTC", is_default=False, created_at=self.now, updated_at=self.now)
         self._groups[id_] = group

@@ -147,7 +147,7 @@ class OverrideFunctions(State):
         }
 
     def _forget_overrides(self, group: Group) -> None:
-        for key in [key for key in self._overrides if key[0] == group.id]:
+        for key in [key for key in self._overrides if group.id in (key[0], key[2])]:
             del self._overrides[key]
 
 

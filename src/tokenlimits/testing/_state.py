@@ -25,7 +25,6 @@ class State(Ledger):
     def __init__(self, users: Mapping[str, str | None] | None) -> None:
         super().__init__()
         self._groups: dict[str, Group] = {}
-        self._deleted: dict[str, Group] = {}
         self._users = users
         self._places = count()
         # which limit was made after which
@@ -77,7 +76,7 @@ class State(Ledger):
 
     def _paying_groups(self, user_id: str, pinned: str | None) -> list[Group]:
         theirs = [group for group in self._groups.values() if user_id in group.members]
-        theirs.sort(key=lambda group: (-group.priority, group.members[user_id].place))
+        theirs.sort(key=lambda group: (-group.priority, group.members[user_id].joined_at, group.members[user_id].place))
         paying = theirs or [group for group in self._groups.values() if group.is_default]
         if pinned is None:
             return paying
@@ -87,6 +86,7 @@ class State(Ledger):
     def _bounds(self, group_id: str, user_id: str, kind: str | None = None, *, in_flight: bool = True) -> list[Bound]:
         """List the limits that bind a user in a group, its own and those above: those that count a kind, or all.
 
+        A deleted child has no pool any more.
         They are in the order of the SQL: of a kind, member limits first, then pools from the deepest subject up.
         """
         found: list[tuple[int, Bound]] = []
@@ -96,7 +96,7 @@ class State(Ledger):
             if owner is not None:
                 whose = {"member": user_id, "child": child, "group": None}
                 place = {"member": -1, "child": depth - 1, "group": depth}
-                rules = owner.rules(kind, beneath=child is not None, in_flight=in_flight)
+                rules = owner.rules(kind, beneath=child in self._groups, in_flight=in_flight)
                 found += [(place[rule.scope], Bound(owner, rule, rules[rule], whose[rule.scope])) for rule in rules]
             child = owner_id
         found.sort(key=lambda each: (each[1].rule.kind, each[0], each[1].terms.place))
@@ -169,8 +169,7 @@ class State(Ledger):
         """Tell from when anchored periods of a subject are counted: of a user, by the earliest of memberships."""
         beneath = [group for id_ in self._beneath(bound.owner.id) if (group := self._groups.get(id_))]
         theirs = [group.members[bound.user_id].anchor for group in beneath if bound.user_id in group.members]
-        pool = self._groups.get(bound.top) or self._deleted[bound.top]
-        return min(theirs, default=pool.anchor)
+        return min(theirs, default=self._groups[bound.top].anchor)
 
     def _opened_at(self, bound: Bound) -> datetime | None:
         """Tell when the window was opened that hasn't ended: as remembered, else by the oldest usage that may have."""
