@@ -282,6 +282,7 @@ begin
         'refuse_id',
         'refuse_key',
         'refuse_parent',
+        'refuse_pool',
         'refuse_request',
         'refuse_several',
         'refuse_transaction',
@@ -600,6 +601,7 @@ create table if not exists public.user_groups (
   is_default boolean not null default false,
   anchor_at timestamptz,
   parent_id uuid,
+  is_spread boolean not null default false,
   is_nested boolean not null default false,
   created_at timestamptz not null default now(),
   updated_at timestamptz not null default now(),
@@ -640,6 +642,9 @@ comment on column public.user_groups.anchor_at
 is 'From when the periods of its anchored pools are counted; null: from created_at.';
 
 comment on column public.user_groups.parent_id is 'The group above it, whose limits count its usage too; null: none.';
+
+comment on column public.user_groups.is_spread
+is 'Whether its usage is at home with its users, not with it: then it has member limits only. Chosen when it is created.';
 
 comment on column public.user_groups.is_nested
 is 'Whether it has, or had, a group above or beneath it: then its own limits alone don''t decide. Set by tokenlimits.';
@@ -836,7 +841,7 @@ comment on table public.generation_usage
 is 'tokenlimits: The ledger: one row per generation, kept for ever. Written by functions of tokenlimits alone.';
 
 comment on column public.generation_usage.id
-is 'A UUIDv7 of created_at; the last four hex digits are those of the group''s id.';
+is 'A UUIDv7 of created_at; the last four hex digits are those of the group''s id, or of the user''s if it is spread.';
 
 comment on column public.generation_usage.status is 'reserved, committed, released, refunded or expired.';
 
@@ -968,11 +973,11 @@ for each statement execute function public.refuse_ledger_write();
 --     in it and in all beneath it; one of scope child counts it for each group directly beneath it.
 --   * A group that was deleted stays where it was, so its usage goes on counting above it; its id is never used again.
 --   * A call holds the stripe of its own group alone. Whoever changes what judges it holds, in exclusive mode, the
---     stripes of the changed group and of all beneath it. So a call is judged by one state of all groups above it, at no
---     cost.
---   * So the groups beneath must not change meanwhile: whoever changes limits holds the lock on the tree in shared mode,
---     whoever adds or moves a group in exclusive mode. It comes after rows of groups, and before rows of limits and
---     stripes.
+--     stripes of the changed group and of all beneath it. So a call is judged by one state of all groups above it, at
+--     no cost.
+--   * So the groups beneath must not change meanwhile: whoever changes limits holds the lock on the tree in shared
+--     mode, whoever adds or moves a group in exclusive mode. It comes after rows of groups, and before rows of limits
+--     and stripes.
 
 -- Every group that there ever was, with itself and each group above it.
 create table if not exists tokenlimits.group_tree (
@@ -995,16 +1000,30 @@ revoke all on tokenlimits.group_tree from public, anon, authenticated, service_r
 -- A dump of the public tables alone doesn't include it.
 insert into tokenlimits.group_tree (group_id, above_id, child_id, distance, level)
 with recursive paths as (
-  select g.id as group_id, g.id as above_id, null::uuid as child_id, 0 as distance, g.parent_id
+  select
+    g.id as group_id,
+    g.id as above_id,
+    null::uuid as child_id,
+    0 as distance,
+    g.parent_id
   from public.user_groups as g
   union all
-  select p.group_id, g.id, p.above_id, p.distance + 1, g.parent_id
+  select
+    p.group_id,
+    g.id as above_id,
+    p.above_id as child_id,
+    p.distance + 1 as distance,
+    g.parent_id
   from paths as p
-  inner join public.user_groups as g on g.id = p.parent_id
+  inner join public.user_groups as g on p.parent_id = g.id
 )
 
 select
-  p.group_id, p.above_id, p.child_id, p.distance, max(p.distance) over (partition by p.group_id) - p.distance as level
+  p.group_id,
+  p.above_id,
+  p.child_id,
+  p.distance,
+  max(p.distance) over (partition by p.group_id) - p.distance as level
 from paths as p
 on conflict on constraint group_tree_pkey do nothing;
 
@@ -1058,13 +1077,17 @@ as $$
 declare
   c_levels constant integer := 5;
   v_height integer;
+  v_is_spread boolean;
 begin
   new.is_nested := new.parent_id is not null or (tg_op = 'UPDATE' and old.is_nested);
   if new.parent_id is not null then
     -- rows of groups come before the tree
-    perform from public.user_groups as g where g.id = new.parent_id for no key update;
+    select g.is_spread into v_is_spread from public.user_groups as g where g.id = new.parent_id for no key update;
     if not found then
       perform tokenlimits.refuse_parent(format('there is no group %s', new.parent_id));
+    elsif v_is_spread <> new.is_spread then
+      -- what a user has used is in one place, and so is what a group has used
+      perform tokenlimits.refuse_parent('a spread group is beneath spread groups only, and another one beneath none');
     end if;
   end if;
   perform pg_advisory_xact_lock(1953459052, 258);
@@ -1320,9 +1343,9 @@ for each statement execute function tokenlimits.keep_tree();
 --     id, keys, rollup rows by key, member counters, and then those of groups, the deepest first, by (subject,
 --     counter_id). So a transaction merges all its moves before it makes the first. A sweep never waits for the ledger
 --     rows that it locks.
---   * Whoever reads limits in order to write holds the group's stripe in shared mode. Whoever edits limits takes it, and
---     those of all groups beneath, in exclusive mode after the edit, and so waits for calls that judge by the old limits,
---     and blocks new ones.
+--   * Whoever reads limits in order to write holds the group's stripe in shared mode. Whoever edits limits takes it,
+--     and those of all groups beneath, in exclusive mode after the edit, and so waits for calls that judge by the old
+--     limits, and blocks new ones.
 --   * An expired hold counts as released from that moment on, but stays in counters and rollup until it is swept;
 
 --     readers subtract it. A call that needs its room locks the counter first; a call that settles the hold in time
@@ -1474,7 +1497,8 @@ begin
       own_max bigint,
       overridden_until timestamptz,
       -- how deep in its tree the group is whose usage it counts; null: it counts a member's
-      level smallint
+      level smallint,
+      is_spread boolean
     );
     -- how creating, settling or sweeping a usage moves its counters; enforced: they must have room; holds: by how many
     -- there are more, null if it isn't a hold
@@ -2401,7 +2425,7 @@ begin
   for v in
     select s.place, p.range
     from unnest(p_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-used, expired, is_open, group_name, timezone, own_max, overridden_until, level, place)
+used, expired, is_open, group_name, timezone, own_max, overridden_until, level, is_spread, place)
     left join (
       select d.period, d.timezone, tokenlimits.period_of(d.period, d.timezone, p_at) as range
       from (
@@ -2464,7 +2488,7 @@ begin
         case when c.overridden_until > p_at then c.override_max else l.max end,
         l.counts, l.weight,
         c.since, c.until, null, c.used, null, c.until > p_at, l.name, l.timezone, l.max, c.overridden_until,
-        l.level
+        l.level, l.is_spread
       )::tokenlimits.limit_state
       order by l.kind, l.scope <> 'member', l.level desc, l.subject, l.counter_id
     ),
@@ -2505,7 +2529,8 @@ begin
   into v_states, v_is_plain
   from (
     select
-      i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone, g.is_nested,
+      i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
+      g.is_nested, g.is_spread,
       i.mode, i.counts,
       case i.scope when 'group' then t.level when 'child' then t.level + 1 end as level,
       case when cardinality(p_kinds) = 1 then case when i.counts is null then 1 else (i.counts ->> p_kinds[1])::bigint end else 1 end as weight,
@@ -2602,7 +2627,7 @@ begin
         case when c.overridden_until > p_at then c.override_max else l.max end,
         l.counts, l.weight,
         c.since, c.until, null, c.used, null, c.until > p_at, l.name, l.timezone, l.max, c.overridden_until,
-        l.level
+        l.level, l.is_spread
       )::tokenlimits.limit_state
       order by l.kind, l.scope <> 'member', l.level desc, l.subject, l.counter_id
     ),
@@ -2611,7 +2636,8 @@ begin
   into v_states, v_is_plain
   from (
     select
-      i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone, g.is_nested,
+      i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
+      g.is_nested, g.is_spread,
       i.mode, i.counts,
       case i.scope when 'group' then t.level when 'child' then t.level + 1 end as level,
       case when cardinality((null::text[])) = 1 then case when i.counts is null then 1 else (i.counts ->> (null::text[])[1])::bigint end else 1 end as weight,
@@ -2802,6 +2828,37 @@ when (
   or old.scope is distinct from new.scope or old.counts is distinct from new.counts
 )
 execute function tokenlimits.renew_counter();
+
+create or replace function tokenlimits.refuse_pool()
+returns trigger
+language plpgsql
+-- definer: an admin may write limits without the right to read groups
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if (select g.is_spread from public.user_groups as g where g.id = new.group_id) then
+    perform tokenlimits.refuse(
+      'TL001',
+      format('scope: must be member in a spread group: a %s limit on %s would need one place', new.scope, new.kind),
+      'scope',
+      'Nothing was saved.'
+    );
+  end if;
+  return new;
+end
+$$;
+
+comment on function tokenlimits.refuse_pool()
+is 'tokenlimits: Trigger: what a spread group has used is in no one place.';
+
+revoke execute on function tokenlimits.refuse_pool()
+from public, anon, authenticated, service_role;
+
+create or replace trigger group_limits_refuse_pool
+before insert or update on public.group_limits
+for each row when (new.scope <> 'member')
+execute function tokenlimits.refuse_pool();
 
 -- Waits for the calls that judge by the old limits. Then drops the group's counters that no limit uses any more, and
 -- counts the new ones, so that no worker has to. A member's counters are counted on the member's first call.
@@ -3768,7 +3825,7 @@ begin
             case when c.overridden_until > v_at then c.override_max else l.max end,
             null, 1,
             c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone, l.max, c.overridden_until,
-            null
+            null, l.is_spread
           )::tokenlimits.limit_state
           order by l.scope = 'group', l.counter_id
         ),
@@ -3783,7 +3840,8 @@ begin
       into v_states, v_is_plain
       from (
         select
-          i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone, g.is_nested,
+          i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
+          g.is_nested, g.is_spread,
           case i.scope when 'group' then i.group_id else p_user_id end as subject
         from public.group_limits as i
         inner join public.user_groups as g on g.id = i.group_id
@@ -3839,7 +3897,7 @@ begin
       v_usage := row(
         (
         lpad(to_hex((date_part('epoch', date_trunc('milliseconds', v_at)) * 1000)::bigint), 12, '0')
-        || '7' || substr(gen_random_uuid()::text, 16, 17) || right(v_verdict.group_id::text, 4)
+        || '7' || substr(gen_random_uuid()::text, 16, 17) || right(case when v_state.is_spread then p_user_id else v_verdict.group_id end::text, 4)
       )::uuid,
         v_verdict.group_id, p_user_id, p_kind, p_cost, null, 'committed',
         p_idempotency_key, v_fingerprint, coalesce(p_metadata, '{}'),
@@ -4082,7 +4140,7 @@ begin
             case when c.overridden_until > v_at then c.override_max else l.max end,
             null, 1,
             c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone, l.max, c.overridden_until,
-            null
+            null, l.is_spread
           )::tokenlimits.limit_state
           order by l.scope = 'group', l.counter_id
         ),
@@ -4097,7 +4155,8 @@ begin
       into v_states, v_is_plain
       from (
         select
-          i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone, g.is_nested,
+          i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
+          g.is_nested, g.is_spread,
           case i.scope when 'group' then i.group_id else p_user_id end as subject
         from public.group_limits as i
         inner join public.user_groups as g on g.id = i.group_id
@@ -4152,7 +4211,7 @@ begin
       v_usage := row(
         (
         lpad(to_hex((date_part('epoch', date_trunc('milliseconds', v_at)) * 1000)::bigint), 12, '0')
-        || '7' || substr(gen_random_uuid()::text, 16, 17) || right(v_verdict.group_id::text, 4)
+        || '7' || substr(gen_random_uuid()::text, 16, 17) || right(case when v_state.is_spread then p_user_id else v_verdict.group_id end::text, 4)
       )::uuid,
         v_verdict.group_id, p_user_id, p_kind, p_cost, p_cost, 'reserved',
         p_idempotency_key, v_fingerprint, coalesce(p_metadata, '{}'),
@@ -4379,7 +4438,7 @@ begin
             case when c.overridden_until > v_at then c.override_max else l.max end,
             null, 1,
             c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone, l.max, c.overridden_until,
-            null
+            null, l.is_spread
           )::tokenlimits.limit_state
           order by l.scope = 'group', l.counter_id
         ),
@@ -4394,7 +4453,8 @@ begin
       into v_states, v_is_plain
       from (
         select
-          i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone, g.is_nested,
+          i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
+          g.is_nested, g.is_spread,
           case i.scope when 'group' then i.group_id else p_user_id end as subject
         from public.group_limits as i
         inner join public.user_groups as g on g.id = i.group_id
@@ -4450,11 +4510,12 @@ begin
     v_verdict.allowed := v_group_ids <> '{}';
     v_verdict.group_id := v_group_ids[1];
     v_verdict.observed := null;
+    v_state.is_spread := (select g.is_spread from public.user_groups as g where g.id = v_group_ids[1]);
     if v_verdict.allowed then
       v_usage := row(
         (
         lpad(to_hex((date_part('epoch', date_trunc('milliseconds', coalesce(least(p_created_at, v_at), v_at))) * 1000)::bigint), 12, '0')
-        || '7' || substr(gen_random_uuid()::text, 16, 17) || right(v_verdict.group_id::text, 4)
+        || '7' || substr(gen_random_uuid()::text, 16, 17) || right(case when v_state.is_spread then p_user_id else v_verdict.group_id end::text, 4)
       )::uuid,
         v_verdict.group_id, p_user_id, p_kind, p_cost, null, 'committed',
         p_idempotency_key, v_fingerprint, coalesce(p_metadata, '{}'),
@@ -4602,7 +4663,7 @@ begin
           case when c.overridden_until > v_at then c.override_max else l.max end,
           null, 1,
           c.since, c.until, null, c.used, null, c.until > v_at, l.name, l.timezone, l.max, c.overridden_until,
-          null
+          null, l.is_spread
         )::tokenlimits.limit_state
         order by l.scope = 'group', l.counter_id
       ),
@@ -4617,7 +4678,8 @@ begin
     into v_states, v_is_plain
     from (
       select
-        i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone, g.is_nested,
+        i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
+        g.is_nested, g.is_spread,
         case i.scope when 'group' then i.group_id else p_user_id end as subject
       from public.group_limits as i
       inner join public.user_groups as g on g.id = i.group_id
@@ -4824,7 +4886,7 @@ begin
       max(m.created_at) as last,
       bool_or(m.enforced) and s.mode = 'enforce' and (p_judges is null or s.counter_id = any(p_judges)) as enforced, bool_or(m.created_at < s.since) as is_over
     from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-  used, expired, is_open, group_name, timezone, own_max, overridden_until, level, place)
+  used, expired, is_open, group_name, timezone, own_max, overridden_until, level, is_spread, place)
     inner join (
       select g.*, t.above_id, w.scope, w.subject
       from unnest(p_moves) as g
@@ -6026,7 +6088,7 @@ begin
       values ('group', t.above_id), ('child', t.child_id), ('member', i.user_id)
     ) as w (scope, subject)
     left join unnest(states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-used, expired, is_open, group_name, timezone, own_max, overridden_until, level, no)
+used, expired, is_open, group_name, timezone, own_max, overridden_until, level, is_spread, no)
       on s.group_id = t.above_id and s.scope = w.scope and s.subject = w.subject and (s.counts is null and s.kind = i.kind or s.counts ? i.kind)
     where i.answer is null
     group by i.place, i.group_ids, g.id, g.rank
@@ -6087,7 +6149,7 @@ used, expired, is_open, group_name, timezone, own_max, overridden_until, level, 
       v_usage := row(
         (
         lpad(to_hex((date_part('epoch', date_trunc('milliseconds', v_at)) * 1000)::bigint), 12, '0')
-        || '7' || substr(gen_random_uuid()::text, 16, 17) || right(v_verdict.group_id::text, 4)
+        || '7' || substr(gen_random_uuid()::text, 16, 17) || right(case when v_state.is_spread then v_item.user_id else v_verdict.group_id end::text, 4)
       )::uuid,
         v_verdict.group_id, v_item.user_id, v_item.kind, v_item.cost, null, 'committed',
         v_item.idempotency_key, v_fingerprint, coalesce(v_item.metadata, '{}'),
@@ -6223,7 +6285,7 @@ begin
       max(m.created_at) as last,
       bool_or(m.enforced) and s.mode = 'enforce' as enforced, bool_or(m.created_at < s.since) as is_over
     from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-  used, expired, is_open, group_name, timezone, own_max, overridden_until, level, place)
+  used, expired, is_open, group_name, timezone, own_max, overridden_until, level, is_spread, place)
     inner join (
       select g.*, t.above_id, w.scope, w.subject
       from unnest(v_moves) as g
@@ -6323,7 +6385,7 @@ begin
   for v in
     select s.no, m.used - s.used as others
     from unnest(p_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-used, expired, is_open, group_name, timezone, own_max, overridden_until, level, no)
+used, expired, is_open, group_name, timezone, own_max, overridden_until, level, is_spread, no)
     inner join unnest(p_moved) as m on m.counter_id = s.counter_id and m.subject = s.subject
     where s.expired is null and m.used <> s.used
   loop
@@ -6803,7 +6865,8 @@ create or replace function tokenlimits.insert_group(
   p_timezone text,
   p_is_default boolean,
   p_anchor_at timestamptz,
-  p_parent_id uuid
+  p_parent_id uuid,
+  p_is_spread boolean
 )
 returns public.user_groups
 language plpgsql
@@ -6822,11 +6885,13 @@ begin
     perform tokenlimits.refuse('TL001', 'id: must not be the nil UUID', 'id', 'Choose an id that was never used.');
   end if;
   insert into public.user_groups as g (
-    id, name, description, priority, timezone, is_default, anchor_at, parent_id, created_at
+    id, name, description, priority, timezone, is_default, anchor_at, parent_id, is_spread,
+    created_at
   )
   values (
     coalesce(p_id, gen_random_uuid()), p_name, coalesce(p_description, ''), coalesce(p_priority, 0),
-    coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false), p_anchor_at, p_parent_id, tokenlimits.clock()
+    coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false), p_anchor_at, p_parent_id,
+    coalesce(p_is_spread, false), tokenlimits.clock()
   )
   returning * into v_group;
   -- the ledger may be older than this installation; its rows would become this group's usage
@@ -6844,13 +6909,43 @@ exception
 end
 $$;
 
-comment on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean, timestamptz, uuid)
+comment on function tokenlimits.insert_group(
+  uuid,
+  text,
+  text,
+  integer,
+  text,
+  boolean,
+  timestamptz,
+  uuid,
+  boolean
+)
 is 'tokenlimits: Makes a group, with an id of its own where none is given.';
 
-revoke execute on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean, timestamptz, uuid)
+revoke execute on function tokenlimits.insert_group(
+  uuid,
+  text,
+  text,
+  integer,
+  text,
+  boolean,
+  timestamptz,
+  uuid,
+  boolean
+)
 from public, anon, authenticated, service_role;
 
-grant execute on function tokenlimits.insert_group(uuid, text, text, integer, text, boolean, timestamptz, uuid)
+grant execute on function tokenlimits.insert_group(
+  uuid,
+  text,
+  text,
+  integer,
+  text,
+  boolean,
+  timestamptz,
+  uuid,
+  boolean
+)
 to authenticated, service_role;
 
 create or replace function public.save_group(
@@ -6866,7 +6961,8 @@ create or replace function public.save_group(
   p_anchor_at timestamptz default null,
   p_no_anchor boolean default false,
   p_parent_id uuid default null,
-  p_no_parent boolean default false
+  p_no_parent boolean default false,
+  p_is_spread boolean default null
 )
 returns jsonb
 language plpgsql
@@ -6891,6 +6987,11 @@ begin
       perform tokenlimits.refuse('TL001', 'id: is for a new group; group_id names an existing one', 'id');
     end if;
     v_group := tokenlimits.require_group(p_group_id);
+    if v_group.is_spread <> p_is_spread then
+      perform tokenlimits.refuse(
+        'TL001', 'is_spread: is chosen when a group is created', 'is_spread', 'Create another group. Nothing was saved.'
+      );
+    end if;
     if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
       perform tokenlimits.refuse_transaction();
     end if;
@@ -6928,7 +7029,8 @@ begin
   begin
     if p_group_id is null then
       v_group := tokenlimits.insert_group(
-        p_id, p_name, p_description, p_priority, p_timezone, p_is_default, p_anchor_at, p_parent_id
+        p_id, p_name, p_description, p_priority, p_timezone, p_is_default, p_anchor_at, p_parent_id,
+        p_is_spread
       );
     else
       update public.user_groups as g
@@ -6984,12 +7086,13 @@ comment on function public.save_group(
   timestamptz,
   boolean,
   uuid,
+  boolean,
   boolean
 )
-is 'tokenlimits: Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an '
-'existing group, with its whole set of limits, in one step. With p_parent_id, it is beneath that group, with all '
-'beneath it; with p_no_parent, beneath none. With p_no_anchor, it has no anchor any more. With p_updated_at, only '
-'if nobody has changed it since.';
+is 'tokenlimits: Creates a group (with the id p_id, which was never used before; with p_is_spread, its usage is at '
+'home with its users), or changes the non-null fields of an existing group, with its whole set of limits, in one '
+'step. With p_parent_id, it is beneath that group, with all beneath it; with p_no_parent, beneath none. With '
+'p_no_anchor, it has no anchor any more. With p_updated_at, only if nobody has changed it since.';
 
 revoke execute on function public.save_group(
   uuid,
@@ -7004,6 +7107,7 @@ revoke execute on function public.save_group(
   timestamptz,
   boolean,
   uuid,
+  boolean,
   boolean
 )
 from public, anon, authenticated, service_role;
@@ -7021,6 +7125,7 @@ grant execute on function public.save_group(
   timestamptz,
   boolean,
   uuid,
+  boolean,
   boolean
 )
 to authenticated, service_role;
@@ -8118,7 +8223,7 @@ begin
       )) with ordinality as p (id, place)
       cross join lateral unnest(tokenlimits.limit_states(p.id, array[p_user_id], null, v_now))
       with ordinality as l (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-used, expired, is_open, group_name, timezone, own_max, overridden_until, level, place)
+used, expired, is_open, group_name, timezone, own_max, overridden_until, level, is_spread, place)
       order by l.subject, l.counter_id, p.place
     ) as s
   ), '[]');
@@ -9435,7 +9540,7 @@ begin
           select r.part, -r.used
           from tokenlimits.recorded_parts(row(
             p_group_id, c.counter_id, c.subject, c.kind, c.period, c.starts, c.scope, c.mode, c.max, c.counts, 1,
-            c.since, c.until, null, c.used, null, true, null, null, null, null, null
+            c.since, c.until, null, c.used, null, true, null, null, null, null, null, null
           )::tokenlimits.limit_state) as r
         ) as q
         group by q.part
@@ -9486,8 +9591,8 @@ is 'tokenlimits: Reserved usages without a row in holds, which would never be fo
 revoke execute on function tokenlimits.missing_holds(uuid, timestamptz)
 from public, anon, authenticated, service_role;
 
--- One group at a time, and from a moment on, since a statement ends after 8 s. Its counters include what is used beneath
--- it, so the history there is corrected too. Returns what differed: the old and the new values.
+-- One group at a time, and from a moment on, since a statement ends after 8 s. Its counters include what is used
+-- beneath it, so the history there is corrected too. Returns what differed: the old and the new values.
 create or replace function tokenlimits.reconcile_usage(p_group_id uuid, p_since timestamptz)
 returns jsonb
 language plpgsql
@@ -9552,7 +9657,8 @@ begin
     select
       l.group_id, l.counter_id, c.subject, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counts, 1 as weight,
       c.since, c.until, null as reset_at, c.used, null as expired, true as is_open, null as group_name, null as timezone,
-      null as own_max, null as overridden_until, null as level
+      null as own_max, null as overridden_until, null as level,
+      null as is_spread
     from public.group_limits as l
     inner join tokenlimits.counters as c on c.counter_id = l.counter_id
     where l.group_id = p_group_id and l.starts = 'rolling' and c.until > tokenlimits.clock()
@@ -10318,7 +10424,7 @@ grant select, delete on public.user_groups, public.group_limits, public.group_me
 to authenticated, service_role;
 
 -- only our functions set ids, counters and timestamps, even if an admin edits a table
-grant insert (name, description, priority, timezone, is_default, anchor_at, parent_id),
+grant insert (name, description, priority, timezone, is_default, anchor_at, parent_id, is_spread),
 update (name, description, priority, timezone, is_default, anchor_at, parent_id)
 on public.user_groups to authenticated, service_role;
 

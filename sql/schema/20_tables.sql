@@ -19,6 +19,7 @@ create table if not exists public.user_groups (
   is_default boolean not null default false,
   anchor_at timestamptz,
   parent_id uuid,
+  is_spread boolean not null default false,
   is_nested boolean not null default false,
   created_at timestamptz not null default now(),
   updated_at timestamptz not null default now(),
@@ -45,6 +46,8 @@ comment on column public.user_groups.is_default is 'Applies to users who are in 
 comment on column public.user_groups.anchor_at
 is 'From when the periods of its anchored pools are counted; null: from created_at.';
 comment on column public.user_groups.parent_id is 'The group above it, whose limits count its usage too; null: none.';
+comment on column public.user_groups.is_spread
+is 'Whether its usage is at home with its users, not with it: then it has member limits only. Chosen when it is created.';
 comment on column public.user_groups.is_nested
 is 'Whether it has, or had, a group above or beneath it: then its own limits alone don''t decide. Set by tokenlimits.';
 
@@ -196,7 +199,7 @@ create table if not exists public.generation_usage (
 comment on table public.generation_usage
 is 'tokenlimits: The ledger: one row per generation, kept for ever. Written by functions of tokenlimits alone.';
 comment on column public.generation_usage.id
-is 'A UUIDv7 of created_at; the last four hex digits are those of the group''s id.';
+is 'A UUIDv7 of created_at; the last four hex digits are those of the group''s id, or of the user''s if it is spread.';
 comment on column public.generation_usage.status is 'reserved, committed, released, refunded or expired.';
 comment on column public.generation_usage.cost is 'What it takes from its limits while reserved or committed.';
 comment on column public.generation_usage.reserved_cost

@@ -5,11 +5,11 @@
 --     in it and in all beneath it; one of scope child counts it for each group directly beneath it.
 --   * A group that was deleted stays where it was, so its usage goes on counting above it; its id is never used again.
 --   * A call holds the stripe of its own group alone. Whoever changes what judges it holds, in exclusive mode, the
---     stripes of the changed group and of all beneath it. So a call is judged by one state of all groups above it, at no
---     cost.
---   * So the groups beneath must not change meanwhile: whoever changes limits holds the lock on the tree in shared mode,
---     whoever adds or moves a group in exclusive mode. It comes after rows of groups, and before rows of limits and
---     stripes.
+--     stripes of the changed group and of all beneath it. So a call is judged by one state of all groups above it, at
+--     no cost.
+--   * So the groups beneath must not change meanwhile: whoever changes limits holds the lock on the tree in shared
+--     mode, whoever adds or moves a group in exclusive mode. It comes after rows of groups, and before rows of limits
+--     and stripes.
 
 -- Every group that there ever was, with itself and each group above it.
 create table if not exists tokenlimits.group_tree (
@@ -29,16 +29,30 @@ revoke all on tokenlimits.group_tree from public, anon, authenticated, service_r
 -- A dump of the public tables alone doesn't include it.
 insert into tokenlimits.group_tree (group_id, above_id, child_id, distance, level)
 with recursive paths as (
-  select g.id as group_id, g.id as above_id, null::uuid as child_id, 0 as distance, g.parent_id
+  select
+    g.id as group_id,
+    g.id as above_id,
+    null::uuid as child_id,
+    0 as distance,
+    g.parent_id
   from public.user_groups as g
   union all
-  select p.group_id, g.id, p.above_id, p.distance + 1, g.parent_id
+  select
+    p.group_id,
+    g.id as above_id,
+    p.above_id as child_id,
+    p.distance + 1 as distance,
+    g.parent_id
   from paths as p
-  inner join public.user_groups as g on g.id = p.parent_id
+  inner join public.user_groups as g on p.parent_id = g.id
 )
 
 select
-  p.group_id, p.above_id, p.child_id, p.distance, max(p.distance) over (partition by p.group_id) - p.distance as level
+  p.group_id,
+  p.above_id,
+  p.child_id,
+  p.distance,
+  max(p.distance) over (partition by p.group_id) - p.distance as level
 from paths as p
 on conflict on constraint group_tree_pkey do nothing;
 
@@ -79,13 +93,17 @@ as $$
 declare
   c_levels constant integer := 5;
   v_height integer;
+  v_is_spread boolean;
 begin
   new.is_nested := new.parent_id is not null or (tg_op = 'UPDATE' and old.is_nested);
   if new.parent_id is not null then
     -- rows of groups come before the tree
-    perform from public.user_groups as g where g.id = new.parent_id for no key update;
+    select g.is_spread into v_is_spread from public.user_groups as g where g.id = new.parent_id for no key update;
     if not found then
       perform tokenlimits.refuse_parent(format('there is no group %s', new.parent_id));
+    elsif v_is_spread <> new.is_spread then
+      -- what a user has used is in one place, and so is what a group has used
+      perform tokenlimits.refuse_parent('a spread group is beneath spread groups only, and another one beneath none');
     end if;
   end if;
   {{ lock_tree(exclusive=true) }}

@@ -9,9 +9,9 @@
 --     id, keys, rollup rows by key, member counters, and then those of groups, the deepest first, by (subject,
 --     counter_id). So a transaction merges all its moves before it makes the first. A sweep never waits for the ledger
 --     rows that it locks.
---   * Whoever reads limits in order to write holds the group's stripe in shared mode. Whoever edits limits takes it, and
---     those of all groups beneath, in exclusive mode after the edit, and so waits for calls that judge by the old limits,
---     and blocks new ones.
+--   * Whoever reads limits in order to write holds the group's stripe in shared mode. Whoever edits limits takes it,
+--     and those of all groups beneath, in exclusive mode after the edit, and so waits for calls that judge by the old
+--     limits, and blocks new ones.
 --   * An expired hold counts as released from that moment on, but stays in counters and rollup until it is swept;
 --     readers subtract it. A call that needs its room locks the counter first; a call that settles the hold in time
 --     locks the counter too, and reads the clock again afterwards. So both agree on which came first.
@@ -149,7 +149,8 @@ begin
       own_max bigint,
       overridden_until timestamptz,
       -- how deep in its tree the group is whose usage it counts; null: it counts a member's
-      level smallint
+      level smallint,
+      is_spread boolean
     );
     -- how creating, settling or sweeping a usage moves its counters; enforced: they must have room; holds: by how many
     -- there are more, null if it isn't a hold

@@ -32,6 +32,32 @@ when (
 )
 execute function tokenlimits.renew_counter();
 
+create or replace function tokenlimits.refuse_pool()
+returns trigger
+language plpgsql
+-- definer: an admin may write limits without the right to read groups
+security definer
+{{ search_path() }}
+as $$
+begin
+  if (select g.is_spread from public.user_groups as g where g.id = new.group_id) then
+    perform tokenlimits.refuse(
+      'TL001',
+      format('scope: must be member in a spread group: a %s limit on %s would need one place', new.scope, new.kind),
+      'scope',
+      'Nothing was saved.'
+    );
+  end if;
+  return new;
+end
+$$;
+{{ private('refuse_pool()', "Trigger: what a spread group has used is in no one place.") }}
+
+create or replace trigger group_limits_refuse_pool
+before insert or update on public.group_limits
+for each row when (new.scope <> 'member')
+execute function tokenlimits.refuse_pool();
+
 -- Waits for the calls that judge by the old limits. Then drops the group's counters that no limit uses any more, and
 -- counts the new ones, so that no worker has to. A member's counters are counted on the member's first call.
 create or replace function tokenlimits.apply_limits()
@@ -203,7 +229,10 @@ begin
   return old;
 end
 $$;
-{{ private('quiet_group()', "Trigger: waits for all calls that a group's limits and members judge, before it is deleted.") }}
+{{ private(
+  'quiet_group()',
+  "Trigger: waits for all calls that a group's limits and members judge, before it is deleted."
+) }}
 
 create or replace trigger user_groups_quiet
 before delete on public.user_groups

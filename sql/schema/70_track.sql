@@ -251,11 +251,12 @@ begin
     v_verdict.allowed := v_group_ids <> '{}';
     v_verdict.group_id := v_group_ids[1];
     v_verdict.observed := null;
+    v_state.is_spread := (select g.is_spread from public.user_groups as g where g.id = v_group_ids[1]);
     {%- endif %}
     if v_verdict.allowed then
       {%- set created_at = 'coalesce(least(p_created_at, v_at), v_at)' if operation == 'record' else 'v_at' %}
       {%- set usage_of = {
-        'id': usage_id(created_at, 'v_verdict.group_id'), 'group_id': 'v_verdict.group_id', 'user_id': 'p_user_id',
+        'id': usage_id(created_at, home('v_state', 'v_verdict.group_id', 'p_user_id')), 'group_id': 'v_verdict.group_id', 'user_id': 'p_user_id',
         'kind': 'p_kind', 'cost': 'p_cost', 'idempotency_key': 'p_idempotency_key', 'fingerprint': 'v_fingerprint',
         'metadata': 'p_metadata', 'created_at': created_at
       } %}

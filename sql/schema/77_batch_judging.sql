@@ -122,7 +122,7 @@ begin
       charges := charges || v_holder;
     elsif v_holder is null and v_verdict.allowed then
       v_usage := {{ usage(
-        id=usage_id('v_at', 'v_verdict.group_id'), group_id='v_verdict.group_id', user_id='v_item.user_id',
+        id=usage_id('v_at', home('v_state', 'v_verdict.group_id', 'v_item.user_id')), group_id='v_verdict.group_id', user_id='v_item.user_id',
         kind='v_item.kind', cost='v_item.cost', status="'committed'", idempotency_key='v_item.idempotency_key',
         fingerprint='v_fingerprint', metadata='v_item.metadata', created_at='v_at', settled_at='v_at'
       ) | indent(6) }};

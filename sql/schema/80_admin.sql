@@ -176,7 +176,8 @@ create or replace function tokenlimits.insert_group(
   p_timezone text,
   p_is_default boolean,
   p_anchor_at timestamptz,
-  p_parent_id uuid
+  p_parent_id uuid,
+  p_is_spread boolean
 )
 returns public.user_groups
 language plpgsql
@@ -195,11 +196,13 @@ begin
     perform tokenlimits.refuse('TL001', 'id: must not be the nil UUID', 'id', 'Choose an id that was never used.');
   end if;
   insert into public.user_groups as g (
-    id, name, description, priority, timezone, is_default, anchor_at, parent_id, created_at
+    id, name, description, priority, timezone, is_default, anchor_at, parent_id, is_spread,
+    created_at
   )
   values (
     coalesce(p_id, gen_random_uuid()), p_name, coalesce(p_description, ''), coalesce(p_priority, 0),
-    coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false), p_anchor_at, p_parent_id, tokenlimits.clock()
+    coalesce(p_timezone, 'UTC'), coalesce(p_is_default, false), p_anchor_at, p_parent_id,
+    coalesce(p_is_spread, false), tokenlimits.clock()
   )
   returning * into v_group;
   -- the ledger may be older than this installation; its rows would become this group's usage
@@ -217,7 +220,7 @@ exception
 end
 $$;
 {{ private(
-  'insert_group(uuid, text, text, integer, text, boolean, timestamptz, uuid)',
+  'insert_group(uuid, text, text, integer, text, boolean, timestamptz, uuid, boolean)',
   "Makes a group, with an id of its own where none is given.",
   to='authenticated, service_role'
 ) }}
@@ -235,7 +238,8 @@ create or replace function public.save_group(
   p_anchor_at timestamptz default null,
   p_no_anchor boolean default false,
   p_parent_id uuid default null,
-  p_no_parent boolean default false
+  p_no_parent boolean default false,
+  p_is_spread boolean default null
 )
 returns jsonb
 language plpgsql
@@ -260,6 +264,11 @@ begin
       perform tokenlimits.refuse('TL001', 'id: is for a new group; group_id names an existing one', 'id');
     end if;
     v_group := tokenlimits.require_group(p_group_id);
+    if v_group.is_spread <> p_is_spread then
+      perform tokenlimits.refuse(
+        'TL001', 'is_spread: is chosen when a group is created', 'is_spread', 'Create another group. Nothing was saved.'
+      );
+    end if;
     {{ insist_on_transaction() | indent(4) }}
     if p_parent_id is not null or p_no_parent then
       -- in one order, or two moves could deadlock; and before the tree
@@ -295,7 +304,8 @@ begin
   begin
     if p_group_id is null then
       v_group := tokenlimits.insert_group(
-        p_id, p_name, p_description, p_priority, p_timezone, p_is_default, p_anchor_at, p_parent_id
+        p_id, p_name, p_description, p_priority, p_timezone, p_is_default, p_anchor_at, p_parent_id,
+        p_is_spread
       );
     else
       update public.user_groups as g
@@ -326,8 +336,8 @@ begin
 end
 $$;
 {{ opened(
-  'save_group(uuid, text, text, integer, text, boolean, jsonb, uuid, timestamptz, timestamptz, boolean, uuid, boolean)',
-  "Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an existing group, with its whole set of limits, in one step. With p_parent_id, it is beneath that group, with all beneath it; with p_no_parent, beneath none. With p_no_anchor, it has no anchor any more. With p_updated_at, only if nobody has changed it since.",
+  'save_group(uuid, text, text, integer, text, boolean, jsonb, uuid, timestamptz, timestamptz, boolean, uuid, boolean, boolean)',
+  "Creates a group (with the id p_id, which was never used before; with p_is_spread, its usage is at home with its users), or changes the non-null fields of an existing group, with its whole set of limits, in one step. With p_parent_id, it is beneath that group, with all beneath it; with p_no_parent, beneath none. With p_no_anchor, it has no anchor any more. With p_updated_at, only if nobody has changed it since.",
   to='authenticated, service_role'
 ) }}
 

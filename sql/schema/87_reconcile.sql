@@ -85,7 +85,7 @@ begin
           select r.part, -r.used
           from tokenlimits.recorded_parts(row(
             p_group_id, c.counter_id, c.subject, c.kind, c.period, c.starts, c.scope, c.mode, c.max, c.counts, 1,
-            c.since, c.until, null, c.used, null, true, null, null, null, null, null
+            c.since, c.until, null, c.used, null, true, null, null, null, null, null, null
           )::tokenlimits.limit_state) as r
         ) as q
         group by q.part
@@ -132,8 +132,8 @@ $$;
   "Reserved usages without a row in holds, which would never be found when they expire."
 ) }}
 
--- One group at a time, and from a moment on, since a statement ends after 8 s. Its counters include what is used beneath
--- it, so the history there is corrected too. Returns what differed: the old and the new values.
+-- One group at a time, and from a moment on, since a statement ends after 8 s. Its counters include what is used
+-- beneath it, so the history there is corrected too. Returns what differed: the old and the new values.
 create or replace function tokenlimits.reconcile_usage(p_group_id uuid, p_since timestamptz)
 returns jsonb
 language plpgsql
@@ -190,7 +190,8 @@ begin
     select
       l.group_id, l.counter_id, c.subject, l.kind, l.period, l.starts, l.scope, l.mode, l.max, l.counts, 1 as weight,
       c.since, c.until, null as reset_at, c.used, null as expired, true as is_open, null as group_name, null as timezone,
-      null as own_max, null as overridden_until, null as level
+      null as own_max, null as overridden_until, null as level,
+      null as is_spread
     from public.group_limits as l
     inner join tokenlimits.counters as c on c.counter_id = l.counter_id
     where l.group_id = p_group_id and l.starts = 'rolling' and c.until > tokenlimits.clock()

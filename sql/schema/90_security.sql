@@ -18,7 +18,7 @@ from public, anon, authenticated, service_role;
 grant select, delete on public.user_groups, public.group_limits, public.group_memberships, public.limit_overrides
 to authenticated, service_role;
 -- only our functions set ids, counters and timestamps, even if an admin edits a table
-grant insert (name, description, priority, timezone, is_default, anchor_at, parent_id),
+grant insert (name, description, priority, timezone, is_default, anchor_at, parent_id, is_spread),
 update (name, description, priority, timezone, is_default, anchor_at, parent_id)
 on public.user_groups to authenticated, service_role;
 grant insert (group_id, kind, period, starts, scope, mode, max, counts),

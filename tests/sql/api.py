@@ -101,6 +101,7 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
         "p_no_anchor": False,
         "p_parent_id": None,
         "p_no_parent": False,
+        "p_is_spread": None,
     },
     "set_group_limit": {
         "p_group_id": GROUP_ID,

@@ -326,10 +326,15 @@ exists (
 )
 {%- endmacro %}
 
+{# Where a usage is at home, given a limit that judged it: with its group, or with its user if the group is spread. #}
+{% macro home(state, group_id, user_id) -%}
+case when {{ state }}.is_spread then {{ user_id }} else {{ group_id }} end
+{%- endmacro %}
+
 {# The columns of limit_state, to unnest an array of states with ordinality. #}
 {% macro state_columns() -%}
 group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-used, expired, is_open, group_name, timezone, own_max, overridden_until, level
+used, expired, is_open, group_name, timezone, own_max, overridden_until, level, is_spread
 {%- endmacro %}
 
 {#
@@ -397,7 +402,7 @@ select
       case when c.overridden_until > {{ at }} then c.override_max else l.max end,
       {{ 'l.counts, l.weight' if of_many else 'null, 1' }},
       c.since, c.until, null, c.used, null, c.until > {{ at }}, l.name, l.timezone, l.max, c.overridden_until,
-      {{ 'l.level' if of_many else 'null' }}
+      {{ 'l.level' if of_many else 'null' }}, l.is_spread
     )::tokenlimits.limit_state
     order by {{
       "l.kind, l.scope <> 'member', l.level desc, l.subject" if of_many else "l.scope = 'group'"
@@ -408,7 +413,8 @@ select
 into v_states, v_is_plain
 from (
   select
-    i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone, g.is_nested,
+    i.group_id, i.counter_id, i.kind, i.period, i.starts, i.scope, i.max, i.is_plain, g.name, g.timezone,
+    g.is_nested, g.is_spread,
     {%- if of_many %}
     i.mode, i.counts,
     case i.scope when 'group' then t.level when 'child' then t.level + 1 end as level,

@@ -623,3 +623,54 @@ class TestReports:
         assert sorted((x["scope"], x["was"], x["used"]) for x in found["counters"]) == [("child", 7, 2), ("group", 7, 2)]
         assert [(x["was"], x["used"]) for x in found["rollup"]] == [(0, 2)]
         assert world.api.track(user, "image")["remaining"] == 7
+
+
+class TestSpread:
+    """Groups whose usage is at home with their users (DESIGN 3.11)."""
+
+    def test_ids_end_like_the_users(self, world: World) -> None:
+        tier = world.group(limit(100, scope="member"), is_spread=True)
+        user = world.user(beneath(world, tier, is_spread=True), tier)
+        usages = [
+            world.api.track(user, "image", group_id=tier),
+            world.api.track(user, "image"),
+            world.api.reserve(user, "image"),
+            world.api.record(user, "image"),
+            world.api.record(user, "audio"),
+            *world.api.track_many([(user, "image"), (user, "image")]),
+        ]
+        assert {str(x["usage_id"])[-4:] for x in usages} == {str(user)[-4:]}
+        other = world.user(world.group(limit(1)))
+        answer = world.api.track(other, "image")
+        assert str(answer["usage_id"])[-4:] == str(answer["group"]["id"])[-4:]
+
+    def test_a_user_of_both_has_each_at_its_home(self, world: World) -> None:
+        tier = world.group(limit(1, scope="member"), is_spread=True, priority=1)
+        team = world.group(limit(1))
+        user = world.user(tier, team)
+        answers = [world.api.track(user, "image"), *world.api.track_many([(user, "image")])]
+        assert [str(x["usage_id"])[-4:] for x in answers] == [str(user)[-4:], str(team)[-4:]]
+
+    @pytest.mark.parametrize("scope", ["group", "child"])
+    def test_it_has_no_pools(self, world: World, scope: str) -> None:
+        tier = world.group(limit(1, scope="member"), is_spread=True)
+        for write in (
+            lambda: world.api.set_limit(tier, "image", "day", scope, 1),
+            lambda: world.api.save_group(tier, limits=[limit(1, scope=scope)]),
+            lambda: world.api.execute("update public.group_limits set scope = %s", [scope]),
+            lambda: world.group(limit(1, scope=scope), is_spread=True),
+        ):
+            with pytest.raises(psycopg.Error, match="scope: must be member in a spread group") as refused:
+                write()
+            assert (refused.value.sqlstate, refused.value.diag.message_detail) == ("TL001", "scope")
+
+    def test_it_is_chosen_once_and_for_a_whole_tree(self, world: World) -> None:
+        tier, plain = world.group(is_spread=True), world.group()
+        world.api.save_group(tier, is_spread=True, description="as it was")
+        with pytest.raises(psycopg.Error, match="is_spread: is chosen when a group is created"):
+            world.api.save_group(plain, is_spread=True)
+        for parent, spread in ((tier, False), (plain, True)):
+            with pytest.raises(psycopg.Error, match="a spread group is beneath spread groups only"):
+                beneath(world, parent, is_spread=spread)
+        with pytest.raises(psycopg.Error, match="a spread group is beneath spread groups only"):
+            move(world, plain, tier)
