@@ -1251,8 +1251,11 @@ begin
     update tokenlimits.holds as h
     set root_id = v_root_id
     where h.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = new.id));
+    -- also where nothing was used: members' anchored periods above depend on all who are beneath
     if exists (
       select from public.generation_usage as u where u.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = new.id))
+    ) or exists (
+      select from public.group_memberships as m where m.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = new.id))
     ) then
       perform tokenlimits.recount_above(v_before, array(
   select row(t.*)::tokenlimits.group_tree
@@ -3439,10 +3442,10 @@ begin
       v_tightest := v_state;
     end if;
   end loop;
-  v_group_name := case
-    when v_state.group_id = p_verdict.group_id then v_state.group_name
-    else (select g.name from public.user_groups as g where g.id = p_verdict.group_id)
-  end;
+  v_group_name := v_state.group_name;
+  if v_state.group_id is distinct from p_verdict.group_id then
+    v_group_name := (select g.name from public.user_groups as g where g.id = p_verdict.group_id);
+  end if;
   if p_verdict.reason is null then
     return row_to_json(row(
       true, null, null,
@@ -4848,6 +4851,7 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_ways tokenlimits.group_tree[];
   v_move record;
   v_is_counted boolean;
   v_moving uuid;
@@ -4879,6 +4883,11 @@ begin
     cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, p_at, false)) as l
     order by l.subject, l.counter_id
   );
+  v_ways := array(
+      select row(t.*)::tokenlimits.group_tree
+      from tokenlimits.group_tree as t
+      where t.group_id = any(array(select m.group_id from unnest(p_moves) as m))
+    );
   for v_move in
     select
       s.place,
@@ -4890,8 +4899,10 @@ begin
     inner join (
       select g.*, t.above_id, w.scope, w.subject
       from unnest(p_moves) as g
-      inner join tokenlimits.group_tree as t on t.group_id = g.group_id
+      inner join unnest(v_ways) as t on t.group_id = g.group_id
       cross join lateral (values ('group', t.above_id), ('child', t.child_id), ('member', g.user_id)) as w (scope, subject)
+      -- worked out before it is joined, or all moves of a group would be compared with all of its members' states
+      offset 0
     ) as m
       on
         m.above_id = s.group_id and m.subject = s.subject and m.scope = s.scope and (s.counts is null and s.kind = m.kind or s.counts ? m.kind)
@@ -6040,6 +6051,7 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_ways tokenlimits.group_tree[];
   v record;
   v_item tokenlimits.batch_item;
   v_usage public.generation_usage;
@@ -6068,6 +6080,11 @@ begin
     )) as s
     order by s.subject, s.counter_id
   );
+  v_ways := array(
+    select row(t.*)::tokenlimits.group_tree
+    from tokenlimits.group_tree as t
+    where t.group_id = any(array(select g.id from unnest(items) as i cross join lateral unnest(i.group_ids) as g (id)))
+  );
   usages := '{}';
   charges := '{}';
   -- the groups that may pay for each open item, in the order in which they are tried, with the places of their limits;
@@ -6083,7 +6100,7 @@ begin
       coalesce(g.rank = cardinality(i.group_ids), true) as is_last
     from unnest(items) as i
     left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
-    left join tokenlimits.group_tree as t on t.group_id = g.id
+    left join unnest(v_ways) as t on t.group_id = g.id
     cross join lateral (
       values ('group', t.above_id), ('child', t.child_id), ('member', i.user_id)
     ) as w (scope, subject)
@@ -6225,6 +6242,7 @@ declare
   v_group_ids uuid[];
   v_kinds text[];
   v_moves tokenlimits.usage_move[];
+  v_ways tokenlimits.group_tree[];
   v_move record;
   v_is_counted boolean;
   v_moving uuid;
@@ -6278,6 +6296,11 @@ begin
     cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, p_at, false)) as l
     order by l.subject, l.counter_id
   );
+  v_ways := array(
+      select row(t.*)::tokenlimits.group_tree
+      from tokenlimits.group_tree as t
+      where t.group_id = any(array(select m.group_id from unnest(v_moves) as m))
+    );
   for v_move in
     select
       s.place,
@@ -6289,8 +6312,10 @@ begin
     inner join (
       select g.*, t.above_id, w.scope, w.subject
       from unnest(v_moves) as g
-      inner join tokenlimits.group_tree as t on t.group_id = g.group_id
+      inner join unnest(v_ways) as t on t.group_id = g.group_id
       cross join lateral (values ('group', t.above_id), ('child', t.child_id), ('member', g.user_id)) as w (scope, subject)
+      -- worked out before it is joined, or all moves of a group would be compared with all of its members' states
+      offset 0
     ) as m
       on
         m.above_id = s.group_id and m.subject = s.subject and m.scope = s.scope and (s.counts is null and s.kind = m.kind or s.counts ? m.kind)
@@ -6378,6 +6403,7 @@ declare
   v_charge tokenlimits.batch_charge;
   v_usage public.generation_usage;
   v_state tokenlimits.limit_state;
+  v_group_name text;
   v_limits tokenlimits.limit_answer[] := '{}';
   v_would_deny tokenlimits.limit_answer[] := '{}';
   v_tightest tokenlimits.limit_state;
@@ -6441,13 +6467,14 @@ used, expired, is_open, group_name, timezone, own_max, overridden_until, level, 
         v_tightest := v_state;
       end if;
     end loop;
+    v_group_name := v_state.group_name;
+    if v_state.group_id is distinct from v_usage.group_id then
+      v_group_name := (select g.name from public.user_groups as g where g.id = v_usage.group_id);
+    end if;
     p_items[v_charge.place].answer := row_to_json(row(
       true, null, null,
       v_usage.id, v_usage.status, v_usage.expires_at,
-      case when v_usage.group_id is not null then row(v_usage.group_id, case
-      when v_state.group_id = v_usage.group_id then v_state.group_name
-      else (select g.name from public.user_groups as g where g.id = v_usage.group_id)
-    end)::tokenlimits.group_answer end,
+      case when v_usage.group_id is not null then row(v_usage.group_id, v_group_name)::tokenlimits.group_answer end,
       v_usage.kind, v_usage.cost, v_limits, null, v_would_deny,
       -- greatest() ignores nulls, and unlimited is null
       case when v_tightest.max is not null then greatest((v_tightest.max - v_tightest.used - case

@@ -250,8 +250,11 @@ begin
     update tokenlimits.holds as h
     set root_id = v_root_id
     where h.group_id = any({{ beneath('new.id') }});
+    -- also where nothing was used: members' anchored periods above depend on all who are beneath
     if exists (
       select from public.generation_usage as u where u.group_id = any({{ beneath('new.id') }})
+    ) or exists (
+      select from public.group_memberships as m where m.group_id = any({{ beneath('new.id') }})
     ) then
       perform tokenlimits.recount_above(v_before, {{ way_up('new.id') }});
     end if;

@@ -189,7 +189,7 @@ begin
   foreach v_state in array coalesce(p_verdict.states, '{}') loop
     {{ add_limit('v_state', observed='p_verdict.observed', payer='p_verdict.group_id') | indent(4) }}
   end loop;
-  v_group_name := {{ name_of('v_state', 'p_verdict.group_id') | indent(2) }};
+  {{ read_name('v_state', 'p_verdict.group_id') | indent(2) }}
   if p_verdict.reason is null then
     return {{ answer(
       kind='p_kind', cost='p_cost', group_id='p_verdict.group_id', group_name='v_group_name', usage_id='p_usage.id',

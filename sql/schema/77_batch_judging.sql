@@ -47,6 +47,7 @@ volatile
 {{ search_path() }}
 as $$
 declare
+  v_ways tokenlimits.group_tree[];
   v record;
   v_item tokenlimits.batch_item;
   v_usage public.generation_usage;
@@ -71,6 +72,7 @@ begin
     )) as s
     order by s.subject, s.counter_id
   );
+  v_ways := {{ ways_up("select g.id from unnest(items) as i cross join lateral unnest(i.group_ids) as g (id)") | indent(2) }};
   usages := '{}';
   charges := '{}';
   -- the groups that may pay for each open item, in the order in which they are tried, with the places of their limits;
@@ -86,7 +88,7 @@ begin
       coalesce(g.rank = cardinality(i.group_ids), true) as is_last
     from unnest(items) as i
     left join lateral unnest(i.group_ids) with ordinality as g (id, rank) on true
-    left join tokenlimits.group_tree as t on t.group_id = g.id
+    left join unnest(v_ways) as t on t.group_id = g.id
     cross join lateral (
       values ('group', t.above_id), ('child', t.child_id), ('member', i.user_id)
     ) as w (scope, subject)

@@ -87,6 +87,7 @@ declare
   v_charge tokenlimits.batch_charge;
   v_usage public.generation_usage;
   v_state tokenlimits.limit_state;
+  v_group_name text;
   {{ variables_of_answer() | indent(2) }}
 begin
   for v in
@@ -108,9 +109,10 @@ begin
       v_state.weight := {{ weight_of('v_state', 'v_usage.kind') }};
       {{ add_limit('v_state', observed='v_charge.observed', payer='v_usage.group_id') | indent(6) }}
     end loop;
+    {{ read_name('v_state', 'v_usage.group_id') | indent(4) }}
     p_items[v_charge.place].answer := {{ answer(
       kind='v_usage.kind', cost='v_usage.cost', group_id='v_usage.group_id',
-      group_name=name_of('v_state', 'v_usage.group_id'),
+      group_name='v_group_name',
       usage_id='v_usage.id', status='v_usage.status', expires_at='v_usage.expires_at', replayed='v_charge.replayed'
     ) | indent(4) }};
   end loop;

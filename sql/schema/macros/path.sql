@@ -209,6 +209,18 @@ array(
 )
 {%- endmacro %}
 
+{#
+The same of several groups, given by a query. Read before it is joined with many rows: of an array, the planner knows the
+length, while it may take the tree for empty.
+#}
+{% macro ways_up(group_ids) -%}
+array(
+  select row(t.*)::tokenlimits.group_tree
+  from tokenlimits.group_tree as t
+  where t.group_id = any(array({{ group_ids }}))
+)
+{%- endmacro %}
+
 {# The group at the top of a group's tree. #}
 {% macro root_of(group_id) -%}
 coalesce(
@@ -306,12 +318,12 @@ numerics.
 )::uuid
 {%- endmacro %}
 
-{# The name of the group that pays, given one of the limits that judged. #}
-{% macro name_of(state, group_id) -%}
-case
-  when {{ state }}.group_id = {{ group_id }} then {{ state }}.group_name
-  else (select g.name from public.user_groups as g where g.id = {{ group_id }})
-end
+{# Reads the name of the group that pays into v_group_name, given one of the limits that judged. #}
+{% macro read_name(state, group_id) -%}
+v_group_name := {{ state }}.group_name;
+if {{ state }}.group_id is distinct from {{ group_id }} then
+  v_group_name := (select g.name from public.user_groups as g where g.id = {{ group_id }});
+end if;
 {%- endmacro %}
 
 {# Whether any limit would count what is used of a kind in a group; `only` is a condition on a limit l. #}
@@ -660,6 +672,7 @@ v_states := array(
   cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, {{ at }}, false)) as l
   order by l.subject, l.counter_id
 );
+v_ways := {{ ways_up("select m.group_id from unnest(" ~ moves ~ ") as m") | indent(2) }};
 for v_move in
   select
     s.place,
@@ -670,8 +683,10 @@ for v_move in
   inner join (
     select g.*, t.above_id, w.scope, w.subject
     from unnest({{ moves }}) as g
-    inner join tokenlimits.group_tree as t on t.group_id = g.group_id
+    inner join unnest(v_ways) as t on t.group_id = g.group_id
     cross join lateral (values ('group', t.above_id), ('child', t.child_id), ('member', g.user_id)) as w (scope, subject)
+    -- worked out before it is joined, or all moves of a group would be compared with all of its members' states
+    offset 0
   ) as m
     on
       m.above_id = s.group_id and m.subject = s.subject and m.scope = s.scope and {{ counts_kind('s', 'm.kind') }}
@@ -706,6 +721,7 @@ end loop;
 {%- endmacro %}
 
 {% macro variables_of_moves() -%}
+v_ways tokenlimits.group_tree[];
 v_move record;
 v_is_counted boolean;
 v_moving uuid;

@@ -482,6 +482,18 @@ class TestWindows:
         answer = world.api.track(user, "image")
         assert (answer["reset_at"], answer["remaining"]) == (datetime.fromisoformat("2026-07-12T12:00:00+00:00"), 3)
 
+    def test_a_move_changes_the_anchors_of_members_who_have_used_nothing_there(self, world: World) -> None:
+        world.at("2026-06-10 12:00Z")
+        top, team = world.group(limit(5, period="month", starts="anchor", scope="member")), world.group()
+        user = world.user(team)
+        world.at("2026-06-12 12:00Z")
+        world.api.add_member(top, user)
+        world.api.track(user, "image")
+        move(world, team, top)
+        assert world.api.track(user, "image", group_id=top)["reset_at"] == datetime.fromisoformat(
+            "2026-07-10T12:00:00+00:00"
+        )
+
     def test_a_window_that_one_opens_is_open_for_all_beneath(self, world: World) -> None:
         world.at("2026-06-10 12:00Z")
         plan = world.group(limit(3, period="5 hours", starts="first_use", scope="child"))
