@@ -30,7 +30,7 @@ def ann(stack: LocalStack, groups: GroupManager, acme: Group) -> UUID:
     """Somebody in Acme."""
     ann = stack.create_user(f"{uuid4()}@example.com").id
     groups.add_member(acme.id, ann)
-    return UUID(str(ann))
+    return ann
 
 
 def test_a_group_is_made_beneath_another_and_moved(tl: Program, groups: GroupManager, plan: Group, name: str) -> None:

@@ -573,3 +573,81 @@ class TestOverrides:
         problem(api("admin", "POST", path, json={"user_id": str(uuid4())}), 404, "unknown-user")
         assert api("admin", "POST", path, json={}).status_code == 200
         assert {limit.used for limit in limits.usage(newcomer.id)} == {0}
+
+
+class TestGroupsBeneathGroups:
+    PLAN = Limit(kind="image", max=5, period="month", scope="child")
+
+    def test_are_created_listed_and_moved(self, api: Ask, groups: GroupManager) -> None:
+        plan, other = groups.create("Pro", limits=[self.PLAN]), groups.create("Other")
+        made = api("admin", "POST", "/groups", json={"name": "Acme", "parent_id": str(plan.id)})
+        assert (made.status_code, made.json()["parent_id"]) == (201, str(plan.id))
+        beneath = {"params": {"parent_id": str(plan.id)}}
+        assert api("admin", "GET", "/groups", **beneath).json()["items"] == [made.json()]
+        path = f"/groups/{made.json()['id']}"
+        moved = api("admin", "PATCH", path, json={"parent_id": str(other.id)}).json()
+        assert moved["parent_id"] == str(other.id)
+        assert api("admin", "GET", "/groups", **beneath).json()["items"] == []
+        assert api("admin", "PATCH", path, json={"name": "Acme!"}).json()["parent_id"] == str(other.id)
+        assert api("admin", "PATCH", path, json={"parent_id": None}).json()["parent_id"] is None
+        assert api("admin", "GET", path).json()["parent_id"] is None
+
+    def test_what_can_not_be_beneath_is_refused_by_its_field(self, api: Ask, groups: GroupManager) -> None:
+        plan = groups.create("Pro", limits=[self.PLAN])
+        acme = groups.create("Acme", parent=plan)
+        for parent_id in (acme.id, uuid4(), plan.id):
+            asked = {"json": {"parent_id": str(parent_id)}}
+            found = problem(api("admin", "PATCH", f"/groups/{plan.id}", **asked), 422, "invalid-request")
+            assert [each["field"] for each in found["errors"]] == ["parent_id"]
+        found = problem(api("admin", "POST", "/groups", json={"name": "x", "parent_id": "Pro"}), 422, "invalid-request")
+        assert [each["field"] for each in found["errors"]] == ["parent_id"]
+        found = problem(api("admin", "DELETE", f"/groups/{plan.id}"), 422, "invalid-request")
+        assert [each["field"] for each in found["errors"]] == ["group_id"]
+        assert api("admin", "GET", f"/groups/{plan.id}").status_code == 200
+
+    def test_usage_says_whose_limit_it_is(
+        self, api: Ask, groups: GroupManager, limits: TokenLimits, newcomer: LocalUser
+    ) -> None:
+        plan = groups.create("Pro", limits=[self.PLAN])
+        acme = groups.create("Acme", parent=plan)
+        groups.add_member(acme.id, newcomer.id)
+        limits.track(newcomer.id, "image", 2)
+        owner = {"id": str(plan.id), "name": "Pro"}
+        usage = api("admin", "GET", f"/groups/{acme.id}/usage").json()
+        assert (usage["parent_id"], usage["child_count"]) == (str(plan.id), 0)
+        assert [(limit["group"], limit["scope"], limit["used"]) for limit in usage["limits"]] == [(owner, "child", 2)]
+        assert api("admin", "GET", f"/groups/{plan.id}/usage").json()["child_count"] == 1
+        body = {"user_id": str(newcomer.id), "kind": "image", "cost": 3}
+        mine = api("service", "POST", "/track-generation", json=body)
+        assert mine.json()["group"] == {"id": str(acme.id), "name": "Acme"}
+        assert [limit["group"] for limit in mine.json()["limits"]] == [owner]
+        denied = api("service", "POST", "/track-generation", json=body)
+        assert problem(denied, 429, "limit-exceeded")["result"]["denied_by"]["group"] == owner
+        assert "used by this customer" in denied.json()["detail"]
+
+    def test_an_override_of_one_of_them(
+        self, api: Ask, groups: GroupManager, limits: TokenLimits, newcomer: LocalUser
+    ) -> None:
+        plan = groups.create("Pro", limits=[self.PLAN])
+        acme, other = groups.create("Acme", parent=plan), groups.create("Other")
+        groups.add_member(acme.id, newcomer.id)
+        path = f"/groups/{plan.id}/overrides"
+        body = {"kind": "image", "max": 7, "child_id": str(acme.id)}
+        made = api("admin", "PUT", path, json=body).json()
+        assert (made["child_id"], made["child_name"], made["scope"], made["max"]) == (str(acme.id), "Acme", "child", 7)
+        assert limits.usage(newcomer.id)[0].max == 7
+        which = {"child_id": str(acme.id)}
+        assert api("admin", "GET", path, params=which).json()["items"] == [made]
+        assert api("admin", "GET", path, params={"child_id": str(other.id)}).json()["items"] == []
+
+        both = {**body, "user_id": str(newcomer.id)}
+        elsewhere = {**body, "child_id": str(other.id)}
+        for refused in (both, elsewhere):
+            found = problem(api("admin", "PUT", path, json=refused), 422, "invalid-request")
+            assert [each["field"] for each in found["errors"]] == ["child_id"]
+        problem(api("admin", "PUT", path, json={**body, "child_id": str(uuid4())}), 404, "group-not-found")
+
+        which["kind"] = "image"
+        assert api("admin", "DELETE", path, params=which).json() == {"removed": True}
+        assert api("admin", "DELETE", path, params=which).json() == {"removed": False}
+        assert limits.usage(newcomer.id)[0].max == 5

@@ -6,7 +6,7 @@ import json
 import re
 import unicodedata
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 import schemathesis
@@ -28,7 +28,8 @@ def sayable(context: Any, body: Any) -> Any:
     """Make true what no schema can say.
 
     A limit is in a list but once, its periods can begin as it says, an anchor is since 1970, an override ends later,
-    metadata is at most 8 kB and has no \\0, a worker says who generates, and a name is measured as it is stored.
+    metadata is at most 8 kB and has no \\0, a worker says who generates, a name is measured as it is stored, a parent
+    is a group, and nothing is for a user and for a group beneath at once.
     """
     if not isinstance(body, dict):
         return body
@@ -42,12 +43,22 @@ def sayable(context: Any, body: Any) -> Any:
         body["until"] = f"24{until[2:]}"
     if "kind" in body and body.get("user_id") is None:
         body["user_id"] = "3f2b8c1a-94d7-4e6b-8a5f-7c9d0e1f2a3b"
-    if isinstance(name := body.get("name"), str):
+    if isinstance(name := body.get("name"), str) and len(name) <= 200:  # a longer one is for the server to refuse
         body["name"] = unicodedata.normalize("NFC", name)[:200]
+    for named in ("parent_id", "child_id"):
+        if is_id(body.get(named)):
+            del body[named]
     written = json.dumps(body.get("metadata"))
     if "\\u0000" in written or len(written) > 8000:
         del body["metadata"]
     return body
+
+
+def is_id(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(UUID(value))
+    except ValueError:
+        return False
 
 
 def possible(limit: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +75,9 @@ def possible(limit: dict[str, Any]) -> dict[str, Any]:
 
 
 def sendable(context: Any, case: Any) -> Any:
-    """Send what no schema can say: one idempotency key, never used for a group before, and no cursor of no page."""
+    """Send what no schema can say: one subject, one idempotency key, never used for a group, and no invented cursor."""
+    if is_id(case.query.get("child_id")) and case.query.get("user_id") not in (None, "null"):
+        del case.query["child_id"]
     after = case.query.get("after")
     if isinstance(after, str) and len(after) <= 1200:  # one that is too long is for the server to refuse
         del case.query["after"]

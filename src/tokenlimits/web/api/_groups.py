@@ -28,11 +28,12 @@ _ONE = {200: _GROUP_EXAMPLE, **documented(404)}
 async def list_groups(
     groups: CallersGroups,
     search: Annotated[Text, Query(max_length=200, description="A part of the name, ignoring case")] = "",
+    parent_id: Annotated[UUID | None, Query(description="Only groups directly beneath this one")] = None,
     after: After = "",
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> Groups:
     """List groups with their limits, by name."""
-    page = await groups.page(search=search or None, after=after or None, size=limit)
+    page = await groups.page(search=search or None, parent=parent_id, after=after or None, size=limit)
     return Groups(items=page, next=cursor(page.next))
 
 
@@ -73,20 +74,23 @@ async def edit_group(
 
     With `If-Match`, a change that somebody else made meanwhile isn't overwritten: 412.
     """
-    fields = _fields(changes)
-    if "anchor_at" not in changes.model_fields_set:
-        del fields["anchor_at"]
-    group = await groups.update(group_id, **fields, unchanged_since=_read_tag(if_match))
+    group = await groups.update(group_id, **_fields(changes), unchanged_since=_read_tag(if_match))
     return _tagged(group, response)
 
 
 async def delete_group(groups: CallersGroups, group_id: UUID) -> Group:
-    """Delete a group with its limits and memberships, and return it as it was. The ledger keeps its usage."""
+    """Delete a group with its limits and memberships, and return it as it was. The ledger keeps its usage.
+
+    A group with others beneath it isn't deleted: delete or move those first.
+    """
     return await groups.delete(group_id)
 
 
 async def read_usage(groups: CallersGroups, group_id: UUID) -> GroupUsage:
-    """Return the member count and, for each limit, what is used, what remains, and when it resets."""
+    """Return the member count and, for each limit, what is used, what remains, and when it resets.
+
+    It includes the group's allowance under the `child` limits of the group above it, which is then the limit's `group`.
+    """
     return await groups.usage(group_id)
 
 
@@ -123,7 +127,9 @@ def _read_tag(if_match: str | None) -> datetime | None:
 
 
 def _fields(group: GroupIn | GroupChanges) -> dict[str, Any]:
-    return {name: getattr(group, name) for name in type(group).model_fields}
+    """Make the client's arguments; what isn't given stays as it is, also where null is a value."""
+    given = {name: getattr(group, name) for name in group.model_fields_set}
+    return {"parent" if name == "parent_id" else name: value for name, value in given.items()}
 
 
 def routes_of(gate: Gate) -> APIRouter:

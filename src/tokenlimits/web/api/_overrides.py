@@ -21,13 +21,17 @@ async def list_overrides(
     groups: CallersGroups,
     group_id: UUID,
     user_id: Annotated[UUID | None, Query(description="Only those of this user")] = None,
+    child_id: Annotated[UUID | None, Query(description="Only those of this group directly beneath")] = None,
 ) -> Overrides:
-    """List the overrides in a group, by id, including those that have ended, or sleep while there is no such limit."""
-    return Overrides(items=[each async for each in groups.overrides(group_id, user_id=user_id)])
+    """List the overrides of a group's limits, by id, including those that have ended.
+
+    Others sleep: while there is no such limit, or while the child isn't beneath the group.
+    """
+    return Overrides(items=[each async for each in groups.overrides(group_id, user_id=user_id, child_id=child_id)])
 
 
 async def set_override(groups: CallersGroups, group_id: UUID, override: OverrideIn) -> Override:
-    """Replace the max of one limit, for one user or, without `user_id`, of a group limit. Usage stays.
+    """Replace the max of one limit, for one user, for one group directly beneath, or of a group limit. Usage stays.
 
     It replaces an earlier override of the same limit. `period` and `starts` may be left out if one limit fits.
     """
@@ -36,6 +40,7 @@ async def set_override(groups: CallersGroups, group_id: UUID, override: Override
         override.kind,
         override.max,
         user_id=override.user_id,
+        child_id=override.child_id,
         period=override.period,
         starts=override.starts,
         until=override.until,
@@ -46,17 +51,23 @@ async def remove_override(
     groups: CallersGroups,
     group_id: UUID,
     kind: Annotated[Kind, Query()],
-    user_id: Annotated[UUID | None, Query(description="Whose; without it, that of a group limit")] = None,
+    user_id: Annotated[UUID | None, Query(description="Whose; without it and child_id, that of a group limit")] = None,
+    child_id: Annotated[UUID | None, Query(description="Which group's override of a `child` limit")] = None,
     period: Annotated[Period | None, Query()] = None,
     starts: Annotated[Starts | None, Query()] = None,
 ) -> OverrideRemoved:
     """End an override, so that the limit's own max applies again."""
-    removed = await groups.remove_override(group_id, kind, user_id=user_id, period=period, starts=starts)
+    removed = await groups.remove_override(
+        group_id, kind, user_id=user_id, child_id=child_id, period=period, starts=starts
+    )
     return OverrideRemoved(removed=removed)
 
 
 async def reset_usage(groups: CallersGroups, group_id: UUID, reset: ResetIn) -> ResetAt:
-    """Reset usage in the current periods, of all the group's limits or of one user's. The ledger keeps everything."""
+    """Reset usage in the current periods, of all the group's limits or of one user's. The ledger keeps everything.
+
+    Limits of groups above and beneath aren't reset, but the group's own allowance under `child` limits above it is.
+    """
     return ResetAt(reset_at=await groups.reset_usage(group_id, kind=reset.kind, user_id=reset.user_id))
 
 

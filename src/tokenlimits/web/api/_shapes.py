@@ -44,6 +44,7 @@ T = TypeVar("T")
 
 GROUP_ID = "0b5e1f6c-7a39-4d52-9c0e-2f6a1b3c4d5e"
 USER_ID = "3f2b8c1a-94d7-4e6b-8a5f-7c9d0e1f2a3b"
+_PLAN_ID = "c2a4e6f8-1b3d-4f5a-8c7e-9d0b2f4a6c8e"
 _LIMIT: dict[str, Any] = {"kind": "image", "max": 50, "period": "day", "scope": "member"}
 _WHOLE_LIMIT: dict[str, Any] = {**_LIMIT, "starts": "calendar", "counts": None, "mode": "enforce"}
 GROUP: dict[str, Any] = {
@@ -54,6 +55,7 @@ GROUP: dict[str, Any] = {
     "timezone": "Europe/Paris",
     "is_default": False,
     "anchor_at": None,
+    "parent_id": _PLAN_ID,
     "created_at": "2026-01-01T00:00:00Z",
     "updated_at": "2026-01-01T00:00:00Z",
     "limits": [_WHOLE_LIMIT],
@@ -78,6 +80,8 @@ OVERRIDE: dict[str, Any] = {
     "starts": "calendar",
     "scope": "member",
     "email": "ann@example.com",
+    "child_id": None,
+    "child_name": None,
     "status": "active",
     "created_at": "2026-01-01T00:00:00Z",
 }
@@ -92,10 +96,13 @@ _STATUS: dict[str, Any] = {
     "remaining": 38,
     "reset_at": "2026-01-01T23:00:00Z",
     "weight": 1,
+    "group": {"id": GROUP_ID, "name": "Pro"},
 }
 USAGE: dict[str, Any] = {
     "group": {"id": GROUP_ID, "name": "Pro"},
+    "parent_id": _PLAN_ID,
     "member_count": 1,
+    "child_count": 0,
     "limits": [{**_STATUS, "capacity": 50, "fraction": 0.24}],
 }
 RESULT: dict[str, Any] = {
@@ -163,6 +170,7 @@ def _place(value: str) -> str:
 After = Annotated[str, AfterValidator(_place), Query(max_length=1200, description="`next` of the page before")]
 UtcMoment = Annotated[Moment, AfterValidator(_in_utc)]
 _Anchor = Annotated[UtcMoment, Field(description="From when periods that start at an anchor are counted, since 1970")]
+_Parent = Annotated[UUID, Field(description="The group that it is beneath, whose limits count its usage too")]
 Priority = Annotated[StrictInt, Field(ge=-(2**31), lt=2**31), _Whole]
 _Maxima = Annotated[
     dict[Kind, Max | None],
@@ -230,13 +238,14 @@ class GroupIn(BaseModel):
     timezone: TimeZone = "UTC"
     is_default: StrictBool = False
     anchor_at: _Anchor | None = None
+    parent_id: _Parent | None = None
     limits: Limits = Field(default_factory=list[Limit])
 
 
 class GroupChanges(BaseModel):
-    """What to change of a group; what is left out or null stays, but a null `anchor_at` removes the anchor.
+    """What to change of a group; what is left out or null stays, but a null `anchor_at` or `parent_id` removes it.
 
-    Limits are replaced as a whole.
+    Limits are replaced as a whole. A group that moves takes its usage along, with the groups beneath it.
     """
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"limits": {"image": 100}}]})
@@ -247,6 +256,7 @@ class GroupChanges(BaseModel):
     timezone: TimeZone | None = None
     is_default: StrictBool | None = None
     anchor_at: _Anchor | None = None
+    parent_id: _Parent | None = None
     limits: Limits | None = None
 
 
@@ -321,7 +331,7 @@ class Generation(BaseModel):
 
 
 class Overrides(BaseModel):
-    """The overrides in a group, by id."""
+    """The overrides of a group's limits, by id."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"items": [OVERRIDE]}]})
 
@@ -329,13 +339,17 @@ class Overrides(BaseModel):
 
 
 class OverrideIn(BaseModel):
-    """Another max of one limit, for one user or, without `user_id`, of a group limit; without `until`, for good."""
+    """Another max of one limit: for one user, for one group directly beneath, or of a group limit if neither is named.
+
+    Without `until`, it is for good.
+    """
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [_OVERRIDE_IN]})
 
     kind: Kind
     max: Annotated[Max, _Whole] | None = Field(description="What applies instead of the limit's max; null: unlimited")
     user_id: UUID | None = None
+    child_id: UUID | None = Field(None, description="Whose allowance under a `child` limit; not with `user_id`")
     period: Period | None = None
     starts: Starts | None = None
     until: UtcMoment | None = None
@@ -348,7 +362,10 @@ class OverrideRemoved(BaseModel):
 
 
 class ResetIn(BaseModel):
-    """What to reset: limits on one kind, or all; those of the whole group, or a user's member limits alone."""
+    """What to reset: limits on one kind, or all; those of the whole group, or a user's member limits alone.
+
+    The whole group's are its group and member limits, and its own allowance under `child` limits of the group above.
+    """
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"kind": "image", "user_id": USER_ID}]})
 
