@@ -52,10 +52,10 @@ export type Database = {
 WORDS = {
     "Starts": "Where a limit's periods begin: in the group's time zone, at an anchor, with a use, or at every moment.",
     "Mode": "A limit that observes never denies.",
-    "Scope": "One pool that the members share, or one for each member.",
+    "Scope": "Whose usage counts: the group with all beneath it, each group directly beneath it, or each user.",
     "Bucket": "The step of a history.",
     "Status": "Of a usage; the first two count.",
-    "OverrideStatus": "An override sleeps while there is no such limit.",
+    "OverrideStatus": "An override sleeps while there is no such limit, or no such child.",
 }
 PERIODS = """\
 /** How long a limit's usage counts. Weeks of the calendar begin on Monday; lifetime never ends. */

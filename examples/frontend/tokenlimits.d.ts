@@ -17,8 +17,8 @@ export type Starts = 'calendar' | 'anchor' | 'first_use' | 'rolling'
 /** A limit that observes never denies. */
 export type Mode = 'enforce' | 'observe'
 
-/** One pool that the members share, or one for each member. */
-export type Scope = 'group' | 'member'
+/** Whose usage counts: the group with all beneath it, each group directly beneath it, or each user. */
+export type Scope = 'group' | 'child' | 'member'
 
 /** The step of a history. */
 export type Bucket = 'hour' | 'day' | 'week' | 'month'
@@ -26,7 +26,7 @@ export type Bucket = 'hour' | 'day' | 'week' | 'month'
 /** Of a usage; the first two count. */
 export type Status = 'reserved' | 'committed' | 'released' | 'refunded' | 'expired'
 
-/** An override sleeps while there is no such limit. */
+/** An override sleeps while there is no such limit, or no such child. */
 export type OverrideStatus = 'active' | 'ended' | 'sleeping'
 
 export type Uuid = string
@@ -99,7 +99,7 @@ export type Busy = TrackAnswer & {
 }
 
 /**
- * How much of a kind a group, or each of its members, may use in a period.
+ * How much of a kind a group, each group beneath it, or each of its members may use in a period.
  *
  * `max` is in units of cost; null is unlimited, and 0 blocks the kind. `counts` makes the limit a pool that several
  * kinds share, with how many of its units one of each takes. `kind` is then only its name. With the period
@@ -142,7 +142,8 @@ export interface GroupRef {
  *
  * `used` and `max` are in units of the limit. In an answer about a kind, `remaining` is how many units of that kind
  * still fit, where each takes `weight` of the limit; elsewhere, `weight` is 1. A limit in flight counts holds, and its
- * `reset_at` is null, except where it denies: that is when the next place will be free.
+ * `reset_at` is null, except where it denies: that is when the next place will be free. `group` is the group that the
+ * limit belongs to: the one that pays (in SQL's own answers null), or one above it.
  */
 export interface LimitStatus {
   kind: string
@@ -155,11 +156,15 @@ export interface LimitStatus {
   remaining: number | null
   reset_at: Timestamp | null
   weight: number
+  group: GroupRef | null
 }
 /**
  * A group of users with its limits.
  *
- * The periods of group limits with `starts="anchor"` are counted from `anchor_at` or, if it is null, `created_at`.
+ * What is used in it counts for its own limits, and for those of the group above it (`parent_id`; null: there is
+ * none) and of all above that. The periods of its group limits with `starts="anchor"`, and those of its allowance
+ * under `child` limits, are counted from `anchor_at` or, if it is null, `created_at`. A *spread* group has member
+ * limits only, so that its usage can be at home with its users.
  */
 export interface Group {
   id: Uuid
@@ -169,24 +174,32 @@ export interface Group {
   timezone: string
   is_default: boolean
   anchor_at: Timestamp | null
+  parent_id: Uuid | null
+  is_spread: boolean
   created_at: Timestamp
   updated_at: Timestamp
   limits: Limit[]
 }
 /**
- * A group's member count, and its limits with their usage.
+ * A group's place and member count, and its limits with their usage.
+ *
+ * `limits` includes the group's allowance under the `child` limits of the group above it, which is then the limit's
+ * `group`. `child_count` is the number of groups directly beneath it; `member_count` doesn't include their members.
  */
 export interface GroupUsage {
   group: GroupRef
+  parent_id: Uuid | null
   member_count: number
+  child_count: number
   limits: GroupLimitUsage[]
 }
 /**
- * A limit of a group in its current period.
+ * A limit of a group, or its allowance under a `child` limit of the group above, in its current period.
  *
- * For a member limit, `used` is the total of all members, and `capacity` is the sum of what each may use: `max` times
- * their number, if none has an override. `fraction` is `used` divided by `capacity` (null: unlimited); it exceeds 1
- * after a limit was lowered below what is used.
+ * For a member limit, `used` is the total of all users of the group and of all beneath it, and `capacity` is the sum
+ * of what each may use: `max` times their number, if none has an override. The same goes for the group's own `child`
+ * limits and the groups directly beneath it. `fraction` is `used` divided by `capacity` (null: unlimited); it exceeds
+ * 1 after a limit was lowered below what is used.
  */
 export interface GroupLimitUsage {
   kind: string
@@ -199,6 +212,7 @@ export interface GroupLimitUsage {
   remaining: number | null
   reset_at: Timestamp | null
   weight: number
+  group: GroupRef | null
   capacity: number | null
   fraction: number | null
 }
@@ -258,11 +272,11 @@ export interface Member {
   anchor_at: Timestamp | null
 }
 /**
- * Another max of one limit for one member or, if `user_id` is null, of a group limit.
+ * Another max of one limit for one user (`user_id`), for one group beneath (`child_id`), or of a group limit.
  *
  * While it is active, `max` replaces the limit's own (null: unlimited), until `until` (null: for good). It names its
- * limit by kind, period, starts and scope, so it sleeps while there is no such limit. `email` is null if the user has
- * been deleted.
+ * limit by kind, period, starts and scope, so it sleeps while there is no such limit, or while the child isn't beneath
+ * the group. `email` is null if the user has been deleted, and `child_name` if that group has.
  */
 export interface Override {
   id: Uuid
@@ -273,6 +287,8 @@ export interface Override {
   scope: Scope
   user_id: Uuid | null
   email: string | null
+  child_id: Uuid | null
+  child_name: string | null
   max: number | null
   until: Timestamp | null
   status: OverrideStatus
@@ -289,7 +305,7 @@ export interface Reconciliation {
   holds: number
 }
 /**
- * A counter that differed from the ledger: `subject` is the group or the member, `used` is the correct value.
+ * A counter that differed from the ledger: `subject` is the group or the user, `used` is the correct value.
  */
 export interface CounterDrift {
   kind: string
@@ -439,7 +455,7 @@ export type Functions = {
     Args: { p_group_id: Uuid; p_user_ids: Uuid[]; p_anchor_at?: Timestamp }
     Returns: { added: number; already: number; unknown: Uuid[] }
   }
-  /** Deletes a group with its limits and memberships; the ledger stays. */
+  /** Deletes a group that has none beneath it, with its limits and memberships; the ledger stays. */
   delete_group: {
     Args: { p_group_id: Uuid }
     Returns: Group
@@ -470,14 +486,21 @@ export type Functions = {
     }
     Returns: { rows: UsageRecord[]; until: Timestamp; next: Json | null }
   }
-  /** Groups with their limits: by id, by name, or all whose name contains a text; the page after a name, ordered by name. */
+  /** Groups with their limits: by id, by name, or all whose name contains a text, or that are directly beneath a group; the page after a name, ordered by name. */
   find_groups: {
-    Args: { p_group_id?: Uuid; p_name?: string; p_search?: string; p_after?: string; p_page_size?: number }
+    Args: {
+      p_group_id?: Uuid
+      p_name?: string
+      p_search?: string
+      p_after?: string
+      p_page_size?: number
+      p_parent_id?: Uuid
+    }
     Returns: Group[]
   }
-  /** The overrides of a group's limits, or those of one user: the page after an id, ordered by id. */
+  /** The overrides of a group's limits, or those of one user or child group: the page after an id, ordered by id. */
   find_limit_overrides: {
-    Args: { p_group_id: Uuid; p_user_id?: Uuid; p_after?: Uuid; p_page_size?: number }
+    Args: { p_group_id: Uuid; p_user_id?: Uuid; p_after?: Uuid; p_page_size?: number; p_child_id?: Uuid }
     Returns: Override[]
   }
   /** Users whose e-mail address contains a text, regardless of case. */
@@ -515,7 +538,7 @@ export type Functions = {
     Args: { p_user_id: Uuid; p_from: Uuid; p_to: Uuid }
     Returns: { moved: boolean }
   }
-  /** Recounts a group's usage from the ledger, corrects counters and rollup, and returns what differed. */
+  /** Recounts the usage of a group, and of all beneath it, from the ledger; corrects its counters and the rollup, and returns what differed. */
   reconcile_usage: {
     Args: { p_group_id: Uuid; p_since?: Timestamp }
     Returns: Reconciliation
@@ -537,15 +560,22 @@ export type Functions = {
   }
   /** Ends an override, so that the limit's own max applies again; says whether there was one. */
   remove_limit_override: {
-    Args: { p_group_id: Uuid; p_kind: string; p_user_id?: Uuid; p_period?: Period; p_starts?: Starts }
+    Args: {
+      p_group_id: Uuid
+      p_kind: string
+      p_user_id?: Uuid
+      p_period?: Period
+      p_starts?: Starts
+      p_child_id?: Uuid
+    }
     Returns: { removed: boolean }
   }
-  /** Resets usage in the current periods of a group's limits, of one kind or of all; with a user, of that member's alone. The ledger keeps everything. */
+  /** Resets usage in the current periods of a group's limits, and of its pools in limits of its parent, of one kind or of all; with a user, of that member's alone. The ledger keeps everything. */
   reset_group_usage: {
     Args: { p_group_id: Uuid; p_kind?: string; p_user_id?: Uuid }
     Returns: { reset_at: Timestamp }
   }
-  /** Creates a group (with the id p_id, which was never used before), or changes the non-null fields of an existing group, with its whole set of limits, in one step. With p_no_anchor, it has no anchor any more. With p_updated_at, only if nobody has changed it since. */
+  /** Creates a group (with the id p_id, which was never used before; with p_is_spread, its usage is at home with its users), or changes the non-null fields of an existing group, with its whole set of limits, in one step. With p_parent_id, it is beneath that group, with all beneath it; with p_no_parent, beneath none. With p_no_anchor, it has no anchor any more. With p_updated_at, only if nobody has changed it since. */
   save_group: {
     Args: {
       p_group_id?: Uuid
@@ -559,6 +589,9 @@ export type Functions = {
       p_updated_at?: Timestamp
       p_anchor_at?: Timestamp
       p_no_anchor?: boolean
+      p_parent_id?: Uuid
+      p_no_parent?: boolean
+      p_is_spread?: boolean
     }
     Returns: Group
   }
@@ -567,7 +600,7 @@ export type Functions = {
     Args: { p_group_id: Uuid; p_limit: Limit }
     Returns: Group
   }
-  /** Replaces the max of one limit for one member, or of a group limit, perhaps until a moment; null: unlimited. */
+  /** Replaces the max of one limit for one member or child group, or of a group limit, perhaps until a moment; null: unlimited. */
   set_limit_override: {
     Args: {
       p_group_id: Uuid
@@ -577,6 +610,7 @@ export type Functions = {
       p_period?: Period
       p_starts?: Starts
       p_until?: Timestamp
+      p_child_id?: Uuid
     }
     Returns: Override
   }

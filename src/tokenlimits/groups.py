@@ -104,6 +104,7 @@ class GroupManager(Base):
         is_default: bool = False,
         anchor_at: datetime | None = None,
         parent: UUID | str | Group | None = None,
+        is_spread: bool = False,
         id: UUID | str | None = None,  # noqa: A002  # as the field of what it answers
     ) -> Group:
         """Create a group with its limits, in one step: an error leaves nothing behind.
@@ -119,6 +120,8 @@ class GroupManager(Base):
                 allowance under `child` limits; by default, from the group's creation.
             parent: The group that it is beneath, whose limits count its usage too; none by default. Groups nest at most
                 5 deep.
+            is_spread: Choose this for a group with more users than one database is to hold. It takes member limits
+                only, and is beneath spread groups only. It can't be changed later.
             id: An id of your choice that no group has ever had; by default, one is generated.
 
         Raises:
@@ -138,6 +141,7 @@ class GroupManager(Base):
             admins.create_group(
                 id,
                 parent,
+                is_spread=is_spread,
                 name=name,
                 description=description,
                 priority=priority,

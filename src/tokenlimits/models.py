@@ -218,7 +218,7 @@ class LimitStatus(Model):
     `used` and `max` are in units of the limit. In an answer about a kind, `remaining` is how many units of that kind
     still fit, where each takes `weight` of the limit; elsewhere, `weight` is 1. A limit in flight counts holds, and its
     `reset_at` is None, except where it denies: that is when the next place will be free. `group` is the group that the
-    limit belongs to: the one that pays, or one above it.
+    limit belongs to: the one that pays (in SQL's own answers None), or one above it.
     """
 
     kind: str
@@ -340,7 +340,8 @@ class Group(Model):
 
     What is used in it counts for its own limits, and for those of the group above it (`parent_id`; None: there is
     none) and of all above that. The periods of its group limits with `starts="anchor"`, and those of its allowance
-    under `child` limits, are counted from `anchor_at` or, if it is None, `created_at`.
+    under `child` limits, are counted from `anchor_at` or, if it is None, `created_at`. A *spread* group has member
+    limits only, so that its usage can be at home with its users.
     """
 
     id: UUID
@@ -351,6 +352,7 @@ class Group(Model):
     is_default: bool
     anchor_at: Moment | None = None
     parent_id: UUID | None = None
+    is_spread: bool = False
     created_at: Moment
     updated_at: Moment
     limits: tuple[Annotated[Limit, BeforeValidator(_known_fields)], ...]

@@ -404,7 +404,10 @@ def answers(stack: LocalStack, groups: GroupManager) -> str:
     limits = [Limit(kind="image", max=2), Limit(kind="video", max=None, period="day", scope="member")]
     limits.append(Limit(kind="text", max=1, scope="member"))
     group, empty = (new_group(groups, limits, []) for _ in range(2))
-    one = {"p_group_id": str(group.id)}
+    plan = new_group(groups, [Limit(kind="image", max=9, scope="child")], [])
+    groups.update(group.id, parent=plan)
+    one, above = {"p_group_id": str(group.id)}, {"p_group_id": str(plan.id)}
+    child = {"p_kind": "image", "p_child_id": str(group.id)}
     mine = {"p_user_id": str(user.id)}
     image = {**mine, "p_kind": "image"}
     token = stack.access_token(user)
@@ -421,6 +424,7 @@ def answers(stack: LocalStack, groups: GroupManager) -> str:
         ("user_generation_usage", mine),
         ("my_generation_usage", {}),
         ("group_usage", one),
+        ("group_usage", above),
         ("generation_history", one),
         ("group_members", one),
         ("find_users", {"p_email": user.email}),
@@ -441,7 +445,11 @@ def answers(stack: LocalStack, groups: GroupManager) -> str:
         ("remove_group_limit", {**one, "p_kind": "image", "p_period": "day", "p_scope": "group"}),
         ("set_limit_override", {**one, "p_kind": "image", "p_max": None, "p_until": "2100-01-01T00:00:00Z"}),
         ("set_limit_override", {**one, **mine, "p_kind": "text", "p_max": 5}),
+        ("set_limit_override", {**above, **child, "p_max": 5}),
+        ("find_groups", {"p_parent_id": str(plan.id)}),
         ("find_limit_overrides", one),
+        ("find_limit_overrides", {**above, "p_child_id": str(group.id)}),
+        ("remove_limit_override", {**above, **child}),
         ("remove_limit_override", {**one, **mine, "p_kind": "text"}),
         ("set_member_anchor", {**one, **mine, "p_anchor_at": "2026-01-31T00:00:00Z"}),
         ("move_group_member", {**mine, "p_from": str(group.id), "p_to": str(empty.id)}),

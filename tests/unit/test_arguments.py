@@ -55,6 +55,7 @@ GOOD: dict[str, Any] = {
     "id": ID,
     "idempotency_key": "job-1",
     "is_default": True,
+    "is_spread": True,
     "kind": "image",
     "limit": Limit(kind="image", max=1),
     "limits": {"image": 1, "video": None},
@@ -110,6 +111,7 @@ BAD: dict[str, list[Any]] = {
     "id": BAD_IDS,
     "idempotency_key": ["", "x" * 256, True, 1.5, 10**255, 10**5000, *(bad for bad in BAD_TEXTS if bad != 7)],
     "is_default": [1, "true", None],
+    "is_spread": [1, "true", None],
     "kind": BAD_KINDS,
     "limit": [None, "image", {"kind": "image"}, {"kind": "Image", "max": 1}, {"kind": "image", "max": -1}],
     "limits": [

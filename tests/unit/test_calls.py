@@ -255,6 +255,14 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool, Any, Any]] = {
         {**GROUP, "parent_id": TEAM},
         lambda group: group.parent_id == UUID(TEAM),
     ),
+    "create a spread one": (
+        admins.create_group(name="Free", is_spread=True),
+        "save_group",
+        {"p_group_id": None, "p_name": "Free", "p_is_spread": True},
+        False,
+        {**GROUP, "is_spread": True},
+        lambda group: group.is_spread is True,
+    ),
     "move": (
         admins.update_group(TEAM, parent=UUID(PRO)),
         "save_group",

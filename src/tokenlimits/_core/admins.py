@@ -59,11 +59,15 @@ _OVERRIDES = rows_parser(Override)
 _WAS_REMOVED = field_parser("removed", bool)
 
 
-def create_group(id_: Id | None = None, parent: Id | Group | None = None, **fields: Any) -> Call[Group]:
+def create_group(
+    id_: Id | None = None, parent: Id | Group | None = None, *, is_spread: bool = False, **fields: Any
+) -> Call[Group]:
     """Create a group, with an id of the caller's choice if there is one, and beneath another group if one is named."""
     params = {"p_group_id": None, **arguments.group(fields)}
     if parent is not None:  # older SQL has no such parameter
         params["p_parent_id"] = arguments.parent(parent)
+    if arguments.flag(is_spread, "is_spread"):
+        params["p_is_spread"] = True
     if id_ is not None:
         params["p_id"] = arguments.id_(id_, "id")
     # after a lost answer, creating it again would fail on the name of the group that it has created itself

@@ -56,6 +56,7 @@ GROUP: dict[str, Any] = {
     "is_default": False,
     "anchor_at": None,
     "parent_id": _PLAN_ID,
+    "is_spread": False,
     "created_at": "2026-01-01T00:00:00Z",
     "updated_at": "2026-01-01T00:00:00Z",
     "limits": [_WHOLE_LIMIT],
