@@ -50,6 +50,7 @@ def group_json(group: Group, parent_id: str | None) -> Json:
         "priority": group.priority,
         "timezone": group.timezone,
         "is_default": group.is_default,
+        "is_spread": group.is_spread,
         "anchor_at": group.anchor_at and text(group.anchor_at),
         "created_at": text(group.created_at),
         "updated_at": text(group.updated_at),

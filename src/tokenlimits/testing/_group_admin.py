@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
@@ -38,24 +38,27 @@ class GroupFunctions(OverrideFunctions):
         p_no_anchor: bool = False,  # noqa: FBT002  # as the SQL's
         p_parent_id: str | None = None,
         p_no_parent: bool = False,  # noqa: FBT002  # as the SQL's
+        p_is_spread: bool | None = None,
     ) -> Json:
         """Create a group, or change the fields that are not null; everything is checked before anything changes."""
         limits = None if p_limits is None else _limits(p_limits)
         if p_no_parent and p_parent_id is not None:
-            refuse("TL001", "parent_id: pass a parent, or p_no_parent, not both", detail="parent_id")
+            _refuse_parent("pass a parent, or p_no_parent, not both")
         group = None if p_group_id is None else self._group(p_group_id)
         id_ = self._new_id(group, p_id)
-        if group is not None and p_updated_at is not None:
-            _require_unchanged(group, datetime.fromisoformat(p_updated_at))
+        if group is not None:
+            _require_unchanged(group, p_is_spread, p_updated_at)
+        is_spread = bool(p_is_spread) if group is None else group.is_spread
         timezone = None if p_timezone is None else _timezone(p_timezone)
         if p_parent_id is not None:
-            self._require_place(id_ if group is None else group.id, p_parent_id)
-        if group is None and id_ in self._groups:
-            _refuse_id(id_)
+            self._require_place(id_, p_parent_id, is_spread=is_spread)
         name = p_name if p_name is not None else group.name if group else ""
-        self._require_free_name(group, name)
+        self._require_free(group, id_, name)
+        _require_no_pools(limits or {}, is_spread=is_spread)
         if group is None:
-            group = self._make(id_, p_parent_id)
+            group = Group(id_, name, is_spread=is_spread, created_at=self.now, updated_at=self.now)
+            self._groups[id_] = group
+            self._plant(id_, p_parent_id)
         else:
             if p_no_parent or p_parent_id is not None:
                 self._move(group, p_parent_id)
@@ -75,8 +78,9 @@ class GroupFunctions(OverrideFunctions):
 
     def set_group_limit(self, p_group_id: str, p_limit: Json) -> Json:
         """Add one limit, or change its max."""
-        group = self._group(p_group_id)
-        self._edit_limits(group, _limits([p_limit]))
+        group, edited = self._group(p_group_id), _limits([p_limit])
+        _require_no_pools(edited, is_spread=group.is_spread)
+        self._edit_limits(group, edited)
         self._touch(group)
         return self._group_json(group)
 
@@ -154,15 +158,9 @@ class GroupFunctions(OverrideFunctions):
     def _group_json(self, group: Group) -> Json:
         return group_json(group, self._parents[group.id])
 
-    def _make(self, id_: str, parent_id: str | None) -> Group:
-        if id_ in self._parents:  # of a group that was deleted, which the SQL looks for last
+    def _require_free(self, group: Group | None, id_: str, name: str) -> None:
+        if group is None and id_ in self._groups:
             _refuse_id(id_)
-        group = Group(id_, "", "", 0, "UTC", is_default=False, created_at=self.now, updated_at=self.now)
-        self._groups[id_] = group
-        self._plant(id_, parent_id)
-        return group
-
-    def _require_free_name(self, group: Group | None, name: str) -> None:
         if any(other is not group and other.name.lower() == name.lower() for other in self._groups.values()):
             refuse(
                 "TL003",
@@ -170,19 +168,23 @@ class GroupFunctions(OverrideFunctions):
                 detail=name,
                 hint="Names are unique regardless of case. Nothing was saved.",
             )
+        if group is None and id_ in self._parents:  # of a group that was deleted, which the SQL looks for last
+            _refuse_id(id_)
 
-    def _require_place(self, group_id: str, parent_id: str) -> None:
+    def _require_place(self, group_id: str, parent_id: str, *, is_spread: bool) -> None:
         """Refuse a parent that a group can't have."""
-        above = self._path(parent_id) if parent_id in self._groups else []
+        parent, above = self._groups.get(parent_id), self._path(parent_id) if parent_id in self._groups else []
         problem = None
-        if not above:
+        if parent is None:
             problem = f"there is no group {parent_id}"
+        elif parent.is_spread != is_spread:
+            problem = "a spread group is beneath spread groups only, and another one beneath none"
         elif group_id in above:
             problem = "would be beneath itself"
         elif len(above) + self._levels(group_id) > DEEPEST:
             problem = f"groups nest at most {DEEPEST} deep"
         if problem is not None:
-            refuse("TL001", f"parent_id: {problem}", detail="parent_id", hint="Nothing was saved.")
+            _refuse_parent(problem)
 
     def _move(self, group: Group, parent_id: str | None) -> None:
         """Put a group beneath another one, or none; what counts it no longer, or from now on, is counted afresh."""
@@ -201,9 +203,9 @@ class GroupFunctions(OverrideFunctions):
             self._remember_windows_of_group(self._groups[owner])
 
     def _new_id(self, group: Group | None, wanted: str | None) -> str:
-        """Choose the id of a new group, or refuse the wanted one: the ledger still refers to old ids."""
+        """Choose the id of a new group, or refuse the wanted one."""
         if wanted is None:
-            return str(uuid4())
+            return str(uuid4()) if group is None else group.id
         if group is not None:
             refuse("TL001", "id: is for a new group; group_id names an existing one", detail="id")
         if wanted == _NIL:
@@ -220,13 +222,33 @@ class GroupFunctions(OverrideFunctions):
                 self._touch(group)
 
 
-def _require_unchanged(group: Group, updated_at: datetime) -> None:
-    if updated_at != group.updated_at:
+def _require_unchanged(group: Group, is_spread: bool | None, updated_at: str | None) -> None:
+    """Refuse an edit of what can't be changed, or of a group that others have changed meanwhile."""
+    if is_spread not in (None, group.is_spread):
+        refuse(
+            "TL001",
+            "is_spread: is chosen when a group is created",
+            detail="is_spread",
+            hint="Create another group. Nothing was saved.",
+        )
+    if updated_at is not None and datetime.fromisoformat(updated_at) != group.updated_at:
         refuse(
             "TL011",
             f"the group '{group.name}' was changed meanwhile",
             detail=group.updated_at.isoformat(),
             hint="Read it again, and decide whether your change still fits. Nothing was saved.",
+        )
+
+
+def _require_no_pools(limits: Iterable[Rule], *, is_spread: bool) -> None:
+    """Refuse limits that would need one place, of a group whose usage is in many."""
+    pool = next((rule for rule in limits if rule.scope != "member"), None)
+    if is_spread and pool is not None:
+        refuse(
+            "TL001",
+            f"scope: must be member in a spread group: a {pool.scope} limit on {pool.kind} would need one place",
+            detail="scope",
+            hint="Nothing was saved.",
         )
 
 
@@ -237,6 +259,10 @@ def _limits(limits: list[Json]) -> dict[Rule, Terms]:
         )
         for limit in limits
     }
+
+
+def _refuse_parent(problem: str) -> NoReturn:
+    refuse("TL001", f"parent_id: {problem}", detail="parent_id", hint="Nothing was saved.")
 
 
 def _refuse_id(id_: str) -> NoReturn:

@@ -24,16 +24,20 @@ class Membership:
 
 @dataclass(eq=False, slots=True)
 class Group:
-    """A group with its limits and members; `unlimited` allows any kind that has no limit."""
+    """A group with its limits and members; `unlimited` allows any kind that has no limit.
+
+    What is used in a spread group is at home with its users.
+    """
 
     id: str
     name: str
-    description: str
-    priority: int
-    timezone: str
-    is_default: bool
+    is_spread: bool
     created_at: datetime
     updated_at: datetime
+    description: str = ""
+    priority: int = 0
+    timezone: str = "UTC"
+    is_default: bool = False
     anchor_at: datetime | None = None
     unlimited: bool = False
     limits: dict[Rule, Terms] = field(default_factory=dict[Rule, Terms])

@@ -153,7 +153,8 @@ class OverrideFunctions(State):
 
 def _refuse_both(user_id: str | None, child_id: str | None) -> None:
     if user_id is not None and child_id is not None:
-        refuse("TL001", "child_id: name a user or a child group, not both", detail="child_id")
+        problem = "child_id: name a user or a child group, not both"
+        refuse("TL001", problem, detail="child_id", hint="Nothing was saved.")
 
 
 def _subject(user_id: str | None, child_id: str | None) -> tuple[str, str | None]:

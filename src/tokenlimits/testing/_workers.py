@@ -169,7 +169,7 @@ class WorkerFunctions(State):
         observed: tuple[Bound, ...] = (),
     ) -> Json:
         usage = Usage(
-            id=self._usage_id(created_at, group.id),
+            id=self._usage_id(created_at, user_id if group.is_spread else group.id),
             group_id=group.id,
             user_id=user_id,
             kind=kind,
@@ -188,7 +188,7 @@ class WorkerFunctions(State):
         return self._usage_answer(usage, observed)
 
     def _usage_id(self, at: datetime, home: str) -> str:
-        """Make the id of a usage: a UUIDv7 of its moment that ends with the last four hex digits of its group's id."""
+        """Make the id of a usage: a UUIDv7 of its moment that ends with the last four hex digits of its home's id."""
         return str(uuid7((at - EPOCH) // timedelta(milliseconds=1)))[:-4] + home[-4:]
 
     def _usage_answer(self, usage: Usage, observed: tuple[Bound, ...] = (), *, replayed: bool = False) -> Json:

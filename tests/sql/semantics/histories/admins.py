@@ -31,7 +31,10 @@ class Admins(History):
             priority, limits = self.draw(drawn.priorities), self.draw(drawn.limits)
             anchor = self.draw(st.none() | drawn.anchors)
             fields = {"p_priority": priority, "p_limits": limits, "p_anchor_at": anchor}
-            self.call("save_group", p_id=id_, p_name=self.draw(drawn.names), p_parent_id=self.place(), **fields)
+            names = {group["name"].lower() for group in self.groups()}
+            name = self.one_of([each for each in drawn.NAMES if each.lower() not in names] * 3 + drawn.NAMES)
+            fields |= {"p_parent_id": self.place(), "p_is_spread": self.draw(drawn.rarely)}
+            self.call("save_group", p_id=id_, p_name=name, **fields)
 
     @happens()
     def edit_group(self) -> None:
@@ -39,6 +42,7 @@ class Admins(History):
             "p_name": self.draw(st.none() | drawn.names),
             "p_priority": self.draw(st.none() | drawn.priorities),
             "p_limits": self.draw(st.none() | drawn.limits),
+            "p_is_spread": self.one_of([None] * 9 + [False, True]),
             **self.draw(
                 st.just({"p_no_anchor": True}) | st.fixed_dictionaries({"p_anchor_at": st.none() | drawn.anchors})
             ),
@@ -47,10 +51,12 @@ class Admins(History):
         if fields.get("p_anchor_at") or "p_no_anchor" in fields:
             self.twins.take_order()
 
-    @happens(4)
+    @happens(5)
     def move_group(self) -> None:
-        parent = self.place()
-        self.call("save_group", p_group_id=self.group(), p_parent_id=parent, p_no_parent=parent is None or None)
+        group = self.one_of(self.groups())["id"]
+        parent = self.place(group)
+        is_top = self.one_of([parent is None] * 20 + [True])
+        self.call("save_group", p_group_id=group, p_parent_id=parent, p_no_parent=is_top)
         self.twins.take_order()
 
     @happens(2)
@@ -62,12 +68,13 @@ class Admins(History):
         self.call("save_group", p_group_id=self.group(), p_timezone=self.draw(drawn.zones).upper())
         self.twins.take_order()
 
-    @happens()
+    @happens(2)
     def delete_group(self) -> None:
-        """Mostly one that has none beneath it: others are refused."""
+        """Mostly one that has none beneath it, since others are refused; often one with holds."""
         parents = {group["parent_id"] for group in self.groups()}
         leaves = [group["id"] for group in self.groups() if group["id"] not in parents]
-        group = self.one_of([*leaves * 2, self.group()])
+        held = [hold.group_id for hold in self.holds("reserved", "expired") if hold.group_id in leaves]
+        group = self.one_of([*held, *leaves, *leaves, self.group()])
         if len(self.groups()) > 1:
             self.call("delete_group", p_group_id=group)
             if group in leaves:
@@ -120,8 +127,13 @@ class Admins(History):
         """Name a limit and whose it is, perhaps less than enough; rarely, nobody's."""
         child = self.one_of([each["id"] for each in self.groups() if each["parent_id"] == group] * 6 + [self.group()])
         user = self.one_of([self.draw(drawn.users)] * 6 + [drawn.NOBODY])
-        theirs = {"member": {"p_user_id": user}, "child": {"p_child_id": child}, "group": {}}
-        scope = self.one_of([limit["scope"]] * 6 + list(theirs))
+        theirs = {
+            "member": {"p_user_id": user},
+            "child": {"p_child_id": child},
+            "group": {},
+            "both": {"p_user_id": user, "p_child_id": child},
+        }
+        scope = self.one_of([limit["scope"]] * 8 + list(theirs))
         unsaid = self.one_of([(), (), (), ("p_period",), ("p_starts",), ("p_period", "p_starts")])
         return {"p_group_id": group} | theirs[scope] | _named(limit) | dict.fromkeys(unsaid)
 
@@ -187,13 +199,16 @@ class Tables(Admins):
             target, scope, counts = self.one_of(self.groups()), self.draw(drawn.scopes), self.draw(drawn.counts)
             start = drawn.started(self.draw(drawn.starts))
             other = drawn.valid(limit | start | {"scope": scope, "counts": counts})
-            if _name_of(other) not in map(_name_of, target["limits"]):
+            columns = "group_id = %s, period = %s, starts = %s, scope = %s, counts = %s"
+            counts = other["counts"]
+            values = [target["id"], *start.values(), scope, Jsonb(counts) if counts else None]
+            if target["is_spread"] and scope != "member":
+                with pytest.raises(psycopg.Error, match="scope: must be member in a spread group"):
+                    self.update_limit(group, limit, columns, *values)
+            elif _name_of(other) not in map(_name_of, target["limits"]):
                 with self.without_the_group():
                     self.twins.model.remove_group_limit(group, **_name_of(limit))
                     self.twins.model.set_group_limit(target["id"], other)
-                columns = "group_id = %s, period = %s, starts = %s, scope = %s, counts = %s"
-                counts = other["counts"]
-                values = [target["id"], *start.values(), scope, Jsonb(counts) if counts else None]
                 self.update_limit(group, limit, columns, *values)
 
     @happens()
@@ -237,8 +252,8 @@ class Tables(Admins):
 
     @happens()
     def move_a_group_in_the_table(self) -> None:
-        group, parent = self.one_of(self.groups())["id"], self.one_of([None, *self.groups()])
-        parent_id = parent and parent["id"]
+        group = self.one_of(self.groups())["id"]
+        parent_id = self.place(group)
         try:
             self.twins.model.save_group(group, p_parent_id=parent_id, p_no_parent=parent_id is None)
         except InvalidRequest:

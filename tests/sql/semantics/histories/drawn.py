@@ -26,7 +26,7 @@ USERS = [str(UUID(int=number)) for number in range(1, 5)]
 NOBODY = str(UUID(int=99))
 
 # which group is beneath which at the beginning, by their places
-TREES = [(None, None, None), (None, 0, 1), (None, 0, 0), (None, None, 1)]
+TREES = [(None, None, None), (None, 0, 1), (None, 0, 0), (None, None, 1), (None, 0, 1, 2, 3)]
 
 # moments around which something happens to the calendar
 BEGINNINGS = [
@@ -87,9 +87,11 @@ scopes = st.sampled_from(["group", "member", "child"])
 costs = st.sampled_from([1, 1, 1, 2, 3, 7])
 keys = st.sampled_from([None, None, "job-1", "job-2", "job-3"])
 maxima = st.sampled_from([None, 0, 2, 3, 5, 8, 13, 21])
+rarely = st.sampled_from([False] * 9 + [True])
 priorities = st.sampled_from([0, 0, 1, 5])
 zones = st.sampled_from(ZONES)
-names = st.sampled_from(["Alpha", "ALPHA", "Beta", "Gamma", "Delta", "Epsilon", "Zeta"])
+NAMES = ["Alpha", "ALPHA", "Beta", "Gamma", "Delta", "Epsilon", "Zeta"]
+names = st.sampled_from(NAMES)
 parts = st.sampled_from(["a", "A@", " 2@"])
 sizes = st.sampled_from([1, 2, 50])
 limit = st.fixed_dictionaries(

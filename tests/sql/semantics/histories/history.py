@@ -30,7 +30,7 @@ def happens(weight: int = 1) -> Callable[[Step], Step]:
 
 
 class History(RuleBasedStateMachine):
-    """Begins with three groups in some tree; afterwards nothing has drifted, and all that both know is the same.
+    """Begins with three or five groups in some tree; afterwards nothing has drifted, and all that both know is the same.
 
     It has one rule, for of many hypothesis leaves some out: there would be no holds in most histories.
     """
@@ -46,8 +46,9 @@ class History(RuleBasedStateMachine):
         beginning=st.sampled_from(drawn.BEGINNINGS),
         zone=drawn.zones,
         anchor=st.none() | drawn.anchors,
-        limits=st.tuples(drawn.some_limits, drawn.some_limits, drawn.some_limits),
+        limits=st.tuples(*[drawn.some_limits] * 5),
         tree=st.sampled_from(drawn.TREES),
+        is_spread=drawn.rarely,
     )
     def begin(
         self,
@@ -56,15 +57,17 @@ class History(RuleBasedStateMachine):
         anchor: str | None,
         limits: tuple[list[Json], ...],
         tree: tuple[int | None, ...],
+        is_spread: bool,
     ) -> None:
         self.twins.begin(datetime.fromisoformat(beginning), drawn.USERS)
-        fields: tuple[Json, ...] = ({"p_timezone": zone}, {"p_priority": 1, "p_anchor_at": anchor}, {})
+        fields: tuple[Json, ...] = ({"p_timezone": zone}, {"p_priority": 1, "p_anchor_at": anchor}, {}, {}, {})
         groups: list[str] = []
         for number, above in enumerate(tree):
             parent = None if above is None else groups[above]
-            params = {"p_limits": limits[number], "p_parent_id": parent, **fields[number]}
+            allowed = [limit for limit in limits[number] if limit["scope"] == "member" or not is_spread]
+            params = {"p_limits": allowed, "p_parent_id": parent, "p_is_spread": is_spread, **fields[number]}
             groups.append(self.call("save_group", p_name=f"Group {number}", **params)["id"])
-            self.call("add_group_members", p_group_id=groups[-1], p_user_ids=drawn.USERS[number : number + 2])
+            self.call("add_group_members", p_group_id=groups[-1], p_user_ids=drawn.USERS[number % 3 :][:2])
 
     @rule(data=st.data())
     def something_happens(self, data: st.DataObject) -> None:
@@ -119,9 +122,13 @@ class History(RuleBasedStateMachine):
         """Draw any group, rarely one that is gone."""
         return self.one_of([group["id"] for group in self.groups()] * 4 + self.deleted[-1:])
 
-    def place(self) -> str | None:
-        """Draw where a group is to be, rarely where none can be: beneath any, or (None) at the top."""
-        return self.one_of([None, *[group["id"] for group in self.groups()] * 2, *self.deleted[-1:]])
+    def place(self, group: str | None = None) -> str | None:
+        """Draw beneath what a group, or a new one, is to be: mostly where it can be; None: at the top."""
+        there = [each["id"] for each in self.groups()]
+        beneath = set(self.twins.model._beneath(group)) if group else set[str]()
+        return self.one_of(
+            [None, None, *[each for each in there if each not in beneath] * 5, *there, *self.deleted[-1:]]
+        )
 
     def pin(self) -> str | None:
         """Draw a group to pin: mostly none, any that there is, rarely one that is gone."""
