@@ -374,3 +374,44 @@ class TestAnchors:
         world.groups.update(world.agency, anchor_at=datetime(2026, 1, 3, tzinfo=UTC))
         world.groups.update(world.acme, anchor_at=datetime(2026, 1, 5, tzinfo=UTC))
         assert world.fake.track(ANN, "image").reset_at == datetime(2026, 12, 3, tzinfo=UTC)
+
+
+class TestSpread:
+    """What is used in a spread group is at home with its users."""
+
+    def test_a_usages_home_is_in_its_id(self) -> None:
+        world = World()
+        spread = world.groups.create("Spread", is_spread=True, limits=[TWO_EACH])
+        assert spread.is_spread
+        assert not world.groups.get(world.acme).is_spread
+        world.groups.add_member(spread.id, CYD)
+        usage_id = world.fake.track(CYD, "image").usage_id
+        assert str(usage_id)[-4:] == CYD[-4:]
+        assert str(world.fake.record(ANN, "image").usage_id)[-4:] == str(world.acme)[-4:]
+
+    def test_it_has_member_limits_only(self) -> None:
+        world = World()
+        with pytest.raises(InvalidRequest, match="scope: must be member in a spread group: a group limit on image"):
+            world.groups.create("Spread", is_spread=True, limits=[TWO_EACH, TEN])
+        assert "Spread" not in [group.name for group in world.groups.list()]
+        spread = world.groups.create("Spread", is_spread=True).id
+        with pytest.raises(InvalidRequest, match="a child limit on image would need one place") as refused:
+            world.groups.set_limit(spread, Limit(kind="image", max=1, scope="child"))
+        assert refused.value.detail == "scope"
+
+    def test_it_is_in_a_tree_of_its_kind(self) -> None:
+        world = World()
+        spread = world.groups.create("Spread", is_spread=True, limits=[TWO_EACH]).id
+        leaf = world.groups.create("Leaf", is_spread=True, parent=spread).id
+        world.groups.add_member(leaf, CYD)
+        assert world.fake.track(CYD, "image").remaining == 1
+        for group, parent in ((leaf, world.agency), (world.acme, spread)):
+            with pytest.raises(InvalidRequest, match="parent_id: a spread group is beneath spread groups only"):
+                world.groups.update(group, parent=parent)
+
+    def test_it_is_chosen_when_a_group_is_created(self) -> None:
+        world = World()
+        engine, params = world.fake._engine, {"p_group_id": str(world.acme)}
+        with pytest.raises(InvalidRequest, match="is_spread: is chosen when a group is created"):
+            engine.answer("save_group", {**params, "p_is_spread": True})
+        assert engine.answer("save_group", {**params, "p_is_spread": False})["is_spread"] is False

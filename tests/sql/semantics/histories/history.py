@@ -30,7 +30,7 @@ def happens(weight: int = 1) -> Callable[[Step], Step]:
 
 
 class History(RuleBasedStateMachine):
-    """Begins with three or five groups in some tree; afterwards nothing has drifted, and all that both know is the same.
+    """Begins with three or five groups; afterwards nothing has drifted, and all that both know is the same.
 
     It has one rule, for of many hypothesis leaves some out: there would be no holds in most histories.
     """
