@@ -254,6 +254,7 @@ begin
         'limit_states',
         'lock_batch',
         'lock_expired',
+        'lock_expired_beside',
         'lock_groups',
         'missing_holds',
         'move_in_tree',
@@ -4754,7 +4755,7 @@ create or replace function tokenlimits.lock_expired(
   p_group_id uuid,
   p_kind text,
   p_at timestamptz,
-  p_most integer default 500
+  p_most integer
 )
 returns uuid[]
 language plpgsql
@@ -4776,6 +4777,40 @@ $$;
 comment on function tokenlimits.lock_expired(uuid, text, timestamptz, integer)
 is 'tokenlimits: Expired holds of a group and kind, locked to be swept.';
 revoke execute on function tokenlimits.lock_expired(uuid, text, timestamptz, integer)
+from public, anon, authenticated, service_role;
+
+-- The same of groups that share a pool with this one: nobody else may call for them, and the pool's readers would subtract
+-- theirs for ever. The stripe of each is taken if it is free: waiting for one would break the order of locks.
+create or replace function tokenlimits.lock_expired_beside(
+  p_group_id uuid,
+  p_kind text,
+  p_at timestamptz,
+  p_most integer
+)
+returns uuid[]
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return array(
+    select u.id
+    from tokenlimits.group_tree as t
+    inner join tokenlimits.holds as h on h.root_id = t.above_id and h.root_id <> h.group_id
+    inner join public.generation_usage as u on u.id = h.usage_id
+    where
+      t.group_id = p_group_id and t.level = 0 and t.distance > 0 and h.kind = p_kind and h.expires_at <= p_at
+      and h.group_id <> p_group_id
+      and pg_try_advisory_xact_lock_shared(1953459052, get_byte(uuid_send(h.group_id), 15))
+    order by h.expires_at
+    limit p_most
+    for update of u skip locked
+  );
+end
+$$;
+comment on function tokenlimits.lock_expired_beside(uuid, text, timestamptz, integer)
+is 'tokenlimits: Expired holds of other groups in the tree of a group, of a kind, locked to be swept.';
+revoke execute on function tokenlimits.lock_expired_beside(uuid, text, timestamptz, integer)
 from public, anon, authenticated, service_role;
 
 -- Marks those of the locked usages that are expired holds, and returns the moves that take back their cost.
@@ -4821,13 +4856,18 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  c_swept constant integer := 500;
   v_at timestamptz := least(p_at, tokenlimits.clock());
   v_moves tokenlimits.usage_move[];
 begin
   loop
     -- a block of its own: if a counter has rolled over since it was read (TL099), the marks are rolled back too
     begin
-      v_moves := tokenlimits.expire_holds(tokenlimits.lock_expired(p_group_id, p_kind, v_at), v_at);
+      v_moves := tokenlimits.expire_holds(
+        tokenlimits.lock_expired(p_group_id, p_kind, v_at, c_swept)
+        || tokenlimits.lock_expired_beside(p_group_id, p_kind, v_at, c_swept),
+        v_at
+      );
       perform tokenlimits.move_usage(v_moves, v_at);
       return cardinality(v_moves);
     exception
@@ -4919,6 +4959,18 @@ begin
     where p_at <= tokenlimits.clock()
   loop
     v_expired := v_expired || tokenlimits.lock_expired(
+      v.group_id, v.kind, p_at, c_swept - cardinality(v_expired)
+    );
+  end loop;
+  for v in
+    -- one group for each tree
+    select distinct on (r.above_id, p.kind) p.group_id, p.kind
+    from unnest(p_group_ids, p_kinds) as p (group_id, kind)
+    inner join tokenlimits.group_tree as r on r.group_id = p.group_id and r.level = 0 and r.distance > 0
+    where p_at <= tokenlimits.clock()
+    order by r.above_id, p.kind
+  loop
+    v_expired := v_expired || tokenlimits.lock_expired_beside(
       v.group_id, v.kind, p_at, c_swept - cardinality(v_expired)
     );
   end loop;

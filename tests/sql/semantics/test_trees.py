@@ -8,6 +8,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from tests.sql.semantics.database import Database
 from tests.sql.semantics.world import World, limit
 
 PLAN = limit(10, scope="child")
@@ -176,6 +177,34 @@ class TestHolds:
         assert world.api.check(stranger, "image", 4)["allowed"]
         assert world.api.track(stranger, "image", 4)["remaining"] == 0
         assert shown(world, plan)["image", "group", None] == (4, 4)
+
+    @pytest.mark.parametrize("room", [9, 1])
+    def test_a_call_sweeps_what_its_siblings_have_left(self, world: World, room: int) -> None:
+        """Admitted or denied: nobody else may ever call for them."""
+        world.at("2026-06-10 12:00Z")
+        plan = world.group(limit(room), limit(None, "video"))
+        one, other = beneath(world, plan), beneath(world, plan)
+        user, stranger = world.user(one), world.user(other)
+        world.api.reserve(user, "image", 1, ttl=60)
+        world.at("2026-06-10 12:01Z")
+        assert world.api.track(stranger, "image", 2)["allowed"] == (room > 1)
+        assert [x[-1] for x in world.recorded()][:1] == ["expired"]
+        assert world.owner.one("select count(*) from tokenlimits.holds") == 0
+
+    def test_but_not_while_their_limits_are_edited(self, world: World, database: Database) -> None:
+        world.at("2026-06-10 12:00Z")
+        one, other = UUID(int=0x1001), UUID(int=0x1002)
+        plan = world.group(limit(9), id=UUID(int=0x1003))
+        for group in (one, other):
+            beneath(world, plan, id=group)
+        world.api.reserve(world.user(one), "image", 1, ttl=60)
+        stranger = world.user(other)
+        world.at("2026-06-10 12:01Z")
+        editor = database.connect("postgres")
+        with editor.transaction():
+            editor.execute("select tokenlimits.lock_groups(array[%s]::uuid[], true)", [one])
+            assert world.api.track(stranger, "image", 9)["remaining"] == 0
+            assert world.owner.one("select count(*) from tokenlimits.holds") == 1
 
     def test_the_expired_hold_of_a_child_leaves_room_at_the_top(self, world: World) -> None:
         world.at("2026-06-10 12:00Z")
