@@ -215,7 +215,6 @@ begin
         'clock',
         'commit_generation',
         'complete_state',
-        'complete_states',
         'count_holds',
         'count_limit',
         'count_usage',
@@ -2359,19 +2358,22 @@ begin
         where r.group_id = case p_state.scope when 'child' then p_state.subject else p_state.group_id end and r.kind in (p_state.kind, '*') and r.subject in (case p_state.scope when 'child' then p_state.subject else p_state.group_id end, p_state.subject)
       ))
     end;
-    p_state.used := case
-      when p_state.until is null then tokenlimits.count_limit(
+    -- statements of their own: a subquery costs time to set up, even where it isn't needed
+    if p_state.until is null then
+      p_state.used := tokenlimits.count_limit(
         array(select t.group_id from tokenlimits.group_tree as t where t.above_id = case p_state.scope when 'child' then p_state.subject else p_state.group_id end),
         v_user_id, p_state.kind, p_state.period, p_state.counts, p_state.since, upper(p_window)
-      )
-      when p_state.starts = 'rolling' then coalesce((
+      );
+    elsif p_state.starts = 'rolling' then
+      p_state.used := coalesce((
         select sum(c.used)
         from tokenlimits.counter_parts as c
         where
           c.subject = p_state.subject and c.counter_id = p_state.counter_id and c.part >= lower(p_window)
-      ), 0)
-      else 0
-    end;
+      ), 0);
+    else
+      p_state.used := 0;
+    end if;
     p_state.until := upper(p_window);
   end if;
   return p_state;
@@ -2407,66 +2409,6 @@ is 'tokenlimits: When the oldest usage leaves a rolling window; infinity if ther
 revoke execute on function tokenlimits.next_leaving(tokenlimits.limit_state, timestamptz)
 from public, anon, authenticated, service_role;
 
--- Of states as they were read: completes those whose counter is missing, or belongs to another period, and subtracts
--- expired holds, if there are any.
-create or replace function tokenlimits.complete_states(
-  p_states tokenlimits.limit_state[],
-  p_at timestamptz,
-  p_any_expired boolean
-)
-returns tokenlimits.limit_state[]
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v record;
-  v_state tokenlimits.limit_state;
-  -- a counter may be ahead of a clock that was set back; holds expire by the clock
-  v_now timestamptz := least(p_at, tokenlimits.clock());
-begin
-  -- calendar periods are the same for all
-  for v in
-    select s.place, p.range
-    from unnest(p_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
-used, expired, is_open, group_name, timezone, own_max, overridden_until, level, is_spread, place)
-    left join (
-      select d.period, d.timezone, tokenlimits.period_of(d.period, d.timezone, p_at) as range
-      from (
-        select distinct o.period, o.timezone
-        from unnest(p_states) as o
-        where o.starts = 'calendar' and o.is_open is not true
-      ) as d
-    ) as p on p.period = s.period and p.timezone = s.timezone and s.starts = 'calendar'
-    where s.is_open is not true
-  loop
-    p_states[v.place] := tokenlimits.complete_state(p_states[v.place], v.range, p_at);
-  end loop;
-  for i in 1..cardinality(p_states) loop
-    v_state := p_states[i];
-    if p_any_expired then
-      v_state.expired := tokenlimits.expired_of_limit(
-        array(select t.group_id from tokenlimits.group_tree as t where t.above_id = case v_state.scope when 'child' then v_state.subject else v_state.group_id end),
-        case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.period,
-        v_state.counts, v_state.since, v_now
-      );
-      v_state.used := v_state.used - v_state.expired;
-    end if;
-    if v_state.starts = 'rolling' then
-      v_state.reset_at := tokenlimits.next_leaving(v_state, v_now);
-    end if;
-    p_states[i] := v_state;
-  end loop;
-  return p_states;
-end
-$$;
-
-comment on function tokenlimits.complete_states(tokenlimits.limit_state[], timestamptz, boolean)
-is 'tokenlimits: States as of a moment, whatever their counters say.';
-
-revoke execute on function tokenlimits.complete_states(tokenlimits.limit_state[], timestamptz, boolean)
-from public, anon, authenticated, service_role;
-
 create or replace function tokenlimits.limit_states(
   p_group_id uuid,
   p_user_ids uuid[],
@@ -2483,6 +2425,11 @@ as $$
 declare
   v_states tokenlimits.limit_state[];
   v_is_plain boolean;
+  v record;
+  v_state tokenlimits.limit_state;
+  v_any_expired boolean;
+  -- a counter may be ahead of a clock that was set back; holds expire by the clock
+  v_now timestamptz := least(p_at, tokenlimits.clock());
 begin
   select
     array_agg(
@@ -2566,42 +2513,73 @@ begin
   elsif v_is_plain then
     return v_states;
   end if;
-  return tokenlimits.complete_states(
-    v_states, p_at,
-    p_less_expired and exists (
-      select
-      from (
-        select distinct w.kind, r.above_id as root_id
-        from tokenlimits.group_tree as o
-        inner join public.group_limits as i on i.group_id = o.above_id
-        inner join tokenlimits.group_tree as r on r.group_id = o.group_id and r.level = 0
-        cross join lateral (
-          select i.kind, 1::bigint as weight
-          where i.counts is null
-          union all
-          select p.key, p.value::bigint
-          from jsonb_each_text(i.counts) as p
-        ) as w
-        where o.group_id = p_group_id and (p_kinds is null or case
-          when i.counts is null then i.kind = any(p_kinds)
-          else i.counts ?| p_kinds
-        end)
-      ) as k
-      where (
-        select true
-        from tokenlimits.holds as h
-        where h.group_id = k.root_id and h.kind = k.kind and h.expires_at <= least(p_at, tokenlimits.clock())
-        order by h.expires_at
-        limit 1
-      ) is true or (
-        select true
-        from tokenlimits.holds as h
-        where h.root_id = k.root_id and h.root_id <> h.group_id and h.kind = k.kind and h.expires_at <= least(p_at, tokenlimits.clock())
-        order by h.expires_at
-        limit 1
-      ) is true
-    )
+  v_any_expired := p_less_expired and exists (
+    select
+    from (
+      select distinct w.kind, r.above_id as root_id
+      from tokenlimits.group_tree as o
+      inner join public.group_limits as i on i.group_id = o.above_id
+      inner join tokenlimits.group_tree as r on r.group_id = o.group_id and r.level = 0
+      cross join lateral (
+        select i.kind, 1::bigint as weight
+        where i.counts is null
+        union all
+        select p.key, p.value::bigint
+        from jsonb_each_text(i.counts) as p
+      ) as w
+      where o.group_id = p_group_id and (p_kinds is null or case
+        when i.counts is null then i.kind = any(p_kinds)
+        else i.counts ?| p_kinds
+      end)
+    ) as k
+    where (
+      select true
+      from tokenlimits.holds as h
+      where h.group_id = k.root_id and h.kind = k.kind and h.expires_at <= v_now
+      order by h.expires_at
+      limit 1
+    ) is true or (
+      select true
+      from tokenlimits.holds as h
+      where h.root_id = k.root_id and h.root_id <> h.group_id and h.kind = k.kind and h.expires_at <= v_now
+      order by h.expires_at
+      limit 1
+    ) is true
   );
+  -- calendar periods are the same for all
+  for v in
+    select s.place, p.range
+    from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
+  used, expired, is_open, group_name, timezone, own_max, overridden_until, level, is_spread, place)
+    left join (
+      select d.period, d.timezone, tokenlimits.period_of(d.period, d.timezone, p_at) as range
+      from (
+        select distinct o.period, o.timezone
+        from unnest(v_states) as o
+        where o.starts = 'calendar' and o.is_open is not true
+      ) as d
+    ) as p on p.period = s.period and p.timezone = s.timezone and s.starts = 'calendar'
+    where s.is_open is not true
+  loop
+    v_states[v.place] := tokenlimits.complete_state(v_states[v.place], v.range, p_at);
+  end loop;
+  for i in 1..cardinality(v_states) loop
+    continue when not v_any_expired and (v_states[i]).starts <> 'rolling';
+    v_state := v_states[i];
+    if v_any_expired then
+      v_state.expired := tokenlimits.expired_of_limit(
+        array(select t.group_id from tokenlimits.group_tree as t where t.above_id = case v_state.scope when 'child' then v_state.subject else v_state.group_id end),
+        case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.period,
+        v_state.counts, v_state.since, v_now
+      );
+      v_state.used := v_state.used - v_state.expired;
+    end if;
+    if v_state.starts = 'rolling' then
+      v_state.reset_at := tokenlimits.next_leaving(v_state, v_now);
+    end if;
+    v_states[i] := v_state;
+  end loop;
+  return v_states;
 end
 $$;
 
@@ -2619,10 +2597,15 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_any_expired boolean := exists (select from tokenlimits.holds as h where h.expires_at <= p_at);
   v_states tokenlimits.limit_state[];
   v_is_plain boolean;
+  v record;
+  v_state tokenlimits.limit_state;
+  v_any_expired boolean;
+  -- a counter may be ahead of a clock that was set back; holds expire by the clock
+  v_now timestamptz := least(p_at, tokenlimits.clock());
 begin
+  v_any_expired := exists (select from tokenlimits.holds as h where h.expires_at <= v_now);
   select
     array_agg(
       row(
@@ -2666,7 +2649,43 @@ begin
     -- one look-up per limit, whatever size the planner assumes for an array
     offset 0
   ) as c on true;
-  return case when v_states is not null then tokenlimits.complete_states(v_states, p_at, v_any_expired) else '{}' end;
+  if v_states is null then
+    return '{}';
+  end if;
+  -- calendar periods are the same for all
+  for v in
+    select s.place, p.range
+    from unnest(v_states) with ordinality as s (group_id, counter_id, subject, kind, period, starts, scope, mode, max, counts, weight, since, until, reset_at,
+  used, expired, is_open, group_name, timezone, own_max, overridden_until, level, is_spread, place)
+    left join (
+      select d.period, d.timezone, tokenlimits.period_of(d.period, d.timezone, p_at) as range
+      from (
+        select distinct o.period, o.timezone
+        from unnest(v_states) as o
+        where o.starts = 'calendar' and o.is_open is not true
+      ) as d
+    ) as p on p.period = s.period and p.timezone = s.timezone and s.starts = 'calendar'
+    where s.is_open is not true
+  loop
+    v_states[v.place] := tokenlimits.complete_state(v_states[v.place], v.range, p_at);
+  end loop;
+  for i in 1..cardinality(v_states) loop
+    continue when not v_any_expired and (v_states[i]).starts <> 'rolling';
+    v_state := v_states[i];
+    if v_any_expired then
+      v_state.expired := tokenlimits.expired_of_limit(
+        array(select t.group_id from tokenlimits.group_tree as t where t.above_id = case v_state.scope when 'child' then v_state.subject else v_state.group_id end),
+        case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.period,
+        v_state.counts, v_state.since, v_now
+      );
+      v_state.used := v_state.used - v_state.expired;
+    end if;
+    if v_state.starts = 'rolling' then
+      v_state.reset_at := tokenlimits.next_leaving(v_state, v_now);
+    end if;
+    v_states[i] := v_state;
+  end loop;
+  return v_states;
 end
 $$;
 

@@ -445,19 +445,22 @@ begin
         home_of('p_state'), 'p_state.kind', 'p_state.subject'
       ) | indent(6) }}
     end;
-    p_state.used := case
-      when p_state.until is null then tokenlimits.count_limit(
+    -- statements of their own: a subquery costs time to set up, even where it isn't needed
+    if p_state.until is null then
+      p_state.used := tokenlimits.count_limit(
         {{ counted_groups('p_state') }},
         v_user_id, p_state.kind, p_state.period, p_state.counts, p_state.since, upper(p_window)
-      )
-      when p_state.starts = 'rolling' then coalesce((
+      );
+    elsif p_state.starts = 'rolling' then
+      p_state.used := coalesce((
         select sum(c.used)
         from tokenlimits.counter_parts as c
         where
           c.subject = p_state.subject and c.counter_id = p_state.counter_id and c.part >= lower(p_window)
-      ), 0)
-      else 0
-    end;
+      ), 0);
+    else
+      p_state.used := 0;
+    end if;
     p_state.until := upper(p_window);
   end if;
   return p_state;
@@ -489,63 +492,51 @@ $$;
   "When the oldest usage leaves a rolling window; infinity if there is none."
 ) }}
 
--- Of states as they were read: completes those whose counter is missing, or belongs to another period, and subtracts
--- expired holds, if there are any.
-create or replace function tokenlimits.complete_states(
-  p_states tokenlimits.limit_state[],
-  p_at timestamptz,
-  p_any_expired boolean
-)
-returns tokenlimits.limit_state[]
-language plpgsql
-stable
-{{ search_path() }}
-as $$
-declare
-  v record;
-  v_state tokenlimits.limit_state;
-  -- a counter may be ahead of a clock that was set back; holds expire by the clock
-  v_now timestamptz := least(p_at, tokenlimits.clock());
-begin
-  -- calendar periods are the same for all
-  for v in
-    select s.place, p.range
-    from unnest(p_states) with ordinality as s ({{ state_columns() }}, place)
-    left join (
-      select d.period, d.timezone, tokenlimits.period_of(d.period, d.timezone, p_at) as range
-      from (
-        select distinct o.period, o.timezone
-        from unnest(p_states) as o
-        where o.starts = 'calendar' and o.is_open is not true
-      ) as d
-    ) as p on p.period = s.period and p.timezone = s.timezone and s.starts = 'calendar'
-    where s.is_open is not true
-  loop
-    p_states[v.place] := tokenlimits.complete_state(p_states[v.place], v.range, p_at);
-  end loop;
-  for i in 1..cardinality(p_states) loop
-    v_state := p_states[i];
-    if p_any_expired then
-      v_state.expired := tokenlimits.expired_of_limit(
-        {{ counted_groups('v_state') }},
-        case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.period,
-        v_state.counts, v_state.since, v_now
-      );
-      v_state.used := v_state.used - v_state.expired;
-    end if;
-    if v_state.starts = 'rolling' then
-      v_state.reset_at := tokenlimits.next_leaving(v_state, v_now);
-    end if;
-    p_states[i] := v_state;
-  end loop;
-  return p_states;
-end
-$$;
-{{ private(
-  'complete_states(tokenlimits.limit_state[], timestamptz, boolean)',
-  "States as of a moment, whatever their counters say."
-) }}
-
+{#
+Of states as they were read into v_states: completes those whose counter is missing, or belongs to another period, and
+subtracts expired holds, if there are any. Lines, not a function: to pass states to one costs as much.
+#}
+{%- macro complete_states(at) -%}
+-- calendar periods are the same for all
+for v in
+  select s.place, p.range
+  from unnest(v_states) with ordinality as s ({{ state_columns() }}, place)
+  left join (
+    select d.period, d.timezone, tokenlimits.period_of(d.period, d.timezone, {{ at }}) as range
+    from (
+      select distinct o.period, o.timezone
+      from unnest(v_states) as o
+      where o.starts = 'calendar' and o.is_open is not true
+    ) as d
+  ) as p on p.period = s.period and p.timezone = s.timezone and s.starts = 'calendar'
+  where s.is_open is not true
+loop
+  v_states[v.place] := tokenlimits.complete_state(v_states[v.place], v.range, {{ at }});
+end loop;
+for i in 1..cardinality(v_states) loop
+  continue when not v_any_expired and (v_states[i]).starts <> 'rolling';
+  v_state := v_states[i];
+  if v_any_expired then
+    v_state.expired := tokenlimits.expired_of_limit(
+      {{ counted_groups('v_state') }},
+      case v_state.scope when 'member' then v_state.subject end, v_state.kind, v_state.period,
+      v_state.counts, v_state.since, v_now
+    );
+    v_state.used := v_state.used - v_state.expired;
+  end if;
+  if v_state.starts = 'rolling' then
+    v_state.reset_at := tokenlimits.next_leaving(v_state, v_now);
+  end if;
+  v_states[i] := v_state;
+end loop;
+{%- endmacro %}
+{%- macro variables_of_completion() -%}
+v record;
+v_state tokenlimits.limit_state;
+v_any_expired boolean;
+-- a counter may be ahead of a clock that was set back; holds expire by the clock
+v_now timestamptz := least(p_at, tokenlimits.clock());
+{%- endmacro %}
 create or replace function tokenlimits.limit_states(
   p_group_id uuid,
   p_user_ids uuid[],
@@ -561,6 +552,7 @@ stable
 as $$
 declare
   {{ variables_of_limits() | indent(2) }}
+  {{ variables_of_completion() | indent(2) }}
 begin
   {{ read_limits(
     'p_group_id',
@@ -577,10 +569,9 @@ begin
   elsif v_is_plain then
     return v_states;
   end if;
-  return tokenlimits.complete_states(
-    v_states, p_at,
-    p_less_expired and {{ any_expired_of_all('p_group_id', 'p_kinds', 'least(p_at, tokenlimits.clock())') | indent(4) }}
-  );
+  v_any_expired := p_less_expired and {{ any_expired_of_all('p_group_id', 'p_kinds', 'v_now') | indent(2) }};
+  {{ complete_states('p_at') | indent(2) }}
+  return v_states;
 end
 $$;
 {{ private(
@@ -595,9 +586,10 @@ stable
 {{ search_path() }}
 as $$
 declare
-  v_any_expired boolean := exists (select from tokenlimits.holds as h where h.expires_at <= p_at);
   {{ variables_of_limits() | indent(2) }}
+  {{ variables_of_completion() | indent(2) }}
 begin
+  v_any_expired := exists (select from tokenlimits.holds as h where h.expires_at <= v_now);
   {{ read_limits(
     '', 't.child_id', '(null::text[])', 'p_at', in_flight='true', of_many=true, expired='v_any_expired',
     which="i.scope = 'child' and t.distance = 1 and t.group_id = any(array(
@@ -606,7 +598,11 @@ begin
       where c.id = any(p_group_ids) or c.parent_id = any(p_group_ids)
     ))"
   ) | indent(2) }}
-  return case when v_states is not null then tokenlimits.complete_states(v_states, p_at, v_any_expired) else '{}' end;
+  if v_states is null then
+    return '{}';
+  end if;
+  {{ complete_states('p_at') | indent(2) }}
+  return v_states;
 end
 $$;
 {{ private(
