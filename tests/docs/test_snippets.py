@@ -31,6 +31,7 @@ SLOW = {
     "guides/count-then-insert.md",
     "guides/local.md",
     "guides/panel.md",
+    "guides/plans.md",
     "operations/restores.md",
     "operations/upgrade.md",
     "operations/user-denied.md",
