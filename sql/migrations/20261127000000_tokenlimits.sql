@@ -644,7 +644,7 @@ is 'From when the periods of its anchored pools are counted; null: from created_
 comment on column public.user_groups.parent_id is 'The group above it, whose limits count its usage too; null: none.';
 
 comment on column public.user_groups.is_spread
-is 'Whether its usage is at home with its users, not with it: then it has member limits only. Chosen when it is created.';
+is 'Whether its usage is at home with its users: then it has member limits only. Chosen when it is created.';
 
 comment on column public.user_groups.is_nested
 is 'Whether it has, or had, a group above or beneath it: then its own limits alone don''t decide. Set by tokenlimits.';
@@ -5003,8 +5003,8 @@ is 'tokenlimits: Expired holds of a group and kind, locked to be swept.';
 revoke execute on function tokenlimits.lock_expired(uuid, text, timestamptz, integer)
 from public, anon, authenticated, service_role;
 
--- The same of groups that share a pool with this one: nobody else may call for them, and the pool's readers would subtract
--- theirs for ever. The stripe of each is taken if it is free: waiting for one would break the order of locks.
+-- The same of groups that share a pool with this one: nobody else may call for them, and the pool's readers would
+-- subtract theirs for ever. The stripe of each is taken if it is free: waiting for one would break the order of locks.
 create or replace function tokenlimits.lock_expired_beside(
   p_group_id uuid,
   p_kind text,

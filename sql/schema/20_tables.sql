@@ -47,7 +47,7 @@ comment on column public.user_groups.anchor_at
 is 'From when the periods of its anchored pools are counted; null: from created_at.';
 comment on column public.user_groups.parent_id is 'The group above it, whose limits count its usage too; null: none.';
 comment on column public.user_groups.is_spread
-is 'Whether its usage is at home with its users, not with it: then it has member limits only. Chosen when it is created.';
+is 'Whether its usage is at home with its users: then it has member limits only. Chosen when it is created.';
 comment on column public.user_groups.is_nested
 is 'Whether it has, or had, a group above or beneath it: then its own limits alone don''t decide. Set by tokenlimits.';
 

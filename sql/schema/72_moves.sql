@@ -95,8 +95,8 @@ $$;
   "Expired holds of a group and kind, locked to be swept."
 ) }}
 
--- The same of groups that share a pool with this one: nobody else may call for them, and the pool's readers would subtract
--- theirs for ever. The stripe of each is taken if it is free: waiting for one would break the order of locks.
+-- The same of groups that share a pool with this one: nobody else may call for them, and the pool's readers would
+-- subtract theirs for ever. The stripe of each is taken if it is free: waiting for one would break the order of locks.
 create or replace function tokenlimits.lock_expired_beside(
   p_group_id uuid,
   p_kind text,

@@ -20,6 +20,18 @@ from tokenlimits.local import LocalStack
 BEGINNING = datetime(2026, 6, 17, 10, tzinfo=UTC)
 
 
+def plan(size: int) -> list[Limit]:
+    """Of the group above: what fits real plans, each in a window that doesn't end in a run."""
+    weights = {"image": 1, "video": 3}
+    return [
+        Limit(kind="credits", max=95 * size, period="5 days", starts="rolling", scope="child", counts=weights),
+        Limit(kind="credits", max=180 * size, period="30 days", starts="first_use", counts=weights),
+        Limit(kind="image", max=14 * size, period="month", starts="anchor", scope="member"),
+        Limit(kind="image", max=15 * size, period="in_flight", scope="child"),
+        Limit(kind="video", max=1, period="day", mode="observe"),
+    ]
+
+
 def limits(size: int) -> tuple[list[Limit], ...]:
     """Of a hot group that seven share, one with limits for each member, and one that only counts."""
     return (
@@ -59,15 +71,20 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture
 def world(request: pytest.FixtureRequest, site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    """Groups and users of its own; the parameter says how much room they have."""
+    """Groups and users of its own, two of the groups beneath a plan; the parameter says how much room they have."""
     for name, value in site.stack.environment().items():
         monkeypatch.setenv(name, value)
     users = [str(user) for user in site.stack.create_users(USERS)]
     name = secrets.token_hex(4)
     with GroupManager.from_env(timeout=60) as groups:
-        made = [groups.create(f"{name} {number}", limits=its) for number, its in enumerate(limits(request.param))]
+        above = groups.create(f"{name} plan", limits=plan(request.param))
+        made = [
+            groups.create(f"{name} {number}", limits=its, parent=above.id if number < 2 else None)
+            for number, its in enumerate(limits(request.param))
+        ]
+        groups.set_override(above.id, "credits", 85 * request.param, child_id=made[1].id)
         for group, members in zip(made, (users[:7], users[6:10], users[10:]), strict=True):
             groups.add_members(group.id, members)
-        yield World(site, groups, tuple(made), users)
-        for group in made:
+        yield World(site, groups, tuple(made), above, users)
+        for group in (*made, above):
             groups.delete(group.id)

@@ -52,6 +52,7 @@ class World:
     site: Site
     groups: GroupManager
     made: tuple[Group, ...]
+    plan: Group
     users: list[str]
 
     def orders(self, seed: str, worker: str, colour: Colour, jobs: int, lanes: int = 8) -> Orders:
@@ -67,6 +68,7 @@ class World:
             for group in self.made:
                 for kind in ("image", "video"):
                     none(self._wrong_rooms(owner, group.id, kind), seed)
+            for group in (*self.made, self.plan):
                 mended = self.groups.reconcile(group.id)
                 none([*mended.counters, *mended.rollup], seed)
             none(drift(owner), seed)
@@ -85,7 +87,7 @@ class World:
 
         def left(user: User) -> int:
             rooms = verdict.rooms(owner, group_id, kind)
-            return min((each.max - each.live for each in rooms if each.subject in (group_id, user.id)), default=0)
+            return min((each.left for each in rooms if each.scope != "member" or each.subject == user.id), default=0)
 
         with TokenLimits.from_env(timeout=60) as limits:
             for user in self.groups.members(group_id):
