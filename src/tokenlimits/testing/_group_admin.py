@@ -186,6 +186,11 @@ class GroupFunctions(OverrideFunctions):
         if problem is not None:
             _refuse_parent(problem)
 
+    def _is_unused(self, group_ids: set[str]) -> bool:
+        """Tell whether nothing that limits above count is in some groups: neither usage nor members, with anchors."""
+        has_members = any(group.members for id_, group in self._groups.items() if id_ in group_ids)
+        return not has_members and all(usage.group_id not in group_ids for usage in self.ledger)
+
     def _move(self, group: Group, parent_id: str | None) -> None:
         """Put a group beneath another one, or none; what counts it no longer, or from now on, is counted afresh."""
         if parent_id == self._parents[group.id]:
@@ -193,8 +198,7 @@ class GroupFunctions(OverrideFunctions):
         before = self._path(group.id)
         self._plant(group.id, parent_id)
         after = self._path(group.id)
-        moved = set(self._beneath(group.id))
-        if all(usage.group_id not in moved for usage in self.ledger):
+        if self._is_unused(set(self._beneath(group.id))):
             return
         for child, owner in set(pairwise(before)) ^ set(pairwise(after)):
             self._forget_windows(owner, *self._groups[owner].rules_of("child"), whose=child)
