@@ -19,6 +19,8 @@ HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 
 Limits = list[Limit]
 TEN_EACH = Limit(kind="image", max=10, scope="child")
+FIVE_HOURS = Limit(kind="image", max=10, period="5 hours", starts="first_use")
+FIVE_HOURS_EACH = FIVE_HOURS.model_copy(update={"scope": "child"})
 
 
 class World:
@@ -34,6 +36,20 @@ class World:
         self.team = self.groups.create("Team", parent=self.beta).id
         self.groups.add_member(self.acme, ANN)
         self.groups.add_member(self.team, BOB)
+
+    def open_windows(self) -> None:
+        """Let Bob and Ann each open a window at noon by what is given back, and use it an hour later."""
+        opened = [self.fake.track(user, "image").usage_id for user in (BOB, ANN)]
+        self.fake.advance(HOUR)
+        for user, usage_id in zip((BOB, ANN), opened, strict=True):
+            self.fake.track(user, "image")
+            assert usage_id is not None
+            self.fake.refund(usage_id)
+
+    def hours(self, *users: str) -> list[float | None]:
+        """Tell how many hours after noon the first limit of each resets: 6 if the window is found in the ledger."""
+        resets = [self.fake.usage(user)[0].reset_at for user in users]
+        return [reset_at and (reset_at - NOON) / HOUR for reset_at in resets]
 
     def used(self, user: str) -> list[int]:
         return [limit.used for limit in self.fake.usage(user)]
@@ -128,17 +144,23 @@ class TestChildLimits:
         assert [(limit.used, limit.max) for limit in world.fake.usage(BOB)] == [(4, 10)]
 
     def test_a_moved_child_opens_its_window_anew(self) -> None:
-        window = Limit(kind="image", max=5, period="5 hours", scope="child", starts="first_use")
-        world = World(window)
-        opened = world.fake.track(BOB, "image").usage_id
-        assert opened is not None
-        world.fake.track(ANN, "image")
-        world.fake.advance(HOUR)
-        world.fake.track(BOB, "image")
-        world.fake.refund(opened)
+        world = World(FIVE_HOURS_EACH)
+        world.open_windows()
         world.groups.update(world.beta, parent=None)
         world.groups.update(world.beta, parent=world.plan)
-        assert [world.fake.usage(user)[0].reset_at for user in (BOB, ANN)] == [NOON + 6 * HOUR, NOON + 5 * HOUR]
+        assert world.hours(BOB, ANN) == [6, 5]
+
+    def test_a_group_in_which_nobody_is_moves_nothing(self) -> None:
+        world = World(FIVE_HOURS)
+        world.open_windows()
+        empty = world.groups.create("Empty").id
+        world.groups.update(empty, parent=world.plan)
+        assert world.hours(BOB) == [5]
+        # who is in it may have another anchor
+        other = world.groups.create("Other").id
+        world.groups.add_member(other, CYD)
+        world.groups.update(other, parent=world.plan)
+        assert world.hours(BOB) == [6]
 
     def test_a_deleted_child_has_no_pool(self) -> None:
         world = World(Limit(kind="video", max=5, scope="child"), Limit(kind="video", max=9))
@@ -225,12 +247,16 @@ class TestResets:
         assert world.used(BOB) == [1]
 
     def test_closes_the_window_of_its_pool_alone(self) -> None:
-        window = Limit(kind="image", max=5, period="5 hours", scope="child", starts="first_use")
-        world = World(window)
-        for user in (BOB, ANN):
-            world.fake.track(user, "image")
+        world = World(FIVE_HOURS_EACH)
+        world.open_windows()
         world.groups.reset_usage(world.beta)
-        assert [world.fake.usage(user)[0].reset_at for user in (BOB, ANN)] == [None, NOON + 5 * HOUR]
+        assert world.hours(BOB, ANN) == [None, 5]
+
+    def test_leaves_the_windows_of_its_childrens_pools(self) -> None:
+        world = World(FIVE_HOURS_EACH)
+        world.open_windows()
+        world.groups.reset_usage(world.plan)
+        assert world.hours(BOB, ANN) == [5, 5]
 
 
 class TestOverrides:

@@ -148,6 +148,11 @@ class TestCounting:
         assert owners(answer) == ["Agency", "Acme", "Agency"]
         assert (answer.remaining, world.used(BOB)) == (0, [1, 3])
 
+    def test_an_answer_names_the_group_of_limits_above_alone(self) -> None:
+        world = World([TEN], [TEN])
+        answer = world.fake._engine.answer("check_generation", {"p_user_id": ANN, "p_kind": "image"})
+        assert [limit["group"] for limit in answer["limits"]] == [None, {"id": str(world.agency), "name": "Agency"}]
+
     def test_a_limit_above_denies_the_group_that_would_pay(self) -> None:
         world = World([TEN])
         world.fake.track(BOB, "image", 9)
@@ -188,11 +193,11 @@ class TestCounting:
         world = World([TEN], beta=[Limit(kind="audio", max=1)])
         assert world.fake.track(ANN, "image").allowed
         assert world.fake.track(ANN, "video").reason == "no_limit_for_kind"
-        world.groups.add_member(world.beta, ANN)
-        world.groups.update(world.beta, priority=5)
+        other = world.groups.create("Other", priority=5).id
+        world.groups.add_member(other, ANN)
         recorded = world.fake.record(ANN, "image").group
         assert recorded is not None
-        assert recorded.name == "Beta"
+        assert recorded.name == "Acme"
 
     def test_a_limit_in_flight_above_entitles_holds_alone(self) -> None:
         world = World([Limit(kind="video", max=1, period="in_flight")])
@@ -339,6 +344,16 @@ class TestMovedAndDeleted:
         assert world.fake.usage(BOB)[0].reset_at == NOON + 5 * HOUR
         world.groups.update(world.acme, parent=None)
         assert world.fake.usage(BOB)[0].reset_at == NOON + 6 * HOUR
+
+    def test_a_window_found_after_a_move_stays(self) -> None:
+        world = World([Limit(kind="image", max=10, period="5 hours", starts="first_use")])
+        first = world.fake.track(ANN, "image").usage_id
+        assert first is not None
+        leaf = world.groups.create("Leaf").id
+        world.groups.add_member(leaf, CYD)
+        world.groups.update(leaf, parent=world.agency)
+        world.fake.refund(first)
+        assert world.fake.usage(ANN)[0].reset_at == NOON + 5 * HOUR
 
     def test_a_move_within_a_tree_leaves_what_is_above_both(self) -> None:
         window = Limit(kind="image", max=10, period="5 hours", starts="first_use")
