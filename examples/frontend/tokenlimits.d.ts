@@ -276,7 +276,7 @@ export interface Member {
  *
  * While it is active, `max` replaces the limit's own (null: unlimited), until `until` (null: for good). It names its
  * limit by kind, period, starts and scope, so it sleeps while there is no such limit, or while the child isn't beneath
- * the group. `email` is null if the user has been deleted, and `child_name` if that group has.
+ * the group. `email` is null if the user has been deleted; overrides of a group that is deleted go with it.
  */
 export interface Override {
   id: Uuid

@@ -246,8 +246,9 @@ class AsyncTokenLimits(AsyncBase):
             user_id: Whose.
 
         Returns:
-            The limits of all the user's groups, in the order in which groups pay; for a user in no group, those of the
-            default group.
+            The limits of all the user's groups, in the order in which groups pay, with those of the groups above each
+            that count the user's usage (`group` says whose a limit is); for a user in no group, those of the default
+            group.
 
         Raises:
             InvalidRequest: `user_id` is not a UUID.

@@ -458,7 +458,7 @@ class Override(Model):
 
     While it is active, `max` replaces the limit's own (None: unlimited), until `until` (None: for good). It names its
     limit by kind, period, starts and scope, so it sleeps while there is no such limit, or while the child isn't beneath
-    the group. `email` is None if the user has been deleted, and `child_name` if that group has.
+    the group. `email` is None if the user has been deleted; overrides of a group that is deleted go with it.
     """
 
     id: UUID

@@ -127,6 +127,7 @@ def allowed_until_the_limit_then_denied(world: World) -> None:
         "remaining": 1,
         "reset_at": None,
         "weight": 1,
+        "group": {"id": group, "name": "Team"},
     }
     second = world.limits.track(str(ANN), "image").raise_if_denied()
     assert (second.remaining, second.usage_id == first.usage_id) == (0, False)
@@ -1683,6 +1684,141 @@ def groups_have_an_id_of_the_callers_choice(world: World) -> None:
     assert refused(InvalidRequest, world.groups.create, "Mine", id=UUID(int=0)).field == "id"
     assert world.groups.create("Mine").id not in (id_, other)
     assert [usage.group.id for usage in world.groups.export_usage(user_id=ANN)] == [id_]
+
+
+# Groups beneath groups
+
+
+def plan(world: World, *limits: Limit, **customers: UUID) -> tuple[UUID, dict[str, UUID]]:
+    """Make a plan, and customers of these names beneath it, each with one member."""
+    made = world.groups.create("Plan", limits=limits).id
+    return made, {name: team(world, [], member, name=name, parent=made) for name, member in customers.items()}
+
+
+def month(max_: int | None, scope: Any = "child", kind: str = "image") -> Limit:
+    return Limit(kind=kind, max=max_, period="month", scope=scope)
+
+
+@scenario
+def each_customer_of_a_plan_has_their_own(world: World) -> None:
+    above, customers = plan(world, month(3), month(4, "group"), Acme=ANN, Beta=BOB)
+    first = world.limits.track(ANN, "image", 3)
+    assert (first.group.name, first.remaining) == ("Acme", 0)
+    assert [(each.scope, each.group.id, each.used) for each in first.limits] == [
+        ("child", above, 3),
+        ("group", above, 3),
+    ]
+    denied = world.limits.track(ANN, "image")
+    assert (denied.group.id, denied.denied_by.scope, denied.denied_by.group.name) == (
+        customers["Acme"],
+        "child",
+        "Plan",
+    )
+    assert denied.error.startswith("Image generation limit exceeded: 3 of 3 used by this customer this month, resets")
+    denied = world.limits.track(BOB, "image", 2)
+    assert (denied.denied_by.scope, denied.denied_by.used) == ("group", 3)
+    assert denied.error.startswith("Image generation limit exceeded: 3 of 4 used in Plan this month, 2 more asked for")
+    assert world.limits.track(BOB, "image")
+    world.groups.set_limits(above, [month(5)])
+    assert world.limits.track(ANN, "image", 2)
+    assert [limit.group.id for limit in world.limits.usage(ANN)] == [above]
+    assert world.limits.track(CYD, "image").reason == "not_in_group"
+    world.groups.add_member(above, CYD)
+    assert world.limits.track(CYD, "image").reason == "no_limit_for_kind"
+
+
+@scenario
+def places_in_a_tree_are_chosen_and_refused(world: World) -> None:
+    path = [world.groups.create("1").id]
+    for level in range(2, 6):
+        path.append(world.groups.create(str(level), parent=path[-1]).id)
+    assert [group.parent_id for group in world.groups.list()] == [None, *path[:-1]]
+    assert [group.name for group in world.groups.list(parent=path[0])] == ["2"]
+    page = world.groups.page(parent=str(path[1]), search="3", size=1)
+    assert ([group.name for group in page], page.next) == (["3"], None)
+    assert refused(InvalidRequest, world.groups.create, "6", parent=path[-1]).field == "parent_id"
+    assert refused(InvalidRequest, world.groups.create, "6", parent=NOBODY).field == "parent_id"
+    assert refused(InvalidRequest, world.groups.create, "6", parent="5").field == "parent"
+    assert refused(InvalidRequest, world.groups.update, path[0], parent=path[-1]).field == "parent_id"
+    assert refused(InvalidRequest, world.groups.delete, path[-2]).field == "group_id"
+    assert world.groups.update(path[2], name="Three").parent_id == path[1]
+    assert world.groups.update(path[2], parent=None).parent_id is None
+    assert world.groups.update(path[2], parent=world.groups.get(path[0])).parent_id == path[0]
+    usage = {each.group.name: (each.parent_id, each.child_count) for each in world.groups.usage_all()}
+    assert usage == {"1": (None, 2), "2": (path[0], 0), "Three": (path[0], 1), "4": (path[2], 1), "5": (path[3], 0)}
+
+
+@scenario
+def a_group_that_moves_takes_its_usage_along(world: World) -> None:
+    above, customers = plan(world, month(5), month(9, "group"), month(4, "member"), Acme=ANN)
+    other = world.groups.create("Other", limits=[month(2)]).id
+    world.limits.track(ANN, "image", 2)
+    world.limits.reserve(ANN, "image", ttl=60)
+    world.groups.update(customers["Acme"], parent=other)
+    assert world.limits.track(ANN, "image").denied_by.used == 3
+    assert [limit.used for limit in world.groups.usage(above).limits] == [0, 0, 0]
+    world.wait(minutes=2)
+    assert used(world) == [2]
+    world.groups.update(customers["Acme"], parent=above)
+    assert used(world) == [2, 2, 2]
+    world.groups.delete(customers["Acme"])
+    assert {limit.scope: limit.used for limit in world.groups.usage(above).limits}["group"] == 2
+
+
+@scenario
+def usage_of_a_plan_and_of_its_customers(world: World) -> None:
+    above, customers = plan(world, month(10), month(5, "member"), Acme=ANN, Beta=BOB)
+    world.groups.add_member(customers["Beta"], ANN)
+    world.limits.track(ANN, "image", 4, group_id=customers["Acme"])
+    world.limits.track(ANN, "image", 1, group_id=customers["Beta"])
+    world.limits.track(BOB, "image", 3)
+
+    def shown(group: UUID) -> dict[tuple[str, str], tuple[int, int, int]]:
+        limits = world.groups.usage(group).limits
+        return {(each.scope, each.group.name): (each.used, each.capacity, each.remaining) for each in limits}
+
+    assert shown(above) == {("child", "Plan"): (8, 20, 12), ("member", "Plan"): (8, 10, 2)}
+    assert shown(customers["Acme"]) == {("child", "Plan"): (4, 10, 6)}
+    assert shown(customers["Beta"]) == {("child", "Plan"): (4, 10, 6)}
+    assert world.groups.usage(above).member_count == 0
+    assert [point.used for point in world.groups.history(above)] == []
+    # both memberships lead to the same member limit, which is said once
+    assert [(each.scope, each.used) for each in world.limits.usage(ANN)] == [("member", 5), ("child", 4), ("child", 4)]
+
+    world.groups.reset_usage(above)
+    assert shown(above) == {("child", "Plan"): (8, 20, 12), ("member", "Plan"): (0, 10, 10)}
+    world.groups.reset_usage(customers["Acme"])
+    assert shown(customers["Acme"]) == {("child", "Plan"): (0, 10, 10)}
+    assert shown(customers["Beta"]) == {("child", "Plan"): (4, 10, 6)}
+
+
+@scenario
+def an_override_of_a_customer(world: World) -> None:
+    above, customers = plan(world, month(1), Acme=ANN, Beta=BOB)
+    acme = customers["Acme"]
+    override = world.groups.set_override(above, "image", 3, child_id=acme, until=world.now + timedelta(days=1))
+    assert (override.scope, override.child_id, override.child_name, override.user_id) == ("child", acme, "Acme", None)
+    assert world.limits.track(ANN, "image", 3)
+    assert not world.limits.track(BOB, "image", 2)
+    assert world.groups.usage(above).limits[0].capacity == 4
+    assert list(world.groups.overrides(above, child_id=str(acme))) == [override]
+    assert list(world.groups.overrides(above, child_id=customers["Beta"])) == []
+    world.groups.update(acme, parent=None)
+    assert [each.status for each in world.groups.overrides(above)] == ["sleeping"]
+    world.groups.update(acme, parent=above)
+    assert [each.status for each in world.groups.overrides(above)] == ["active"]
+    world.wait(days=1)
+    assert [each.status for each in world.groups.overrides(above)] == ["ended"]
+    assert world.limits.usage(ANN)[0].max == 1
+    assert world.groups.remove_override(above, "image", child_id=acme)
+    assert not world.groups.remove_override(above, "image", child_id=acme)
+
+    set_override = world.groups.set_override
+    assert refused(InvalidRequest, set_override, above, "image", 1, child_id=acme, user_id=ANN).field == "child_id"
+    assert refused(InvalidRequest, set_override, acme, "image", 1, child_id=above).field == "child_id"
+    assert refused(InvalidRequest, set_override, above, "image", 1, child_id=above).field == "child_id"
+    refused(GroupNotFound, set_override, above, "image", 1, child_id=NOBODY)
+    assert refused(InvalidRequest, set_override, above, "video", 1, child_id=acme).field == "kind"
 
 
 # Playing them

@@ -14,10 +14,12 @@ from tokenlimits.models import (
     BulkResult,
     Group,
     GroupLimitUsage,
+    GroupRef,
     GroupUsage,
     HistoryPoint,
     LimitPressure,
     Member,
+    Override,
     Reconciliation,
     Refused,
     TopMember,
@@ -39,6 +41,12 @@ def manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], te
         assert_type(groups.update(id_, anchor_at=now), Group)
         assert_type(groups.update(id_, anchor_at=None), Group)
         assert_type(groups.update(id_, name="Pro", timezone="Europe/Paris", is_default=True), Group)
+        above = assert_type(groups.create("Acme", parent=id_), Group)
+        assert_type(groups.update(id_, parent=above), Group)
+        assert_type(groups.update(id_, parent=None), Group)
+        assert_type(groups.list(parent=str(id_)), list[Group])
+        assert_type(groups.set_override(id_, "image", 5, child_id=above.id), Override)
+        assert_type(groups.usage(id_).limits[0].group, GroupRef | None)
         assert_type(groups.set_limits(str(id_), {"image": 1}).limits, tuple[Limit, ...])
         assert_type(groups.set_limit(id_, Limit(kind="image", max=1)), Group)
         assert_type(groups.remove_limit(id_, "image", period="day", scope="member"), Group)
@@ -73,6 +81,7 @@ def manager(client: Client, aclient: AsyncClient, id_: UUID, ids: list[UUID], te
         groups.create("Pro", limits=[{"kind": "image", "max": 1}])  # pyright: ignore[reportArgumentType]
         groups.create("Pro", "for teams")  # pyright: ignore[reportCallIssue]
         groups.create("Pro", id=7)  # pyright: ignore[reportArgumentType]
+        groups.create("Pro", parent=7)  # pyright: ignore[reportArgumentType]
         groups.create(None)  # pyright: ignore[reportArgumentType]
         groups.set_limits(id_, None)  # pyright: ignore[reportArgumentType]
         groups.remove_limit(id_, "image", period=5)  # pyright: ignore[reportArgumentType]

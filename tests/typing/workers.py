@@ -147,7 +147,7 @@ def models(user_id: UUID) -> None:
     assert_type(Limit(kind="image", max=None).max, int | None)
     assert_type(Limit(kind="image", max=1).period, SinglePeriod | str)
     Limit(kind="image", max=1, period="5 hours", starts="rolling", counts={"image": 2}, mode="observe")
-    assert_type(Limit(kind="image", max=1).scope, Literal["group", "member"])
+    assert_type(Limit(kind="image", max=1).scope, Literal["group", "child", "member"])
     Limit(kind="image", max=1, period=5)  # pyright: ignore[reportArgumentType]
     Limit(kind="image", max=1, starts="soon")  # pyright: ignore[reportArgumentType]
     Limit(kind="image", max=1, counts=["image"])  # pyright: ignore[reportArgumentType]
