@@ -40,7 +40,7 @@ begin
       inner join pg_catalog.pg_class as c on c.oid = t.tgrelid
       inner join pg_catalog.pg_proc as f on f.oid = t.tgfoid
       where
-        c.relnamespace = v_home and coalesce(obj_description(c.oid, 'pg_class') like 'tokenlimits:%', false)
+        c.relnamespace in (v_home, v_private) and coalesce(obj_description(c.oid, 'pg_class') like 'tokenlimits:%', false)
         and not t.tgisinternal and coalesce(obj_description(f.oid, 'pg_proc') like 'tokenlimits:%', false)
     loop
       execute format('drop %s %I on %s', v_object.sort, v_object.name, v_object.relation);

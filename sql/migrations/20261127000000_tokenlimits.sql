@@ -309,6 +309,7 @@ begin
         'set_member_anchor',
         'settle',
         'settled_status',
+        'skip_what_is_there',
         'squeeze',
         'states_at',
         'storage',
@@ -1046,9 +1047,6 @@ is 'tokenlimits: Raises TL001: a group has or had this id.';
 revoke execute on function tokenlimits.refuse_id(uuid)
 from public, anon, authenticated, service_role;
 
-grant execute on function tokenlimits.refuse_id(uuid)
-to authenticated, service_role;
-
 create or replace function tokenlimits.refuse_parent(p_rule text)
 returns void
 language plpgsql
@@ -1066,6 +1064,9 @@ is 'tokenlimits: Raises TL001: a group can''t be beneath that one.';
 revoke execute on function tokenlimits.refuse_parent(text)
 from public, anon, authenticated, service_role;
 
+grant execute on function tokenlimits.refuse_parent(text)
+to authenticated, service_role;
+
 -- Before a group is beneath another one: refuses what can't be, and keeps the tree as it is from now on.
 create or replace function tokenlimits.check_parent()
 returns trigger
@@ -1082,10 +1083,9 @@ begin
   new.is_nested := new.parent_id is not null or (tg_op = 'UPDATE' and old.is_nested);
   if new.parent_id is not null then
     -- rows of groups come before the tree
+    -- if there is none, its foreign key refuses it; a dump may restore it before its parent
     select g.is_spread into v_is_spread from public.user_groups as g where g.id = new.parent_id for no key update;
-    if not found then
-      perform tokenlimits.refuse_parent(format('there is no group %s', new.parent_id));
-    elsif v_is_spread <> new.is_spread then
+    if v_is_spread <> new.is_spread then
       -- what a user has used is in one place, and so is what a group has used
       perform tokenlimits.refuse_parent('a spread group is beneath spread groups only, and another one beneath none');
     end if;
@@ -1125,6 +1125,34 @@ create or replace trigger user_groups_check_parent_update
 before update on public.user_groups
 for each row when (old.parent_id is distinct from new.parent_id)
 execute function tokenlimits.check_parent();
+
+-- In the tree, rows are restored that the triggers of restored groups have made already.
+create or replace function tokenlimits.skip_what_is_there()
+returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if exists (
+    select from tokenlimits.group_tree as t where t.group_id = new.group_id and t.distance = new.distance
+  ) then
+    return null;
+  end if;
+  return new;
+end
+$$;
+
+comment on function tokenlimits.skip_what_is_there()
+is 'tokenlimits: Trigger: a group is in the tree once.';
+
+revoke execute on function tokenlimits.skip_what_is_there()
+from public, anon, authenticated, service_role;
+
+create or replace trigger group_tree_skip_what_is_there
+before insert on tokenlimits.group_tree
+for each row execute function tokenlimits.skip_what_is_there();
+
+alter table tokenlimits.group_tree enable always trigger group_tree_skip_what_is_there;
 
 -- Takes a group, with all beneath it, from all above it, and puts it beneath a parent. A new group isn't there yet.
 create or replace function tokenlimits.place_group(p_group_id uuid, p_parent_id uuid)
@@ -1226,13 +1254,15 @@ declare
   order by t.distance
 );
   v_root_id uuid;
+  -- restored by its owner, a deleted group brings its usage back
+  v_is_used boolean := tg_op = 'UPDATE' or (cardinality(v_before) > 0 and exists (
+    select from public.generation_usage as u where u.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = new.id))
+  ));
 begin
-  if tg_op = 'INSERT' then
-    -- only now: the group with this id may have been deleted while this waited for the id
-    if cardinality(v_before) > 0 then
-      perform tokenlimits.refuse_id(new.id);
-    end if;
-  else
+  if cardinality(v_before) > 0 and v_before[2].above_id is not distinct from new.parent_id then
+    -- a dump has restored the tree first
+    return null;
+  elsif v_is_used then
     -- all calls that any of their limits judge
     perform tokenlimits.lock_groups(array(
       select t.above_id from tokenlimits.group_tree as t where t.group_id in (new.id, new.parent_id) and t.level = 0
@@ -1246,7 +1276,13 @@ begin
     -- its own limits have decided alone until now
     perform tokenlimits.lock_groups(array[new.parent_id], true);
   end if;
-  if tg_op = 'UPDATE' then
+  perform tokenlimits.place_group(g.id, new.id)
+  from public.user_groups as g
+  -- restored before their parent
+  where g.parent_id = new.id and not exists (
+    select from tokenlimits.group_tree as t where t.group_id = g.id and t.above_id = new.id
+  );
+  if v_is_used then
     select t.above_id into v_root_id from tokenlimits.group_tree as t where t.group_id = new.id and t.level = 0;
     update tokenlimits.holds as h
     set root_id = v_root_id
@@ -1278,6 +1314,9 @@ from public, anon, authenticated, service_role;
 create or replace trigger user_groups_move_in_tree_insert
 after insert on public.user_groups
 for each row execute function tokenlimits.move_in_tree();
+
+-- also where data is restored with the role "replica"
+alter table public.user_groups enable always trigger user_groups_move_in_tree_insert;
 
 create or replace trigger user_groups_move_in_tree_update
 after update on public.user_groups
@@ -6984,6 +7023,17 @@ begin
   if p_id = '00000000-0000-0000-0000-000000000000' then
     perform tokenlimits.refuse('TL001', 'id: must not be the nil UUID', 'id', 'Choose an id that was never used.');
   end if;
+  if p_parent_id is not null and not exists (select from public.user_groups as g where g.id = p_parent_id) then
+    perform tokenlimits.refuse_parent(format('there is no group %s', p_parent_id));
+  end if;
+  if p_id is not null then
+    -- whoever has or had this id is in the tree; who is about to use it is waited for
+    insert into tokenlimits.group_tree (group_id, above_id, distance, level)
+    values (p_id, p_id, 0, 0);
+    if not found then
+      perform tokenlimits.refuse_id(p_id);
+    end if;
+  end if;
   insert into public.user_groups as g (
     id, name, description, priority, timezone, is_default, anchor_at, parent_id, is_spread,
     created_at
@@ -7002,7 +7052,7 @@ begin
 exception
   when unique_violation then
     get stacked diagnostics v_constraint = constraint_name;
-    if v_constraint = 'user_groups_pkey' then
+    if v_constraint = 'group_tree_pkey' then
       perform tokenlimits.refuse_id(p_id);
     end if;
     raise;
@@ -7094,6 +7144,9 @@ begin
     end if;
     if current_setting('transaction_isolation') <> 'read committed' or pg_is_in_recovery() then
       perform tokenlimits.refuse_transaction();
+    end if;
+    if p_parent_id is not null and not exists (select from public.user_groups as g where g.id = p_parent_id) then
+      perform tokenlimits.refuse_parent(format('there is no group %s', p_parent_id));
     end if;
     if p_parent_id is not null or p_no_parent then
       -- in one order, or two moves could deadlock; and before the tree

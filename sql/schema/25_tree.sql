@@ -68,7 +68,7 @@ begin
   );
 end
 $$;
-{{ private('refuse_id(uuid)', 'Raises TL001: a group has or had this id.', to='authenticated, service_role') }}
+{{ private('refuse_id(uuid)', 'Raises TL001: a group has or had this id.') }}
 
 create or replace function tokenlimits.refuse_parent(p_rule text)
 returns void
@@ -80,7 +80,11 @@ begin
   perform tokenlimits.refuse('TL001', 'parent_id: ' || p_rule, 'parent_id', 'Nothing was saved.');
 end
 $$;
-{{ private('refuse_parent(text)', "Raises TL001: a group can't be beneath that one.") }}
+{{ private(
+  'refuse_parent(text)',
+  "Raises TL001: a group can't be beneath that one.",
+  to='authenticated, service_role'
+) }}
 
 -- Before a group is beneath another one: refuses what can't be, and keeps the tree as it is from now on.
 create or replace function tokenlimits.check_parent()
@@ -98,10 +102,9 @@ begin
   new.is_nested := new.parent_id is not null or (tg_op = 'UPDATE' and old.is_nested);
   if new.parent_id is not null then
     -- rows of groups come before the tree
+    -- if there is none, its foreign key refuses it; a dump may restore it before its parent
     select g.is_spread into v_is_spread from public.user_groups as g where g.id = new.parent_id for no key update;
-    if not found then
-      perform tokenlimits.refuse_parent(format('there is no group %s', new.parent_id));
-    elsif v_is_spread <> new.is_spread then
+    if v_is_spread <> new.is_spread then
       -- what a user has used is in one place, and so is what a group has used
       perform tokenlimits.refuse_parent('a spread group is beneath spread groups only, and another one beneath none');
     end if;
@@ -136,6 +139,28 @@ create or replace trigger user_groups_check_parent_update
 before update on public.user_groups
 for each row when (old.parent_id is distinct from new.parent_id)
 execute function tokenlimits.check_parent();
+
+-- In the tree, rows are restored that the triggers of restored groups have made already.
+create or replace function tokenlimits.skip_what_is_there()
+returns trigger
+language plpgsql
+{{ search_path() }}
+as $$
+begin
+  if exists (
+    select from tokenlimits.group_tree as t where t.group_id = new.group_id and t.distance = new.distance
+  ) then
+    return null;
+  end if;
+  return new;
+end
+$$;
+{{ private('skip_what_is_there()', 'Trigger: a group is in the tree once.') }}
+
+create or replace trigger group_tree_skip_what_is_there
+before insert on tokenlimits.group_tree
+for each row execute function tokenlimits.skip_what_is_there();
+alter table tokenlimits.group_tree enable always trigger group_tree_skip_what_is_there;
 
 -- Takes a group, with all beneath it, from all above it, and puts it beneath a parent. A new group isn't there yet.
 create or replace function tokenlimits.place_group(p_group_id uuid, p_parent_id uuid)
@@ -225,13 +250,15 @@ as $$
 declare
   v_before tokenlimits.group_tree[] := {{ way_up('new.id') }};
   v_root_id uuid;
+  -- restored by its owner, a deleted group brings its usage back
+  v_is_used boolean := tg_op = 'UPDATE' or (cardinality(v_before) > 0 and exists (
+    select from public.generation_usage as u where u.group_id = any({{ beneath('new.id') }})
+  ));
 begin
-  if tg_op = 'INSERT' then
-    -- only now: the group with this id may have been deleted while this waited for the id
-    if cardinality(v_before) > 0 then
-      perform tokenlimits.refuse_id(new.id);
-    end if;
-  else
+  if cardinality(v_before) > 0 and v_before[2].above_id is not distinct from new.parent_id then
+    -- a dump has restored the tree first
+    return null;
+  elsif v_is_used then
     -- all calls that any of their limits judge
     perform tokenlimits.lock_groups(array(
       select t.above_id from tokenlimits.group_tree as t where t.group_id in (new.id, new.parent_id) and t.level = 0
@@ -245,7 +272,13 @@ begin
     -- its own limits have decided alone until now
     perform tokenlimits.lock_groups(array[new.parent_id], true);
   end if;
-  if tg_op = 'UPDATE' then
+  perform tokenlimits.place_group(g.id, new.id)
+  from public.user_groups as g
+  -- restored before their parent
+  where g.parent_id = new.id and not exists (
+    select from tokenlimits.group_tree as t where t.group_id = g.id and t.above_id = new.id
+  );
+  if v_is_used then
     select t.above_id into v_root_id from tokenlimits.group_tree as t where t.group_id = new.id and t.level = 0;
     update tokenlimits.holds as h
     set root_id = v_root_id
@@ -267,6 +300,8 @@ $$;
 create or replace trigger user_groups_move_in_tree_insert
 after insert on public.user_groups
 for each row execute function tokenlimits.move_in_tree();
+-- also where data is restored with the role "replica"
+alter table public.user_groups enable always trigger user_groups_move_in_tree_insert;
 
 create or replace trigger user_groups_move_in_tree_update
 after update on public.user_groups

@@ -195,6 +195,17 @@ begin
   if p_id = '00000000-0000-0000-0000-000000000000' then
     perform tokenlimits.refuse('TL001', 'id: must not be the nil UUID', 'id', 'Choose an id that was never used.');
   end if;
+  if p_parent_id is not null and not exists (select from public.user_groups as g where g.id = p_parent_id) then
+    perform tokenlimits.refuse_parent(format('there is no group %s', p_parent_id));
+  end if;
+  if p_id is not null then
+    -- whoever has or had this id is in the tree; who is about to use it is waited for
+    insert into tokenlimits.group_tree (group_id, above_id, distance, level)
+    values (p_id, p_id, 0, 0);
+    if not found then
+      perform tokenlimits.refuse_id(p_id);
+    end if;
+  end if;
   insert into public.user_groups as g (
     id, name, description, priority, timezone, is_default, anchor_at, parent_id, is_spread,
     created_at
@@ -213,7 +224,7 @@ begin
 exception
   when unique_violation then
     get stacked diagnostics v_constraint = constraint_name;
-    if v_constraint = 'user_groups_pkey' then
+    if v_constraint = 'group_tree_pkey' then
       perform tokenlimits.refuse_id(p_id);
     end if;
     raise;
@@ -270,6 +281,9 @@ begin
       );
     end if;
     {{ insist_on_transaction() | indent(4) }}
+    if p_parent_id is not null and not exists (select from public.user_groups as g where g.id = p_parent_id) then
+      perform tokenlimits.refuse_parent(format('there is no group %s', p_parent_id));
+    end if;
     if p_parent_id is not null or p_no_parent then
       -- in one order, or two moves could deadlock; and before the tree
       perform

@@ -93,10 +93,11 @@ UPDATES: Final = {
 }
 
 # Which columns those who may write a table may set. Ids, counters and moments are ours.
-ABOUT_A_GROUP: Final = {"name", "description", "priority", "timezone", "is_default", "anchor_at"}
+ABOUT_A_GROUP: Final = {"name", "description", "priority", "timezone", "is_default", "anchor_at", "parent_id"}
 ABOUT_A_LIMIT: Final = {"kind", "period", "starts", "scope", "mode", "max", "counts"}
 SETTABLE: Final[dict[str, dict[str, set[str]]]] = {
-    "user_groups": {"insert": ABOUT_A_GROUP, "update": ABOUT_A_GROUP},
+    # what is at home with its users stays there
+    "user_groups": {"insert": ABOUT_A_GROUP | {"is_spread"}, "update": ABOUT_A_GROUP},
     "group_limits": {"insert": ABOUT_A_LIMIT | {"group_id"}, "update": ABOUT_A_LIMIT},
     "group_memberships": {"insert": {"group_id", "user_id"}, "update": set()},
     # an override is of one limit and one subject: another one is another override
@@ -206,6 +207,9 @@ HELPERS: Final = {
     "replace_limits",
     "whole_limit",
     "refuse_several",
+    "require_one_subject",
+    "refuse_parent",
+    "quiet_members",
 }
 
 
@@ -570,7 +574,7 @@ FAULTS: Final = {
           select oid from pg_class
           where relnamespace::regnamespace::text in ('public', 'tokenlimits') and relkind in ('r', 'p')
         ) and attnum > 0 and (atttypid in ('timestamp'::regtype, 'timetz'::regtype, 'real'::regtype, 'float8'::regtype)
-          or atttypid in ('int4'::regtype, 'int2'::regtype) and attname not in ('priority', 'slot'))
+          or atttypid in ('int4'::regtype, 'int2'::regtype) and attname not in ('priority', 'slot', 'distance', 'level'))
     """,
     "what Auth says is read once per statement": rf"""
         select oid::regprocedure from pg_proc

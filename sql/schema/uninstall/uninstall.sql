@@ -40,7 +40,7 @@ begin
       inner join pg_catalog.pg_class as c on c.oid = t.tgrelid
       inner join pg_catalog.pg_proc as f on f.oid = t.tgfoid
       where
-        c.relnamespace = v_home and {{ is_marked('c.oid', 'pg_class') }}
+        c.relnamespace in (v_home, v_private) and {{ is_marked('c.oid', 'pg_class') }}
         and not t.tgisinternal and {{ is_marked('f.oid', 'pg_proc') }}
     loop
       execute format('drop %s %I on %s', v_object.sort, v_object.name, v_object.relation);
