@@ -6,6 +6,7 @@ import json
 import re
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
+from uuid import uuid4
 
 import pytest
 from tests.sql.api import ACTORS, CALLS, GROUP_ID, OTHER_GROUP_ID, USER_ID, argument_types, call_sql, outcome
@@ -31,6 +32,7 @@ from tests.sql.dumps import (
 )
 from tests.sql.test_install import UNINSTALL, objects
 from tests.sql.test_security import DENIED, FUNCTIONS, INSERTS, UPDATES, WORKERS
+from tests.support.invariants import drift
 from tests.support.postgres import PostgresServer, create_hosted_database, servers
 
 pytestmark = pytest.mark.slow
@@ -294,6 +296,24 @@ def test_data_of_public_alone_is_counted_again_also_after_calls(
         assert used(fresh) == {"Pro": 8, "Team": 9}
         connection.execute("select public.refund_generation(%s)", [early["usage_id"]])
     assert_goes_on(fresh)
+
+
+def test_groups_are_put_into_their_tree_in_whatever_order_they_come(fresh: Connect) -> None:
+    """Past triggers, as a dump of the data alone does: a child may come before its parent."""
+    leaf, middle, top = (uuid4() for _ in range(3))
+    with fresh("postgres") as connection:
+        connection.execute("set session_replication_role = replica")
+        for group, parent in ((leaf, middle), (top, None), (middle, top)):
+            connection.execute(
+                "insert into public.user_groups (id, name, parent_id, is_nested) values (%s, %s, %s, true)",
+                [group, str(group), parent],
+            )
+        connection.execute("reset session_replication_role")
+        assert drift(connection) == []
+        found = connection.execute(
+            "select above_id from tokenlimits.group_tree where group_id = %s order by distance", [leaf]
+        ).fetchall()
+        assert [above for (above,) in found] == [leaf, middle, top]
 
 
 def test_what_was_restored_can_be_uninstalled(source: Connect, restored: Connect, install_sql: str) -> None:
