@@ -10,7 +10,7 @@ from time import perf_counter
 
 from tests.support.postgres import PostgresServer, servers
 
-from . import cost, exactness, expiry, in_sql, over_http, reports, results
+from . import cost, exactness, expiry, in_sql, over_http, plans, reports, results
 from .run import Row, Run, Sql
 
 OURS = Path(__file__).parent.parent / "sql" / "tokenlimits.sql"
@@ -26,6 +26,7 @@ SECTIONS: dict[str, Callable[[Run], Iterator[Row]]] = {
     "coalesce": over_http.together,
     "history": in_sql.history,
     "expired holds": expiry.expired_together,
+    "plans": plans.plans,
     "export": reports.export,
     "dashboard": reports.dashboard,
     "many groups": reports.many_groups,
