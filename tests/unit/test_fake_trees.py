@@ -189,6 +189,17 @@ class TestCounting:
         assert [group and group.name for group in paid] == ["Beta", "Acme"]
         assert [(limit.group.name, limit.used) for limit in world.fake.usage(ANN)] == [("Beta", 1), ("Agency", 2)]
 
+    def test_the_group_that_was_joined_first_pays_first(self) -> None:
+        world = World([TEN])
+        world.fake.now = NOON + HOUR
+        world.groups.add_member(world.acme, CYD)
+        # the clock may be set back, where nothing was recorded
+        world.fake.now = NOON
+        world.groups.add_member(world.beta, CYD)
+        paid = world.fake.track(CYD, "image").group
+        assert paid is not None
+        assert paid.name == "Beta"
+
     def test_a_group_is_entitled_by_those_above(self) -> None:
         world = World([TEN], beta=[Limit(kind="audio", max=1)])
         assert world.fake.track(ANN, "image").allowed
