@@ -23,9 +23,10 @@ A_POOL_EACH = f"[{CREDITS % 'child'}]"
 ONE_POOL_TOO = f'[{CREDITS % "child"}, {{"kind": "image", "period": "month", "scope": "group", "max": 1000000000}}]'
 
 ALONE = f"""
-select public.save_group(p_name => 'customer ' || i, p_limits => '{OWN_POOLS}') from generate_series(1, {CUSTOMERS}) as i;
+select public.save_group(p_name => 'customer ' || i, p_limits => '{OWN_POOLS}')
+from generate_series(1, {CUSTOMERS}) as i;
 """
-MEMBERS = f"""
+MEMBERS = """
 insert into public.group_memberships (group_id, user_id)
 select g.id, ('00000000-0000-4000-8000-' || lpad(substr(g.name, 10), 12, '0'))::uuid
 from public.user_groups as g

@@ -214,12 +214,7 @@ security definer
 {{ search_path() }}
 as $$
 begin
-  {{ lock_tree() }}
-  perform
-  from public.group_limits as l
-  where l.group_id = old.id
-  order by l.kind, l.period, l.starts, l.scope
-  for update;
+  {{ lock_limits('old.id') | indent(2) }}
   perform
   from public.group_memberships as m
   where m.group_id = old.id

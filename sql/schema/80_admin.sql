@@ -144,12 +144,7 @@ volatile
 {{ search_path() }}
 as $$
 begin
-  {{ lock_tree() }}
-  perform
-  from public.group_limits as l
-  where l.group_id = p_group_id
-  order by l.kind, l.period, l.starts, l.scope
-  for update;
+  {{ lock_limits('p_group_id') | indent(2) }}
   delete from public.group_limits as l
   where
     l.group_id = p_group_id
@@ -667,12 +662,7 @@ begin
   perform tokenlimits.require_user(p_user_id);
   {{ insist_on_transaction() | indent(2) }}
   perform from public.user_groups as g where g.id = p_group_id for no key update;
-  {{ lock_tree() }}
-  perform
-  from public.group_limits as l
-  where l.group_id = p_group_id
-  order by l.kind, l.period, l.starts, l.scope
-  for update;
+  {{ lock_limits('p_group_id') | indent(2) }}
   -- no call is between being judged and being recorded now, so each usage is recorded either before the reset or after
   perform tokenlimits.lock_groups(array[p_group_id], true);
   v_at := greatest(

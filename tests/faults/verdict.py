@@ -89,7 +89,8 @@ def rooms(connection: psycopg.Connection[Any], group_id: UUID, kind: str) -> lis
                   and (u.status = 'committed' or u.status = 'reserved' and u.expires_at > tokenlimits.clock())
               ), 0)::bigint as live
             from tokenlimits.group_tree as t
-            inner join public.group_limits as l on l.group_id = t.above_id and l.period <> 'in_flight' and l.mode = 'enforce'
+            inner join public.group_limits as l
+              on l.group_id = t.above_id and l.period <> 'in_flight' and l.mode = 'enforce'
             cross join lateral (
               select l.group_id as id where l.scope = 'group'
               union all

@@ -574,7 +574,8 @@ FAULTS: Final = {
           select oid from pg_class
           where relnamespace::regnamespace::text in ('public', 'tokenlimits') and relkind in ('r', 'p')
         ) and attnum > 0 and (atttypid in ('timestamp'::regtype, 'timetz'::regtype, 'real'::regtype, 'float8'::regtype)
-          or atttypid in ('int4'::regtype, 'int2'::regtype) and attname not in ('priority', 'slot', 'distance', 'level'))
+          or atttypid in ('int4'::regtype, 'int2'::regtype)
+          and attname not in ('priority', 'slot', 'distance', 'level'))
     """,
     "what Auth says is read once per statement": rf"""
         select oid::regprocedure from pg_proc

@@ -116,7 +116,9 @@ from ({_COUNTERS}) as counted
 where
   (scope = 'group') <> (subject = group_id) or since >= until
   or (scope = 'child') <> exists (
-    select from tokenlimits.group_tree as t where t.group_id = counted.subject and t.above_id = counted.group_id and t.distance = 1
+    select
+    from tokenlimits.group_tree as t
+    where t.group_id = counted.subject and t.above_id = counted.group_id and t.distance = 1
   )
 """
 

@@ -243,6 +243,16 @@ case {{ state }}.scope when 'child' then {{ state }}.subject else {{ state }}.gr
 perform pg_advisory_xact_lock{{ '' if exclusive else '_shared' }}({{ stripe_class() }}, 258);
 {%- endmacro %}
 
+{# Locks the rows of a group's limits, in the order in which all do, and before them the tree. #}
+{% macro lock_limits(group_id) -%}
+{{ lock_tree() }}
+perform
+from public.group_limits as l
+where l.group_id = {{ group_id }}
+order by l.kind, l.period, l.starts, l.scope
+for update;
+{%- endmacro %}
+
 {# Installations and uninstallations wait for each other. #}
 {% macro lock_installation() -%}
 perform pg_advisory_xact_lock({{ stripe_class() }}, 257);

@@ -76,9 +76,7 @@ def test_it_says_how_it_was_and_how_it_is(world: World, group: UUID) -> None:
                 "used": 3,
             }
         ],
-        "rollup": [
-            {"group_id": group, "kind": "image", "bucket": datetime.fromisoformat(NOON), "was": 8, "used": 3}
-        ],
+        "rollup": [{"group_id": group, "kind": "image", "bucket": datetime.fromisoformat(NOON), "was": 8, "used": 3}],
         "holds": 0,
     }
     assert world.api.reconcile(group) == expected

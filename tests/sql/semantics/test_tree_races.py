@@ -154,7 +154,9 @@ def edit_tree(world: World, chance: random.Random, groups: list[UUID], users: li
     actions: list[Callable[[], object]] = [
         lambda: move(world, group, parent),
         lambda: move(world, group, parent),
-        lambda: world.api.save_group(group, parent_id=parent, limits=[limit(None), limit(maximum, kind, period, scope)]),
+        lambda: world.api.save_group(
+            group, parent_id=parent, limits=[limit(None), limit(maximum, kind, period, scope)]
+        ),
         lambda: world.api.save_group(group, no_parent=True),
         lambda: world.api.set_limit(group, kind, period, scope, maximum, starts=starts),
         lambda: world.api.remove_limit(group, kind, period, scope),

@@ -78,9 +78,7 @@ class TestWhatCounts:
         assert world.api.track(user, "image", group_id=other)["remaining"] == 0
         assert not world.api.track(user, "image", group_id=one)["allowed"]
         assert world.api.track(colleague, "image", 3)["allowed"]
-        assert [(x["scope"], x["used"], x["group"]["id"]) for x in world.api.user_usage(user)] == [
-            ("member", 3, top)
-        ]
+        assert [(x["scope"], x["used"], x["group"]["id"]) for x in world.api.user_usage(user)] == [("member", 3, top)]
 
     def test_all_must_have_room_five_deep(self, world: World) -> None:
         path: list[UUID] = []
@@ -470,7 +468,7 @@ class TestOverrides:
     def test_only_for_a_child_of_the_group(self, world: World) -> None:
         plan = world.group(PLAN)
         grandchild = beneath(world, beneath(world, plan))
-        with pytest.raises(psycopg.Error, match="child_id: .* is not directly beneath the group"):
+        with pytest.raises(psycopg.Error, match=r"child_id: .* is not directly beneath the group"):
             self.override(world, plan, grandchild, 1)
         with pytest.raises(psycopg.Error, match="there is no group"):
             self.override(world, plan, uuid4(), 1)
@@ -492,7 +490,9 @@ class TestWindows:
         plan = world.group(limit(5, period="month", starts="anchor", scope="child"))
         one = beneath(world, plan, anchor_at="2026-05-31T00:00:00Z")
         other = beneath(world, plan)
-        assert world.api.track(world.user(one), "image")["reset_at"] == datetime.fromisoformat("2026-06-30T00:00:00+00:00")
+        assert world.api.track(world.user(one), "image")["reset_at"] == datetime.fromisoformat(
+            "2026-06-30T00:00:00+00:00"
+        )
         user = world.user(other)
         assert world.api.track(user, "image")["reset_at"] == datetime.fromisoformat("2026-07-10T12:00:00+00:00")
         world.api.save_group(other, anchor_at="2026-06-10T11:00:00Z")
@@ -591,7 +591,8 @@ class TestBatches:
 
         def plain(answers: list[dict[str, Any]]) -> list[Any]:
             return [
-                (x["allowed"], x["remaining"], [(y["scope"], y["used"], y["max"]) for y in x["limits"]]) for x in answers
+                (x["allowed"], x["remaining"], [(y["scope"], y["used"], y["max"]) for y in x["limits"]])
+                for x in answers
             ]
 
         assert plain(together) == plain(single)
@@ -625,7 +626,13 @@ class TestReports:
         customer = world.api.group_usage(one)
         assert (UUID(customer["parent_id"]), customer["child_count"], customer["member_count"]) == (plan, 0, 1)
         [pool] = customer["limits"]
-        assert (pool["scope"], pool["used"], pool["max"], pool["remaining"], pool["fraction"]) == ("child", 3, 10, 7, 0.3)
+        assert (pool["scope"], pool["used"], pool["max"], pool["remaining"], pool["fraction"]) == (
+            "child",
+            3,
+            10,
+            7,
+            0.3,
+        )
 
     def test_capacity_of_members_counts_each_once(self, world: World) -> None:
         top = world.group(limit(10, scope="member"))
@@ -661,7 +668,10 @@ class TestReports:
         world.owner.execute("update tokenlimits.counters set used = 7")
         world.owner.execute("delete from tokenlimits.usage_rollup")
         found = world.api.reconcile(plan)
-        assert sorted((x["scope"], x["was"], x["used"]) for x in found["counters"]) == [("child", 7, 2), ("group", 7, 2)]
+        assert sorted((x["scope"], x["was"], x["used"]) for x in found["counters"]) == [
+            ("child", 7, 2),
+            ("group", 7, 2),
+        ]
         assert [(x["was"], x["used"]) for x in found["rollup"]] == [(0, 2)]
         assert world.api.track(user, "image")["remaining"] == 7
 
