@@ -11,6 +11,9 @@ import { createClient } from '@supabase/supabase-js'
  * How many generations of a kind are left, to show beside the button; Infinity when unlimited.
  * In a group the tightest limit counts, and when one group has nothing left, the next one pays.
  *
+ * If your groups are beneath others (customers beneath a plan), limits of several groups apply to the same generation:
+ * then take the tightest of all.
+ *
  * @param {import('./tokenlimits.d.ts').UserLimit[]} limits
  * @param {string} kind
  * @returns {number}

@@ -236,7 +236,7 @@ export interface PressedMember {
   used: number
 }
 /**
- * How many members are at a member limit, or close to it.
+ * How many members, with those of the groups beneath, are at a member limit, or close to it.
  *
  * `full` of them have used all that they may, and `near` at least the percentage that was asked for, including those.
  * `members` are the first of them, with the most used first. `max` is the limit's own; each member is compared with

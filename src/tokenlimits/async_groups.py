@@ -814,9 +814,9 @@ class AsyncGroupManager(AsyncBase):
     ) -> builtins.list[LimitPressure]:
         """Read how many members are at the member limits of a group, or close to them, and who they are.
 
-        `usage` adds up what all members have used of a member limit, which says nothing about any one of them. This
-        reads the counter of each member, so it takes longer the more members there are. Limits that are unlimited or
-        0 are left out.
+        Members of the groups beneath it count too. `usage` adds up what all members have used of a member limit, which
+        says nothing about any one of them. This reads the counter of each member, so it takes longer the more members
+        there are. Limits that are unlimited or 0 are left out.
 
         Args:
             group_id: Which group.

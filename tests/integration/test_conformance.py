@@ -1782,6 +1782,8 @@ def usage_of_a_plan_and_of_its_customers(world: World) -> None:
     assert shown(customers["Beta"]) == {("child", "Plan"): (4, 10, 6)}
     assert world.groups.usage(above).member_count == 0
     assert [point.used for point in world.groups.history(above)] == []
+    (pressed,) = world.groups.limit_pressure(above)
+    assert (pressed.full, pressed.near, [member.id for member in pressed.members]) == (1, 1, [ANN])
     # both memberships lead to the same member limit, which is said once
     assert [(each.scope, each.used) for each in world.limits.usage(ANN)] == [("member", 5), ("child", 4), ("child", 4)]
 
