@@ -47,13 +47,18 @@ class GroupFunctions(OverrideFunctions):
         group = None if p_group_id is None else self._group(p_group_id)
         id_ = self._new_id(group, p_id)
         if group is not None:
-            _require_unchanged(group, p_is_spread, p_updated_at)
+            _require_same_spread(group, p_is_spread)
+        self._require_parent(p_parent_id)
+        if group is not None:
+            _require_unchanged(group, p_updated_at)
+        elif id_ in self._parents:
+            _refuse_id(id_)
         is_spread = bool(p_is_spread) if group is None else group.is_spread
         timezone = None if p_timezone is None else _timezone(p_timezone)
         if p_parent_id is not None:
             self._require_place(id_, p_parent_id, is_spread=is_spread)
         name = p_name if p_name is not None else group.name if group else ""
-        self._require_free(group, id_, name)
+        self._require_free_name(group, name)
         _require_no_pools(limits or {}, is_spread=is_spread)
         if group is None:
             group = Group(id_, name, is_spread=is_spread, created_at=self.now, updated_at=self.now)
@@ -158,9 +163,7 @@ class GroupFunctions(OverrideFunctions):
     def _group_json(self, group: Group) -> Json:
         return group_json(group, self._parents[group.id])
 
-    def _require_free(self, group: Group | None, id_: str, name: str) -> None:
-        if group is None and id_ in self._groups:
-            _refuse_id(id_)
+    def _require_free_name(self, group: Group | None, name: str) -> None:
         if any(other is not group and other.name.lower() == name.lower() for other in self._groups.values()):
             refuse(
                 "TL003",
@@ -168,16 +171,16 @@ class GroupFunctions(OverrideFunctions):
                 detail=name,
                 hint="Names are unique regardless of case. Nothing was saved.",
             )
-        if group is None and id_ in self._parents:  # of a group that was deleted, which the SQL looks for last
-            _refuse_id(id_)
+
+    def _require_parent(self, parent_id: str | None) -> None:
+        if parent_id is not None and parent_id not in self._groups:
+            _refuse_parent(f"there is no group {parent_id}")
 
     def _require_place(self, group_id: str, parent_id: str, *, is_spread: bool) -> None:
         """Refuse a parent that a group can't have."""
-        parent, above = self._groups.get(parent_id), self._path(parent_id) if parent_id in self._groups else []
+        above = self._path(parent_id)
         problem = None
-        if parent is None:
-            problem = f"there is no group {parent_id}"
-        elif parent.is_spread != is_spread:
+        if self._groups[parent_id].is_spread != is_spread:
             problem = "a spread group is beneath spread groups only, and another one beneath none"
         elif group_id in above:
             problem = "would be beneath itself"
@@ -226,8 +229,7 @@ class GroupFunctions(OverrideFunctions):
                 self._touch(group)
 
 
-def _require_unchanged(group: Group, is_spread: bool | None, updated_at: str | None) -> None:
-    """Refuse an edit of what can't be changed, or of a group that others have changed meanwhile."""
+def _require_same_spread(group: Group, is_spread: bool | None) -> None:
     if is_spread not in (None, group.is_spread):
         refuse(
             "TL001",
@@ -235,6 +237,9 @@ def _require_unchanged(group: Group, is_spread: bool | None, updated_at: str | N
             detail="is_spread",
             hint="Create another group. Nothing was saved.",
         )
+
+
+def _require_unchanged(group: Group, updated_at: str | None) -> None:
     if updated_at is not None and datetime.fromisoformat(updated_at) != group.updated_at:
         refuse(
             "TL011",

@@ -257,7 +257,7 @@ class Tables(Admins):
         try:
             self.twins.model.save_group(group, p_parent_id=parent_id, p_no_parent=parent_id is None)
         except InvalidRequest:
-            with pytest.raises(psycopg.Error, match="parent_id: "):
+            with pytest.raises(psycopg.Error, match="parent_id"):
                 self.execute("update public.user_groups set parent_id = %s where id = %s", parent_id, group)
             return
         self.execute("update public.user_groups set parent_id = %s where id = %s", parent_id, group)

@@ -108,6 +108,16 @@ class Holders(Workers):
             self.settle_by(EXTEND, usage)
 
     @happens(3)
+    def give_back_what_opened_a_window(self) -> None:
+        """The window stays, unless it is counted afresh."""
+        model = self.twins.model
+        paths = {(usage.group_id, usage.user_id) for usage in model.ledger if usage.live}
+        states = [state for path in sorted(paths) for state in model._states(*path) if state.rule.starts == "first_use"]
+        opened = {state.since for state in states}
+        for usage in self.any_of([usage for usage in model.ledger if usage.live and usage.created_at in opened]):
+            self.call(RELEASE if usage.status == "reserved" else REFUND, p_usage_id=usage.id)
+
+    @happens(3)
     def settle_whatever_it_is(self) -> None:
         """The answer may well be that it can't be settled so."""
         for usage in self.any_of(self.twins.model.ledger):
