@@ -996,7 +996,7 @@ from public, anon, authenticated, service_role;
 create or replace function tokenlimits.refuse_parent(p_rule text)
 returns void
 language plpgsql
-immutable
+volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -2557,7 +2557,7 @@ begin
     -- one look-up per limit, whatever size the planner assumes for an array
     offset 0
   ) as c on true;
-  if v_states is null then
+  if v_is_plain is null then
     return '{}';
   end if;
   -- calendar periods are the same for all

@@ -1050,7 +1050,7 @@ from public, anon, authenticated, service_role;
 create or replace function tokenlimits.refuse_parent(p_rule text)
 returns void
 language plpgsql
-immutable
+volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -2688,7 +2688,7 @@ begin
     -- one look-up per limit, whatever size the planner assumes for an array
     offset 0
   ) as c on true;
-  if v_states is null then
+  if v_is_plain is null then
     return '{}';
   end if;
   -- calendar periods are the same for all

@@ -73,7 +73,7 @@ $$;
 create or replace function tokenlimits.refuse_parent(p_rule text)
 returns void
 language plpgsql
-immutable
+volatile
 {{ search_path() }}
 as $$
 begin

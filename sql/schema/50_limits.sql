@@ -598,7 +598,7 @@ begin
       where c.id = any(p_group_ids) or c.parent_id = any(p_group_ids)
     ))"
   ) | indent(2) }}
-  if v_states is null then
+  if v_is_plain is null then
     return '{}';
   end if;
   {{ complete_states('p_at') | indent(2) }}
