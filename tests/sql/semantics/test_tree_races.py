@@ -13,10 +13,11 @@ from tests.sql.semantics.api import Api
 from tests.sql.semantics.database import Database
 from tests.sql.semantics.hammer import Batch, Call, Crowd, Hammer, allowed, assert_right
 from tests.sql.semantics.test_holds import NOON
-from tests.sql.semantics.test_races import lives_of_a_usage, run_fast, shuffled, sweeping
+from tests.sql.semantics.test_races import is_blocked, lives_of_a_usage, run_fast, shuffled, sweeping
 from tests.sql.semantics.test_trees import beneath, move, shown
 from tests.sql.semantics.test_window_races import assert_settled, with_batches
 from tests.sql.semantics.world import World, limit
+from tests.support.waiting import PATIENCE, eventually
 
 
 def all_of(world: World) -> list[UUID]:
@@ -82,6 +83,20 @@ class TestWhileAdminsEdit:
                 assert world.api.track(user, "image")["allowed"]
         assert_right(answers)
         assert shown(world, top)["image", "group", None][0] == allowed(answers) + 20
+
+    def test_a_first_child_waits_for_calls_that_were_judged_without_it(self, world: World, database: Database) -> None:
+        top = world.group(limit(6))
+        boss = world.user(top)
+        world.api.track(boss, "image")
+        slow, admin = Api(database.connect()), World(Api(database.connect("postgres")), Api(database.connect()))
+        with slow.connection.transaction():
+            assert slow.track(boss, "image", 3)["allowed"]
+            making = threading.Thread(target=beneath, args=(admin, top), kwargs={"name": "First"})
+            making.start()
+            eventually(lambda: is_blocked(world, admin.api))
+        making.join(PATIENCE)
+        [child] = world.api.call("find_groups", parent_id=top)
+        assert world.api.track(world.user(child["id"]), "image", 2)["remaining"] == 0
 
     def test_a_team_goes_back_and_forth_and_no_pool_is_passed(
         self, world: World, crowd: Crowd, database: Database
