@@ -98,6 +98,21 @@ class TestWhileAdminsEdit:
         [child] = world.api.call("find_groups", parent_id=top)
         assert world.api.track(world.user(child["id"]), "image", 2)["remaining"] == 0
 
+    def test_a_new_child_waits_for_an_edit_above(self, world: World, database: Database) -> None:
+        """Also one of the table: the edit has waited for calls of the groups that there were, and of no other."""
+        top = world.group(limit(9))
+        world.user(beneath(world, top))
+        editor = database.connect("postgres")
+        admin = World(Api(database.connect("postgres")), Api(database.connect()))
+        with editor.transaction():
+            editor.execute("update public.group_limits set kind = 'video'")
+            making = threading.Thread(target=beneath, args=(admin, top), kwargs={"name": "New"})
+            making.start()
+            eventually(lambda: is_blocked(world, admin.api))
+        making.join(PATIENCE)
+        [child] = world.api.call("find_groups", name="New")
+        assert world.api.track(world.user(child["id"]), "video", 9)["remaining"] == 0
+
     def test_a_team_goes_back_and_forth_and_no_pool_is_passed(
         self, world: World, crowd: Crowd, database: Database
     ) -> None:
