@@ -262,7 +262,7 @@ class TestLimitsEditor:
         row.get_by_label("Kind").fill("credits")
         row.get_by_label("Only observe").check()
         expect(row).to_contain_text(
-            "Each member should use 40 credits in any 3 hours. An image takes 1 of them, a video 8. "
+            "Each member should use 40 credits in any 3 hours. An image takes 1 credit, a video 8. "
             "More is only observed: it is not denied."
         )
         first = dialog.get_by_role("group", name="Limit", exact=True).first

@@ -240,7 +240,7 @@ class TestLive:
         sign_in(browser, admin)
         pro = groups.create("Pro", limits={"image": 4})
         first = browser.get("/live").json()
-        assert first["groups"][str(pro.id)] == [0, "ok", [["ok", [0, 4], "0 of 4 used", "4 left", None]]]
+        assert first["groups"][str(pro.id)] == [0, "ok", [["ok", [0, 4], "0 of 4 used", "4 left", None]], ""]
         assert browser.get("/live", params={"version": first["version"]}).status_code == 204
         groups.set_limits(pro.id, {"image": 5})
         second = browser.get("/live", params={"version": first["version"]}).json()
@@ -415,13 +415,15 @@ class TestDialogs:
         for path in ("/groups/new", group, f"{group}/edit", f"{group}/delete", f"{group}/members", f"{group}/live",
                      f"{group}/history", f"{group}/pressure", f"{group}/export", "/overview", "/overview/history",
                      f"{group}/members/search?email=example", f"{group}/members/rows?search=example",
-                     f"{group}/members/rows?after={uuid4()}"):  # fmt: skip
+                     f"{group}/members/rows?after={uuid4()}", f"{group}/exceptions", f"{group}/move",
+                     f"{group}/members/{user.id}", f"{group}/customers/new"):  # fmt: skip
             answer = browser.get(path, headers=headers)
             assert answer.status_code == 403, path
             assert "example.com" not in answer.text
         form = {"name": "Mine", "priority": "0", "timezone": "UTC", "member": str(user.id), "user_id": str(user.id)}
         for path in ("/groups/new", f"{group}/edit", f"{group}/delete", f"{group}/members", f"{group}/members/remove",
-                     f"{group}/reset", f"/usages/{uuid4()}/refund"):  # fmt: skip
+                     f"{group}/reset", f"/usages/{uuid4()}/refund", f"{group}/exceptions", f"{group}/exceptions/remove",
+                     f"{group}/move", f"{group}/customers/new"):  # fmt: skip
             assert browser.post(path, data=form, headers=headers).status_code == 403, path
         assert groups.list() == [pro]
 
@@ -502,7 +504,8 @@ class TestDemo:
             with browsing(f"http://127.0.0.1:{port}") as browser:
                 wait_for(browser)
                 page = sign_in(browser, LocalUser(UUID(int=0), email, password))
-                assert page.text.count("<article") == 9
+                assert page.text.count("<article") == 16
+                assert "4 customers" in page.text
                 for level in ("ok", "warn", "full"):
                     assert f'class="card is-{level}"' in page.text
         finally:

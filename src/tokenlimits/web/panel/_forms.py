@@ -25,6 +25,12 @@ _NAME = TypeAdapter[Any](Name)
 _TIMEZONE = TypeAdapter[Any](TimeZone)
 _ANCHOR = "anchored periods are counted from"
 _TWICE = "Another limit has this kind, period and start, for the same members."
+_REFUSED = {
+    "timezone": "This time zone doesn't exist.",
+    "parent_id": "Nothing can be beneath this group: it is gone, or too deep.",
+}
+_FIELDS = {name: name for name in ("name", "description", "priority", "timezone")} | {"parent_id": "parent"}
+"""Where the form says what the database says of a field."""
 _LIMIT_FIELD = re.compile(r"limits\[(\d+)\](?:\.(\w+))?")
 
 
@@ -42,16 +48,18 @@ class GroupForm:
     rows: Sequence[LimitRow] = ()
     errors: dict[str, str] = field(default_factory=dict[str, str])
     updated_at: str = ""
+    parent: str = ""
+    """The id of the group that a new one is beneath; empty: none."""
     before: str = ""
     """What the group was when the form was opened, as JSON: what others change meanwhile is told from it."""
 
     @classmethod
-    def of_group(cls, group: Group) -> GroupForm:
-        """Make the form of an existing group."""
+    def of_group(cls, group: Group, above: Sequence[Group] = ()) -> GroupForm:
+        """Make the form of an existing group, beneath others."""
         rows = [LimitRow.of_limit(limit) for limit in group.limits]
         anchor = day_of(group.anchor_at, group.timezone)
         form = cls(group.name, group.description, str(group.priority), group.timezone, anchor, group.is_default, rows)
-        return replace(form, updated_at=group.updated_at.isoformat(), before=json.dumps(_facts(group)))
+        return replace(form, updated_at=group.updated_at.isoformat(), before=json.dumps(_facts(group, above)))
 
     @classmethod
     def of_typed(cls, form: FormData) -> GroupForm:
@@ -59,9 +67,9 @@ class GroupForm:
         name, description, priority, timezone, anchor = (
             str(form.get(name, "")).strip() for name in ("name", "description", "priority", "timezone", "anchor")
         )
-        before, updated_at = (str(form.get(name, "")) for name in ("before", "updated_at"))
+        before, updated_at, parent = (str(form.get(name, "")) for name in ("before", "updated_at", "parent"))
         typed = cls(name, description, priority, timezone, anchor, "is_default" in form, LimitRow.of_typed(form))
-        return replace(typed, before=before, updated_at=updated_at)
+        return replace(typed, before=before, updated_at=updated_at, parent=parent)
 
     def checked(self) -> tuple[GroupForm, dict[str, Any]]:
         """Return it with its errors, and its fields as the library takes them."""
@@ -75,13 +83,15 @@ class GroupForm:
         fields |= {"timezone": self.timezone, "is_default": self.is_default, "limits": limits}
         if self.anchor != self._was().get(_ANCHOR, ""):  # it may have a time of day, which stays unless it is changed
             fields["anchor_at"] = beginning(self.anchor, self.timezone) if self.anchor else None
+        if self.parent:
+            fields["parent"] = self.parent
         if self.updated_at:
             fields["unchanged_since"] = _moment(self.updated_at)
         return form, fields
 
-    def changed_meanwhile(self, group: Group) -> list[str]:
+    def changed_meanwhile(self, group: Group, above: Sequence[Group] = ()) -> list[str]:
         """Say what is different from when the form was opened."""
-        before, now = self._was(), _facts(group)
+        before, now = self._was(), _facts(group, above)
         if not before:
             return []
         names = [name for name in [*before, *now] if before.get(name) != now.get(name)]
@@ -106,8 +116,8 @@ class GroupForm:
             row = rows[int(found[1])]
             rows[int(found[1])] = row.refused(found[2]) if found[2] else replace(row, error=_TWICE)
             return replace(self, rows=rows)
-        words = "This time zone doesn't exist." if place == "timezone" else str(error)
-        return replace(self, errors={place if place in ("name", "description", "priority", "timezone") else "": words})
+        words = _REFUSED.get(place, str(error))
+        return replace(self, errors={_FIELDS.get(place, ""): words})
 
     def _was(self) -> dict[str, str]:
         try:
@@ -130,7 +140,7 @@ class GroupForm:
             yield "anchor", str(error)
 
 
-def _facts(group: Group) -> dict[str, str]:
+def _facts(group: Group, above: Sequence[Group]) -> dict[str, str]:
     """Write a group down, line by line, as an admin knows it."""
     facts = {
         "name": group.name,
@@ -139,11 +149,12 @@ def _facts(group: Group) -> dict[str, str]:
         "time zone": group.timezone,
         "default group": "yes" if group.is_default else "no",
     }
+    if above:
+        facts["beneath"] = above[-1].name
     if group.anchor_at is not None:
         facts[_ANCHOR] = day_of(group.anchor_at, group.timezone)
     for limit in group.limits:
-        scope = " for each member" if limit.scope == "member" else ""
-        facts[f"{limit.kind} {_words.when(limit)}{scope}"] = _allowed(limit)
+        facts[f"{limit.kind} {_words.when(limit)}{_words.FOR_EACH[limit.scope]}"] = _allowed(limit)
     return facts
 
 

@@ -15,10 +15,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from tokenlimits import ledger_csv
 from tokenlimits.levels import FULL
-from tokenlimits.models import TopMember, UsageRecord
+from tokenlimits.models import Group, TopMember, UsageRecord
 from tokenlimits.web._router import Router
 
-from . import _charts, _exceptions, _views
+from . import _charts, _exceptions, _meters, _tree, _views
+from ._beneath import beneath
 from ._format import amount
 from ._pages import PageRoute, Panel, Signed, Visit, Watching, done
 
@@ -43,26 +44,38 @@ class _Top:
 @routes.get("/groups/{group_id}")
 async def group_page(visit: Signed, group_id: UUID, top: Annotated[str, Query(max_length=32)] = "") -> Response:
     """Show the group, with the top members of a kind; the chart requests its history separately."""
-    group, usage, pressure, top_, recent, exceptions = await asyncio.gather(
+    group, usage, pressure, top_, recent = await asyncio.gather(
         visit.groups.get(group_id),
         visit.groups.usage(group_id),
         visit.groups.limit_pressure(group_id, at_least=_NEAR, count=1),
         _top(visit, group_id, top),
         _recent(visit, group_id),
-        _exceptions.first_of_group(visit.groups, group_id),
+    )
+    above, beneath_, exceptions = await asyncio.gather(
+        _tree.above(visit.groups, group), beneath(visit, group, usage), _exceptions.first_of_group(visit.groups, group)
     )
     return visit.page(
         "group.html",
         group=group,
         usage=usage,
-        meters=_views.meters(usage, group),
-        pressed=_views.pressed(pressure),
+        above=above,
+        others_above=[each for each in _tree.inherited(above) if not _is_shown(each, group)],
+        beneath=beneath_,
+        beneath_words=_views.customers(usage.child_count, usage),
+        is_plan=any(limit.scope == "child" for limit in group.limits),
+        meters=_meters.meters(usage, group, *above),
+        pressed=_meters.pressed(pressure),
         near=_NEAR,
         top=top_,
         recent=recent,
         exceptions=exceptions,
-        shape=_views.shape([usage], group),
+        shape=_views.shape([usage], group, *above),
     )
+
+
+def _is_shown(inherited: _tree.Inherited, group: Group) -> bool:
+    """Whether the group has an allowance of its own under this limit of a group above."""
+    return inherited.limit.scope == "child" and inherited.owner.id == group.parent_id
 
 
 @routes.get("/groups/{group_id}/pressure")
@@ -77,7 +90,7 @@ async def pressed_members(
     group, pressure = await asyncio.gather(
         visit.groups.get(group_id), visit.groups.limit_pressure(group_id, at_least=_NEAR, count=_PRESSED)
     )
-    limit = _views.pressed(pressure).get((kind, period, starts))
+    limit = _meters.pressed(pressure).get((kind, period, starts))
     return visit.page("pressure.html", group=group, limit=limit, near=_NEAR)
 
 
@@ -85,7 +98,7 @@ async def pressed_members(
 async def live(visit: Watching, group_id: UUID, version: Annotated[str, Query(max_length=16)] = "") -> Response:
     """Answer what has changed on the page, if anything."""
     group, usage = await asyncio.gather(visit.groups.get(group_id), visit.groups.usage(group_id))
-    content = _views.live([usage], group)
+    content = _views.live([usage], group, *await _tree.above(visit.groups, group))
     return Response(status_code=204) if content["version"] == version else JSONResponse(content)
 
 

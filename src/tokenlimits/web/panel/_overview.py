@@ -28,12 +28,12 @@ async def overview_page(visit: Signed) -> Response:
         visit.groups.list(),
         visit.groups.history(bucket="day", since=now - timedelta(days=60)),
     )
-    cards = _views.cards(groups, usages, "", "usage")
+    cards = [card for card in _views.cards(groups, usages) if card.fraction is not None]
     return visit.page(
         "overview.html",
         summary=_views.summary(usages),
         trends=_charts.trends(points, now),
-        fullest=[card for card in cards if card.fraction is not None][:_FULLEST],
+        fullest=sorted(cards, key=lambda card: card.fraction or 0, reverse=True)[:_FULLEST],
     )
 
 

@@ -11,7 +11,7 @@ from tokenlimits.web._backend import Backend
 from tokenlimits.web._problems import TooManyRequests
 from tokenlimits.web._settings import MAKE_ONE
 
-from . import _exceptions, _group, _groups, _members, _overview, _sign_in, _tokens
+from . import _beneath, _exceptions, _group, _groups, _members, _overview, _sign_in, _tokens
 from ._pages import PageRoute, Panel, render
 
 
@@ -36,6 +36,7 @@ def routes_of(panel: Panel) -> APIRouter:
     routes.include_router(_groups.routes)
     routes.include_router(_members.routes)
     routes.include_router(_exceptions.routes)
+    routes.include_router(_beneath.routes)
     routes.include_router(_group.routes)
     routes.include_router(_overview.routes)
     return routes

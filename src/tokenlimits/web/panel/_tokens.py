@@ -24,10 +24,10 @@ async def tokens_page(
 ) -> Response:
     """Show the cards."""
     usages, groups = await asyncio.gather(visit.groups.usage_all(), visit.groups.list())
-    cards = _views.cards(groups, usages, search, sort)
+    branches = _views.branches(_views.cards(groups, usages, search), sort, flat=bool(search.strip()))
     return visit.page(
         "tokens.html",
-        cards=cards,
+        branches=branches,
         summary=_views.summary(usages),
         shape=_views.shape(usages),
         search=search,

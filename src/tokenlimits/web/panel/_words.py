@@ -24,8 +24,14 @@ UNITS: Mapping[str, str] = {
 }
 """How long a limit's usage counts."""
 
-SCOPES: Mapping[str, str] = {"group": "Shared by all", "member": "Each member"}
+SCOPES: Mapping[str, str] = {"group": "Shared by all", "member": "Each member", "child": "Each customer"}
 """Whose usage a limit counts."""
+
+FOR_EACH: Mapping[str, str] = {"group": "", "member": " for each member", "child": " for each customer"}
+"""After what a limit allows: whose allowance it is."""
+
+_WHO: Mapping[str, str] = {"group": "All members together", "member": "Each member", "child": "Each customer"}
+_WHOSE: Mapping[str, str] = {"group": "the group's", "member": "their", "child": "its"}
 
 
 class Timed(Protocol):
@@ -92,31 +98,39 @@ def sentence(limit: Limit) -> str:
         >>> sentence(Limit(kind="image", max=40, period="3 hours", scope="member", starts="rolling"))
         'Each member may use 40 images in any 3 hours.'
         >>> sentence(Limit(kind="credits", max=1000, period="month", counts={"image": 1, "video": 8}))
-        'All members together may use 1,000 credits each month. An image takes 1 of them, a video 8.'
+        'All members together may use 1,000 credits each month. An image takes 1 credit, a video 8.'
+        >>> sentence(Limit(kind="credits", max=1000, period="month", scope="child"))
+        'Each customer may use 1,000 credits each month, shared by all its members.'
         >>> sentence(Limit(kind="image", max=5, period="day", mode="observe"))
         'All members together should use 5 images each day. More is only observed: it is not denied.'
         >>> sentence(Limit(kind="video", max=2, period="in_flight", scope="member"))
         'Each member may have 2 videos in progress.'
+        >>> sentence(Limit(kind="video", max=2, period="in_flight", scope="child"))
+        'Each customer may have 2 videos in progress, of all its members together.'
     """
-    who = "Each member" if limit.scope == "member" else "All members together"
+    who = _WHO[limit.scope]
     may = "may" if limit.mode == "enforce" or limit.max is None else "should"
     is_flight = limit.period == "in_flight"
     do, kinds = ("have" if is_flight else "use"), plural(2, limit.kind)
     if limit.max == 0:
-        said = f"Nobody {may} {do} {kinds}{' in progress' if is_flight else ''}."
+        nobody = "No customer" if limit.scope == "child" else "Nobody"
+        said = f"{nobody} {may} {do} {kinds}{' in progress' if is_flight else ''}."
     elif limit.max is None:
         said = f"{who} may {do} any number of {kinds}{' in progress' if is_flight else f', counted {_each(limit)}'}."
     else:
-        said = f"{who} {may} {do} {amount(limit.max, limit.kind)} {_each(limit)}."
+        said = f"{who} {may} {do} {amount(limit.max, limit.kind)} {_each(limit)}"
+        if limit.scope == "child":
+            said += ", of all its members together" if is_flight else ", shared by all its members"
+        said += "."
     if limit.counts:
-        said += f" {_weights(limit.counts)}."
+        said += f" {_weights(limit.kind, limit.counts)}."
     if limit.mode == "observe" and limit.max is not None:
         said += " More is only observed: it is not denied."
     return said
 
 
 def _each(limit: Limit) -> str:
-    whose = "their" if limit.scope == "member" else "the group's"
+    whose = _WHOSE[limit.scope]
     number, unit = number_and_unit(limit.period)
     if limit.period == "in_flight":
         return "in progress"
@@ -125,14 +139,15 @@ def _each(limit: Limit) -> str:
     if limit.starts == "rolling":
         return f"in any {length(limit.period)}"
     if limit.starts == "first_use":
-        return f"in the {length(limit.period)} from {whose if limit.scope == 'member' else 'the'} first use"
+        return f"in the {length(limit.period)} from {'the' if limit.scope == 'group' else whose} first use"
     each = f"each {unit}" if number == 1 else f"every {length(limit.period)}"
     return each + (f", counted from {whose} anchor" if limit.starts == "anchor" else "")
 
 
-def _weights(counts: Mapping[str, int]) -> str:
-    first, *others = ((_one(kind), f"{weight:,}") for kind, weight in counts.items())
-    return ", ".join([f"{first[0].capitalize()} takes {first[1]} of them", *(f"{kind} {by}" for kind, by in others)])
+def _weights(pool: str, counts: Mapping[str, int]) -> str:
+    (kind, weight), *others = counts.items()
+    first = f"{_one(kind).capitalize()} takes {amount(weight, pool)}"
+    return ", ".join([first, *(f"{_one(kind)} {weight:,}" for kind, weight in others)])
 
 
 def _one(kind: str) -> str:

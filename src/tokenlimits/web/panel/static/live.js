@@ -34,7 +34,7 @@ function showLimit(row, [level, bar, used, left, resetAt]) {
   row.querySelector("[data-never]").hidden = Boolean(resetAt);
 }
 
-function showGroup(card, [members, level, limits]) {
+function showGroup(card, [members, level, limits, beneath]) {
   const count = card.querySelector("[data-members]");
   if (count) {
     write(count, numbers.format(members));
@@ -45,6 +45,7 @@ function showGroup(card, [members, level, limits]) {
     if (rows[index]) showLimit(rows[index], limit);
   }
   if (card.classList.contains("card")) setLevel(card, level);
+  write(document.querySelector(`#beneath-${card.dataset.group} [data-beneath]`), beneath);
 }
 
 function show(answer, place) {

@@ -67,7 +67,8 @@ function ask(title, words, yes, act) {
 document.body.addEventListener("htmx:confirm", (event) => {
   if (!event.detail.question) return;
   event.preventDefault();
-  const { title, yes } = event.detail.elt.dataset;
+  const { title, yes, ifEdited } = event.detail.elt.dataset;
+  if (ifEdited !== undefined && !edited()) return event.detail.issueRequest(true);
   ask(title, event.detail.question, yes, () => event.detail.issueRequest(true));
 });
 
@@ -134,6 +135,20 @@ document.body.addEventListener("htmx:afterSettle", (event) => {
     showWhatCanBeDone();
   }
   tick();
+});
+
+// what somebody opened or closed stays so when the cards are loaded again
+const opened = new Map();
+document.body.addEventListener(
+  "click",
+  (event) => {
+    const details = event.target.closest("summary")?.parentElement;
+    if (details?.id) opened.set(details.id, !details.open);
+  },
+  true,
+);
+document.body.addEventListener("htmx:afterSwap", () => {
+  for (const [id, isOpen] of opened) document.getElementById(id)?.toggleAttribute("open", isOpen);
 });
 
 // a button is disabled until everything it needs is selected or typed
