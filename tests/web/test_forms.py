@@ -11,10 +11,13 @@ from starlette.datastructures import FormData, UploadFile
 
 from tokenlimits import InvalidRequest, Limit
 from tokenlimits.errors import GroupExists
-from tokenlimits.models import Group, HistoryPoint
+from tokenlimits.models import Group, GroupUsage, HistoryPoint
 from tokenlimits.web.panel import _charts
 from tokenlimits.web.panel._forms import _TWICE, GroupForm, ids, pasted
 from tokenlimits.web.panel._limit_rows import TYPED, LimitRow
+from tokenlimits.web.panel._plans import PLANS, Plan
+from tokenlimits.web.panel._tree import Tree
+from tokenlimits.web.panel._views import branches, cards
 
 
 def group_with(limit: Limit) -> Group:
@@ -148,6 +151,7 @@ class TestGroupForm:
         [
             Limit(kind="image", max=None),
             Limit(kind="image", max=0, period="year", scope="member"),
+            Limit(kind="image", max=7, period="month", scope="child", starts="anchor"),
             Limit(kind="video", max=2, period="in_flight", scope="member"),
             Limit(kind="image", max=10**15, period="24 months", starts="anchor", mode="observe"),
             Limit(kind="credits", max=9, period="5 hours", starts="first_use", counts={"image": 1, "video": 1_000_000}),
@@ -183,9 +187,72 @@ class TestGroupForm:
         assert form.refused(InvalidRequest("…", detail="timezone")).errors == {
             "timezone": "This time zone doesn't exist."
         }
+        assert list(form.refused(InvalidRequest("…", detail="parent_id")).errors) == ["parent"]
         twice = form.refused(InvalidRequest("…", detail="limits[1]"))
         assert [row.error for row in twice.rows] == ["", _TWICE]
         assert form.refused(InvalidRequest("something else")).errors == {"": "something else"}
+
+
+class TestPlans:
+    @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.key)
+    def test_each_is_a_group_that_can_be_created(self, plan: Plan) -> None:
+        form, fields = plan.form("", "").checked()
+        assert form.is_good()
+        assert (fields["name"], fields["limits"]) == (plan.name, list(plan.limits))
+        assert all(row.sentence for row in form.rows)
+
+    def test_a_name_that_was_typed_stays(self) -> None:
+        assert PLANS[0].form("Gold", "").name == "Gold"
+        # it was another plan's
+        assert PLANS[0].form(PLANS[1].name, "").name == PLANS[0].name
+
+    def test_what_is_beneath_stays(self) -> None:
+        parent = str(uuid4())
+        assert PLANS[0].form("", parent).checked()[1]["parent"] == parent
+        assert "parent" not in PLANS[0].form("", "").checked()[1]
+
+
+class TestTree:
+    def chain(self, length: int) -> list[Group]:
+        """Groups, each beneath the one before."""
+        found: list[Group] = []
+        for n in range(length):
+            group = group_with(Limit(kind="image", max=1))
+            parent = found[-1].id if found else None
+            found.append(group.model_copy(update={"name": f"Level {n + 1}", "parent_id": parent}))
+        return found
+
+    def test_names_the_way(self) -> None:
+        chain = self.chain(3)
+        tree = Tree(chain)
+        assert [group.name for group in tree.above(chain[2].id)] == ["Level 1", "Level 2"]
+        assert tree.path(chain[1].id).split(" \N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK} ") == [
+            "Level 1",
+            "Level 2",
+        ]
+
+    def test_a_group_fits_where_it_is_not_too_deep(self) -> None:
+        deep, moved = self.chain(5), self.chain(2)
+        tree = Tree([*deep, *moved])
+        places = {place.id for place in tree.places(moved[0].id)}
+        assert places == {group.id for group in deep[:3]}
+        # a new one, with nothing beneath it
+        assert {place.id for place in tree.places()} == {group.id for group in [*deep[:4], *moved]}
+
+    def test_what_is_moved_while_it_is_read_ends(self) -> None:
+        one, two = self.chain(2)
+        circle = [one.model_copy(update={"parent_id": two.id}), two]
+        assert [group.id for group in Tree(circle).above(two.id)] == [one.id]
+        usages = [
+            GroupUsage.model_validate({"group": {"id": each.id}, "member_count": 0, "limits": []}) for each in circle
+        ]
+        assert branches(cards(circle, usages), "name") == []
+        assert len(branches(cards(circle, usages), "name", flat=True)) == 2
+
+    def test_a_group_whose_parent_is_not_listed_is_at_the_top(self) -> None:
+        _, two = self.chain(2)
+        usage = GroupUsage.model_validate({"group": {"id": two.id}, "member_count": 0, "limits": []})
+        assert [branch.card.group.id for branch in branches(cards([two], [usage]), "name")] == [two.id]
 
 
 class TestPasted:

@@ -422,8 +422,11 @@ class TestDialogs:
             assert "example.com" not in answer.text
         form = {"name": "Mine", "priority": "0", "timezone": "UTC", "member": str(user.id), "user_id": str(user.id)}
         for path in ("/groups/new", f"{group}/edit", f"{group}/delete", f"{group}/members", f"{group}/members/remove",
-                     f"{group}/reset", f"/usages/{uuid4()}/refund", f"{group}/exceptions", f"{group}/exceptions/remove",
-                     f"{group}/move", f"{group}/customers/new"):  # fmt: skip
+                     f"{group}/reset", f"/usages/{uuid4()}/refund", f"{group}/move",
+                     f"{group}/customers/new"):  # fmt: skip
+            assert browser.post(path, data=form, headers=headers).status_code == 403, path
+        form = {"kind": "image", "period": "lifetime", "starts": "calendar", "max": "5"}
+        for path in (f"{group}/exceptions", f"{group}/exceptions/remove"):
             assert browser.post(path, data=form, headers=headers).status_code == 403, path
         assert groups.list() == [pro]
 

@@ -348,12 +348,12 @@ class TestForEverybody:
         page = sign_in(theme=theme, width=width, reduced_motion="reduce")
         expect(page.get_by_role("article", name=deep.name)).to_be_visible()
         found: dict[str, list[object]] = {"tokens": problems(page)}
-        dialogs = {
-            plan: ["New customer", "Delete Pro", "Exceptions for Acme"],
-            acme: ["Edit", "Move", "New group beneath", "Exceptions"],
-            deep: ["Edit"],
-        }
-        for group, names in dialogs.items():
+        dialogs = [
+            (plan, ["New customer", "Delete Pro", "Exceptions for Acme"]),
+            (acme, ["Edit", "Move", "New group beneath", "Exceptions"]),
+            (deep, ["Edit"]),
+        ]
+        for group, names in dialogs:
             open_group(page, group)
             expect(page.locator(".chart:not([aria-busy])")).to_be_visible()
             found[group.name] = problems(page)
