@@ -176,7 +176,7 @@ def test_live_usage_begins_with_the_fullest(groups: GroupManager, team: Group, u
     limits.track(user, "image", 3)
     read = [each for each in groups.usage_all() if each.group.id in (team.id, first.id)]
     assert [each.group.id for each in read] == [first.id, team.id]
-    assert [(name, limit.kind, limit.scope) for name, limit in _fullest_first(read)] == [
+    assert [(each.name, limit.kind, limit.scope) for each, limit in _fullest_first(read)] == [
         (team.name, "image", "member"),
         (team.name, "image", "group"),
         (first.name, "image", "group"),
