@@ -105,7 +105,7 @@ dist: .venv/.ready
 sbom: dist
 	rm -rf build/sbom
 	$(PYTHON) -m venv --without-pip build/sbom
-	$(BIN)/uv pip compile --quiet --extra cli --extra local --extra web --generate-hashes \
+	$(BIN)/uv pip compile --quiet --extra cli --extra local --extra otel --extra web --generate-hashes \
 	  --constraint requirements-dev.txt pyproject.toml --output-file build/sbom/requirements.txt
 	$(BIN)/uv pip install --quiet --python build/sbom --require-hashes --requirement build/sbom/requirements.txt
 	$(BIN)/uv pip install --quiet --python build/sbom --no-deps dist/*.whl
