@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -23,7 +24,7 @@ from tests.web.conftest import SECRET, served, settings_for
 from tokenlimits import GroupManager, Limit
 from tokenlimits.local import LocalStack, LocalUser
 from tokenlimits.sql_files import SCHEMA_VERSION
-from tokenlimits.web import WebSettings, _backend, create_app, router
+from tokenlimits.web import WebSettings, _backend, _shared, create_app, router
 
 ROOT = Path(__file__).parents[2]
 Ask = Callable[..., httpx.Response]
@@ -106,16 +107,20 @@ class TestReadyz:
         self, stack: LocalStack, monkeypatch: pytest.MonkeyPatch, there: bool
     ) -> None:
         asked: list[str] = []
-        get_ = httpx.AsyncClient.get
+        get_, now = httpx.AsyncClient.get, 0.0
 
         async def counted(self: httpx.AsyncClient, url: str, **more: Any) -> httpx.Response:
             asked.append(url)
             return await get_(self, url, **more)
 
         monkeypatch.setattr(httpx.AsyncClient, "get", counted)
+        monkeypatch.setattr(_shared, "time", SimpleNamespace(monotonic=lambda: now))
         with app_of(stack, **({} if there else {"url": NOWHERE})) as url:
             assert {get(f"{url}/readyz").status_code for _ in range(3)} == {200 if there else 503}
-        assert len(asked) == 1
+            assert len(asked) == 1
+            now = 5.0
+            get(f"{url}/readyz")
+        assert len(asked) == 2
 
 
 class TestMetrics:
