@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BIOME := tools/biome/node_modules
 TYPES := tools/types/node_modules
 
-.PHONY: help demo admin test test-all check hooks format sql sync types bench docs lock dist sbom postgres15 clean
+.PHONY: help demo admin test test-all check hooks format sql sync types bench docs lock dist sbom postgres15 prometheus clean
 
 help:
 	@echo 'make demo        run examples/quickstart.py on a local Supabase'
@@ -24,6 +24,7 @@ help:
 	@echo 'make lock        pin the dependencies in pyproject.toml; UPGRADE=--upgrade takes the newest versions'
 	@echo 'make dist sbom   build the wheel, the sdist and the SBOM of a release'
 	@echo 'make postgres15  (Debian 12, as root) install PostgreSQL 15, which the tests then use too'
+	@echo 'make prometheus  (Debian, as root) unpack Prometheus, which then loads the alerts and the board in the tests'
 
 .venv/.ready: pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -105,7 +106,7 @@ dist: .venv/.ready
 sbom: dist
 	rm -rf build/sbom
 	$(PYTHON) -m venv --without-pip build/sbom
-	$(BIN)/uv pip compile --quiet --extra cli --extra local --extra web --generate-hashes \
+	$(BIN)/uv pip compile --quiet --extra cli --extra local --extra otel --extra web --generate-hashes \
 	  --constraint requirements-dev.txt pyproject.toml --output-file build/sbom/requirements.txt
 	$(BIN)/uv pip install --quiet --python build/sbom --require-hashes --requirement build/sbom/requirements.txt
 	$(BIN)/uv pip install --quiet --python build/sbom --no-deps dist/*.whl
@@ -115,6 +116,13 @@ sbom: dist
 postgres15:
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends postgresql-15 postgresql-15-plpgsql-check
+
+# Unpacked and not installed, as the package would start a server.
+prometheus:
+	rm -rf build/prometheus
+	mkdir -p build/prometheus
+	apt-get update -qq
+	cd build/prometheus && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb
 
 clean:
 	rm -rf .venv $(BIOME) $(TYPES) dist build .pytest_cache .ruff_cache .hypothesis

@@ -25,6 +25,7 @@ from ._drivers.limited import AsyncFunction
 from .errors import ServiceUnavailable
 from .models import GenerationRequest, OnUnavailable, Overage, TrackResult, UserLimit
 from .senders import AsyncSender
+from .telemetry import OnResult
 
 __all__ = ["AsyncTokenLimits", "atrack_generation"]
 
@@ -47,6 +48,8 @@ class AsyncTokenLimits(AsyncBase):
             `.env`, read on first use, or public. The client's own schema doesn't matter.
         allow_http: Send the key unencrypted (`http://`) to another machine, as in a private network;
             `TOKENLIMITS_ALLOW_HTTP=1` allows it too. This machine is always allowed.
+        on_result: Called after each call with a `CallResult`: its attempts, how long it took, how it ended. It
+            must be quick; an error in it is logged, and changes nothing. Coalesced calls are one call.
 
     Example:
         >>> async with AsyncTokenLimits.from_env() as limits:
@@ -65,8 +68,9 @@ class AsyncTokenLimits(AsyncBase):
         coalesce: bool = False,
         schema: str | None = None,
         allow_http: bool = False,
+        on_result: OnResult | None = None,
     ) -> None:
-        super().__init__(client, timeout, schema, allow_http=allow_http)
+        super().__init__(client, timeout, schema, allow_http=allow_http, on_result=on_result)
         self._on_unavailable: OnUnavailable = arguments.policy(on_unavailable)
         together = arguments.flag(coalesce, "coalesce")
         self._coalescer = AsyncCoalescer(self._transport.send, self._timeout) if together else None
@@ -81,6 +85,7 @@ class AsyncTokenLimits(AsyncBase):
         coalesce: bool = False,
         schema: str | None = None,
         allow_http: bool = False,
+        on_result: OnResult | None = None,
     ) -> Self:
         """Make one for `SUPABASE_URL` and `SUPABASE_SECRET_KEY` (or `SUPABASE_SERVICE_ROLE_KEY`), read on first use.
 
@@ -90,6 +95,7 @@ class AsyncTokenLimits(AsyncBase):
             coalesce: See the class.
             schema: See the class.
             allow_http: See the class.
+            on_result: See the class.
 
         Raises:
             ConfigurationError: On first use, when a variable is missing.
@@ -98,7 +104,12 @@ class AsyncTokenLimits(AsyncBase):
             >>> limits = AsyncTokenLimits.from_env(timeout=5, on_unavailable="allow")
         """
         return cls(
-            timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema, allow_http=allow_http
+            timeout=timeout,
+            on_unavailable=on_unavailable,
+            coalesce=coalesce,
+            schema=schema,
+            allow_http=allow_http,
+            on_result=on_result,
         )
 
     async def track(

@@ -25,6 +25,7 @@ from ._drivers.limited import Function
 from .errors import ServiceUnavailable
 from .models import GenerationRequest, OnUnavailable, Overage, TrackResult, UserLimit
 from .senders import Sender
+from .telemetry import OnResult
 
 __all__ = ["TokenLimits", "track_generation"]
 
@@ -47,6 +48,8 @@ class TokenLimits(Base):
             `.env`, read on first use, or public. The client's own schema doesn't matter.
         allow_http: Send the key unencrypted (`http://`) to another machine, as in a private network;
             `TOKENLIMITS_ALLOW_HTTP=1` allows it too. This machine is always allowed.
+        on_result: Called after each call with a `CallResult`: its attempts, how long it took, how it ended. It
+            must be quick; an error in it is logged, and changes nothing. Coalesced calls are one call.
 
     Example:
         >>> with TokenLimits.from_env() as limits:
@@ -63,8 +66,9 @@ class TokenLimits(Base):
         coalesce: bool = False,
         schema: str | None = None,
         allow_http: bool = False,
+        on_result: OnResult | None = None,
     ) -> None:
-        super().__init__(client, timeout, schema, allow_http=allow_http)
+        super().__init__(client, timeout, schema, allow_http=allow_http, on_result=on_result)
         self._on_unavailable: OnUnavailable = arguments.policy(on_unavailable)
         together = arguments.flag(coalesce, "coalesce")
         self._coalescer = Coalescer(self._transport.send, self._timeout) if together else None
@@ -79,6 +83,7 @@ class TokenLimits(Base):
         coalesce: bool = False,
         schema: str | None = None,
         allow_http: bool = False,
+        on_result: OnResult | None = None,
     ) -> Self:
         """Make one for `SUPABASE_URL` and `SUPABASE_SECRET_KEY` (or `SUPABASE_SERVICE_ROLE_KEY`), read on first use.
 
@@ -88,6 +93,7 @@ class TokenLimits(Base):
             coalesce: See the class.
             schema: See the class.
             allow_http: See the class.
+            on_result: See the class.
 
         Raises:
             ConfigurationError: On first use, when a variable is missing.
@@ -96,7 +102,12 @@ class TokenLimits(Base):
             >>> limits = TokenLimits.from_env(timeout=5, on_unavailable="allow")
         """
         return cls(
-            timeout=timeout, on_unavailable=on_unavailable, coalesce=coalesce, schema=schema, allow_http=allow_http
+            timeout=timeout,
+            on_unavailable=on_unavailable,
+            coalesce=coalesce,
+            schema=schema,
+            allow_http=allow_http,
+            on_result=on_result,
         )
 
     def track(

@@ -39,6 +39,7 @@ from .models import (
     User,
 )
 from .senders import Sender
+from .telemetry import OnResult
 
 __all__ = ["GroupManager"]
 
@@ -58,6 +59,8 @@ class GroupManager(Base):
             `.env`, read on first use, or public. The client's own schema doesn't matter.
         allow_http: Send the key unencrypted (`http://`) to another machine, as in a private network;
             `TOKENLIMITS_ALLOW_HTTP=1` allows it too. This machine is always allowed.
+        on_result: Called after each call with a `CallResult`: its attempts, how long it took, how it ended. It
+            must be quick; an error in it is logged, and changes nothing.
 
     Example:
         >>> with GroupManager.from_env() as groups:
@@ -73,17 +76,26 @@ class GroupManager(Base):
         timeout: float = DEFAULT_TIMEOUT,
         schema: str | None = None,
         allow_http: bool = False,
+        on_result: OnResult | None = None,
     ) -> None:
-        super().__init__(client, timeout, schema, allow_http=allow_http)
+        super().__init__(client, timeout, schema, allow_http=allow_http, on_result=on_result)
 
     @classmethod
-    def from_env(cls, *, timeout: float = DEFAULT_TIMEOUT, schema: str | None = None, allow_http: bool = False) -> Self:
+    def from_env(
+        cls,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        schema: str | None = None,
+        allow_http: bool = False,
+        on_result: OnResult | None = None,
+    ) -> Self:
         """Make one for `SUPABASE_URL` and `SUPABASE_SECRET_KEY` (or `SUPABASE_SERVICE_ROLE_KEY`), read on first use.
 
         Args:
             timeout: Seconds for one call, including its retries.
             schema: See the class.
             allow_http: See the class.
+            on_result: See the class.
 
         Raises:
             ConfigurationError: On first use, when a variable is missing.
@@ -91,7 +103,7 @@ class GroupManager(Base):
         Example:
             >>> groups = GroupManager.from_env(timeout=30)
         """
-        return cls(timeout=timeout, schema=schema, allow_http=allow_http)
+        return cls(timeout=timeout, schema=schema, allow_http=allow_http, on_result=on_result)
 
     def create(
         self,

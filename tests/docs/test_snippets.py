@@ -13,7 +13,7 @@ from tests.docs.pages import ROOT, Block, blocks, name_of, pages
 from tests.docs.run_page import matches
 
 # what is shown, and what another test runs
-SHOWN = {"csv", "env", "ini", "javascript", "js", "json", "nginx", "text", "toml", "ts", "typescript"}
+SHOWN = {"csv", "env", "ini", "javascript", "js", "json", "nginx", "text", "toml", "ts", "typescript", "yaml"}
 RUN = {"python", "sh", "sql"}
 
 

@@ -165,7 +165,8 @@ class Shell:
 
     def _call(self, which: str, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         cls = CLASSES[self.colour][which]
-        ours = {name: options.pop(name) for name in ("timeout", "on_unavailable", "schema") if name in options}
+        of_client = ("timeout", "on_unavailable", "schema", "coalesce", "on_result")
+        ours = {name: options.pop(name) for name in of_client if name in options}
         foreign = options.pop("foreign", None)
         if self.colour == "async":
             return asyncio.run(self._wait(cls, method, args, options, ours, foreign))

@@ -38,7 +38,7 @@ def imported(path: Path) -> Iterator[str]:
 def test_every_import_is_declared() -> None:
     distributions = packages_distributions()
     for path in SOURCE.rglob("*.py"):
-        folder = path.relative_to(SOURCE).parts[0]
+        folder = path.relative_to(SOURCE).parts[0].removesuffix(".py")
         declared = names(PROJECT["dependencies"]) | names(PROJECT["optional-dependencies"].get(folder, []))
         for module in imported(path):
             brought_by = {canonicalize_name(name) for name in distributions[module]}

@@ -426,6 +426,17 @@ class TestClients:
         with pytest.raises(ConfigurationError, match="timeout"):
             FakeAsyncTokenLimits(timeout=0)
 
+    @pytest.mark.parametrize("cls", [FakeTokenLimits, FakeAsyncTokenLimits])
+    def test_tell_of_their_calls_in_either_colour(self, cls: Any) -> None:
+        told: list[Any] = []
+        sync, asynchronous = cls({"image": 1}, on_result=told.append).in_both_colours()
+        assert sync.track(ANN, "image")
+        assert not asyncio.run(asynchronous.track(ANN, "image"))
+        assert [(each.function, each.outcome, each.attempts) for each in told] == [
+            ("track_generation", "ok", 1),
+            ("track_generation", "denied", 1),
+        ]
+
     def test_of_groups_are_of_either_colour(self) -> None:
         for fake in (FakeTokenLimits({"image": 1}), FakeAsyncTokenLimits({"image": 1})):
             assert [group.name for group in FakeGroupManager(fake).list()] == ["fake"]

@@ -115,9 +115,11 @@ def test_a_module_that_is_public_is_no_accident() -> None:
             "ledger_csv",
             "levels",
             "models",
+            "otel",
             "senders",
             "settings",
             "sql_files",
+            "telemetry",
         ),
         *("cli", "cli.doctor", "local", "testing", "web", "web.api", "web.panel"),
     }

@@ -15,6 +15,7 @@ from tokenlimits.senders import AsyncSender, Sender
 from tokenlimits.settings import Settings, check_encrypted, load, named_schema
 
 from .transport import AsyncTransport, Transport
+from .watching import AsyncWatched, Watched, checked_hook
 
 T = TypeVar("T")
 
@@ -50,13 +51,22 @@ def _shown(client: object, sender: Sender | AsyncSender, timeout: float) -> str:
 class Base:
     """Holds what sends calls; a context manager that closes its connections."""
 
-    def __init__(self, client: object, timeout: float, schema: object = None, *, allow_http: bool = False) -> None:
+    def __init__(
+        self,
+        client: object,
+        timeout: float,
+        schema: object = None,
+        *,
+        allow_http: bool = False,
+        on_result: object = None,
+    ) -> None:
         self._timeout, schema = _checked_timeout(timeout), _checked_schema(schema)
+        hook = checked_hook(on_result)
         if isinstance(client, Client | None):
             settings = _settings(client, allow_http)
-            self._transport: Sender = Transport(client, self._timeout, settings, schema=schema)
+            self._transport: Sender = Transport(client, self._timeout, settings, schema=schema, on_result=hook)
         elif isinstance(client, Sender):
-            self._transport = client
+            self._transport = Watched(client, hook)
         else:
             raise ConfigurationError(f"client: must be a supabase.Client (got {type(client).__name__})")
 
@@ -101,14 +111,23 @@ class Base:
 class AsyncBase:
     """Holds what sends calls; an async context manager that closes its connections."""
 
-    def __init__(self, client: object, timeout: float, schema: object = None, *, allow_http: bool = False) -> None:
+    def __init__(
+        self,
+        client: object,
+        timeout: float,
+        schema: object = None,
+        *,
+        allow_http: bool = False,
+        on_result: object = None,
+    ) -> None:
         self._timeout, schema = _checked_timeout(timeout), _checked_schema(schema)
+        hook = checked_hook(on_result)
         if isinstance(client, AsyncClient | None):
             self._transport: AsyncSender = AsyncTransport(
-                client, self._timeout, _settings(client, allow_http), schema=schema
+                client, self._timeout, _settings(client, allow_http), schema=schema, on_result=hook
             )
         elif isinstance(client, AsyncSender):
-            self._transport = client
+            self._transport = AsyncWatched(client, hook)
         else:
             raise ConfigurationError(f"client: must be a supabase.AsyncClient (got {type(client).__name__})")
 

@@ -23,9 +23,11 @@ from tokenlimits._core.call import Call
 from tokenlimits.errors import ConfigurationError, SchemaNotInstalled, ServiceUnavailable
 from tokenlimits.senders import AsyncSender, Sender
 from tokenlimits.settings import Settings, load, unusable_network
+from tokenlimits.telemetry import OnResult
 
 from . import bodies, sessions
 from .deadline import Deadline, Timeouts, extensions
+from .watching import NOBODY, Watch, watch
 
 T = TypeVar("T")
 Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
@@ -106,10 +108,12 @@ class Transport(Sender):
         settings: Callable[[], Settings] = load,
         *,
         schema: str | None = None,
+        on_result: OnResult | None = None,
     ) -> None:
         self._foreign = client
         self._settings = settings
         self._schema = schema
+        self._on_result = on_result
         self.timeout = timeout
         if client is not None:
             sessions.notice(client)
@@ -124,10 +128,13 @@ class Transport(Sender):
 
     def send(self, call: Call[T], timeout: float | None = None) -> T:
         """Send one call, retrying as its deadline allows."""
-        deadline = Deadline(self.timeout if timeout is None else timeout)
+        with watch(call.function, self._on_result) as watched:
+            return watched.answered(self._answer(call, Deadline(self.timeout if timeout is None else timeout), watched))
+
+    def _answer(self, call: Call[T], deadline: Deadline, watched: Watch) -> T:
         # PostgREST answers alike for a missing installation and for an old one that lacks the function: ask which
         try:
-            return self._send(call, deadline)
+            return self._send(call, deadline, watched)
         except SchemaNotInstalled as error:
             missing = error
         if call.function != answers.version().function and self._is_installed(deadline):
@@ -143,15 +150,15 @@ class Transport(Sender):
 
     def _is_installed(self, deadline: Deadline) -> bool:
         try:
-            self._send(answers.version(), deadline)
+            self._send(answers.version(), deadline, NOBODY)
         except (SchemaNotInstalled, ServiceUnavailable):
             return False
         return True
 
-    def _send(self, call: Call[T], deadline: Deadline) -> T:
+    def _send(self, call: Call[T], deadline: Deadline, watched: Watch) -> T:
         policy: Any = retry.policy(call.function, retry_safe=call.retry_safe, timeout=deadline.left())
         try:
-            return Retrying(**policy)(self._attempt, call, deadline)
+            return Retrying(**policy, **watched.callbacks)(self._attempt, call, deadline)
         except retry.Transient as error:
             raise retry.give_up(call.function, error, deadline.elapsed()) from error.__cause__ or error
         finally:
@@ -225,10 +232,12 @@ class AsyncTransport(AsyncSender):
         settings: Callable[[], Settings] = load,
         *,
         schema: str | None = None,
+        on_result: OnResult | None = None,
     ) -> None:
         self._foreign = client
         self._settings = settings
         self._schema = schema
+        self._on_result = on_result
         self.timeout = timeout
         if client is not None:
             sessions.notice(client)
@@ -242,9 +251,12 @@ class AsyncTransport(AsyncSender):
 
     async def send(self, call: Call[T]) -> T:
         """Send one call, retrying as its deadline allows."""
-        deadline = Deadline(self.timeout)
+        with watch(call.function, self._on_result) as watched:
+            return watched.answered(await self._answer(call, Deadline(self.timeout), watched))
+
+    async def _answer(self, call: Call[T], deadline: Deadline, watched: Watch) -> T:
         try:
-            return await self._send(call, deadline)
+            return await self._send(call, deadline, watched)
         except SchemaNotInstalled as error:
             missing = error
         if call.function != answers.version().function and await self._is_installed(deadline):
@@ -259,15 +271,15 @@ class AsyncTransport(AsyncSender):
 
     async def _is_installed(self, deadline: Deadline) -> bool:
         try:
-            await self._send(answers.version(), deadline)
+            await self._send(answers.version(), deadline, NOBODY)
         except (SchemaNotInstalled, ServiceUnavailable):
             return False
         return True
 
-    async def _send(self, call: Call[T], deadline: Deadline) -> T:
+    async def _send(self, call: Call[T], deadline: Deadline, watched: Watch) -> T:
         policy: Any = retry.policy(call.function, retry_safe=call.retry_safe, timeout=deadline.left())
         try:
-            return await AsyncRetrying(**policy)(self._attempt, call, deadline)
+            return await AsyncRetrying(**policy, **watched.callbacks)(self._attempt, call, deadline)
         except retry.Transient as error:
             raise retry.give_up(call.function, error, deadline.elapsed()) from error.__cause__ or error
         finally:

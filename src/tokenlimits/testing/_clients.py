@@ -21,6 +21,7 @@ from tokenlimits.client import TokenLimits, _Default
 from tokenlimits.groups import GroupManager
 from tokenlimits.models import GroupRef, Model, OnUnavailable, Status
 from tokenlimits.senders import AsyncSender, Sender
+from tokenlimits.telemetry import OnResult
 
 from ._engine import Engine
 
@@ -198,6 +199,7 @@ class FakeTokenLimits(_Controls, TokenLimits):
             which can `fail` as a whole.
         schema: Like the real client's; it is checked, but makes no difference here.
         allow_http: Like the real client's; nothing is sent here.
+        on_result: Like the real client's; each call is one attempt.
 
     Example:
         >>> fake = FakeTokenLimits(limits={"image": 2})
@@ -218,7 +220,9 @@ class FakeTokenLimits(_Controls, TokenLimits):
         coalesce: bool = False,
         schema: str | None = None,
         allow_http: bool = False,
+        on_result: OnResult | None = None,
     ) -> None:
+        self._on_result = on_result
         self._engine = _make_engine(limits, users)
         super().__init__(
             self.sender,
@@ -227,6 +231,7 @@ class FakeTokenLimits(_Controls, TokenLimits):
             coalesce=coalesce,
             schema=schema,
             allow_http=allow_http,
+            on_result=on_result,
         )
 
     @property
@@ -251,8 +256,12 @@ class FakeTokenLimits(_Controls, TokenLimits):
             >>> asyncio.run(async_limits.track("a5f40000-0000-4000-8000-000000000001", "image")).remaining
             0
         """
-        coalesce = self._coalescer is not None
-        return self, AsyncTokenLimits(self.async_sender, on_unavailable=self._on_unavailable, coalesce=coalesce)
+        return self, AsyncTokenLimits(
+            self.async_sender,
+            on_unavailable=self._on_unavailable,
+            coalesce=self._coalescer is not None,
+            on_result=self._on_result,
+        )
 
 
 class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
@@ -270,6 +279,7 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
             which can `fail` as a whole.
         schema: Like the real client's; it is checked, but makes no difference here.
         allow_http: Like the real client's; nothing is sent here.
+        on_result: Like the real client's; each call is one attempt.
 
     Example:
         >>> fake = FakeAsyncTokenLimits(limits={"image": 2})
@@ -287,7 +297,9 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
         coalesce: bool = False,
         schema: str | None = None,
         allow_http: bool = False,
+        on_result: OnResult | None = None,
     ) -> None:
+        self._on_result = on_result
         self._engine = _make_engine(limits, users)
         super().__init__(
             self.async_sender,
@@ -296,6 +308,7 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
             coalesce=coalesce,
             schema=schema,
             allow_http=allow_http,
+            on_result=on_result,
         )
 
     @property
@@ -311,8 +324,13 @@ class FakeAsyncTokenLimits(_Controls, AsyncTokenLimits):
 
     def in_both_colours(self) -> tuple[TokenLimits, AsyncTokenLimits]:
         """Return a sync client of the same fake, which behaves alike, and this; see `FakeTokenLimits`."""
-        coalesce = self._coalescer is not None
-        return TokenLimits(self.sender, on_unavailable=self._on_unavailable, coalesce=coalesce), self
+        sync = TokenLimits(
+            self.sender,
+            on_unavailable=self._on_unavailable,
+            coalesce=self._coalescer is not None,
+            on_result=self._on_result,
+        )
+        return sync, self
 
 
 AnyFake = FakeTokenLimits | FakeAsyncTokenLimits

@@ -15,9 +15,10 @@ from starlette.types import Scope
 
 import tokenlimits
 
-from . import _problems
+from . import _health, _problems, _request_id
 from ._backend import Backend
-from ._security import SecurityHeaders
+from ._metrics import Counted, Metrics
+from ._security import HEADERS, SecurityHeaders
 from ._settings import WebSettings, load
 from .api._routes import api_of
 from .panel._routes import nothing_here, panel_for, routes_of
@@ -39,7 +40,8 @@ def create_app(settings: WebSettings | None = None, *, self_service: Mapping[str
         >>> create_app(WebSettings(web_secret=secrets.token_urlsafe(32))).title
         'tokenlimits'
     """
-    backend = Backend(settings or load(), self_service=self_service)
+    metrics = Metrics()
+    backend = Backend(settings or load(), self_service=self_service, on_result=metrics.count)
     panel = panel_for(backend)
 
     @asynccontextmanager
@@ -58,14 +60,17 @@ def create_app(settings: WebSettings | None = None, *, self_service: Mapping[str
         redirect_slashes=False,  # those lead to whatever Host a request names
     )
     app.include_router(api_of(backend))
+    app.include_router(_health.routes_of(backend, metrics))
     app.include_router(routes_of(panel))
     app.mount("/static", _Static(packages=[("tokenlimits.web.panel", "static")]))
     app.add_middleware(GZipMiddleware)
     app.add_middleware(SecurityHeaders)
+    app.add_middleware(Counted, metrics=metrics)
+    app.add_middleware(_request_id.RequestIds)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101  # what it is registered for
-        if request.url.path.startswith(f"{request.scope.get('root_path', '')}/api/"):
+        if _is_of_api(request):
             return _problems.of_status(error.status_code, error.detail, error.headers)
         if (
             error.status_code == 404
@@ -75,8 +80,20 @@ def create_app(settings: WebSettings | None = None, *, self_service: Mapping[str
             return await nothing_here(panel, request)
         return PlainTextResponse(error.detail, error.status_code, error.headers)
 
+    async def unforeseen(request: Request, _: Exception) -> Response:
+        # further out than all middleware, so that nothing else adds these; the server logs the error itself
+        known = {**HEADERS, _request_id.HEADER: _request_id.begin(request.scope)}
+        if _is_of_api(request):
+            return _problems.of_status(500, "Internal Server Error", known)
+        return PlainTextResponse("Internal Server Error", 500, known)
+
     app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, unforeseen)
     return app
+
+
+def _is_of_api(request: Request) -> bool:
+    return request.url.path.startswith(f"{request.scope.get('root_path', '')}/api/")
 
 
 class _Static(StaticFiles):

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 from collections.abc import AsyncGenerator, Mapping
 from datetime import datetime
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
 from uuid import UUID
 
@@ -15,8 +15,10 @@ from pydantic import AwareDatetime, BaseModel, RootModel, ValidationError
 from supabase import AsyncClient, AsyncClientOptions
 
 from tokenlimits import AsyncGroupManager, AsyncTokenLimits, ConfigurationError, ServiceUnavailable
-from tokenlimits.errors import AccessDenied
+from tokenlimits.errors import AccessDenied, SchemaNotInstalled, SchemaOutdated
 from tokenlimits.settings import unusable_network
+from tokenlimits.sql_files import SCHEMA_VERSION
+from tokenlimits.telemetry import OnResult
 
 from ._auth import Auth
 from ._settings import WebSettings
@@ -37,6 +39,7 @@ class Backend:
         settings: Where Supabase is.
         limits: What tracks for `/api/track-generation`; by default a client with the secret key of the settings.
         self_service: What users may track there for themselves: the cost of each kind.
+        on_result: What the clients that are made here tell of their calls.
     """
 
     def __init__(
@@ -44,8 +47,10 @@ class Backend:
         settings: WebSettings,
         limits: AsyncTokenLimits | None = None,
         self_service: Mapping[str, int] | None = None,
+        on_result: OnResult | None = None,
     ) -> None:
         self.settings = settings
+        self._on_result = on_result
         self.self_service = dict(self_service or {})
         self._limits = limits
         self._of_loop: _OfLoop | None = None
@@ -59,12 +64,12 @@ class Backend:
     async def groups(self, token: str) -> AsyncGroupManager:
         """Make a group manager that acts as the bearer of a token: the database decides what they may do."""
         client = await self._client_of(token)
-        return AsyncGroupManager(client, timeout=self.settings.timeout, schema=self.settings.schema_name)
+        return AsyncGroupManager(client, **self._options())
 
     async def limits_of(self, token: str) -> AsyncTokenLimits:
         """Make a client that acts as the bearer of a token: the database decides what they may do."""
         client = await self._client_of(token)
-        return AsyncTokenLimits(client, timeout=self.settings.timeout, schema=self.settings.schema_name)
+        return AsyncTokenLimits(client, **self._options())
 
     async def limits(self) -> AsyncTokenLimits:
         """Make the client that tracks, with the server's secret key.
@@ -78,7 +83,36 @@ class Backend:
             raise ConfigurationError("Set SUPABASE_SECRET_KEY to track generations.")
         key = self.settings.secret_key.get_secret_value()
         client = await self._client(key, key)
-        return AsyncTokenLimits(client, timeout=self.settings.timeout, schema=self.settings.schema_name)
+        return AsyncTokenLimits(client, **self._options())
+
+    async def check(self) -> None:
+        """Check that Supabase answers and has the SQL, with the key that there is.
+
+        Raises:
+            SchemaNotInstalled: The database has no tokenlimits, or an older one than this package needs.
+            ConfigurationError: Supabase doesn't accept the key.
+            ServiceUnavailable: Supabase gave no answer.
+        """
+        secret = self.settings.secret_key
+        token = self.settings.publishable_key if secret is None else secret.get_secret_value()
+        answer = await self._get("rest/v1/rpc/tokenlimits_version", token)
+        problem = _error_of(answer)
+        if problem in ("PGRST106", "PGRST202"):  # the API doesn't serve the schema, or there is no such function in it
+            raise SchemaNotInstalled(f"{self.settings.schema_name}.tokenlimits_version isn't there.", code=problem)
+        # the database itself has answered: nobody without a session may ask for the version
+        if problem == "42501":
+            return
+        if answer.status_code in (401, 403):
+            raise ConfigurationError("Supabase doesn't accept the key. Is it of this project, and still valid?")
+        if _read(answer, _Version).version < SCHEMA_VERSION:
+            raise SchemaOutdated("The database has an older version of tokenlimits than this package needs.")
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "timeout": self.settings.timeout,
+            "schema": self.settings.schema_name,
+            "on_result": self._on_result,
+        }
 
     def is_worker(self, token: str) -> bool:
         """Whether a token is the server's own secret key."""
@@ -87,7 +121,7 @@ class Backend:
 
     async def _get(self, path: str, token: str) -> httpx.Response:
         headers = {
-            "apikey": self.settings.publishable_key,
+            "apikey": self._key_with(token),
             "Authorization": f"Bearer {token}",
             "Accept-Profile": self.settings.schema_name,
         }
@@ -120,7 +154,11 @@ class Backend:
 
     async def _client_of(self, token: str) -> AsyncClient:
         """Make a client for an access token, or a secret key of the caller's own."""
-        return await self._client(token if token.startswith("sb_secret_") else self.settings.publishable_key, token)
+        return await self._client(self._key_with(token), token)
+
+    def _key_with(self, token: str) -> str:
+        """Return the key that a token is sent with: a secret key goes with no other."""
+        return token if token.startswith("sb_secret_") else self.settings.publishable_key
 
     async def _client(self, key: str, token: str) -> AsyncClient:
         options = AsyncClientOptions(
@@ -160,6 +198,24 @@ async def _until_loop_ends(http: httpx.AsyncClient) -> AsyncGenerator[None]:
         yield
     finally:
         await http.aclose()
+
+
+class _Version(BaseModel):
+    version: int
+
+
+class _Problem(BaseModel):
+    code: str | None = None
+
+
+def _error_of(answer: httpx.Response) -> str | None:
+    """Return the code of an error that PostgREST or the database answers with."""
+    if answer.is_success:
+        return None
+    try:
+        return _Problem.model_validate_json(answer.content).code
+    except ValidationError:
+        return None
 
 
 class _Moment(BaseModel):

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from tokenlimits import TrackResult, errors
 
-from . import _ratelimit
+from . import _ratelimit, _request_id
 
 logger = logging.getLogger("tokenlimits")
 
@@ -29,7 +29,10 @@ class FieldProblem(BaseModel):
 
 
 class Problem(BaseModel):
-    """Problem details, as RFC 9457 defines them; `errors` and `result` are optional."""
+    """Problem details, as RFC 9457 defines them; what may be null is left out then.
+
+    `request_id` is the request's `X-Request-Id`, by which the server's log names it too.
+    """
 
     model_config = ConfigDict(title="Problem")
 
@@ -39,6 +42,7 @@ class Problem(BaseModel):
     detail: str | None = Field(None, examples=["There is no group 6b1b…"])
     errors: list[FieldProblem] | None = None
     result: TrackResult | None = None
+    request_id: str | None = Field(None, examples=["4f0c2f5b6a1d4c0f9a7e3b8d2c1e0f9a"])
 
 
 class SignInRequired(Exception):
@@ -199,7 +203,8 @@ def _answer(
     status: int, name: str | None, title: str, detail: str | None, headers: dict[str, str], **more: Any
 ) -> JSONResponse:
     type_ = f"urn:tokenlimits:problem:{name}" if name else "about:blank"
-    problem = Problem(type=type_, title=title, status=status, detail=detail, **more)
+    known = _request_id.current()
+    problem = Problem(type=type_, title=title, status=status, detail=detail, request_id=known, **more)
     content = problem.model_dump(mode="json", exclude_none=True)
     return JSONResponse(content, status, headers, media_type=MEDIA_TYPE)
 

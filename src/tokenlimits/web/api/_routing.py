@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from tokenlimits import AsyncGroupManager
 from tokenlimits.errors import InvalidRequest, TokenLimitsError
-from tokenlimits.web import _problems
+from tokenlimits.web import _problems, _request_id
 from tokenlimits.web._backend import Backend
 from tokenlimits.web._bearer import token_of
 from tokenlimits.web._bodies import MOST, BoundedRequest
@@ -47,9 +47,11 @@ class Gate:
 
     async def answer(self, handler: _Handler, request: Request, most: int) -> Response:
         """Answer a request whose body has at most so many bytes."""
+        # also in an app of somebody else, which has no middleware of ours
+        known = _request_id.begin(request.scope)
         response = await self._answer(handler, request, most)
         headers: dict[str, str] = getattr(request.state, "ratelimit", {})
-        return _problems.with_headers(response, {**headers, "Cache-Control": "no-store"})
+        return _problems.with_headers(response, {**headers, "Cache-Control": "no-store", _request_id.HEADER: known})
 
     async def _answer(self, handler: _Handler, request: Request, most: int) -> Response:
         try:

@@ -19,6 +19,7 @@ from starlette.datastructures import FormData
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
 from tokenlimits import AsyncGroupManager, errors, levels
+from tokenlimits.web import _request_id
 from tokenlimits.web._auth import Tokens
 from tokenlimits.web._backend import Backend
 from tokenlimits.web._bodies import MOST, MOST_IN_BULK, BoundedRequest
@@ -257,4 +258,12 @@ def _failed(request: Request, error: Exception) -> Response:
         # the session of the page is gone, with its cookie: the script keeps what was typed, and loads the page anew
         headers = {"X-Stale-Page": "yes"} if isinstance(error, BadOrigin) else None
         return PlainTextResponse(f"{title}. {advice}".strip(), status, headers)
-    return render(request, "problem.html", status, title=title, advice=advice, retry=status == 503)
+    return render(
+        request,
+        "problem.html",
+        status,
+        title=title,
+        advice=advice,
+        retry=status == 503,
+        request_id=_request_id.current(),
+    )

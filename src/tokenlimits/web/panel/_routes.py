@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from tokenlimits import ConfigurationError
-from tokenlimits.web import _problems
+from tokenlimits.web import _problems, _request_id
 from tokenlimits.web._backend import Backend
 from tokenlimits.web._problems import TooManyRequests
 from tokenlimits.web._settings import MAKE_ONE
@@ -48,7 +48,12 @@ async def nothing_here(panel: Panel, request: Request) -> Response:
         await panel(request)
     except TooManyRequests as error:
         return _problems.of_error(error)
-    words = {"title": "Page not found", "advice": "The address may be mistyped.", "retry": False}
+    words = {
+        "title": "Page not found",
+        "advice": "The address may be mistyped.",
+        "retry": False,
+        "request_id": _request_id.current(),
+    }
     response = render(request, "problem.html", 404, **words)
     response.headers["Cache-Control"] = "no-store"
     return response
