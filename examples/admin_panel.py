@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import product
 from typing import get_args
 from uuid import UUID
 
@@ -33,10 +34,10 @@ GROUPS: list[tuple[str, str, str, str, int, float, list[str]]] = [
     ("Blue Harbour", "Pro", "A campaign until the end of the month", "Europe/Paris", 6, 0.38, []),
     ("Cobalt Films", "Pro", "Trailers, mostly", "America/New_York", 9, 0.96, []),
     ("Dune & Daughters", "Pro", "", "Europe/Madrid", 3, 0.77, ["audio 300 day"]),
-    ("Agency", "", "Sells what it buys", "America/New_York", 0, 0,
+    ("Studio", "", "An agency that sells what it buys", "America/New_York", 0, 0,
      ["image 9000 month", "image 60 3_hours rolling member"]),
-    ("Shop", "Agency", "Pictures of products", "America/New_York", 18, 0.63, ["image 6000 month"]),
-    ("Bank", "Agency", "Reports, and a campaign", "America/New_York", 8, 0.52, ["image 4000 month"]),
+    ("Shop", "Studio", "Pictures of products", "America/New_York", 18, 0.63, ["image 6000 month"]),
+    ("Bank", "Studio", "Reports, and a campaign", "America/New_York", 8, 0.52, ["image 4000 month"]),
     ("Campaign", "Bank", "For one summer", "America/New_York", 4, 0.41, ["image 900 month"]),
     ("Northwind", "", "Contract until the end of next year", "Europe/Berlin", 120, 0.35, ["image 500000 year anchor"]),
     ("Beta testers", "", "May try video before others do", "UTC", 31, 0.97, ["video 400 day", "audio 50 day observe"]),
@@ -102,19 +103,21 @@ def make_groups(groups: GroupManager, stack: LocalStack, chance: random.Random) 
 def make_history(limits: TokenLimits, groups: GroupManager, made: list[Made], chance: random.Random) -> None:
     """Record two months of generations, then use each limit to its group's share."""
     now = datetime.now(UTC)
-    days_of = {"day": 1, "week": 7, "month": now.day, "year": 365}
+    days_of = {"day": 1, "week": 7, "month": now.day}
     for each in made:
         for limit_ in each.limits if each.users and each.share else ():
             if limit_.period == "in_flight":
                 continue
             members = len(each.users) // 2 if limit_.scope == "member" else 1
+            since = (now - (each.group.anchor_at or now)).days
+            days = since if limit_.starts == "anchor" else days_of.get(limit_.period, 1)
             # a quarter less, for weekends and chance
-            usual = (limit_.max or 900) * each.share * members / days_of.get(limit_.period, 1) / 0.78
-            kind, weight = kind_of(limit_, chance)
-            for day in range(60, 0, -1):
+            usual = (limit_.max or 900) * each.share * members / days / 0.78
+            counted = limit_.counts or {limit_.kind: 1}
+            for day, (kind, weight) in product(range(60, 0, -1), counted.items()):
                 at = (now - timedelta(days=day)).replace(hour=chance.randrange(8, 20))
                 weekend = 0.5 if at.weekday() >= 5 else 1
-                cost = round(usual * weekend * chance.uniform(0.7, 1.2) * (1.1 - day / 180) / weight)
+                cost = round(usual * weekend * chance.uniform(0.7, 1.2) * (1.1 - day / 180) / weight / len(counted))
                 payer = chance.choice(each.users[:12])
                 limits.record(payer, kind, max(cost, 1), created_at=at, group_id=each.group.id)
     for each in made:

@@ -149,7 +149,9 @@ class TestAnAdminsDay:
         dialog.get_by_label("Description").fill("typed for an hour")
         dialog.get_by_role("button", name="Add a limit").click()
         dialog.get_by_label("Kind").last.fill("speech")
-        dialog.get_by_label("Maximum").last.fill("1,5")
+        # the page would notice the end of the session first, if it asked for the limit's sentence after it
+        with page.expect_response("**/limit-sentence?*max=1%2C5*"):
+            dialog.get_by_label("Maximum").last.fill("1,5")
         if notices == "the form":
             page.route("**/live?*", lambda route: route.fulfill(status=204))
             page.context.clear_cookies()

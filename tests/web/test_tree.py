@@ -97,14 +97,15 @@ class TestTokens:
     def test_the_fullest_customer_brings_its_plan_to_the_top(
         self, sign_in: SignIn, groups: GroupManager, acme: Group, user: LocalUser, limits: TokenLimits
     ) -> None:
+        groups.create("Beta", parent=acme.parent_id)
         half = groups.create("Half", limits={"speech": 10})
         groups.add_member(half.id, user.id)
         limits.track(user.id, "speech", 8)
         page = sign_in()
         page.get_by_label("Sort by").select_option("usage")
-        expect(page.locator("article h2")).to_have_text(["Pro", "Acme", "Half"])
+        expect(page.locator("article h2")).to_have_text(["Pro", "Acme", "Beta", "Half"])
         page.get_by_label("Sort by").select_option("name")
-        expect(page.locator("article h2")).to_have_text(["Pro", "Acme", "Half"])
+        expect(page.locator("article h2")).to_have_text(["Pro", "Acme", "Beta", "Half"])
 
     def test_five_hundred_customers_are_folded(
         self, sign_in: SignIn, stack: LocalStack, groups: GroupManager, plan: Group
