@@ -10,7 +10,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 from tests.sql.semantics.database import Database
+from tests.sql.semantics.histories import drawn
 from tests.sql.semantics.histories.admins import Tables
+from tests.sql.semantics.histories.history import happens
 from tests.sql.semantics.histories.reports import Reports
 from tests.sql.semantics.histories.workers import Time
 from tests.sql.semantics.twins import Twins
@@ -38,15 +40,44 @@ class Everything(Time, Tables, Reports):
     """What may happen in a history."""
 
 
-@pytest.mark.parametrize("number", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, MANY))])
-def test_sql_answers_what_the_model_answers(shared_database: Database, time_zones: None, number: int) -> None:
-    twins = Twins(shared_database.owner)
+class Trees(Everything):
+    """Mostly what changes a tree of groups, and then shows in windows that a first use has opened."""
+
+    def __init__(self, twins: Twins) -> None:
+        super().__init__(twins)
+        often = [self.track, self.set_window, self.give_back_what_opened_a_window, self.move_group, self.reset]
+        self.steps += [step.__name__ for step in [*often, *often, self.delete_group, self.set_override]] * 8
+
+    @happens()
+    def set_window(self) -> None:
+        limit = {"kind": "image", "mode": "enforce", "max": 13, "counts": None, "starts": "first_use"}
+        where = {"scope": self.draw(drawn.scopes), "period": self.one_of(["5 hours", "day", "week"])}
+        self.call("set_group_limit", p_group_id=self.group(), p_limit=limit | where)
+
+
+def numbers(many: int) -> list[object]:
+    """Count the histories, of which the first two are quick enough for every day."""
+    return [0, 1, *(pytest.param(number, marks=pytest.mark.slow) for number in range(2, many))]
+
+
+def compare(database: Database, history: type[Everything], number: int) -> None:
+    twins = Twins(database.owner)
 
     @seed(number)
     def machine() -> Everything:
-        return Everything(twins)
+        return history(twins)
 
     run_state_machine_as_test(machine, settings=SETTINGS)
+
+
+@pytest.mark.parametrize("number", numbers(MANY))
+def test_sql_answers_what_the_model_answers(shared_database: Database, time_zones: None, number: int) -> None:
+    compare(shared_database, Everything, number)
+
+
+@pytest.mark.parametrize("number", numbers(MANY // 2))
+def test_sql_answers_what_the_model_answers_in_trees(shared_database: Database, time_zones: None, number: int) -> None:
+    compare(shared_database, Trees, number)
 
 
 def test_histories_have_every_function_that_the_fake_has() -> None:

@@ -86,6 +86,8 @@ class History(RuleBasedStateMachine):
             self.twins.call("user_generation_usage", p_user_id=user)
         self.twins.call("find_groups")
         self.twins.call("group_usage")
+        for group in self.groups():
+            self.twins.call("find_limit_overrides", p_group_id=group["id"])
         self.twins.pages("export_history", p_bucket="hour")
         self.twins.compare_tables()
         self.twins.pages("export_usage")
