@@ -111,8 +111,8 @@ def make_history(limits: TokenLimits, groups: GroupManager, made: list[Made], ch
             members = len(each.users) // 2 if limit_.scope == "member" else 1
             since = (now - (each.group.anchor_at or now)).days
             days = since if limit_.starts == "anchor" else days_of.get(limit_.period, 1)
-            # a quarter less, for weekends and chance
-            usual = (limit_.max or 900) * each.share * members / days / 0.78
+            # an eighth less, for weekends and chance
+            usual = (limit_.max or 900) * each.share * members / days / 0.88
             counted = limit_.counts or {limit_.kind: 1}
             for day, (kind, weight) in product(range(60, 0, -1), counted.items()):
                 at = (now - timedelta(days=day)).replace(hour=chance.randrange(8, 20))
