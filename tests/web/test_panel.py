@@ -262,6 +262,24 @@ class TestLive:
         second = browser.get(f"{page}/live", params={"version": first["version"]}).json()
         assert second["shape"] != first["shape"]
 
+    def test_a_customer_notices_its_move_and_its_plan(
+        self, browser: httpx.Client, admin: LocalUser, groups: GroupManager
+    ) -> None:
+        sign_in(browser, admin)
+        pool: dict[str, Any] = {"kind": "credits", "max": 9, "period": "day", "scope": "child"}
+        pro = groups.create("Pro", limits=[Limit(**pool, counts={"image": 1})])
+        acme = groups.create("Acme", parent=pro)
+        page = f"/groups/{acme.id}"
+        shapes = [browser.get(f"{page}/live").json()["shape"]]
+        assert f'data-shape="{shapes[0]}"' in browser.get(page).text
+        groups.set_limits(pro.id, [Limit(**pool, counts={"image": 2})])
+        shapes.append(browser.get(f"{page}/live").json()["shape"])
+        groups.set_limits(pro.id, [])
+        shapes.append(browser.get(f"{page}/live").json()["shape"])
+        groups.update(acme.id, parent=None)
+        shapes.append(browser.get(f"{page}/live").json()["shape"])
+        assert len(set(shapes)) == 4
+
 
 class TestMounted:
     def test_works_below_a_path(self, settings: WebSettings, admin: LocalUser) -> None:

@@ -11,6 +11,7 @@ from playwright.sync_api import Page, expect
 from tests.web.conftest import SignIn, Theme
 from tests.web.test_browser import fits
 from tests.web.test_exceptions import problems
+from tests.web.test_looks import CUT_OFF
 
 from tokenlimits import GroupManager, Limit, TokenLimits
 from tokenlimits.local import LocalStack, LocalUser
@@ -337,6 +338,21 @@ class TestExceptions:
 
 
 class TestForEverybody:
+    def test_the_focus_is_seen(self, sign_in: SignIn, plan: Group, acme: Group) -> None:
+        page = sign_in()
+        expect(page.get_by_role("article", name="Acme")).to_be_visible()
+        page.keyboard.press("Tab")
+        assert page.evaluate(CUT_OFF) == []
+        for group in (plan, acme):
+            open_group(page, group)
+            expect(page.locator(".chart:not([aria-busy])")).to_be_visible()
+            page.keyboard.press("Tab")
+            assert page.evaluate(CUT_OFF) == []
+        page.get_by_role("button", name="Move", exact=True).click()
+        expect(page.get_by_label("Beneath")).to_be_focused()
+        page.keyboard.press("Escape")
+        expect(page.get_by_role("button", name="Move", exact=True)).to_be_focused()
+
     @pytest.mark.parametrize("theme", ["dark", "light"])
     @pytest.mark.parametrize("width", [360, 1280])
     def test_can_be_seen(
