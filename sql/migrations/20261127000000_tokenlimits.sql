@@ -2688,8 +2688,10 @@ begin
     -- one look-up per limit, whatever size the planner assumes for an array
     offset 0
   ) as c on true;
-  if v_is_plain is null then
+  if v_states is null then
     return '{}';
+  elsif v_is_plain then
+    return v_states;
   end if;
   -- calendar periods are the same for all
   for v in

@@ -598,8 +598,10 @@ begin
       where c.id = any(p_group_ids) or c.parent_id = any(p_group_ids)
     ))"
   ) | indent(2) }}
-  if v_is_plain is null then
+  if v_states is null then
     return '{}';
+  elsif v_is_plain then
+    return v_states;
   end if;
   {{ complete_states('p_at') | indent(2) }}
   return v_states;

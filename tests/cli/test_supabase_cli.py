@@ -153,6 +153,16 @@ def test_a_dump_restores_the_same(
     assert difference(nowhere.directory, dumped, restored) == ""
 
 
+# what pg_dump says of every table that refers to itself; Supabase's dumps restore data past triggers
+GROUPS_NEST = """\
+pg_dump: warning: there are circular foreign-key constraints on this table:
+pg_dump: detail: user_groups
+pg_dump: hint: You might not be able to restore the dump without using --disable-triggers or temporarily dropping the \
+constraints.
+pg_dump: hint: Consider using a full dump instead of a --data-only dump to avoid this problem.
+"""
+
+
 def restore(dump: str, url: str) -> None:
     run_program("psql", url, "--quiet", "--set=ON_ERROR_STOP=1", "--file=-", stdin=dump)
 
@@ -163,7 +173,7 @@ def run_program(*command: str, stdin: str = "") -> str:
     done = subprocess.run(
         command, check=False, input=stdin, capture_output=True, text=True, env={**os.environ, "PATH": path}
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr.replace(GROUPS_NEST, "")) == (0, "")
     return done.stdout
 
 

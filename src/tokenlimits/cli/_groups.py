@@ -87,7 +87,7 @@ def list_(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List groups with their limits; each group is indented below the one that it is beneath."""
+    """List groups with their limits, each indented below its parent."""
     with manager() as groups:
         found = groups.list(search=search, parent=None if parent is None else find_group(groups, parent))
     if as_json:

@@ -35,7 +35,7 @@ Child = Annotated[
 ]
 
 commands = typer.Typer(
-    help="Manage exceptions: another max for one user or one customer, or for a time.",
+    help="Manage exceptions: another max for one user or customer.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -102,7 +102,7 @@ def set_(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Replace a limit's max for one user or one customer, or a group limit's.
+    """Replace a limit's max for a user, a customer, or the group itself.
 
     Usage stays.
 

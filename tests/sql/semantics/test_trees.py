@@ -136,6 +136,12 @@ class TestWhatCounts:
         assert world.api.record(user, "image")["group"]["id"] == team
         assert world.api.track(user, "video")["reason"] == "no_limit_for_kind"
 
+    def test_what_is_recorded_is_not_of_a_plan_that_only_limits_its_customers(self, world: World) -> None:
+        plan, team = world.group(PLAN, priority=5), world.group(limit(9))
+        user = world.user(plan, team)
+        assert world.api.record(user, "image")["group"]["id"] == team
+        assert world.api.track(user, "image")["group"]["id"] == team
+
     def test_a_limit_that_is_added_above_counts_what_was_used(self, world: World) -> None:
         top = world.group()
         team = beneath(world, beneath(world, top), limit(None))
@@ -651,6 +657,15 @@ class TestReports:
         world.api.reserve(world.user(groups[1]), "image", 1)
         together = {x["group"]["id"]: x for x in world.api.call("group_usage")}
         assert together == {group: world.api.group_usage(group) for group in groups}
+
+    def test_of_groups_without_pools_beside_a_hold_that_has_expired(self, world: World) -> None:
+        world.at("2026-06-10 12:00Z")
+        top = world.group(limit(9))
+        leaf = beneath(world, top)
+        world.api.reserve(world.user(leaf), "image", 2, ttl=60)
+        world.at("2026-06-10 12:01Z")
+        assert shown(world, top) == {("image", "group", None): (0, 9)}
+        assert shown(world, leaf) == {}
 
     def test_children_are_found(self, world: World) -> None:
         top = world.group()
