@@ -35,14 +35,14 @@ GROUPS: list[tuple[str, str, str, str, int, float, list[str]]] = [
     ("Cobalt Films", "Pro", "Trailers, mostly", "America/New_York", 9, 0.96, []),
     ("Dune & Daughters", "Pro", "", "Europe/Madrid", 3, 0.77, ["audio 300 day"]),
     ("Studio", "", "An agency that sells what it buys", "America/New_York", 0, 0,
-     ["image 9000 month", "image 60 3_hours rolling member"]),
+     ["image 9000 month", "image 60 3-hours rolling member"]),
     ("Shop", "Studio", "Pictures of products", "America/New_York", 18, 0.63, ["image 6000 month"]),
     ("Bank", "Studio", "Reports, and a campaign", "America/New_York", 8, 0.52, ["image 4000 month"]),
     ("Campaign", "Bank", "For one summer", "America/New_York", 4, 0.41, ["image 900 month"]),
     ("Northwind", "", "Contract until the end of next year", "Europe/Berlin", 120, 0.35, ["image 500000 year anchor"]),
     ("Beta testers", "", "May try video before others do", "UTC", 31, 0.97, ["video 400 day", "audio 50 day observe"]),
     ("Education", "", "Schools", "Europe/Madrid", 410, 0.2, ["image 20 day member", "tokens 150000 month"]),
-    ("Chat", "", "A session begins with the first message", "UTC", 52, 0.3, ["message 50 5_hours first_use member"]),
+    ("Chat", "", "A session begins with the first message", "UTC", 52, 0.3, ["message 50 5-hours first_use member"]),
     ("Partners", "", "Integrations that resell us", "Asia/Tokyo", 9, 0.74, ["image 12000 month", "audio - month"]),
     ("Trial ended", "", "Until they choose a plan", "UTC", 57, 0, ["image 0 lifetime"]),
 ]  # fmt: skip
@@ -69,9 +69,7 @@ def limit(words: str) -> Limit:
         if ":" in word:
             fields["counts"] = {kind: int(by) for kind, by in (each.split(":") for each in word.split("+"))}
         else:
-            fields[WORDS.get(word, "period")] = (
-                word.replace("_", " ") if word not in ("in_flight", "first_use") else word
-            )
+            fields[WORDS.get(word, "period")] = word.replace("-", " ")
     return Limit.model_validate(fields)
 
 

@@ -30,6 +30,7 @@ Theme = Literal["dark", "light"]
 expect.set_options(timeout=60_000)
 
 SECRET = secrets.token_urlsafe(32)
+CREDITS = Limit(kind="credits", max=1000, period="month", scope="child", counts={"image": 1, "video": 8})
 
 
 @pytest.fixture(scope="session")
@@ -214,3 +215,23 @@ def group(groups: GroupManager, limits: TokenLimits, user: LocalUser) -> Group:
     for kind, cost in (("image", 80), ("video", 4), ("audio", 12_345)):
         limits.track(user.id, kind, cost)
     return group
+
+
+@pytest.fixture
+def plan(groups: GroupManager) -> Group:
+    return groups.create("Pro", limits=[CREDITS], priority=7, timezone="Asia/Tokyo")
+
+
+@pytest.fixture
+def acme(groups: GroupManager, limits: TokenLimits, plan: Group, user: LocalUser) -> Group:
+    """A customer that has used 960 of its 1,000 credits."""
+    acme = groups.create("Acme", parent=plan, limits=[Limit(kind="audio", max=5)])
+    groups.add_member(acme.id, user.id)
+    limits.track(user.id, "video", 120)
+    return acme
+
+
+def open_group(page: Page, group: Group) -> None:
+    page.goto(f"{page.evaluate('location.origin')}/groups/{group.id}")
+    expect(page.get_by_role("heading", level=1, name=group.name)).to_be_visible()
+    page.wait_for_load_state()

@@ -187,7 +187,8 @@ class TestGroupForm:
         assert form.refused(InvalidRequest("…", detail="timezone")).errors == {
             "timezone": "This time zone doesn't exist."
         }
-        assert list(form.refused(InvalidRequest("…", detail="parent_id")).errors) == ["parent"]
+        for place in ("parent", "parent_id"):
+            assert list(form.refused(InvalidRequest("…", detail=place)).errors) == ["parent"]
         twice = form.refused(InvalidRequest("…", detail="limits[1]"))
         assert [row.error for row in twice.rows] == ["", _TWICE]
         assert form.refused(InvalidRequest("something else")).errors == {"": "something else"}

@@ -25,12 +25,10 @@ _NAME = TypeAdapter[Any](Name)
 _TIMEZONE = TypeAdapter[Any](TimeZone)
 _ANCHOR = "anchored periods are counted from"
 _TWICE = "Another limit has this kind, period and start, for the same members."
-_REFUSED = {
-    "timezone": "This time zone doesn't exist.",
-    "parent_id": "Nothing can be beneath this group: it is gone, or too deep.",
-}
-_FIELDS = {name: name for name in ("name", "description", "priority", "timezone")} | {"parent_id": "parent"}
-"""Where the form says what the database says of a field."""
+_GONE = "Nothing can be beneath this group: it is gone, or too deep."
+_REFUSED = {"timezone": "This time zone doesn't exist.", "parent": _GONE, "parent_id": _GONE}
+_FIELDS = {name: name for name in ("name", "description", "priority", "timezone", "parent")} | {"parent_id": "parent"}
+"""Where the form says what is refused of a field: by its name in the library, or in the database."""
 _LIMIT_FIELD = re.compile(r"limits\[(\d+)\](?:\.(\w+))?")
 
 
