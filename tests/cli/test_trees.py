@@ -160,3 +160,10 @@ def test_a_customer_is_reset(tl: Program, limits: TokenLimits, plan: Group, acme
     assert limits.usage(ann)[0].used == 40
     tl("groups", "reset", acme.name, "--yes")
     assert limits.usage(ann)[0].used == 0
+
+
+def test_a_spread_group_has_member_limits_only(tl: Program, groups: GroupManager, name: str) -> None:
+    made = tl.json("groups", "create", f"{name} Free", "--spread", "--limit", "image=10/day/member")
+    assert made["is_spread"]
+    assert groups.get_by_name(f"{name} Free").is_spread
+    assert "must be member in a spread group" in tl.fails("limits", "set", f"{name} Free", "image=10/day/group")

@@ -592,6 +592,14 @@ class TestGroupsBeneathGroups:
         assert api("admin", "PATCH", path, json={"parent_id": None}).json()["parent_id"] is None
         assert api("admin", "GET", path).json()["parent_id"] is None
 
+    def test_a_spread_group_is_made_so(self, api: Ask, groups: GroupManager) -> None:
+        made = api("admin", "POST", "/groups", json={"name": "Free", "is_spread": True})
+        assert (made.status_code, made.json()["is_spread"]) == (201, True)
+        assert groups.get_by_name("Free").is_spread
+        limits = {"limits": [{"kind": "image", "max": 1}]}
+        refused = problem(api("admin", "PATCH", f"/groups/{made.json()['id']}", json=limits), 422, "invalid-request")
+        assert "must be member in a spread group" in refused["detail"]
+
     def test_what_can_not_be_beneath_is_refused_by_its_field(self, api: Ask, groups: GroupManager) -> None:
         plan = groups.create("Pro", limits=[self.PLAN])
         acme = groups.create("Acme", parent=plan)

@@ -179,6 +179,9 @@ def create(
     default: Default = False,
     anchor_at: AnchorAt = None,
     parent: Parent = None,
+    spread: Annotated[
+        bool, typer.Option("--spread", help="Member limits only: for more users than one database is to hold.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Create a group with its limits."""
@@ -193,6 +196,7 @@ def create(
             is_default=bool(default),
             anchor_at=anchor_at,
             parent=None if parent is None else find_group(groups, parent),
+            is_spread=spread,
         )
     if as_json:
         print_json(made)

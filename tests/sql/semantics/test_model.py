@@ -21,7 +21,7 @@ from tokenlimits.sql_files import one_paste
 from tokenlimits.testing._engine import Engine
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
-MANY = 150 if THOROUGH else 16
+MANY = 150 if THOROUGH else 10
 
 SETTINGS = settings(
     # as many as are each drawn afresh: later ones would be made of earlier ones, and repeat what happened there

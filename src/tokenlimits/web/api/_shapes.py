@@ -240,6 +240,9 @@ class GroupIn(BaseModel):
     is_default: StrictBool = False
     anchor_at: _Anchor | None = None
     parent_id: _Parent | None = None
+    is_spread: Annotated[
+        StrictBool, Field(description="Member limits only: for more users than one database is to hold")
+    ] = False
     limits: Limits = Field(default_factory=list[Limit])
 
 
