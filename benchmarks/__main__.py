@@ -43,6 +43,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--pgledger", type=Path, help="a pgledger.sql to compare with (it is not part of this project)")
     names = ", ".join([*SECTIONS, EXACTNESS])
     parser.add_argument("--only", default="", metavar="NAME", help=f"part of the name of what to measure: {names}")
+    parser.add_argument("--add", action="store_true", help="add a partial run to RESULTS.md, below the whole one")
     options = parser.parse_args()
     if not any(options.only in name for name in (*SECTIONS, EXACTNESS)):
         parser.error(f"--only: none of {names}")
@@ -92,6 +93,8 @@ def main() -> int:
     # a partial run must not replace the whole results
     if not (options.only or options.postgres):
         results.write(beginning, sections)
+    elif options.add:
+        results.add(beginning, sections)
     return 0 if all(row.met for section in sections for row in section.rows) else 1
 
 

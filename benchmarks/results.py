@@ -41,7 +41,8 @@ class Section:
         """Return its tables as Markdown."""
         rows = "".join(f"{row.line}\n" for row in self.rows)
         verdicts = "".join(f"{verdict.line}\n" for verdict in self.verdicts)
-        return f"\n## PostgreSQL {self.postgres}\n{TABLE}{rows}{EXACTNESS}{verdicts}"
+        exactness = f"{EXACTNESS}{verdicts}" if verdicts else ""
+        return f"\n## PostgreSQL {self.postgres}\n{TABLE}{rows}{exactness}"
 
 
 def head(options: str, settings: tuple[str, ...], rounds: int, seconds: float, against: Sql | None) -> str:
@@ -61,6 +62,13 @@ rounds of ours to theirs.{compared}
 def write(beginning: str, sections: list[Section]) -> None:
     """Write the whole file."""
     RESULTS.write_text(beginning + "".join(section.text for section in sections), encoding="utf-8")
+
+
+def add(beginning: str, sections: list[Section]) -> None:
+    """Add a partial run, with what it was of, below what is there."""
+    part = beginning.replace("# Results", "## In part, later", 1)
+    part += "".join(section.text.replace("\n## ", "\n### ", 1) for section in sections)
+    RESULTS.write_text(f"{RESULTS.read_text(encoding='utf-8').rstrip()}\n\n{part}", encoding="utf-8")
 
 
 def _git(*arguments: str) -> str:
