@@ -8222,6 +8222,8 @@ set search_path = pg_catalog, pg_temp
 set enable_nestloop = off
 -- a plan for specific ids would read the statistics of each: half of the time for a thousand
 set plan_cache_mode = force_generic_plan
+-- the estimates are high, and compiling such a query for each call would take seconds
+set jit = off
 as $$
 declare
   v_now timestamptz := tokenlimits.clock();
