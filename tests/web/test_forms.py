@@ -46,6 +46,11 @@ class TestGroupForm:
             "limits": [Limit(kind="image", max=1000, period="day")],
         }
 
+    def test_a_new_group_may_be_spread(self) -> None:
+        form, fields = GroupForm.of_typed(typed(is_spread="on", scope="member")).checked()
+        assert (form.is_spread, fields["is_spread"]) == (True, True)
+        assert "is_spread" not in GroupForm.of_typed(typed()).checked()[1]
+
     @pytest.mark.parametrize(
         ("text", "max_"),
         [("1,000", 1000), ("12,000,000", 12_000_000), ("1 000", 1000), ("1\u202f000", 1000), ("1_000", 1000), ("0", 0)],

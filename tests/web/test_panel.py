@@ -349,6 +349,23 @@ class TestDialogs:
         assert "This time zone doesn&#39;t exist." in answer.text
         assert [group.name for group in groups.list()] == ["Pro"]
 
+    def test_a_spread_group_is_made_and_takes_member_limits_only(
+        self, browser: httpx.Client, admin: LocalUser, groups: GroupManager
+    ) -> None:
+        sign_in(browser, admin)
+        assert 'name="is_spread"' in browser.get("/groups/new", headers={"HX-Request": "true"}).text
+        limit = {"kind": "image", "max": "10", "number": "1", "unit": "day", "starts": "calendar", "unlimited": "no"}
+        form = {"name": "Free", "description": "", "priority": "0", "timezone": "UTC", "is_spread": "on"}
+        form |= limit | {"mode": "enforce", "counts": ""}
+        answer = self.post(browser, "/groups/new", {**form, "scope": "group"})
+        assert (answer.status_code, groups.list()) == (422, [])
+        assert "must be member in a spread group" in answer.text
+        self.post(browser, "/groups/new", {**form, "scope": "member"})
+        [free] = groups.list()
+        assert free.is_spread
+        assert "<dt>Spread</dt><dd>yes</dd>" in browser.get(f"/groups/{free.id}").text
+        assert 'name="is_spread"' not in browser.get(f"/groups/{free.id}/edit", headers={"HX-Request": "true"}).text
+
     @pytest.mark.slow
     def test_fifty_thousand_members_can_be_pasted_and_paged(
         self, admin: LocalUser, groups: GroupManager, stack: LocalStack

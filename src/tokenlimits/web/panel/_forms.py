@@ -48,6 +48,8 @@ class GroupForm:
     updated_at: str = ""
     parent: str = ""
     """The id of the group that a new one is beneath; empty: none."""
+    is_spread: bool = False
+    """Whether a new one is spread: with member limits only, for more users than one database is to hold."""
     before: str = ""
     """What the group was when the form was opened, as JSON: what others change meanwhile is told from it."""
 
@@ -67,7 +69,7 @@ class GroupForm:
         )
         before, updated_at, parent = (str(form.get(name, "")) for name in ("before", "updated_at", "parent"))
         typed = cls(name, description, priority, timezone, anchor, "is_default" in form, LimitRow.of_typed(form))
-        return replace(typed, before=before, updated_at=updated_at, parent=parent)
+        return replace(typed, before=before, updated_at=updated_at, parent=parent, is_spread="is_spread" in form)
 
     def checked(self) -> tuple[GroupForm, dict[str, Any]]:
         """Return it with its errors, and its fields as the library takes them."""
@@ -83,6 +85,8 @@ class GroupForm:
             fields["anchor_at"] = beginning(self.anchor, self.timezone) if self.anchor else None
         if self.parent:
             fields["parent"] = self.parent
+        if self.is_spread:
+            fields["is_spread"] = True
         if self.updated_at:
             fields["unchanged_since"] = _moment(self.updated_at)
         return form, fields
