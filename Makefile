@@ -122,7 +122,8 @@ prometheus:
 	rm -rf build/prometheus
 	mkdir -p build/prometheus
 	apt-get update -qq
-	cd build/prometheus && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb
+	cd build/prometheus && apt-get download -qq prometheus && dpkg-deb --fsys-tarfile prometheus_*.deb \
+	  | tar -x ./usr/bin/prometheus ./usr/bin/promtool && rm prometheus_*.deb
 
 clean:
 	rm -rf .venv $(BIOME) $(TYPES) dist build .pytest_cache .ruff_cache .hypothesis
