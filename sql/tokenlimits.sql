@@ -236,7 +236,7 @@ begin
         'find_users',
         'find_users_by_email',
         'first_moment',
-        'forget_group',
+        'forget_groups',
         'free_slot',
         'generation_history',
         'group_json',
@@ -268,7 +268,6 @@ begin
         'part_of',
         'period_of',
         'place_group',
-        'quiet_group',
         'quiet_members',
         'read_request',
         'read_requests',
@@ -1253,31 +1252,6 @@ create or replace trigger user_groups_move_in_tree_update
 after update on public.user_groups
 for each row when (old.parent_id is distinct from new.parent_id)
 execute function tokenlimits.move_in_tree();
-
-create or replace function tokenlimits.forget_group()
-returns trigger
-language plpgsql
--- definer: counters are private
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  -- nobody sees the pools any more that it had as a child; what it has used goes on counting above
-  delete from tokenlimits.counters as c
-  where c.subject = old.id;
-  delete from public.limit_overrides as o
-  where o.scope = 'child' and o.subject = old.id;
-  return null;
-end
-$$;
-comment on function tokenlimits.forget_group()
-is 'tokenlimits: Trigger: a deleted group has no pools any more.';
-revoke execute on function tokenlimits.forget_group()
-from public, anon, authenticated, service_role;
-
-create or replace trigger user_groups_forget
-after delete on public.user_groups
-for each row execute function tokenlimits.forget_group();
 
 -- Before rows of limits are locked. Limits that a call would judge by can't be beneath another group meanwhile.
 create or replace function tokenlimits.keep_tree()
@@ -3034,43 +3008,42 @@ after delete on public.group_memberships
 referencing old table as old_rows
 for each statement execute function tokenlimits.renew_anchors();
 
--- What is deleted with a group takes stripes in several triggers. All are taken here, in one order, after all rows.
-create or replace function tokenlimits.quiet_group()
+-- Limits and members are deleted with their groups, and each takes stripes in a trigger of its own. All are taken here,
+-- in one order, before those triggers and after all rows.
+create or replace function tokenlimits.forget_groups()
 returns trigger
 language plpgsql
--- definer: an admin may delete a group without the right to read limits
+-- definer: counters are private
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_group_ids uuid[] := array(select o.id from old_rows as o);
 begin
   perform pg_advisory_xact_lock_shared(1953459052, 258);
-  perform
-  from public.group_limits as l
-  where l.group_id = old.id
-  order by l.kind, l.period, l.starts, l.scope
-  for update;
-  perform
-  from public.group_memberships as m
-  where m.group_id = old.id
-  order by m.user_id
-  for update;
-  perform tokenlimits.lock_groups(array[old.id] || array(
+  perform tokenlimits.lock_groups(v_group_ids || array(
     select distinct l.group_id
     from tokenlimits.group_tree as t
     inner join public.group_limits as l on l.group_id = t.above_id
-    where t.group_id = any(array[old.id]) and l.starts = 'anchor' and l.scope = 'member'
+    where t.group_id = any(v_group_ids) and l.starts = 'anchor' and l.scope = 'member'
   ), true);
-  return old;
+  -- nobody sees the pools any more that they had as children; what they have used goes on counting above
+  delete from tokenlimits.counters as c
+  where c.subject = any(v_group_ids);
+  delete from public.limit_overrides as o
+  where o.scope = 'child' and o.subject = any(v_group_ids);
+  return null;
 end
 $$;
-comment on function tokenlimits.quiet_group()
-is 'tokenlimits: Trigger: waits for all calls that a group''s limits and members judge, before it is deleted.';
-revoke execute on function tokenlimits.quiet_group()
+comment on function tokenlimits.forget_groups()
+is 'tokenlimits: Trigger: deleted groups have no pools any more.';
+revoke execute on function tokenlimits.forget_groups()
 from public, anon, authenticated, service_role;
 
-create or replace trigger user_groups_quiet
-before delete on public.user_groups
-for each row execute function tokenlimits.quiet_group();
+create or replace trigger user_groups_forget
+after delete on public.user_groups
+referencing old table as old_rows
+for each statement execute function tokenlimits.forget_groups();
 
 create or replace function tokenlimits.quiet_members(p_group_ids uuid[])
 returns void

@@ -308,28 +308,6 @@ after update on public.user_groups
 for each row when (old.parent_id is distinct from new.parent_id)
 execute function tokenlimits.move_in_tree();
 
-create or replace function tokenlimits.forget_group()
-returns trigger
-language plpgsql
--- definer: counters are private
-security definer
-{{ search_path() }}
-as $$
-begin
-  -- nobody sees the pools any more that it had as a child; what it has used goes on counting above
-  delete from tokenlimits.counters as c
-  where c.subject = old.id;
-  delete from public.limit_overrides as o
-  where o.scope = 'child' and o.subject = old.id;
-  return null;
-end
-$$;
-{{ private('forget_group()', "Trigger: a deleted group has no pools any more.") }}
-
-create or replace trigger user_groups_forget
-after delete on public.user_groups
-for each row execute function tokenlimits.forget_group();
-
 -- Before rows of limits are locked. Limits that a call would judge by can't be beneath another group meanwhile.
 create or replace function tokenlimits.keep_tree()
 returns trigger

@@ -205,33 +205,34 @@ $$;
 
 {{ after_changes('group_memberships', 'renew_anchors', 'renew_anchors') }}
 
--- What is deleted with a group takes stripes in several triggers. All are taken here, in one order, after all rows.
-create or replace function tokenlimits.quiet_group()
+-- Limits and members are deleted with their groups, and each takes stripes in a trigger of its own. All are taken here,
+-- in one order, before those triggers and after all rows.
+create or replace function tokenlimits.forget_groups()
 returns trigger
 language plpgsql
--- definer: an admin may delete a group without the right to read limits
+-- definer: counters are private
 security definer
 {{ search_path() }}
 as $$
+declare
+  v_group_ids uuid[] := array(select o.id from old_rows as o);
 begin
-  {{ lock_limits('old.id') | indent(2) }}
-  perform
-  from public.group_memberships as m
-  where m.group_id = old.id
-  order by m.user_id
-  for update;
-  perform tokenlimits.lock_groups(array[old.id] || {{ anchoring('array[old.id]') | indent(2) }}, true);
-  return old;
+  {{ lock_tree() }}
+  perform tokenlimits.lock_groups(v_group_ids || {{ anchoring('v_group_ids') | indent(2) }}, true);
+  -- nobody sees the pools any more that they had as children; what they have used goes on counting above
+  delete from tokenlimits.counters as c
+  where c.subject = any(v_group_ids);
+  delete from public.limit_overrides as o
+  where o.scope = 'child' and o.subject = any(v_group_ids);
+  return null;
 end
 $$;
-{{ private(
-  'quiet_group()',
-  "Trigger: waits for all calls that a group's limits and members judge, before it is deleted."
-) }}
+{{ private('forget_groups()', "Trigger: deleted groups have no pools any more.") }}
 
-create or replace trigger user_groups_quiet
-before delete on public.user_groups
-for each row execute function tokenlimits.quiet_group();
+create or replace trigger user_groups_forget
+after delete on public.user_groups
+referencing old table as old_rows
+for each statement execute function tokenlimits.forget_groups();
 
 create or replace function tokenlimits.quiet_members(p_group_ids uuid[])
 returns void
