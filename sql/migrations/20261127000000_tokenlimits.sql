@@ -1081,8 +1081,7 @@ declare
 begin
   new.is_nested := new.parent_id is not null or (tg_op = 'UPDATE' and old.is_nested);
   if new.parent_id is not null then
-    -- rows of groups come before the tree
-    -- if there is none, its foreign key refuses it; a dump may restore it before its parent
+    -- before the tree, as all rows of groups; if it isn't there, the foreign key says so: a dump may restore it later
     select g.is_spread into v_is_spread from public.user_groups as g where g.id = new.parent_id for no key update;
     if v_is_spread <> new.is_spread then
       -- what a user has used is in one place, and so is what a group has used
@@ -1205,30 +1204,28 @@ language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_changed tokenlimits.group_tree[] := array(
-    select row(d.*)::tokenlimits.group_tree
-    from (
-      (select b.above_id, b.child_id from unnest(p_before) as b where b.child_id is not null
-      except select a.above_id, a.child_id from unnest(p_after) as a)
-      union all
-      (select a.above_id, a.child_id from unnest(p_after) as a where a.child_id is not null
-      except select b.above_id, b.child_id from unnest(p_before) as b)
-    ) as q
-    cross join lateral (select null::uuid, q.above_id, q.child_id, null::smallint, null::smallint) as d
-  );
 begin
-  delete from tokenlimits.counters as c
-  using unnest(v_changed) as d, public.group_limits as l
-  where
-    l.group_id = d.above_id and l.scope = 'child' and c.counter_id = l.counter_id and c.subject = d.child_id;
+  -- steps of the way up that are on one side alone
+  with changed as (
+    select s.above_id, s.child_id
+    from unnest(p_before || p_after) as s
+    where s.child_id is not null
+    group by s.above_id, s.child_id
+    having count(*) = 1
+  ),
+
+  dropped as (
+    delete from tokenlimits.counters as c
+    using changed as d, public.group_limits as l
+    where
+      l.group_id = d.above_id and l.scope = 'child' and c.counter_id = l.counter_id and c.subject = d.child_id
+  )
+
   -- a group that was above it before and still is counts it as before, whoever is between them
   update public.group_limits as l
   set counter_id = default
   where
-    l.scope <> 'child' and l.group_id = any(array(
-      select d.above_id from unnest(v_changed) as d group by d.above_id having count(*) = 1
-    ));
+    l.scope <> 'child' and l.group_id in (select d.above_id from changed as d group by d.above_id having count(*) = 1);
 end
 $$;
 
@@ -1247,21 +1244,22 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_before tokenlimits.group_tree[] := array(
-  select row(t.*)::tokenlimits.group_tree
-  from tokenlimits.group_tree as t
-  where t.group_id = new.id
-  order by t.distance
-);
-  v_root_id uuid;
+    select row(t.*)::tokenlimits.group_tree
+    from tokenlimits.group_tree as t
+    where t.group_id = any(array[new.id])
+    order by t.distance
+  );
+  v_after tokenlimits.group_tree[];
+  v_beneath uuid[] := array(select t.group_id from tokenlimits.group_tree as t where t.above_id = new.id);
   -- restored by its owner, a deleted group brings its usage back
-  v_is_used boolean := tg_op = 'UPDATE' or (cardinality(v_before) > 0 and exists (
-    select from public.generation_usage as u where u.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = new.id))
-  ));
+  v_is_move constant boolean := tg_op = 'UPDATE' or exists (
+    select from public.generation_usage as u where u.group_id = any(v_beneath)
+  );
 begin
   if cardinality(v_before) > 0 and v_before[2].above_id is not distinct from new.parent_id then
     -- a dump has restored the tree first
     return null;
-  elsif v_is_used then
+  elsif v_is_move then
     -- all calls that any of their limits judge
     perform tokenlimits.lock_groups(array(
       select t.above_id from tokenlimits.group_tree as t where t.group_id in (new.id, new.parent_id) and t.level = 0
@@ -1281,23 +1279,22 @@ begin
   where g.parent_id = new.id and not exists (
     select from tokenlimits.group_tree as t where t.group_id = g.id and t.above_id = new.id
   );
-  if v_is_used then
-    select t.above_id into v_root_id from tokenlimits.group_tree as t where t.group_id = new.id and t.level = 0;
+  if v_is_move then
+    v_after := array(
+      select row(t.*)::tokenlimits.group_tree
+      from tokenlimits.group_tree as t
+      where t.group_id = any(array[new.id])
+      order by t.distance
+    );
+    v_beneath := array(select t.group_id from tokenlimits.group_tree as t where t.above_id = new.id);
     update tokenlimits.holds as h
-    set root_id = v_root_id
-    where h.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = new.id));
+    set root_id = v_after[cardinality(v_after)].above_id
+    where h.group_id = any(v_beneath);
     -- also where nothing was used: members' anchored periods above depend on all who are beneath
-    if exists (
-      select from public.generation_usage as u where u.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = new.id))
-    ) or exists (
-      select from public.group_memberships as m where m.group_id = any(array(select t.group_id from tokenlimits.group_tree as t where t.above_id = new.id))
-    ) then
-      perform tokenlimits.recount_above(v_before, array(
-  select row(t.*)::tokenlimits.group_tree
-  from tokenlimits.group_tree as t
-  where t.group_id = new.id
-  order by t.distance
-));
+    if exists (select from public.generation_usage as u where u.group_id = any(v_beneath))
+      or exists (select from public.group_memberships as m where m.group_id = any(v_beneath))
+    then
+      perform tokenlimits.recount_above(v_before, v_after);
     end if;
   end if;
   return null;
@@ -2474,19 +2471,25 @@ begin
           else i.counts ?| p_kinds
         end)
       ) as k
-      where (
-        select true
-        from tokenlimits.holds as h
-        where h.group_id = k.root_id and h.kind = k.kind and h.expires_at <= p_at
-        order by h.expires_at
-        limit 1
-      ) is true or (
-        select true
-        from tokenlimits.holds as h
-        where h.root_id = k.root_id and h.root_id <> h.group_id and h.kind = k.kind and h.expires_at <= p_at
-        order by h.expires_at
-        limit 1
-      ) is true
+      where
+        (
+          select true
+          from tokenlimits.holds as h
+          where
+            h.group_id = k.root_id
+            and h.kind = k.kind and h.expires_at <= p_at
+          order by h.expires_at
+          limit 1
+        ) is true
+        or (
+          select true
+          from tokenlimits.holds as h
+          where
+            h.root_id = k.root_id and h.root_id <> h.group_id
+            and h.kind = k.kind and h.expires_at <= p_at
+          order by h.expires_at
+          limit 1
+        ) is true
     )
   into v_states, v_is_plain
   from (
@@ -2543,19 +2546,25 @@ begin
         else i.counts ?| p_kinds
       end)
     ) as k
-    where (
-      select true
-      from tokenlimits.holds as h
-      where h.group_id = k.root_id and h.kind = k.kind and h.expires_at <= v_now
-      order by h.expires_at
-      limit 1
-    ) is true or (
-      select true
-      from tokenlimits.holds as h
-      where h.root_id = k.root_id and h.root_id <> h.group_id and h.kind = k.kind and h.expires_at <= v_now
-      order by h.expires_at
-      limit 1
-    ) is true
+    where
+      (
+        select true
+        from tokenlimits.holds as h
+        where
+          h.group_id = k.root_id
+          and h.kind = k.kind and h.expires_at <= v_now
+        order by h.expires_at
+        limit 1
+      ) is true
+      or (
+        select true
+        from tokenlimits.holds as h
+        where
+          h.root_id = k.root_id and h.root_id <> h.group_id
+          and h.kind = k.kind and h.expires_at <= v_now
+        order by h.expires_at
+        limit 1
+      ) is true
   );
   -- calendar periods are the same for all
   for v in
@@ -3868,7 +3877,9 @@ begin
         and not (
           select true
           from tokenlimits.holds as h
-          where h.group_id = v_group_id and h.kind = p_kind and h.expires_at <= v_at
+          where
+            h.group_id = v_group_id
+            and h.kind = p_kind and h.expires_at <= v_at
           order by h.expires_at
           limit 1
         ) is true
@@ -4183,7 +4194,9 @@ begin
         and not (
           select true
           from tokenlimits.holds as h
-          where h.group_id = v_group_id and h.kind = p_kind and h.expires_at <= v_at
+          where
+            h.group_id = v_group_id
+            and h.kind = p_kind and h.expires_at <= v_at
           order by h.expires_at
           limit 1
         ) is true
@@ -4481,7 +4494,9 @@ begin
         and not (
           select true
           from tokenlimits.holds as h
-          where h.group_id = v_group_id and h.kind = p_kind and h.expires_at <= v_at
+          where
+            h.group_id = v_group_id
+            and h.kind = p_kind and h.expires_at <= v_at
           order by h.expires_at
           limit 1
         ) is true
@@ -4706,7 +4721,9 @@ begin
       and not (
         select true
         from tokenlimits.holds as h
-        where h.group_id = v_group_id and h.kind = p_kind and h.expires_at <= v_at
+        where
+          h.group_id = v_group_id
+          and h.kind = p_kind and h.expires_at <= v_at
         order by h.expires_at
         limit 1
       ) is true
@@ -4919,6 +4936,7 @@ begin
       select row(t.*)::tokenlimits.group_tree
       from tokenlimits.group_tree as t
       where t.group_id = any(array(select m.group_id from unnest(p_moves) as m))
+      order by t.distance
     );
   for v_move in
     select
@@ -6169,6 +6187,7 @@ begin
     select row(t.*)::tokenlimits.group_tree
     from tokenlimits.group_tree as t
     where t.group_id = any(array(select g.id from unnest(items) as i cross join lateral unnest(i.group_ids) as g (id)))
+    order by t.distance
   );
   usages := '{}';
   charges := '{}';
@@ -6385,6 +6404,7 @@ begin
       select row(t.*)::tokenlimits.group_tree
       from tokenlimits.group_tree as t
       where t.group_id = any(array(select m.group_id from unnest(v_moves) as m))
+      order by t.distance
     );
   for v_move in
     select

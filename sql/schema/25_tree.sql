@@ -101,8 +101,7 @@ declare
 begin
   new.is_nested := new.parent_id is not null or (tg_op = 'UPDATE' and old.is_nested);
   if new.parent_id is not null then
-    -- rows of groups come before the tree
-    -- if there is none, its foreign key refuses it; a dump may restore it before its parent
+    -- before the tree, as all rows of groups; if it isn't there, the foreign key says so: a dump may restore it later
     select g.is_spread into v_is_spread from public.user_groups as g where g.id = new.parent_id for no key update;
     if v_is_spread <> new.is_spread then
       -- what a user has used is in one place, and so is what a group has used
@@ -209,30 +208,28 @@ language plpgsql
 volatile
 {{ search_path() }}
 as $$
-declare
-  v_changed tokenlimits.group_tree[] := array(
-    select row(d.*)::tokenlimits.group_tree
-    from (
-      (select b.above_id, b.child_id from unnest(p_before) as b where b.child_id is not null
-      except select a.above_id, a.child_id from unnest(p_after) as a)
-      union all
-      (select a.above_id, a.child_id from unnest(p_after) as a where a.child_id is not null
-      except select b.above_id, b.child_id from unnest(p_before) as b)
-    ) as q
-    cross join lateral (select null::uuid, q.above_id, q.child_id, null::smallint, null::smallint) as d
-  );
 begin
-  delete from tokenlimits.counters as c
-  using unnest(v_changed) as d, public.group_limits as l
-  where
-    l.group_id = d.above_id and l.scope = 'child' and c.counter_id = l.counter_id and c.subject = d.child_id;
+  -- steps of the way up that are on one side alone
+  with changed as (
+    select s.above_id, s.child_id
+    from unnest(p_before || p_after) as s
+    where s.child_id is not null
+    group by s.above_id, s.child_id
+    having count(*) = 1
+  ),
+
+  dropped as (
+    delete from tokenlimits.counters as c
+    using changed as d, public.group_limits as l
+    where
+      l.group_id = d.above_id and l.scope = 'child' and c.counter_id = l.counter_id and c.subject = d.child_id
+  )
+
   -- a group that was above it before and still is counts it as before, whoever is between them
   update public.group_limits as l
   set counter_id = default
   where
-    l.scope <> 'child' and l.group_id = any(array(
-      select d.above_id from unnest(v_changed) as d group by d.above_id having count(*) = 1
-    ));
+    l.scope <> 'child' and l.group_id in (select d.above_id from changed as d group by d.above_id having count(*) = 1);
 end
 $$;
 {{ private(
@@ -248,17 +245,18 @@ security definer
 {{ search_path() }}
 as $$
 declare
-  v_before tokenlimits.group_tree[] := {{ way_up('new.id') }};
-  v_root_id uuid;
+  v_before tokenlimits.group_tree[] := {{ ways_up('array[new.id]') | indent(2) }};
+  v_after tokenlimits.group_tree[];
+  v_beneath uuid[] := {{ beneath('new.id') }};
   -- restored by its owner, a deleted group brings its usage back
-  v_is_used boolean := tg_op = 'UPDATE' or (cardinality(v_before) > 0 and exists (
-    select from public.generation_usage as u where u.group_id = any({{ beneath('new.id') }})
-  ));
+  v_is_move constant boolean := tg_op = 'UPDATE' or exists (
+    select from public.generation_usage as u where u.group_id = any(v_beneath)
+  );
 begin
   if cardinality(v_before) > 0 and v_before[2].above_id is not distinct from new.parent_id then
     -- a dump has restored the tree first
     return null;
-  elsif v_is_used then
+  elsif v_is_move then
     -- all calls that any of their limits judge
     perform tokenlimits.lock_groups(array(
       select t.above_id from tokenlimits.group_tree as t where t.group_id in (new.id, new.parent_id) and t.level = 0
@@ -278,18 +276,17 @@ begin
   where g.parent_id = new.id and not exists (
     select from tokenlimits.group_tree as t where t.group_id = g.id and t.above_id = new.id
   );
-  if v_is_used then
-    select t.above_id into v_root_id from tokenlimits.group_tree as t where t.group_id = new.id and t.level = 0;
+  if v_is_move then
+    v_after := {{ ways_up('array[new.id]') | indent(4) }};
+    v_beneath := {{ beneath('new.id') }};
     update tokenlimits.holds as h
-    set root_id = v_root_id
-    where h.group_id = any({{ beneath('new.id') }});
+    set root_id = v_after[cardinality(v_after)].above_id
+    where h.group_id = any(v_beneath);
     -- also where nothing was used: members' anchored periods above depend on all who are beneath
-    if exists (
-      select from public.generation_usage as u where u.group_id = any({{ beneath('new.id') }})
-    ) or exists (
-      select from public.group_memberships as m where m.group_id = any({{ beneath('new.id') }})
-    ) then
-      perform tokenlimits.recount_above(v_before, {{ way_up('new.id') }});
+    if exists (select from public.generation_usage as u where u.group_id = any(v_beneath))
+      or exists (select from public.group_memberships as m where m.group_id = any(v_beneath))
+    then
+      perform tokenlimits.recount_above(v_before, v_after);
     end if;
   end if;
   return null;

@@ -72,7 +72,7 @@ begin
     )) as s
     order by s.subject, s.counter_id
   );
-  v_ways := {{ ways_up("select g.id from unnest(items) as i cross join lateral unnest(i.group_ids) as g (id)") | indent(2) }};
+  v_ways := {{ ways_up("array(select g.id from unnest(items) as i cross join lateral unnest(i.group_ids) as g (id))") | indent(2) }};
   usages := '{}';
   charges := '{}';
   -- the groups that may pay for each open item, in the order in which they are tried, with the places of their limits;

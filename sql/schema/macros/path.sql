@@ -199,25 +199,16 @@ group is the default. 257: installation and uninstallation. 258: which group is 
 array(select t.group_id from tokenlimits.group_tree as t where t.above_id = {{ group_id }})
 {%- endmacro %}
 
-{# The rows of the tree of a group: itself, and all above it. #}
-{% macro way_up(group_id) -%}
-array(
-  select row(t.*)::tokenlimits.group_tree
-  from tokenlimits.group_tree as t
-  where t.group_id = {{ group_id }}
-  order by t.distance
-)
-{%- endmacro %}
-
 {#
-The same of several groups, given by a query. Read before it is joined with many rows: of an array, the planner knows the
-length, while it may take the tree for empty.
+The rows of the tree of some groups: each itself, and all above it. Read before they are joined with many rows: of an
+array, the planner knows the length, while it may take the tree for empty.
 #}
 {% macro ways_up(group_ids) -%}
 array(
   select row(t.*)::tokenlimits.group_tree
   from tokenlimits.group_tree as t
-  where t.group_id = any(array({{ group_ids }}))
+  where t.group_id = any({{ group_ids }})
+  order by t.distance
 )
 {%- endmacro %}
 
@@ -361,13 +352,16 @@ used, expired, is_open, group_name, timezone, own_max, overridden_until, level, 
 
 {#
 Whether a group has unswept expired holds of a kind. Not "exists": the planner expects to find one soon wherever it looks,
-and reads all live holds; the order is the index's.
+and reads all live holds; the order is the index's. `beneath`: the groups beneath it, where it is a root.
 #}
-{% macro any_expired(group_id, kind, at) -%}
+{% macro any_expired(group_id, kind, at, beneath=false) -%}
 (
   select true
   from tokenlimits.holds as h
-  where h.group_id = {{ group_id }} and h.kind = {{ kind }} and h.expires_at <= {{ at }}
+  where
+    {{ 'h.root_id' if beneath else 'h.group_id' }} = {{ group_id }}
+    {%- if beneath %} and h.root_id <> h.group_id{% endif %}
+    and h.kind = {{ kind }} and h.expires_at <= {{ at }}
   order by h.expires_at
   limit 1
 ) is true
@@ -396,13 +390,9 @@ exists (
     cross join lateral {{ kinds_of('i') | indent(4) }} as w
     where o.group_id = {{ group_id }} and {{ counts_any('i', kinds) | indent(4) }}
   ) as k
-  where {{ any_expired('k.root_id', 'k.kind', at) | indent(2) }} or (
-    select true
-    from tokenlimits.holds as h
-    where h.root_id = k.root_id and h.root_id <> h.group_id and h.kind = k.kind and h.expires_at <= {{ at }}
-    order by h.expires_at
-    limit 1
-  ) is true
+  where
+    {{ any_expired('k.root_id', 'k.kind', at) | indent(4) }}
+    or {{ any_expired('k.root_id', 'k.kind', at, beneath=true) | indent(4) }}
 )
 {%- endmacro %}
 
@@ -682,7 +672,7 @@ v_states := array(
   cross join lateral unnest(tokenlimits.limit_states(p.group_id, p.user_ids, p.kinds, {{ at }}, false)) as l
   order by l.subject, l.counter_id
 );
-v_ways := {{ ways_up("select m.group_id from unnest(" ~ moves ~ ") as m") | indent(2) }};
+v_ways := {{ ways_up("array(select m.group_id from unnest(" ~ moves ~ ") as m)") | indent(2) }};
 for v_move in
   select
     s.place,
